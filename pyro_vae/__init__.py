@@ -1,0 +1,3 @@
+"""Variational autoencoders as Pyro programs."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,294 @@
+"""Densities that Pyro lacks, and KL rules between them: all on classes of our own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from pyro.distributions import Distribution, TorchDistribution
+from torch import Size, Tensor
+from torch.distributions import constraints, register_kl
+
+__all__ = [
+    "ContinuousBernoulli",
+    "DiscretizedLogistic",
+    "Flow",
+    "FullNormal",
+    "Levels",
+    "MixtureOfDiagonalNormals",
+    "flow_family",
+    "mixture",
+]
+
+
+class ContinuousBernoulli(TorchDistribution):
+    r"""Continuous Bernoulli on [0, 1], by its logits.
+
+    .. math:: \log p(x; \eta) = \eta x - \log \frac{e^\eta - 1}{\eta}
+
+    torch's own clamps the probability, which costs 0.6 nats a pixel at a logit of 30.
+
+    References:
+        Loaiza-Ganem and Cunningham. The continuous Bernoulli: fixing a pervasive error in
+        variational autoencoders. 2019.
+    """
+
+    arg_constraints = {"logits": constraints.real}
+    support = constraints.unit_interval
+    has_rsample = True
+
+    def __init__(self, logits: Tensor, validate_args: bool | None = None) -> None:
+        self.logits = logits
+        super().__init__(logits.shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Size, _instance: Any = None) -> ContinuousBernoulli:
+        """The same distribution over a larger batch."""
+        return type(self)(self.logits.expand(batch_shape), validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of `value` in nats."""
+        if self._validate_args:
+            self._validate_sample(value)
+        return self.logits * value - self._log_normaliser()
+
+    def rsample(self, sample_shape: Size = Size()) -> Tensor:
+        """Draws by the inverse of the cumulative distribution, of the nearer end."""
+        a = self.logits.abs().clamp(min=1e-3)
+        u = torch.rand(self._extended_shape(sample_shape), dtype=a.dtype, device=a.device)
+        near = torch.log1p(u * torch.expm1(-a)) / -a  # density falls from 0
+        x = torch.where(self.logits > 0, 1 - near, near)
+        return torch.where(self.logits.abs() < 1e-3, u + self.logits * u * (u - 1) / -2, x)
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x] = 1 / (1 - exp(-logit)) - 1 / logit."""
+        small = self.logits.abs() < 0.05
+        eta = torch.where(small, torch.ones_like(self.logits), self.logits)
+        series = 0.5 + self.logits / 12 - self.logits**3 / 720
+        return torch.where(small, series, -1 / torch.expm1(-eta) - 1 / eta)
+
+    def _log_normaliser(self) -> Tensor:
+        small = self.logits.abs() < 0.05
+        eta = torch.where(small, torch.ones_like(self.logits), self.logits)
+        a = eta.abs()
+        exact = eta.relu() + torch.log(-torch.expm1(-a) / a)
+        series = self.logits / 2 + self.logits**2 / 24 - self.logits**4 / 2880
+        return torch.where(small, series, exact)
+
+
+class DiscretizedLogistic(TorchDistribution):
+    r"""Logistic distribution integrated over each of `levels` bins, on {0, ..., levels - 1}.
+
+    .. math:: P(k) = \sigma\big(\tfrac{k + 1/2 - \mu}{s}\big)
+        - \sigma\big(\tfrac{k - 1/2 - \mu}{s}\big)
+
+    with the lowest and highest bins reaching to infinity, so that the masses sum to one.
+    Location and scale are in units of levels.
+
+    References:
+        Kingma et al. Improved variational inference with inverse autoregressive flow. 2016.
+        Salimans et al. PixelCNN++. 2017.
+    """
+
+    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
+
+    def __init__(
+        self, loc: Tensor, scale: Tensor, levels: int = 256, validate_args: bool | None = None
+    ) -> None:
+        self.loc, self.scale = torch.broadcast_tensors(loc, scale)
+        self.levels = levels
+        super().__init__(self.loc.shape, validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Integers from 0 to levels - 1."""
+        return constraints.integer_interval(0, self.levels - 1)
+
+    def expand(self, batch_shape: Size, _instance: Any = None) -> DiscretizedLogistic:
+        """The same distribution over a larger batch."""
+        loc, scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
+        return type(self)(loc, scale, self.levels, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log mass of `value` in nats; exact in the tails, where a difference would vanish."""
+        if self._validate_args:
+            self._validate_sample(value)
+        # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b))
+        above = F.logsigmoid((value + 0.5 - self.loc) / self.scale)
+        below = F.logsigmoid(-(value - 0.5 - self.loc) / self.scale)
+        width = torch.log(-torch.expm1(-1 / self.scale))
+        inside = above + below + width
+        return torch.where(value <= 0, above, torch.where(value >= self.levels - 1, below, inside))
+
+    def sample(self, sample_shape: Size = Size()) -> Tensor:
+        """Rounded and clipped logistic draws."""
+        with torch.no_grad():
+            shape = self._extended_shape(sample_shape)
+            tiny = torch.finfo(self.loc.dtype).eps
+            u = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device)
+            draws = self.loc + self.scale * torch.logit(u, eps=tiny)
+            return draws.round().clamp(0, self.levels - 1)
+
+    @property
+    def mean(self) -> Tensor:
+        """E[k], the sum of P(k >= j) over j = 1, ..., levels - 1."""
+        total = torch.zeros_like(self.loc)
+        for edge in range(1, self.levels):
+            total = total + torch.sigmoid((self.loc - edge + 0.5) / self.scale)
+        return total
+
+
+class Levels(dist.Categorical):
+    """Categorical over the integers 0, ..., C - 1 as numbers: it has a mean."""
+
+    @property
+    def mean(self) -> Tensor:
+        """E[k]."""
+        k = torch.arange(self.probs.shape[-1], dtype=self.probs.dtype, device=self.probs.device)
+        return self.probs @ k
+
+
+class FullNormal(dist.MultivariateNormal):
+    """Normal with a full covariance; knows its KL to a diagonal Normal."""
+
+
+@register_kl(FullNormal, torch.distributions.Independent)
+def _kl_full_diagonal(q: FullNormal, p: torch.distributions.Independent) -> Tensor:
+    base = p.base_dist
+    if not isinstance(base, torch.distributions.Normal) or p.reinterpreted_batch_ndims != 1:
+        raise NotImplementedError
+    scaled = q.scale_tril / base.scale.unsqueeze(-1)
+    log_det = base.scale.log().sum(-1) - q.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    mismatch = ((q.loc - base.loc) / base.scale).pow(2).sum(-1)
+    return log_det + 0.5 * (scaled.pow(2).sum((-2, -1)) + mismatch - q.event_shape[0])
+
+
+class MixtureOfDiagonalNormals(TorchDistribution):
+    r"""Mixture of diagonal Normals, its density by matrix products.
+
+    .. math:: p(z) = \sum_{c=1}^{C} \pi_c \prod_{d=1}^{D} \mathcal{N}(z_d; \mu_{cd}, \sigma_{cd}^2)
+
+    The square is expanded so that nothing of shape [*S, C, D] is ever formed; products are in
+    float64, where the expansion is exact to 1e-5 nats (float32 loses 0.01 nats at C = 500).
+
+    Args:
+        logits: Unnormalised log weights [C].
+        loc: Means [C, D].
+        scale: Standard deviations [C, D].
+        batch_shape: Batch over which the one mixture is repeated.
+    """
+
+    arg_constraints = {}
+    support = constraints.real_vector
+
+    def __init__(
+        self,
+        logits: Tensor,
+        loc: Tensor,
+        scale: Tensor,
+        batch_shape: Size = Size(),
+        validate_args: bool | None = None,
+    ) -> None:
+        self.logits, self.loc, self.scale = logits, loc, scale
+        super().__init__(Size(batch_shape), loc.shape[-1:], validate_args=validate_args)
+
+    def expand(self, batch_shape: Size, _instance: Any = None) -> MixtureOfDiagonalNormals:
+        """The same mixture over a larger batch."""
+        return type(self)(self.logits, self.loc, self.scale, batch_shape, validate_args=False)
+
+    def component_log_prob(self, value: Tensor) -> Tensor:
+        """Log weight plus log density of each component, [*S, C]."""
+        centre = self.loc.detach().mean(0).double()
+        z, loc, scale = value.double() - centre, self.loc.double() - centre, self.scale.double()
+        precision = scale.pow(-2)
+        square = z.pow(2) @ precision.T - 2 * z @ (loc * precision).T
+        constant = (loc.pow(2) * precision + 2 * scale.log() + math.log(2 * math.pi)).sum(-1)
+        return torch.log_softmax(self.logits.double(), -1) - 0.5 * (square + constant)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of `value` [*S, D] in nats, [*S]."""
+        if self._validate_args:
+            self._validate_sample(value)
+        log_prob = self.component_log_prob(value).logsumexp(-1).to(value.dtype)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+    def sample(self, sample_shape: Size = Size()) -> Tensor:
+        """Draws of a component, then of its Normal."""
+        with torch.no_grad():
+            c = dist.Categorical(logits=self.logits).sample(Size(sample_shape) + self.batch_shape)
+            return torch.normal(self.loc[c], self.scale[c])
+
+    @property
+    def mean(self) -> Tensor:
+        """Weighted mean of the components, [*batch, D]."""
+        return (torch.softmax(self.logits, -1) @ self.loc).expand(self._extended_shape())
+
+
+def mixture(logits: Tensor, components: Distribution) -> Distribution:
+    """Mixture of the last batch dimension of `components` [*S, C], event (D,), weights [C]."""
+    base = getattr(components, "base_dist", None)
+    if isinstance(base, torch.distributions.Normal) and len(components.batch_shape) == 1:
+        return MixtureOfDiagonalNormals(logits, base.loc, base.scale)
+    weights = dist.Categorical(logits=logits.expand(components.batch_shape))
+    return dist.MixtureSameFamily(weights, components)
+
+
+class Flow(TorchDistribution):
+    """A zuko flow as a Pyro distribution.
+
+    The density of the last draw is kept, so that scoring one's own sample costs nothing and
+    is differentiated through the sampling path; any other value is scored by the flow itself.
+
+    Args:
+        flow: The torch distribution that a zuko flow returns when called.
+    """
+
+    arg_constraints = {}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, flow: Any, validate_args: bool | None = None) -> None:
+        self.flow = flow
+        self._last: tuple[Tensor, Tensor] | None = None
+        super().__init__(flow.batch_shape, flow.event_shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Size, _instance: Any = None) -> Flow:
+        """The same flow over a larger batch."""
+        return type(self)(self.flow.expand(Size(batch_shape)), validate_args=False)
+
+    def rsample(self, sample_shape: Size = Size()) -> Tensor:
+        """Reparameterised draws [*sample, *batch, D]."""
+        z, log_prob = self.flow.rsample_and_log_prob(Size(sample_shape))
+        self._last = (z, log_prob)
+        return z
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of `value` in nats."""
+        if self._last is not None and self._last[0] is value:
+            return self._last[1]
+        lead = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)  # zuko does not
+        return self.flow.log_prob(value.expand(*lead, *self.event_shape))
+
+    @property
+    def mean(self) -> Tensor:
+        """E[z] by the average of 1000 draws of a fixed seed; the caller's RNG is untouched."""
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            return self.flow.sample(Size((1000,))).mean(0)
+
+
+def flow_family(name: str) -> Any:
+    """The zuko class `name`; importing zuko leaves torch's argument validation as it was."""
+    validate = torch.distributions.Distribution._validate_args
+    try:
+        from zuko import flows
+    except ImportError as error:
+        raise ImportError("flows need zuko: pip install 'pyro-vae[flows]'") from error
+    finally:
+        torch.distributions.Distribution._validate_args = validate
+    if not isinstance(getattr(flows, name, None), type):
+        raise ValueError(f"zuko has no flow {name!r}: choose, for example, 'NSF', 'MAF' or 'NICE'")
+    return getattr(flows, name)

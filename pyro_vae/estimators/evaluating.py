@@ -1,0 +1,68 @@
+"""Running programs without leaving a trace: modes, RNG, gradients, Pyro's store."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyro
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from pyro_vae.densities import OwnParameters, Program
+
+__all__ = ["evaluating"]
+
+
+@contextmanager
+def evaluating(
+    *programs: Program, seed: int | None, device: torch.device, grad: bool = False
+) -> Iterator[None]:
+    """Every module that runs inside is in eval mode; all is as it was afterwards.
+
+    Modules that a program is a method of are switched with all they hold. Those that plain
+    functions reach are found as they run, by a hook before their forward pass, in this thread.
+
+    Args:
+        programs: The model and guide that will run.
+        seed: Of what is drawn inside; None goes on from the current state.
+        device: Where it is drawn.
+        grad: Whether gradients are recorded.
+    """
+    store = pyro.get_param_store()
+    with (
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        torch.set_grad_enabled(grad),
+        _eval_mode(programs),
+        store.scope(store.get_state()),
+        OwnParameters(),
+    ):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _eval_mode(programs: tuple[Program, ...]) -> Iterator[None]:
+    trained: list[nn.Module] = []
+    thread = threading.get_ident()
+
+    def switch(module: nn.Module, *_: Any) -> None:
+        if module.training and threading.get_ident() == thread:
+            trained.append(module)
+            module.training = False
+
+    for program in programs:
+        owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
+        for module in owner.modules() if isinstance(owner, nn.Module) else ():
+            switch(module)
+    hook = register_module_forward_pre_hook(switch)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for module in trained:
+            module.training = True

@@ -1,0 +1,119 @@
+"""The result of an estimate of log p(x)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["Evidence"]
+
+TENSORS = ("log_prob", "stderr", "ess", "khat", "num_samples")
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """log p(x) of each datum, with what is known of its error; on the CPU, in nats.
+
+    Attributes:
+        log_prob: Estimates of log p(x) [N].
+        stderr: Their Monte Carlo standard errors [N], by the delta method.
+        ess: Effective sample sizes [N], (sum w)^2 / sum w^2.
+        khat: Shapes of the Pareto tails of the weights [N]; NaN below 25 samples.
+        num_samples: Weights behind each estimate [N].
+        method: How each was estimated.
+        verdict: "reliable", "doubtful" or "lower bound" for each.
+    """
+
+    log_prob: Tensor
+    stderr: Tensor
+    ess: Tensor
+    khat: Tensor
+    num_samples: Tensor
+    method: list[str]
+    verdict: list[str]
+
+    def __len__(self) -> int:
+        return len(self.log_prob)
+
+    def mean(self) -> float:
+        """Average log p(x) over data."""
+        return self.log_prob.mean().item()
+
+    def mean_stderr(self) -> tuple[float, float]:
+        """Standard errors of the mean: of the estimates (Monte Carlo), and over data."""
+        n = len(self)
+        monte_carlo = self.stderr.pow(2).sum().sqrt().item() / n
+        return monte_carlo, (self.log_prob.std().item() / math.sqrt(n) if n > 1 else math.nan)
+
+    @property
+    def khat_threshold(self) -> Tensor:
+        """Highest k-hat [N] at which K weights can be trusted, min(1 - 1 / log10 K, 0.7).
+
+        References:
+            Vehtari, Simpson, Gelman, Yao and Gabry. Pareto smoothed importance sampling. 2024.
+        """
+        return (1 - 1 / self.num_samples.double().log10()).clamp(max=0.7)
+
+    def share_below_threshold(self) -> float:
+        """Share of data whose k-hat is below its threshold; NaN counts as above."""
+        return (self.khat < self.khat_threshold).double().mean().item()
+
+    @classmethod
+    def cat(cls, parts: Sequence[Evidence]) -> Evidence:
+        """The data of all `parts`, in order."""
+        tensors = {name: torch.cat([getattr(p, name) for p in parts]) for name in TENSORS}
+        return cls(
+            **tensors,
+            method=[m for p in parts for m in p.method],
+            verdict=[v for p in parts for v in p.verdict],
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, all or nothing."""
+        from safetensors.torch import save
+
+        texts = {"method": json.dumps(self.method), "verdict": json.dumps(self.verdict)}
+        data = save({name: getattr(self, name).contiguous() for name in TENSORS}, metadata=texts)
+        temporary = Path(f"{os.fspath(path)}.tmp")
+        temporary.write_bytes(data)
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Evidence:
+        """Reads what `save` wrote."""
+        from safetensors import safe_open
+
+        with safe_open(os.fspath(path), "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in TENSORS}
+            texts = {name: json.loads(text) for name, text in file.metadata().items()}
+        return cls(**tensors, **texts)
+
+    def _repr_html_(self) -> str:
+        monte_carlo, data = self.mean_stderr()
+        head = "".join(f"<th>{f.name}</th>" for f in fields(self))
+        shown = range(min(len(self), 10))
+        rows = "".join(
+            "<tr>"
+            + "".join(f"<td>{getattr(self, name)[i].item():.4g}</td>" for name in TENSORS)
+            + f"<td>{self.method[i]}</td><td>{self.verdict[i]}</td></tr>"
+            for i in shown
+        )
+        title = (
+            f"log p(x) = {self.mean():.2f} &plusmn; {monte_carlo:.2f} (Monte Carlo) "
+            f"&plusmn; {data:.2f} (data), {len(self)} data, first {len(shown)} shown"
+        )
+        return f"<table><caption>{title}</caption><tr>{head}</tr>{rows}</table>"
+
+    def __repr__(self) -> str:
+        monte_carlo, data = self.mean_stderr()
+        return (
+            f"Evidence(log p(x) = {self.mean():.2f} +- {monte_carlo:.2f} (Monte Carlo) "
+            f"+- {data:.2f} (data), {len(self)} data)"
+        )

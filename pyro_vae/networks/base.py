@@ -1,0 +1,113 @@
+"""What every network shares: shapes, leading dimensions, conditioning."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Network", "activation_layer", "dense"]
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "softplus": nn.Softplus,
+    "gelu": nn.GELU,
+}
+
+
+class Network(nn.Module):
+    """A map from a tensor [*S, *in_shape] to raw parameters [*S, *out_shape].
+
+    A subclass builds its layers in `__init__` and says in `body` what they do to one flat
+    batch; any leading dimensions `*S`, particles included, are flattened into it once.
+    `MLP` is the one to read.
+
+    Args:
+        in_shape: Shape of one input, an int or a tuple.
+        out_shape: Shape of one output.
+        condition_dim: Length of the vector `y` that the output also depends on; 0 for none.
+    """
+
+    def __init__(
+        self, in_shape: int | tuple[int, ...], out_shape: int | tuple[int, ...], condition_dim: int
+    ) -> None:
+        super().__init__()
+        self.in_shape = _shape(in_shape, "in_shape")
+        self.out_shape = _shape(out_shape, "out_shape")
+        self.condition_dim = condition_dim
+
+    @abstractmethod
+    def body(self, x: Tensor, y: Tensor) -> Tensor:
+        """Outputs for one flat batch `x` [B, *in_shape] and `y` [B, condition_dim]."""
+
+    @property
+    @abstractmethod
+    def output_bias(self) -> Tensor:
+        """Bias of the last layer, a view that broadcasts to `out_shape`."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Raw parameters [*S, *out_shape] of `x` [*S, *in_shape] and `y` [*S, condition_dim].
+
+        Raises:
+            ValueError: If the shape of `x` or `y` is not the declared one.
+        """
+        lead = self._lead(x, self.in_shape, "input")
+        if not self.condition_dim:
+            flat = x.reshape(-1, *self.in_shape)
+            return self.body(flat, x.new_empty(len(flat), 0)).reshape(*lead, *self.out_shape)
+        if y is None:
+            raise ValueError(
+                f"{type(self).__name__} is conditioned on a vector y of length "
+                f"{self.condition_dim}; got none: pass y to model and guide"
+            )
+        lead = torch.broadcast_shapes(lead, self._lead(y, (self.condition_dim,), "condition y"))
+        x = x.expand(*lead, *self.in_shape).reshape(-1, *self.in_shape)
+        y = y.expand(*lead, self.condition_dim).reshape(-1, self.condition_dim)
+        return self.body(x, y.to(x.dtype)).reshape(*lead, *self.out_shape)
+
+    def _lead(self, x: Tensor, event: tuple[int, ...], what: str) -> torch.Size:
+        if x.shape[x.ndim - len(event) :] != event:
+            raise ValueError(
+                f"{type(self).__name__} takes {what} of shape [*, {', '.join(map(str, event))}]; "
+                f"got {list(x.shape)}"
+            )
+        return x.shape[: x.ndim - len(event)]
+
+
+def activation_layer(name: str) -> nn.Module:
+    """The activation called `name`."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is unknown; choose one of {sorted(ACTIVATIONS)}")
+    return ACTIVATIONS[name]()
+
+
+def dense(sizes: tuple[int, ...], activation: str, norm: str | None) -> list[nn.Module]:
+    """Linear, norm, activation for each pair of neighbours in `sizes`."""
+    layers: list[nn.Module] = []
+    for i, o in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(i, o), *norm_layers(norm, o), activation_layer(activation)]
+    return layers
+
+
+def norm_layers(norm: str | None, size: int) -> list[nn.Module]:
+    """The normalisation called `norm` for vectors of length `size`, or nothing."""
+    kinds: dict[str | None, list[type[nn.Module]]] = {
+        None: [],
+        "batch": [nn.BatchNorm1d],
+        "layer": [nn.LayerNorm],
+    }
+    if norm not in kinds:
+        raise ValueError(f"norm {norm!r} is unknown; choose 'batch', 'layer' or None")
+    return [kind(size) for kind in kinds[norm]]  # type: ignore[call-arg]
+
+
+def _shape(shape: int | tuple[int, ...], what: str) -> tuple[int, ...]:
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    if not shape or prod(shape) < 1 or min(shape) < 1:
+        raise ValueError(f"{what} must be positive sizes; got {shape}")
+    return shape

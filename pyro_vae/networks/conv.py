@@ -1,0 +1,138 @@
+"""Strided convolutions and their transposes, for images of any size."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.networks.base import Network, activation_layer, dense
+
+__all__ = ["Conv", "ConvTranspose"]
+
+
+class Conv(Network):
+    """Image (C, H, W) to vector: 3 x 3 convolutions of stride 2, dense layers, a linear one.
+
+    Args:
+        in_shape: Channels, height and width; each convolution halves the sides, rounded up.
+        out_shape: Shape of one output.
+        channels: Channels after each convolution.
+        hidden: Widths of the dense layers after them, where `y` joins.
+        activation: See `MLP`.
+        condition_dim: Length of the vector `y`.
+        norm: None or "batch".
+    """
+
+    def __init__(
+        self,
+        in_shape: tuple[int, ...],
+        out_shape: int | tuple[int, ...],
+        channels: tuple[int, ...] = (32, 64, 128),
+        hidden: tuple[int, ...] = (256,),
+        activation: str = "relu",
+        condition_dim: int = 0,
+        norm: str | None = None,
+    ) -> None:
+        super().__init__(in_shape, out_shape, condition_dim)
+        side = image_shape(self.in_shape, "Conv", "in_shape", "ConvTranspose")[1:]
+        layers: list[nn.Module] = []
+        for i, o in zip((self.in_shape[0], *channels), channels):
+            layers += [
+                nn.Conv2d(i, o, 3, stride=2, padding=1),
+                *norm_2d(norm, o),
+                activation_layer(activation),
+            ]
+        self.convolutions = nn.Sequential(*layers)
+        flat = (channels[-1] if channels else self.in_shape[0]) * prod(
+            halvings(s, len(channels))[-1] for s in side
+        )
+        sizes = (flat + condition_dim, *hidden)
+        self.hidden = nn.Sequential(*dense(sizes, activation, norm))
+        self.output = nn.Linear(sizes[-1], prod(self.out_shape))
+
+    def body(self, x: Tensor, y: Tensor) -> Tensor:
+        """Convolutions, then dense layers with `y`."""
+        return self.output(self.hidden(torch.cat([self.convolutions(x).flatten(1), y], -1)))
+
+    @property
+    def output_bias(self) -> Tensor:
+        """Bias of every output."""
+        return self.output.bias.view(self.out_shape)
+
+
+class ConvTranspose(Network):
+    """Vector to image (C, H, W): dense layers, then transposed convolutions of stride 2.
+
+    Args:
+        in_shape: Shape of one input.
+        out_shape: Channels, height and width; each layer doubles the sides, to this size exactly.
+        channels: Channels before each transposed convolution.
+        hidden: Widths of the dense layers before them, where `y` joins.
+        activation: See `MLP`.
+        condition_dim: Length of the vector `y`.
+        norm: None or "batch".
+    """
+
+    def __init__(
+        self,
+        in_shape: int | tuple[int, ...],
+        out_shape: tuple[int, ...],
+        channels: tuple[int, ...] = (128, 64, 32),
+        hidden: tuple[int, ...] = (256,),
+        activation: str = "relu",
+        condition_dim: int = 0,
+        norm: str | None = None,
+    ) -> None:
+        super().__init__(in_shape, out_shape, condition_dim)
+        side = image_shape(self.out_shape, "ConvTranspose", "out_shape", "Conv")[1:]
+        heights, widths = (halvings(s, len(channels))[::-1] for s in side)
+        self.start = (channels[0] if channels else self.out_shape[0], heights[0], widths[0])
+        sizes = (prod(self.in_shape) + condition_dim, *hidden, prod(self.start))
+        self.hidden = nn.Sequential(*dense(sizes, activation, norm))
+        layers: list[nn.Module] = []
+        for n, (i, o) in enumerate(zip(channels, (*channels[1:], self.out_shape[0]))):
+            # a side s comes from ceil(s / 2), which doubles to s or s + 1
+            even = (1 - heights[n + 1] % 2, 1 - widths[n + 1] % 2)
+            layers.append(nn.ConvTranspose2d(i, o, 3, 2, padding=1, output_padding=even))
+            if n < len(channels) - 1:
+                layers += [*norm_2d(norm, o), activation_layer(activation)]
+        if not layers:
+            raise ValueError("ConvTranspose needs at least one entry in channels; got none")
+        self.convolutions = nn.Sequential(*layers)
+
+    def body(self, x: Tensor, y: Tensor) -> Tensor:
+        """Dense layers with `y`, then transposed convolutions."""
+        h = self.hidden(torch.cat([x.flatten(1), y], -1))
+        return self.convolutions(h.unflatten(-1, self.start))
+
+    @property
+    def output_bias(self) -> Tensor:
+        """Bias of every channel, [C, 1, 1]."""
+        return self.convolutions[-1].bias.view(-1, 1, 1)  # type: ignore[union-attr,operator]
+
+
+def image_shape(shape: tuple[int, ...], name: str, what: str, other: str) -> tuple[int, ...]:
+    """`shape`, if it is that of an image."""
+    if len(shape) != 3:
+        raise ValueError(
+            f"{name} needs an image: {what} (channels, height, width); got {shape}: "
+            f"use MLP for vectors, and {other} for the other direction"
+        )
+    return shape
+
+
+def halvings(side: int, count: int) -> list[int]:
+    """`side` and its halves, rounded up, `count` times."""
+    sides = [side]
+    for _ in range(count):
+        sides.append(-(-sides[-1] // 2))
+    return sides
+
+
+def norm_2d(norm: str | None, channels: int) -> list[nn.Module]:
+    """Batch norm over `channels`, or nothing."""
+    if norm not in (None, "batch"):
+        raise ValueError(f"norm {norm!r} does not fit images; choose 'batch' or None")
+    return [nn.BatchNorm2d(channels)] if norm else []

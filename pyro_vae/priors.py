@@ -1,0 +1,263 @@
+"""Priors: () -> p(z)."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import Distribution
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pyro_vae.distributions import Flow, flow_family, mixture
+
+__all__ = [
+    "FlowPrior",
+    "Laplace",
+    "MixtureOfGaussians",
+    "Normal",
+    "Prior",
+    "StandardNormal",
+    "StudentT",
+    "VampPrior",
+]
+
+
+class Prior(nn.Module):
+    """A distribution over latents z [D].
+
+    A subclass takes `latent_dim` (or `posterior` and `data_shape`) by name, gives every other
+    argument a default, and returns from `forward` a distribution with event shape (D,) and
+    batch shape (). That is all: it is then found by name, and the laws in the tests apply.
+    `StandardNormal` is the one to read.
+    """
+
+    @abstractmethod
+    def forward(self, y: Tensor | None = None) -> Distribution:
+        """p(z), or p(z | y) with the leading dimensions of `y` as its batch."""
+
+    def initialise(self, x: Tensor) -> None:
+        """Sets what is learned from training data `x` [N, *E] before the first step."""
+
+    @property
+    def posterior(self) -> nn.Module | None:
+        """The posterior that this prior is made of, if any."""
+        return None
+
+
+class StandardNormal(Prior):
+    r"""Unit Normal, :math:`p(z) = \mathcal{N}(z; 0, I)`.
+
+    Args:
+        latent_dim: Latent size D.
+
+    References:
+        Kingma and Welling. Auto-encoding variational Bayes. 2013.
+    """
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("loc", torch.zeros(latent_dim))
+        self.register_buffer("scale", torch.ones(latent_dim))
+
+    def forward(self, y: Tensor | None = None) -> Distribution:
+        """N(0, I)."""
+        return dist.Normal(self.loc, self.scale).to_event(1)
+
+
+class Normal(Prior):
+    r"""Diagonal Normal with learned means and scales, :math:`\mathcal{N}(z; \mu, \sigma^2)`.
+
+    Args:
+        latent_dim: Latent size D.
+    """
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(latent_dim))
+        self.log_scale = nn.Parameter(torch.zeros(latent_dim))
+
+    def forward(self, y: Tensor | None = None) -> Distribution:
+        """N(mu, sigma^2)."""
+        return dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
+
+
+class MixtureOfGaussians(Prior):
+    r"""Mixture of diagonal Normals with learned weights, means and scales.
+
+    .. math:: p(z) = \sum_{c=1}^{C} \pi_c \, \mathcal{N}(z; \mu_c, \mathrm{diag}(\sigma_c^2))
+
+    The means start as draws of N(0, I): equal starts never separate.
+
+    Args:
+        latent_dim: Latent size D.
+        num_components: Number of components C.
+
+    References:
+        Dilokthanakul et al. Deep unsupervised clustering with Gaussian mixture VAEs. 2016.
+    """
+
+    def __init__(self, latent_dim: int, num_components: int = 10) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(_count(num_components)))
+        self.loc = nn.Parameter(torch.randn(num_components, latent_dim))
+        self.log_scale = nn.Parameter(torch.zeros(num_components, latent_dim))
+
+    def forward(self, y: Tensor | None = None) -> Distribution:
+        """The mixture."""
+        return mixture(self.logits, dist.Normal(self.loc, self.log_scale.exp()).to_event(1))
+
+
+class VampPrior(Prior):
+    r"""Variational mixture of posteriors: the posterior at learned pseudo-inputs.
+
+    .. math:: p(z) = \frac{1}{C} \sum_{c=1}^{C} q(z \mid u_c)
+
+    The pseudo-inputs are kept within the range of the data by a sigmoid. They start at
+    training data when `initialise` has been called, at random points of the range otherwise.
+    A batch norm inside the posterior normalises them by its running statistics, which they
+    do not change. Given `y`, the components are q(z | u_c, y).
+
+    Args:
+        posterior: The posterior of the same VAE; not owned by this module.
+        data_shape: Shape of one datum.
+        num_components: Number of pseudo-inputs C.
+        data_range: Lowest and highest value of a pseudo-input; from the data if None.
+
+    References:
+        Tomczak and Welling. VAE with a VampPrior. 2018.
+    """
+
+    def __init__(
+        self,
+        posterior: nn.Module,
+        data_shape: tuple[int, ...],
+        num_components: int = 500,
+        data_range: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__()
+        self._posterior = (posterior,)  # in a tuple, so that only the VAE owns it
+        self._range_given = data_range is not None
+        low, high = (0.0, 1.0) if data_range is None else data_range
+        if low >= high:
+            raise ValueError(f"data_range must be (low, high) with low < high; got {data_range}")
+        self.register_buffer("low", torch.tensor(float(low)))
+        self.register_buffer("high", torch.tensor(float(high)))
+        self.raw_inputs = nn.Parameter(torch.randn(_count(num_components), *data_shape))
+
+    @property
+    def posterior(self) -> nn.Module:
+        """The posterior whose mixture this is."""
+        return self._posterior[0]
+
+    @property
+    def inputs(self) -> Tensor:
+        """Pseudo-inputs [C, *E], within the data's range."""
+        return self.low + (self.high - self.low) * torch.sigmoid(self.raw_inputs)
+
+    def forward(self, y: Tensor | None = None) -> Distribution:
+        """The mixture of posteriors."""
+        with _frozen_statistics(self.posterior):
+            components = self.posterior(self.inputs, None if y is None else y.unsqueeze(-2))
+        logits = self.inputs.new_zeros(len(self.raw_inputs))
+        return mixture(logits, components)
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        """Pseudo-inputs become data, a hundredth of the range inside it."""
+        if not self._range_given:
+            self.low.copy_(x.min())
+            self.high.copy_(x.max() if x.max() > x.min() else x.min() + 1)
+        rows = torch.randint(len(x), (len(self.raw_inputs),), device=x.device)
+        unit = (x[rows] - self.low) / (self.high - self.low)
+        self.raw_inputs.copy_(torch.logit(unit.clamp(0.01, 0.99)))
+
+
+class Laplace(Prior):
+    r"""Unit Laplace in each dimension, :math:`p(z) = \prod_d \tfrac12 e^{-|z_d|}`.
+
+    Args:
+        latent_dim: Latent size D.
+    """
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("loc", torch.zeros(latent_dim))
+        self.register_buffer("scale", torch.ones(latent_dim))
+
+    def forward(self, y: Tensor | None = None) -> Distribution:
+        """Laplace(0, 1)."""
+        return dist.Laplace(self.loc, self.scale).to_event(1)
+
+
+class StudentT(Prior):
+    r"""Student's t with `df` degrees of freedom in each dimension.
+
+    Args:
+        latent_dim: Latent size D.
+        df: Degrees of freedom; the variance df / (df - 2) is finite above 2.
+    """
+
+    def __init__(self, latent_dim: int, df: float = 5.0) -> None:
+        super().__init__()
+        if df <= 0:
+            raise ValueError(f"df must be positive; got {df}")
+        self.register_buffer("df", torch.full((latent_dim,), float(df)))
+
+    def forward(self, y: Tensor | None = None) -> Distribution:
+        """StudentT(df)."""
+        return dist.StudentT(self.df).to_event(1)
+
+
+class FlowPrior(Prior):
+    """A normalising flow over z, from zuko.
+
+    `passes=2` makes autoregressive families coupling flows, fast both ways.
+
+    Args:
+        latent_dim: Latent size D.
+        flow: Name of a zuko flow, such as "NSF" (neural spline) or "MAF".
+        transforms: Number of transforms.
+        hidden: Widths of their networks.
+
+    References:
+        Rozet et al. Zuko: normalizing flows in PyTorch. 2022.
+        Durkan et al. Neural spline flows. 2019.
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        flow: str = "NSF",
+        transforms: int = 3,
+        hidden: tuple[int, ...] = (64, 64),
+    ) -> None:
+        super().__init__()
+        self.flow = flow_family(flow)(
+            latent_dim, transforms=transforms, hidden_features=hidden, passes=2
+        )
+
+    def forward(self, y: Tensor | None = None) -> Distribution:
+        """The flow's distribution."""
+        return Flow(self.flow())
+
+
+@contextmanager
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
+    training = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _count(num_components: int) -> int:
+    if num_components < 1:
+        raise ValueError(f"num_components must be at least 1; got {num_components}")
+    return num_components

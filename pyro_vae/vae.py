@@ -1,0 +1,168 @@
+"""The variational autoencoder: prior, likelihood and posterior as a Pyro model and guide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import Distribution, is_validation_enabled
+from pyro.poutine.runtime import am_i_wrapped, effectful
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyro_vae.likelihoods import Likelihood
+from pyro_vae.posteriors import Posterior
+from pyro_vae.priors import Prior
+
+__all__ = ["VAE"]
+
+
+class VAE(nn.Module):
+    r"""A latent-variable model and its amortised guide.
+
+    .. math:: p(x, z) = p(z) \, p(x \mid z), \qquad q(z \mid x) \approx p(z \mid x)
+
+    `model` and `guide` are ordinary Pyro programs with one plate, "data", and the sites "z"
+    and "x": any of Pyro's inference algorithms can be given them.
+
+    Args:
+        prior: () -> p(z).
+        likelihood: z -> p(x | z).
+        posterior: x -> q(z | x).
+
+    Raises:
+        ValueError: If the prior is made of another VAE's posterior.
+
+    References:
+        Kingma and Welling. Auto-encoding variational Bayes. 2013.
+        Rezende, Mohamed and Wierstra. Stochastic backpropagation and approximate inference in
+        deep generative models. 2014.
+    """
+
+    def __init__(self, prior: Prior, likelihood: Likelihood, posterior: Posterior) -> None:
+        super().__init__()
+        if prior.posterior is not None and prior.posterior is not posterior:
+            raise ValueError(
+                f"{type(prior).__name__} was built over another VAE's posterior: "
+                "build it over the posterior that is given to this VAE"
+            )
+        self.prior = prior
+        self.likelihood = likelihood
+        self.posterior = posterior
+        self.declaration: dict[str, Any] | None = None  # what `build` built this from
+        self.register_buffer("initialised", torch.tensor(False))
+
+    def model(self, x: Tensor | None = None, y: Tensor | None = None, size: int = 1) -> Tensor:
+        """Pyro model: z ~ p(z), x ~ p(x | z) for each datum of the plate "data".
+
+        Args:
+            x: Data [B, *E] to condition on; drawn if None.
+            y: What is conditioned on [B, C], or None.
+            size: Number of data to draw if neither `x` nor `y` is given.
+
+        Returns:
+            The data, [*K, B, *E].
+        """
+        _register({"prior": self.prior, "likelihood": self.likelihood})
+        if x is not None:
+            if is_validation_enabled():
+                self.likelihood.check(x)
+            size = len(x)
+        elif y is not None:
+            size = len(y)
+        with pyro.plate("data", size, dim=-1):
+            z = pyro.sample("z", self.prior(y))
+            return pyro.sample("x", self.likelihood(z, y), obs=x)
+
+    def guide(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Pyro guide: z ~ q(z | x) for each datum of the plate "data".
+
+        Args:
+            x: Data [B, *E].
+            y: What is conditioned on [B, C], or None.
+
+        Returns:
+            The latents, [*K, B, D].
+        """
+        _register({"posterior": self.posterior})
+        with pyro.plate("data", len(x), dim=-1):
+            return pyro.sample("z", self.posterior(x, y))
+
+    def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
+        """q(z | x, y), batch [B], event (D,); its mean is the usual embedding."""
+        return self.posterior(x, y)
+
+    def reconstruct(
+        self, x: Tensor, y: Tensor | None = None, num_samples: int | None = None
+    ) -> Tensor:
+        """Data seen through the latent.
+
+        Args:
+            x: Data [B, *E].
+            y: What is conditioned on [B, C], or None.
+            num_samples: None for E[x | z] at the posterior's mean, else how many draws of x
+                at draws of z.
+
+        Returns:
+            [B, *E], or [num_samples, B, *E].
+        """
+        q = self.posterior(x, y)
+        if num_samples is None:
+            return self.likelihood(q.mean, y).mean
+        return self.likelihood(q.sample(torch.Size((num_samples,))), y).sample()
+
+    def sample(self, size: int, y: Tensor | None = None, mean: bool = False) -> Tensor:
+        """Draws of x [size, *E] from the model, or E[x | z] of drawn z if `mean`.
+
+        Raises:
+            ValueError: If `y` [size, C] has another length.
+        """
+        if y is not None and len(y) != size:
+            raise ValueError(f"y must have one row per draw: {size}; got {len(y)}")
+        prior = self.prior(y)
+        z = prior.sample(torch.Size(() if prior.batch_shape else (size,)))
+        p = self.likelihood(z, y)
+        return p.mean if mean else p.sample()
+
+    def initialise(self, x: Tensor) -> None:
+        """Lets each part measure training data `x` [N, *E], once, before the first step.
+
+        A second call, as when training goes on, only checks the data.
+
+        Raises:
+            ValueError: If the likelihood does not support the data.
+        """
+        self.likelihood.check(x)
+        if not self.initialised:
+            for part in (self.likelihood, self.posterior, self.prior):
+                part.initialise(x)
+            self.initialised.fill_(True)
+
+
+def _register(parts: dict[str, nn.Module]) -> None:
+    """Registers the parameters of `parts` with Pyro's store, if a handler is listening.
+
+    As `pyro.module` does, with one difference: what is in the store afterwards, and so what is
+    trained, is the module's own tensor. `pyro.module` would find the name taken by another
+    VAE's (or copy a tensor that is not contiguous), and train that.
+    """
+    if am_i_wrapped():
+        _register_effect(parts)
+
+
+@effectful(type="module")
+def _register_effect(parts: dict[str, nn.Module]) -> bool:
+    store = pyro.get_param_store()
+    for part, module in parts.items():
+        for key, parameter in module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            name = f"{part}$$${key}"
+            if name in store and store._params[name] is not parameter:
+                del store[name]
+            if name not in store:
+                constraint = {name: constraints.real}
+                store.set_state({"params": {name: parameter}, "constraints": constraint})
+            pyro.param(name)
+    return True
