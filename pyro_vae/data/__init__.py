@@ -1,0 +1,32 @@
+"""Data sets, their three parts, and the transforms between the file and the model."""
+
+from pyro_vae.data.batches import batches, epoch_order
+from pyro_vae.data.data import Data
+from pyro_vae.data.datasets import load_data
+from pyro_vae.data.splits import Splits
+from pyro_vae.data.transforms import (
+    Binarise,
+    Dequantise,
+    Identity,
+    Rescale,
+    Standardise,
+    Threshold,
+    Transform,
+    make_transform,
+)
+
+__all__ = [
+    "Binarise",
+    "Data",
+    "Dequantise",
+    "Identity",
+    "Rescale",
+    "Splits",
+    "Standardise",
+    "Threshold",
+    "Transform",
+    "batches",
+    "epoch_order",
+    "load_data",
+    "make_transform",
+]

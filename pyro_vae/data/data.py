@@ -1,0 +1,239 @@
+"""Rows of data with the transform between the file and the model."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from pyro_vae.data.noise import check_seed, row_noise
+from pyro_vae.data.transforms import Identity, Transform
+
+_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class _Applied(Transform):
+    """What is left of a transform once it is applied: its way back and its Jacobian."""
+
+    of: Transform
+
+    @property
+    def binary(self) -> bool:
+        return self.of.binary
+
+    def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        return x.float()
+
+    def inverse(self, x: Tensor) -> Tensor:
+        return self.of.inverse(x)
+
+    def log_jacobian(self, data_shape: Sequence[int]) -> float:
+        return self.of.log_jacobian(data_shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """N rows as their file holds them, with the transform to what a model sees.
+
+    Args:
+        x: The original values, [N, *E], in any dtype: uint8 for images, (C, H, W) each.
+        y: What a model is conditioned on, float [N, C], or None.
+        labels: The class of each row, int64 [N] from 0, or None.
+        transform: From original to model values.
+        rows: The id of each row, int64 [N], which keys its noise; 0, ..., N - 1 if None.
+        levels: The number of grey levels, for values 0, ..., levels - 1; None for others.
+        name: What the error messages call these rows.
+        seed: What keys the noise of the rows, with their ids.
+        classes: The number of classes; the largest label and 1 if None.
+
+    Raises:
+        ValueError: If there is no row, the lengths differ, a value is NaN or infinite, or a grey
+            value or a label is out of its range.
+    """
+
+    x: Tensor
+    y: Tensor | None = None
+    labels: Tensor | None = None
+    transform: Transform = field(default_factory=Identity)
+    rows: Tensor = None  # type: ignore[assignment]
+    levels: int | None = None
+    name: str = ""
+    seed: int = 0
+    classes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.x.ndim < 2 or len(self.x) < 1 or self.x[0].numel() < 1:
+            raise ValueError(
+                f"{self._title}: expected x of shape [N, *E] with at least 1 row and 1 value "
+                f"each, got {list(self.x.shape)}"
+            )
+        if self.rows is None:
+            rows = torch.arange(len(self.x), device=self.x.device)
+            object.__setattr__(self, "rows", rows)
+        self._check_lengths()
+        self._check_values()
+        if self.labels is not None and self.classes is None:
+            object.__setattr__(self, "classes", int(self.labels.max()) + 1)
+        check_seed(self.seed)
+
+    @property
+    def _title(self) -> str:
+        return f"data {self.name!r}" if self.name else "data"
+
+    @property
+    def _original(self) -> bool:
+        return not isinstance(self.transform, _Applied)
+
+    def _check_lengths(self) -> None:
+        for name, part, ndim in (
+            ("y", self.y, 2),
+            ("labels", self.labels, 1),
+            ("rows", self.rows, 1),
+        ):
+            if part is not None and (part.ndim != ndim or len(part) != len(self.x)):
+                raise ValueError(
+                    f"{self._title}: expected {name} of {ndim} dimension(s) with one row for each "
+                    f"of the {len(self.x)} rows of x, got shape {list(part.shape)}"
+                )
+
+    def _check_values(self) -> None:
+        for name, part in (("x", self.x), ("y", self.y)):
+            if part is not None and part.is_floating_point():
+                self._check(part.isfinite(), f"finite values in {name}", "NaN or infinite ones")
+        if self.labels is not None:
+            self._check(self.labels >= 0, "labels from 0", "negative ones")
+        if self.labels is not None and self.classes is not None:
+            good = self.labels < self.classes
+            self._check(good, f"labels below {self.classes}, the number of classes", "others")
+        if self.levels is not None and self._original:
+            good = (self.x >= 0) & (self.x <= self.levels - 1)
+            self._check(good, f"grey values from 0 to {self.levels - 1}", "others")
+
+    def _check(self, good: Tensor, expected: str, came: str) -> None:
+        bad = (~good).flatten(1).any(1) if good.ndim > 1 else ~good
+        if bad.any():
+            raise ValueError(
+                f"{self._title}: expected {expected}, got {came} in {int(bad.sum())} row(s), the "
+                f"first one row {int(bad.nonzero()[0])} (from 0); repair or remove them"
+            )
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def data_shape(self) -> torch.Size:
+        """The shape E of one datum."""
+        return self.x.shape[1:]
+
+    @property
+    def log_jacobian(self) -> float:
+        """The transform's log |det dT/dx|, nats per datum."""
+        return self.transform.log_jacobian(self.data_shape)
+
+    def bits_per_dim(self, log_prob: Tensor) -> Tensor:
+        r"""Bits per dimension in original units, :math:`-(\log p(T(x)) + J) / (D \log 2)`.
+
+        Args:
+            log_prob: The model's log density of the transformed data, nats per datum, any shape.
+
+        Returns:
+            The bits per dimension, in the same shape; J is ``log_jacobian``.
+        """
+        return -(log_prob + self.log_jacobian) / (self.data_shape.numel() * math.log(2))
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The rows of a batch as the model sees them, on the device where the data lie.
+
+        Noise that the transform redraws at each visit comes from torch's generator of that
+        device; noise that a row keeps is the same one that ``fixed`` gives it.
+
+        Args:
+            index: The positions of the rows, int64 [B].
+
+        Returns:
+            x, float32 [B, *E], and y, [B, C] or None.
+        """
+        if self.transform.noisy and not self.transform.fresh:
+            return self._kept.batch(index)
+        index = index.to(self.x.device)
+        x = self.x[index]
+        u = torch.rand(x.shape, device=x.device) if self.transform.noisy else None
+        return self.transform(x, u), None if self.y is None else self.y[index]
+
+    @cached_property
+    def _kept(self) -> Data:
+        return self.fixed(self.seed)
+
+    def fixed(self, seed: int | None = None) -> Data:
+        """The rows transformed once, as for evaluation.
+
+        The noise of a row depends on the seed and the row's id only.
+
+        Args:
+            seed: What keys the noise; the data's own seed if None.
+
+        Returns:
+            Data that holds the model values, float32, or uint8 where they are binary.
+        """
+        seed = self.seed if seed is None else seed
+        dtype = torch.uint8 if self.transform.binary else torch.float32
+        parts = []
+        for x, rows in zip(self.x.split(_CHUNK), self.rows.split(_CHUNK)):
+            u = row_noise(rows, x.shape[1:], seed) if self.transform.noisy else None
+            parts.append(self.transform(x, u).to(dtype))
+        return replace(self, x=torch.cat(parts), transform=_Applied(self.transform), seed=seed)
+
+    def with_transform(self, transform: Transform) -> Data:
+        """The same rows under another transform.
+
+        Raises:
+            ValueError: If these rows came from ``fixed``, which keeps no original values.
+        """
+        if not self._original:
+            raise ValueError(
+                f"{self._title}: expected original values, got the model values that fixed() "
+                "keeps; choose the transform before fixed()"
+            )
+        return replace(self, transform=transform)
+
+    def one_hot(self) -> Data:
+        """The same rows with y = their labels one-hot, float32 [N, classes].
+
+        Raises:
+            ValueError: If the rows have no labels.
+        """
+        if self.labels is None or self.classes is None:
+            raise ValueError(
+                f"{self._title}: expected labels to condition on, got none; give labels or y"
+            )
+        return replace(self, y=one_hot(self.labels, self.classes).float())
+
+    def subset(self, index: Tensor) -> Data:
+        """The rows at these positions, int64 [M], with the ids and noise they had."""
+        index = index.to(self.x.device)
+        y = None if self.y is None else self.y[index]
+        labels = None if self.labels is None else self.labels[index]
+        return replace(self, x=self.x[index], y=y, labels=labels, rows=self.rows[index])
+
+    def to(self, device: torch.device | str) -> Data:
+        """The same rows on a device."""
+        y = None if self.y is None else self.y.to(device)
+        labels = None if self.labels is None else self.labels.to(device)
+        x, rows = self.x.to(device), self.rows.to(device)
+        return replace(self, x=x, y=y, labels=labels, rows=rows)
+
+    def digest(self) -> str:
+        """The SHA-256, in hex, of the dtype, shape and bytes of x and y."""
+        sha = hashlib.sha256()
+        for part in (self.x, self.y):
+            if part is not None:
+                sha.update(f"{part.dtype}{list(part.shape)}".encode())
+                sha.update(part.cpu().contiguous().numpy().data)
+        return sha.hexdigest()

@@ -1,0 +1,317 @@
+"""From the values a file holds to the values a model sees, with the log-Jacobian between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor
+
+NAMES = ("none", "threshold", "static", "dynamic", "dequantise", "rescale", "standardise")
+
+
+class Transform:
+    r"""A map T from original values to model values.
+
+    A model gives :math:`\log p(T(x))`; in the original units, of bin width 1, the density is
+
+    .. math:: \log p(x) = \log p(T(x)) + \log |\det \partial T / \partial x|.
+    """
+
+    @property
+    def noisy(self) -> bool:
+        """Whether T needs uniform noise."""
+        return False
+
+    @property
+    def fresh(self) -> bool:
+        """Whether training redraws the noise at each visit; otherwise each row keeps its own."""
+        return False
+
+    @property
+    def binary(self) -> bool:
+        """Whether every model value is 0 or 1."""
+        return False
+
+    def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        """Maps rows to model values.
+
+        Args:
+            x: The original values, [N, *E].
+            u: Uniform noise in [0, 1) of the same shape; read only where ``noisy``.
+
+        Returns:
+            The model values, float32 [N, *E].
+
+        Raises:
+            ValueError: If the transform is noisy and ``u`` is None.
+        """
+        raise NotImplementedError
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """Maps model values [..., *E] back to the original units, as for pictures."""
+        raise NotImplementedError
+
+    def log_jacobian(self, data_shape: Sequence[int]) -> float:
+        """The constant log |det dT/dx|, nats per datum of shape ``data_shape``."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class Identity(Transform):
+    """The values as they are, in float32: continuous data, counts, binary data."""
+
+    def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        """See ``Transform``."""
+        return x.float()
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """See ``Transform``."""
+        return x
+
+
+@dataclass(frozen=True)
+class Threshold(Transform):
+    """1 where x >= ``at``, otherwise 0: deterministic binary data.
+
+    ``make_transform`` sets ``at = (levels - 1) / 2``, half of the brightest value. For 256 levels
+    that is 127.5, so 128 and above become 1: the same set of pixels as x / 255 >= 0.5. For the 17
+    levels 0..16 it is 8, and 8 becomes 1.
+
+    The map cannot be undone, so there is no Jacobian: the likelihood is a probability of the
+    binary image, and its nats and bits are not those of the grey image.
+
+    Args:
+        at: The smallest original value that becomes 1.
+        top: The original value that a 1 stands for in pictures.
+    """
+
+    at: float
+    top: float = 1.0
+
+    @property
+    def binary(self) -> bool:
+        """See ``Transform``."""
+        return True
+
+    def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        """See ``Transform``."""
+        return (x >= self.at).float()
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """Maps a value, or a mean in [0, 1], to [0, top]."""
+        return x * self.top
+
+
+@dataclass(frozen=True)
+class _Grey(Transform):
+    """A transform of the grey values 0, 1, ..., levels - 1."""
+
+    levels: int
+
+    def __post_init__(self) -> None:
+        if self.levels < 2:
+            raise ValueError(f"expected at least 2 grey levels, got levels={self.levels}")
+
+    def _noise(self, u: Tensor | None) -> Tensor:
+        if u is None:
+            raise ValueError(f"{type(self).__name__} needs uniform noise u of x's shape, got None")
+        return u
+
+
+@dataclass(frozen=True)
+class Binarise(_Grey):
+    r"""A draw from :math:`\mathrm{Bernoulli}(x / (\mathrm{levels} - 1))`, one per pixel.
+
+    Static: drawn once per row from the seed, in training as well. Dynamic: drawn anew at every
+    visit in training, and once per row from the seed for evaluation. As for ``Threshold`` there
+    is no Jacobian: the likelihood is a probability of the binary image.
+
+    Source: R. Salakhutdinov and I. Murray, "On the quantitative analysis of deep belief
+    networks", ICML 2008 (static); Y. Burda, R. Grosse and R. Salakhutdinov, "Importance weighted
+    autoencoders", ICLR 2016 (dynamic).
+
+    Args:
+        levels: The number of grey levels.
+        dynamic: Whether training redraws at every visit.
+    """
+
+    dynamic: bool
+
+    @property
+    def noisy(self) -> bool:
+        """See ``Transform``."""
+        return True
+
+    @property
+    def fresh(self) -> bool:
+        """See ``Transform``."""
+        return self.dynamic
+
+    @property
+    def binary(self) -> bool:
+        """See ``Transform``."""
+        return True
+
+    def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        """See ``Transform``."""
+        return (self._noise(u) < x.float() / (self.levels - 1)).float()
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """Maps a value, or a mean in [0, 1], to [0, levels - 1]."""
+        return x * (self.levels - 1)
+
+
+@dataclass(frozen=True)
+class Dequantise(_Grey):
+    r"""Uniform dequantisation, :math:`T(x, u) = (x + u) / \mathrm{levels}` in (0, 1).
+
+    The log-Jacobian is :math:`-D \log \mathrm{levels}`. By Jensen's inequality the expected log
+    density of the noisy data, in original units, is a lower bound on the log probability of the
+    discrete data, so the bits per dimension are an upper bound on the discrete ones.
+
+    Source: L. Theis, A. van den Oord and M. Bethge, "A note on the evaluation of generative
+    models", ICLR 2016, section 3.1.
+
+    Args:
+        levels: The number of grey levels.
+    """
+
+    @property
+    def noisy(self) -> bool:
+        """See ``Transform``."""
+        return True
+
+    @property
+    def fresh(self) -> bool:
+        """See ``Transform``."""
+        return True
+
+    def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        """See ``Transform``."""
+        # float32 rounding can reach exactly 0 and 1, where the logit of a value is infinite.
+        return ((x.float() + self._noise(u)) / self.levels).clamp(2.0**-32, 1 - 2.0**-24)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """Maps a value in (0, 1) to the grey level of its bin."""
+        return (x * self.levels).floor().clamp(0, self.levels - 1)
+
+    def log_jacobian(self, data_shape: Sequence[int]) -> float:
+        """See ``Transform``."""
+        return -math.prod(data_shape) * math.log(self.levels)
+
+
+@dataclass(frozen=True)
+class Rescale(_Grey):
+    r"""Grey values without noise, :math:`T(x) = x / (\mathrm{levels} - 1)` in [0, 1].
+
+    The log-Jacobian is :math:`-D \log(\mathrm{levels} - 1)`. The values stay on a lattice, so a
+    flexible density has no bound: it can grow a spike on each lattice point and its bits per
+    dimension mean nothing then. Use ``Dequantise`` where densities are compared.
+
+    Args:
+        levels: The number of grey levels.
+    """
+
+    def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        """See ``Transform``."""
+        return x.float() / (self.levels - 1)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """See ``Transform``."""
+        return x * (self.levels - 1)
+
+    def log_jacobian(self, data_shape: Sequence[int]) -> float:
+        """See ``Transform``."""
+        return -math.prod(data_shape) * math.log(self.levels - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Standardise(Transform):
+    r"""Each column to mean 0 and deviation 1, :math:`T(x) = (x - m) / s`.
+
+    The log-Jacobian is :math:`-\sum_d \log s_d`.
+
+    Args:
+        mean: The means m, [*E].
+        std: The standard deviations s > 0, [*E].
+
+    Raises:
+        ValueError: If a deviation is 0; the message names the columns.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __post_init__(self) -> None:
+        flat = (self.std.flatten() <= 0).nonzero().flatten().tolist()
+        if flat:
+            shown = ", ".join(map(str, flat[:10])) + (", ..." if len(flat) > 10 else "")
+            raise ValueError(
+                f"expected every column to vary, got standard deviation 0 in {len(flat)} of "
+                f"{self.std.numel()}: {shown} (from 0); remove these columns"
+            )
+
+    @classmethod
+    def fit(cls, x: Tensor) -> Standardise:
+        """The means and deviations (the divisor is N) of the rows ``x`` [N, *E]."""
+        x = x.double()
+        std, mean = torch.std_mean(x, 0, correction=0)
+        # A constant column can leave rounding noise in place of an exact 0.
+        constant = (x == x[:1]).all(0)
+        return cls(mean.float(), std.masked_fill(constant, 0.0).float())
+
+    def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
+        """See ``Transform``."""
+        return (x.float() - self.mean.to(x.device)) / self.std.to(x.device)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """See ``Transform``."""
+        return x * self.std.to(x.device) + self.mean.to(x.device)
+
+    def log_jacobian(self, data_shape: Sequence[int]) -> float:
+        """See ``Transform``."""
+        return -self.std.double().log().expand(tuple(data_shape)).sum().item()
+
+
+def make_transform(name: str, x: Tensor, levels: int | None) -> Transform:
+    """The transform of that name for the data ``x``.
+
+    Args:
+        name: "none", "threshold", "static" or "dynamic" (binarisation), "dequantise", "rescale"
+            or "standardise".
+        x: The original values of the training part, [N, *E]; read by "standardise" only.
+        levels: The number of grey levels, or None for continuous data and counts.
+
+    Raises:
+        ValueError: If the name is unknown, or needs grey levels and there are none.
+    """
+    if name not in NAMES:
+        close = get_close_matches(name, NAMES, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"expected a transform among {', '.join(NAMES)}, got {name!r}{hint}")
+    if name == "none":
+        return Identity()
+    if name == "standardise":
+        return Standardise.fit(x)
+    if levels is None:
+        raise ValueError(
+            f"transform {name!r} needs data with grey levels, and this data has none; "
+            "use 'none' or 'standardise'"
+        )
+    return _grey_transform(name, levels)
+
+
+def _grey_transform(name: str, levels: int) -> Transform:
+    match name:
+        case "threshold":
+            return Threshold((levels - 1) / 2, top=levels - 1)
+        case "dequantise":
+            return Dequantise(levels)
+        case "rescale":
+            return Rescale(levels)
+        case _:
+            return Binarise(levels, dynamic=name == "dynamic")

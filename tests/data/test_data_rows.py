@@ -1,0 +1,224 @@
+"""Rows, their noise, subsets and digests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_vae.data import (
+    Binarise,
+    Data,
+    Dequantise,
+    Standardise,
+    Threshold,
+    Transform,
+    batches,
+    epoch_order,
+)
+
+N, SHAPE = 101, (1, 5, 7)
+
+
+def make(
+    transform: Transform, *, labels: bool = True, rows: Tensor | None = None, seed: int = 0
+) -> Data:
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randint(17, (N, *SHAPE), generator=generator).to(torch.uint8)
+    classes = torch.arange(N) % 11 if labels else None
+    return Data(x, labels=classes, levels=17, transform=transform, rows=rows, seed=seed)
+
+
+NOISY = {
+    "static": Binarise(17, dynamic=False),
+    "dynamic": Binarise(17, dynamic=True),
+    "dequantise": Dequantise(17),
+}
+
+
+def all_rows(data: Data) -> Tensor:
+    return data.batch(torch.arange(len(data)))[0]
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_fixed_noise_ignores_order_subset_and_batching(name: str) -> None:
+    data = make(NOISY[name])
+    whole = all_rows(data.fixed(5))
+    index = torch.randperm(N, generator=torch.Generator().manual_seed(1))[:37]
+    parts = [data.subset(rows).fixed(5) for rows in index.split(13)]
+    assert torch.equal(torch.cat([all_rows(part) for part in parts]), whole[index])
+    assert torch.equal(data.fixed(5).batch(index)[0], whole[index])
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_fixed_noise_depends_on_seed_and_row_id(name: str) -> None:
+    data = make(NOISY[name])
+    assert torch.equal(all_rows(data.fixed(5)), all_rows(data.fixed(5)))
+    assert not torch.equal(all_rows(data.fixed(5)), all_rows(data.fixed(6)))
+    moved = make(NOISY[name], rows=torch.arange(N) + N)
+    assert not torch.equal(all_rows(data.fixed(5)), all_rows(moved.fixed(5)))
+
+
+def test_fixed_noise_spans_more_than_one_chunk() -> None:
+    x = torch.zeros(2053, 1, dtype=torch.uint8)
+    data = Data(x, levels=17, transform=Dequantise(17))
+    index = torch.tensor([0, 1023, 1024, 2052])
+    assert torch.equal(data.fixed().x[index], data.subset(index).fixed().x)
+    assert len(data.fixed().x.unique()) > 2000
+
+
+def test_fixed_noise_leaves_the_generator_of_torch_alone() -> None:
+    state = torch.get_rng_state()
+    make(Dequantise(17)).fixed()
+    epoch_order(N, 0, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_static_noise_is_that_of_fixed_and_dynamic_noise_is_fresh() -> None:
+    static = make(NOISY["static"], seed=7)
+    assert torch.equal(all_rows(static), all_rows(static))
+    assert torch.equal(all_rows(static), all_rows(static.fixed()))
+    assert torch.equal(all_rows(static), all_rows(static.fixed(7)))
+    for name in ("dynamic", "dequantise"):
+        fresh = make(NOISY[name])
+        assert not torch.equal(all_rows(fresh), all_rows(fresh))
+
+
+def test_binarised_frequency_is_the_grey_value() -> None:
+    data = Data(
+        torch.arange(17, dtype=torch.uint8).expand(10_007, 17).contiguous(),
+        levels=17,
+        transform=Binarise(17, dynamic=True),
+    )
+    p = torch.arange(17) / 16
+    for values in (all_rows(data.fixed()), all_rows(data)):
+        error = (p * (1 - p) / len(data)).sqrt()
+        assert ((values.mean(0) - p).abs() <= 5 * error).all()
+
+
+@pytest.mark.parametrize("transform", [*NOISY.values(), Threshold(8, 16)])
+def test_batches_are_float_and_fixed_keeps_the_units(transform: Transform) -> None:
+    data = make(transform)
+    fixed = data.fixed()
+    assert all_rows(data).dtype == all_rows(fixed).dtype == torch.float32
+    assert fixed.x.dtype == (torch.uint8 if transform.binary else torch.float32)
+    assert fixed.log_jacobian == data.log_jacobian
+    x = all_rows(fixed)
+    assert torch.equal(fixed.transform.inverse(x), transform.inverse(x))
+
+
+def test_standardised_images_can_be_fixed() -> None:
+    data = make(Standardise.fit(make(NOISY["static"]).x))
+    assert torch.equal(all_rows(data.fixed()), all_rows(data))
+
+
+def test_fixed_data_takes_no_other_transform() -> None:
+    with pytest.raises(ValueError, match="choose the transform before"):
+        make(Dequantise(17)).fixed().with_transform(Threshold(8))
+    assert make(Dequantise(17)).with_transform(Threshold(8)).transform == Threshold(8)
+
+
+def test_batches_carry_y() -> None:
+    data = make(NOISY["static"]).one_hot()
+    index = torch.tensor([97, 2, 2])
+    for source in (data, data.fixed(), data.with_transform(Dequantise(17))):
+        x, y = source.batch(index)
+        assert x.shape == (3, *SHAPE)
+        assert torch.equal(y.argmax(1), data.labels[index])
+        assert y.shape == (3, 11)
+
+
+def test_a_subset_keeps_the_number_of_classes() -> None:
+    data = make(Dequantise(17))
+    assert data.classes == 11
+    assert data.subset(torch.tensor([0, 1])).one_hot().y.shape == (2, 11)
+
+
+def test_one_hot_needs_labels() -> None:
+    with pytest.raises(ValueError, match="expected labels"):
+        make(Dequantise(17), labels=False).one_hot()
+
+
+def test_moving_keeps_the_rows() -> None:
+    data = make(NOISY["static"]).one_hot()
+    assert torch.equal(all_rows(data.to("cpu")), all_rows(data))
+
+
+def test_one_pixel_changes_the_digest() -> None:
+    data = make(Dequantise(17))
+    x = data.x.clone()
+    assert Data(x).digest() == data.digest()
+    x[53, 0, 3, 2] ^= 1
+    assert Data(x).digest() != data.digest()
+
+
+def test_y_shape_and_dtype_change_the_digest() -> None:
+    x = torch.zeros(6, 5, dtype=torch.uint8)
+    y = torch.zeros(6, 2)
+    y_other = y.clone()
+    y_other[5, 1] = 1
+    made = [
+        Data(x),
+        Data(x, y=y),
+        Data(x, y=y_other),
+        Data(x.reshape(5, 6)),
+        Data(x.reshape(6, 1, 5)),
+        Data(x.to(torch.int8)),
+    ]
+    assert len({data.digest() for data in made}) == len(made)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"x": torch.zeros(0, 3)}, "at least 1 row"),
+        ({"x": torch.zeros(3)}, r"shape \[N, \*E\]"),
+        ({"x": torch.zeros(3, 0)}, "1 value"),
+        ({"x": torch.zeros(3, 2), "y": torch.zeros(5, 2)}, "expected y of 2"),
+        ({"x": torch.zeros(3, 2), "y": torch.zeros(3)}, "expected y of 2"),
+        ({"x": torch.zeros(3, 2), "labels": torch.tensor([0, 1])}, "expected labels of 1"),
+        ({"x": torch.zeros(3, 2), "rows": torch.tensor([0, 1])}, "expected rows of 1"),
+        ({"x": torch.tensor([[0.0], [torch.nan], [torch.inf]])}, r"2 row\(s\), the .* row 1 "),
+        ({"x": torch.zeros(2, 1), "y": torch.tensor([[0.0], [torch.nan]])}, "values in y.* row 1"),
+        ({"x": torch.tensor([[1], [17]]), "levels": 17}, "from 0 to 16.* row 1 "),
+        ({"x": torch.zeros(2, 1), "labels": torch.tensor([0, -1])}, "expected labels from 0"),
+        (
+            {"x": torch.zeros(2, 1), "labels": torch.tensor([0, 5]), "classes": 5},
+            "labels below 5",
+        ),
+        ({"x": torch.zeros(2, 1), "seed": -1}, "seed of 0 or more"),
+    ],
+)
+def test_bad_rows_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Data(name="table", **options)
+
+
+def test_an_order_visits_each_row_once() -> None:
+    order = epoch_order(N, 2, 3)
+    assert torch.equal(order.sort().values, torch.arange(N))
+
+
+def test_an_order_depends_on_seed_and_epoch_only() -> None:
+    first = epoch_order(N, 2, 3)
+    torch.rand(5)
+    assert torch.equal(epoch_order(N, 2, 3), first)
+    for seed, epoch in ((2, 4), (3, 3), (3, 2)):
+        assert not torch.equal(epoch_order(N, seed, epoch), first)
+
+
+def test_batches_cover_the_rows_with_a_shorter_last_one() -> None:
+    parts = batches(N, 13)
+    assert [len(part) for part in parts] == [13] * 7 + [10]
+    assert torch.equal(torch.cat(parts), torch.arange(N))
+
+
+def test_bad_numbers_of_batches_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1 row"):
+        batches(N, 0)
+    with pytest.raises(ValueError, match="epoch of 0"):
+        epoch_order(N, 0, -1)
+    with pytest.raises(ValueError, match="seed of 0"):
+        epoch_order(N, -1, 0)
