@@ -1,3 +1,82 @@
-"""Variational autoencoders as Pyro programs."""
+"""Variational autoencoders as Pyro programs: declared, trained by SVI, judged by log p(x)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from pyro_vae import (
+        data,
+        distributions,
+        estimators,
+        likelihoods,
+        metrics,
+        networks,
+        objectives,
+        plots,
+        posteriors,
+        priors,
+    )
+    from pyro_vae.config import build, load
+    from pyro_vae.densities import scale_latents
+    from pyro_vae.estimators import Evidence, importance_sampling
+    from pyro_vae.training import fit
+    from pyro_vae.vae import VAE
+
+_NAMES = {
+    "VAE": "pyro_vae.vae",
+    "build": "pyro_vae.config",
+    "load": "pyro_vae.config",
+    "fit": "pyro_vae.training",
+    "scale_latents": "pyro_vae.densities",
+    "Evidence": "pyro_vae.estimators",
+    "importance_sampling": "pyro_vae.estimators",
+}
+_MODULES = (
+    "data",
+    "distributions",
+    "estimators",
+    "likelihoods",
+    "metrics",
+    "networks",
+    "objectives",
+    "plots",
+    "posteriors",
+    "priors",
+)
+
+__all__ = [
+    "VAE",
+    "Evidence",
+    "build",
+    "data",
+    "distributions",
+    "estimators",
+    "fit",
+    "importance_sampling",
+    "likelihoods",
+    "load",
+    "metrics",
+    "networks",
+    "objectives",
+    "plots",
+    "posteriors",
+    "priors",
+    "scale_latents",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # lazily, so that the command line can show its help without loading torch
+    if name in _NAMES:
+        return getattr(import_module(_NAMES[name]), name)
+    if name in _MODULES:
+        return import_module(f"pyro_vae.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

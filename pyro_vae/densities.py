@@ -11,11 +11,10 @@ import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
-from pyro.distributions import Distribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import Distribution, kl_divergence
 
 __all__ = [
     "Densities",
@@ -324,6 +323,11 @@ class ScaleLatents(Messenger):
             msg["scale"] = msg["scale"] * self.beta
 
 
+def _name(fn: Distribution) -> str:
+    base = getattr(fn, "base_dist", None)
+    return type(fn).__name__ if base is None else f"{type(fn).__name__}({_name(base)})"
+
+
 def particle_plate(num_particles: int) -> pyro.plate:
     """The plate of particles, outside the plate "data"."""
     if num_particles < 1:
@@ -336,10 +340,10 @@ def _args(x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def _sample_sites(trace: poutine.Trace, program: str) -> dict[str, dict[str, Any]]:
-    sites = {
+    sites: dict[str, Any] = {
         name: site
         for name, site in prune_subsample_sites(trace).nodes.items()
-        if site["type"] == "sample" and not site["infer"].get("_deterministic", False)
+        if site["type"] == "sample" and not (site["infer"] or {}).get("_deterministic", False)
     }
     for name, site in sites.items():
         _check_site(f"{program} site {name!r}", site)

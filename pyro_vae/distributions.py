@@ -8,9 +8,9 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from pyro.distributions import Distribution, TorchDistribution
+from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
-from torch.distributions import constraints, register_kl
+from torch.distributions import Distribution, constraints, register_kl
 
 __all__ = [
     "ContinuousBernoulli",
@@ -22,6 +22,9 @@ __all__ = [
     "flow_family",
     "mixture",
 ]
+
+
+Shape = Size | list[int] | tuple[int, ...]
 
 
 class ContinuousBernoulli(TorchDistribution):
@@ -44,7 +47,7 @@ class ContinuousBernoulli(TorchDistribution):
         self.logits = logits
         super().__init__(logits.shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Size, _instance: Any = None) -> ContinuousBernoulli:
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> ContinuousBernoulli:
         """The same distribution over a larger batch."""
         return type(self)(self.logits.expand(batch_shape), validate_args=False)
 
@@ -54,7 +57,7 @@ class ContinuousBernoulli(TorchDistribution):
             self._validate_sample(value)
         return self.logits * value - self._log_normaliser()
 
-    def rsample(self, sample_shape: Size = Size()) -> Tensor:
+    def rsample(self, sample_shape: Shape = Size()) -> Tensor:
         """Draws by the inverse of the cumulative distribution, of the nearer end."""
         a = self.logits.abs().clamp(min=1e-3)
         u = torch.rand(self._extended_shape(sample_shape), dtype=a.dtype, device=a.device)
@@ -107,7 +110,7 @@ class DiscretizedLogistic(TorchDistribution):
         """Integers from 0 to levels - 1."""
         return constraints.integer_interval(0, self.levels - 1)
 
-    def expand(self, batch_shape: Size, _instance: Any = None) -> DiscretizedLogistic:
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> DiscretizedLogistic:
         """The same distribution over a larger batch."""
         loc, scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
         return type(self)(loc, scale, self.levels, validate_args=False)
@@ -123,7 +126,7 @@ class DiscretizedLogistic(TorchDistribution):
         inside = above + below + width
         return torch.where(value <= 0, above, torch.where(value >= self.levels - 1, below, inside))
 
-    def sample(self, sample_shape: Size = Size()) -> Tensor:
+    def sample(self, sample_shape: Shape = Size()) -> Tensor:
         """Rounded and clipped logistic draws."""
         with torch.no_grad():
             shape = self._extended_shape(sample_shape)
@@ -142,7 +145,11 @@ class DiscretizedLogistic(TorchDistribution):
 
 
 class Levels(dist.Categorical):
-    """Categorical over the integers 0, ..., C - 1 as numbers: it has a mean."""
+    """Categorical over the integers 0, ..., C - 1 as numbers: draws are, and it has a mean."""
+
+    def sample(self, sample_shape: Size = Size()) -> Tensor:
+        """Draws, of the precision of the probabilities."""
+        return super().sample(sample_shape).to(self.probs.dtype)
 
     @property
     def mean(self) -> Tensor:
@@ -189,13 +196,13 @@ class MixtureOfDiagonalNormals(TorchDistribution):
         logits: Tensor,
         loc: Tensor,
         scale: Tensor,
-        batch_shape: Size = Size(),
+        batch_shape: Shape = Size(),
         validate_args: bool | None = None,
     ) -> None:
         self.logits, self.loc, self.scale = logits, loc, scale
         super().__init__(Size(batch_shape), loc.shape[-1:], validate_args=validate_args)
 
-    def expand(self, batch_shape: Size, _instance: Any = None) -> MixtureOfDiagonalNormals:
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> MixtureOfDiagonalNormals:
         """The same mixture over a larger batch."""
         return type(self)(self.logits, self.loc, self.scale, batch_shape, validate_args=False)
 
@@ -215,7 +222,7 @@ class MixtureOfDiagonalNormals(TorchDistribution):
         log_prob = self.component_log_prob(value).logsumexp(-1).to(value.dtype)
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
-    def sample(self, sample_shape: Size = Size()) -> Tensor:
+    def sample(self, sample_shape: Shape = Size()) -> Tensor:
         """Draws of a component, then of its Normal."""
         with torch.no_grad():
             c = dist.Categorical(logits=self.logits).sample(Size(sample_shape) + self.batch_shape)
@@ -255,11 +262,11 @@ class Flow(TorchDistribution):
         self._last: tuple[Tensor, Tensor] | None = None
         super().__init__(flow.batch_shape, flow.event_shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Size, _instance: Any = None) -> Flow:
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> Flow:
         """The same flow over a larger batch."""
         return type(self)(self.flow.expand(Size(batch_shape)), validate_args=False)
 
-    def rsample(self, sample_shape: Size = Size()) -> Tensor:
+    def rsample(self, sample_shape: Shape = Size()) -> Tensor:
         """Reparameterised draws [*sample, *batch, D]."""
         z, log_prob = self.flow.rsample_and_log_prob(Size(sample_shape))
         self._last = (z, log_prob)
@@ -268,7 +275,8 @@ class Flow(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density of `value` in nats."""
         if self._last is not None and self._last[0] is value:
-            return self._last[1]
+            if self._last[1].requires_grad or not torch.is_grad_enabled():
+                return self._last[1]  # else drawn without gradient, and now scored with one
         lead = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)  # zuko does not
         return self.flow.log_prob(value.expand(*lead, *self.event_shape))
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from typing import Literal
 
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from pyro.distributions import Distribution
+from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 
 from pyro_vae import distributions
 
@@ -46,7 +47,7 @@ class Likelihood(nn.Module):
         data_shape: Shape of one datum.
     """
 
-    support: constraints.Constraint = constraints.real
+    support: constraints.Constraint = constraints.interval(-sys.float_info.max, sys.float_info.max)
     support_name = "finite numbers"
     remedy = "remove them"
 
@@ -68,19 +69,19 @@ class Likelihood(nn.Module):
     def raw_start(self, x: Tensor) -> Tensor:
         """First raw parameters, [k * C, *rest], that give the average of `x` [N, C, *rest]."""
 
-    def raw(self, z: Tensor, y: Tensor | None) -> Tensor:
-        """The decoder's output [*S, P * C, *rest] as P parameters, [P, *S, C, *rest]."""
+    def raw(self, z: Tensor, y: Tensor | None, count: int = 1) -> Tensor:
+        """The decoder's output [*S, P * C, *rest] as P = count parameters, [P, *S, C, *rest]."""
         raw = self.decoder(z, y)
         raw = raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw
         channel = raw.ndim - len(self.data_shape)
-        channels = self.data_shape[0]
-        if raw.shape[channel + 1 :] != self.data_shape[1:] or raw.shape[channel] % channels:
+        channels, *rest = self.data_shape
+        if raw.shape[channel:] != (count * channels, *rest):
             raise ValueError(
                 f"decoder gives {tuple(raw.shape[z.ndim - 1 :])}, which does not fit data of "
                 f"shape {self.data_shape}: its out_shape must be the data's, with "
-                "num_params times the channels"
+                f"num_params = {count} times the channels"
             )
-        return raw.unflatten(channel, (-1, channels)).movedim(channel, 0)
+        return raw.unflatten(channel, (count, channels)).movedim(channel, 0)
 
     def check(self, x: Tensor) -> None:
         """Raises a ValueError if `x` is outside the support."""
@@ -174,6 +175,8 @@ class LocationScale(Likelihood):
         min_scale: Floor of a scale that is not fixed: without one the density is unbounded.
     """
 
+    fixed_scale: Tensor
+
     def __init__(
         self,
         decoder: nn.Module,
@@ -201,12 +204,12 @@ class LocationScale(Likelihood):
         return 2 if scale == "predicted" else 1
 
     @abstractmethod
-    def distribution(self, mean: Tensor, scale: Tensor) -> Distribution:
+    def distribution(self, mean: Tensor, scale: Tensor) -> TorchDistribution:
         """The distribution of each dimension."""
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
         """The distribution, independent over dimensions."""
-        raw = self.raw(z, y)
+        raw = self.raw(z, y, self.num_params(self.scale_option))
         links = {"identity": lambda m: m, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
         scale = self._scale(raw[-1]).expand(raw[0].shape)
         each = self.distribution(links[self.mean_option](raw[0]), scale)
@@ -236,7 +239,7 @@ class Normal(LocationScale):
         Rybkin et al. Simple and effective VAE training with calibrated decoders. 2021.
     """
 
-    def distribution(self, mean: Tensor, scale: Tensor) -> Distribution:
+    def distribution(self, mean: Tensor, scale: Tensor) -> TorchDistribution:
         """N(mean, scale^2)."""
         return dist.Normal(mean, scale)
 
@@ -247,7 +250,7 @@ class Laplace(LocationScale):
     Args: see `LocationScale`.
     """
 
-    def distribution(self, mean: Tensor, scale: Tensor) -> Distribution:
+    def distribution(self, mean: Tensor, scale: Tensor) -> TorchDistribution:
         """Laplace(mean, scale)."""
         return dist.Laplace(mean, scale)
 
@@ -272,7 +275,7 @@ class StudentT(LocationScale):
         super().__init__(decoder, data_shape, scale, mean, min_scale)
         self.raw_df = nn.Parameter(torch.tensor(3.0))
 
-    def distribution(self, mean: Tensor, scale: Tensor) -> Distribution:
+    def distribution(self, mean: Tensor, scale: Tensor) -> TorchDistribution:
         """t(df, mean, scale)."""
         df = 2.01 + F.softplus(self.raw_df)
         return dist.StudentT(df.expand(mean.shape), mean, scale)
@@ -309,7 +312,7 @@ class Beta(Likelihood):
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
         """Beta by mean and concentration."""
-        mean, concentration = self.raw(z, y)
+        mean, concentration = self.raw(z, y, 2)
         mean, concentration = torch.sigmoid(mean), F.softplus(concentration + 2)
         alpha = self.min_concentration + mean * concentration
         beta = self.min_concentration + (1 - mean) * concentration
@@ -329,6 +332,8 @@ class DiscretizedLogistic(Likelihood):
         levels: Number of levels; masses sum to one over them.
         min_scale: Floor of the scale, in units of (levels - 1).
     """
+
+    support: constraints.Constraint = constraints.nonnegative_integer  # below `levels`
 
     def __init__(
         self,
@@ -351,7 +356,7 @@ class DiscretizedLogistic(Likelihood):
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
         """Logistic in bins."""
-        loc, scale = self.raw(z, y)
+        loc, scale = self.raw(z, y, 2)
         unit = self.levels - 1
         scale = unit * (self.min_scale + 0.1 * F.softplus(scale))
         each = distributions.DiscretizedLogistic(unit * (0.5 + loc), scale, self.levels)
@@ -371,6 +376,8 @@ class Categorical(Likelihood):
         levels: Number of levels.
     """
 
+    support: constraints.Constraint = constraints.nonnegative_integer  # below `levels`
+
     def __init__(self, decoder: nn.Module, data_shape: tuple[int, ...], levels: int = 256) -> None:
         super().__init__(decoder, data_shape)
         _check_levels(levels)
@@ -386,7 +393,7 @@ class Categorical(Likelihood):
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
         """Categorical over levels."""
-        logits = self.raw(z, y).movedim(0, -1)
+        logits = self.raw(z, y, self.levels).movedim(0, -1)
         return distributions.Levels(logits=logits).to_event(len(self.data_shape))
 
     def raw_start(self, x: Tensor) -> Tensor:
@@ -453,7 +460,7 @@ class NegativeBinomial(Likelihood):
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
         """Negative binomial by mean and dispersion."""
-        log_mean, raw = self.raw(z, y)
+        log_mean, raw = self.raw(z, y, 2)
         r = self.min_dispersion + F.softplus(raw)
         return dist.NegativeBinomial(r, logits=log_mean - r.log()).to_event(len(self.data_shape))
 

@@ -7,8 +7,8 @@ from abc import abstractmethod
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from pyro.distributions import Distribution
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from pyro_vae import distributions
 from pyro_vae.distributions import Flow, flow_family
@@ -30,6 +30,8 @@ class Posterior(nn.Module):
         encoder: Network from a datum (and `y`) to `num_params(latent_dim)` raw numbers.
         latent_dim: Latent size D.
     """
+
+    input_scale: Tensor
 
     def __init__(self, encoder: nn.Module, latent_dim: int) -> None:
         super().__init__()

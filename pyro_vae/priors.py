@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import Distribution
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pyro_vae.distributions import Flow, flow_family, mixture
@@ -57,6 +57,9 @@ class StandardNormal(Prior):
     References:
         Kingma and Welling. Auto-encoding variational Bayes. 2013.
     """
+
+    loc: Tensor
+    scale: Tensor
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
@@ -131,6 +134,9 @@ class VampPrior(Prior):
         Tomczak and Welling. VAE with a VampPrior. 2018.
     """
 
+    low: Tensor
+    high: Tensor
+
     def __init__(
         self,
         posterior: nn.Module,
@@ -183,6 +189,9 @@ class Laplace(Prior):
         latent_dim: Latent size D.
     """
 
+    loc: Tensor
+    scale: Tensor
+
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
         self.register_buffer("loc", torch.zeros(latent_dim))
@@ -200,6 +209,8 @@ class StudentT(Prior):
         latent_dim: Latent size D.
         df: Degrees of freedom; the variance df / (df - 2) is finite above 2.
     """
+
+    df: Tensor
 
     def __init__(self, latent_dim: int, df: float = 5.0) -> None:
         super().__init__()

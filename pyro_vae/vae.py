@@ -6,10 +6,10 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import Distribution, is_validation_enabled
+from pyro.distributions import is_validation_enabled
 from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.posteriors import Posterior
@@ -39,6 +39,8 @@ class VAE(nn.Module):
         Rezende, Mohamed and Wierstra. Stochastic backpropagation and approximate inference in
         deep generative models. 2014.
     """
+
+    initialised: Tensor
 
     def __init__(self, prior: Prior, likelihood: Likelihood, posterior: Posterior) -> None:
         super().__init__()
@@ -162,7 +164,7 @@ def _register_effect(parts: dict[str, nn.Module]) -> bool:
             if name in store and store._params[name] is not parameter:
                 del store[name]
             if name not in store:
-                constraint = {name: constraints.real}
-                store.set_state({"params": {name: parameter}, "constraints": constraint})
+                real: dict[str, constraints.Constraint] = {name: constraints.real}
+                store.set_state({"params": {name: parameter}, "constraints": real})
             pyro.param(name)
     return True

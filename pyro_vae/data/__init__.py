@@ -2,7 +2,7 @@
 
 from pyro_vae.data.batches import batches, epoch_order
 from pyro_vae.data.data import Data
-from pyro_vae.data.datasets import load_data
+from pyro_vae.data.datasets import load_data, read_rows
 from pyro_vae.data.splits import Splits
 from pyro_vae.data.transforms import (
     Binarise,
@@ -12,7 +12,9 @@ from pyro_vae.data.transforms import (
     Standardise,
     Threshold,
     Transform,
+    declare,
     make_transform,
+    restore,
 )
 
 __all__ = [
@@ -26,7 +28,10 @@ __all__ = [
     "Threshold",
     "Transform",
     "batches",
+    "declare",
     "epoch_order",
     "load_data",
     "make_transform",
+    "read_rows",
+    "restore",
 ]

@@ -69,6 +69,18 @@ def load_data(
     return Splits(train, held, test, str(name), transform, rows, seed, conditional, limit)
 
 
+def read_rows(path: str | Path) -> Data:
+    """All rows of a file or folder as one part, untransformed.
+
+    Args:
+        path: An .npz, .npy or .csv file or a folder of images.
+
+    Raises:
+        ValueError: If there is none, or it cannot be used.
+    """
+    return _read(Path(path), ".").train
+
+
 def _read(name: str | Path, root: str | Path) -> Given:
     named = {known.lower(): known for known in NAMED}.get(str(name).lower())
     if named and not isinstance(name, Path):

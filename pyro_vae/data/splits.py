@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pyro_vae.data.data import Data
+from pyro_vae.data.transforms import make_transform
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +35,15 @@ class Splits:
     seed: int = 0
     conditional: bool = False
     limit: int | None = None
+
+    def with_transform(self, name: str) -> Splits:
+        """The same rows under the transform called ``name``, fitted to the training part."""
+        made = make_transform(name, self.train.x, self.train.levels)
+        parts = {
+            part: getattr(self, part).with_transform(made)
+            for part in ("train", "validation", "test")
+        }
+        return replace(self, **parts, transform=name)
 
     def describe(self) -> dict[str, Any]:
         """What ``load_data`` needs to make the parts again, and their digests, for JSON.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -315,3 +316,25 @@ def _grey_transform(name: str, levels: int) -> Transform:
             return Rescale(levels)
         case _:
             return Binarise(levels, dynamic=name == "dynamic")
+
+
+def declare(transform: Transform) -> dict[str, Any]:
+    """The class and numbers of a transform, for JSON; ``restore`` makes it again."""
+    values = {f.name: getattr(transform, f.name) for f in fields(transform)}  # type: ignore[arg-type]
+    plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in values.items()}
+    return {"class": type(transform).__name__, **plain}
+
+
+def restore(declaration: Mapping[str, Any]) -> Transform:
+    """The transform that ``declare`` described.
+
+    Raises:
+        ValueError: If the class is none of this module's.
+    """
+    known = (Identity, Threshold, Binarise, Dequantise, Rescale, Standardise)
+    values = {k: v for k, v in declaration.items() if k != "class"}
+    for cls in known:
+        if cls.__name__ == declaration.get("class"):
+            tensors = {k: torch.tensor(v) for k, v in values.items() if isinstance(v, list)}
+            return cls(**{**values, **tensors})
+    raise ValueError(f"expected a transform of pyro_vae.data, got {declaration.get('class')!r}")

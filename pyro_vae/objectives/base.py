@@ -74,7 +74,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
     ) -> float:
         """The loss, after adding its gradients to the parameters: what SVI calls."""
         loss = self.reduce(self._densities(model, guide, x, y))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss.item()
 
     def _densities(self, model: Program, guide: Program, x: Tensor, y: Tensor | None) -> Densities:

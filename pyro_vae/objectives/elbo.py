@@ -29,6 +29,8 @@ class ELBO(Objective):
         Higgins et al. beta-VAE. 2017.
     """
 
+    beta: Tensor
+
     def __init__(self, beta: float = 1.0, kl: str = "auto", num_particles: int = 1) -> None:
         super().__init__(num_particles)
         if beta < 0:

@@ -1,0 +1,254 @@
+"""Declarations, names with options, to objects and back."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_vae import likelihoods, networks, objectives, posteriors, priors
+from pyro_vae.training import load_weights, read_run
+from pyro_vae.vae import VAE
+
+__all__ = [
+    "BASES",
+    "INJECTED",
+    "build",
+    "check_options",
+    "closest",
+    "component",
+    "components",
+    "default_transform",
+    "load",
+    "named_class",
+    "option_names",
+    "short_names",
+]
+
+Declared = str | Mapping[str, Any]
+
+BASES: dict[str, type] = {
+    "prior": priors.Prior,
+    "likelihood": likelihoods.Likelihood,
+    "posterior": posteriors.Posterior,
+    "encoder": networks.Network,
+    "decoder": networks.Network,
+    "objective": objectives.Objective,
+}
+INJECTED = {"latent_dim", "data_shape", "posterior", "encoder", "decoder", "in_shape", "out_shape"}
+
+
+def build(
+    data_shape: int | Iterable[int],
+    latent_dim: int,
+    prior: Declared = "StandardNormal",
+    likelihood: Declared = "Bernoulli",
+    posterior: Declared = "DiagonalNormal",
+    encoder: Declared = "MLP",
+    decoder: Declared = "MLP",
+    condition_dim: int = 0,
+) -> VAE:
+    """A VAE from the names of its parts.
+
+    A part is a class name, or `{"class_path": name, "init_args": {option: value}}` as in YAML.
+    Known are the classes of pyro_vae and those that the caller has imported; nothing else is
+    imported. Latent size, data shape, networks and, for a VampPrior, the posterior are filled
+    in by argument name; the networks' output sizes follow from `num_params`.
+
+    Args:
+        data_shape: Shape of one datum.
+        latent_dim: Latent size D.
+        prior: Name of a prior.
+        likelihood: Name of a likelihood.
+        posterior: Name of a posterior.
+        encoder: Name of a network from data.
+        decoder: Name of a network to data.
+        condition_dim: Length of the vector `y` that both networks are conditioned on.
+
+    Raises:
+        ValueError: If a name or option is unknown (with the closest known one), or an option has
+            the wrong type.
+    """
+    shape = (data_shape,) if isinstance(data_shape, int) else tuple(data_shape)
+    declared = {
+        "prior": component("prior", prior),
+        "likelihood": component("likelihood", likelihood),
+        "posterior": component("posterior", posterior),
+        "encoder": component("encoder", _conditioned("encoder", encoder, condition_dim)),
+        "decoder": component("decoder", _conditioned("decoder", decoder, condition_dim)),
+    }
+    raw = _num_params(declared["likelihood"])
+    filled: dict[str, Any] = {"latent_dim": latent_dim, "data_shape": shape}
+    filled["decoder"] = _make(
+        declared["decoder"], {"in_shape": (latent_dim,), "out_shape": (raw * shape[0], *shape[1:])}
+    )
+    made_likelihood = _make(declared["likelihood"], filled)
+    out = _num_params(declared["posterior"], latent_dim)
+    filled["encoder"] = _make(declared["encoder"], {"in_shape": shape, "out_shape": (out,)})
+    filled["posterior"] = _make(declared["posterior"], filled)
+    vae = VAE(_make(declared["prior"], filled), made_likelihood, filled["posterior"])
+    vae.declaration = {
+        "data_shape": list(shape),
+        "latent_dim": latent_dim,
+        **{
+            family: {"class_path": _name(cls), "init_args": options}
+            for family, (cls, options) in declared.items()
+        },
+    }
+    return vae
+
+
+def load(run: str | os.PathLike[str], vae: VAE | None = None) -> VAE:
+    """The VAE of a run folder, with its best weights, in eval mode.
+
+    Nothing is executed: weights are safetensors, and a declaration may name only classes that
+    are known already.
+
+    Args:
+        run: Folder that `fit` or `pyro-vae train` wrote.
+        vae: The module to load into, for one that `build` did not make.
+
+    Raises:
+        ValueError: If the folder is no run, is incomplete or newer, or does not fit `vae`.
+    """
+    declaration = read_run(run)["declaration"]
+    if vae is None:
+        if declaration is None:
+            raise ValueError(f"{run}: the VAE was not made by build(): give it, load(run, vae)")
+        vae = build(**declaration)
+    try:
+        vae.load_state_dict(load_weights(run))
+    except RuntimeError as error:
+        raise ValueError(f"{run}: the weights do not fit the module: {error}") from error
+    return vae.eval()
+
+
+def components(family: str) -> dict[str, type]:
+    """The known classes of a family, by name: ours, and those of modules already imported."""
+    found = sorted(_final_subclasses(BASES[family]), key=_is_ours)
+    return {cls.__name__: cls for cls in found}
+
+
+def component(family: str, declared: Declared) -> tuple[type, dict[str, Any]]:
+    """The class that `declared` names, and its options, checked and complete."""
+    if isinstance(declared, str):
+        declared = {"class_path": declared}
+    if not isinstance(declared, Mapping) or set(declared) - {"class_path", "init_args"}:
+        raise ValueError(
+            f"{family} must be a class name or a mapping of class_path and init_args; "
+            f"got {declared!r}"
+        )
+    cls = named_class(family, declared["class_path"])
+    options = dict(declared.get("init_args") or {})
+    check_options(family, cls, options)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, family, skip=INJECTED & set(_parameters(cls)))
+    try:
+        checked = parser.parse_object({family: options} if options else {})
+    except ArgumentError as error:
+        raise ValueError(f"{family} {cls.__name__}: {error}") from error
+    return cls, {key: _plain(checked[family][key]) for key in option_names(cls)}
+
+
+def named_class(family: str, name: str) -> type:
+    """The known class called `name`, or by its full path."""
+    known = components(family)
+    for cls in known.values():
+        if name in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}"):
+            return cls
+    raise ValueError(
+        f"{family} {name!r} is unknown{closest(name, known)}: choose one of "
+        f"{', '.join(sorted(known))}, or import the module of your own class first"
+    )
+
+
+def check_options(family: str, cls: type, options: Iterable[str]) -> None:
+    """Refuses options that `cls` does not have."""
+    names = option_names(cls)
+    for option in options:
+        if option not in names:
+            raise ValueError(
+                f"{family} {cls.__name__} has no option {option!r}{closest(option, names)}: "
+                f"it has {', '.join(names) or 'none'}"
+            )
+
+
+def option_names(cls: type) -> list[str]:
+    """Names of the arguments of `cls` that a user sets."""
+    return [name for name in _parameters(cls) if name not in INJECTED]
+
+
+def _final_subclasses(cls: type) -> set[type]:
+    children: set[type] = set().union(*map(_final_subclasses, cls.__subclasses__()))
+    abstract = any(
+        getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in dir(cls)
+    )
+    return children | (set() if abstract else {cls})
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.startswith("pyro_vae.")
+
+
+def _name(cls: type) -> str:
+    return cls.__name__ if _is_ours(cls) else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def _num_params(declared: tuple[type, dict[str, Any]], *args: int) -> int:
+    cls, options = declared
+    taken = set(_parameters(cls.num_params))  # type: ignore[attr-defined]
+    wanted = {k: v for k, v in options.items() if k in taken}
+    return cls.num_params(*args, **wanted)  # type: ignore[attr-defined]
+
+
+def _make(declared: tuple[type, dict[str, Any]], filled: dict[str, Any]) -> Any:
+    cls, options = declared
+    taken = set(_parameters(cls))
+    return cls(**{k: v for k, v in filled.items() if k in taken}, **options)
+
+
+def _conditioned(family: str, declared: Declared, condition_dim: int) -> Declared:
+    if not condition_dim:
+        return declared
+    declared = {"class_path": declared} if isinstance(declared, str) else dict(declared)
+    options = {"condition_dim": condition_dim, **(declared.get("init_args") or {})}
+    return {**declared, "init_args": options}
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """A hint at the known name that is most like `name`."""
+    close = get_close_matches(name, list(known), 1, 0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def short_names(family: str, declared: Mapping[str, Any]) -> dict[str, Any]:
+    """`declared` with our classes by their short names, so that moved classes keep old runs."""
+    return {**declared, "class_path": _name(named_class(family, declared["class_path"]))}
+
+
+def default_transform(likelihood: type, levels: int | None, x: Tensor) -> str:
+    """Name of the transform that fits raw data `x` to the support of a likelihood."""
+    support: constraints.Constraint = likelihood.support  # type: ignore[attr-defined]
+    if support is constraints.boolean and levels not in (2, None):
+        return "threshold"
+    if support.is_discrete or levels == 2:
+        return "none"
+    if levels is not None:
+        return "dequantise"
+    whole_line = bool(support.check(torch.tensor([-10.0, 10.0])).all())
+    return "standardise" if whole_line and x.ndim == 2 else "none"

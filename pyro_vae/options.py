@@ -1,0 +1,175 @@
+"""The options of each command, by jsonargparse; names are checked before it imports anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from pyro_vae import config
+
+__all__ = ["PARSERS", "check_names", "import_modules"]
+
+DEFAULTS = {
+    "prior": "StandardNormal",
+    "likelihood": "Bernoulli",
+    "posterior": "DiagonalNormal",
+    "encoder": "MLP",
+    "decoder": "MLP",
+    "objective": "ELBO",
+}
+
+
+def import_modules(argv: list[str]) -> None:
+    """Imports the modules named by `--import`, so that their classes are known by name."""
+    for name in _values(argv, "--import"):
+        import_module(name)
+
+
+def check_names(argv: list[str]) -> None:
+    """Refuses unknown classes and options, with the closest known ones.
+
+    jsonargparse imports a class path before it refuses it; nothing is imported here.
+
+    Raises:
+        ValueError: If a name on the command line or in its configuration file is unknown.
+    """
+    declared: dict[str, Any] = {}
+    for path in _values(argv, "--config"):
+        try:
+            content = yaml.safe_load(Path(path).read_text())
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"configuration {path} cannot be read: {error}") from error
+        declared |= content if isinstance(content, dict) else {}
+    for family, default in DEFAULTS.items():
+        given = declared.get(family, default)
+        mapping = {"class_path": given} if isinstance(given, str) else dict(given)
+        names = [mapping["class_path"], *_values(argv, f"--{family}")]
+        for name in names:
+            cls = config.named_class(family, name)
+        in_file = mapping.get("init_args") or {} if len(names) == 1 else {}
+        config.check_options(family, cls, [*in_file, *_suboptions(argv, family)])
+
+
+def _values(argv: list[str], option: str) -> list[str]:
+    pairs = [argument.partition("=") for argument in argv]
+    return [
+        value if equals else argv[i + 1]
+        for i, (key, equals, value) in enumerate(pairs)
+        if key == option and (equals or i + 1 < len(argv))
+    ]
+
+
+def _suboptions(argv: list[str], family: str) -> list[str]:
+    start = f"--{family}."
+    names = [a.partition("=")[0][len(start) :].split(".") for a in argv if a.startswith(start)]
+    return [
+        n[1] if n[0] == "init_args" else n[0] for n in names if n[0] not in ("help", "class_path")
+    ]
+
+
+def _train_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="pyro-vae train", description="Trains a declared VAE.")
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these options")
+    _data_options(parser)
+    parser.add_argument("--latent_dim", type=int, default=20, help="latent size D")
+    for family, default in DEFAULTS.items():
+        base = config.BASES[family]
+        parser.add_subclass_arguments(
+            base, family, skip=config.INJECTED, default={"class_path": default}, required=False
+        )
+    _training_options(parser)
+    return parser
+
+
+def _data_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--data", default="digits", help="name of a data set, or path of a file or image folder")
+    add("--data_root", default="data", help="folder of the named data sets")
+    add("--transform", default="auto", help="none, threshold, static, dynamic, dequantise, "
+        "rescale or standardise; auto fits the likelihood")  # fmt: skip
+    add("--validation", type=int | float | None, default=None, help="rows or share held out")
+    add("--split_seed", type=int, default=0, help="of the split and of fixed noise")
+    add("--conditional", type=bool, default=False, help="condition on labels or on y")
+    add("--limit", type=int | None, default=None, help="at most this many rows of each part")
+
+
+def _training_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--epochs", type=int, default=100, help="passes over the training part")
+    add("--batch_size", type=int, default=100)
+    add("--optimizer", type=str | dict, default="Adam", help="of torch.optim, by name")
+    add("--lr", type=float, default=1e-3, help="learning rate")
+    add("--schedule", type=str | dict | None, default=None, help="of torch.optim.lr_scheduler")
+    add("--clip_norm", type=float | None, default=None, help="greatest norm of all gradients")
+    add("--patience", type=int | None, default=None, help="epochs without a better bound")
+    add("--seed", type=int, default=0)
+    add("--devices", type=int, default=1)
+    add("--accelerator", default="auto")
+    add("--precision", default="32-true")
+    add("--tensorboard", type=bool, default=False, help="also log for TensorBoard")
+    add("--progress", type=bool, default=True, help="show a progress bar")
+    add("--run", type=str | None, default=None, help="new folder of the run; runs/NAME-n")
+    add("--resume", type=str | None, default=None, help="folder of a run to go on with")
+    add("--import", type=str | None, default=None, help="module that defines classes of yours")
+
+
+def _run_parser(name: str, description: str) -> ArgumentParser:
+    parser = ArgumentParser(prog=f"pyro-vae {name}", description=description)
+    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("--data_root", default="data", help="folder of the named data sets")
+    parser.add_argument("--import", type=str | None, default=None)
+    return parser
+
+
+def _demo_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="pyro-vae demo", description="Trains on the bundled digits.")
+    parser.add_argument("--run", type=str | None, default=None, help="new folder of the run")
+    return parser
+
+
+def _evaluate_parser() -> ArgumentParser:
+    parser = _run_parser("evaluate", "log p(x) of held-out data, with its error.")
+    add = parser.add_argument
+    add("--part", default="test", choices=["test", "validation", "train"])
+    add("--limit", type=int | None, default=1000, help="first rows of the part; null for all")
+    add("--num_samples", type=int, default=5000, help="draws K for each datum")
+    add("--elbo_samples", type=int, default=100, help="draws for the ELBO")
+    add("--seed", type=int, default=0)
+    return parser
+
+
+def _sample_parser() -> ArgumentParser:
+    parser = _run_parser("sample", "Draws of a run's model.")
+    add = parser.add_argument
+    add("--size", type=int, default=100)
+    add("--mean", type=bool, default=False, help="E[x | z] of drawn z instead of draws of x")
+    add("--label", type=int | None, default=None, help="class, for a conditional model")
+    add("--seed", type=int, default=0)
+    add("--out", type=str | None, default=None, help=".npz file; RUN/samples.npz")
+    return parser
+
+
+def _encode_parser() -> ArgumentParser:
+    parser = _run_parser("encode", "Posterior means and scales of a file's rows.")
+    parser.add_argument("file", help=".npz, .npy or .csv file, or a folder of images")
+    parser.add_argument("--out", type=str | None, default=None, help=".npz or .csv file")
+    return parser
+
+
+def _plot_parser() -> ArgumentParser:
+    return _run_parser("plot", "The figures of a run again.")
+
+
+PARSERS: dict[str, Callable[[], ArgumentParser]] = {
+    "demo": _demo_parser,
+    "train": _train_parser,
+    "evaluate": _evaluate_parser,
+    "sample": _sample_parser,
+    "encode": _encode_parser,
+    "plot": _plot_parser,
+}

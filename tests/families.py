@@ -1,0 +1,90 @@
+"""Every class of each family, found by itself, and a VAE of any of them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae import likelihoods, networks, objectives, posteriors, priors
+from pyro_vae.distributions import Flow
+from pyro_vae.vae import VAE
+
+
+def final(base: type) -> list[type]:
+    """Subclasses of `base` within pyro_vae that have no abstract method left, by name."""
+    found, queue = [], [base]
+    while queue:
+        cls = queue.pop()
+        queue += cls.__subclasses__()
+        abstract = any(
+            getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in dir(cls)
+        )
+        if cls.__module__.startswith("pyro_vae.") and not abstract:
+            found.append(cls)
+    return sorted(found, key=lambda cls: cls.__name__)
+
+
+PRIORS = final(priors.Prior)
+LIKELIHOODS = final(likelihoods.Likelihood)
+POSTERIORS = final(posteriors.Posterior)
+NETWORKS = final(networks.Network)
+OBJECTIVES = final(objectives.Objective)
+
+
+def name(cls: type) -> str:
+    """Test id of a class."""
+    return cls.__name__
+
+
+def accepted(cls: type, **offered: Any) -> dict[str, Any]:
+    """Those of `offered` that the constructor of `cls` takes."""
+    return {k: v for k, v in offered.items() if k in inspect.signature(cls).parameters}
+
+
+def make(
+    prior: type = priors.StandardNormal,
+    likelihood: type = likelihoods.Bernoulli,
+    posterior: type = posteriors.DiagonalNormal,
+    data_shape: tuple[int, ...] = (7,),
+    latent_dim: int = 2,
+    hidden: tuple[int, ...] = (5,),
+    **options: Any,
+) -> VAE:
+    """A VAE of three classes with no options; `options` are those of its dense networks."""
+    channels, *rest = data_shape
+    encoder = networks.MLP(data_shape, posterior.num_params(latent_dim), hidden, **options)
+    out_shape = (likelihood.num_params() * channels, *rest)
+    decoder = networks.MLP(latent_dim, out_shape, hidden, **options)
+    q = posterior(encoder, latent_dim)
+    p = prior(**accepted(prior, latent_dim=latent_dim, posterior=q, data_shape=data_shape))
+    return VAE(p, likelihood(decoder, data_shape), q)
+
+
+def network(cls: type, **options: Any) -> networks.Network:
+    """A network of `cls` from an image or to one, whichever it is for."""
+    try:
+        return cls((2, 7, 5), 11, **options)
+    except ValueError:
+        return cls(11, (2, 7, 5), **options)
+
+
+def draw(vae: VAE, size: int, **given: Tensor) -> Tensor:
+    """Data that fit the likelihood: draws of the model itself."""
+    with torch.no_grad():
+        return vae.sample(size, **given)
+
+
+def sampling_error(distribution: Any, draws: Tensor) -> Tensor:
+    """Standard error of the mean of `draws` less the distribution's own mean."""
+    own = 1 / 1000 if isinstance(distribution, Flow) else 0.0  # its mean is that of 1000 draws
+    return draws.std(0) * (1 / len(draws) + own) ** 0.5
+
+
+class Raw(nn.Module):
+    """A decoder whose latents are the raw parameters."""
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        return z

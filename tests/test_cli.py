@@ -1,0 +1,259 @@
+"""The command line: what a person types, on real files, and what they get for a mistake."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from pyro_vae import importance_sampling, load
+from pyro_vae.__main__ import main
+from pyro_vae.data import load_data
+
+SMALL = ["--encoder.hidden=[11]", "--decoder.hidden=[11]", "--latent_dim=3", "--progress=false"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    options = ["--prior", "MixtureOfGaussians", "--prior.num_components", "3", "--epochs", "3"]
+    assert main(["train", *SMALL, *options, "--limit", "211", "--run", str(folder)]) == 0
+    return folder
+
+
+def test_run_folder_holds_its_declaration_and_figures(run: Path) -> None:
+    declared = yaml.safe_load((run / "config.yaml").read_text())
+    assert declared["prior"]["class_path"] == "MixtureOfGaussians"
+    assert declared["prior"]["init_args"] == {"num_components": 3}
+    assert declared["transform"] == "threshold"
+    names = {path.name for path in (run / "figures").iterdir()}
+    assert names == {
+        "curves.png", "latent.png", "reconstructions.png", "sample_means.png", "samples.png"
+    }  # fmt: skip
+
+
+def test_evaluate_reports_what_the_estimator_gives(run: Path) -> None:
+    assert main(["evaluate", str(run), "--num_samples", "101", "--limit", "13"]) == 0
+    numbers = json.loads((run / "evaluation.json").read_text())
+    data = load_data("digits", transform="threshold", limit=211).test
+    x, _ = data.fixed().batch(torch.arange(13))
+    vae = load(run)
+    evidence = importance_sampling(vae.model, vae.guide, x, num_samples=101)
+    assert numbers["log_prob"] == pytest.approx(evidence.mean(), abs=1e-6)
+    assert numbers["rows"] == 13
+    assert numbers["elbo"] == pytest.approx(numbers["reconstruction"] - numbers["kl"], abs=1e-6)
+
+
+def test_sample_writes_original_units(run: Path) -> None:
+    assert main(["sample", str(run), "--size", "7", "--seed", "5"]) == 0
+    first = np.load(run / "samples.npz")["x"]
+    assert first.shape == (7, 1, 8, 8)
+    assert set(np.unique(first)) <= {0.0, 16.0}
+    assert main(["sample", str(run), "--size", "7", "--seed", "5"]) == 0
+    assert np.array_equal(first, np.load(run / "samples.npz")["x"])
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".csv"])
+def test_encode_writes_posterior_means_and_scales(run: Path, tmp_path: Path, suffix: str) -> None:
+    x = load_data("digits").test.x[:17]
+    np.savez(tmp_path / "own.npz", x=x.numpy())
+    out = tmp_path / f"codes{suffix}"
+    assert main(["encode", str(run), str(tmp_path / "own.npz"), "--out", str(out)]) == 0
+    q = load(run).encode((x >= 8).float())
+    expected = torch.cat([q.mean, q.stddev], 1).detach().numpy()
+    if suffix == ".npz":
+        codes = np.load(out)
+        found = np.concatenate([codes["mean"], codes["scale"]], 1)
+    else:
+        with out.open() as file:
+            head, *rows = csv.reader(file)
+        assert head == ["mean0", "mean1", "mean2", "scale0", "scale1", "scale2"]
+        found = np.array(rows, dtype=float)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_plot_draws_again(run: Path) -> None:
+    (run / "figures/curves.png").unlink()
+    assert main(["plot", str(run)]) == 0
+    assert (run / "figures/curves.png").stat().st_size > 10_000
+
+
+def test_a_run_can_be_made_again_from_its_configuration(run: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    options = ["--config", str(run / "config.yaml"), "--run", str(again), "--progress", "false"]
+    assert main(["train", *options]) == 0
+    first, second = load(run).state_dict(), load(again).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_resume_goes_on_as_if_never_stopped(run: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = [*SMALL, "--limit", "101"]
+    assert main(["train", *options, "--epochs", "3", "--run", str(whole)]) == 0
+    assert main(["train", *options, "--epochs", "1", "--run", str(parts)]) == 0
+    assert main(["train", "--resume", str(parts), "--epochs", "3", "--progress", "false"]) == 0
+    first, second = load(whole).state_dict(), load(parts).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_table_from_a_csv_file(tmp_path: Path) -> None:
+    table = torch.randn(97, 3, generator=torch.Generator().manual_seed(0)) * 5 + 100
+    lines = ["a,b,c", *(",".join(f"{v:.6f}" for v in row) for row in table.tolist())]
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    run = tmp_path / "run"
+    options = ["--data", str(tmp_path / "table.csv"), "--likelihood", "Normal", "--epochs", "2"]
+    scale = ["--likelihood.scale", "learned"]
+    assert main(["train", *SMALL, *options, *scale, "--run", str(run)]) == 0
+    assert yaml.safe_load((run / "config.yaml").read_text())["transform"] == "standardise"
+    assert main(["sample", str(run), "--size", "1000"]) == 0
+    drawn = np.load(run / "samples.npz")["x"]
+    assert np.all(np.abs(drawn.mean(0) - 100) < 5)  # original units, not standardised ones
+    assert main(["evaluate", str(run), "--num_samples", "53"]) == 0
+
+
+def test_conditional_run_draws_one_class(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = tmp_path / "run"
+    options = ["--conditional", "true", "--limit", "53", "--epochs", "1"]
+    assert main(["train", *SMALL, *options, "--run", str(run)]) == 0
+    assert main(["sample", str(run), "--label", "7", "--size", "5"]) == 0
+    assert main(["sample", str(run), "--label", "10"]) == 2
+    assert "label must be from 0 to 9" in capsys.readouterr().err
+
+
+def test_own_class_by_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_prior.py").write_text(
+        "from pyro_vae.priors import Prior, StandardNormal\n"
+        "class Shifted(Prior):\n"
+        "    def __init__(self, latent_dim, shift: float = 1.0):\n"
+        "        super().__init__()\n"
+        "        self.base, self.shift = StandardNormal(latent_dim), shift\n"
+        "    def forward(self, y=None):\n"
+        "        return self.base(y)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--import", "own_prior", "--prior", "Shifted", "--prior.shift", "2.5"]
+    run = tmp_path / "run"
+    assert (
+        main(["train", *SMALL, *options, "--limit", "53", "--epochs", "1", "--run", str(run)]) == 0
+    )
+    assert load(run).prior.shift == 2.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prior", "VampPrio"], "did you mean 'VampPrior'"),
+        (["--prior", "VampPrior", "--prior.num_component", "3"], "did you mean 'num_components'"),
+        (["--prior.num_components", "3"], "StandardNormal has no option 'num_components'"),
+        (["--data", "mnst"], "did you mean"),
+        (["--data", "nothing.csv"], "expected a file"),
+        (
+            ["--transform", "none"],
+            "likelihood Bernoulli needs data in {0, 1}; got values in [0, 16]",
+        ),
+        (["--transform", "thresh"], "did you mean 'threshold'"),
+        (["--objective", "ELB"], "did you mean 'ELBO'"),
+        (["--objective.beta", "-1"], "beta must be zero or more"),
+        (["--optimizer", "Adamm"], "Adam"),
+        (["--config", "nothing.yaml"], "cannot be read"),
+        (["--resume", "nothing"], "cannot be read"),
+        (["--encoder", "ConvTranspose"], "ConvTranspose needs an image"),
+    ],
+)
+def test_mistakes_are_one_clear_line(
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *SMALL, "--epochs", "1", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_run_is_not_written_over(run: Path, capsys: pytest.CaptureFixture) -> None:
+    before = (run / "run.json").read_bytes(), (run / "config.yaml").read_bytes()
+    assert main(["train", *SMALL, "--epochs", "1", "--run", str(run)]) == 2
+    assert "holds a run" in capsys.readouterr().err
+    assert before == ((run / "run.json").read_bytes(), (run / "config.yaml").read_bytes())
+
+
+def test_changed_data_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    x = np.random.default_rng(0).integers(0, 2, (53, 5)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", x=x)
+    run = tmp_path / "run"
+    options = ["--data", str(tmp_path / "x.npz"), "--epochs", "1", "--run", str(run)]
+    assert main(["train", *SMALL, *options]) == 0
+    x[3, 2] = 1 - x[3, 2]
+    np.savez(tmp_path / "x.npz", x=x)
+    assert main(["evaluate", str(run)]) == 2
+    assert "data changed since the run" in capsys.readouterr().err
+
+
+def test_configuration_naming_a_foreign_module_imports_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "foreign.py").write_text("open('executed', 'w').close()\n")
+    (tmp_path / "evil.yaml").write_text("prior: {class_path: foreign.Evil}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["train", "--config", "evil.yaml"]) == 2
+    assert "unknown" in capsys.readouterr().err
+    assert main(["train", "--prior", "foreign.Evil"]) == 2
+    assert not (tmp_path / "executed").exists()
+
+
+def test_run_declaration_naming_a_foreign_module_imports_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    evil = tmp_path / "evil"
+    shutil.copytree(run, evil)
+    content = json.loads((evil / "run.json").read_text())
+    content["declaration"]["prior"]["class_path"] = "foreign2.Evil"
+    (evil / "run.json").write_text(json.dumps(content))
+    (tmp_path / "foreign2.py").write_text("open('executed', 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="unknown"):
+        load(evil)
+    assert main(["evaluate", str(evil)]) == 2
+    assert not (tmp_path / "executed").exists()
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from pyro_vae.__main__ import main; main(['--help']); print('torch' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip().endswith("False")
+
+
+def test_print_config_is_yaml_that_train_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--prior", "VampPrior", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["prior"]["init_args"]["num_components"] == 500
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(printed))
+    options = [
+        "--config",
+        str(tmp_path / "c.yaml"),
+        "--prior.num_components",
+        "3",
+        "--limit",
+        "53",
+    ]
+    assert main(["train", *SMALL, *options, "--epochs", "1", "--run", str(tmp_path / "run")]) == 0
+    assert load(tmp_path / "run").prior.inputs.shape[0] == 3

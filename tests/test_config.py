@@ -1,0 +1,137 @@
+"""Declarations: names and options to objects, and clear errors."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyro_vae import config, likelihoods, networks, priors
+from pyro_vae.config import build
+
+
+@pytest.mark.parametrize(
+    ("family", "cls"),
+    [(f, c) for f in ("prior", "likelihood", "posterior") for c in config.components(f).values()],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_every_class_is_built_by_name_alone(family: str, cls: type) -> None:
+    vae = build((2, 3, 5), 3, **{family: cls.__name__})
+    assert type(getattr(vae, family)) is cls
+    again = build(**vae.declaration)
+    assert again.declaration == vae.declaration
+    assert again.load_state_dict(vae.state_dict())
+    assert vae.sample(7).shape == (7, 2, 3, 5)
+
+
+@pytest.mark.parametrize("encoder", ["MLP", "GatedMLP", "Conv", "ResNet"])
+@pytest.mark.parametrize("decoder", ["MLP", "GatedMLP", "ConvTranspose", "ResNetTranspose"])
+def test_networks_fit_any_likelihood(encoder: str, decoder: str) -> None:
+    vae = build((2, 7, 5), 3, likelihood="NegativeBinomial", encoder=encoder, decoder=decoder)
+    x = torch.zeros(11, 2, 7, 5)
+    assert vae.encode(x).mean.shape == (11, 3)
+    assert vae.reconstruct(x).shape == x.shape
+
+
+def test_options_reach_the_class() -> None:
+    prior = {"class_path": "VampPrior", "init_args": {"num_components": 3}}
+    likelihood = {"class_path": "Normal", "init_args": {"scale": "predicted"}}
+    encoder = {"class_path": "MLP", "init_args": {"hidden": [11, 13], "activation": "elu"}}
+    vae = build(7, 2, prior=prior, likelihood=likelihood, encoder=encoder)
+    assert vae.prior.posterior is vae.posterior
+    assert vae.prior.inputs.shape == (3, 7)
+    assert vae.likelihood.decoder.out_shape == (14,)
+    assert [m.out_features for m in vae.posterior.encoder.modules() if hasattr(m, "out_features")]
+
+
+def test_condition_dim_reaches_both_networks() -> None:
+    vae = build(7, 2, condition_dim=5)
+    assert vae.posterior.encoder.condition_dim == vae.likelihood.decoder.condition_dim == 5
+    assert vae.sample(3, torch.zeros(3, 5)).shape == (3, 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prior": "VampPrio"}, "prior 'VampPrio' is unknown, did you mean 'VampPrior'"),
+        ({"likelihood": "StandardNormal"}, "likelihood 'StandardNormal' is unknown"),
+        (
+            {"prior": {"class_path": "VampPrior", "init_args": {"num_component": 3}}},
+            "no option 'num_component', did you mean 'num_components'",
+        ),
+        (
+            {"prior": {"class_path": "StandardNormal", "init_args": {"num_components": 3}}},
+            "StandardNormal has no option 'num_components'",
+        ),
+        (
+            {"prior": {"class_path": "VampPrior", "init_args": {"num_components": "many"}}},
+            "(?s)VampPrior.*num_components",
+        ),
+        ({"prior": {"class_path": "VampPrior", "init_args": {"latent_dim": 3}}}, "no option"),
+        ({"prior": {"name": "VampPrior"}}, "class_path and init_args"),
+        ({"encoder": "ConvTranspose"}, "ConvTranspose needs an image"),
+        ({"prior": {"class_path": "VampPrior", "init_args": {"num_components": 0}}}, "at least 1"),
+        ({"likelihood": {"class_path": "Normal", "init_args": {"scale": -1.0}}}, "scale"),
+        ({"latent_dim": 0}, "positive|at least 1"),
+    ],
+)
+def test_bad_declarations(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(**{"data_shape": 7, "latent_dim": 2, **arguments})
+
+
+def test_foreign_module_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "foreign.py").write_text("open('executed', 'w').close()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="import the module of your own class first"):
+        build(7, 2, prior="foreign.Evil")
+    assert not (tmp_path / "executed").exists()
+    assert "foreign" not in sys.modules
+
+
+def test_own_class_is_found_by_full_path() -> None:
+    class Own(priors.Prior):
+        def __init__(self, latent_dim: int, shift: float = 1.0) -> None:
+            super().__init__()
+            self.base = priors.StandardNormal(latent_dim)
+            self.shift = shift
+
+        def forward(self, y: torch.Tensor | None = None) -> torch.distributions.Distribution:
+            return self.base(y)
+
+    vae = build(7, 2, prior={"class_path": "Own", "init_args": {"shift": 2.0}})
+    assert vae.prior.shift == 2.0
+    assert vae.declaration["prior"]["class_path"] == f"{Own.__module__}.{Own.__qualname__}"
+    assert type(build(**vae.declaration).prior) is Own
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "levels", "shape", "transform"),
+    [
+        (likelihoods.Bernoulli, 256, (3, 1, 5, 5), "threshold"),
+        (likelihoods.Bernoulli, 2, (3, 1, 5, 5), "none"),
+        (likelihoods.Bernoulli, None, (3, 5), "none"),
+        (likelihoods.ContinuousBernoulli, 17, (3, 1, 5, 5), "dequantise"),
+        (likelihoods.Beta, 17, (3, 1, 5, 5), "dequantise"),
+        (likelihoods.Normal, 256, (3, 1, 5, 5), "dequantise"),
+        (likelihoods.Normal, None, (3, 5), "standardise"),
+        (likelihoods.StudentT, None, (3, 5), "standardise"),
+        (likelihoods.DiscretizedLogistic, 256, (3, 1, 5, 5), "none"),
+        (likelihoods.Categorical, 17, (3, 1, 5, 5), "none"),
+        (likelihoods.Poisson, None, (3, 5), "none"),
+    ],
+)
+def test_default_transform_fits_the_support(
+    likelihood: type, levels: int | None, shape: tuple[int, ...], transform: str
+) -> None:
+    assert config.default_transform(likelihood, levels, torch.zeros(shape)) == transform
+
+
+def test_networks_are_shared_by_no_two_parts() -> None:
+    vae = build(7, 2, prior="VampPrior")
+    names = dict(vae.named_parameters(remove_duplicate=False))
+    assert len({id(p) for p in names.values()}) == len(names)
+    assert isinstance(vae.posterior.encoder, networks.MLP)

@@ -1,0 +1,58 @@
+"""The README's snippets and commands run as written."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyro_vae.__main__ import COMMANDS
+from pyro_vae.options import PARSERS, check_names
+
+README = Path(__file__).parent.parent / "README.md"
+if not README.exists():
+    pytest.skip("no README beside the tests", allow_module_level=True)
+TEXT = README.read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+SHELL = "\n".join(re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)).splitlines()
+
+
+def test_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    for snippet in PYTHON:
+        exec(compile(snippet, "README.md", "exec"), namespace)
+    prior = namespace["Uniform"](3)
+    assert prior().log_prob(prior().sample()).item() == pytest.approx(-3 * 1.3862943611)
+
+
+def test_the_svi_snippet_has_at_most_fifteen_statements() -> None:
+    tree = ast.parse(PYTHON[0])
+    assert "SVI(" in PYTHON[0]
+    assert len(PYTHON[0].strip().splitlines()) <= 18
+    assert len(tree.body) <= 18
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in SHELL if line.startswith("pyro-vae")], ids=lambda line: line[:40]
+)
+def test_commands_parse(line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/vamp-mnist").mkdir(parents=True)
+    (tmp_path / "runs/vamp-mnist/config.yaml").write_text("data: mnist\n")
+    _, command, *options = shlex.split(line)
+    check_names(options)
+    PARSERS[command]().parse_args(options)
+
+
+def test_every_command_is_listed() -> None:
+    assert set(COMMANDS) == set(PARSERS)
+
+
+def test_set_up_commands_are_single_lines() -> None:
+    start = "python3 -m venv .venv && .venv/bin/pip install -q "
+    assert sum(line.startswith(start) for line in SHELL) == 2
