@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -160,8 +161,11 @@ def component(family: str, declared: Declared) -> tuple[type, dict[str, Any]]:
 def named_class(family: str, name: str) -> type:
     """The known class called `name`, or by its full path."""
     known = components(family)
+    module, _, last = name.rpartition(".")
     for cls in known.values():
         if name in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}"):
+            return cls
+        if getattr(sys.modules.get(module), last, None) is cls:  # a re-export of it
             return cls
     raise ValueError(
         f"{family} {name!r} is unknown{closest(name, known)}: choose one of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -76,9 +77,9 @@ class Densities:
         sites: The latent sites, by name.
         observed: Distribution and value of the observed sites, by name.
         num_particles: K.
-        num_data: B, the rows that were passed.
+        num_data: B, the rows of the plate "data".
         scale: Rows that each of them stands for: the subsampling of the plate "data".
-        site_scales: Factor on each site's log density in the programs, subsampling included.
+        site_scales: Site and factor on its log density, subsampling included, in both programs.
         same_order: Whether model and guide draw the sites in the same order, without which a
             site's conditional KL is not a term of the bound.
     """
@@ -88,7 +89,7 @@ class Densities:
     num_particles: int
     num_data: int
     scale: float
-    site_scales: dict[str, float | Tensor]
+    site_scales: list[tuple[str, float | Tensor]]
     same_order: bool
 
     @cached_property
@@ -189,7 +190,6 @@ def registered_densities(
     latent = [name for name, site in model_sites.items() if not site["is_observed"]]
     _check_latents(latent, list(guide_sites))
     frames = {f.name: f for f in model_sites[latent[0]]["cond_indep_stack"]}
-    sites = {**guide_sites, **model_sites}
     return Densities(
         sites={
             name: Site(
@@ -203,9 +203,13 @@ def registered_densities(
             if site["is_observed"]
         },
         num_particles=num_particles,
-        num_data=len(x),
+        num_data=frames["data"].size,
         scale=(frames["data"].full_size or frames["data"].size) / frames["data"].size,
-        site_scales={name: site["scale"] for name, site in sites.items()},
+        site_scales=[
+            (name, site["scale"])
+            for sites in (model_sites, guide_sites)
+            for name, site in sites.items()
+        ],
         same_order=latent == list(guide_sites),
     )
 
@@ -216,17 +220,17 @@ def draw_latents(
     """Draws of the guide by site, [K, B, *event], and their log density log q(z | x) [K, B]."""
     with particle_plate(num_particles):
         sites = _sample_sites(poutine.trace(guide).get_trace(*_args(x, y)), "guide")
-    log_q = sum(site["fn"].log_prob(site["value"]) for site in sites.values())
-    return {name: site["value"] for name, site in sites.items()}, log_q  # type: ignore[return-value]
+    return {name: site["value"] for name, site in sites.items()}, _log_prob(sites, x)
 
 
 def log_joint(model: Program, x: Tensor, y: Tensor | None, latents: Latents) -> Tensor:
     """log p(x, z) [K, B] of given latents, by site [K, B, *event]."""
-    with particle_plate(len(next(iter(latents.values())))):
+    num_particles = [len(z) for z in latents.values()] or [1]
+    with particle_plate(num_particles[0]):
         conditioned = poutine.condition(model, latents)
         sites = _sample_sites(poutine.trace(conditioned).get_trace(*_args(x, y)), "model")
     _check_latents([n for n, s in sites.items() if not s["is_observed"] or n in latents], latents)
-    return sum(site["fn"].log_prob(site["value"]) for site in sites.values())  # type: ignore[return-value]
+    return _log_prob(sites, x)
 
 
 def log_weights(
@@ -259,22 +263,33 @@ def log_weights(
             ]
         )
     latents, log_q = draw_latents(guide, x, y, num_particles=num_particles)
-    parts = [
-        log_joint(model, x, y, {name: z[start : start + step] for name, z in latents.items()})
-        for start in range(0, num_particles, step)
-    ]
+    parts = []
+    for start in range(0, num_particles, step):
+        chunk = {name: z[start : start + step] for name, z in latents.items()}
+        with nullcontext() if start == 0 else pyro.validation_enabled(False):
+            parts.append(log_joint(model, x, y, chunk))  # the first has checked the data
     return torch.cat(parts) - log_q
 
 
 def _prior_weights(model: Program, x: Tensor, y: Tensor | None, num_particles: int) -> Tensor:
     with particle_plate(num_particles):
         sites = _sample_sites(poutine.trace(model).get_trace(*_args(x, y)), "model")
-    observed = [site for site in sites.values() if site["is_observed"]]
-    return sum(site["fn"].log_prob(site["value"]) for site in observed)  # type: ignore[return-value]
+    return _log_prob({name: site for name, site in sites.items() if site["is_observed"]}, x)
+
+
+def _log_prob(sites: dict[str, dict[str, Any]], x: Tensor) -> Tensor:
+    """Log density of all `sites` [K, B], one column for each row of `x`."""
+    terms = [site["fn"].log_prob(site["value"]) for site in sites.values()]
+    if any(term.shape[-1] != len(x) for term in terms):
+        raise ValueError(
+            f"the plate 'data' has {terms[0].shape[-1]} rows for {len(x)} data: an estimate for "
+            "each datum needs all of them; remove the subsampling"
+        )
+    return sum(terms, torch.zeros(()))
 
 
 class OwnParameters(Messenger):
-    """Keeps modules' parameters out of Pyro's store: each site gets the module's own tensor.
+    """Registers no module's parameters in Pyro's store: the site gets the module's own tensor.
 
     Registering them costs Python work per parameter, is needed by `pyro.infer.SVI` alone, and
     is global: a second module of the same names would be given the first one's tensors.
@@ -285,7 +300,8 @@ class OwnParameters(Messenger):
 
     def _pyro_param(self, msg: dict[str, Any]) -> None:
         start = msg["args"][1] if len(msg["args"]) > 1 else None
-        if isinstance(start, torch.nn.Parameter):
+        known = msg["name"] in pyro.get_param_store()  # so that there is nothing to register
+        if isinstance(start, torch.nn.Parameter) and not known:
             msg["value"], msg["done"], msg["stop"] = start, True, True
 
 

@@ -147,7 +147,7 @@ class DiscretizedLogistic(TorchDistribution):
 class Levels(dist.Categorical):
     """Categorical over the integers 0, ..., C - 1 as numbers: draws are, and it has a mean."""
 
-    def sample(self, sample_shape: Size = Size()) -> Tensor:
+    def sample(self, sample_shape: Shape = Size()) -> Tensor:
         """Draws, of the precision of the probabilities."""
         return super().sample(sample_shape).to(self.probs.dtype)
 

@@ -58,14 +58,14 @@ def curves(rows: Sequence[Mapping[str, float | None]]) -> Figure:
     """Bound, KL and reconstruction over epochs, of training and validation data.
 
     Args:
-        rows: One mapping per epoch, as in `History.rows`: "epoch", and "train_" and
-            "validation_" with "elbo", "kl" and "reconstruction".
+        rows: One mapping per epoch, as in `History.rows`: "epoch", "elbo", "kl" and
+            "reconstruction" of training, and the same after "validation_".
     """
     figure, axes = _axes(1, 3, 3.2)
     titles = {"elbo": "ELBO", "kl": "KL", "reconstruction": "reconstruction"}
     for ax, (term, title) in zip(axes, titles.items()):
-        for part in ("train", "validation"):
-            points = [(row["epoch"], row.get(f"{part}_{term}")) for row in rows]
+        for part, start in (("training", ""), ("validation", "validation_")):
+            points = [(row["epoch"], row.get(start + term)) for row in rows]
             points = [(e, v) for e, v in points if v is not None]
             if points:
                 ax.plot(*zip(*points), label=part, marker="." if len(points) < 3 else None)
@@ -81,11 +81,11 @@ def latent(means: Tensor, labels: Tensor | None = None) -> Figure:
     pair = means.var(0).argsort(descending=True)[:2].tolist()
     first, second = pair if len(pair) == 2 else (pair[0], pair[0])
     figure, (ax,) = _axes(1, 1, 5)
-    colours = None if labels is None else labels.tolist()
-    points = ax.scatter(
-        means[:, first].tolist(), means[:, second].tolist(), c=colours, s=6, cmap="tab10"
-    )
-    if labels is not None:
+    x, y = means[:, first].tolist(), means[:, second].tolist()
+    if labels is None:
+        ax.scatter(x, y, s=6)
+    else:
+        points = ax.scatter(x, y, c=labels.tolist(), s=6, cmap="tab10")
         ax.legend(*points.legend_elements(num=None), title="label", fontsize=8)
     ax.set_xlabel(f"E[z{first} | x]")
     ax.set_ylabel(f"E[z{second} | x]")
@@ -111,7 +111,7 @@ def _picture(x: Tensor, title: str, limits: tuple[float, float], width: float) -
     figure = Figure(figsize=(width, width * x.shape[-2] / x.shape[-1] + 0.4))
     ax = figure.subplots()
     low, high = limits
-    shown = ((x.float() - low) / (high - low)).clamp(0, 1).nan_to_num(1.0)
+    shown = ((x.float() - low) / (high - low)).clamp(0, 1).nan_to_num(0.4)
     picture = shown.movedim(0, -1).squeeze(-1)
     ax.imshow(picture.tolist(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     ax.set_axis_off()
@@ -120,9 +120,8 @@ def _picture(x: Tensor, title: str, limits: tuple[float, float], width: float) -
 
 
 def _row(x: Tensor, count: int) -> Tensor:
-    """Images [n, C, H, W] side by side, padded to `count`, one pixel of white between them."""
-    x = x.float().cpu()
-    x = torch.nn.functional.pad(x, (0, 1, 0, 1), value=float("nan"))
+    """Images [n, C, H, W] side by side, padded to `count`, a grey line between them."""
+    x = torch.nn.functional.pad(x.float().cpu(), (0, 1, 0, 1), value=float("nan"))
     blank = torch.full((count - len(x), *x.shape[1:]), float("nan"))
     return torch.cat([*x, *blank], -1)
 

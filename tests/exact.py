@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -13,7 +14,7 @@ from torch import Tensor
 from pyro_vae import likelihoods, networks, posteriors, priors
 from pyro_vae.vae import VAE
 
-Guide = Callable[..., Tensor]
+Program = Callable[..., Any]
 
 
 def linear_vae(prior: priors.Prior, data_dim: int, sigma: float, condition_dim: int = 0) -> VAE:
@@ -78,7 +79,7 @@ class LinearGaussian:
         exact = self.posterior(x, y)
         return dist.MultivariateNormal(exact.loc + shift, scale_tril=width * exact.scale_tril)
 
-    def guide(self, shift: float = 0.0, width: float = 1.0) -> Guide:
+    def guide(self, shift: float = 0.0, width: float = 1.0) -> Program:
         """A guide of `proposal`, as a plain Pyro program."""
 
         def guide(x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -86,3 +87,38 @@ class LinearGaussian:
                 return pyro.sample("z", self.proposal(x, y, shift, width))
 
         return guide
+
+
+def two_sites(reverse: bool) -> tuple[Program, Program, Program]:
+    """z2 ~ N(0, 1), z1 ~ N(a z2, s), x ~ N(c z1, t): model, exact guide, log p(x).
+
+    The guide draws z2 first, as the model does, or z1 if `reverse`.
+    """
+    a, s, c, t = 0.8, 0.6, 1.3, 0.5
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z2 = pyro.sample("z2", dist.Normal(0.0, 1.0))
+            z1 = pyro.sample("z1", dist.Normal(a * z2, s))
+            pyro.sample("x", dist.Normal(c * z1, t), obs=x)
+
+    first = a**2 + s**2  # variance of z1
+    variance = 1 / (1 / first + c**2 / t**2)
+
+    def bottom_up(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z1 = pyro.sample("z1", dist.Normal(variance * c * x / t**2, variance**0.5))
+            pyro.sample("z2", dist.Normal(a * z1 / first, s / first**0.5))
+
+    noise = c**2 * s**2 + t**2  # variance of x given z2
+    top = 1 / (1 + (a * c) ** 2 / noise)
+    middle = 1 / (1 / s**2 + c**2 / t**2)
+
+    def top_down(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z2 = pyro.sample("z2", dist.Normal(top * a * c * x / noise, top**0.5))
+            z1 = middle * (a * z2 / s**2 + c * x / t**2)
+            pyro.sample("z1", dist.Normal(z1, middle**0.5))
+
+    evidence = dist.Normal(0.0, (c**2 * first + t**2) ** 0.5).log_prob
+    return model, bottom_up if reverse else top_down, evidence

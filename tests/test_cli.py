@@ -177,7 +177,7 @@ def test_mistakes_are_one_clear_line(
     monkeypatch.chdir(tmp_path)
     assert main(["train", *SMALL, "--epochs", "1", *options]) == 2
     assert message in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_existing_run_is_not_written_over(run: Path, capsys: pytest.CaptureFixture) -> None:

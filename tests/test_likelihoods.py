@@ -39,10 +39,8 @@ def points(p: Distribution) -> tuple[Tensor, Tensor]:
     low = getattr(p.support, "lower_bound", -math.inf)
     high = getattr(p.support, "upper_bound", math.inf)
     if p.support.is_discrete:
-        first = 0 if low == -math.inf else low
-        last = min(high, 20_000)
-        last = 1 if isinstance(p, likelihoods.dist.Bernoulli) else last
-        x = torch.arange(first, last + 1.0).view(-1, 1, 1)
+        count = 2 if p.support is constraints.boolean else min(high, 20_000) + 1
+        x = torch.arange(float(count)).view(-1, 1, 1)
         return x, torch.ones_like(x)
     if low == -math.inf:  # a kink, if any, is at the mean
         t = torch.linspace(-18, 18, 20_001).view(-1, 1, 1)
@@ -179,15 +177,13 @@ def test_initialise_starts_the_output_at_the_average_datum(cls: type, convolutio
     torch.nn.init.zeros_(last.weight)
     likelihood = cls(decoder, shape)
     varied = cls(Raw(), shape)(0.3 * torch.randn(2 * count, 3, 5))  # from position to position
-    x = varied.sample((2003,))
+    x = varied.sample((503,))
     likelihood.initialise(x)
     truth = x.mean((0, 2, 3), keepdim=True) if convolutions else x.mean(0, keepdim=True)
-    got = likelihood(torch.zeros(1, 2)).mean
-    error = (got - truth).abs() / x.std()
-    if cls.__name__ == "ContinuousBernoulli":  # its start is on the right side only
-        assert ((got - 0.5).sign() == (truth - 0.5).sign()).all()
-    else:
-        assert error.max() < 0.05
+    got = likelihood(torch.zeros(1, 2)).mean.detach()
+    assert ((got - truth).abs() < 0.2 * x.std()).all()  # some means are not the raw ones
+    pair = torch.stack([got.flatten(), truth.expand_as(got).flatten()])
+    assert torch.corrcoef(pair).min() > 0.99
 
 
 @each

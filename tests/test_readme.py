@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pyro_vae.__main__ import COMMANDS
-from pyro_vae.options import PARSERS, check_names
+from pyro_vae.cli.options import PARSERS, check_names
 
 README = Path(__file__).parent.parent / "README.md"
 if not README.exists():

@@ -81,7 +81,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
         return registered_densities(model, guide, x, y, num_particles=self.num_particles)
 
     def _check_scales(self, d: Densities) -> None:
-        for name, scale in d.site_scales.items():
+        for name, scale in d.site_scales:
             if isinstance(scale, Tensor) or scale != d.scale:
                 raise ValueError(
                     f"site {name!r} is scaled by {scale} inside the program; weights belong to "

@@ -1,0 +1,100 @@
+"""Run folders: what `train` writes beside the checkpoints, and reading it again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from pyro_vae import config
+from pyro_vae.data import Data, Splits, declare, load_data, read_rows, restore
+from pyro_vae.vae import VAE
+
+__all__ = ["declared_run", "load_run", "own_rows", "pairs", "record", "write_text"]
+
+
+@contextmanager
+def declared_run(
+    folder: Path, declaration: dict[str, Any], data: dict[str, Any]
+) -> Iterator[None]:
+    """Writes what the run is made of; takes it back if training refuses to start."""
+    files = {
+        "config.yaml": yaml.safe_dump(declaration, sort_keys=False),
+        "data.json": json.dumps(data, indent=1),
+    }
+    for name, text in files.items():
+        write_text(folder / name, text)
+    try:
+        yield
+    finally:
+        if not (folder / "run.json").exists():
+            for name in files:
+                (folder / name).unlink()
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def record(splits: Splits) -> dict[str, Any]:
+    """What the commands need to know of the data of a run."""
+    return {
+        "description": splits.describe(),
+        "transform": declare(splits.train.transform),
+        "conditional": splits.conditional,
+        "classes": splits.train.classes,
+        "seed": splits.seed,
+    }
+
+
+def load_run(run: str, data_root: str) -> tuple[VAE, Splits]:
+    """The VAE of a run and its data, checked to be those that it was trained on."""
+    folder = Path(run)
+    vae = config.load(folder)
+    try:
+        declared = yaml.safe_load((folder / "config.yaml").read_text())
+        known = json.loads((folder / "data.json").read_text())
+    except OSError as error:
+        raise ValueError(f"{folder} is not a run of pyro-vae train: {error}") from error
+    splits = load_data(
+        declared["data"],
+        root=data_root,
+        transform=declared["transform"],
+        validation=declared["validation"],
+        seed=declared["split_seed"],
+        conditional=declared["conditional"],
+        limit=declared["limit"],
+    )
+    splits.check(known["description"])
+    return vae, splits
+
+
+def own_rows(run: str, file: str, vae: VAE) -> Data:
+    """The rows of a user's file, transformed as the run's data were, and checked."""
+    known = json.loads((Path(run) / "data.json").read_text())
+    rows = read_rows(file)
+    if known["conditional"] and rows.y is None:
+        rows = Data(rows.x, labels=rows.labels, levels=rows.levels, classes=known["classes"])
+        rows = rows.one_hot()
+    rows = rows.with_transform(restore(known["transform"])).fixed(known["seed"])
+    vae.likelihood.check(rows.batch(torch.arange(len(rows)))[0])
+    return rows
+
+
+def pairs(data: Data, size: int = 1000) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Batches (x, y) of rows in order."""
+    for index in torch.arange(len(data)).split(size):
+        yield data.batch(index)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file, all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

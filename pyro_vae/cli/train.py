@@ -1,0 +1,121 @@
+"""Training from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+
+from pyro_vae import config
+from pyro_vae.cli.folder import declared_run, record
+from pyro_vae.cli.use import draw
+from pyro_vae.data import Data, Splits, load_data
+from pyro_vae.training import fit, read_run
+from pyro_vae.vae import VAE
+
+__all__ = ["train"]
+
+MODEL = ("latent_dim", "prior", "likelihood", "posterior", "encoder", "decoder")
+TRAINING = (
+    "epochs",
+    "batch_size",
+    "optimizer",
+    "lr",
+    "schedule",
+    "clip_norm",
+    "patience",
+    "devices",
+    "accelerator",
+    "precision",
+    "seed",
+    "progress",
+)
+NOT_DECLARED = ("config", "run", "resume", "progress", "import", "data_root")
+
+
+def train(options: Namespace) -> Path:
+    """Trains a declared VAE; returns its run folder, with figures."""
+    splits = _splits(options)
+    vae = _build(options, splits.train)
+    folder = _run_folder(options)
+    objective, settings = config.component("objective", _declared(options.objective))
+    vae.likelihood.check(splits.train.fixed().batch(torch.arange(len(splits.train)))[0])
+    with declared_run(folder, _declaration(options, splits), record(splits)):
+        history = fit(
+            vae,
+            splits.train,
+            objective(**settings),
+            run=folder,
+            validation=splits.validation,
+            resume=options.resume is not None,
+            loggers=_loggers(options, folder),
+            **{name: options[name] for name in TRAINING},
+        )
+    draw(folder, vae.eval(), splits, history.rows)
+    print(f"run in {folder}, figures in {folder / 'figures'}")
+    return folder
+
+
+def _splits(options: Namespace) -> Splits:
+    splits = load_data(
+        options.data,
+        root=options.data_root,
+        validation=options.validation,
+        seed=options.split_seed,
+        conditional=options.conditional,
+        limit=options.limit,
+    )
+    name = options.transform
+    if name == "auto":
+        likelihood = config.named_class("likelihood", options.likelihood["class_path"])
+        name = config.default_transform(likelihood, splits.train.levels, splits.train.x)
+    return splits.with_transform(name)
+
+
+def _build(options: Namespace, data: Data) -> VAE:
+    parts: dict[str, Any] = {name: _declared(options[name]) for name in MODEL[1:]}
+    arguments = parts["likelihood"].setdefault("init_args", {})
+    cls = config.named_class("likelihood", parts["likelihood"]["class_path"])
+    if "levels" in config.option_names(cls) and data.levels is not None:
+        arguments["levels"] = data.levels
+    condition = 0 if data.y is None else data.y.shape[1]
+    torch.manual_seed(options.seed)
+    return config.build(
+        tuple(data.data_shape), options.latent_dim, **parts, condition_dim=condition
+    )
+
+
+def _run_folder(options: Namespace) -> Path:
+    if options.run is None:
+        stem = Path(options.data).stem.lower()
+        free = (Path("runs") / f"{stem}-{n}" for n in range(1, 10_000))
+        return next(folder for folder in free if not folder.exists())
+    folder = Path(options.run)
+    if options.resume is None and (folder / "run.json").exists():
+        raise ValueError(f"{folder} holds a run: choose another --run, or go on with --resume")
+    if options.resume is not None:
+        read_run(folder)
+    return folder
+
+
+def _declaration(options: Namespace, splits: Splits) -> dict[str, Any]:
+    """What `--config` needs to make this run again."""
+    plain = options.clone().as_dict()
+    declared = {key: value for key, value in plain.items() if key not in NOT_DECLARED}
+    for family in (*MODEL[1:], "objective"):
+        declared[family] = config.short_names(family, declared[family])
+    return {**declared, "transform": splits.transform}
+
+
+def _loggers(options: Namespace, folder: Path) -> list[Any]:
+    if not options.tensorboard:
+        return []
+    from lightning_fabric.loggers import TensorBoardLogger
+
+    return [TensorBoardLogger(folder, name="tensorboard", version="")]
+
+
+def _declared(value: Any) -> dict[str, Any]:
+    return value.as_dict() if isinstance(value, Namespace) else dict(value)

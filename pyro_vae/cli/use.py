@@ -1,0 +1,113 @@
+"""Commands that use a finished run: figures, samples, codes."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jsonargparse import Namespace
+from torch import Tensor
+
+from pyro_vae import config, plots
+from pyro_vae.cli.folder import load_run, own_rows, pairs
+from pyro_vae.data import Data, Splits
+from pyro_vae.vae import VAE
+
+__all__ = ["draw", "encode", "plot", "sample"]
+
+
+def sample(options: Namespace) -> None:
+    """Draws of a run's model: an .npz file, and a picture where they are images."""
+    vae, splits = load_run(options.run, options.data_root)
+    y = condition(splits.train, options.size, options.label)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(options.seed)
+        x = splits.train.transform.inverse(vae.sample(options.size, y, mean=options.mean))
+    out = Path(options.out or Path(options.run) / "samples.npz")
+    np.savez(out, x=x.numpy())
+    if x.ndim == 4:
+        plots.save(plots.images(x, limits=limits(splits.train)), str(out.with_suffix(".png")))
+    print(f"{len(x)} samples in {out}")
+
+
+def encode(options: Namespace) -> None:
+    """Posterior means and scales of the rows of a file, in its order."""
+    vae = config.load(options.run)
+    rows = own_rows(options.run, options.file, vae)
+    with torch.no_grad():
+        q = [vae.encode(x, y) for x, y in pairs(rows)]
+        means = torch.cat([d.mean for d in q]).numpy()
+        scales = torch.cat([d.stddev for d in q]).numpy()
+    out = Path(options.out or Path(options.file).with_suffix(".encoded.npz"))
+    if out.suffix == ".npz":
+        np.savez(out, mean=means, scale=scales)
+    elif out.suffix == ".csv":
+        head = [f"{kind}{d}" for kind in ("mean", "scale") for d in range(means.shape[1])]
+        both = np.concatenate([means, scales], 1)
+        np.savetxt(out, both, "%.9g", ",", header=",".join(head), comments="")
+    else:
+        raise ValueError(f"out must end in .npz or .csv; got {out}")
+    print(f"means and scales of {len(rows)} rows in {out}")
+
+
+def plot(options: Namespace) -> None:
+    """The figures of a run again."""
+    vae, splits = load_run(options.run, options.data_root)
+    with (Path(options.run) / "metrics.csv").open() as file:
+        rows = [
+            {key: float(text) if text else None for key, text in row.items()}
+            for row in csv.DictReader(file)
+        ]
+    draw(Path(options.run), vae, splits, rows)
+    print(f"figures in {Path(options.run) / 'figures'}")
+
+
+def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
+    """Curves, latent scatter, samples and reconstructions, of validation data."""
+    figures = folder / "figures"
+    figures.mkdir(exist_ok=True)
+    data = splits.validation
+    data = data.subset(torch.arange(min(len(data), 2000))).fixed()
+    x, y = data.batch(torch.arange(len(data)))
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        means = torch.cat([vae.encode(*pair).mean for pair in pairs(data)])
+        classes = condition(splits.train, 100, None)
+        draws = {mean: vae.sample(100, classes, mean=mean) for mean in (False, True)}
+        again = vae.reconstruct(x[:30], None if y is None else y[:30])
+    plots.save(plots.curves(rows), str(figures / "curves.png"))
+    plots.save(plots.latent(means, data.labels), str(figures / "latent.png"))
+    back = data.transform.inverse
+    if x.ndim != 4:
+        figure = plots.columns(back(x).flatten(1), back(draws[False]).flatten(1))
+        plots.save(figure, str(figures / "samples.png"))
+        return
+    shown = {
+        "samples": plots.images(back(draws[False]), "draws of x", limits(data)),
+        "sample_means": plots.images(back(draws[True]), "E[x | z] of drawn z", limits(data)),
+        "reconstructions": plots.reconstructions(back(x[:30]), back(again), limits(data)),
+    }
+    for name, figure in shown.items():
+        plots.save(figure, str(figures / f"{name}.png"))
+
+
+def condition(data: Data, size: int, label: int | None) -> Tensor | None:
+    """`y` of `size` draws: of one class, of all in turn, or of the first rows of the data."""
+    if data.y is None:
+        if label is not None:
+            raise ValueError("label needs a conditional model: train with --conditional true")
+        return None
+    if data.classes is None or data.y.shape[1] != data.classes:
+        return data.y[torch.arange(size) % len(data)]
+    if label is not None and not 0 <= label < data.classes:
+        raise ValueError(f"label must be from 0 to {data.classes - 1}; got {label}")
+    labels = torch.arange(size) % data.classes if label is None else torch.full((size,), label)
+    return torch.eye(data.classes)[labels]
+
+
+def limits(data: Data) -> tuple[float, float] | None:
+    """Values shown as black and white."""
+    return None if data.levels is None else (0.0, float(data.levels - 1))
