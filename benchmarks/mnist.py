@@ -3,7 +3,7 @@
 python benchmarks/mnist.py --root data [--epochs 50] [--latent_dim 20] [--run runs/mnist-bound]
 
 Published (50,000 / 10,000 images, batch 250, Adam, one draw): -92.15 at epoch 10, -84.71 at
-epoch 50, -82.92 at epoch 150. Training is on the first 50,000 images, validation on the last
+epoch 50, -82.92 at epoch 150; ours is Adam with a cosine schedule. Training is on the first 50,000 images, validation on the last
 10,000 of MNIST's training part.
 """
 
@@ -51,6 +51,10 @@ def main() -> None:
         epochs=arguments.epochs,
         batch_size=250,
         lr=arguments.lr,
+        schedule={
+            "class_path": "CosineAnnealingLR",
+            "init_args": {"T_max": arguments.epochs},
+        },
         validation=validation,
         run=arguments.run,
     )

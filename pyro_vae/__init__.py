@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from pyro_vae.config import build, load
     from pyro_vae.densities import scale_latents
-    from pyro_vae.estimators import Evidence, importance_sampling
+    from pyro_vae.estimators import Evidence, importance_sampling, log_evidence
     from pyro_vae.training import fit
     from pyro_vae.vae import VAE
 
@@ -34,6 +34,7 @@ _NAMES = {
     "scale_latents": "pyro_vae.densities",
     "Evidence": "pyro_vae.estimators",
     "importance_sampling": "pyro_vae.estimators",
+    "log_evidence": "pyro_vae.estimators",
 }
 _MODULES = (
     "data",
@@ -59,6 +60,7 @@ __all__ = [
     "importance_sampling",
     "likelihoods",
     "load",
+    "log_evidence",
     "metrics",
     "networks",
     "objectives",

@@ -8,6 +8,8 @@ COMMANDS = {
     "demo": "train on bundled digits, evaluate, draw figures: three minutes, no options needed",
     "train": "train a VAE on a data set, file or folder of images; leaves a run folder",
     "evaluate": "log p(x) with its error, ELBO, KL, active units of a run",
+    "score": "log p(x), error and verdict of each row of a file, as CSV",
+    "compare": "runs on the same data: paired differences of log p(x) with their errors",
     "sample": "draws of a run's model, as a picture and an .npz file",
     "encode": "posterior means and scales of a file's rows, as .npz or .csv",
     "plot": "the figures of a run again",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from pyro_vae import importance_sampling, load
+from pyro_vae import importance_sampling, load, log_evidence
 from pyro_vae.__main__ import main
 from pyro_vae.data import load_data
 
@@ -39,15 +40,19 @@ def test_run_folder_holds_its_declaration_and_figures(run: Path) -> None:
     }  # fmt: skip
 
 
-def test_evaluate_reports_what_the_estimator_gives(run: Path) -> None:
-    assert main(["evaluate", str(run), "--num_samples", "101", "--limit", "13"]) == 0
+def test_evaluate_reports_what_the_estimators_give(run: Path) -> None:
+    options = ["--num_samples", "101", "--limit", "13", "--progress", "false"]
+    assert main(["evaluate", str(run), *options]) == 0
     numbers = json.loads((run / "evaluation.json").read_text())
     data = load_data("digits", transform="threshold", limit=211).test
     x, _ = data.fixed().batch(torch.arange(13))
     vae = load(run)
-    evidence = importance_sampling(vae.model, vae.guide, x, num_samples=101)
+    plain = importance_sampling(vae.model, vae.guide, x, num_samples=101)
+    evidence = log_evidence(vae.model, vae.guide, x)
+    assert numbers["encoder_bound"] == pytest.approx(plain.mean(), abs=1e-6)
     assert numbers["log_prob"] == pytest.approx(evidence.mean(), abs=1e-6)
     assert numbers["rows"] == 13
+    assert numbers["bits_per_dim"] == pytest.approx(-evidence.mean() / 64 / math.log(2))
     assert numbers["elbo"] == pytest.approx(numbers["reconstruction"] - numbers["kl"], abs=1e-6)
 
 
@@ -77,6 +82,48 @@ def test_encode_writes_posterior_means_and_scales(run: Path, tmp_path: Path, suf
         assert head == ["mean0", "mean1", "mean2", "scale0", "scale1", "scale2"]
         found = np.array(rows, dtype=float)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_score_gives_each_row_in_the_units_of_the_file(tmp_path: Path) -> None:
+    x = torch.randn(97, 2, generator=torch.Generator().manual_seed(0)) * 3 + 10
+    np.save(tmp_path / "x.npy", x.numpy())
+    run = tmp_path / "run"
+    options = ["--data", str(tmp_path / "x.npy"), "--likelihood", "Normal", "--epochs", "2"]
+    assert main(["train", *SMALL, *options, "--run", str(run)]) == 0
+    np.save(tmp_path / "few.npy", x[:5].numpy())
+    out = tmp_path / "scores.csv"
+    files = [str(run), str(tmp_path / "few.npy"), "--out", str(out), "--progress", "false"]
+    assert main(["score", *files]) == 0
+    with out.open() as file:
+        rows = list(csv.DictReader(file))
+    transform = load_data(tmp_path / "x.npy", transform="standardise").train.transform
+    vae = load(run)
+    evidence = log_evidence(vae.model, vae.guide, transform(x[:5]))
+    expected = evidence.log_prob + transform.log_jacobian((2,))
+    found = [float(row["log_prob"]) for row in rows]
+    assert found == pytest.approx(expected.tolist(), abs=1e-5)
+    assert [row["verdict"] for row in rows] == evidence.verdict
+    assert [int(row["row"]) for row in rows] == list(range(5))
+
+
+def test_compare_pairs_the_data(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    other = tmp_path / "other"
+    options = ["--limit", "211", "--epochs", "1", "--run", str(other)]
+    assert main(["train", *SMALL, *options]) == 0
+    capsys.readouterr()
+    estimator = ["--limit", "7", "--progress", "false"]
+    assert main(["compare", str(run), str(other), *estimator]) == 0
+    printed = capsys.readouterr().out
+    data = load_data("digits", transform="threshold", limit=211).test
+    x, _ = data.fixed().batch(torch.arange(7))
+    one, two = (log_evidence(vae.model, vae.guide, x).log_prob for vae in (load(run), load(other)))
+    error = (one - two).std().item() / 7**0.5
+    assert f"{(one - two).mean().item():.3f} +- {error:.3f}" in printed
+    third = tmp_path / "third"
+    options = ["--limit", "53", "--epochs", "1", "--run", str(third)]
+    assert main(["train", *SMALL, *options]) == 0
+    assert main(["compare", str(run), str(third), *estimator]) == 2
+    assert "have other rows" in capsys.readouterr().err
 
 
 def test_plot_draws_again(run: Path) -> None:
@@ -115,7 +162,7 @@ def test_table_from_a_csv_file(tmp_path: Path) -> None:
     assert main(["sample", str(run), "--size", "1000"]) == 0
     drawn = np.load(run / "samples.npz")["x"]
     assert np.all(np.abs(drawn.mean(0) - 100) < 5)  # original units, not standardised ones
-    assert main(["evaluate", str(run), "--num_samples", "53"]) == 0
+    assert main(["evaluate", str(run), "--limit", "3", "--progress", "false"]) == 0
 
 
 def test_conditional_run_draws_one_class(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -232,7 +279,7 @@ def test_run_declaration_naming_a_foreign_module_imports_nothing(
 
 
 def test_help_needs_no_torch() -> None:
-    code = "import sys; from pyro_vae.__main__ import main; main(['--help']); print('torch' in sys.modules)"
+    code = "import sys, pyro_vae.__main__ as m; m.main(['--help']); print('torch' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from pyro_vae.cli.judge import evaluate
+from pyro_vae.cli.judge import compare, evaluate, score
 from pyro_vae.cli.options import PARSERS, check_names, import_modules
 from pyro_vae.cli.train import train
 from pyro_vae.cli.use import encode, plot, sample
@@ -34,6 +34,8 @@ def run(argv: list[str]) -> int:
         "demo": demo,
         "train": train,
         "evaluate": evaluate,
+        "score": score,
+        "compare": compare,
         "sample": sample,
         "encode": encode,
         "plot": plot,

@@ -1,8 +1,12 @@
-"""Commands that judge runs: log p(x) and what it is made of."""
+"""Commands that judge runs: log p(x), what it is made of, and how runs differ in it."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections import Counter
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +16,31 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pyro_vae.cli.folder import load_run, pairs, write_text
+from pyro_vae import config
+from pyro_vae.cli.folder import load_run, own_rows, pairs, write_text
 from pyro_vae.data import Data, Splits
-from pyro_vae.estimators import evidence_lower_bound, importance_sampling
+from pyro_vae.estimators import (
+    Evidence,
+    evidence_lower_bound,
+    importance_sampling,
+    log_evidence,
+)
 from pyro_vae.metrics import active_units
+from pyro_vae.vae import VAE
 
-__all__ = ["evaluate"]
+__all__ = ["compare", "evaluate", "score"]
 
 
 def evaluate(options: Namespace) -> None:
     """The table of a run: log p(x) with its error, ELBO and its terms, active units."""
     vae, splits = load_run(options.run, options.data_root)
-    data = rows(splits, options.part, options.limit)
+    data = held_out(splits, options.part, options.limit)
     x, y = data.batch(torch.arange(len(data)))
     bound = evidence_lower_bound(vae.model, vae.guide, x, y, num_samples=options.elbo_samples)
-    evidence = importance_sampling(
+    plain = importance_sampling(
         vae.model, vae.guide, x, y, num_samples=options.num_samples, seed=options.seed
     )
+    evidence = estimate(vae, data, options)
     evidence.save(Path(options.run) / "evidence.safetensors")
     with torch.no_grad():
         active = active_units(torch.cat([vae.encode(*pair).mean for pair in pairs(data)]))
@@ -36,10 +48,13 @@ def evaluate(options: Namespace) -> None:
     numbers: dict[str, Any] = {
         "part": options.part,
         "rows": len(data),
-        "num_samples": options.num_samples,
         "log_prob": evidence.mean(),
         "stderr_monte_carlo": monte_carlo,
         "stderr_data": over_data,
+        "verdicts": dict(Counter(evidence.verdict)),
+        "methods": dict(Counter(evidence.method)),
+        "encoder_bound": plain.mean(),
+        "encoder_bound_samples": options.num_samples,
         "elbo": bound.elbo.mean().item(),
         "kl": bound.kl.mean().item(),
         "reconstruction": bound.reconstruction.mean().item(),
@@ -48,25 +63,116 @@ def evaluate(options: Namespace) -> None:
         "bits_per_dim": data.bits_per_dim(evidence.log_prob).mean().item(),
     }
     write_text(Path(options.run) / "evaluation.json", json.dumps(numbers, indent=1))
+    whole = len(getattr(splits, options.part))
     lines = {
-        "log p(x)": f"{evidence.mean():.2f} +- {monte_carlo:.2f} (Monte Carlo) "
-        f"+- {over_data:.2f} (data)",
-        "estimator": f"{evidence.method[0]}, K = {options.num_samples}: {evidence.verdict[0]}",
+        "log p(x)": with_errors(evidence),
+        "verdict": counted(evidence),
+        "encoder alone": f"{plain.mean():.2f}, a lower bound, K = {options.num_samples}",
         "ELBO": with_error(bound.elbo),
         "KL": f"{with_error(bound.kl)}, {', '.join(sorted(set(bound.rules.values())))}",
         "reconstruction": with_error(bound.reconstruction),
         "active units": f"{numbers['active_units']} of {len(active)}",
-        "k-hat below its threshold": f"{numbers['khat_below_threshold']:.1%} of data",
+        "k-hat below threshold": f"{numbers['khat_below_threshold']:.1%} of data",
         "bits per dimension": f"{numbers['bits_per_dim']:.3f} (transform: {splits.transform})",
     }
-    whole = len(getattr(splits, options.part))
     table(f"{options.run}: {len(data)} of {whole} rows of the {options.part} part", lines)
 
 
-def rows(splits: Splits, part: str, limit: int | None) -> Data:
+def score(options: Namespace) -> None:
+    """log p(x), standard error and verdict of each row of a file, as CSV."""
+    vae = config.load(options.run)
+    data = own_rows(options.run, options.file, vae)
+    evidence = estimate(vae, data, options)
+    log_prob = evidence.log_prob + data.log_jacobian  # in the units of the file
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["row", "log_prob", "stderr", "verdict", "method"])
+    for i, (value, error) in enumerate(zip(log_prob.tolist(), evidence.stderr.tolist())):
+        row = [i, f"{value:.6f}", f"{error:.6f}", evidence.verdict[i], evidence.method[i]]
+        writer.writerow(row)
+    out = Path(options.out or Path(options.file).with_suffix(".scores.csv"))
+    write_text(out, text.getvalue())
+    print(f"log p(x) = {with_errors(evidence)}; {counted(evidence)}; rows in {out}")
+
+
+def compare(options: Namespace) -> None:
+    """Runs on the same rows: log p(x) of each, and paired differences with their errors."""
+    found: dict[str, Evidence] = {}
+    first: Data | None = None
+    for run in options.runs:
+        vae, splits = load_run(run, options.data_root)
+        data = held_out(splits, options.part, options.limit)
+        raw = getattr(splits, options.part)
+        first = raw if first is None else first
+        check_comparable(options.runs[0], first, run, raw)
+        evidence = estimate(vae, data, options)
+        found[run] = shifted(evidence, data.log_jacobian)
+    runs = Table("run", "log p(x), in the units of the data", "verdict", title="nats per datum")
+    for run, evidence in found.items():
+        runs.add_row(run, with_errors(evidence), counted(evidence))
+    differences = Table("first less second", "difference", title="paired differences, nats")
+    for a, b in combinations(found, 2):
+        differences.add_row(f"{a} - {b}", paired(found[a], found[b]))
+    Console().print(runs)
+    Console().print(differences)
+
+
+def estimate(vae: VAE, data: Data, options: Namespace) -> Evidence:
+    """log p(x) of all rows, by the one estimator to call."""
+    x, y = data.batch(torch.arange(len(data)))
+    return log_evidence(
+        vae.model,
+        vae.guide,
+        x,
+        y,
+        tolerance=options.tolerance,
+        seed=options.seed,
+        progress=options.progress,
+    )
+
+
+def held_out(splits: Splits, part: str, limit: int | None) -> Data:
     """The first rows of a part, with their noise drawn once."""
     data: Data = getattr(splits, part)
     return data.subset(torch.arange(min(len(data), limit or len(data)))).fixed()
+
+
+def check_comparable(first_run: str, first: Data, run: str, data: Data) -> None:
+    """Refuses runs whose log p(x) are of different things."""
+    if data.digest() != first.digest():
+        raise ValueError(f"{run} and {first_run} have other rows: train both on the same split")
+    if data.transform.binary != first.transform.binary:
+        raise ValueError(
+            f"{run} and {first_run} do not compare: one models binarised data, the other does not"
+        )
+
+
+def shifted(evidence: Evidence, log_jacobian: float) -> Evidence:
+    """Evidence in the units of the data before their transform."""
+    every = evidence.rows(torch.arange(len(evidence)))
+    every.log_prob.add_(log_jacobian)
+    return every
+
+
+def paired(a: Evidence, b: Evidence) -> str:
+    """Mean difference with its standard error over data, Monte Carlo error included."""
+    difference = a.log_prob - b.log_prob
+    error = difference.std().item() / len(difference) ** 0.5
+    return f"{difference.mean().item():.3f} +- {error:.3f}"
+
+
+def with_errors(evidence: Evidence) -> str:
+    """Mean log p(x) with both standard errors."""
+    monte_carlo, over_data = evidence.mean_stderr()
+    return f"{evidence.mean():.2f} +- {monte_carlo:.2f} (Monte Carlo) +- {over_data:.2f} (data)"
+
+
+def counted(evidence: Evidence) -> str:
+    """How many data have which verdict, and how many needed annealing."""
+    verdicts = Counter(evidence.verdict)
+    counts = [f"{count} of {len(evidence)} {verdict}" for verdict, count in verdicts.items()]
+    annealed = sum(method.startswith("annealed") for method in evidence.method)
+    return ", ".join(counts) + (f", {annealed} by AIS" if annealed else "")
 
 
 def with_error(values: Tensor) -> str:

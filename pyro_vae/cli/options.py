@@ -134,13 +134,45 @@ def _demo_parser() -> ArgumentParser:
 
 def _evaluate_parser() -> ArgumentParser:
     parser = _run_parser("evaluate", "log p(x) of held-out data, with its error.")
+    _part_options(parser)
+    _estimator_options(parser)
+    add = parser.add_argument
+    add("--num_samples", type=int, default=5000, help="draws K of the encoder's own bound")
+    add("--elbo_samples", type=int, default=100, help="draws for the ELBO")
+    return parser
+
+
+def _score_parser() -> ArgumentParser:
+    parser = _run_parser("score", "log p(x) of each row of a file, with error and verdict.")
+    parser.add_argument("file", help=".npz, .npy or .csv file, or a folder of images")
+    parser.add_argument("--out", type=str | None, default=None, help=".csv file")
+    _estimator_options(parser)
+    return parser
+
+
+def _compare_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="pyro-vae compare", description="log p(x) of runs on the same rows, and differences."
+    )
+    parser.add_argument("runs", nargs="+", help="folders of runs")
+    parser.add_argument("--data_root", default="data", help="folder of the named data sets")
+    parser.add_argument("--import", type=str | None, default=None)
+    _part_options(parser)
+    _estimator_options(parser)
+    return parser
+
+
+def _part_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--part", default="test", choices=["test", "validation", "train"])
     add("--limit", type=int | None, default=1000, help="first rows of the part; null for all")
-    add("--num_samples", type=int, default=5000, help="draws K for each datum")
-    add("--elbo_samples", type=int, default=100, help="draws for the ELBO")
+
+
+def _estimator_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--tolerance", type=float, default=0.05, help="largest standard error, nats")
     add("--seed", type=int, default=0)
-    return parser
+    add("--progress", type=bool, default=True, help="show a progress bar")
 
 
 def _sample_parser() -> ArgumentParser:
@@ -169,6 +201,8 @@ PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     "demo": _demo_parser,
     "train": _train_parser,
     "evaluate": _evaluate_parser,
+    "score": _score_parser,
+    "compare": _compare_parser,
     "sample": _sample_parser,
     "encode": _encode_parser,
     "plot": _plot_parser,
