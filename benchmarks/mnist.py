@@ -3,8 +3,8 @@
 python benchmarks/mnist.py --root data [--epochs 50] [--latent_dim 20] [--run runs/mnist-bound]
 
 Published (50,000 / 10,000 images, batch 250, Adam, one draw): -92.15 at epoch 10, -84.71 at
-epoch 50, -82.92 at epoch 150; ours is Adam with a cosine schedule. Training is on the first 50,000 images, validation on the last
-10,000 of MNIST's training part.
+epoch 50, -82.92 at epoch 150. Ours is Adam with a cosine schedule, trained on the first 50,000
+images of MNIST's training part and validated on the last 10,000.
 """
 
 from __future__ import annotations

@@ -1,0 +1,109 @@
+"""How far an estimate of log p(x) can be trusted: what the encoder's weights say, and the truth.
+
+python examples/trust_log_px.py --run RUN --root data    # a run of pyro-vae train on MNIST
+python examples/trust_log_px.py                          # trains on bundled digits, two minutes
+python examples/trust_log_px.py --smoke
+
+With the encoder as the proposal, an image's standard error and k-hat say little of how many nats
+are missing; with a proposal fitted to the image, they say it. One figure, four panels: the
+shortfall of each image against its standard error and its k-hat, for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pyro_vae import Evidence, build, fit, load
+from pyro_vae.data import load_data
+from pyro_vae.estimators import (
+    annealed_importance_sampling,
+    importance_sampling,
+    refined_importance_sampling,
+)
+from pyro_vae.vae import VAE
+
+
+def trained(arguments: argparse.Namespace) -> tuple[VAE, Tensor]:
+    """A VAE and held-out images."""
+    name = "MNIST" if arguments.run else "digits"
+    data = load_data(name, root=arguments.root, transform="threshold")
+    x, _ = data.test.fixed().batch(torch.arange(7 if arguments.smoke else arguments.images))
+    if arguments.run:
+        return load(arguments.run), x
+    torch.manual_seed(0)
+    vae = build((1, 8, 8), latent_dim=16)
+    epochs = 2 if arguments.smoke else 200
+    fit(vae, data.train, epochs=epochs, lr=2e-3, progress=not arguments.smoke)
+    return vae.eval(), x
+
+
+def draw(estimates: dict[str, Evidence], reference: Evidence, path: str) -> None:
+    """The shortfall of each image against what the weights say of it."""
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharey="row")
+    for row, (name, evidence) in zip(axes, estimates.items()):
+        shortfall = (reference.log_prob - evidence.log_prob).tolist()
+        for ax, (label, values) in zip(
+            row, {"standard error, nats": evidence.stderr, "k-hat": evidence.khat}.items()
+        ):
+            ax.scatter(values.tolist(), shortfall, s=9, color="C3" if "encoder" in name else "C0")
+            ax.axhline(0, color="0.7", linewidth=1, zorder=0)
+            ax.set_xlabel(label)
+        threshold = evidence.khat_threshold[0].item()
+        row[1].axvline(threshold, color="0.4", linestyle=":", label="published threshold")
+        row[1].legend(fontsize=8)
+        edge = torch.linspace(0, float(evidence.stderr.max()), 2).tolist()
+        row[0].plot(
+            edge, [2 * e for e in edge], color="0.4", linestyle=":", label="2 standard errors"
+        )
+        row[0].legend(fontsize=8)
+        row[0].set_ylabel(f"{name}\nnats missing from log p(x)")
+    figure.savefig(path, dpi=150)
+
+
+def main(arguments: argparse.Namespace) -> dict[str, float]:
+    """Estimates, draws, and returns the mean shortfall of each proposal."""
+    vae, x = trained(arguments)
+    k = 200 if arguments.smoke else 5000
+    estimates = {
+        f"encoder, K = {k}": importance_sampling(vae.model, vae.guide, x, num_samples=k),
+        "refined, K = 1000": refined_importance_sampling(vae.model, vae.guide, x),
+    }
+    chains, temperatures = (16, 5) if arguments.smoke else (128, 50)
+    reference = annealed_importance_sampling(
+        vae.model,
+        vae.guide,
+        x,
+        start="refined",
+        num_chains=chains,
+        num_temperatures=temperatures,
+        seed=1,
+    )
+    print(f"reference: {reference}")
+    shortfall = {}
+    for name, evidence in estimates.items():
+        missing = reference.log_prob - evidence.log_prob
+        shortfall[name] = missing.mean().item()
+        good = evidence.khat < evidence.khat_threshold
+        print(
+            f"{name}: {missing.mean():.3f} nats missing on average, {missing.max():.2f} on one "
+            f"image; among {int(good.sum())} of {len(x)} images with a good k-hat "
+            f"{missing[good].mean():.3f}"
+        )
+    draw(estimates, reference, arguments.out)
+    print(f"figure in {arguments.out}")
+    return shortfall
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", help="run folder of a model of thresholded MNIST")
+    parser.add_argument("--root", default="data", help="folder of MNIST")
+    parser.add_argument("--images", type=int, default=180)
+    parser.add_argument("--out", default="trust_log_px.png")
+    parser.add_argument("--smoke", action="store_true", help="a few images, little work")
+    main(parser.parse_args())
