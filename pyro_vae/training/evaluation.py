@@ -1,0 +1,121 @@
+"""What is measured between epochs: the validation bound and the active units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.densities import Program, Site, densities
+from pyro_vae.estimators import evidence_lower_bound
+from pyro_vae.estimators.evaluating import evaluating
+from pyro_vae.training.rows import Rows, some_rows
+
+__all__ = ["Evaluator", "cast", "first_weight", "forked", "programs"]
+
+CHUNK = 1000  # rows at once
+INITIAL_ROWS = 10_000  # that `vae.initialise` sees
+UNIT_ROWS = 1000  # that the active units are counted on
+ACTIVE = 0.01  # least variance over data of an active unit's posterior mean
+
+
+def programs(vae: Any) -> tuple[Program, Program]:
+    """The model and guide of a vae."""
+    return vae.model, vae.guide
+
+
+def first_weight(vae: nn.Module) -> Tensor:
+    """A parameter of floating type, for the others' device and type."""
+    return next(p for p in vae.parameters() if p.is_floating_point())
+
+
+def cast(batch: tuple[Tensor, Tensor | None], weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """x and y on the device and in the type of `weight`."""
+    x, y = batch
+    device, dtype = weight.device, weight.dtype
+    return x.to(device, dtype), None if y is None else y.to(device, dtype)
+
+
+@contextmanager
+def forked(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Puts torch's generators for the CPU and `device` back afterwards; seeds them if asked."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng([device] if cuda else []):
+        if seed is not None:
+            torch.random.default_generator.manual_seed(seed)
+        if seed is not None and cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+class Evaluator:
+    """Measures a vae between epochs; generators and modes are left as they were.
+
+    Args:
+        vae: A module with `model` and `guide`.
+        train: The training rows.
+        validation: Rows for the bound, or None.
+        seed: Of the rows' noise and of the draws, the same at every call.
+    """
+
+    def __init__(self, vae: nn.Module, train: Rows, validation: Rows | None, seed: int) -> None:
+        self.vae, self.seed = vae, seed
+        self.device = first_weight(vae).device
+        self.train = train
+        with forked(self.device):
+            self.validation = None if validation is None else validation.fixed(seed)
+            fixed = train.fixed(seed) if self.validation is None else self.validation
+        self.unit_rows = fixed.batch(self._index(len(fixed), UNIT_ROWS))
+
+    def initial_data(self) -> Tensor:
+        """Training data for `vae.initialise`."""
+        with forked(self.device):
+            fixed = self.train.fixed(self.seed)
+        index = self._index(len(fixed), INITIAL_ROWS)
+        return cast(fixed.batch(index), first_weight(self.vae))[0]
+
+    def bound(self) -> dict[str, float | None]:
+        """Mean beta = 1 ELBO, reconstruction and KL of the validation rows, in nats."""
+        names = ("elbo", "reconstruction", "kl")
+        if self.validation is None:
+            return {f"validation_{name}": None for name in names}
+        parts = []
+        index = torch.arange(len(self.validation), device=self.device)
+        for i, chunk in enumerate(index.split(CHUNK)):
+            x, y = cast(self.validation.batch(chunk), first_weight(self.vae))
+            parts.append(evidence_lower_bound(*programs(self.vae), x, y, seed=self.seed + i))
+        means = {n: torch.cat([getattr(part, n) for part in parts]).mean() for n in names}
+        return {f"validation_{name}": mean.item() for name, mean in means.items()}
+
+    def active_units(self) -> tuple[int, int] | None:
+        r"""How many latent units vary with x, and how many there are.
+
+        A unit is active where :math:`\mathrm{Var}_x(E_q[z_d \mid x]) > 0.01`, over 1000 rows.
+        None for fewer than two rows, or if a site's distribution in the guide has no mean.
+
+        References:
+            Burda, Grosse and Salakhutdinov. Importance weighted autoencoders. 2016.
+        """
+        x, y = cast(self.unit_rows, first_weight(self.vae))
+        if len(x) < 2:
+            return None
+        with evaluating(*programs(self.vae), seed=self.seed, device=self.device):
+            d = densities(*programs(self.vae), x, y)
+            try:
+                means = [_mean(site)[0].flatten(1) for site in d.sites.values()]
+            except NotImplementedError:
+                return None
+        active = torch.cat([mean.var(0) for mean in means]) > ACTIVE
+        return int(active.sum()), len(active)
+
+    def _index(self, num_rows: int, at_most: int) -> Tensor:
+        return some_rows(num_rows, at_most).to(self.device)
+
+
+def _mean(site: Site) -> Tensor:
+    distribution: Any = site.guide
+    return distribution.mean

@@ -1,0 +1,144 @@
+"""torch's optimisers and schedules by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+__all__ = [
+    "advance",
+    "OptimizerSpec",
+    "ScheduleSpec",
+    "make_optimizer",
+    "make_schedule",
+    "spec_name",
+]
+
+OptimizerSpec = str | dict[str, Any] | Callable[[list[nn.Parameter]], Optimizer]
+ScheduleSpec = str | dict[str, Any] | Callable[[Optimizer], LRScheduler]
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    name: cls
+    for name, cls in vars(torch.optim).items()
+    if isinstance(cls, type)
+    and issubclass(cls, Optimizer)
+    and name not in ("Optimizer", "LBFGS", "SparseAdam")  # need a closure, or sparse gradients
+}
+SCHEDULES: dict[str, type[LRScheduler]] = {
+    name: cls
+    for name, cls in vars(lr_scheduler).items()
+    if isinstance(cls, type)
+    and issubclass(cls, LRScheduler)
+    and name not in ("LRScheduler", "SequentialLR", "ChainedScheduler")  # made of schedules
+    and not name.startswith("_")
+}
+
+
+def make_optimizer(
+    spec: OptimizerSpec, module: nn.Module, lr: float, *, fused: bool = True
+) -> Optimizer:
+    """One optimiser of the parameters of `module` that require gradients.
+
+    Args:
+        spec: A name in torch.optim, {"class_path": name, "init_args": {...}}, or a callable
+            from parameters to an optimiser.
+        module: What is trained.
+        lr: The learning rate, unless `spec` says otherwise.
+        fused: Whether to take torch's fused step where class and device have one.
+
+    Raises:
+        ValueError: If nothing requires gradients, or the name or an option is unknown.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("nothing to train: no parameter of the vae requires gradients")
+    if callable(spec):
+        return _made(spec(parameters), Optimizer, "optimizer")
+    cls, options = _parse("optimizer", spec, OPTIMIZERS)
+    options = {"lr": lr, **options}
+    _check_options("optimizer", cls, (parameters,), options)
+    ways = {"fused", "foreach", "differentiable", "capturable"}
+    if fused and "fused" in inspect.signature(cls).parameters and not ways & options.keys():
+        try:
+            return cls(parameters, fused=True, **options)
+        except RuntimeError:  # not on this device or for this type
+            pass
+    return cls(parameters, **options)
+
+
+def make_schedule(spec: ScheduleSpec | None, optimizer: Optimizer) -> LRScheduler | None:
+    """A schedule of the learning rate, from a name, a dict or a callable as for optimisers."""
+    if spec is None:
+        return None
+    if callable(spec):
+        return _made(spec(optimizer), LRScheduler, "schedule")
+    cls, options = _parse("schedule", spec, SCHEDULES)
+    _check_options("schedule", cls, (optimizer,), options)
+    return cls(optimizer, **options)
+
+
+def advance(schedule: LRScheduler, elbo: float) -> None:
+    """One epoch further; ReduceLROnPlateau looks at minus the ELBO."""
+    if isinstance(schedule, ReduceLROnPlateau):
+        schedule.step(-elbo)
+    else:
+        schedule.step()
+
+
+def spec_name(spec: Any) -> Any:
+    """`spec` as a run records it: a callable by its name."""
+    if not callable(spec):
+        return spec
+    return f"{spec.__module__}.{spec.__qualname__}" if hasattr(spec, "__qualname__") else str(spec)
+
+
+def _parse(what: str, spec: Any, known: dict[str, type]) -> tuple[type, dict[str, Any]]:
+    if isinstance(spec, str):
+        spec = {"class_path": spec}
+    if not isinstance(spec, dict) or not {"class_path"} <= spec.keys() <= {
+        "class_path",
+        "init_args",
+    }:
+        raise ValueError(
+            f"{what} must be a name, {{'class_path': name, 'init_args': {{...}}}} or a callable; "
+            f"got {spec!r}"
+        )
+    name = str(spec["class_path"]).rsplit(".", 1)[-1]
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r}: {_closest(name, known)}")
+    return known[name], dict(spec.get("init_args") or {})
+
+
+def _check_options(what: str, cls: type, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    signature = inspect.signature(cls)
+    for option in options.keys() - signature.parameters.keys():
+        known = list(signature.parameters)[len(args) :]
+        raise ValueError(
+            f"{what} {cls.__name__} has no option {option!r}: {_closest(option, known)}"
+        )
+    try:
+        signature.bind(*args, **options)
+    except TypeError as error:
+        raise ValueError(f"{what} {cls.__name__}: {error}; give it in init_args") from None
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    lower = {k.lower(): k for k in known}
+    close = [lower[k] for k in get_close_matches(name.lower(), lower)]
+    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
+
+
+def _made(result: Any, cls: type, what: str) -> Any:
+    if not isinstance(result, cls):
+        raise ValueError(  # noqa: TRY004
+            f"the callable given as {what} must return a torch {cls.__name__}; "
+            f"got {type(result).__name__}"
+        )
+    return result

@@ -1,0 +1,141 @@
+"""What `fit` takes as data."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Rows", "TensorRows", "as_rows", "describe", "epoch_order", "some_rows"]
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """N rows that can be gathered by index; `describe()` and `digest()` are recorded if had."""
+
+    def __len__(self) -> int:
+        """The number of rows N."""
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x [B, *E] and y [B, C] or None of these rows, on the device where they lie.
+
+        Noise that is drawn anew at each visit comes from torch's global generator.
+        """
+
+    def fixed(self, seed: int) -> Rows:
+        """The same rows with their noise drawn once, for evaluation."""
+
+    def to(self, device: torch.device) -> Rows:
+        """The same rows on a device."""
+
+
+@dataclass(frozen=True, eq=False)
+class TensorRows:
+    """Tensors as they are; values that are not floating point become so in a batch.
+
+    Attributes:
+        x: Data [N, *E].
+        y: What is conditioned on [N, C], or None.
+    """
+
+    x: Tensor
+    y: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The rows at `index` [B]."""
+        x = self.x[index]
+        x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
+        return x, None if self.y is None else self.y[index]
+
+    def fixed(self, seed: int) -> TensorRows:
+        """These rows: they carry no noise."""
+        return self
+
+    def to(self, device: torch.device) -> TensorRows:
+        """The same rows on a device."""
+        return TensorRows(self.x.to(device), None if self.y is None else self.y.to(device))
+
+    def describe(self) -> dict[str, Any]:
+        """Shapes and types."""
+        parts = {"x": self.x, "y": self.y}
+        return {
+            name: None if part is None else f"{str(part.dtype)[6:]} {list(part.shape)}"
+            for name, part in parts.items()
+        }
+
+    def digest(self) -> str:
+        """The SHA-256 of types, shapes and bytes."""
+        sha = hashlib.sha256()
+        for part in (self.x, self.y):
+            if part is not None:
+                sha.update(f"{part.dtype}{list(part.shape)}".encode())
+                sha.update(
+                    part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+                )
+        return sha.hexdigest()
+
+
+def as_rows(data: Any, name: str) -> Rows:
+    """Data in the form that `fit` works with.
+
+    Raises:
+        ValueError: If they are of another kind, empty, unequal in length or not finite.
+    """
+    parts = data if isinstance(data, tuple | list) else (data,)
+    if len(parts) == 2 and parts[1] is None:
+        parts = parts[:1]
+    if len(parts) in (1, 2) and all(isinstance(part, Tensor) for part in parts):
+        return _tensor_rows(name, *parts)
+    if not isinstance(data, Rows):
+        raise ValueError(  # noqa: TRY004
+            f"{name} must be a tensor [N, *E], a pair of tensors (x, y) or an object with "
+            f"__len__, batch, fixed and to; got {type(data).__name__}"
+        )
+    if len(data) < 1:
+        raise ValueError(f"{name} must have at least one row; got none")
+    return data
+
+
+def _tensor_rows(name: str, x: Tensor, y: Tensor | None = None) -> TensorRows:
+    if x.ndim < 2 or len(x) < 1:
+        raise ValueError(
+            f"{name} must be of shape [N, *E] with at least one row; got {list(x.shape)}"
+        )
+    if y is not None and (y.ndim != 2 or len(y) != len(x)):
+        raise ValueError(
+            f"y of {name} must be of shape [{len(x)}, C], a row for each of x; got {list(y.shape)}"
+        )
+    for part in (x, y):
+        if part is not None and part.is_floating_point() and not bool(part.isfinite().all()):
+            bad = (~part.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+            raise ValueError(
+                f"{name} must be finite; {len(bad)} row(s) hold NaN or infinite values, "
+                f"first {bad[:3]} (from 0): repair or remove them"
+            )
+    return TensorRows(x, y)
+
+
+def describe(rows: Rows) -> dict[str, Any]:
+    """What a run records of its data: the number of rows, description and digest if had."""
+    record: dict[str, Any] = {"rows": len(rows)}
+    for name in ("describe", "digest"):
+        if hasattr(rows, name):
+            record[name] = getattr(rows, name)()
+    return record
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:
+    """The order [N] of an epoch (from 0): it depends on these three numbers only."""
+    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(num_rows))
+
+
+def some_rows(num_rows: int, at_most: int) -> Tensor:
+    """Indices of at most so many rows, evenly spaced."""
+    return torch.linspace(0, num_rows - 1, min(num_rows, at_most), dtype=torch.float64).long()

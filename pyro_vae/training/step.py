@@ -1,0 +1,98 @@
+"""One step's loss, and the watch over what is not finite."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pyro_vae.densities import densities
+from pyro_vae.objectives import Objective
+from pyro_vae.training.evaluation import cast, first_weight, programs
+from pyro_vae.training.rows import Rows
+
+__all__ = ["StepLoss", "Watch"]
+
+
+class StepLoss(nn.Module):
+    """From the indices of a batch to its loss: what Fabric wraps.
+
+    Indices go in, not the rows, so that mixed precision does not round the data.
+    """
+
+    def __init__(self, vae: nn.Module, objective: Objective, rows: Rows) -> None:
+        super().__init__()
+        self.vae, self.objective, self.rows = vae, objective, rows
+        self.weight = (first_weight(vae),)  # in a tuple, for it is registered already
+        self.observed: list[str] = []
+        self.latent: list[str] = []
+
+    def forward(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and terms of a batch.
+
+        Args:
+            index: Of the rows [B].
+
+        Returns:
+            The loss per datum in nats, to be differentiated; and, without gradients, sums over
+            the batch of the objective, the reconstruction and each latent site's KL.
+        """
+        x, y = cast(self.rows.batch(index), self.weight[0])
+        K = self.objective.num_particles
+        d = densities(*programs(self.vae), x, y, num_particles=K)
+        loss = self.objective.reduce(d) / (d.scale * len(index))
+        with torch.no_grad():
+            sums = [-loss * len(index), d.log_likelihood.mean(0).sum()]
+            terms = torch.stack(sums + [kl.sum() for kl in d.kl().values()])
+        self.observed, self.latent = list(d.observed), list(d.sites)
+        return loss, terms
+
+
+class Watch:
+    """Finds the first step whose loss is not finite.
+
+    On the CPU each step is checked before its update. Elsewhere that would make every step
+    wait: the first bad one is kept on the device, until `check` looks.
+    """
+
+    def __init__(self, module: StepLoss, device: torch.device) -> None:
+        self.module = module
+        self.at_once = device.type == "cpu"
+        self.step = torch.tensor(-1, device=device)
+        self.terms: Tensor | None = None
+
+    def see(self, step: int, loss: Tensor, terms: Tensor) -> None:
+        """Looks at a step's loss and terms."""
+        if self.at_once:
+            if not math.isfinite(loss.item()):
+                raise self._error(step, terms)
+            return
+        bad = ~loss.detach().isfinite() & (self.step < 0)
+        self.step = torch.where(bad, step, self.step)
+        self.terms = torch.where(bad, terms, terms if self.terms is None else self.terms)
+
+    def check(self) -> None:
+        """Raises a FloatingPointError if there has been a bad step; waits for the device."""
+        if self.terms is not None and int(self.step) >= 0:
+            raise self._error(int(self.step), self.terms)
+
+    def gradient_error(self, step: int) -> FloatingPointError:
+        """What to raise where a finite loss has a gradient that is not."""
+        parameters = self.module.vae.named_parameters()
+        bad = [n for n, p in parameters if p.grad is not None and not p.grad.isfinite().all()]
+        names = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+        return FloatingPointError(
+            f"step {step}: the gradient of {names} is not finite, though the loss is; lower lr, "
+            "or look for a function whose derivative is infinite"
+        )
+
+    def _error(self, step: int, terms: Tensor) -> FloatingPointError:
+        _, reconstruction, *kls = terms.isfinite().tolist()
+        sites = [site for site, finite in zip(self.module.latent, kls) if not finite]
+        sites = sites if reconstruction else [*self.module.observed, *sites]
+        what = f"log density of site {', '.join(map(repr, sites))}" if sites else "objective"
+        return FloatingPointError(
+            f"step {step}: the {what} is not finite; lower lr, set clip_norm, or look for "
+            "extreme data"
+        )

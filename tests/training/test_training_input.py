@@ -1,0 +1,176 @@
+"""What `fit` refuses, and how it stops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from torch import Tensor, nn
+from training_cases import QUIET, make_data, make_vae, same, weights
+
+from pyro_vae.objectives import ELBO
+from pyro_vae.training import fit, load_weights
+from pyro_vae.training.optimizers import make_optimizer, make_schedule
+from pyro_vae.training.step import StepLoss, Watch
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"epochs": 0}, "epochs must be"),
+        ({"batch_size": 1.5}, "batch_size must be"),
+        ({"seed": -1}, "seed must be"),
+        ({"lr": 0.0}, "lr must be"),
+        ({"clip_norm": float("nan")}, "clip_norm must be"),
+        ({"patience": 3}, "patience needs validation"),
+        ({"precision": "8-true"}, "precision must be one of 32-true"),
+        ({"objective": pyro.infer.Trace_ELBO()}, "objective must be"),
+        ({"data": [1, 2, 3]}, "data must be a tensor"),
+        ({"data": torch.zeros(0, 7)}, "at least one row"),
+        ({"data": (make_data(), torch.zeros(3, 2))}, r"y of data must be of shape \[53, C\]"),
+        ({"validation": torch.full((5, 7), torch.nan)}, r"validation must be finite.*\[0, 1, 2\]"),
+        ({"vae": nn.Linear(2, 2)}, "methods model and guide"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        fit(**{"vae": make_vae(), "data": make_data(), **QUIET, **options})
+
+
+@pytest.mark.parametrize("options", [{"compile": True}, {"devices": 2}, {"devices": "auto"}])
+def test_what_is_not_there_yet(options: dict[str, Any]) -> None:
+    with pytest.raises(NotImplementedError):
+        fit(make_vae(), make_data(), **{**QUIET, **options})
+
+
+def test_validation_data_that_do_not_suit_fail_before_training() -> None:
+    vae = make_vae()
+    before = weights(vae)
+    with pytest.raises(ValueError, match="validation: likelihood Bernoulli needs data"):
+        fit(vae, make_data(), validation=torch.full((5, 7), 3.0), **QUIET)
+    assert {k for k, v in weights(vae).items() if not torch.equal(v, before[k])} <= {
+        "initialised",
+        "likelihood.decoder.output.bias",
+    }
+
+
+class Failing(nn.Module):
+    """A Gaussian VAE whose densities or gradients fail from some step on."""
+
+    def __init__(self, part: str, after: int) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(2))
+        self.part, self.after, self.calls = part, after, 0
+
+    def model(self, x: Tensor) -> None:
+        bad = self.calls > self.after
+        nan = torch.tensor(torch.nan if bad else 0.0)
+        loc = nan if self.part == "latent" else torch.zeros(())
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("code", pyro.distributions.Normal(loc, torch.ones(2)).to_event(1))
+            if self.part == "observed":
+                z = z + nan
+            if self.part == "gradient" and bad:
+                z = z + (0 * self.loc).sqrt()
+            pyro.sample("pixels", pyro.distributions.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        self.calls += self.training
+        with pyro.plate("data", len(x), dim=-1):
+            loc = x / 2 + self.loc
+            pyro.sample("code", pyro.distributions.Normal(loc, 0.7).to_event(1))
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("observed", "step 6: the log density of site 'pixels' is not finite"),
+        ("latent", "step 6: the log density of site 'code' is not finite"),
+        ("gradient", "step 6: the gradient of loc is not finite"),
+    ],
+)
+def test_a_failing_step_is_named_and_leaves_good_weights(
+    tmp_path: Path, part: str, words: str
+) -> None:
+    x = torch.randn(31, 2)
+    good, vae = Failing(part, 10**6), Failing(part, 6)
+    fit(good, x, epochs=1, batch_size=5, **QUIET)  # seven steps
+    with pytest.raises(FloatingPointError, match=words):
+        fit(vae, x, epochs=2, batch_size=5, run=tmp_path, checkpoint_every=2, **QUIET)
+    assert vae.loc.isfinite().all()
+    assert load_weights(tmp_path)["loc"].isfinite().all()
+
+
+def test_a_failing_first_step_is_named() -> None:
+    with pytest.raises(ValueError, match="step 0: "):
+        fit(Failing("latent", 0), torch.randn(31, 2), epochs=1, **QUIET)
+
+
+def test_a_device_that_is_not_waited_for() -> None:
+    vae = make_vae()
+    module = StepLoss(vae, ELBO(), None)  # type: ignore[arg-type]
+    module.observed, module.latent = ["x"], ["z"]
+    watch = Watch(module, torch.device("cpu"))
+    watch.at_once = False
+    bad = torch.tensor(torch.nan)
+    for step, (loss, kl) in enumerate([(1.0, 2.0), (bad, bad), (bad, 3.0)]):
+        watch.see(
+            step, torch.as_tensor(loss), torch.stack([bad, *map(torch.as_tensor, (1.0, kl))])
+        )
+    with pytest.raises(FloatingPointError, match="step 1: the log density of site 'z'"):
+        watch.check()
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("adam", "unknown optimizer 'adam': did you mean Adam"),
+        ({"class_path": "Adam", "init_args": {"beta": 1}}, "no option 'beta': did you mean betas"),
+        ({"class_path": "Adam", "args": {}}, "optimizer must be a name"),
+        (lambda parameters: "Adam", "must return a torch Optimizer; got str"),
+    ],
+)
+def test_bad_optimizers(spec: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make_optimizer(spec, nn.Linear(2, 3), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("StepL", "unknown schedule 'StepL': did you mean StepLR"),
+        ("CosineAnnealingLR", "missing a required argument: 'T_max'"),
+        (lambda optimizer: None, "must return a torch LRScheduler"),
+    ],
+)
+def test_bad_schedules(spec: Any, words: str) -> None:
+    optimizer = make_optimizer("Adam", nn.Linear(2, 3), 1e-3)
+    with pytest.raises(ValueError, match=words):
+        make_schedule(spec, optimizer)
+
+
+def test_optimizers_are_fused_where_they_can_be() -> None:
+    module = nn.Linear(2, 3)
+    assert make_optimizer("Adam", module, 1e-3).defaults["fused"]
+    assert not make_optimizer("Adam", module, 1e-3, fused=False).defaults["fused"]
+    assert "fused" not in make_optimizer("RMSprop", module, 1e-3).defaults
+    foreach = {"class_path": "torch.optim.Adam", "init_args": {"foreach": True, "lr": 0.5}}
+    optimizer = make_optimizer(foreach, module, 1e-3)
+    assert not optimizer.defaults["fused"]
+    assert optimizer.defaults["lr"] == 0.5
+
+
+def test_an_optimizer_can_be_a_callable() -> None:
+    first, second = make_vae(), make_vae()
+    options = {"epochs": 2, "batch_size": 11, **QUIET}
+    fit(first, make_data(), optimizer="SGD", lr=0.1, **options)
+    fit(
+        second,
+        make_data(),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, fused=True),
+        **options,
+    )
+    assert same(weights(first), weights(second))

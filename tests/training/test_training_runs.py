@@ -1,0 +1,315 @@
+"""Run folders: exact resume, checkpoints that survive, files that are refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_cases import QUIET, Stop, make_data, make_vae, noisy_data, same, weights
+
+from pyro_vae.objectives import ELBO
+from pyro_vae.training import History, State, checkpoint, fit, load_weights, read_run
+
+OPTIONS: dict[str, Any] = {
+    "epochs": 4,
+    "batch_size": 11,
+    "lr": 0.01,
+    "schedule": {"class_path": "ExponentialLR", "init_args": {"gamma": 0.8}},
+    **QUIET,
+}
+
+
+class Breaking(ELBO):
+    """Raises at one step."""
+
+    def __init__(self, at: int = -1) -> None:
+        super().__init__()
+        self.stop_at = at
+
+    def at(self, step: int) -> None:
+        if step == self.stop_at:
+            raise Stop
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    with open(run / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "RMSprop", "AdamW"])
+@pytest.mark.parametrize("stop_at", [7, 9, 10, 12])  # five steps an epoch
+def test_resume_is_exact(tmp_path: Path, stop_at: int, optimizer: str) -> None:
+    options = {**OPTIONS, "optimizer": optimizer, "validation": noisy_data(13)}
+    whole, broken = make_vae(), make_vae()
+    fit(whole, noisy_data(), Breaking(), run=tmp_path / "whole", **options)
+    options |= {"run": tmp_path / "broken", "checkpoint_every": 2}
+    with pytest.raises(Stop):
+        fit(broken, noisy_data(), Breaking(stop_at), **options)
+    resumed = make_vae(seed=5)
+    history = fit(resumed, noisy_data(), Breaking(), resume=True, **options)
+    assert same(weights(whole), weights(resumed))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
+    assert history["epoch"] == [1, 2, 3, 4]
+    for which in ("best", "last"):
+        first, second = (load_weights(tmp_path / name, which) for name in ("whole", "broken"))
+        assert same(first, second)
+
+
+def test_resume_after_a_callback_raised(tmp_path: Path) -> None:
+    def stop(state: State) -> None:
+        if state.epoch == 2:
+            raise Stop
+
+    whole, resumed = make_vae(), make_vae(seed=5)
+    fit(whole, noisy_data(), run=tmp_path / "whole", **OPTIONS)
+    with pytest.raises(Stop):
+        fit(make_vae(), noisy_data(), run=tmp_path / "broken", callbacks=[stop], **OPTIONS)
+    steps: list[int] = []
+    fit(
+        resumed,
+        noisy_data(),
+        run=tmp_path / "broken",
+        resume=True,
+        callbacks=[lambda state: steps.append(state.step)],
+        **OPTIONS,
+    )
+    assert steps == [15, 20]
+    assert same(weights(whole), weights(resumed))
+
+
+def test_more_epochs_go_on(tmp_path: Path) -> None:
+    whole, resumed = make_vae(), make_vae(seed=5)
+    fit(whole, noisy_data(), **OPTIONS)
+    fit(make_vae(), noisy_data(), run=tmp_path, **{**OPTIONS, "epochs": 1})
+    fit(resumed, noisy_data(), run=tmp_path, resume=True, **OPTIONS)
+    assert same(weights(whole), weights(resumed))
+    again = make_vae(seed=5)
+    history = fit(again, noisy_data(), run=tmp_path, resume=True, **OPTIONS)
+    assert same(weights(whole), weights(again))
+    assert len(history) == 4
+
+
+def test_resume_before_the_first_checkpoint_starts_over(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        fit(make_vae(), noisy_data(), Breaking(3), run=tmp_path, **OPTIONS)
+    with pytest.raises(ValueError, match="no checkpoint yet"):
+        load_weights(tmp_path)
+    whole, resumed = make_vae(), make_vae()
+    fit(whole, noisy_data(), Breaking(), **OPTIONS)
+    fit(resumed, noisy_data(), Breaking(), run=tmp_path, resume=True, **OPTIONS)
+    assert same(weights(whole), weights(resumed))
+
+
+def test_what_a_run_holds(tmp_path: Path) -> None:
+    x, vae = make_data(), make_vae()
+    history = fit(
+        vae, x, validation=x[:13], run=tmp_path / "a" / "b", declaration={"prior": "p"}, **OPTIONS
+    )
+    run = tmp_path / "a" / "b"
+    record = read_run(run)
+    assert record["format"] == 1
+    assert record["declaration"] == {"prior": "p"}
+    assert record["training"]["batch_size"] == 11
+    assert record["training"]["objective"]["init_args"]["beta"] == 1.0
+    assert record["data"]["train"]["rows"] == 53
+    assert len(record["data"]["validation"]["digest"]) == 64
+    rows = metrics(run)
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
+    assert [float(row["validation_elbo"]) for row in rows] == history["validation_elbo"]
+    names = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert names[0] == "current.json"
+    assert len(names) in (2, 3)  # the last and the best, which may be one
+    assert same(load_weights(run, "best"), weights(vae))
+    with pytest.raises(ValueError, match="which must be"):
+        load_weights(run, "first")
+
+
+def test_without_validation_the_best_is_the_last(tmp_path: Path) -> None:
+    vae = make_vae()
+    fit(vae, make_data(), run=tmp_path, **OPTIONS)
+    assert same(load_weights(tmp_path), weights(vae))
+    assert same(load_weights(tmp_path, "last"), weights(vae))
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    fit(make_vae(), make_data(), run=tmp_path, **{**OPTIONS, "epochs": 1})
+    with pytest.raises(ValueError, match="holds a run"):
+        fit(make_vae(), make_data(), run=tmp_path, **OPTIONS)
+    with pytest.raises(ValueError, match="needs the folder"):
+        fit(make_vae(), make_data(), resume=True, **OPTIONS)
+
+
+def test_a_mistake_does_not_take_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="did you mean Adam"):
+        fit(make_vae(), make_data(), run=tmp_path / "run", **{**OPTIONS, "optimizer": "adam"})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"batch_size": 13}, "training.batch_size was 11, is 13"),
+        ({"seed": 3}, "training.seed was 0, is 3"),
+        ({"optimizer": "SGD"}, "training.optimizer was 'Adam', is 'SGD'"),
+        ({"objective": ELBO(beta=2.0)}, "training.objective"),
+        ({"data": make_data(seed=2)}, "data.train.digest"),
+    ],
+)
+def test_resume_with_other_settings(tmp_path: Path, changed: dict[str, Any], words: str) -> None:
+    options = {"data": make_data(), "objective": ELBO(), **OPTIONS}
+    fit(make_vae(), run=tmp_path, **{**options, "epochs": 1})
+    with pytest.raises(ValueError, match=words):
+        fit(make_vae(), run=tmp_path, resume=True, **{**options, **changed})
+
+
+def test_weights_that_do_not_fit(tmp_path: Path) -> None:
+    fit(make_vae(), make_data(), run=tmp_path, **{**OPTIONS, "epochs": 1})
+    other = make_vae()
+    other.posterior = torch.nn.Sequential(torch.nn.Linear(7, 6))
+    with pytest.raises(ValueError, match="do not fit this vae"):
+        fit(other, make_data(), run=tmp_path, resume=True, **OPTIONS)
+
+
+def files(run: Path) -> dict[str, Path]:
+    (folder,) = (run / "checkpoints").glob("step-*")
+    return {
+        "run": run / "run.json",
+        "pointer": run / "checkpoints" / "current.json",
+        "weights": folder / "weights.safetensors",
+        "state": folder / "state.pt",
+    }
+
+
+@pytest.mark.parametrize("part", ["run", "pointer", "weights", "state"])
+@pytest.mark.parametrize("how", ["empty", "noise", "cut", "missing"])
+def test_damaged_files_are_named(tmp_path: Path, part: str, how: str) -> None:
+    fit(make_vae(), make_data(), run=tmp_path, **{**OPTIONS, "epochs": 1})
+    path = files(tmp_path)[part]
+    whole = path.read_bytes()
+    damaged = {"empty": b"", "noise": b"\xff\x00noise" * 9, "cut": whole[: len(whole) // 2]}
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(damaged[how])
+    if how == "missing" and part in ("run", "pointer"):  # a run that has not begun
+        if part == "run":
+            with pytest.raises(ValueError, match=r"run\.json is missing"):
+                load_weights(tmp_path)
+        return
+    with pytest.raises(ValueError, match=path.name):
+        fit(make_vae(), make_data(), run=tmp_path, resume=True, **OPTIONS)
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    fit(make_vae(), make_data(), run=tmp_path, **{**OPTIONS, "epochs": 1})
+    record = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**record, "format": 2}))
+    with pytest.raises(ValueError, match="format 2"):
+        load_weights(tmp_path)
+
+
+def test_pointers_stay_inside(tmp_path: Path) -> None:
+    fit(make_vae(), make_data(), run=tmp_path, **{**OPTIONS, "epochs": 1})
+    files(tmp_path)["pointer"].write_text(json.dumps({"last": "../../x", "best": None}))
+    with pytest.raises(ValueError, match=r"current\.json is damaged"):
+        load_weights(tmp_path)
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("part", ["weights", "state"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_pickles_are_not_executed(tmp_path: Path, part: str, zipped: bool) -> None:
+    run, caught = tmp_path / "run", tmp_path / "caught"
+    fit(make_vae(), make_data(), run=run, **{**OPTIONS, "epochs": 1})
+    path = files(run)[part]
+    if zipped:
+        torch.save({"weights": Trap(caught)}, path)
+    else:
+        path.write_bytes(pickle.dumps(Trap(caught)))
+    with pytest.raises(ValueError, match=path.name):
+        fit(make_vae(), make_data(), run=run, resume=True, **OPTIONS)
+    assert not caught.exists()
+
+
+@pytest.mark.parametrize("write", range(6))
+@pytest.mark.parametrize("function", ["_write", "os.replace", "os.fsync"])
+def test_a_broken_write_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int, function: str
+) -> None:
+    """Breaks off at each write of the second checkpoint, half of it done."""
+    whole, resumed = make_vae(), make_vae(seed=5)
+    fit(whole, make_data(), run=tmp_path / "whole", **OPTIONS)
+    run, count = tmp_path / "broken", [-1]
+    owner: Any = checkpoint if function == "_write" else os
+    real = getattr(owner, function.removeprefix("os."))
+
+    def breaking(*args: Any) -> Any:
+        if count[0] >= 0:
+            count[0] += 1
+        if count[0] == write + 1:
+            if function == "_write":
+                real(args[0], args[1][: len(args[1]) // 2])
+            raise Stop
+        return real(*args)
+
+    def arm(state: State) -> None:
+        if state.epoch == 1:
+            count[0] = 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function.removeprefix("os."), breaking)
+        with pytest.raises(Stop):
+            fit(make_vae(), make_data(), run=run, callbacks=[arm], **OPTIONS)
+    assert load_weights(run).keys() == whole.state_dict().keys()
+    fit(resumed, make_data(), run=run, resume=True, **OPTIONS)
+    assert same(weights(whole), weights(resumed))
+    assert metrics(run) == metrics(tmp_path / "whole")
+    assert len(list((run / "checkpoints").glob("step-*"))) == 1
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from training_cases import QUIET, make_vae, noisy_data
+from pyro_vae.training import fit
+say = lambda state: print(state.epoch, flush=True)
+fit(make_vae(), noisy_data(), run=sys.argv[2], resume=True, epochs=100000, batch_size=11,
+    checkpoint_every=1, callbacks=[say], **QUIET)
+"""
+    command = [sys.executable, "-c", code, os.path.dirname(__file__), str(tmp_path)]
+    for delay in (0.0, 0.013, 0.029):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert load_weights(tmp_path, "last").keys() == make_vae().state_dict().keys()
+    epochs = len(metrics(tmp_path))
+    resumed, whole = make_vae(), make_vae()
+    options = {**QUIET, "epochs": epochs + 1, "batch_size": 11, "checkpoint_every": 1}
+    history = fit(resumed, noisy_data(), run=tmp_path, resume=True, **options)
+    fit(whole, noisy_data(), **options)
+    assert isinstance(history, History)
+    assert same(weights(resumed), weights(whole))
