@@ -7,13 +7,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pyro_vae.data.noise import check_seed, row_noise
-from pyro_vae.data.transforms import Identity, Transform
+from pyro_vae.data.transforms import Identity, Transform, declare
 
 _CHUNK = 1024
 
@@ -228,6 +229,11 @@ class Data:
         labels = None if self.labels is None else self.labels.to(device)
         x, rows = self.x.to(device), self.rows.to(device)
         return replace(self, x=x, y=y, labels=labels, rows=rows)
+
+    def describe(self) -> dict[str, Any]:
+        """What was done to the rows, for JSON: their name, seed and transform."""
+        done = self.transform.of if isinstance(self.transform, _Applied) else self.transform
+        return {"name": self.name, "seed": self.seed, "transform": declare(done)}
 
     def digest(self) -> str:
         """The SHA-256, in hex, of the dtype, shape and bytes of x and y."""

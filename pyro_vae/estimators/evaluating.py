@@ -41,8 +41,17 @@ def evaluating(
         OwnParameters(),
     ):
         if seed is not None:
-            torch.manual_seed(seed)
+            _seed(seed, device)
         yield
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seeds the generator that is forked, and no other."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 @contextmanager

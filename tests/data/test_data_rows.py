@@ -222,3 +222,11 @@ def test_bad_numbers_of_batches_are_refused() -> None:
         epoch_order(N, 0, -1)
     with pytest.raises(ValueError, match="seed of 0"):
         epoch_order(N, -1, 0)
+
+
+def test_describe_names_what_was_done_before_and_after_fixing() -> None:
+    data = Data(torch.zeros(3, 5, dtype=torch.uint8), levels=17, seed=7, name="x")
+    data = data.with_transform(Dequantise(17))
+    expected = {"name": "x", "seed": 7, "transform": {"class": "Dequantise", "levels": 17}}
+    assert data.describe() == expected
+    assert data.fixed().describe() == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -17,7 +18,9 @@ from pyro_vae.data import (
     Rescale,
     Standardise,
     Threshold,
+    declare,
     make_transform,
+    restore,
 )
 
 SHAPE = (2, 3, 5)
@@ -175,3 +178,20 @@ def test_grey_transforms_need_levels() -> None:
 def test_noisy_transforms_need_noise() -> None:
     with pytest.raises(ValueError, match="needs uniform noise"):
         Dequantise(256)(grey(3, 2))
+
+
+@pytest.mark.parametrize(
+    "name", ["none", "threshold", "static", "dynamic", "dequantise", "rescale", "standardise"]
+)
+def test_declared_transform_is_restored(name: str) -> None:
+    x = torch.randint(0, 17, (11, 3), generator=torch.Generator().manual_seed(0))
+    transform = make_transform(name, x, 17)
+    again = restore(json.loads(json.dumps(declare(transform))))
+    u = torch.rand(11, 3, generator=torch.Generator().manual_seed(1))
+    assert type(again) is type(transform)
+    assert torch.equal(again(x, u), transform(x, u))
+
+
+def test_restoring_a_foreign_class_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected a transform of pyro_vae.data"):
+        restore({"class": "os.system"})
