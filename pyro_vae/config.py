@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
@@ -23,6 +23,7 @@ __all__ = [
     "INJECTED",
     "build",
     "check_options",
+    "check_schedule",
     "closest",
     "component",
     "components",
@@ -42,6 +43,7 @@ BASES: dict[str, type] = {
     "encoder": networks.Network,
     "decoder": networks.Network,
     "objective": objectives.Objective,
+    "schedule": objectives.Schedule,
 }
 INJECTED = {"latent_dim", "data_shape", "posterior", "encoder", "decoder", "in_shape", "out_shape"}
 
@@ -138,7 +140,10 @@ def components(family: str) -> dict[str, type]:
 
 
 def component(family: str, declared: Declared) -> tuple[type, dict[str, Any]]:
-    """The class that `declared` names, and its options, checked and complete."""
+    """The class that `declared` names, and its options, checked and complete.
+
+    An option that takes a schedule may be declared in the same way; it comes back made.
+    """
     if isinstance(declared, str):
         declared = {"class_path": declared}
     if not isinstance(declared, Mapping) or set(declared) - {"class_path", "init_args"}:
@@ -149,6 +154,7 @@ def component(family: str, declared: Declared) -> tuple[type, dict[str, Any]]:
     cls = named_class(family, declared["class_path"])
     options = dict(declared.get("init_args") or {})
     check_options(family, cls, options)
+    options = {name: _made_schedule(cls, name, value) for name, value in options.items()}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, family, skip=INJECTED & set(_parameters(cls)))
     try:
@@ -184,9 +190,40 @@ def check_options(family: str, cls: type, options: Iterable[str]) -> None:
             )
 
 
+def check_schedule(cls: type, option: str, declared: Any) -> None:
+    """Refuses an unknown class or option of a schedule that is declared for an option of `cls`."""
+    if _declares_schedule(cls, option, declared):
+        declared = {"class_path": declared} if isinstance(declared, str) else declared
+        schedule = named_class("schedule", str(declared.get("class_path")))
+        check_options("schedule", schedule, declared.get("init_args") or {})
+
+
 def option_names(cls: type) -> list[str]:
     """Names of the arguments of `cls` that a user sets."""
     return [name for name in _parameters(cls) if name not in INJECTED]
+
+
+def _made_schedule(cls: type, option: str, declared: Any) -> Any:
+    """The schedule that is declared for an option of `cls`; any other value as it is."""
+    if not _declares_schedule(cls, option, declared):
+        return declared
+    schedule, settings = component("schedule", declared)
+    return schedule(**settings)
+
+
+def _declares_schedule(cls: type, option: str, declared: Any) -> bool:
+    hints = get_args(get_type_hints(cls.__init__).get(option))  # type: ignore[misc]
+    if objectives.Schedule not in hints or not isinstance(declared, str | Mapping):
+        return False
+    return isinstance(declared, Mapping) or not _is_number(declared)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _final_subclasses(cls: type) -> set[type]:
@@ -242,7 +279,16 @@ def closest(name: str, known: Iterable[str]) -> str:
 
 def short_names(family: str, declared: Mapping[str, Any]) -> dict[str, Any]:
     """`declared` with our classes by their short names, so that moved classes keep old runs."""
-    return {**declared, "class_path": _name(named_class(family, declared["class_path"]))}
+    cls = named_class(family, declared["class_path"])
+    short = {**declared, "class_path": _name(cls)}
+    if declared.get("init_args"):
+        short["init_args"] = {
+            name: short_names("schedule", value)
+            if isinstance(value, Mapping) and _declares_schedule(cls, name, value)
+            else value
+            for name, value in declared["init_args"].items()
+        }
+    return short
 
 
 def default_transform(likelihood: type, levels: int | None, x: Tensor) -> str:

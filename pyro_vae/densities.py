@@ -15,7 +15,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Distribution, Independent, kl_divergence
 
 __all__ = [
     "Densities",
@@ -112,6 +112,39 @@ class Densities:
         """Log importance weights log p(x, z) - log q(z | x) [K, B]."""
         return self.log_likelihood + self.log_prior - self.log_posterior
 
+    @cached_property
+    def log_posterior_detached(self) -> Tensor:
+        """log q(z | x) [K, B], its gradient through z alone: none of the guide's parameters'.
+
+        That of a draw of several sites is right too: a site's draw moves the distributions of
+        later ones. Costs one more density of each site, and no run of the guide.
+
+        Raises:
+            ValueError: If a site's distribution cannot score a point that it did not draw.
+        """
+        if not torch.is_grad_enabled():
+            return self.log_posterior
+        again = self._sum([_score_again(name, site) for name, site in self.sites.items()])
+        path = self.through_latents(again)
+        return self.log_posterior.detach() + path - path.detach()
+
+    def through_latents(self, log_density: Tensor) -> Tensor:
+        r"""A number [K, B] with the gradient of `log_density` through the latents alone.
+
+        .. math:: \sum_i z_i^\top \, \mathrm{stop}\Big(\frac{\partial f}{\partial z_i}\Big)
+
+        where the derivative with respect to one site holds the others, and all parameters,
+        fixed. `log_density` less it has the gradient with the draws held fixed. Its value means
+        nothing.
+
+        Args:
+            log_density: f [K, B], an entry of which depends on the draws of that entry alone.
+        """
+        latents = {n: s.value for n, s in self.sites.items() if s.value.requires_grad}
+        slopes = _slopes(log_density, latents)
+        shape = (self.num_particles, self.num_data, -1)
+        return self._sum([(g * latents[n]).reshape(shape).sum(-1) for n, g in slopes.items()])
+
     def kl(self, rule: str = "auto") -> dict[str, Tensor]:
         """KL(q || p) of each site [B].
 
@@ -125,6 +158,19 @@ class Densities:
         if rule not in ("auto", "analytic", "sampled"):
             raise ValueError(f"kl must be 'auto', 'analytic' or 'sampled'; got {rule!r}")
         return {name: self._site_kl(name, site, rule) for name, site in self.sites.items()}
+
+    def kl_by_dimension(self, rule: str = "auto") -> dict[str, Tensor]:
+        """KL(q || p) of each dimension of each site [B, D], of distributions that factorise.
+
+        Args:
+            rule: As for `kl`.
+
+        Raises:
+            ValueError: As for `kl`, or if the dimensions of a site are not independent.
+        """
+        sites = {name: _by_dimension(name, site) for name, site in self.sites.items()}
+        parts = {name: self._site_kl(name, site, rule) for name, site in sites.items()}
+        return {name: kl.reshape(self.num_data, -1) for name, kl in parts.items()}
 
     @cached_property
     def kl_rules(self) -> dict[str, str]:
@@ -185,8 +231,8 @@ def registered_densities(
     with particle_plate(num_particles):
         guide_trace = poutine.trace(guide).get_trace(*_args(x, y))
         guide_sites = _sample_sites(guide_trace, "guide")
-        replayed = poutine.replay(model, trace=guide_trace)
-        model_sites = _sample_sites(poutine.trace(replayed).get_trace(*_args(x, y)), "model")
+    with poutine.replay(trace=guide_trace), particle_plate(num_particles):
+        model_sites = _sample_sites(poutine.trace(model).get_trace(*_args(x, y)), "model")
     latent = [name for name, site in model_sites.items() if not site["is_observed"]]
     _check_latents(latent, list(guide_sites))
     frames = {f.name: f for f in model_sites[latent[0]]["cond_indep_stack"]}
@@ -337,6 +383,60 @@ class ScaleLatents(Messenger):
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if not msg["is_observed"]:
             msg["scale"] = msg["scale"] * self.beta
+
+
+def _by_dimension(name: str, site: Site) -> Site:
+    """The site with its dimensions as batch dimensions, [K, B, *event]."""
+    guide, model = _factors(site.guide), _factors(site.model)
+    if guide.event_shape or model.event_shape:
+        raise ValueError(
+            f"the KL from {_name(site.guide)} to {_name(site.model)} at site {name!r} is not a "
+            "sum over dimensions: use distributions with independent dimensions, or the KL of "
+            "the whole site"
+        )
+    return Site(site.value, guide, model)
+
+
+def _factors(fn: Distribution) -> Distribution:
+    return _factors(fn.base_dist) if isinstance(fn, Independent) else fn
+
+
+def _score_again(name: str, site: Site) -> Tensor:
+    """Log density of a draw under the guide [K, B], as of a point from elsewhere.
+
+    A flow keeps the density of its own draw, computed from the noise and not from z.
+    """
+    try:
+        return site.guide.log_prob(site.value.view_as(site.value))
+    except (KeyError, NotImplementedError) as error:
+        raise ValueError(
+            f"{_name(site.guide)} at site {name!r} cannot score a point that it did not just "
+            "draw, which a gradient through the latents alone needs: use a posterior whose "
+            "transforms can be inverted, or another objective"
+        ) from error
+
+
+def _slopes(log_density: Tensor, latents: Latents) -> Latents:
+    """Derivative of the sum of `log_density` with respect to each of `latents`, others fixed."""
+    slopes: Latents = {}
+
+    def stop_at(name: str) -> Callable[[Tensor], Tensor]:
+        def hook(slope: Tensor) -> Tensor:
+            slopes[name] = slope
+            return torch.zeros_like(slope)  # so that nothing reaches the sites before it
+
+        return hook
+
+    if not (latents and log_density.requires_grad):
+        return slopes
+    hooks = [z.register_hook(stop_at(name)) for name, z in latents.items()]
+    try:
+        given = list(latents.values())
+        torch.autograd.grad(log_density.sum(), given, retain_graph=True, allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return slopes
 
 
 def _name(fn: Distribution) -> str:

@@ -47,12 +47,18 @@ def check_names(argv: list[str]) -> None:
         declared |= content if isinstance(content, dict) else {}
     for family, default in DEFAULTS.items():
         given = declared.get(family, default)
-        mapping = {"class_path": given} if isinstance(given, str) else dict(given)
+        mapping: dict[str, Any] = {"class_path": given} if isinstance(given, str) else dict(given)
+        in_file = dict(mapping.get("init_args") or {})
+        for option, value in in_file.items():
+            named = config.named_class(family, mapping["class_path"])
+            config.check_schedule(named, option, value)
         names = [mapping["class_path"], *_values(argv, f"--{family}")]
         for name in names:
             cls = config.named_class(family, name)
-        in_file = mapping.get("init_args") or {} if len(names) == 1 else {}
-        config.check_options(family, cls, [*in_file, *_suboptions(argv, family)])
+        kept = in_file if len(names) == 1 else {}
+        config.check_options(family, cls, [*kept, *_suboptions(argv, family)])
+        for option, value in _values_of(argv, family):
+            config.check_schedule(cls, option, value)
 
 
 def _values(argv: list[str], option: str) -> list[str]:
@@ -70,6 +76,24 @@ def _suboptions(argv: list[str], family: str) -> list[str]:
     return [
         n[1] if n[0] == "init_args" else n[0] for n in names if n[0] not in ("help", "class_path")
     ]
+
+
+def _values_of(argv: list[str], family: str) -> list[tuple[str, Any]]:
+    """What the options of `family` are set to, as far as it may name a class."""
+    found = []
+    for argument in argv:
+        key = argument.partition("=")[0]
+        path = [n for n in key.split(".")[1:] if n not in ("init_args", "class_path")]
+        if key.startswith(f"--{family}.") and len(path) == 1:
+            found += [(path[0], _loaded(value)) for value in _values(argv, key)]
+    return found
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _train_parser() -> ArgumentParser:

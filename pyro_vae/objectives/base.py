@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any
 
 import pyro.infer
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from pyro_vae.densities import Densities, OwnParameters, Program, registered_densities
+from pyro_vae.objectives.schedules import Schedule
 
-__all__ = ["Objective"]
+__all__ = ["Objective", "check_kl", "total_kl"]
 
 
 class Objective(pyro.infer.ELBO, nn.Module):
@@ -19,8 +22,8 @@ class Objective(pyro.infer.ELBO, nn.Module):
 
     A subclass says in `bound` what is reported and, where the two differ, in `surrogate` what
     is differentiated; both see only `Densities`, so that they work with every model and guide
-    whose sites are inside the plate "data". Weights that a schedule moves are buffers. `ELBO`
-    is the one to read.
+    whose sites are inside the plate "data". Its weights are declared by `add_weight`: numbers,
+    or schedules that move them. `ELBO` is the one to read.
 
     An objective is the loss of `pyro.infer.SVI`, or gives a torch optimiser its
     `differentiable_loss`; a loss is minus the bound, summed over the batch, times the
@@ -31,6 +34,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
     """
 
     batch_level = False  # True where the number needs the whole batch
+    has_adversary = False  # True where a second player is trained beside the model
 
     def __init__(self, num_particles: int = 1) -> None:
         nn.Module.__init__(self)
@@ -39,6 +43,8 @@ class Objective(pyro.infer.ELBO, nn.Module):
         pyro.infer.ELBO.__init__(
             self, num_particles=num_particles, max_plate_nesting=1, vectorize_particles=True
         )
+        self.schedules: dict[str, Schedule] = {}
+        self.steps_per_epoch: int | None = None
 
     @abstractmethod
     def bound(self, d: Densities) -> Tensor:
@@ -48,14 +54,91 @@ class Objective(pyro.infer.ELBO, nn.Module):
         """What is differentiated [B]; the bound, unless a subclass says otherwise."""
         return self.bound(d)
 
+    def add_weight(
+        self, name: str, value: float | Schedule, least: float = 0.0, most: float = math.inf
+    ) -> None:
+        """Makes a weight: a float64 buffer `name`, which `at` moves if `value` is a schedule.
+
+        Raises:
+            ValueError: If `value` is neither, is not finite, or leaves [least, most].
+        """
+        if not isinstance(value, int | float | Schedule):
+            raise ValueError(  # noqa: TRY004
+                f"{name} must be a number or a schedule, such as Linear(length=1000); "
+                f"got {value!r}"
+            )
+        low, high = value.extremes if isinstance(value, Schedule) else (value, value)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError(f"{name} must be finite; got {value}")
+        if low < least or high > most:
+            raise ValueError(f"{name} must be {_interval(least, most)}; got {value}")
+        if isinstance(value, Schedule):
+            self.schedules[name] = value
+            value = value(0)
+        self.register_buffer(name, torch.tensor(float(value), dtype=torch.float64))
+
+    def prepare(self, num_data: int, steps_per_epoch: int) -> None:
+        """Tells how large the training data are, before the first step; `fit` calls it.
+
+        Args:
+            num_data: Rows N that training visits.
+            steps_per_epoch: Steps in which it visits all of them, in which schedules of unit
+                "epoch" count.
+        """
+        self.steps_per_epoch = steps_per_epoch
+
     def at(self, step: int) -> None:
-        """Sets the weights that move to their values at optimisation step `step`."""
+        """Sets the weights that move to their values at optimisation step `step`.
+
+        `fit` calls it before each step, and so may the loop of a user of SVI; losses do not.
+
+        Raises:
+            ValueError: If a schedule counts epochs and `prepare` has not been called.
+        """
+        for name, schedule in self.schedules.items():
+            getattr(self, name).fill_(schedule(self._position(name, schedule, step)))
+
+    def unsettled(self, step: int) -> list[str]:
+        """Names of the weights that still move at or after optimisation step `step`."""
+        return [
+            name
+            for name, schedule in self.schedules.items()
+            if self._position(name, schedule, step) < schedule.finish
+        ]
+
+    def settled(self, step: int) -> bool:
+        """Whether every weight has its last value from optimisation step `step` on."""
+        return not self.unsettled(step)
+
+    def _position(self, name: str, schedule: Schedule, step: int) -> float:
+        if schedule.unit == "step" or step == 0:
+            return step
+        if self.steps_per_epoch is None:
+            raise ValueError(
+                f"the schedule of {name} counts epochs, of unknown length: call "
+                "prepare(num_data, steps_per_epoch) first, or use unit='step'"
+            )
+        return step / self.steps_per_epoch
+
+    def start(self, d: Densities) -> None:
+        """Makes the second player, from the sizes of `d`; `fit` calls it before the first step."""
+
+    def adversary_loss(self, d: Densities) -> Tensor:
+        """What the second player makes small, in its own parameters alone."""
+        raise NotImplementedError(f"{type(self).__name__} has no second player")
+
+    def adversary_optimizer(self) -> Optimizer:
+        """An optimiser of the second player's parameters."""
+        raise NotImplementedError(f"{type(self).__name__} has no second player")
 
     def reduce(self, d: Densities) -> Tensor:
         """The loss of a batch: minus the bound in value, minus the surrogate in gradient."""
         self._check_scales(d)
-        bound, surrogate = self.bound(d), self.surrogate(d)
-        return -d.scale * (bound.detach() + surrogate - surrogate.detach()).sum()
+        self._check_draws(d)
+        surrogate = self.surrogate(d)
+        if type(self).surrogate is Objective.surrogate:
+            return surrogate.sum() * -d.scale
+        return (self.bound(d).detach() + surrogate - surrogate.detach()).sum() * -d.scale
 
     def loss(self, model: Program, guide: Program, x: Tensor, y: Tensor | None = None) -> float:
         """The loss, without gradients."""
@@ -73,6 +156,11 @@ class Objective(pyro.infer.ELBO, nn.Module):
         self, model: Program, guide: Program, x: Tensor, y: Tensor | None = None
     ) -> float:
         """The loss, after adding its gradients to the parameters: what SVI calls."""
+        if self.has_adversary:
+            raise ValueError(
+                f"{type(self).__name__} needs a second player, which pyro.infer.SVI does not "
+                "train: use fit(), or a loop that steps adversary_optimizer() too"
+            )
         loss = self.reduce(self._densities(model, guide, x, y))
         loss.backward()
         return loss.item()
@@ -82,11 +170,38 @@ class Objective(pyro.infer.ELBO, nn.Module):
 
     def _check_scales(self, d: Densities) -> None:
         for name, scale in d.site_scales:
-            if isinstance(scale, Tensor) or scale != d.scale:
+            if isinstance(scale, Tensor) or not math.isclose(scale, d.scale, rel_tol=1e-9):
                 raise ValueError(
                     f"site {name!r} is scaled by {scale} inside the program; weights belong to "
                     "the objective: remove the scale and use, for example, ELBO(beta=...)"
                 )
 
+    def _check_draws(self, d: Densities) -> None:
+        for name, site in d.sites.items():
+            if torch.is_grad_enabled() and not site.guide.has_rsample:
+                raise ValueError(
+                    f"site {name!r} is drawn by the guide from {type(site.guide).__name__}, "
+                    "through which no gradient passes: use a reparameterised distribution, or "
+                    "Pyro's Trace_ELBO"
+                )
+
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("objectives work from densities(), not from single traces")
+
+
+def total_kl(d: Densities, rule: str) -> Tensor:
+    """KL(q || p) of all sites together [B], in nats; `rule` is that of `Densities.kl`."""
+    return torch.stack(list(d.kl(rule).values())).sum(0)
+
+
+def check_kl(rule: str) -> str:
+    """`rule`, if it is one that `Densities.kl` knows."""
+    if rule not in ("auto", "analytic", "sampled"):
+        raise ValueError(f"kl must be 'auto', 'analytic' or 'sampled'; got {rule!r}")
+    return rule
+
+
+def _interval(least: float, most: float) -> str:
+    if most < math.inf:
+        return f"from {least:g} to {most:g}"
+    return "zero or more" if least == 0 else f"{least:g} or more"

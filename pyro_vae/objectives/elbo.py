@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pyro_vae.densities import Densities
-from pyro_vae.objectives.base import Objective
+from pyro_vae.objectives.base import Objective, check_kl, total_kl
+from pyro_vae.objectives.schedules import Schedule
 
 __all__ = ["ELBO"]
 
@@ -17,7 +17,7 @@ class ELBO(Objective):
     .. math:: \frac1K \sum_{k=1}^K \log p(x \mid z_k) - \beta \, \mathrm{KL}(q(z \mid x) \| p(z))
 
     Args:
-        beta: Weight of the KL, zero or more.
+        beta: Weight of the KL, zero or more; a number or a schedule.
         kl: "analytic", "sampled", or "auto": analytic where there is a rule for the pair.
         num_particles: Draws of z for each datum, the L of the first reference.
 
@@ -31,16 +31,13 @@ class ELBO(Objective):
 
     beta: Tensor
 
-    def __init__(self, beta: float = 1.0, kl: str = "auto", num_particles: int = 1) -> None:
+    def __init__(
+        self, beta: float | Schedule = 1.0, kl: str = "auto", num_particles: int = 1
+    ) -> None:
         super().__init__(num_particles)
-        if beta < 0:
-            raise ValueError(f"beta must be zero or more; got {beta}")
-        if kl not in ("auto", "analytic", "sampled"):
-            raise ValueError(f"kl must be 'auto', 'analytic' or 'sampled'; got {kl!r}")
-        self.register_buffer("beta", torch.tensor(float(beta), dtype=torch.float64))
-        self.kl = kl
+        self.add_weight("beta", beta)
+        self.kl = check_kl(kl)
 
     def bound(self, d: Densities) -> Tensor:
         """Mean reconstruction less beta times the KL, [B]."""
-        kl = torch.stack(list(d.kl(self.kl).values())).sum(0)
-        return d.log_likelihood.mean(0) - self.beta * kl
+        return d.log_likelihood.mean(0) - self.beta * total_kl(d, self.kl)

@@ -135,6 +135,12 @@ def fit(
             collapsed = _report_units(trainer.history, bar)
     if collapsed:
         warnings.warn(collapsed, UserWarning, stacklevel=2)
+    if moving := objective.unsettled(trainer.step):
+        message = (
+            f"training ended at step {trainer.step}, before the schedule of "
+            f"{', '.join(moving)}: train for longer, or shorten the schedule"
+        )
+        warnings.warn(message, UserWarning, stacklevel=2)
     return trainer.history
 
 

@@ -55,9 +55,8 @@ def describe_objective(objective: Objective) -> dict[str, Any]:
     """Class and arguments, as far as attributes of the same names tell."""
     objective.at(0)
     names = inspect.signature(type(objective)).parameters
-    arguments = {
-        name: _plain(getattr(objective, name)) for name in names if hasattr(objective, name)
-    }
+    values = {name: getattr(objective, name) for name in names if hasattr(objective, name)}
+    arguments = {name: _plain(value) for name, value in (values | objective.schedules).items()}
     return {"class_path": type(objective).__name__, "init_args": arguments}
 
 
@@ -66,4 +65,6 @@ def _plain(value: Any) -> Any:
         return value.tolist()
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    return repr(value) if is_dataclass(value) else type(value).__name__
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"class_path": type(value).__name__, "init_args": asdict(value)}
+    return type(value).__name__

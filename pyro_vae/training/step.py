@@ -28,15 +28,16 @@ class StepLoss(nn.Module):
         self.observed: list[str] = []
         self.latent: list[str] = []
 
-    def forward(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Loss and terms of a batch.
 
         Args:
             index: Of the rows [B].
 
         Returns:
-            The loss per datum in nats, to be differentiated; and, without gradients, sums over
-            the batch of the objective, the reconstruction and each latent site's KL.
+            The loss per datum in nats, to be differentiated; without gradients, sums over the
+            batch of the objective, the reconstruction and each latent site's KL; and the loss
+            of the objective's second player, or None.
         """
         x, y = cast(self.rows.batch(index), self.weight[0])
         K = self.objective.num_particles
@@ -46,7 +47,8 @@ class StepLoss(nn.Module):
             sums = [-loss * len(index), d.log_likelihood.mean(0).sum()]
             terms = torch.stack(sums + [kl.sum() for kl in d.kl().values()])
         self.observed, self.latent = list(d.observed), list(d.sites)
-        return loss, terms
+        second = self.objective.adversary_loss(d) if self.objective.has_adversary else None
+        return loss, terms, second
 
 
 class Watch:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from pyro_vae.objectives import Objective
+from pyro_vae.training.adversary import Adversary, start
 from pyro_vae.training.callbacks import Callback, State
 from pyro_vae.training.checkpoint import PathLike, load_weights, save_checkpoint
 from pyro_vae.training.evaluation import Evaluator, forked
@@ -54,15 +55,19 @@ class Trainer:
         self.sums: Tensor | None = None  # of the loss's terms, over this epoch's data
         self.seconds = 0.0  # of this epoch, before `began`
         self.best: dict[str, Tensor] | None = None
+        self.adversary: Adversary | None = None
         self.num_batches = -(-len(train) // settings.batch_size)
 
     def prepare(self, state: dict[str, Any] | None) -> None:
         """Initialises the vae, or goes back to a checkpoint; makes the optimiser."""
+        self.objective.prepare(len(self.train), self.num_batches)
         if state is not None:
             self._load_weights("last")
         elif callable(initialise := getattr(self.vae, "initialise", None)):
             initialise(self.evaluator.initial_data())
         self._check_validation()
+        if self.objective.has_adversary:
+            start(self.vae, self.objective, self.train, self.settings.seed)
         loss = StepLoss(self.vae, self.objective, self.train)
         self.watch = Watch(loss, self.fabric.device)
         options = self.settings
@@ -73,6 +78,8 @@ class Trainer:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.schedule = make_schedule(options.schedule, optimizer)
         self.loss, self.optimizer = self.fabric.setup(loss, optimizer)
+        if self.objective.has_adversary:
+            self.adversary = Adversary(self.fabric, self.objective)
         if state is not None:
             self._load_state(state)
         self.unchecked = self.step + VALIDATED  # the first step without argument checks
@@ -125,7 +132,7 @@ class Trainer:
         self.objective.at(self.step)
         try:
             with pyro.validation_enabled(self.step < self.unchecked):
-                loss, terms = self.loss(index)
+                loss, terms, adversary_loss = self.loss(index)
         except ValueError as error:
             raise ValueError(f"step {self.step}: {error}") from error
         self.watch.see(self.step, loss, terms)
@@ -133,6 +140,8 @@ class Trainer:
         self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.adversary is not None:
+            self.adversary.step(adversary_loss)
         self.sums = terms.double() if self.sums is None else self.sums.add_(terms)
         self.step += 1
         self.offset += 1
@@ -183,8 +192,12 @@ class Trainer:
         return row
 
     def _out_of_patience(self) -> bool:
+        """Whether the best epoch is long ago; patience begins when all weights are settled."""
         best, patience = self.history.best_epoch, self.settings.patience
-        return patience is not None and best is not None and self.epoch - best >= patience
+        if patience is None or best is None:
+            return False
+        settled = [r["epoch"] for r in self.history.rows if self.objective.settled(r["step"])]
+        return bool(settled) and self.epoch - max(best, settled[0]) >= patience
 
     def _save(self, best: bool) -> None:
         if self.run is not None:
@@ -205,6 +218,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "objective": self.objective.state_dict(),
+            "adversary": self.adversary and self.adversary.optimizer.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
             "history": {"rows": self.history.rows, "num_units": self.history.num_units},
         }
@@ -218,6 +232,8 @@ class Trainer:
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         self.objective.load_state_dict(state["objective"])
+        if self.adversary is not None:
+            self.adversary.optimizer.load_state_dict(state["adversary"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.history = History(**state["history"])
         if self.history.best_epoch is not None:

@@ -1,0 +1,72 @@
+"""Latent distributions seen by dimension, and over all pairs of a draw and a datum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
+
+__all__ = ["factorises", "marginals", "pair_log_prob", "pair_marginals"]
+
+
+def marginals(q: Distribution) -> Normal:
+    """q(z_d), batch [*S, D], of a q(z) of batch *S and event (D,).
+
+    Args:
+        q: A Normal, diagonal (`Independent(Normal)`) or full (`MultivariateNormal`).
+
+    Raises:
+        ValueError: If the densities of its dimensions are not known, as for a flow.
+    """
+    if isinstance(q, MultivariateNormal):
+        return Normal(q.loc, q.variance.sqrt(), validate_args=False)
+    base = q.base_dist if isinstance(q, Independent) else q
+    if not isinstance(base, Normal):
+        raise ValueError(  # noqa: TRY004
+            f"the densities of single dimensions of {_name(q)} are not known: expected a Normal, "
+            "diagonal or full; use the posterior DiagonalNormal or FullNormal"
+        )
+    shape = (*q.batch_shape, q.event_shape.numel())
+    return Normal(base.loc.reshape(shape), base.scale.reshape(shape), validate_args=False)
+
+
+def pair_marginals(q: Distribution, z: Tensor) -> Tensor:
+    """log q_n(z_md) [*S, M, N, D], in nats, of M draws under N distributions.
+
+    Args:
+        q: Batch [*S, N], event (D,), as in `marginals`.
+        z: Draws [*S, M, D].
+    """
+    each = marginals(q)
+    loc, scale = each.loc.unsqueeze(-3), each.scale.unsqueeze(-3)
+    return Normal(loc, scale, validate_args=False).log_prob(z.unsqueeze(-2))
+
+
+def pair_log_prob(q: Distribution, z: Tensor, dims: Sequence[int] | None = None) -> Tensor:
+    """log q_n(z_m) [*S, M, N], in nats, or that of the dimensions `dims` alone.
+
+    Args:
+        q: Batch [*S, N], event (D,), as in `marginals`.
+        z: Draws [*S, M, D].
+        dims: Some of the dimensions; None for all.
+    """
+    index = list(range(z.shape[-1]) if dims is None else dims)
+    if not isinstance(q, MultivariateNormal):
+        each = marginals(q)
+        part = Normal(each.loc[..., index], each.scale[..., index], validate_args=False)
+        return pair_marginals(Independent(part, 1, validate_args=False), z[..., index]).sum(-1)
+    covariance = q.covariance_matrix[..., index, :][..., index].unsqueeze(-4)
+    loc = q.loc[..., index].unsqueeze(-3)
+    pairs = MultivariateNormal(loc, covariance, validate_args=False)
+    return pairs.log_prob(z[..., index].unsqueeze(-2))
+
+
+def factorises(q: Distribution) -> bool:
+    """Whether the dimensions of `q` are known to be independent Normals."""
+    return isinstance(q, Independent) and isinstance(q.base_dist, Normal)
+
+
+def _name(q: Distribution) -> str:
+    base: Distribution | None = getattr(q, "base_dist", None)
+    return type(q).__name__ if base is None else f"{type(q).__name__}({type(base).__name__})"

@@ -1,0 +1,208 @@
+"""Weights that move while a model trains."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+__all__ = ["Constant", "Cosine", "Cyclical", "Linear", "Schedule"]
+
+Unit = Literal["step", "epoch"]
+
+
+class Schedule(ABC):
+    """A number as a function of how far training is.
+
+    A weight of an objective takes one in place of a number: `ELBO(beta=Linear(length=1000))`.
+    It depends on the position alone, so that a resumed training goes on exactly. `Constant`
+    is the one to read.
+
+    Attributes:
+        unit: What positions count: "step", updates of the parameters; or "epoch", passes over
+            the data, where positions are fractions too.
+    """
+
+    unit: Unit
+
+    @abstractmethod
+    def __call__(self, position: float) -> float:
+        """The value at `position`, zero or more."""
+
+    @property
+    @abstractmethod
+    def finish(self) -> float:
+        """The position from which the value stays what it is."""
+
+    @property
+    @abstractmethod
+    def extremes(self) -> tuple[float, float]:
+        """The least and the greatest value."""
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """One value throughout.
+
+    Args:
+        value: The value.
+        unit: "step" or "epoch", to no effect.
+
+    Raises:
+        ValueError: If `value` is not finite.
+    """
+
+    value: float = 1.0
+    unit: Unit = "step"
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def __call__(self, position: float) -> float:
+        """The value."""
+        return self.value
+
+    @property
+    def finish(self) -> float:
+        """Zero: it never moves."""
+        return 0.0
+
+    @property
+    def extremes(self) -> tuple[float, float]:
+        """The value, twice."""
+        return self.value, self.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Schedule):
+    r"""A straight line from one value to another: a warm-up, or the contrary.
+
+    .. math:: (1 - t) \, \mathrm{start} + t \, \mathrm{end}, \qquad
+        t = \min(\max((\mathrm{position} - \mathrm{delay}) / \mathrm{length}, 0), 1)
+
+    Args:
+        length: Steps or epochs from one value to the other.
+        start: First value, kept until `delay`.
+        end: Last value, kept from then on.
+        delay: Steps or epochs before it begins to move.
+        unit: "step" or "epoch".
+
+    Raises:
+        ValueError: If a number is not finite, `length` not positive, or `delay` negative.
+
+    References:
+        Bowman et al. Generating sentences from a continuous space. 2016.
+    """
+
+    length: float
+    start: float = 0.0
+    end: float = 1.0
+    delay: float = 0.0
+    unit: Unit = "step"
+
+    def __post_init__(self) -> None:
+        _check(self, length=self.length > 0, delay=self.delay >= 0)
+
+    def __call__(self, position: float) -> float:
+        """The value at `position`."""
+        return _between(self.start, self.end, (position - self.delay) / self.length)
+
+    @property
+    def finish(self) -> float:
+        """delay + length."""
+        return self.delay + self.length
+
+    @property
+    def extremes(self) -> tuple[float, float]:
+        """The two values."""
+        return min(self.start, self.end), max(self.start, self.end)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(Linear):
+    r"""Half a cosine wave from one value to another: slow at both ends.
+
+    .. math:: (1 - c) \, \mathrm{start} + c \, \mathrm{end}, \qquad c = (1 - \cos \pi t) / 2,
+
+    with t and the arguments as for `Linear`.
+    """
+
+    def __call__(self, position: float) -> float:
+        """The value at `position`."""
+        t = min(max((position - self.delay) / self.length, 0.0), 1.0)
+        return _between(self.start, self.end, (1 - math.cos(math.pi * t)) / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cyclical(Schedule):
+    """Straight lines from one value to another, again and again; the last value afterwards.
+
+    Args:
+        length: Steps or epochs of a cycle.
+        start: Value at the start of each cycle.
+        end: Value at its end.
+        cycles: How many cycles.
+        rising: Share of a cycle in which the value moves; it then waits for the next.
+        unit: "step" or "epoch".
+
+    Raises:
+        ValueError: If a number is not finite, `length` not positive, `cycles` not a whole
+            number of at least 1, or `rising` not in (0, 1].
+
+    References:
+        Fu et al. Cyclical annealing schedule: a simple approach to mitigating KL vanishing. 2019.
+    """
+
+    length: float
+    start: float = 0.0
+    end: float = 1.0
+    cycles: int = 4
+    rising: float = 0.5
+    unit: Unit = "step"
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.cycles, int) and self.cycles >= 1
+        _check(self, length=self.length > 0, cycles=whole, rising=0 < self.rising <= 1)
+
+    def __call__(self, position: float) -> float:
+        """The value at `position`."""
+        if position >= self.finish:
+            return self.end
+        within = position % self.length / self.length
+        return _between(self.start, self.end, within / self.rising)
+
+    @property
+    def finish(self) -> float:
+        """length * cycles."""
+        return self.length * self.cycles
+
+    @property
+    def extremes(self) -> tuple[float, float]:
+        """The two values."""
+        return min(self.start, self.end), max(self.start, self.end)
+
+
+def _between(start: float, end: float, t: float) -> float:
+    """The point at `t` of a line, of which 0 and 1 are exactly the ends."""
+    t = min(max(t, 0.0), 1.0)
+    return (1 - t) * start + t * end
+
+
+def _check(schedule: Any, **right: bool) -> None:
+    """Refuses a unit that is unknown, and numbers that are not finite or not `right`."""
+    what = type(schedule).__name__
+    for name, value in asdict(schedule).items():
+        if name == "unit":
+            if value not in ("step", "epoch"):
+                raise ValueError(f"{what}: unit must be 'step' or 'epoch'; got {value!r}")
+        elif not math.isfinite(value) or not right.get(name, True):
+            raise ValueError(f"{what}: {name} must be {RANGES.get(name, 'finite')}; got {value}")
+
+
+RANGES = {
+    "length": "positive and finite",
+    "delay": "zero or more, and finite",
+    "cycles": "a whole number, at least 1",
+    "rising": "above 0 and at most 1",
+}

@@ -1,0 +1,43 @@
+"""The second player of an objective that has one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from pyro_vae.densities import densities
+from pyro_vae.estimators.evaluating import evaluating
+from pyro_vae.objectives import Objective
+from pyro_vae.training.evaluation import cast, first_weight, programs
+from pyro_vae.training.rows import Rows, some_rows
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+__all__ = ["Adversary", "start"]
+
+FIRST_ROWS = 2  # that tell the second player the sizes
+
+
+def start(vae: nn.Module, objective: Objective, rows: Rows, seed: int) -> None:
+    """Makes the objective's second player, anew, for the latents of `vae`."""
+    weight = first_weight(vae)
+    index = some_rows(len(rows), FIRST_ROWS).to(weight.device)
+    with evaluating(*programs(vae), seed=seed, device=weight.device):
+        d = densities(*programs(vae), *cast(rows.batch(index), weight))
+    objective.start(d)
+
+
+class Adversary:
+    """The second player's optimiser, and its steps."""
+
+    def __init__(self, fabric: Fabric, objective: Objective) -> None:
+        self.fabric = fabric
+        self.optimizer: Any = fabric.setup_optimizers(objective.adversary_optimizer())
+
+    def step(self, loss: Tensor) -> None:
+        """One update against `loss`, which no parameter of the vae is in."""
+        self.fabric.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
