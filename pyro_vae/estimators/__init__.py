@@ -1,7 +1,24 @@
-"""Estimators of log p(x): no gradients, nothing left behind."""
+"""Estimators of log p(x): no gradients of parameters, nothing left behind."""
 
+from pyro_vae.estimators.annealed import annealed_importance_sampling
+from pyro_vae.estimators.bidirectional import Bracket, bidirectional
 from pyro_vae.estimators.bound import Bound, evidence_lower_bound
+from pyro_vae.estimators.diagnostics import convergence, jackknife
+from pyro_vae.estimators.escalating import log_evidence
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.importance import importance_sampling
+from pyro_vae.estimators.refined import refined_importance_sampling
 
-__all__ = ["Bound", "Evidence", "evidence_lower_bound", "importance_sampling"]
+__all__ = [
+    "Bound",
+    "Bracket",
+    "Evidence",
+    "annealed_importance_sampling",
+    "bidirectional",
+    "convergence",
+    "evidence_lower_bound",
+    "importance_sampling",
+    "jackknife",
+    "log_evidence",
+    "refined_importance_sampling",
+]

@@ -50,15 +50,34 @@ def evidence_lower_bound(
         num_samples: Draws of z for each datum.
         chunk_size: Draws times data that the model sees at once.
         seed: Of the draws.
+
+    Raises:
+        ValueError: If `num_samples` or `chunk_size` is below one, or the programs have no
+            density per datum (see `densities`).
     """
+    if num_samples < 1 or chunk_size < 1:
+        raise ValueError(
+            f"num_samples and chunk_size must be at least 1; got {num_samples} and {chunk_size}"
+        )
     batch = max(1, chunk_size // num_samples)
-    reconstruction, kl, rules = [], [], {}
+    parts, rules = [], {}
     with evaluating(model, guide, seed=seed, device=x.device):
         for start in range(0, len(x), batch):
             xb, yb = x[start : start + batch], None if y is None else y[start : start + batch]
-            d = densities(model, guide, xb, yb, num_particles=num_samples)
-            reconstruction.append(d.log_likelihood.mean(0).double().cpu())
-            kl.append(torch.stack(list(d.kl().values())).sum(0).double().cpu())
-            rules = d.kl_rules
-    first, second = torch.cat(reconstruction), torch.cat(kl)
-    return Bound(first - second, first, second, rules)
+            step = max(1, chunk_size // len(xb))
+            total = torch.zeros(2, len(xb), dtype=torch.float64)
+            for done in range(0, num_samples, step):
+                draws = min(step, num_samples - done)
+                d = densities(model, guide, xb, yb, num_particles=draws)
+                if d.num_data != len(xb):
+                    raise ValueError(
+                        f"the plate 'data' has {d.num_data} rows for {len(xb)} data: an estimate "
+                        "for each datum needs all of them; remove the subsampling"
+                    )
+                kl = torch.stack(list(d.kl().values())).sum(0)
+                terms = torch.stack([d.log_likelihood.mean(0), kl])
+                total += draws / num_samples * terms.double().cpu()
+                rules = d.kl_rules
+            parts.append(total)
+    reconstruction, kl = torch.cat(parts, -1)
+    return Bound(reconstruction - kl, reconstruction, kl, rules)

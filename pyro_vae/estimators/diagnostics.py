@@ -7,7 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["effective_sample_size", "log_mean_exp", "log_mean_exp_stderr", "pareto_khat"]
+__all__ = [
+    "convergence",
+    "effective_sample_size",
+    "jackknife",
+    "log_mean_exp",
+    "log_mean_exp_stderr",
+    "pareto_khat",
+]
+
+LARGEST = 16  # weights whose pairs are taken one by one
 
 
 def log_mean_exp(log_weights: Tensor) -> Tensor:
@@ -34,10 +43,88 @@ def log_mean_exp_stderr(log_weights: Tensor) -> Tensor:
     return (relative.pow(2).sum(0) / (K * (K - 1))).sqrt()
 
 
+def convergence(log_weights: Tensor) -> dict[int, Tensor]:
+    r"""The bound :math:`\mathbb{E} \log \frac1k \sum_{i=1}^k w_i` [B] at k = K/100, K/10 and K.
+
+    Averaged over the K // k disjoint blocks of the log weights [K, B]. A bound that still rises
+    tenfold by tenfold has not arrived. Sizes below one are left out.
+    """
+    K = len(log_weights)
+    sizes = sorted({k for k in (K // 100, K // 10, K) if k > 0})
+    return {k: _block_bound(log_weights, k) for k in sizes}
+
+
+def _block_bound(log_weights: Tensor, size: int) -> Tensor:
+    number = len(log_weights) // size
+    blocks = log_weights[: number * size].unflatten(0, (number, size))
+    return (blocks.logsumexp(1) - math.log(size)).mean(0)
+
+
+def jackknife(log_weights: Tensor, order: int = 1) -> Tensor:
+    r"""log p(x) [B] by the jackknife over log weights [K, B], its bias of order 1 / K^(order + 1).
+
+    .. math:: K L_K - (K - 1) L_{K-1}, \qquad
+        \tfrac12 K^2 L_K - (K - 1)^2 L_{K-1} + \tfrac12 (K - 2)^2 L_{K-2}
+
+    where L_K is `log_mean_exp`, and the others are its averages over all subsets that leave one
+    or two weights out: exactly, at a cost that is linear in K. No bound, and of no use where
+    the variance of the weights is not small beside K.
+
+    Args:
+        log_weights: Log weights [K, B].
+        order: 1 or 2.
+
+    Raises:
+        ValueError: If the order is another, or K does not exceed it.
+
+    References:
+        Nowozin. Debiasing evidence approximations: on importance-weighted autoencoders and
+        jackknife variational inference. 2018.
+    """
+    K = len(log_weights)
+    if order not in (1, 2) or K <= order:
+        raise ValueError(f"order must be 1 or 2 and K larger; got order {order}, K = {K}")
+    full = log_mean_exp(log_weights)
+    ordered = log_weights.double().sort(0, descending=True).values
+    kept = _log_kept(ordered)  # log(1 - w_i / sum of w)
+    one = kept.mean(0) + math.log(K / (K - 1))  # L_{K-1} - L_K
+    if order == 1:
+        return full - ((K - 1) * one).to(full)
+    with_largest = (kept[0] + _log_kept(ordered[1:])).sum(0)
+    odds = (ordered - ordered.logsumexp(0) - kept)[1:].exp()
+    pairs = with_largest + (K - 2) * kept[1:].sum(0) + _sum_over_pairs(odds)
+    two = pairs / (K * (K - 1) / 2) + math.log(K / (K - 2))  # L_{K-2} - L_K
+    return full + ((K - 2) ** 2 / 2 * two - (K - 1) ** 2 * one).to(full)
+
+
+def _log_kept(ordered: Tensor) -> Tensor:
+    """log(1 - w_i / sum of w) [K, B] of falling log weights, also where the first is all."""
+    total = ordered.logsumexp(0)
+    rest = torch.log1p(-(ordered[1:] - total).exp())
+    return torch.cat([(ordered[1:].logsumexp(0) - total).unsqueeze(0), rest])
+
+
+def _sum_over_pairs(odds: Tensor) -> Tensor:
+    """Sum over pairs i < j of log(1 - o_i o_j) [B], of falling odds [K, B] below one.
+
+    Pairs with one of the largest one by one; for the rest, whose products are below 1 / 256,
+    by the series of the logarithm in sums of powers.
+    """
+    number = min(LARGEST, len(odds))
+    total = torch.zeros_like(odds[0])
+    for i in range(number):
+        total = total + torch.log1p(-odds[i] * odds[i + 1 :]).sum(0)
+    small = odds[number:]
+    for n in range(1, 8):
+        power = small**n
+        total = total - (power.sum(0).square() - power.square().sum(0)) / (2 * n)
+    return total
+
+
 def pareto_khat(log_weights: Tensor) -> Tensor:
     """Shape [B] of a generalised Pareto fitted to the tail of the weights, of logs [K, B].
 
-    The tail is the largest min(K / 5, 3 sqrt(K)) weights. Below 25 weights there is no tail to
+    The tail is the largest min(K / 5, 3 sqrt(K)) weights. Below 21 weights there is no tail to
     fit: NaN. Equal weights have none either: -inf.
 
     References:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,10 +25,11 @@ class Evidence:
         log_prob: Estimates of log p(x) [N].
         stderr: Their Monte Carlo standard errors [N], by the delta method.
         ess: Effective sample sizes [N], (sum w)^2 / sum w^2.
-        khat: Shapes of the Pareto tails of the weights [N]; NaN below 25 samples.
+        khat: Shapes of the Pareto tails of the weights [N]; NaN below 21 samples.
         num_samples: Weights behind each estimate [N].
         method: How each was estimated.
         verdict: "reliable", "doubtful" or "lower bound" for each.
+        extras: Other numbers of each datum [N], by name.
     """
 
     log_prob: Tensor
@@ -38,6 +39,7 @@ class Evidence:
     num_samples: Tensor
     method: list[str]
     verdict: list[str]
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.log_prob)
@@ -73,6 +75,20 @@ class Evidence:
             **tensors,
             method=[m for p in parts for m in p.method],
             verdict=[v for p in parts for v in p.verdict],
+            extras={
+                name: torch.cat([p.extras[name] for p in parts])
+                for name in parts[0].extras
+                if all(name in p.extras for p in parts)
+            },
+        )
+
+    def rows(self, index: Tensor) -> Evidence:
+        """The evidence of some of the data, by their indices."""
+        return Evidence(
+            **{name: getattr(self, name)[index] for name in TENSORS},
+            method=[self.method[i] for i in index.tolist()],
+            verdict=[self.verdict[i] for i in index.tolist()],
+            extras={name: value[index] for name, value in self.extras.items()},
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -80,7 +96,9 @@ class Evidence:
         from safetensors.torch import save
 
         texts = {"method": json.dumps(self.method), "verdict": json.dumps(self.verdict)}
-        data = save({name: getattr(self, name).contiguous() for name in TENSORS}, metadata=texts)
+        tensors = {name: getattr(self, name) for name in TENSORS}
+        tensors |= {f"extras.{name}": value for name, value in self.extras.items()}
+        data = save({n: value.contiguous() for n, value in tensors.items()}, metadata=texts)
         temporary = Path(f"{os.fspath(path)}.tmp")
         temporary.write_bytes(data)
         temporary.replace(path)
@@ -92,12 +110,15 @@ class Evidence:
 
         with safe_open(os.fspath(path), "pt") as file:
             tensors = {name: file.get_tensor(name) for name in TENSORS}
+            extras = [name for name in file.keys() if name.startswith("extras.")]
+            extra = {n.removeprefix("extras."): file.get_tensor(n) for n in extras}
             texts = {name: json.loads(text) for name, text in file.metadata().items()}
-        return cls(**tensors, **texts)
+        return cls(**tensors, **texts, extras=extra)
 
     def _repr_html_(self) -> str:
         monte_carlo, data = self.mean_stderr()
-        head = "".join(f"<th>{f.name}</th>" for f in fields(self))
+        columns = (*TENSORS, "method", "verdict")
+        head = "".join(f"<th>{name}</th>" for name in columns)
         shown = range(min(len(self), 10))
         rows = "".join(
             "<tr>"

@@ -1,0 +1,190 @@
+"""log p(x) by annealed importance sampling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_vae.densities import Program
+from pyro_vae.estimators.batches import map_targets
+from pyro_vae.estimators.evidence import Evidence
+from pyro_vae.estimators.hmc import Point, hmc_step
+from pyro_vae.estimators.importance import summarise
+from pyro_vae.estimators.starts import STARTS, Refined, Start, make_start
+from pyro_vae.estimators.target import Target, gradients
+
+__all__ = ["Path", "annealed_importance_sampling", "check_path"]
+
+ACCEPTANCE = 0.65
+GAIN = 0.7  # of the logarithm of a step size, for each move
+PILOT_CHAINS = 16
+STEEPNESS = 4.0  # of the sigmoid schedule
+
+
+def annealed_importance_sampling(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    num_temperatures: int = 20,
+    num_chains: int = 64,
+    num_leapfrog: int = 3,
+    start: str = "refined",
+    schedule: str = "sigmoid",
+    chunk_size: int | None = None,
+    seed: int | None = 0,
+    progress: bool = False,
+) -> Evidence:
+    r"""log p(x) of each datum by annealed importance sampling.
+
+    .. math:: \log p(x) \approx \log \frac1C \sum_{c=1}^C \exp \sum_{t=1}^T
+        (\beta_t - \beta_{t-1}) \big( \log p(x, u_{c,t-1}) - \log q(u_{c,t-1}) \big)
+
+    where the chain c starts at a draw of q and moves, at each temperature, by Hamiltonian Monte
+    Carlo that leaves :math:`q^{1-\beta_t} p^{\beta_t}` as it is. The weights are unbiased for
+    p(x) whatever the moves do; better moves and more temperatures lower their variance.
+
+    Step sizes of each datum and temperature are set by 16 chains of a first pass, whose weights
+    are thrown away, and then kept. Moves are preconditioned by the start's own covariance.
+
+    From "guide" and "prior" hundreds of temperatures and more are needed, and the verdict is
+    "lower bound"; from "refined", the proposal of `refined_importance_sampling`, twenty are
+    enough, and the verdict is as there.
+
+    Costs about (C + 16) T L evaluations of the model and its gradient for each datum.
+
+    Args:
+        model: Pyro model; see `refined_importance_sampling`.
+        guide: Pyro guide.
+        x: Data [N, *E].
+        y: What is conditioned on [N, C], or None.
+        num_temperatures: Steps T of the path.
+        num_chains: Chains C for each datum.
+        num_leapfrog: Leapfrog steps L of each move.
+        start: Where the path starts: "prior", "guide" or "refined".
+        schedule: Inverse temperatures: "linear", or "sigmoid", closer near both ends.
+        chunk_size: Draws times data that the model sees at once.
+        seed: Of the draws.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Evidence of N data, in nats; its samples are the chains.
+
+    Raises:
+        ValueError: If a number is below one, a name is unknown, a latent is discrete, the
+            likelihood has no gradient, or the programs have no weight per datum.
+
+    References:
+        Neal. Annealed importance sampling. 2001.
+        Wu, Burda, Salakhutdinov and Grosse. On the quantitative analysis of decoder-based
+        generative models. 2017.
+    """
+    check_path(num_temperatures, num_chains, num_leapfrog, start, schedule)
+
+    def estimate(target: Target) -> Evidence:
+        origin = make_start(start, target)
+        path = Path(origin, num_temperatures, num_leapfrog, schedule)
+        evidence = summarise(path.forward(num_chains).cpu(), f"annealed, {start}", "lower bound")
+        return origin.fit.judge(evidence, 0.1) if isinstance(origin, Refined) else evidence
+
+    parts = map_targets(
+        estimate, model, guide, x, y, chunk_size=chunk_size, seed=seed, progress=progress
+    )
+    return Evidence.cat(parts)
+
+
+def check_path(
+    num_temperatures: int, num_chains: int, num_leapfrog: int, start: str, schedule: str
+) -> None:
+    """Raises a ValueError if there is no such path."""
+    if min(num_temperatures, num_chains, num_leapfrog) < 1:
+        raise ValueError(
+            "num_temperatures, num_chains and num_leapfrog must be at least 1; got "
+            f"{num_temperatures}, {num_chains} and {num_leapfrog}"
+        )
+    if start not in STARTS:
+        raise ValueError(f"start must be one of {STARTS}; got {start!r}")
+    if schedule not in ("sigmoid", "linear"):
+        raise ValueError(f"schedule must be 'sigmoid' or 'linear'; got {schedule!r}")
+
+
+class Path:
+    """An annealed path from a start to the posteriors of B data.
+
+    Args:
+        start: Where it starts.
+        num_temperatures: Steps T.
+        num_leapfrog: Leapfrog steps of each move.
+        schedule: "sigmoid" or "linear".
+    """
+
+    def __init__(
+        self, start: Start, num_temperatures: int, num_leapfrog: int, schedule: str
+    ) -> None:
+        self.start, self.num_leapfrog = start, num_leapfrog
+        self.betas = _betas(num_temperatures, schedule)
+        self.step_sizes = self._tune()
+
+    def forward(self, num_chains: int) -> Tensor:
+        """Log weights [C, B] of chains from the start, unbiased for p(x)."""
+        point = self.at(self.start.draw(num_chains))
+        log_weights = torch.zeros_like(point.log_joint)
+        for t in range(1, len(self.betas)):
+            log_weights = log_weights + self._increment(point, t)
+            if t < len(self.betas) - 1:
+                point, _ = self._move(point, t, self.step_sizes[t])
+        return log_weights
+
+    def reverse(self, u: Tensor) -> Tensor:
+        """Log weights [C, B] of chains back to the start, their inverses unbiased for 1 / p(x).
+
+        From exact draws u [C, B, D] of the posterior.
+        """
+        point = self.at(u)
+        log_weights = torch.zeros_like(point.log_joint)
+        for t in range(len(self.betas) - 1, 0, -1):
+            log_weights = log_weights + self._increment(point, t)
+            if t > 1:
+                point, _ = self._move(point, t - 1, self.step_sizes[t - 1])
+        return log_weights
+
+    def at(self, u: Tensor) -> Point:
+        """Both log densities at `u`, and their gradients."""
+        values, slopes = gradients(self.start.log_densities, u, self.start.target.draws_at_once)
+        return Point(u, *values, *slopes)
+
+    def _increment(self, point: Point, t: int) -> Tensor:
+        change = self.betas[t] - self.betas[t - 1]
+        gap = point.log_joint - point.log_start
+        return change * torch.where(point.log_joint == -torch.inf, -torch.inf, gap)
+
+    def _move(self, point: Point, t: int, step_size: Tensor) -> tuple[Point, Tensor]:
+        return hmc_step(
+            self.at,
+            point,
+            self.betas[t],
+            step_size=step_size,
+            scale_tril=self.start.scale_tril,
+            num_leapfrog=self.num_leapfrog,
+        )
+
+    def _tune(self) -> Tensor:
+        """Step sizes [T + 1, B] at which about 65 % of the moves are accepted."""
+        target = self.start.target
+        point = self.at(self.start.draw(PILOT_CHAINS))
+        size = torch.full_like(target.scale[:, 0], target.dim**-0.25)
+        sizes = [size]
+        for t in range(1, len(self.betas)):
+            sizes.append(size)
+            point, probability = self._move(point, t, size)
+            size = size * (GAIN * (probability.mean(0) - ACCEPTANCE)).exp()
+        return torch.stack(sizes)
+
+
+def _betas(num_temperatures: int, schedule: str) -> list[float]:
+    """Inverse temperatures from 0 to 1."""
+    t = torch.linspace(-1, 1, num_temperatures + 1, dtype=torch.float64)
+    if schedule == "sigmoid":
+        t = torch.sigmoid(STEEPNESS * t)
+    return ((t - t[0]) / (t[-1] - t[0])).tolist()

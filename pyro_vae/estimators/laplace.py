@@ -1,0 +1,65 @@
+"""The curvature of each posterior at its mode."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_vae.estimators.target import Target
+
+__all__ = ["curvature", "laplace"]
+
+FLOOR, CEILING = 0.5, 1e12  # of the eigenvalues of the precision, in units of the prior's
+ROUNDS = 3
+CONVERGED = 0.01  # nats that a Newton step promises
+STEP_SIZES = (1.0, 0.5, 0.2, 0.05)
+
+
+def laplace(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Modes [B, D], polished by Newton's steps from `u`, and covariance factors [B, D, D].
+
+    The covariance is the inverse of the exact negative Hessian, |eigenvalues| floored at 0.5:
+    a saddle or a flat direction still gets a finite width. Costs D backward passes of the
+    gradient for each round, of which there are at most three.
+    """
+    for _ in range(ROUNDS):
+        slope, precision = curvature(target, u)
+        tril, promised = _factor(precision, slope)
+        if bool((promised < CONVERGED).all()):
+            break
+        u = _newton(target, u, tril @ (tril.mT @ slope.unsqueeze(-1)))
+    return u, tril
+
+
+def curvature(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient [B, D] and negative Hessian [B, D, D] of log p(x, u) at `u` [B, D]."""
+    leaf = u.detach().requires_grad_()
+    with torch.enable_grad():
+        value = target.log_joint(leaf.unsqueeze(0)).sum()
+        (slope,) = torch.autograd.grad(value, leaf, create_graph=True)
+        rows = [_slope(column, leaf) for column in slope.sum(0)]
+    hessian = torch.stack(rows, 1)
+    return slope.detach(), -(hessian + hessian.mT) / 2
+
+
+def _slope(value: Tensor, leaf: Tensor) -> Tensor:
+    if not value.requires_grad:  # linear in u
+        return torch.zeros_like(leaf)
+    return torch.autograd.grad(value, leaf, retain_graph=True, materialize_grads=True)[0]
+
+
+def _factor(precision: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """Cholesky factor of the floored inverse, and what a Newton step promises [B]."""
+    values, vectors = torch.linalg.eigh(precision.nan_to_num(0.0, 0.0, 0.0))
+    variance = 1 / values.abs().clamp(FLOOR, CEILING)
+    tril = torch.linalg.cholesky((vectors * variance.unsqueeze(-2)) @ vectors.mT)
+    promised = (tril.mT @ slope.unsqueeze(-1)).pow(2).sum((-2, -1)) / 2
+    return tril, promised
+
+
+def _newton(target: Target, u: Tensor, step: Tensor) -> Tensor:
+    """The best of a few lengths of the step, or none."""
+    sizes = u.new_tensor((0.0, *STEP_SIZES)).view(-1, 1, 1)
+    tried = u + sizes * step.squeeze(-1)
+    best = target.log_joint(tried).nan_to_num(-torch.inf).argmax(0)
+    return tried[best, torch.arange(len(u), device=u.device)]

@@ -1,0 +1,224 @@
+"""log p(x) by importance sampling from a proposal fitted to each datum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_vae.densities import Program
+from pyro_vae.estimators.batches import map_targets
+from pyro_vae.estimators.evidence import Evidence
+from pyro_vae.estimators.fitting import CHECKS, DRAWS, STEPS, fit_gaussian
+from pyro_vae.estimators.importance import summarise
+from pyro_vae.estimators.laplace import ROUNDS, laplace
+from pyro_vae.estimators.modes import find_modes, search_cost
+from pyro_vae.estimators.proposal import Proposal
+from pyro_vae.estimators.target import SCALE_DRAWS, Target
+
+__all__ = ["Fit", "fit_cost", "fit_proposal", "refined_importance_sampling"]
+
+WIDER = 1.1  # the proposal's scale over the fitted one
+DEFENSIVE_SHARE = 0.05  # of the draws, from the guide and from the prior
+LEAST_WEIGHT = 0.05  # of a component
+SURPRISE = 3.0  # standard errors by which draws of the prior may give more
+NEGLIGIBLE = 8.0  # nats of evidence below a datum's best component
+
+
+def refined_importance_sampling(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    num_samples: int = 1000,
+    num_starts: int = 4,
+    chunk_size: int | None = None,
+    seed: int | None = 0,
+    progress: bool = False,
+) -> Evidence:
+    r"""log p(x) of each datum by importance sampling from a proposal of its own.
+
+    .. math:: \log p(x) \approx \log \frac1K \sum_{k=1}^K \frac{p(x, u_k)}{q(u_k)}, \qquad
+        q = 0.9 \sum_c \pi_c \, t_8(\mu_c, 1.1^2 \Sigma_c)
+        + 0.05 \, q(\cdot \mid x) + 0.05 \, p(\cdot)
+
+    For each datum: the modes of the posterior, by Adam from the guide's mean and from good
+    draws of the prior; the exact Hessian there; a Gaussian with a full covariance, fitted by
+    its ELBO; then K fresh draws from a wider t, with a few from the guide and from the prior,
+    which bound the weights of what was missed. None of the draws of the fit is scored, so that
+    the average weight is unbiased for p(x) as in any importance sampling. Separate modes become
+    a mixture.
+
+    An estimate is "reliable" if its standard error is below 0.1 nats, its k-hat below the
+    threshold, the search for modes ended because nothing new was found, and draws of the prior
+    show no part of the posterior that was missed. A mode that no start and no draw finds is not
+    noticed by anything.
+
+    Costs about 2500 evaluations of the model for each datum, most of them gradients, before the
+    K draws. What errors remain are low more often than high.
+
+    Args:
+        model: Pyro model of (x) or (x, y), all its sites inside one plate "data", its latents
+            continuous, on any support that is fixed.
+        guide: Pyro guide of the same arguments.
+        x: Data [N, *E].
+        y: What is conditioned on [N, C], or None.
+        num_samples: Draws K for each datum.
+        num_starts: Starts of the search for modes: the guide's mean, then draws of the prior.
+            With 1 nothing is searched for, and every verdict is "doubtful".
+        chunk_size: Draws times data that the model sees at once.
+        seed: Of the draws.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Evidence of N data, in nats.
+
+    Raises:
+        ValueError: If a number is below one, a latent is discrete, the likelihood has no
+            gradient, or the programs have no weight per datum (see `densities`).
+
+    References:
+        Owen and Zhou. Safe and effective importance sampling. 2000.
+        Cremer, Li and Duvenaud. Inference suboptimality in variational autoencoders. 2018.
+    """
+    if num_samples < 1 or num_starts < 1:
+        raise ValueError(
+            f"num_samples and num_starts must be at least 1; got {num_samples} and {num_starts}"
+        )
+    parts = map_targets(
+        lambda target: fit_proposal(target, num_starts).importance_sampling(num_samples),
+        model,
+        guide,
+        x,
+        y,
+        chunk_size=chunk_size,
+        seed=seed,
+        progress=progress,
+    )
+    return Evidence.cat(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Posteriors of B data and the proposals fitted to them.
+
+    Attributes:
+        target: The posteriors.
+        proposal: Their proposals.
+        simple: Their log p(x) by simple Monte Carlo from the prior.
+        complete: Whether the search for modes ended because nothing new was found [B].
+    """
+
+    target: Target
+    proposal: Proposal
+    simple: Evidence
+    complete: Tensor
+
+    def rows(self, index: Tensor) -> Fit:
+        """The fits of some of the data."""
+        target, proposal = self.target.rows(index), self.proposal.rows(index)
+        return Fit(target, proposal, self.simple.rows(index.cpu()), self.complete[index])
+
+    def importance_sampling(self, num_samples: int, tolerance: float = 0.1) -> Evidence:
+        """Evidence from K fresh draws of each proposal, the guide and the prior."""
+        weights = self._log_weights(num_samples).cpu()
+        evidence = summarise(weights, "importance sampling, refined", "doubtful")
+        return self.judge(evidence, tolerance)
+
+    def judge(self, evidence: Evidence, tolerance: float) -> Evidence:
+        """The evidence with a verdict from its errors, and from the draws of the prior."""
+        noise = (evidence.stderr.square() + self.simple.stderr.square()).sqrt()
+        missed = self.simple.log_prob - evidence.log_prob > SURPRISE * noise
+        precise = evidence.stderr < tolerance
+        whole = self.complete.cpu() & ~missed
+        reliable = precise & whole & (evidence.khat < evidence.khat_threshold)
+        verdict = ["reliable" if good else "doubtful" for good in reliable.tolist()]
+        return replace(evidence, verdict=verdict)
+
+    def _log_weights(self, num_samples: int) -> Tensor:
+        """Log weights [K, B] under the balance heuristic."""
+        few = math.ceil(DEFENSIVE_SHARE * num_samples) if num_samples > 2 else 0
+        numbers = num_samples - few - few, few, few
+        if not self.target.guide_is_density:
+            numbers = num_samples - few, 0, few
+        sources = self.proposal.draw, self.target.draw_guide, self._draw_prior
+        step = self.target.draws_at_once
+        parts = [
+            self._weigh(draw(min(step, number - done)), numbers)
+            for draw, number in zip(sources, numbers)
+            for done in range(0, number, step)
+        ]
+        return torch.cat(parts)
+
+    def _draw_prior(self, num_draws: int) -> Tensor:
+        return self.target.draw_prior(num_draws)[0]
+
+    def _weigh(self, u: Tensor, numbers: tuple[int, int, int]) -> Tensor:
+        """log p(x, u) less that of the mixture of which `numbers` are drawn."""
+        log_prior, log_likelihood = self.target.log_prior(u)
+        parts = [self.proposal.log_prob(u), torch.zeros_like(log_prior), log_prior]
+        if numbers[1]:
+            parts[1] = self.target.log_guide(u)
+        shares = u.new_tensor(numbers).log() - math.log(sum(numbers))
+        log_q = torch.logsumexp(torch.stack(parts) + shares.view(-1, 1, 1), 0)
+        log_p = log_prior + log_likelihood
+        return torch.where(log_p == -torch.inf, log_p, log_p - log_q)
+
+
+def fit_proposal(target: Target, num_starts: int = 4) -> Fit:
+    """Finds the modes of each posterior and fits a proposal to them."""
+    target.check_gradient()
+    modes = find_modes(target, num_starts)
+    loc, tril, mass = _by_batches(target, modes.row, _laplace, modes.u)
+    kept = mass > _highest(mass, modes.row) - NEGLIGIBLE
+    row = modes.row[kept]
+    loc, tril, bound = _by_batches(target, row, fit_gaussian, loc[kept], tril[kept])
+    proposal = _mixture(row, loc, tril * WIDER, bound)
+    return Fit(target, proposal, modes.simple, modes.complete)
+
+
+def _by_batches(
+    target: Target, row: Tensor, fit: Callable[..., tuple[Tensor, ...]], *starts: Tensor
+) -> list[Tensor]:
+    """What `fit` gives for M components, each of its row, no more at once than there are data."""
+    size = target.num_data
+    batches = zip(row.split(size), *(start.split(size) for start in starts))
+    parts = [fit(target.rows(rows), *batch) for rows, *batch in batches]
+    return [torch.cat(column) for column in zip(*parts)]
+
+
+def _laplace(target: Target, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mode, covariance factor and log mass, but for a constant, of Laplace's approximation."""
+    loc, tril = laplace(target, u)
+    log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return loc, tril, target.log_joint(loc.unsqueeze(0))[0] + log_det
+
+
+def fit_cost(dim: int, num_starts: int = 4) -> int:
+    """About how often `fit_proposal` evaluates the model for one datum of one mode."""
+    return SCALE_DRAWS + search_cost(num_starts) + ROUNDS * (dim + 6) + STEPS * DRAWS + 2 * CHECKS
+
+
+def _highest(mass: Tensor, row: Tensor) -> Tensor:
+    """The highest of each datum's, for each of them [M]."""
+    return torch.where(row == row[:, None], mass, -torch.inf).amax(1)
+
+
+def _mixture(row: Tensor, loc: Tensor, tril: Tensor, bound: Tensor) -> Proposal:
+    """Components [M] of their data as mixtures [C, B], weighed by their bounds."""
+    nth = (row == row[:, None]).tril(-1).sum(1)
+    C, B = int(nth.max()) + 1, int(row.max()) + 1
+    D = loc.shape[-1]
+    log_weight = bound.new_full((C, B), -torch.inf).index_put((nth, row), bound)
+    weight = torch.softmax(log_weight, 0)
+    weight = (weight + LEAST_WEIGHT * (log_weight > -torch.inf)).log()
+    identity = torch.eye(D, dtype=tril.dtype, device=tril.device)
+    return Proposal(
+        torch.log_softmax(weight, 0),
+        loc.new_zeros(C, B, D).index_put((nth, row), loc),
+        identity.repeat(C, B, 1, 1).index_put((nth, row), tril),
+    )

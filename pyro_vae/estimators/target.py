@@ -1,0 +1,292 @@
+"""The posterior of each datum as a density over one unconstrained vector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.distributions import Delta
+from torch import Tensor
+from torch.distributions import Transform, biject_to, constraints
+
+from pyro_vae.densities import (
+    Densities,
+    Program,
+    Site,
+    densities,
+    draw_latents,
+    log_joint,
+    particle_plate,
+)
+
+__all__ = ["ROWS", "Target", "gradients"]
+
+ROWS = 1000  # rows decoded at once: 250 to 2500 are equally fast, more falls out of cache
+SCALE_DRAWS = 64  # prior draws behind the unit of each coordinate
+NORMAL_IQR = 1.349  # distance between the quartiles of a unit Normal
+
+
+@dataclass(frozen=True, eq=False)
+class Coordinates:
+    """Where one latent site lies in the vector, and how it gets its constraint back."""
+
+    columns: slice
+    shape: torch.Size
+    transform: Transform
+    dtype: torch.dtype
+
+
+class Target:
+    r"""log p(x, u) and log q(u | x) of B data over one unconstrained vector u [K, B, D].
+
+    The latent sites are mapped to real vectors by `biject_to` of the model's support, joined,
+    and measured in units of the prior's spread, so that every coordinate is of order one:
+
+    .. math:: \log p(x, u) = \log p(x, z(u)) + \log \left| \det \frac{dz}{du} \right|
+
+    Programs run at their own precision, all else is float64. Where log p(x, z) is not a number,
+    away from the draws of the guide, it counts as minus infinity. To be used inside
+    `evaluating`; the model sees at most `chunk_size` rows at a time, or one draw of each datum.
+
+    Args:
+        model: Pyro model, as in `importance_sampling`; every latent continuous.
+        guide: Pyro guide.
+        x: Data [B, *E].
+        y: What is conditioned on [B, C], or None.
+        chunk_size: Draws times data that the model sees at once.
+        scale: Units of the coordinates [B, D]; from draws of the prior if None.
+
+    Raises:
+        ValueError: If a latent is discrete, or its support depends on another latent or has no
+            unconstrained coordinates; if log p(x, z) is NaN at a draw of the guide.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        chunk_size: int = ROWS,
+        scale: Tensor | None = None,
+    ) -> None:
+        self.model, self.guide, self.x, self.y = model, guide, x, y
+        self.chunk_size, self.num_data = chunk_size, len(x)
+        with torch.no_grad():
+            first = densities(model, guide, x, y)
+            _check_value(first)
+            with pyro.validation_enabled(False):
+                second = densities(model, guide, x, y)
+            self.sites, self.observed = _coordinates(first, second), list(first.observed)
+            self.dim = max(site.columns.stop for site in self.sites.values())
+            guides = [site.guide for site in second.sites.values()]
+            self._only_guide = guides[0] if len(guides) == 1 else None  # spares the encoder
+            self.guide_is_density = not any(isinstance(_base(fn), Delta) for fn in guides)
+            self.scale = x.new_ones(len(x), self.dim, dtype=torch.float64)
+            self.scale = self._prior_scale() if scale is None else scale
+
+    def rows(self, index: Tensor) -> Target:
+        """The target of some of the data, in the same units."""
+        y = None if self.y is None else self.y[index]
+        scale = self.scale[index]
+        return Target(
+            self.model, self.guide, self.x[index], y, chunk_size=self.chunk_size, scale=scale
+        )
+
+    @property
+    def draws_at_once(self) -> int:
+        """Draws of all data that make up `chunk_size` rows."""
+        return max(1, self.chunk_size // self.num_data)
+
+    def log_joint(self, u: Tensor) -> Tensor:
+        """log p(x, u) [K, B]."""
+        return torch.cat([self._log_joint(part) for part in u.split(self.draws_at_once)])
+
+    def log_guide(self, u: Tensor) -> Tensor:
+        """log q(u | x) [K, B]."""
+        latents, log_det = self._latents(u)
+        with pyro.validation_enabled(False):
+            if self._only_guide is not None:
+                (value,) = latents.values()
+                log_prob = self._only_guide.log_prob(value)
+            else:
+                log_prob = log_joint(self.guide, self.x, self.y, latents)
+        return _never_nan(log_prob.double() + log_det)
+
+    def log_prior(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(u) and log p(x | u), each [K, B], from one run of the model."""
+        latents, log_det = self._latents(u)
+        _, prior, likelihood = self._run(poutine.condition(self.model, latents), len(u))
+        return _never_nan(prior + log_det), _never_nan(likelihood)
+
+    def check_gradient(self) -> None:
+        """Raises a ValueError if the likelihood has no gradient with respect to the latents."""
+        u = self.draw_guide(1).requires_grad_()
+        with torch.enable_grad():
+            likelihood = self.log_prior(u)[1].sum()
+        if likelihood.requires_grad:
+            if torch.autograd.grad(likelihood, u, allow_unused=True)[0] is not None:
+                return
+        raise ValueError(
+            "log p(x | z) has no gradient with respect to z, which this estimator needs: "
+            "use importance_sampling, which does not"
+        )
+
+    def draw_guide(self, num_draws: int) -> Tensor:
+        """Draws of the guide [K, B, D]."""
+        with pyro.validation_enabled(False), torch.no_grad():
+            latents, _ = draw_latents(self.guide, self.x, self.y, num_particles=num_draws)
+        return self.vector(latents)
+
+    def draw_prior(self, num_draws: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Draws of the prior u [K, B, D], and log p(u) and log p(x | u) [K, B] at each."""
+        parts = []
+        with torch.no_grad():
+            for done in range(0, num_draws, self.draws_at_once):
+                number = min(self.draws_at_once, num_draws - done)
+                values, log_prior, log_likelihood = self._run(self.model, number)
+                u = self.vector(values)
+                log_prior = _never_nan(log_prior + self._latents(u)[1])
+                parts.append((u, log_prior, _never_nan(log_likelihood)))
+        draws, log_prior, log_likelihood = (torch.cat(part) for part in zip(*parts))
+        return draws, log_prior, log_likelihood
+
+    def vector(self, latents: dict[str, Tensor]) -> Tensor:
+        """u [K, B, D] of latents by site [K, B, *]."""
+        free = [site.transform.inv(latents[n].double()) for n, site in self.sites.items()]
+        return torch.cat([z.reshape(*z.shape[:2], -1) for z in free], -1) / self.scale
+
+    def _log_joint(self, u: Tensor) -> Tensor:
+        latents, log_det = self._latents(u)
+        with pyro.validation_enabled(False):
+            return _never_nan(log_joint(self.model, self.x, self.y, latents).double() + log_det)
+
+    def _run(self, program: Program, K: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """One run of the model: its latents, log p(z) and log p(x | z) [K, B]."""
+        args = (self.x,) if self.y is None else (self.x, self.y)
+        with pyro.validation_enabled(False), particle_plate(K):
+            nodes: Any = poutine.trace(program).get_trace(*args).nodes
+            none = self.scale.new_zeros(K, self.num_data)
+            log_prior, log_likelihood = (
+                sum((nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in names), none)
+                for names in (self.sites, self.observed)
+            )
+        return {name: nodes[name]["value"] for name in self.sites}, log_prior, log_likelihood
+
+    def _latents(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Constrained latents by site, and log |dz / du| [K, B]."""
+        log_det = self.scale.log().sum(-1).expand(u.shape[:2])
+        raw, latents = u * self.scale, {}
+        for name, site in self.sites.items():
+            free = raw[..., site.columns].reshape(*u.shape[:2], *site.shape)
+            value = site.transform(free)
+            jacobian = site.transform.log_abs_det_jacobian(free, value)
+            log_det = log_det + jacobian.reshape(*u.shape[:2], -1).sum(-1)
+            latents[name] = value.to(site.dtype)
+        return latents, log_det
+
+    def _prior_scale(self) -> Tensor:
+        draws = self.draw_prior(SCALE_DRAWS)[0]
+        quartiles = draws.nan_to_num().quantile(draws.new_tensor([0.25, 0.75]), dim=0)
+        spread = (quartiles[1] - quartiles[0]) / NORMAL_IQR
+        return torch.where((spread > 0) & spread.isfinite(), spread, torch.ones_like(spread))
+
+
+def gradients(
+    density: Callable[[Tensor], tuple[Tensor, ...]], u: Tensor, draws_at_once: int
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Log densities [K, B] at `u` [K, B, D] and their gradients [K, B, D].
+
+    With respect to `u` alone: nothing is added to the `.grad` of a parameter.
+
+    Args:
+        density: From u to one or more log densities, rows independent.
+        u: Points.
+        draws_at_once: Points of each datum that are evaluated together.
+
+    Returns:
+        The densities, and as many gradients.
+    """
+    parts = [_gradients(density, part) for part in u.split(draws_at_once)]
+    values, slopes = ([torch.cat(p) for p in zip(*columns)] for columns in zip(*parts))
+    return tuple(values), tuple(slopes)
+
+
+def _gradients(
+    density: Callable[[Tensor], tuple[Tensor, ...]], u: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    leaf = u.detach().requires_grad_()
+    with torch.enable_grad():
+        values = density(leaf)
+        slopes = [
+            torch.autograd.grad(value.sum(), leaf, retain_graph=True, materialize_grads=True)[0]
+            for value in values
+        ]
+    return tuple(value.detach() for value in values), tuple(slopes)
+
+
+def _never_nan(log_prob: Tensor) -> Tensor:
+    return log_prob.double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+
+
+def _coordinates(first: Densities, second: Densities) -> dict[str, Coordinates]:
+    """Where each latent lies, from two runs whose latents differ."""
+    sites: dict[str, Coordinates] = {}
+    start = 0
+    for name, site in first.sites.items():
+        transform, other = (_transform(name, d.sites[name]) for d in (first, second))
+        free = transform.inv(site.value.double())
+        if not torch.equal(transform(free), other(free)):
+            raise ValueError(
+                f"the support of site {name!r} depends on another latent; it must be fixed: "
+                "draw the site on a fixed support and move it in the model"
+            )
+        size = free[0, 0].numel()
+        columns = slice(start, start + size)
+        sites[name] = Coordinates(columns, free.shape[2:], transform, site.value.dtype)
+        start += size
+    return sites
+
+
+def _transform(name: str, site: Site) -> Transform:
+    kind = type(_base(site.model)).__name__
+    if any(_is_discrete(fn) for fn in (site.model, site.guide)):
+        raise ValueError(
+            f"latent site {name!r} is discrete ({kind}), where gradients are needed: sum it out "
+            "(a mixture as the distribution of what depends on it, or pyro.infer.TraceEnum_ELBO), "
+            "or use importance_sampling"
+        )
+    support = site.model.support
+    if isinstance(support, constraints.MixtureSameFamilyConstraint):
+        support = support.base_constraint
+    try:
+        return biject_to(support)
+    except NotImplementedError:
+        raise ValueError(
+            f"latent site {name!r} ({kind}) has no unconstrained coordinates for its support "
+            f"{support}: use importance_sampling"
+        ) from None
+
+
+def _base(fn: Any) -> Any:
+    return _base(fn.base_dist) if hasattr(fn, "base_dist") else fn
+
+
+def _is_discrete(fn: Any) -> bool:
+    try:
+        return bool(fn.support and fn.support.is_discrete)
+    except NotImplementedError:  # no support is stated
+        return False
+
+
+def _check_value(d: Densities) -> None:
+    if bad := (d.log_likelihood + d.log_prior).isnan().any(0).sum().item():
+        raise ValueError(
+            f"log p(x, z) is NaN at a draw of the guide for {bad} of {d.num_data} data: "
+            "check the model there, and the data for NaN"
+        )

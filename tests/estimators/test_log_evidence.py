@@ -1,0 +1,186 @@
+"""log_evidence: right or doubtful; and what every estimator leaves as it found it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+from worlds import WORLDS, data, linear, misses, square
+
+from pyro_vae import likelihoods, networks, posteriors, priors
+from pyro_vae.densities import scale_latents
+from pyro_vae.estimators import (
+    annealed_importance_sampling,
+    bidirectional,
+    log_evidence,
+    refined_importance_sampling,
+)
+from pyro_vae.vae import VAE
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+ESTIMATORS = [
+    refined_importance_sampling,
+    annealed_importance_sampling,
+    bidirectional,
+    log_evidence,
+]
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_what_is_reliable_is_right(name: str) -> None:
+    world = WORLDS[name]()
+    e = log_evidence(world.model, world.guide, world.x)
+    assert misses(e.log_prob, e.stderr, world.truth) < 5
+    assert abs(e.mean() - world.truth.mean().item()) < 0.02
+    assert e.verdict.count("reliable") >= len(world.x) - 1
+    reliable = torch.tensor([verdict == "reliable" for verdict in e.verdict])
+    assert (e.stderr[reliable] < 0.05).all()
+    assert (e.khat[reliable] < e.khat_threshold[reliable]).all()
+
+
+def test_work_goes_where_it_is_needed() -> None:
+    world = square()
+    e = log_evidence(world.model, world.guide, world.x, tolerance=0.01)
+    assert len(set(e.num_samples.tolist())) > 1
+    assert misses(e.log_prob, e.stderr, world.truth) < 5
+
+
+def test_chains_are_run_where_draws_do_not_do() -> None:
+    """A ring: a sharp likelihood of the radius in seven dimensions defeats any Gaussian."""
+
+    def model(x: Tensor) -> None:
+        with data(len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(7), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.norm(dim=-1), 0.03), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with data(len(x)):
+            pyro.sample("z", dist.Normal(torch.zeros(7), 1.0).to_event(1))
+
+    e = log_evidence(model, guide, torch.tensor([2.0, 2.5, 3.0]), tolerance=0.05)
+    assert "annealed, refined" in e.method or set(e.verdict) == {"reliable"}
+    x, r = torch.tensor([2.0, 2.5, 3.0]), torch.linspace(1e-3, 9, 100_001)
+    log_radius = dist.Chi2(torch.tensor(7.0)).log_prob(r**2) + (2 * r).log()
+    truth = log_radius + dist.Normal(r, 0.03).log_prob(x[:, None])
+    truth = truth.logsumexp(-1) + (r[1] - r[0]).log()
+    wrong = (e.log_prob - truth).abs() > 5 * e.stderr
+    assert all(e.verdict[i] == "doubtful" for i in wrong.nonzero().flatten())
+
+
+def test_a_tolerance_out_of_reach_is_doubtful() -> None:
+    world = linear()
+    e = log_evidence(world.model, world.guide, world.x, tolerance=1e-6, budget=5000)
+    assert set(e.verdict) == {"doubtful"}
+    assert e.num_samples.tolist() == [1000] * 13
+    assert misses(e.log_prob, e.stderr, world.truth) < 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tolerance": 0.0}, "tolerance must be positive"),
+        ({"budget": 100}, "budget must be at least 3.* got 100"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict, message: str) -> None:
+    world = linear()
+    with pytest.raises(ValueError, match=message):
+        log_evidence(world.model, world.guide, world.x, **options)
+
+
+@pytest.mark.parametrize("estimate", ESTIMATORS[:2])
+def test_chunks_change_nothing_but_the_noise(estimate: Callable) -> None:
+    world = linear(0.7, 0.5, 0.7)
+    whole = estimate(world.model, world.guide, world.x)
+    parts = estimate(world.model, world.guide, world.x, chunk_size=37)
+    noise = (whole.stderr**2 + parts.stderr**2).sqrt()
+    assert ((whole.log_prob - parts.log_prob).abs() < 5 * noise).all()
+
+
+def rows_at_once(vae: VAE, run: Callable) -> int:
+    seen = []
+    hook = vae.likelihood.decoder.register_forward_hook(
+        lambda module, args, output: seen.append(args[0].shape[:-1].numel())
+    )
+    run()
+    hook.remove()
+    return max(seen)
+
+
+def small_vae(condition_dim: int = 0) -> VAE:
+    """With dropout, so that its mode matters, and a mixture as its prior."""
+    decoder = networks.MLP(2, 5, (7,), condition_dim=condition_dim)
+    encoder = networks.MLP(5, 4, (7,), condition_dim=condition_dim)
+    decoder.hidden.append(nn.Dropout(0.5))
+    return VAE(
+        priors.MixtureOfGaussians(2, num_components=3),
+        likelihoods.Bernoulli(decoder, (5,)),
+        posteriors.DiagonalNormal(encoder, 2),
+    )
+
+
+def test_the_model_sees_no_more_rows_than_asked() -> None:
+    vae, x = small_vae(), torch.ones(11, 5)
+    seen = rows_at_once(vae, lambda: log_evidence(vae.model, vae.guide, x, chunk_size=41))
+    assert seen <= 41
+
+
+@pytest.mark.parametrize("estimate", ESTIMATORS)
+def test_a_vae_with_labels_is_left_as_it_was(estimate: Callable) -> None:
+    vae = small_vae(condition_dim=3)
+    x, y = (torch.rand(5, 5) < 0.5).double(), torch.eye(3)[torch.arange(5) % 3]
+    vae.posterior.requires_grad_(False)
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    state = torch.get_rng_state()
+    results = [estimate(vae.model, vae.guide, x, y, seed=3) for _ in range(2)]
+    for result in results:
+        value = result.lower if hasattr(result, "lower") else result.log_prob
+        assert value.isfinite().all()
+        assert torch.equal(
+            value,
+            getattr(results[0], "lower", None)
+            if hasattr(result, "lower")
+            else results[0].log_prob,
+        )
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(module.training for module in vae.modules())
+    assert torch.is_grad_enabled()
+    assert all(p.grad is None for p in vae.parameters())
+    assert all(p.requires_grad for p in vae.likelihood.parameters())
+    assert not any(p.requires_grad for p in vae.posterior.parameters())
+    assert all(torch.equal(before[n], v) for n, v in vae.state_dict().items())
+    assert len(pyro.get_param_store()) == 0
+    assert pyro.distributions.is_validation_enabled()
+
+
+def test_everything_is_back_after_an_error() -> None:
+    vae, x = small_vae(), torch.ones(3, 5)
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="budget"):
+        log_evidence(vae.model, vae.guide, x, budget=1)
+    assert vae.training
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("estimate", ESTIMATORS[:2])
+def test_weights_in_the_programs_do_not_count(estimate: Callable) -> None:
+    """At beta = 1, whatever scales the model and the guide carry."""
+    world = linear(0.7, 0.5, 0.7, num_data=5)
+    plain = estimate(world.model, world.guide, world.x)
+    scaled = estimate(scale_latents(world.model, 4.0), scale_latents(world.guide, 4.0), world.x)
+    torch.testing.assert_close(plain.log_prob, scaled.log_prob)
+
+
+def test_the_seed_decides_everything() -> None:
+    world = linear(num_data=3)
+    first, again, other = (
+        log_evidence(world.model, world.guide, world.x, seed=seed) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first.log_prob, again.log_prob)
+    assert not torch.equal(first.log_prob, other.log_prob)

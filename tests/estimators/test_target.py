@@ -1,0 +1,166 @@
+"""The density over unconstrained vectors integrates to what it should."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from worlds import WORLDS, data, gamma_poisson, linear, misses
+
+from pyro_vae.estimators.evaluating import evaluating
+from pyro_vae.estimators.target import Target, gradients
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+@pytest.fixture(autouse=True)
+def _inside() -> object:
+    with evaluating(seed=0, device=torch.device("cpu")):
+        yield
+
+
+def test_densities_of_a_positive_latent_integrate_in_its_new_coordinate() -> None:
+    world = gamma_poisson()
+    target = Target(world.model, world.guide, world.x)
+    u = torch.linspace(-60, 30, 20_001)[:, None, None].expand(-1, len(world.x), 1)
+    cell = math.log(90 / 20_000)
+    log_prior, log_likelihood = target.log_prior(u)
+    for log_density, expected in (
+        (target.log_joint(u), world.truth),
+        (log_prior + log_likelihood, world.truth),
+        (log_prior, torch.zeros(17)),
+        (target.log_guide(u), torch.zeros(17)),
+    ):
+        torch.testing.assert_close(log_density.logsumexp(0) + cell, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_weights_of_prior_draws_average_to_the_evidence(name: str) -> None:
+    world = WORLDS[name]()
+    target = Target(world.model, world.guide, world.x, chunk_size=301)
+    u, log_prior, log_likelihood = target.draw_prior(5003)
+    assert u.shape == (5003, len(world.x), target.dim)
+    torch.testing.assert_close(log_prior + log_likelihood, target.log_joint(u))
+    weight = (log_likelihood - world.truth).exp()
+    assert ((weight.mean(0) - 1).abs() < 5 * weight.std(0) / 5003**0.5 + 1e-3).all()
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_the_guide_scores_what_it_draws(name: str) -> None:
+    world = WORLDS[name]()
+    target = Target(world.model, world.guide, world.x)
+    u = target.draw_guide(2003)
+    latents, log_det = target._latents(u)
+    torch.testing.assert_close(target.vector(latents), u)
+    assert target.log_guide(u).isfinite().all()
+    assert log_det.shape == (2003, len(world.x))
+
+
+def test_coordinates_are_in_units_of_the_prior() -> None:
+    def model(x: Tensor) -> None:
+        with data(len(x)):
+            z = pyro.sample("z", dist.Normal(5 * torch.ones(3), 100.0).to_event(1))
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with data(len(x)):
+            pyro.sample("z", dist.Normal(x, 1.0).to_event(1))
+
+    target = Target(model, guide, torch.zeros(101, 3))
+    assert 90 < target.scale.mean() < 110
+
+
+def test_gradients_are_those_of_the_density_in_any_chunks() -> None:
+    world = WORLDS["funnel"]()
+    target = Target(world.model, world.guide, world.x)
+    u = target.draw_guide(7)
+    (value,), (slope,) = gradients(lambda u: (target.log_joint(u),), u, 2)
+    step = 1e-6 * torch.randn_like(u)
+    change = target.log_joint(u + step) - target.log_joint(u - step)
+    torch.testing.assert_close(change, 2 * (slope * step).sum(-1), atol=1e-11, rtol=1e-4)
+    torch.testing.assert_close(value, target.log_joint(u))
+
+
+def test_single_precision_is_within_a_thousandth() -> None:
+    world = linear(sigma=0.01, latent_dim=5, data_dim=101)
+    x = world.x.float()
+    double = Target(world.model, world.guide, x.double())
+    single = Target(world.model, world.guide, x, scale=double.scale)
+    u = double.draw_guide(17)
+    assert (single.log_joint(u) - double.log_joint(u)).abs().max() < 1e-3
+    assert (single.log_guide(u) - double.log_guide(u)).abs().max() < 3e-3
+
+
+def discrete(x: Tensor) -> None:
+    with data(len(x)):
+        c = pyro.sample("c", dist.Categorical(torch.ones(3) / 3))
+        pyro.sample("x", dist.Normal(c.double(), 1.0), obs=x)
+
+
+def discrete_guide(x: Tensor) -> None:
+    with data(len(x)):
+        pyro.sample("c", dist.Categorical(torch.ones(3) / 3))
+
+
+def moving(x: Tensor) -> None:
+    with data(len(x)):
+        a = pyro.sample("a", dist.Gamma(torch.ones(()), 1.0))
+        b = pyro.sample("b", dist.Uniform(0.0, a))
+        pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+
+def missing(x: Tensor) -> None:
+    with data(len(x)):
+        pyro.sample("a", dist.Gamma(torch.ones(()), 1.0))
+
+
+def outside(x: Tensor) -> None:
+    a = pyro.sample("a", dist.Normal(torch.zeros(()), 1.0))
+    with data(len(x)):
+        pyro.sample("x", dist.Normal(a, 1.0), obs=x)
+
+
+@pytest.mark.parametrize(
+    ("model", "guide", "message"),
+    [
+        (discrete, discrete_guide, "site 'c' is discrete .*sum it out"),
+        (moving, pyro.poutine.block(moving, hide=["x"]), "support of site 'b' depends on another"),
+        (moving, missing, "same latent sites; \\['b'\\]"),
+        (outside, missing, "plate 'data'"),
+    ],
+)
+def test_programs_that_have_no_such_density_are_refused(
+    model: object, guide: object, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Target(model, guide, torch.zeros(5))
+
+
+def test_a_model_that_is_no_number_is_refused() -> None:
+    def flat(x: Tensor) -> None:
+        with data(len(x)), pyro.validation_enabled(False):
+            a = pyro.sample("a", dist.Gamma(torch.ones(()), 1.0))
+            pyro.sample("x", dist.Normal(a * math.nan, 1.0), obs=x)
+
+    with pyro.validation_enabled(False):
+        with pytest.raises(ValueError, match="NaN at a draw of the guide for 5 of 5 data"):
+            Target(flat, missing, torch.zeros(5))
+
+
+def test_a_likelihood_without_gradient_is_refused() -> None:
+    def model(x: Tensor) -> None:
+        with data(len(x)):
+            a = pyro.sample("a", dist.Gamma(torch.ones(()), 1.0))
+            pyro.sample("x", dist.Normal(a.detach(), 1.0), obs=x)
+
+    target = Target(model, missing, torch.zeros(5))
+    with pytest.raises(ValueError, match="no gradient with respect to z.*importance_sampling"):
+        target.check_gradient()
+
+
+def test_misses_counts_standard_errors() -> None:
+    assert misses(torch.ones(2), torch.tensor([0.1, 0.2]), torch.zeros(2)) > 9
