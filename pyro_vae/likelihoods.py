@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from abc import abstractmethod
 from typing import Literal
 
@@ -33,6 +32,14 @@ ScaleOption = float | Literal["learned", "per_dimension", "predicted"]
 MeanOption = Literal["identity", "sigmoid", "tanh"]
 
 
+class Finite(constraints.Constraint):
+    """Numbers that are neither NaN nor infinite."""
+
+    def check(self, value: Tensor) -> Tensor:
+        """Whether each entry is finite."""
+        return value.isfinite()
+
+
 class Likelihood(nn.Module):
     """A distribution over data x [*S, *E] for latents z [*S, D].
 
@@ -47,7 +54,7 @@ class Likelihood(nn.Module):
         data_shape: Shape of one datum.
     """
 
-    support: constraints.Constraint = constraints.interval(-sys.float_info.max, sys.float_info.max)
+    support: constraints.Constraint = Finite()
     support_name = "finite numbers"
     remedy = "remove them"
 

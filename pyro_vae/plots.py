@@ -9,9 +9,21 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["columns", "curves", "images", "latent", "reconstructions", "save"]
+__all__ = [
+    "columns",
+    "curves",
+    "factor_matrix",
+    "images",
+    "latent",
+    "reconstructions",
+    "save",
+    "terms",
+    "traversals",
+    "unit_kl",
+]
 
 
 def images(x: Tensor, title: str = "", limits: tuple[float, float] | None = None) -> Figure:
@@ -93,6 +105,80 @@ def latent(means: Tensor, labels: Tensor | None = None) -> Figure:
     return figure
 
 
+def traversals(
+    decoded: Tensor,
+    kl: Tensor,
+    values: Tensor | None = None,
+    top: int | None = None,
+    limits: tuple[float, float] | None = None,
+) -> Figure:
+    """What each latent dimension does: a row of images for each, of most KL first.
+
+    Args:
+        decoded: Images [D, T, C, H, W]: dimension d at its t-th value, the others held.
+        kl: KL of each dimension [D], in nats.
+        values: The T values of a dimension, for the title.
+        top: Rows shown; all if None.
+        limits: As in `images`.
+    """
+    if decoded.ndim != 5 or len(decoded) != len(kl):
+        raise ValueError(
+            f"expected images [D, T, C, H, W] and kl [D]; got {list(decoded.shape)} and "
+            f"{list(kl.shape)}"
+        )
+    order = kl.argsort(descending=True)[:top].tolist()
+    rows = [_row(decoded[d], decoded.shape[1]) for d in order]
+    title = "each latent dimension by itself"
+    if values is not None:
+        title += f", from {values.min():.1f} to {values.max():.1f}"
+    figure = _picture(torch.cat(rows, -2), title, limits or _limits(decoded), width=6)
+    (ax,) = figure.axes
+    ax.set_axis_on()
+    for side in ax.spines.values():
+        side.set_visible(False)
+    height = rows[0].shape[-2]
+    names = [f"z{d}, {kl[d]:.2f} nats" for d in order]
+    ax.set_yticks([height * (i + 0.5) for i in range(len(order))], names, fontsize=8)
+    ax.set_xticks([])
+    ax.tick_params(length=0)
+    return figure
+
+
+def factor_matrix(information: Tensor, names: Sequence[str]) -> Figure:
+    """Mutual information of each factor with each latent dimension [F, D], in nats."""
+    if information.ndim != 2 or len(information) != len(names):
+        raise ValueError(
+            f"expected a matrix [F, D] and F names; got {list(information.shape)} and {names}"
+        )
+    figure, (ax,) = _axes(1, 1, max(3.0, 0.45 * max(information.shape)))
+    picture = ax.imshow(information.tolist(), cmap="viridis", vmin=0, aspect="auto")
+    figure.colorbar(picture, ax=ax, label="nats")
+    ax.set_yticks(range(len(names)), names)
+    ax.set_xticks(range(information.shape[1]))
+    ax.set_xlabel("latent dimension")
+    ax.set_title("mutual information of factors and latents", fontsize=10)
+    return figure
+
+
+def unit_kl(epochs: Tensor, kl: Tensor) -> Figure:
+    """KL of each latent dimension [T, D] over epochs [T], in nats; the largest are named."""
+    figure, (ax,) = _axes(1, 1, 4)
+    named = set(kl[-1].argsort(descending=True)[:10].tolist())
+    for d in range(kl.shape[1]):
+        ax.plot(epochs.tolist(), kl[:, d].tolist(), label=f"z{d}" if d in named else None)
+    _over_epochs(ax, "KL of each latent dimension")
+    return figure
+
+
+def terms(epochs: Tensor, parts: Mapping[str, Tensor]) -> Figure:
+    """Parts of the KL, such as those of `metrics.elbo_decomposition`, [T] each, over epochs."""
+    figure, (ax,) = _axes(1, 1, 4)
+    for name, values in parts.items():
+        ax.plot(epochs.tolist(), values.tolist(), label=name.replace("_", " "))
+    _over_epochs(ax, "parts of the KL")
+    return figure
+
+
 def save(figure: Figure, path: str) -> None:
     """Writes a PNG at 150 dots per inch, and closes the figure."""
     figure.savefig(path, dpi=150, bbox_inches="tight")
@@ -103,6 +189,13 @@ def _axes(rows: int, columns: int, size: float) -> tuple[Figure, list]:
 
     figure = Figure(figsize=(columns * size * 1.15, rows * size), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _over_epochs(ax: Axes, title: str) -> None:
+    ax.set_xlabel("epoch")
+    ax.set_ylabel("nats per datum")
+    ax.set_title(title, fontsize=10)
+    ax.legend(frameon=False, fontsize=8)
 
 
 def _picture(x: Tensor, title: str, limits: tuple[float, float], width: float) -> Figure:

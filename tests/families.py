@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pyro_vae import likelihoods, networks, objectives, posteriors, priors
 from pyro_vae.distributions import Flow
@@ -72,9 +73,13 @@ def network(cls: type, **options: Any) -> networks.Network:
 
 
 def draw(vae: VAE, size: int, **given: Tensor) -> Tensor:
-    """Data that fit the likelihood: draws of the model itself."""
+    """Data that fit the likelihood: draws of the model itself, off the ends of an interval."""
     with torch.no_grad():
-        return vae.sample(size, **given)
+        x = vae.sample(size, **given)
+    support = vae.likelihood.support
+    if isinstance(support, constraints.interval):
+        return x.clamp(support.lower_bound, support.upper_bound)
+    return x
 
 
 def draws(distribution: Any) -> int:

@@ -103,6 +103,8 @@ def test_terms_are_those_of_the_parts(prior: type, posterior: type) -> None:
     z = d.sites["z"].value
     assert z.shape == (K, B, D)
     assert (z[0] != z[1]).any(-1).all()
+    for fn in (d.sites["z"].guide, d.sites["z"].model):
+        assert (fn.batch_shape, fn.event_shape) == ((K, B), (D,))
     torch.testing.assert_close(d.log_prior, vae.prior().log_prob(z))
     torch.testing.assert_close(d.log_posterior, vae.posterior(x).log_prob(z.clone()))
     torch.testing.assert_close(d.log_likelihood, vae.likelihood(z).log_prob(x))

@@ -34,7 +34,7 @@ def build(cls: type, latent_dim: int = 2) -> Prior:
     vae = make(prior=cls, latent_dim=latent_dim)
     with torch.no_grad():
         for parameter in vae.parameters():
-            parameter.add_(0.2 * torch.randn(parameter.shape))
+            parameter.add_(0.3 * torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5)
     return vae.prior
 
 

@@ -4,6 +4,7 @@ from pyro_vae.data.batches import batches, epoch_order
 from pyro_vae.data.data import Data
 from pyro_vae.data.datasets import load_data, read_rows
 from pyro_vae.data.splits import Splits
+from pyro_vae.data.sprites import Sprites, read_dsprites
 from pyro_vae.data.transforms import (
     Binarise,
     Dequantise,
@@ -24,6 +25,7 @@ __all__ = [
     "Identity",
     "Rescale",
     "Splits",
+    "Sprites",
     "Standardise",
     "Threshold",
     "Transform",
@@ -32,6 +34,7 @@ __all__ = [
     "epoch_order",
     "load_data",
     "make_transform",
+    "read_dsprites",
     "read_rows",
     "restore",
 ]

@@ -38,7 +38,8 @@ def load_data(
     their ids, and the rows of a validation or test part of the source are numbered on.
 
     Args:
-        name: "digits" (8 x 8, 17 levels, bundled with scikit-learn), "MNIST", "FashionMNIST",
+        name: "digits" (8 x 8, 17 levels, bundled with scikit-learn), "sprites" (32 x 32, binary,
+            drawn: `Sprites(3, 3, 8, 8, 8, size=32)`), "MNIST", "FashionMNIST",
             "KMNIST", "EMNIST" (the balanced split, upright), "Omniglot" (105 x 105, ink is 1,
             no labels), "SVHN" or "CIFAR10", in any case; or the path of an .npz, .npy or .csv
             file or of a folder of images.

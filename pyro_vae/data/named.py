@@ -1,4 +1,4 @@
-"""The data sets that scikit-learn and torchvision know by name."""
+"""The data sets that have a name: scikit-learn's, torchvision's, and sprites."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 
 from pyro_vae.data.data import Data
 from pyro_vae.data.given import Given
+from pyro_vae.data.sprites import Sprites
 
 NAMED = {
     "digits": "",
+    "sprites": "",
     "MNIST": "MNIST/raw",
     "FashionMNIST": "FashionMNIST/raw",
     "KMNIST": "KMNIST/raw",
@@ -22,6 +24,9 @@ NAMED = {
     "CIFAR10": "cifar-10-batches-py",
 }
 """The names, each with the folder below the data root that holds its files."""
+
+SUB_GRID = Sprites(3, 3, 8, 8, 8, size=32)
+"""What "sprites" means: 4608 images."""
 
 
 def read_named(name: str, root: str | Path) -> Given:
@@ -34,6 +39,8 @@ def read_named(name: str, root: str | Path) -> Given:
     """
     if name == "digits":
         return _digits()
+    if name == "sprites":
+        return Given(SUB_GRID.data())
     try:
         return Given(train=_read(name, root, train=True), test=_read(name, root, train=False))
     except (OSError, RuntimeError, EOFError) as error:

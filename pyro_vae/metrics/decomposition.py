@@ -1,0 +1,197 @@
+"""The KL of a model, in its parts, over all data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_vae.marginals import factorises, marginals, pair_log_prob, pair_marginals
+
+__all__ = [
+    "Decomposition",
+    "Term",
+    "check_posterior",
+    "chunks",
+    "draws_of",
+    "elbo_decomposition",
+    "evenly",
+    "log_mean",
+]
+
+PAIRS = 2**21  # entries [draws, N, D] at once
+
+
+@dataclass(frozen=True)
+class Term:
+    """A mean over data, in nats.
+
+    Attributes:
+        value: The mean.
+        stderr_draws: Its standard error over draws of z, for these data.
+        stderr_data: Its standard error over data, draws included.
+    """
+
+    value: float
+    stderr_draws: float
+    stderr_data: float
+
+    def __str__(self) -> str:
+        """The mean and both errors."""
+        return f"{self.value:.3f} +- {self.stderr_draws:.3f} +- {self.stderr_data:.3f}"
+
+
+@dataclass(frozen=True, eq=False)
+class Decomposition:
+    """KL(q(z | x) || p(z)) averaged over N data, and its parts, which sum to it exactly.
+
+    Attributes:
+        kl: The whole, by draws.
+        mutual_information: Of z and the index of the datum; log N at most.
+        total_correlation: KL of q(z) from the product of its q(z_d).
+        dimension_wise_kl: E log of that product over p(z): the sum of KL(q(z_d) || p(z_d)) where
+            the prior factorises.
+        per_dimension: KL(q(z_d) || p(z_d)) [D], or None where it does not.
+        num_data: N.
+        num_samples: Draws of z for each datum that was drawn from.
+        seed: Of the draws.
+    """
+
+    kl: Term
+    mutual_information: Term
+    total_correlation: Term
+    dimension_wise_kl: Term
+    per_dimension: Tensor | None = field(repr=False)
+    num_data: int
+    num_samples: int
+    seed: int
+
+
+def elbo_decomposition(
+    posterior: Distribution,
+    prior: Distribution,
+    *,
+    num_samples: int = 2,
+    num_rows: int | None = None,
+    seed: int = 0,
+) -> Decomposition:
+    r"""Mutual information, total correlation and dimension-wise KL over all data.
+
+    .. math:: \frac1N \sum_n \mathrm{KL}(q(z \mid x_n) \| p(z))
+        = I(x; z) + \mathrm{KL}\big(q(z) \| \textstyle\prod_d q(z_d)\big)
+        + E \log \frac{\prod_d q(z_d)}{p(z)}, \quad q(z) = \frac1N \sum_n q(z \mid x_n)
+
+    The aggregate posterior is that of all N data, so that nothing is biased but by choice of
+    the data; a batch's own estimates, as of `objectives.BetaTC`, are far off. Cost: N^2 D
+    densities for each of `num_samples`; rows are drawn from in chunks.
+
+    Args:
+        posterior: q(z | x_n) of all data, batch [N], event (D,), a diagonal or full Normal.
+        prior: p(z), batch (), event (D,).
+        num_samples: Draws of z for each datum, two or more.
+        num_rows: Data to draw from, evenly spaced; all if None. q(z) is over all N either way.
+        seed: Of the draws; torch's generator is left as it was.
+
+    Raises:
+        ValueError: If the shapes do not fit, or the densities of single dimensions are not known.
+
+    References:
+        Hoffman and Johnson. ELBO surgery. 2016.
+        Chen et al. Isolating sources of disentanglement in variational autoencoders. 2018.
+    """
+    num_data, _ = check_posterior(posterior)
+    if prior.batch_shape or prior.event_shape != posterior.event_shape:
+        raise ValueError(
+            f"prior must have batch () and event {tuple(posterior.event_shape)}; got "
+            f"{tuple(prior.batch_shape)} and {tuple(prior.event_shape)}"
+        )
+    if num_samples < 2:
+        raise ValueError(f"num_samples must be at least 2, for their error; got {num_samples}")
+    rows = evenly(num_data, num_rows).to(marginals(posterior).loc.device)
+    parts, dims = [], []
+    with torch.no_grad():
+        index, z = draws_of(posterior, rows, num_samples, seed)
+        for chunk in chunks(index, z, num_data):
+            terms, each = _terms(posterior, prior, *chunk)
+            parts.append(terms)
+            if factorises(prior):
+                dims.append(each - marginals(prior).log_prob(chunk[1]))
+    kl, information, correlation, mismatch = (
+        _term(term) for term in torch.cat(parts, 1).reshape(4, len(rows), num_samples)
+    )
+    per_dimension = torch.cat(dims).mean(0) if dims else None
+    return Decomposition(
+        kl, information, correlation, mismatch, per_dimension, num_data, num_samples, seed
+    )
+
+
+def _terms(
+    posterior: Distribution, prior: Distribution, index: Tensor, z: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The KL and its three parts at draws z [m, D], [4, m], and log q(z_d) [m, D]."""
+    pairs = pair_log_prob(posterior, z).double()
+    each = log_mean(pair_marginals(posterior, z))
+    given, p = pairs[torch.arange(len(z)), index], prior.log_prob(z).double()
+    joint, product = log_mean(pairs), each.sum(-1)
+    terms = given - p, given - joint, joint - product, product - p
+    return torch.stack(terms), each
+
+
+def draws_of(
+    posterior: Distribution, rows: Tensor, num_samples: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """`num_samples` draws of q(z | x_n) for each datum of `rows` [R], one datum after another.
+
+    Returns:
+        The data that they are of, int64 [R num_samples], and the draws [R num_samples, D].
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        z = posterior.sample(torch.Size((num_samples,)))[:, rows]
+    return rows.repeat_interleave(num_samples), z.transpose(0, 1).flatten(0, 1)
+
+
+def check_posterior(posterior: Distribution) -> tuple[int, int]:
+    """N and D of a posterior over all data.
+
+    Raises:
+        ValueError: If its shapes do not fit, or a parameter is not finite.
+    """
+    if len(posterior.batch_shape) != 1 or len(posterior.event_shape) != 1:
+        raise ValueError(
+            "posterior must be over all data at once, batch [N] and event (D,); got "
+            f"{tuple(posterior.batch_shape)} and {tuple(posterior.event_shape)}"
+        )
+    each = marginals(posterior)
+    if not (each.loc.isfinite().all() and each.scale.isfinite().all()):
+        raise ValueError("posterior must have finite parameters: look at the encoder")
+    return len(each.loc), each.loc.shape[1]
+
+
+def chunks(index: Tensor, z: Tensor, num_data: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The draws in chunks whose pairs with all data fit in memory."""
+    size = max(1, PAIRS // (num_data * z.shape[1]))
+    return zip(index.split(size), z.split(size))
+
+
+def log_mean(log_prob: Tensor) -> Tensor:
+    """Logarithm of the mean over the data, the second dimension, in float64."""
+    return log_prob.double().logsumexp(1) - math.log(log_prob.shape[1])
+
+
+def evenly(num_data: int, num_rows: int | None) -> Tensor:
+    """Indices of `num_rows` of the data, evenly spaced; of all if None."""
+    if num_rows is not None and not 2 <= num_rows <= num_data:
+        raise ValueError(f"num_rows must be from 2 to the {num_data} data; got {num_rows}")
+    return torch.linspace(0, num_data - 1, num_rows or num_data, dtype=torch.float64).long()
+
+
+def _term(values: Tensor) -> Term:
+    """Mean of values [R, num_samples] and its errors."""
+    R, num_samples = values.shape
+    over_draws = (values.var(1).mean() / (R * num_samples)).sqrt().item()
+    return Term(values.mean().item(), over_draws, values.mean(1).std().item() / R**0.5)

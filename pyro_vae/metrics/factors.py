@@ -1,0 +1,75 @@
+"""Codes and the factors they are held against: checks, discretisation, mutual information."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["check", "discretise", "entropy", "gap", "information_matrix", "names_of"]
+
+
+def check(codes: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [N, D] in float64 and factors [N, F] in int64, on the CPU.
+
+    Raises:
+        ValueError: If the shapes do not fit, a code is not finite, a factor is not a whole number
+            or there are fewer than two rows.
+    """
+    if codes.ndim != 2 or factors.ndim != 2 or len(codes) != len(factors) or len(codes) < 2:
+        raise ValueError(
+            "expected codes [N, D] and factors [N, F] of the same N, at least 2; got "
+            f"{list(codes.shape)} and {list(factors.shape)}"
+        )
+    if not codes.isfinite().all():
+        raise ValueError("expected finite codes; got NaN or infinite ones: look at the encoder")
+    if not torch.equal(factors.long().to(factors.dtype), factors):
+        raise ValueError("expected factors that are whole numbers: give the index of each value")
+    return codes.detach().cpu().double(), factors.detach().cpu().long()
+
+
+def names_of(factors: Tensor, names: Sequence[str] | None) -> tuple[str, ...]:
+    """The names of the factors [N, F], "factor 0" and so on if None."""
+    count = factors.shape[1]
+    if names is None:
+        return tuple(f"factor {f}" for f in range(count))
+    if len(names) != count:
+        raise ValueError(f"expected a name for each of the {count} factors; got {list(names)}")
+    return tuple(names)
+
+
+def discretise(codes: Tensor, bins: int) -> Tensor:
+    """Each column of `codes` [N, D] in `bins` bins of equal width over its range, int64."""
+    low, high = codes.min(0).values, codes.max(0).values
+    width = torch.where(high > low, high - low, 1.0)
+    return ((codes - low) / width * bins).long().clamp(max=bins - 1)
+
+
+def entropy(values: Tensor) -> Tensor:
+    """Entropy of the empirical distribution of `values` int64 [N], in nats."""
+    p = values.unique(return_counts=True)[1].double() / len(values)
+    return -(p * p.log()).sum()
+
+
+def information_matrix(first: Tensor, second: Tensor) -> Tensor:
+    r"""Mutual information of columns of `first` [N, F] with those of `second` [N, D], [F, D].
+
+    .. math:: I(a; b) = H(a) + H(b) - H(a, b)
+
+    in nats, of the empirical distribution of int64 values; biased upwards by about
+    (cells - 1) / (2 N) in a table that has more cells than rows and columns.
+    """
+    rows = []
+    for a in first.T:
+        joint = [entropy(a * (b.max() + 1) + b) for b in second.T]
+        rows.append([entropy(a) + entropy(b) - ab for b, ab in zip(second.T, joint)])
+    return torch.tensor(rows, dtype=torch.float64).clamp(min=0)  # below by rounding alone
+
+
+def gap(scores: Tensor) -> Tensor:
+    """The largest of each row of `scores` [F, D] less the second largest, [F]."""
+    if scores.shape[1] < 2:
+        raise ValueError("expected at least two latent dimensions, for a gap between two")
+    first, second = scores.topk(2, dim=1).values.T
+    return first - second

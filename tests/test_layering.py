@@ -1,0 +1,116 @@
+"""Who may import whom, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pyro_vae
+
+ROOT = Path(pyro_vae.__file__).parent
+ANYTHING = {"*"}
+TABLES = {"numpy", "safetensors", "rich"}
+ALLOWED: dict[str, set[str]] = {
+    "distributions": {"torch", "pyro", "zuko"},
+    "networks": {"torch"},
+    "priors": {"torch", "pyro", "distributions"},
+    "likelihoods": {"torch", "pyro", "distributions"},
+    "posteriors": {"torch", "pyro", "distributions"},
+    "vae": {"torch", "pyro", "priors", "likelihoods", "posteriors"},
+    "densities": {"torch", "pyro"},
+    "marginals": {"torch"},
+    "objectives": {"torch", "pyro", "densities", "marginals"},
+    "estimators": {"torch", "pyro", "densities", *TABLES},
+    "metrics": {"torch", "pyro", "sklearn", "numpy", "densities", "marginals"},
+    "data": {"torch", "torchvision", "sklearn", "PIL", *TABLES},
+    "training": {
+        *("torch", "pyro", "densities", "objectives", "estimators", "lightning_fabric"),
+        *TABLES,
+    },
+    "plots": {"torch", "matplotlib", "numpy"},
+    "options": ANYTHING,
+    "config": ANYTHING,
+    "cli": ANYTHING,
+    "__main__": ANYTHING,
+    "__init__": ANYTHING,
+}
+STANDARD = set(sys.stdlib_module_names)
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def label(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def layer(path: Path) -> str:
+    """The module or package at the top of the tree that `path` belongs to."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Layers of ours and packages of others that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{label(path)}: imports are absolute"
+            modules = [node.module or ""]
+            if node.module == "pyro_vae":
+                names = {alias.name for alias in node.names} - {"__version__"}
+                modules = [f"pyro_vae.{name}" for name in names]
+        else:
+            continue
+        for module in modules:
+            first, *rest = module.split(".")
+            yield rest[0] if first == "pyro_vae" and rest else first
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_imports_point_down(path: Path) -> None:
+    own = layer(path)
+    allowed = ALLOWED[own]
+    if allowed is ANYTHING:
+        return
+    wrong = set(imported(path)) - STANDARD - allowed - {own}
+    assert not wrong, f"{label(path)} may not import {sorted(wrong)}"
+
+
+def test_the_top_is_imported_by_nobody_below() -> None:
+    for path in FILES:
+        if layer(path) not in ("config", "cli", "options", "__main__", "__init__"):
+            assert not {"config", "cli", "__main__"} & set(imported(path)), label(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_only_the_vae_samples(path: Path) -> None:
+    calls = [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "pyro.sample"
+    ]
+    assert bool(calls) is (label(path) == "vae.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_fabric_is_imported_where_it_is_used(path: Path) -> None:
+    """It takes seconds, and touches the environment."""
+    at_top = [
+        node
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Import | ast.ImportFrom) and "lightning" in ast.unparse(node)
+    ]
+    assert not at_top
+
+
+def test_the_vae_takes_base_classes_only() -> None:
+    names = {
+        alias.name
+        for node in ast.walk(ast.parse((ROOT / "vae.py").read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pyro_vae")
+        for alias in node.names
+    }
+    assert names == {"Prior", "Likelihood", "Posterior"}
