@@ -56,8 +56,8 @@ def main(arguments: argparse.Namespace) -> list[dict[str, str]]:
             vae,
             data.train,
             OBJECTIVES[name](num_particles=k),
-            epochs=1 if smoke else arguments.epochs,
-            batch_size=arguments.batch_size,
+            epochs=5 if smoke else arguments.epochs,
+            batch_size=20 if smoke else arguments.batch_size,
             lr=1e-3,
             progress=not smoke,
         )

@@ -12,6 +12,8 @@ import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
+from pyro.poutine.broadcast_messenger import BroadcastMessenger
+from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
@@ -444,11 +446,19 @@ def _name(fn: Distribution) -> str:
     return type(fn).__name__ if base is None else f"{type(fn).__name__}({_name(base)})"
 
 
-def particle_plate(num_particles: int) -> pyro.plate:
-    """The plate of particles, outside the plate "data"."""
+class ParticlePlate(IndepMessenger):
+    """The plate of particles, outside the plate "data": `pyro.plate` less its subsampling."""
+
+    def _process_message(self, msg: Any) -> None:
+        super()._process_message(msg)
+        BroadcastMessenger._pyro_sample(msg)
+
+
+def particle_plate(num_particles: int) -> ParticlePlate:
+    """A plate of `num_particles`, at dim -2."""
     if num_particles < 1:
         raise ValueError(f"the number of particles must be at least 1; got {num_particles}")
-    return pyro.plate("particles", num_particles, dim=-2)
+    return ParticlePlate("particles", num_particles, dim=-2)
 
 
 def _args(x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:

@@ -178,6 +178,8 @@ def test_bounds_bracket_the_truth_on_average(start: str) -> None:
     for error in (truth - b.lower, b.upper - truth):
         assert error.mean() > -3 * error.std() / 61**0.5
         assert error.mean() < 2.5
+        ratio = (-error).exp()  # unbiased: w / p(x) forward, p(x) / w back
+        assert abs(ratio.mean() - 1) < 5 * ratio.std() / 61**0.5
     lower, upper, gap = b.mean()
     assert gap == pytest.approx(upper - lower)
     assert gap > -3 * b.mean_stderr()[2]

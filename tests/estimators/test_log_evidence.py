@@ -51,21 +51,21 @@ def test_work_goes_where_it_is_needed() -> None:
 
 
 def test_chains_are_run_where_draws_do_not_do() -> None:
-    """A ring: a sharp likelihood of the radius in seven dimensions defeats any Gaussian."""
+    """A ring: a sharp likelihood of the radius in two dimensions defeats any Gaussian."""
 
     def model(x: Tensor) -> None:
         with data(len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(7), 1.0).to_event(1))
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(z.norm(dim=-1), 0.03), obs=x)
 
     def guide(x: Tensor) -> None:
         with data(len(x)):
-            pyro.sample("z", dist.Normal(torch.zeros(7), 1.0).to_event(1))
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
-    e = log_evidence(model, guide, torch.tensor([2.0, 2.5, 3.0]), tolerance=0.05)
+    e = log_evidence(model, guide, torch.tensor([1.5, 2.5]), tolerance=0.05)
     assert "annealed, refined" in e.method or set(e.verdict) == {"reliable"}
-    x, r = torch.tensor([2.0, 2.5, 3.0]), torch.linspace(1e-3, 9, 100_001)
-    log_radius = dist.Chi2(torch.tensor(7.0)).log_prob(r**2) + (2 * r).log()
+    x, r = torch.tensor([1.5, 2.5]), torch.linspace(1e-3, 9, 100_001)
+    log_radius = dist.Chi2(torch.tensor(2.0)).log_prob(r**2) + (2 * r).log()
     truth = log_radius + dist.Normal(r, 0.03).log_prob(x[:, None])
     truth = truth.logsumexp(-1) + (r[1] - r[0]).log()
     wrong = (e.log_prob - truth).abs() > 5 * e.stderr

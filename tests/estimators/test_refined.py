@@ -134,9 +134,12 @@ def test_all_modes_are_found() -> None:
     assert set(e.verdict) == {"reliable"}
 
 
-def test_modes_that_are_too_many_to_find_are_said_to_be_missed() -> None:
+def test_modes_that_are_too_many_to_find_are_said_to_be_missed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """128 of them in seven dimensions."""
-    world = square(7, num_data=5, sigma=0.05)
+    monkeypatch.setattr("pyro_vae.estimators.modes.ROUNDS", 2)
+    world = square(7, num_data=3, sigma=0.05)
     e = refined_importance_sampling(world.model, world.guide, world.x[1:])
     assert (e.log_prob < world.truth[1:] - 0.3).all()
     assert set(e.verdict) == {"doubtful"}
