@@ -45,7 +45,7 @@ METHODS: dict[str, Callable[..., Evidence]] = {
     "AIS, refined": partial(ais, start="refined", num_temperatures=20, num_chains=64),
     "log_evidence": log_evidence,
 }
-REFERENCE = partial(ais, start="refined", num_temperatures=100, num_chains=256, seed=1)
+REFERENCE = partial(ais, start="refined", num_temperatures=50, num_chains=128, seed=1)
 
 
 def measure(run: str, x: torch.Tensor) -> list[dict[str, float | str]]:

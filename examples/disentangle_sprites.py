@@ -77,6 +77,12 @@ def traverse(vae: VAE, name: str) -> None:
     plots.save(figure, f"traversals_{name.split()[0]}.png")
 
 
+def cell(values: Tensor) -> str:
+    """Mean over seeds, and its standard error if there are several."""
+    mean, count = f"{values.mean():.2f}", len(values)
+    return mean if count == 1 else f"{mean} +- {values.std() / count**0.5:.2f}"
+
+
 def main(smoke: bool = False) -> None:
     """Trains each objective from several seeds, and prints the table."""
     data = GRID.data().subset(split()[0])
@@ -87,14 +93,18 @@ def main(smoke: bool = False) -> None:
             torch.manual_seed(seed)
             vae = build((1, 32, 32), LATENTS, encoder=MLP, decoder=MLP)
             epochs = 3 if smoke else 60
-            options = {"epochs": epochs, "batch_size": 64, "seed": seed, "progress": False}
+            options = {
+                "epochs": epochs,
+                "batch_size": 64,
+                "lr": 3e-3,
+                "seed": seed,
+                "progress": False,
+            }
             fit(vae, data, objectives()[name], **options)
             found.append(list(measure(vae, smoke).values()))
             if seed == 0:
                 traverse(vae, name)
-        values = torch.tensor(found)
-        errors = values.std(0, correction=int(len(found) > 1)) / len(found) ** 0.5
-        table.add_row(name, *(f"{v:.2f} +- {e:.2f}" for v, e in zip(values.mean(0), errors)))
+        table.add_row(name, *map(cell, torch.tensor(found).T))
     Console().print(table)
 
 

@@ -135,7 +135,9 @@ def load(run: str | os.PathLike[str], vae: VAE | None = None) -> VAE:
 
 def components(family: str) -> dict[str, type]:
     """The known classes of a family, by name: ours, and those of modules already imported."""
-    found = sorted(_final_subclasses(BASES[family]), key=_is_ours)
+    found = sorted(
+        _final_subclasses(BASES[family]), key=lambda cls: (_is_ours(cls), cls.__name__)
+    )  # ours last: they win a shared name
     return {cls.__name__: cls for cls in found}
 
 

@@ -23,7 +23,7 @@ def marginals(q: Distribution) -> Normal:
         return Normal(q.loc, q.variance.sqrt(), validate_args=False)
     base = q.base_dist if isinstance(q, Independent) else q
     if not isinstance(base, Normal):
-        raise ValueError(  # noqa: TRY004
+        raise ValueError(
             f"the densities of single dimensions of {_name(q)} are not known: expected a Normal, "
             "diagonal or full; use the posterior DiagonalNormal or FullNormal"
         )

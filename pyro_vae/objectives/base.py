@@ -63,7 +63,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
             ValueError: If `value` is neither, is not finite, or leaves [least, most].
         """
         if not isinstance(value, int | float | Schedule):
-            raise ValueError(  # noqa: TRY004
+            raise ValueError(
                 f"{name} must be a number or a schedule, such as Linear(length=1000); "
                 f"got {value!r}"
             )

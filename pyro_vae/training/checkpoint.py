@@ -39,9 +39,7 @@ def read_run(run: PathLike) -> dict[str, Any]:
     path = Path(run) / "run.json"
     record = _read_json(path)
     if not isinstance(record.get("format"), int):
-        raise ValueError(  # noqa: TRY004
-            f"{path} is damaged: it has no format number; restore it from a copy"
-        )
+        raise ValueError(f"{path} is damaged: it has no format number; restore it from a copy")
     if record["format"] > FORMAT:
         raise ValueError(
             f"{path} has format {record['format']}, this pyro_vae reads up to {FORMAT}: "
@@ -168,9 +166,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is damaged: {error}; restore it from a copy") from None
     if not isinstance(record, dict):
-        raise ValueError(  # noqa: TRY004
-            f"{path} is damaged: expected a mapping; restore it from a copy"
-        )
+        raise ValueError(f"{path} is damaged: expected a mapping; restore it from a copy")
     return record
 
 

@@ -162,7 +162,7 @@ def _check(
             f"vae must be a torch module with methods model and guide; got {type(vae).__name__}"
         )
     if not isinstance(objective, Objective):
-        raise ValueError(  # noqa: TRY004
+        raise ValueError(
             "objective must be one of pyro_vae.objectives, such as ELBO(); got "
             f"{objective!r}: for Pyro's own, use pyro.infer.SVI"
         )

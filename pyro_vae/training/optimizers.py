@@ -137,7 +137,7 @@ def _closest(name: str, known: Iterable[str]) -> str:
 
 def _made(result: Any, cls: type, what: str) -> Any:
     if not isinstance(result, cls):
-        raise ValueError(  # noqa: TRY004
+        raise ValueError(
             f"the callable given as {what} must return a torch {cls.__name__}; "
             f"got {type(result).__name__}"
         )

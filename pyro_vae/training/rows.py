@@ -94,7 +94,7 @@ def as_rows(data: Any, name: str) -> Rows:
     if len(parts) in (1, 2) and all(isinstance(part, Tensor) for part in parts):
         return _tensor_rows(name, *parts)
     if not isinstance(data, Rows):
-        raise ValueError(  # noqa: TRY004
+        raise ValueError(
             f"{name} must be a tensor [N, *E], a pair of tensors (x, y) or an object with "
             f"__len__, batch, fixed and to; got {type(data).__name__}"
         )

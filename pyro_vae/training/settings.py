@@ -65,6 +65,8 @@ def _plain(value: Any) -> Any:
         return value.tolist()
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
     if is_dataclass(value) and not isinstance(value, type):
         return {"class_path": type(value).__name__, "init_args": asdict(value)}
     return type(value).__name__
