@@ -135,7 +135,7 @@ def _terms(
     """The KL and its three parts at draws z [m, D], [4, m], and log q(z_d) [m, D]."""
     pairs = pair_log_prob(posterior, z).double()
     each = log_mean(pair_marginals(posterior, z))
-    given, p = pairs[torch.arange(len(z)), index], prior.log_prob(z).double()
+    given, p = pairs.gather(1, index[:, None]).squeeze(1), prior.log_prob(z).double()
     joint, product = log_mean(pairs), each.sum(-1)
     terms = given - p, given - joint, joint - product, product - p
     return torch.stack(terms), each
