@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vae import likelihoods
-from pyro_vae.likelihoods import Likelihood, LocationScale
+from pyro_vae.likelihoods import Likelihood
+from pyro_vae.likelihoods.real import LocationScale
 from pyro_vae.networks import MLP, ConvTranspose
 
 pytestmark = pytest.mark.usefixtures("float64")

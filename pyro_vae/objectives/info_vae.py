@@ -65,9 +65,8 @@ class InfoVAE(Objective):
         z = draws(d).flatten(0, 1)
         prior = only_site(d).model.sample().reshape(z.shape)
         gap = mmd(z, prior, self.bandwidth or z.shape[-1] ** 0.5)
-        penalty = (1 - self.alpha) * total_kl(d, self.kl) + (
-            self.alpha + self.divergence - 1
-        ) * gap
+        weight = self.alpha + self.divergence - 1
+        penalty = (1 - self.alpha) * total_kl(d, self.kl) + weight * gap
         return d.log_likelihood.mean(0) - penalty
 
 

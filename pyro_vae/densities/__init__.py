@@ -1,0 +1,26 @@
+"""(model, guide, x) -> log p(x|z), log p(z), log q(z|x), and the sites behind them."""
+
+from pyro_vae.densities.handlers import OwnParameters, Program, particle_plate, scale_latents
+from pyro_vae.densities.result import Densities, Latents, Site
+from pyro_vae.densities.run import (
+    densities,
+    draw_latents,
+    log_joint,
+    log_weights,
+    registered_densities,
+)
+
+__all__ = [
+    "Densities",
+    "Latents",
+    "OwnParameters",
+    "Program",
+    "Site",
+    "densities",
+    "draw_latents",
+    "log_joint",
+    "log_weights",
+    "particle_plate",
+    "registered_densities",
+    "scale_latents",
+]

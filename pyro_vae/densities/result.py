@@ -1,0 +1,240 @@
+"""The log densities of draws and data, and the sites behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, kl_divergence
+
+__all__ = ["Densities", "Latents", "Site"]
+
+Latents = dict[str, Tensor]
+
+
+@dataclass(eq=False)
+class Site:
+    """One latent site of a model and its guide.
+
+    Attributes:
+        value: The draw [K, B, *event].
+        guide: Its distribution in the guide, batch [K, B].
+        model: Its distribution in the model, batch [K, B].
+    """
+
+    value: Tensor
+    guide: Distribution
+    model: Distribution
+
+    @cached_property
+    def log_prior(self) -> Tensor:
+        """Log density under the model [K, B], in nats."""
+        return self.model.log_prob(self.value)
+
+    @cached_property
+    def log_posterior(self) -> Tensor:
+        """Log density under the guide [K, B], in nats."""
+        return self.guide.log_prob(self.value)
+
+    @cached_property
+    def analytic_kl(self) -> Tensor | None:
+        """KL(guide || model) [B] by the rule for the pair, averaged over particles, or None."""
+        try:
+            return kl_divergence(self.guide, self.model).mean(0)
+        except NotImplementedError:
+            return None
+
+
+@dataclass(eq=False)
+class Densities:
+    """The log densities of K particles for each of B data, in nats, and the sites behind them.
+
+    Everything is at weight one, whatever scales the programs carry, and computed when read.
+
+    Attributes:
+        sites: The latent sites, by name.
+        observed: Distribution and value of the observed sites, by name.
+        num_particles: K.
+        num_data: B, the rows of the plate "data".
+        scale: Rows that each of them stands for: the subsampling of the plate "data".
+        site_scales: Site and factor on its log density, subsampling included, in both programs.
+        same_order: Whether model and guide draw the sites in the same order, without which a
+            site's conditional KL is not a term of the bound.
+    """
+
+    sites: dict[str, Site]
+    observed: dict[str, tuple[Distribution, Tensor]]
+    num_particles: int
+    num_data: int
+    scale: float
+    site_scales: list[tuple[str, float | Tensor]]
+    same_order: bool
+
+    @cached_property
+    def log_likelihood(self) -> Tensor:
+        """log p(x | z) [K, B]."""
+        return self._sum([fn.log_prob(value) for fn, value in self.observed.values()])
+
+    @cached_property
+    def log_prior(self) -> Tensor:
+        """log p(z) [K, B]."""
+        return self._sum([site.log_prior for site in self.sites.values()])
+
+    @cached_property
+    def log_posterior(self) -> Tensor:
+        """log q(z | x) [K, B]."""
+        return self._sum([site.log_posterior for site in self.sites.values()])
+
+    @property
+    def log_weights(self) -> Tensor:
+        """Log importance weights log p(x, z) - log q(z | x) [K, B]."""
+        return self.log_likelihood + self.log_prior - self.log_posterior
+
+    @cached_property
+    def log_posterior_detached(self) -> Tensor:
+        """log q(z | x) [K, B], its gradient through z alone: none of the guide's parameters'.
+
+        That of a draw of several sites is right too: a site's draw moves the distributions of
+        later ones. Costs one more density of each site, and no run of the guide.
+
+        Raises:
+            ValueError: If a site's distribution cannot score a point that it did not draw.
+        """
+        if not torch.is_grad_enabled():
+            return self.log_posterior
+        again = self._sum([_score_again(name, site) for name, site in self.sites.items()])
+        path = self.through_latents(again)
+        return self.log_posterior.detach() + path - path.detach()
+
+    def through_latents(self, log_density: Tensor) -> Tensor:
+        r"""A number [K, B] with the gradient of `log_density` through the latents alone.
+
+        .. math:: \sum_i z_i^\top \, \mathrm{stop}\Big(\frac{\partial f}{\partial z_i}\Big)
+
+        where the derivative with respect to one site holds the others, and all parameters,
+        fixed. `log_density` less it has the gradient with the draws held fixed. Its value means
+        nothing.
+
+        Args:
+            log_density: f [K, B], an entry of which depends on the draws of that entry alone.
+        """
+        latents = {n: s.value for n, s in self.sites.items() if s.value.requires_grad}
+        slopes = _slopes(log_density, latents)
+        shape = (self.num_particles, self.num_data, -1)
+        return self._sum([(g * latents[n]).reshape(shape).sum(-1) for n, g in slopes.items()])
+
+    def kl(self, rule: str = "auto") -> dict[str, Tensor]:
+        """KL(q || p) of each site [B].
+
+        Args:
+            rule: "analytic"; "sampled", the average of log q - log p over particles; or
+                "auto", analytic where `kl_rules` says so.
+
+        Raises:
+            ValueError: If "analytic" is asked for a pair that has no rule, which it names.
+        """
+        if rule not in ("auto", "analytic", "sampled"):
+            raise ValueError(f"kl must be 'auto', 'analytic' or 'sampled'; got {rule!r}")
+        return {name: self._site_kl(name, site, rule) for name, site in self.sites.items()}
+
+    def kl_by_dimension(self, rule: str = "auto") -> dict[str, Tensor]:
+        """KL(q || p) of each dimension of each site [B, D], of distributions that factorise.
+
+        Args:
+            rule: As for `kl`.
+
+        Raises:
+            ValueError: As for `kl`, or if the dimensions of a site are not independent.
+        """
+        sites = {name: _by_dimension(name, site) for name, site in self.sites.items()}
+        parts = {name: self._site_kl(name, site, rule) for name, site in sites.items()}
+        return {name: kl.reshape(self.num_data, -1) for name, kl in parts.items()}
+
+    @cached_property
+    def kl_rules(self) -> dict[str, str]:
+        """Which rule "auto" uses for each site, "analytic" or "sampled"."""
+        return {
+            name: "analytic" if self.same_order and site.analytic_kl is not None else "sampled"
+            for name, site in self.sites.items()
+        }
+
+    def _site_kl(self, name: str, site: Site, rule: str) -> Tensor:
+        if rule == "sampled" or (rule == "auto" and self.kl_rules[name] == "sampled"):
+            return (site.log_posterior - site.log_prior).mean(0)
+        if not self.same_order:
+            raise ValueError(
+                "kl='analytic' needs model and guide to draw their sites in the same order; "
+                f"got {list(self.sites)} in the model: use kl='sampled'"
+            )
+        if site.analytic_kl is None:
+            raise ValueError(
+                f"no analytic KL from {_name(site.guide)} to {_name(site.model)} at site "
+                f"{name!r}: use kl='auto' or 'sampled'"
+            )
+        return site.analytic_kl
+
+    def _sum(self, terms: list[Tensor]) -> Tensor:
+        total = sum(terms, torch.zeros(()))
+        return total.expand(self.num_particles, self.num_data)  # type: ignore[union-attr]
+
+
+def _by_dimension(name: str, site: Site) -> Site:
+    """The site with its dimensions as batch dimensions, [K, B, *event]."""
+    guide, model = _factors(site.guide), _factors(site.model)
+    if guide.event_shape or model.event_shape:
+        raise ValueError(
+            f"the KL from {_name(site.guide)} to {_name(site.model)} at site {name!r} is not a "
+            "sum over dimensions: use distributions with independent dimensions, or the KL of "
+            "the whole site"
+        )
+    return Site(site.value, guide, model)
+
+
+def _factors(fn: Distribution) -> Distribution:
+    return _factors(fn.base_dist) if isinstance(fn, Independent) else fn
+
+
+def _score_again(name: str, site: Site) -> Tensor:
+    """Log density of a draw under the guide [K, B], as of a point from elsewhere.
+
+    A flow keeps the density of its own draw, computed from the noise and not from z.
+    """
+    try:
+        return site.guide.log_prob(site.value.view_as(site.value))
+    except (KeyError, NotImplementedError) as error:
+        raise ValueError(
+            f"{_name(site.guide)} at site {name!r} cannot score a point that it did not just "
+            "draw, which a gradient through the latents alone needs: use a posterior whose "
+            "transforms can be inverted, or another objective"
+        ) from error
+
+
+def _slopes(log_density: Tensor, latents: Latents) -> Latents:
+    """Derivative of the sum of `log_density` with respect to each of `latents`, others fixed."""
+    slopes: Latents = {}
+
+    def stop_at(name: str) -> Callable[[Tensor], Tensor]:
+        def hook(slope: Tensor) -> Tensor:
+            slopes[name] = slope
+            return torch.zeros_like(slope)  # so that nothing reaches the sites before it
+
+        return hook
+
+    if not (latents and log_density.requires_grad):
+        return slopes
+    hooks = [z.register_hook(stop_at(name)) for name, z in latents.items()]
+    try:
+        given = list(latents.values())
+        torch.autograd.grad(log_density.sum(), given, retain_graph=True, allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return slopes
+
+
+def _name(fn: Distribution) -> str:
+    base = getattr(fn, "base_dist", None)
+    return type(fn).__name__ if base is None else f"{type(fn).__name__}({_name(base)})"

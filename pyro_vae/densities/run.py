@@ -1,0 +1,151 @@
+"""Running a model and a guide, and forming log weights: nowhere else is one formed."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from torch import Tensor
+
+from pyro_vae.densities.handlers import OwnParameters, Program, particle_plate
+from pyro_vae.densities.result import Densities, Latents, Site
+from pyro_vae.densities.sites import check_latents, program_args, sample_sites
+
+__all__ = ["densities", "draw_latents", "log_joint", "log_weights", "registered_densities"]
+
+
+def densities(
+    model: Program, guide: Program, x: Tensor, y: Tensor | None = None, *, num_particles: int = 1
+) -> Densities:
+    """Runs the guide, replays the model against it, and gives the log densities of both.
+
+    The programs run once each, whatever the number of particles: a plate "particles" outside
+    "data" draws them together, so that an encoder runs once. Pyro's parameter store is left
+    alone: parameters are those of the modules.
+
+    Args:
+        model: Pyro model of (x) or (x, y), all its sites inside one plate "data" at dim -1.
+        guide: Pyro guide of the same arguments.
+        x: Data [B, *E].
+        y: What is conditioned on [B, C], or None.
+        num_particles: Particles K.
+
+    Raises:
+        ValueError: If a site lies outside the plate "data" or inside another, is masked or a
+            `pyro.factor`, or is latent in only one of the programs.
+    """
+    with OwnParameters():
+        return registered_densities(model, guide, x, y, num_particles=num_particles)
+
+
+def registered_densities(
+    model: Program, guide: Program, x: Tensor, y: Tensor | None = None, *, num_particles: int = 1
+) -> Densities:
+    """As `densities`, for `pyro.infer.SVI`: parameters are registered as the programs ask."""
+    with particle_plate(num_particles):
+        guide_trace = poutine.trace(guide).get_trace(*program_args(x, y))
+        guide_sites = sample_sites(guide_trace, "guide")
+    with poutine.replay(trace=guide_trace), particle_plate(num_particles):
+        model_sites = sample_sites(poutine.trace(model).get_trace(*program_args(x, y)), "model")
+    latent = [name for name, site in model_sites.items() if not site["is_observed"]]
+    check_latents(latent, list(guide_sites))
+    frames = {f.name: f for f in model_sites[latent[0]]["cond_indep_stack"]}
+    return Densities(
+        sites={
+            name: Site(
+                model_sites[name]["value"], guide_sites[name]["fn"], model_sites[name]["fn"]
+            )
+            for name in latent
+        },
+        observed={
+            name: (site["fn"], site["value"])
+            for name, site in model_sites.items()
+            if site["is_observed"]
+        },
+        num_particles=num_particles,
+        num_data=frames["data"].size,
+        scale=(frames["data"].full_size or frames["data"].size) / frames["data"].size,
+        site_scales=[
+            (name, site["scale"])
+            for sites in (model_sites, guide_sites)
+            for name, site in sites.items()
+        ],
+        same_order=latent == list(guide_sites),
+    )
+
+
+def draw_latents(
+    guide: Program, x: Tensor, y: Tensor | None = None, *, num_particles: int = 1
+) -> tuple[Latents, Tensor]:
+    """Draws of the guide by site, [K, B, *event], and their log density log q(z | x) [K, B]."""
+    with particle_plate(num_particles):
+        sites = sample_sites(poutine.trace(guide).get_trace(*program_args(x, y)), "guide")
+    return {name: site["value"] for name, site in sites.items()}, _log_prob(sites, x)
+
+
+def log_joint(model: Program, x: Tensor, y: Tensor | None, latents: Latents) -> Tensor:
+    """log p(x, z) [K, B] of given latents, by site [K, B, *event]."""
+    num_particles = [len(z) for z in latents.values()] or [1]
+    with particle_plate(num_particles[0]):
+        conditioned = poutine.condition(model, latents)
+        sites = sample_sites(poutine.trace(conditioned).get_trace(*program_args(x, y)), "model")
+    check_latents([n for n, s in sites.items() if not s["is_observed"] or n in latents], latents)
+    return _log_prob(sites, x)
+
+
+def log_weights(
+    model: Program,
+    guide: Program | None,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    num_particles: int,
+    chunk_size: int,
+) -> Tensor:
+    """Log importance weights log p(x, z) - log q(z | x) [K, B] of K fresh draws of z.
+
+    The guide runs once; the model sees at most `chunk_size` draws of all data at a time.
+
+    Args:
+        model: As in `densities`.
+        guide: The proposal, or None for the prior, whose weights are p(x | z).
+        x: Data [B, *E].
+        y: What is conditioned on [B, C], or None.
+        num_particles: Draws K for each datum.
+        chunk_size: Rows, draws times data, that the model sees at once.
+    """
+    step = max(1, chunk_size // len(x))
+    if guide is None:
+        return torch.cat(
+            [
+                _prior_weights(model, x, y, min(step, num_particles - start))
+                for start in range(0, num_particles, step)
+            ]
+        )
+    latents, log_q = draw_latents(guide, x, y, num_particles=num_particles)
+    parts = []
+    for start in range(0, num_particles, step):
+        chunk = {name: z[start : start + step] for name, z in latents.items()}
+        with nullcontext() if start == 0 else pyro.validation_enabled(False):
+            parts.append(log_joint(model, x, y, chunk))  # the first has checked the data
+    return torch.cat(parts) - log_q
+
+
+def _prior_weights(model: Program, x: Tensor, y: Tensor | None, num_particles: int) -> Tensor:
+    with particle_plate(num_particles):
+        sites = sample_sites(poutine.trace(model).get_trace(*program_args(x, y)), "model")
+    return _log_prob({name: site for name, site in sites.items() if site["is_observed"]}, x)
+
+
+def _log_prob(sites: dict[str, dict[str, Any]], x: Tensor) -> Tensor:
+    """Log density of all `sites` [K, B], one column for each row of `x`."""
+    terms = [site["fn"].log_prob(site["value"]) for site in sites.values()]
+    if any(term.shape[-1] != len(x) for term in terms):
+        raise ValueError(
+            f"the plate 'data' has {terms[0].shape[-1]} rows for {len(x)} data: an estimate for "
+            "each datum needs all of them; remove the subsampling"
+        )
+    return sum(terms, torch.zeros(()))
