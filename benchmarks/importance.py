@@ -1,6 +1,6 @@
 """Importance sampling at K = 5000 beside its peers, interleaved: ratios of time, peak memory.
 
-python benchmarks/importance.py [--images 20] [--repeats 5] [--threads 2]
+python benchmarks/importance.py [--images 20] [--threads 2] [--matmul medium]
 
 Peers: plain torch in chunks of 1000, pyro_vae, NumPyro jitted, pythae's get_nll; those that are
 not installed are left out. All score the same weights (784-500 tanh-20, Bernoulli) on the same
@@ -177,11 +177,15 @@ CANDIDATES = {
 NEEDS = {"NumPyro": "numpyro", "pythae": "pythae"}
 
 
-def serve(name: str, images: int, pipe: Connection) -> None:
+def serve(name: str, images: int, matmul: str, pipe: Connection) -> None:
     """One candidate: a mean for each request, with its seconds; at last its peak memory."""
+    if name != "NumPyro":
+        import torch
+
+        torch.set_float32_matmul_precision(matmul)
     run = CANDIDATES[name](images)
-    run()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
     while pipe.recv():
         start = time.perf_counter()
         mean = run()
@@ -195,6 +199,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--matmul", default="highest", help="torch's float32 matmul precision")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     context = multiprocessing.get_context("spawn")
@@ -203,7 +208,7 @@ def main() -> None:
         if name not in NEEDS or find_spec(NEEDS[name]):
             pipes[name], child = context.Pipe()
             context.Process(
-                target=serve, args=(name, arguments.images, child), daemon=True
+                target=serve, args=(name, arguments.images, arguments.matmul, child), daemon=True
             ).start()
             seconds[name] = []
     for _ in range(arguments.repeats):
@@ -216,10 +221,10 @@ def main() -> None:
     for name, times in seconds.items():
         rate = arguments.images * K / statistics.median(times) / 1e6
         pipes[name].send(False)
-        peak = pipes[name].recv()[1] / 1024
+        before, after = pipes[name].recv()
         print(
             f"{name:12} {statistics.median(times) / base:.3f} of plain torch, {rate:.3f} M draws "
-            f"x images / s, mean {means[name]:.2f}, peak of the process {peak:.0f} MB"
+            f"x images / s, mean {means[name]:.2f}, {(after - before) / 1024:.0f} MB more"
         )
 
 

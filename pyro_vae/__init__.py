@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     )
     from pyro_vae.config import build, load
     from pyro_vae.densities import scale_latents
-    from pyro_vae.estimators import Evidence, importance_sampling, log_evidence
+    from pyro_vae.estimators import (
+        Evidence,
+        annealed_importance_sampling,
+        bidirectional,
+        importance_sampling,
+        log_evidence,
+        refined_importance_sampling,
+    )
     from pyro_vae.training import fit
     from pyro_vae.vae import VAE
 
@@ -33,7 +40,10 @@ _NAMES = {
     "fit": "pyro_vae.training",
     "scale_latents": "pyro_vae.densities",
     "Evidence": "pyro_vae.estimators",
+    "annealed_importance_sampling": "pyro_vae.estimators",
+    "bidirectional": "pyro_vae.estimators",
     "importance_sampling": "pyro_vae.estimators",
+    "refined_importance_sampling": "pyro_vae.estimators",
     "log_evidence": "pyro_vae.estimators",
 }
 _MODULES = (
@@ -52,6 +62,8 @@ _MODULES = (
 __all__ = [
     "VAE",
     "Evidence",
+    "annealed_importance_sampling",
+    "bidirectional",
     "build",
     "data",
     "distributions",
@@ -67,6 +79,7 @@ __all__ = [
     "plots",
     "posteriors",
     "priors",
+    "refined_importance_sampling",
     "scale_latents",
 ]
 
