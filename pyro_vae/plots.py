@@ -111,6 +111,7 @@ def traversals(
     values: Tensor | None = None,
     top: int | None = None,
     limits: tuple[float, float] | None = None,
+    dims: Sequence[int] | None = None,
 ) -> Figure:
     """What each latent dimension does: a row of images for each, of most KL first.
 
@@ -120,6 +121,7 @@ def traversals(
         values: The T values of a dimension, for the title.
         top: Rows shown; all if None.
         limits: As in `images`.
+        dims: Numbers of the D dimensions, where they are some of more.
     """
     if decoded.ndim != 5 or len(decoded) != len(kl):
         raise ValueError(
@@ -137,7 +139,7 @@ def traversals(
     for side in ax.spines.values():
         side.set_visible(False)
     height = rows[0].shape[-2]
-    names = [f"z{d}, {kl[d]:.2f} nats" for d in order]
+    names = [f"z{d if dims is None else dims[d]}, {kl[d]:.2f} nats" for d in order]
     ax.set_yticks([height * (i + 0.5) for i in range(len(order))], names, fontsize=8)
     ax.set_xticks([])
     ax.tick_params(length=0)

@@ -17,6 +17,8 @@ import yaml
 from pyro_vae import importance_sampling, load, log_evidence
 from pyro_vae.__main__ import main
 from pyro_vae.data import load_data
+from pyro_vae.metrics import elbo_decomposition
+from pyro_vae.training import load_weights
 
 SMALL = ["--encoder.hidden=[11]", "--decoder.hidden=[11]", "--latent_dim=3", "--progress=false"]
 
@@ -36,7 +38,8 @@ def test_run_folder_holds_its_declaration_and_figures(run: Path) -> None:
     assert declared["transform"] == "threshold"
     names = {path.name for path in (run / "figures").iterdir()}
     assert names == {
-        "curves.png", "latent.png", "reconstructions.png", "sample_means.png", "samples.png"
+        "curves.png", "latent.png", "parts.png", "reconstructions.png", "sample_means.png",
+        "samples.png",
     }  # fmt: skip
 
 
@@ -52,8 +55,29 @@ def test_evaluate_reports_what_the_estimators_give(run: Path) -> None:
     assert numbers["encoder_bound"] == pytest.approx(plain.mean(), abs=1e-6)
     assert numbers["log_prob"] == pytest.approx(evidence.mean(), abs=1e-6)
     assert numbers["rows"] == 13
+    bound = numbers["log_prob"] - numbers["elbo"]
+    assert numbers["inference_gap"] == pytest.approx(bound, abs=1e-6)
+    with torch.no_grad():
+        posterior = vae.encode(data.fixed().batch(torch.arange(len(data)))[0])
+    parts = elbo_decomposition(posterior, vae.prior())
+    assert numbers["total_correlation"] == pytest.approx(parts.total_correlation.value)
+    assert numbers["mutual_information"] == pytest.approx(parts.mutual_information.value)
     assert numbers["bits_per_dim"] == pytest.approx(-evidence.mean() / 64 / math.log(2))
     assert numbers["elbo"] == pytest.approx(numbers["reconstruction"] - numbers["kl"], abs=1e-6)
+
+
+def test_parts_of_the_kl_are_kept_for_each_epoch(run: Path) -> None:
+    with (run / "parts.csv").open() as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    data = load_data("digits", transform="threshold", limit=211).validation.fixed()
+    last = load(run)
+    last.load_state_dict(load_weights(run, "last"))
+    with torch.no_grad():
+        posterior = last.encode(data.batch(torch.arange(len(data)))[0])
+    parts = elbo_decomposition(posterior, last.prior(), num_rows=len(data))
+    for name in ("mutual_information", "total_correlation", "dimension_wise_kl"):
+        assert rows[-1][name] == pytest.approx(getattr(parts, name).value, rel=1e-5)
 
 
 def test_sample_writes_original_units(run: Path) -> None:
@@ -140,7 +164,7 @@ def test_a_run_can_be_made_again_from_its_configuration(run: Path, tmp_path: Pat
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_resume_goes_on_as_if_never_stopped(run: Path, tmp_path: Path) -> None:
+def test_resume_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = [*SMALL, "--limit", "101"]
     assert main(["train", *options, "--epochs", "3", "--run", str(whole)]) == 0
@@ -148,6 +172,14 @@ def test_resume_goes_on_as_if_never_stopped(run: Path, tmp_path: Path) -> None:
     assert main(["train", "--resume", str(parts), "--epochs", "3", "--progress", "false"]) == 0
     first, second = load(whole).state_dict(), load(parts).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (whole / "parts.csv").read_text() == (parts / "parts.csv").read_text()
+    drawn = {path.name for path in (parts / "figures").iterdir()}
+    assert {"traversals.png", "unit_kl.png", "parts.png"} <= drawn
+    with (parts / "parts.csv").open() as file:
+        last = {key: float(value) for key, value in list(csv.DictReader(file))[-1].items()}
+    with (parts / "metrics.csv").open() as file:
+        kl = float(list(csv.DictReader(file))[-1]["validation_kl"])
+    assert sum(last[f"kl_z{d}"] for d in range(3)) == pytest.approx(kl, rel=1e-4)
 
 
 def test_table_from_a_csv_file(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_vae import config
 from pyro_vae.cli.folder import load_run, own_rows, pairs, write_text
+from pyro_vae.cli.parts import TERMS, decompose
 from pyro_vae.data import Data, Splits
 from pyro_vae.estimators import (
     Evidence,
@@ -25,7 +26,7 @@ from pyro_vae.estimators import (
     importance_sampling,
     log_evidence,
 )
-from pyro_vae.metrics import active_units
+from pyro_vae.metrics import Decomposition, active_units
 from pyro_vae.vae import VAE
 
 __all__ = ["compare", "evaluate", "score"]
@@ -44,6 +45,8 @@ def evaluate(options: Namespace) -> None:
     evidence.save(Path(options.run) / "evidence.safetensors")
     with torch.no_grad():
         active = active_units(torch.cat([vae.encode(*pair).mean for pair in pairs(data)]))
+    parts = decompose(vae, getattr(splits, options.part).fixed(), num_rows=500)
+    gap = evidence.log_prob - bound.elbo
     monte_carlo, over_data = evidence.mean_stderr()
     numbers: dict[str, Any] = {
         "part": options.part,
@@ -58,6 +61,8 @@ def evaluate(options: Namespace) -> None:
         "elbo": bound.elbo.mean().item(),
         "kl": bound.kl.mean().item(),
         "reconstruction": bound.reconstruction.mean().item(),
+        "inference_gap": gap.mean().item(),
+        **({} if parts is None else {name: getattr(parts, name).value for name in TERMS}),
         "active_units": int(active.sum()),
         "khat_below_threshold": evidence.share_below_threshold(),
         "bits_per_dim": data.bits_per_dim(evidence.log_prob).mean().item(),
@@ -71,11 +76,23 @@ def evaluate(options: Namespace) -> None:
         "ELBO": with_error(bound.elbo),
         "KL": f"{with_error(bound.kl)}, {', '.join(sorted(set(bound.rules.values())))}",
         "reconstruction": with_error(bound.reconstruction),
+        "inference gap": with_error(gap) + ", log p(x) less ELBO",
+        **parts_lines(parts),
         "active units": f"{numbers['active_units']} of {len(active)}",
         "k-hat below threshold": f"{numbers['khat_below_threshold']:.1%} of data",
         "bits per dimension": f"{numbers['bits_per_dim']:.3f} (transform: {splits.transform})",
     }
     table(f"{options.run}: {len(data)} of {whole} rows of the {options.part} part", lines)
+
+
+def parts_lines(parts: Decomposition | None) -> dict[str, str]:
+    """Lines of the table for the parts of the KL."""
+    if parts is None:
+        return {}
+    names = ("mutual information", "total correlation", "dimension-wise KL")
+    lines = {name: str(getattr(parts, term)) for name, term in zip(names, TERMS)}
+    lines[names[0]] += f" (draws, data; q(z) of {parts.num_data} rows)"
+    return lines
 
 
 def score(options: Namespace) -> None:

@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 
 from pyro_vae import config
 from pyro_vae.cli.folder import declared_run, record
+from pyro_vae.cli.parts import KlParts
 from pyro_vae.cli.use import draw
 from pyro_vae.data import Data, Splits, load_data
 from pyro_vae.training import fit, read_run
@@ -50,6 +51,7 @@ def train(options: Namespace) -> Path:
             run=folder,
             validation=splits.validation,
             resume=options.resume is not None,
+            callbacks=[KlParts(folder, splits.validation)],
             loggers=_loggers(options, folder),
             **{name: options[name] for name in TRAINING},
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,8 +13,12 @@ from torch import Tensor
 
 from pyro_vae import config, plots
 from pyro_vae.cli.folder import load_run, own_rows, pairs
+from pyro_vae.cli.parts import draw_parts, unit_kl
 from pyro_vae.data import Data, Splits
 from pyro_vae.vae import VAE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["draw", "encode", "plot", "sample"]
 
@@ -80,6 +84,7 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
         again = vae.reconstruct(x[:30], None if y is None else y[:30])
     plots.save(plots.curves(rows), str(figures / "curves.png"))
     plots.save(plots.latent(means, data.labels), str(figures / "latent.png"))
+    draw_parts(folder)
     back = data.transform.inverse
     if x.ndim != 4:
         figure = plots.columns(back(x).flatten(1), back(draws[False]).flatten(1))
@@ -90,8 +95,23 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
         "sample_means": plots.images(back(draws[True]), "E[x | z] of drawn z", limits(data)),
         "reconstructions": plots.reconstructions(back(x[:30]), back(again), limits(data)),
     }
+    kl = unit_kl(vae, data)
+    if kl is not None:
+        shown["traversals"] = traversal(vae, data, kl)
     for name, figure in shown.items():
         plots.save(figure, str(figures / f"{name}.png"))
+
+
+def traversal(vae: VAE, data: Data, kl: Tensor) -> Figure:
+    """What each latent does to the first image, from -3 to 3; at most ten, of most KL."""
+    x, y = data.batch(torch.zeros(1, dtype=torch.long))
+    top, values = kl.argsort(descending=True)[:10], torch.linspace(-3, 3, 11)
+    with torch.no_grad():
+        z = vae.encode(x, y).mean.expand(len(top), len(values), -1).clone()
+        z[torch.arange(len(top)), :, top] = values
+        again = None if y is None else y.expand(len(top), len(values), -1)
+        images = data.transform.inverse(vae.likelihood(z, again).mean)
+    return plots.traversals(images, kl[top], values, limits=limits(data), dims=top.tolist())
 
 
 def condition(data: Data, size: int, label: int | None) -> Tensor | None:

@@ -1,0 +1,101 @@
+"""The parts of the KL of a run: after each epoch, in its table, and as figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pyro_vae import plots
+from pyro_vae.cli.folder import write_text
+from pyro_vae.data import Data
+from pyro_vae.densities import densities
+from pyro_vae.metrics import Decomposition, elbo_decomposition
+from pyro_vae.training import State
+from pyro_vae.vae import VAE
+
+__all__ = ["KlParts", "decompose", "draw_parts", "unit_kl"]
+
+TERMS = ("mutual_information", "total_correlation", "dimension_wise_kl")
+
+
+def decompose(vae: VAE, data: Data, num_rows: int) -> Decomposition | None:
+    """Parts of the KL against the aggregate posterior of all `data`, drawn from `num_rows`.
+
+    None where there are none: a posterior without densities of single dimensions, such as a
+    flow, or a prior that depends on `y`.
+    """
+    x, y = data.batch(torch.arange(len(data)))
+    try:
+        with torch.no_grad():
+            posterior, prior = vae.encode(x, y), vae.prior()
+        return elbo_decomposition(posterior, prior, num_rows=min(len(data), num_rows))
+    except ValueError:
+        return None
+
+
+def unit_kl(vae: VAE, data: Data) -> Tensor | None:
+    """KL(q(z_d | x) || p(z_d)) averaged over `data` [D], or None where dimensions depend."""
+    x, y = data.batch(torch.arange(len(data)))
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        try:
+            return densities(vae.model, vae.guide, x, y).kl_by_dimension()["z"].mean(0)
+        except ValueError:
+            return None
+
+
+class KlParts:
+    """A callback of `fit`: parts of the KL, and KL of each unit, a row of parts.csv an epoch.
+
+    Args:
+        folder: The run folder.
+        data: Validation rows; at most 2000 are used.
+    """
+
+    def __init__(self, folder: Path, data: Data) -> None:
+        self.path = folder / "parts.csv"
+        self.data = data.subset(torch.arange(min(len(data), 2000))).fixed()
+        with self.path.open() if self.path.exists() else io.StringIO() as file:
+            self.rows = list(csv.DictReader(file))
+
+    def __call__(self, state: State) -> None:
+        """Measures, and writes all epochs so far."""
+        vae: VAE = state.vae  # type: ignore[assignment]
+        training = vae.training
+        parts = decompose(vae.eval(), self.data, num_rows=200)
+        kl = unit_kl(vae, self.data)
+        vae.train(training)
+        if parts is None:
+            return
+        row = {"epoch": state.epoch, **{name: getattr(parts, name).value for name in TERMS}}
+        each = [] if kl is None else kl.tolist()
+        row |= {f"kl_z{d}": value for d, value in enumerate(each)}
+        # a resumed run measures the epochs after its checkpoint again
+        kept = [old for old in self.rows if int(float(old["epoch"])) < state.epoch]
+        self.rows = [*kept, {key: str(value) for key, value in row.items()}]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(row), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.path, text.getvalue())
+
+
+def draw_parts(folder: Path) -> None:
+    """Figures of parts.csv, where there is one: parts of the KL, and KL of each dimension."""
+    path = folder / "parts.csv"
+    if not path.exists():
+        return
+    with path.open() as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    epochs = torch.tensor([row["epoch"] for row in rows])
+    figures = folder / "figures"
+    parts = {name: torch.tensor([row[name] for row in rows]) for name in TERMS}
+    plots.save(plots.terms(epochs, parts), str(figures / "parts.png"))
+    units = [key for key in rows[0] if key.startswith("kl_z")]
+    if units:
+        kl = torch.tensor([[row[unit] for unit in units] for row in rows])
+        plots.save(plots.unit_kl(epochs, kl), str(figures / "unit_kl.png"))
