@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pyro_vae import VAE, build, fit, log_evidence, plots
 from pyro_vae.data import Sprites
+from pyro_vae.densities import densities
 from pyro_vae.metrics import dci, elbo_decomposition, factor_vae_score, mig
 from pyro_vae.objectives import ELBO, BetaTC, FactorVAE, HierarchicallyFactorized, Objective
 
@@ -72,7 +73,7 @@ def traverse(vae: VAE, name: str) -> None:
         posterior, values = vae.encode(x), torch.linspace(-2, 2, 9)
         z = posterior.mean[:1].expand(LATENTS, len(values), LATENTS).clone()
         z[torch.arange(LATENTS), :, torch.arange(LATENTS)] = values
-        kl: Tensor | None = elbo_decomposition(posterior, vae.prior()).per_dimension
+        kl = densities(vae.model, vae.guide, x).kl_by_dimension()["z"].mean(0)
         figure = plots.traversals(vae.likelihood(z).mean, kl, values, limits=(0, 1))
     plots.save(figure, f"traversals_{name.split()[0]}.png")
 
@@ -105,7 +106,7 @@ def main(smoke: bool = False) -> None:
             if seed == 0:
                 traverse(vae, name)
         table.add_row(name, *map(cell, torch.tensor(found).T))
-    Console().print(table)
+    Console(width=110).print(table)
 
 
 if __name__ == "__main__":
