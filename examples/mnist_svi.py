@@ -47,7 +47,7 @@ def main(arguments: argparse.Namespace) -> float:
 
     x, _ = data.test.fixed().batch(torch.arange(rows))
     evidence = importance_sampling(vae.model, vae.guide, x, num_samples=1000)
-    print(f"test images: {evidence}, {evidence.verdict[0]}")
+    print(f"test images: {evidence}")
     return evidence.mean()
 
 

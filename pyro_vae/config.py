@@ -265,8 +265,9 @@ def _conditioned(family: str, declared: Declared, condition_dim: int) -> Declare
     if not condition_dim:
         return declared
     declared = {"class_path": declared} if isinstance(declared, str) else dict(declared)
-    options = {"condition_dim": condition_dim, **(declared.get("init_args") or {})}
-    return {**declared, "init_args": options}
+    options = dict(declared.get("init_args") or {})
+    given = options.get("condition_dim") or condition_dim  # 0 is the default, filled in by parsers
+    return {**declared, "init_args": {**options, "condition_dim": given}}
 
 
 def _plain(value: Any) -> Any:

@@ -127,6 +127,10 @@ def test_score_gives_each_row_in_the_units_of_the_file(tmp_path: Path) -> None:
     found = [float(row["log_prob"]) for row in rows]
     assert found == pytest.approx(expected.tolist(), abs=1e-5)
     assert [row["verdict"] for row in rows] == evidence.verdict
+    assert main(["evaluate", str(run), "--limit", "3", "--progress", "false"]) == 0
+    numbers = json.loads((run / "evaluation.json").read_text())
+    in_units = numbers["log_prob"] + transform.log_jacobian((2,))
+    assert numbers["bits_per_dim"] == pytest.approx(-in_units / 2 / math.log(2), abs=1e-6)
     assert [int(row["row"]) for row in rows] == list(range(5))
 
 
@@ -148,6 +152,19 @@ def test_compare_pairs_the_data(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert main(["train", *SMALL, *options]) == 0
     assert main(["compare", str(run), str(third), *estimator]) == 2
     assert "have other rows" in capsys.readouterr().err
+
+
+def test_a_mass_and_a_density_do_not_compare(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    x = np.random.default_rng(0).poisson(3.0, (97, 3)).astype(np.int64)
+    np.savez(tmp_path / "x.npz", x=x)
+    runs = [str(tmp_path / name) for name in ("Poisson", "Normal")]
+    for run in runs:
+        options = ["--data", str(tmp_path / "x.npz"), "--likelihood", Path(run).name]
+        assert main(["train", *SMALL, *options, "--epochs", "3", "--run", run]) == 0
+    assert main(["compare", *runs, "--progress", "false"]) == 2
+    assert "probability of whole numbers" in capsys.readouterr().err
 
 
 def test_plot_draws_again(run: Path) -> None:
@@ -197,13 +214,49 @@ def test_table_from_a_csv_file(tmp_path: Path) -> None:
     assert main(["evaluate", str(run), "--limit", "3", "--progress", "false"]) == 0
 
 
+@pytest.mark.filterwarnings("ignore:posterior collapse")  # the label says enough of 53 rows
 def test_conditional_run_draws_one_class(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = tmp_path / "run"
     options = ["--conditional", "true", "--limit", "53", "--epochs", "1"]
     assert main(["train", *SMALL, *options, "--run", str(run)]) == 0
+    vae = load(run)
+    assert vae.posterior.encoder.condition_dim == vae.likelihood.decoder.condition_dim == 10
     assert main(["sample", str(run), "--label", "7", "--size", "5"]) == 0
     assert main(["sample", str(run), "--label", "10"]) == 2
     assert "label must be from 0 to 9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "expected"), [([], 17), (["--likelihood.levels", "23"], 23)])
+def test_levels_are_those_given_or_the_data_s(
+    given: list[str], expected: int, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    options = ["--likelihood", "Categorical", *given, "--limit", "53", "--epochs", "1"]
+    assert main(["train", *SMALL, *options, "--run", str(run)]) == 0
+    assert load(run).likelihood.levels == expected
+
+
+def test_refused_resume_leaves_the_declaration(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    assert main(["train", *SMALL, "--limit", "53", "--epochs", "1", "--run", str(run)]) == 0
+    before = (run / "config.yaml").read_text()
+    assert main(["train", "--resume", str(run), "--lr", "0.01", "--epochs", "2"]) == 2
+    assert "lr was 0.001" in capsys.readouterr().err
+    assert (run / "config.yaml").read_text() == before
+    again = ["--epochs", "2", "--progress", "false"]
+    assert main(["train", "--resume", str(run), *again]) == 0
+    assert yaml.safe_load((run / "config.yaml").read_text())["epochs"] == 2
+
+
+def test_rows_of_another_shape_are_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    np.save(tmp_path / "x.npy", np.zeros((5, 3), np.float32))
+    for command in ("encode", "score"):
+        assert main([command, str(run), str(tmp_path / "x.npy")]) == 2
+        assert "rows of shape (3,)" in capsys.readouterr().err
 
 
 def test_own_class_by_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +269,8 @@ def test_own_class_by_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "    def forward(self, y=None):\n"
         "        return self.base(y)\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     options = ["--import", "own_prior", "--prior", "Shifted", "--prior.shift", "2.5"]
     run = tmp_path / "run"
     assert (

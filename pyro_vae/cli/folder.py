@@ -24,13 +24,21 @@ __all__ = ["declared_run", "load_run", "own_rows", "pairs", "record", "write_tex
 def declared_run(
     folder: Path, declaration: dict[str, Any], data: dict[str, Any]
 ) -> Iterator[None]:
-    """Writes what the run is made of; takes it back if training refuses to start."""
+    """Writes what the run is made of; takes it back if training refuses to start.
+
+    A run that is resumed keeps its own until training has ended.
+    """
+    resumed = (folder / "run.json").exists()
     files = {
         "config.yaml": yaml.safe_dump(declaration, sort_keys=False),
         "data.json": json.dumps(data, indent=1),
     }
+    if resumed:
+        yield
     for name, text in files.items():
         write_text(folder / name, text)
+    if resumed:
+        return
     try:
         yield
     finally:
@@ -78,6 +86,11 @@ def own_rows(run: str, file: str, vae: VAE) -> Data:
     """The rows of a user's file, transformed as the run's data were, and checked."""
     known = json.loads((Path(run) / "data.json").read_text())
     rows = read_rows(file)
+    if tuple(rows.data_shape) != vae.likelihood.data_shape:
+        raise ValueError(
+            f"{file} has rows of shape {tuple(rows.data_shape)}; the run was trained on "
+            f"{vae.likelihood.data_shape}: give data of the same columns or image size"
+        )
     if known["conditional"] and rows.y is None:
         rows = Data(rows.x, labels=rows.labels, levels=rows.levels, classes=known["classes"])
         rows = rows.one_hot()

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def evaluate(options: Namespace) -> None:
         "part": options.part,
         "rows": len(data),
         "log_prob": evidence.mean(),
+        "log_jacobian": data.log_jacobian,
         "stderr_monte_carlo": monte_carlo,
         "stderr_data": over_data,
         "verdicts": dict(Counter(evidence.verdict)),
@@ -69,8 +71,14 @@ def evaluate(options: Namespace) -> None:
     }
     write_text(Path(options.run) / "evaluation.json", json.dumps(numbers, indent=1))
     whole = len(getattr(splits, options.part))
+    units = (
+        {}
+        if not data.log_jacobian
+        else {"log p(x), data's units": with_errors(shifted(evidence, data.log_jacobian))}
+    )
     lines = {
         "log p(x)": with_errors(evidence),
+        **units,
         "verdict": counted(evidence),
         "encoder alone": f"{plain.mean():.2f}, a lower bound, K = {options.num_samples}",
         "ELBO": with_error(bound.elbo),
@@ -109,21 +117,19 @@ def score(options: Namespace) -> None:
         writer.writerow(row)
     out = Path(options.out or Path(options.file).with_suffix(".scores.csv"))
     write_text(out, text.getvalue())
-    print(f"log p(x) = {with_errors(evidence)}; {counted(evidence)}; rows in {out}")
+    whole = with_errors(shifted(evidence, data.log_jacobian))
+    print(f"log p(x) = {whole}, in the file's units; {counted(evidence)}; rows in {out}")
 
 
 def compare(options: Namespace) -> None:
     """Runs on the same rows: log p(x) of each, and paired differences with their errors."""
+    loaded = {run: load_run(run, options.data_root) for run in options.runs}
+    for run in options.runs[1:]:
+        check_comparable(options.runs[0], run, loaded, options.part)
     found: dict[str, Evidence] = {}
-    first: Data | None = None
-    for run in options.runs:
-        vae, splits = load_run(run, options.data_root)
+    for run, (vae, splits) in loaded.items():
         data = held_out(splits, options.part, options.limit)
-        raw = getattr(splits, options.part)
-        first = raw if first is None else first
-        check_comparable(options.runs[0], first, run, raw)
-        evidence = estimate(vae, data, options)
-        found[run] = shifted(evidence, data.log_jacobian)
+        found[run] = shifted(estimate(vae, data, options), data.log_jacobian)
     runs = Table("run", "log p(x), in the units of the data", "verdict", title="nats per datum")
     for run, evidence in found.items():
         runs.add_row(run, with_errors(evidence), counted(evidence))
@@ -154,21 +160,31 @@ def held_out(splits: Splits, part: str, limit: int | None) -> Data:
     return data.subset(torch.arange(min(len(data), limit or len(data)))).fixed()
 
 
-def check_comparable(first_run: str, first: Data, run: str, data: Data) -> None:
+def check_comparable(
+    first_run: str, run: str, loaded: dict[str, tuple[VAE, Splits]], part: str
+) -> None:
     """Refuses runs whose log p(x) are of different things."""
+    first, data = (getattr(loaded[name][1], part) for name in (first_run, run))
+    masses = {
+        name: vae.likelihood.support.is_discrete or splits.transform == "dequantise"
+        for name, (vae, splits) in loaded.items()
+    }
     if data.digest() != first.digest():
         raise ValueError(f"{run} and {first_run} have other rows: train both on the same split")
     if data.transform.binary != first.transform.binary:
         raise ValueError(
             f"{run} and {first_run} do not compare: one models binarised data, the other does not"
         )
+    if masses[run] is not masses[first_run]:
+        raise ValueError(
+            f"{run} and {first_run} do not compare: one gives the probability of whole numbers, "
+            "the other a density; train the second on dequantised data"
+        )
 
 
 def shifted(evidence: Evidence, log_jacobian: float) -> Evidence:
     """Evidence in the units of the data before their transform."""
-    every = evidence.rows(torch.arange(len(evidence)))
-    every.log_prob.add_(log_jacobian)
-    return every
+    return replace(evidence, log_prob=evidence.log_prob + log_jacobian)
 
 
 def paired(a: Evidence, b: Evidence) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +29,8 @@ DEFAULTS = {
 def import_modules(argv: list[str]) -> None:
     """Imports the modules named by `--import`, so that their classes are known by name."""
     for name in _values(argv, "--import"):
+        if os.getcwd() not in sys.path:  # a console script does not look where it is started
+            sys.path.insert(0, os.getcwd())
         import_module(name)
 
 

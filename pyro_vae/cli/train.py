@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,9 @@ def _build(options: Namespace, data: Data) -> VAE:
     arguments = parts["likelihood"].setdefault("init_args", {})
     cls = config.named_class("likelihood", parts["likelihood"]["class_path"])
     if "levels" in config.option_names(cls) and data.levels is not None:
-        arguments["levels"] = data.levels
+        default = inspect.signature(cls).parameters["levels"].default
+        if arguments.get("levels", default) == default:
+            arguments["levels"] = data.levels
     condition = 0 if data.y is None else data.y.shape[1]
     torch.manual_seed(options.seed)
     return config.build(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,7 +135,8 @@ class Evidence:
 
     def __repr__(self) -> str:
         monte_carlo, data = self.mean_stderr()
+        verdicts = ", ".join(f"{n} {verdict}" for verdict, n in Counter(self.verdict).items())
         return (
             f"Evidence(log p(x) = {self.mean():.2f} +- {monte_carlo:.2f} (Monte Carlo) "
-            f"+- {data:.2f} (data), {len(self)} data)"
+            f"+- {data:.2f} (data), {len(self)} data: {verdicts})"
         )
