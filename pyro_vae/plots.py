@@ -197,7 +197,7 @@ def _over_epochs(ax: Axes, title: str) -> None:
     ax.set_xlabel("epoch")
     ax.set_ylabel("nats per datum")
     ax.set_title(title, fontsize=10)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _picture(x: Tensor, title: str, limits: tuple[float, float], width: float) -> Figure:
