@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,12 +38,13 @@ def refined_importance_sampling(
     num_samples: int = 1000,
     num_starts: int = 4,
     chunk_size: int | None = None,
+    devices: int = 1,
     seed: int | None = 0,
     progress: bool = False,
 ) -> Evidence:
     r"""log p(x) of each datum by importance sampling from a proposal of its own.
 
-    .. math:: \log p(x) \approx \log \frac1K \sum_{k=1}^K \frac{p(x, u_k)}{q(u_k)}, \qquad
+    .. math:: \log p(x) \approx \log \frac1K \sum_{k=1}^K \frac{p(x, u_k)}{q(u_k)}, \\
         q = 0.9 \sum_c \pi_c \, t_8(\mu_c, 1.1^2 \Sigma_c)
         + 0.05 \, q(\cdot \mid x) + 0.05 \, p(\cdot)
 
@@ -71,6 +73,7 @@ def refined_importance_sampling(
         num_starts: Starts of the search for modes: the guide's mean, then draws of the prior.
             With 1 nothing is searched for, and every verdict is "doubtful".
         chunk_size: Draws times data that the model sees at once.
+        devices: Processes that share the data, as in `importance_sampling`.
         seed: Of the draws.
         progress: Whether to show a progress bar.
 
@@ -90,16 +93,21 @@ def refined_importance_sampling(
             f"num_samples and num_starts must be at least 1; got {num_samples} and {num_starts}"
         )
     parts = map_targets(
-        lambda target: fit_proposal(target, num_starts).importance_sampling(num_samples),
+        partial(_estimate, num_samples=num_samples, num_starts=num_starts),
         model,
         guide,
         x,
         y,
         chunk_size=chunk_size,
         seed=seed,
+        devices=devices,
         progress=progress,
     )
     return Evidence.cat(parts)
+
+
+def _estimate(target: Target, num_samples: int, num_starts: int) -> Evidence:
+    return fit_proposal(target, num_starts).importance_sampling(num_samples)
 
 
 @dataclass(frozen=True, eq=False)

@@ -56,7 +56,7 @@ class Decomposition:
         dimension_wise_kl: E log of that product over p(z): the sum of KL(q(z_d) || p(z_d)) where
             the prior factorises.
         per_dimension: KL(q(z_d) || p(z_d)) [D], or None where it does not.
-        num_data: N.
+        num_data: Their number N.
         num_samples: Draws of z for each datum that was drawn from.
         seed: Of the draws.
     """
@@ -83,7 +83,7 @@ def elbo_decomposition(
 
     .. math:: \frac1N \sum_n \mathrm{KL}(q(z \mid x_n) \| p(z))
         = I(x; z) + \mathrm{KL}\big(q(z) \| \textstyle\prod_d q(z_d)\big)
-        + E \log \frac{\prod_d q(z_d)}{p(z)}, \quad q(z) = \frac1N \sum_n q(z \mid x_n)
+        + E \log \frac{\prod_d q(z_d)}{p(z)}, \\ q(z) = \frac1N \sum_n q(z \mid x_n)
 
     The aggregate posterior is that of all N data, so that nothing is biased but by choice of
     the data; a batch's own estimates, as of `objectives.BetaTC`, are far off. Cost: N^2 D

@@ -65,7 +65,7 @@ class Constant(Schedule):
 
     @property
     def finish(self) -> float:
-        """Zero: it never moves."""
+        """Zero, for it never moves."""
         return 0.0
 
     @property

@@ -1,0 +1,101 @@
+"""Draws the figures of the pages, from models of bundled digits with two latents.
+
+python docs/figures.py      # two minutes; writes posterior.png and priors.png beside this file
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pyro_vae import VAE, build, fit, plots
+from pyro_vae.data import load_data
+from pyro_vae.estimators import evidence_lower_bound
+
+HERE = Path(__file__).parent
+DATA = load_data("digits", transform="threshold")
+PRIORS = ("StandardNormal", "MixtureOfGaussians", "VampPrior", "FlowPrior")
+
+
+def trained(prior: str) -> VAE:
+    """A VAE of two latents."""
+    torch.manual_seed(0)
+    options = {"num_components": 50} if prior == "VampPrior" else {}
+    declared = {"class_path": prior, "init_args": options}
+    mlp = {"class_path": "MLP", "init_args": {"hidden": [200, 200], "activation": "relu"}}
+    vae = build((1, 8, 8), 2, prior=declared, encoder=mlp, decoder=mlp)
+    fit(vae, DATA.train, epochs=150, validation=DATA.validation, progress=False)
+    return vae.eval()
+
+
+def grid(centre: Tensor, half: float, points: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A square grid [points^2, 2] around `centre`, and its two axes."""
+    first, second = (torch.linspace(-half, half, points) + c for c in centre)
+    return torch.cartesian_prod(first, second), first, second
+
+
+@torch.no_grad()
+def posteriors(vae: VAE, rows: Tensor) -> Figure:
+    """p(z | x), coloured, and q(z | x), lines, of a few test images.
+
+    log p(x) and the KL are by quadrature, the ELBO by 20,000 draws.
+    """
+    x, _ = DATA.test.fixed().batch(rows)
+    bound = evidence_lower_bound(vae.model, vae.guide, x, num_samples=20_000)
+    figure = Figure(figsize=(5.4, 6.2), layout="constrained")
+    for i, ax in enumerate(figure.subplots(2, 2).flat):
+
+        def log_joint(z: Tensor, datum: Tensor = x[i]) -> Tensor:
+            return (vae.prior().log_prob(z) + vae.likelihood(z).log_prob(datum)).double()
+
+        q = vae.encode(x[i])
+        z, *_ = grid(torch.zeros(2), 8.0, 801)
+        log_px = log_joint(z).logsumexp(0) + 2 * math.log(16 / 800)
+        half = 7 * q.stddev.max().item()
+        z, first, second = grid(q.mean, half, 201)
+        log_q, log_posterior = q.log_prob(z).double(), log_joint(z) - log_px
+        kl = (log_q.exp() * (log_q - log_posterior)).sum() * (half / 100) ** 2
+        ax.contourf(first, second, log_posterior.exp().view(201, 201).T, 12, cmap="viridis")
+        height = (log_q - log_q.max()).exp().view(201, 201).T
+        ax.contour(first, second, height, [0.05, 0.3, 0.7], colors="white", linewidths=0.9)
+        ax.set_title(
+            f"log p(x) = {log_px:.2f}\nELBO = {bound.elbo[i]:.2f}\nKL(q ‖ p(z | x)) = {kl:.2f}",
+            fontsize=9,
+        )
+        ax.tick_params(labelsize=8)
+    return _labelled(figure)
+
+
+@torch.no_grad()
+def priors(models: dict[str, VAE]) -> Figure:
+    """log p(z) of each prior, with the posterior means of the training data."""
+    x, _ = DATA.train.fixed().batch(torch.arange(len(DATA.train)))
+    figure = Figure(figsize=(5.4, 5.4), layout="constrained")
+    for ax, (name, vae) in zip(figure.subplots(2, 2).flat, models.items()):
+        means = vae.encode(x).mean
+        z, first, second = grid(torch.zeros(2), means.abs().max().item() * 1.1, 201)
+        density = vae.prior().log_prob(z).view(201, 201).T
+        ax.contourf(first, second, density.clamp(min=-9), 20, cmap="viridis")
+        ax.scatter(*means.T, s=1.5, c="white", alpha=0.5, linewidths=0)
+        ax.set_title(name, fontsize=10)
+        ax.tick_params(labelsize=8)
+    return _labelled(figure)
+
+
+def _labelled(figure: Figure) -> Figure:
+    figure.supxlabel("$z_1$")
+    figure.supylabel("$z_2$")
+    return figure
+
+
+if __name__ == "__main__":
+    models = {prior: trained(prior) for prior in PRIORS}
+    plots.save(
+        posteriors(models["StandardNormal"], torch.tensor([0, 3, 11, 40])),
+        str(HERE / "posterior.png"),
+    )
+    plots.save(priors(models), str(HERE / "priors.png"))
