@@ -79,6 +79,8 @@ def build(
         ValueError: If a name or option is unknown (with the closest known one), or an option has
             the wrong type.
     """
+    if latent_dim < 1:
+        raise ValueError(f"latent_dim must be at least 1; got {latent_dim}")
     shape = (data_shape,) if isinstance(data_shape, int) else tuple(data_shape)
     declared = {
         "prior": component("prior", prior),

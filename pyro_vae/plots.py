@@ -16,6 +16,7 @@ __all__ = [
     "columns",
     "curves",
     "factor_matrix",
+    "image_rows",
     "images",
     "latent",
     "reconstructions",
@@ -51,18 +52,62 @@ def reconstructions(
     return _picture(torch.cat(parts[:-1], -2), title, limits or _limits(x), width=8)
 
 
+def image_rows(
+    x: Tensor, names: Sequence[str], title: str = "", limits: tuple[float, float] | None = None
+) -> Figure:
+    """Rows of images [R, T, C, H, W], each with its name [R] to the left; limits as in `images`.
+
+    Raises:
+        ValueError: If there is not one name for each row.
+    """
+    if x.ndim != 5 or len(x) != len(names):
+        raise ValueError(
+            f"expected images [R, T, C, H, W] and R names; got {list(x.shape)} and {len(names)}"
+        )
+    picture = torch.cat([_row(row, x.shape[1]) for row in x], -2)
+    figure = _picture(picture, title, limits or _limits(x), width=6)
+    (ax,) = figure.axes
+    ax.set_axis_on()
+    for side in ax.spines.values():
+        side.set_visible(False)
+    height = x.shape[-2]
+    middles = [i * (height + 1) + (height - 1) / 2 for i in range(len(x))]
+    ax.set_yticks(middles, list(names), fontsize=8)
+    ax.set_xticks([])
+    ax.tick_params(length=0)
+    return figure
+
+
 def columns(data: Tensor, samples: Tensor, names: Sequence[str] | None = None) -> Figure:
-    """Histograms of the first nine columns of tables [N, D]: data beside samples."""
-    shown = min(data.shape[1], 9)
-    figure, axes = _axes(-(-shown // 3), min(shown, 3), 2.2)
+    """Histograms of the first nine columns of tables [N, D]: data beside samples.
+
+    Heights are shares of all rows, so that samples outside the data's range are missed.
+
+    Args:
+        data: Rows of data.
+        samples: Rows of the model.
+        names: One for each column; their numbers from 0 if None.
+    """
+    count = data.shape[1]
+    shown = min(count, 9)
+    rows = int(shown**0.5)
+    figure, axes = _axes(rows, -(-shown // rows), 2)
     for d, ax in enumerate(axes[:shown]):
-        low, high = data[:, d].min().item(), data[:, d].max().item()
-        bins = torch.linspace(low, high if high > low else low + 1, 40).tolist()
-        for values, label in ((data, "data"), (samples, "samples")):
-            ax.hist(values[:, d].tolist(), bins, density=True, histtype="step", label=label)
-        ax.set_xlabel(names[d] if names else f"column {d}")
+        bins = _bins(data[:, d])
+        for values, label, kind in ((data, "data", "stepfilled"), (samples, "samples", "step")):
+            weights = [1 / len(values)] * len(values)
+            column, alpha = values[:, d].tolist(), 0.4 if kind == "stepfilled" else 1
+            ax.hist(column, bins, weights=weights, histtype=kind, alpha=alpha, label=label)
+        ax.set_title(_short(names[d] if names else f"column {d}"), fontsize=9)
+        ax.locator_params(axis="x", nbins=4, prune="both")
+        ax.tick_params(labelsize=8)
         ax.set_yticks([])
-    axes[0].legend(frameon=False, fontsize=8)
+    for ax in axes[shown:]:
+        ax.remove()
+    figure.set_layout_engine("constrained", wspace=0.06)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    title = f"the first {shown} of {count} columns" if shown < count else "each column"
+    figure.suptitle(f"{title}, share of rows", fontsize=10)
     return figure
 
 
@@ -71,7 +116,7 @@ def curves(rows: Sequence[Mapping[str, float | None]]) -> Figure:
 
     Args:
         rows: One mapping per epoch, as in `History.rows`: "epoch", "elbo", "kl" and
-            "reconstruction" of training, and the same after "validation_".
+            "reconstruction" of training, and the same after `validation_`.
     """
     figure, axes = _axes(1, 3, 3.2)
     titles = {"elbo": "ELBO", "kl": "KL", "reconstruction": "reconstruction"}
@@ -90,7 +135,7 @@ def curves(rows: Sequence[Mapping[str, float | None]]) -> Figure:
 
 def latent(means: Tensor, labels: Tensor | None = None) -> Figure:
     """Posterior means [N, D] in the two dimensions of largest variance, coloured by label."""
-    pair = means.var(0).argsort(descending=True)[:2].tolist()
+    pair = sorted(means.var(0).argsort(descending=True)[:2].tolist())
     first, second = pair if len(pair) == 2 else (pair[0], pair[0])
     figure, (ax,) = _axes(1, 1, 5)
     x, y = means[:, first].tolist(), means[:, second].tolist()
@@ -101,7 +146,8 @@ def latent(means: Tensor, labels: Tensor | None = None) -> Figure:
         ax.legend(*points.legend_elements(num=None), title="label", fontsize=8)
     ax.set_xlabel(f"E[z{first} | x]")
     ax.set_ylabel(f"E[z{second} | x]")
-    ax.set_title("posterior means, the two dimensions of largest variance", fontsize=10)
+    chosen = ", the two dimensions of largest variance" if means.shape[1] > 2 else ""
+    ax.set_title(f"posterior means{chosen}", fontsize=10)
     return figure
 
 
@@ -129,21 +175,11 @@ def traversals(
             f"{list(kl.shape)}"
         )
     order = kl.argsort(descending=True)[:top].tolist()
-    rows = [_row(decoded[d], decoded.shape[1]) for d in order]
+    names = [f"z{d if dims is None else dims[d]}, {kl[d]:.2f} nats" for d in order]
     title = "each latent dimension by itself"
     if values is not None:
         title += f", from {values.min():.1f} to {values.max():.1f}"
-    figure = _picture(torch.cat(rows, -2), title, limits or _limits(decoded), width=6)
-    (ax,) = figure.axes
-    ax.set_axis_on()
-    for side in ax.spines.values():
-        side.set_visible(False)
-    height = rows[0].shape[-2]
-    names = [f"z{d if dims is None else dims[d]}, {kl[d]:.2f} nats" for d in order]
-    ax.set_yticks([height * (i + 0.5) for i in range(len(order))], names, fontsize=8)
-    ax.set_xticks([])
-    ax.tick_params(length=0)
-    return figure
+    return image_rows(decoded[order], names, title, limits or _limits(decoded))
 
 
 def factor_matrix(information: Tensor, names: Sequence[str]) -> Figure:
@@ -191,6 +227,19 @@ def _axes(rows: int, columns: int, size: float) -> tuple[Figure, list]:
 
     figure = Figure(figsize=(columns * size * 1.15, rows * size), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _bins(column: Tensor) -> list[float]:
+    """Edges of bins: about the root of the count of rows, or one for each of few integers."""
+    low, high = column.min().item(), column.max().item()
+    if bool((column == column.round()).all()) and high - low < 40:
+        return torch.arange(low - 0.5, high + 1).tolist()
+    count = min(max(round(len(column) ** 0.5), 5), 40)
+    return torch.linspace(low, high, count + 1).tolist()
+
+
+def _short(name: str, most: int = 26) -> str:
+    return name if len(name) <= most else f"{name[: most - 3]}..."
 
 
 def _over_epochs(ax: Axes, title: str) -> None:

@@ -67,14 +67,19 @@ class VAE(nn.Module):
             The data, [*K, B, *E].
         """
         _register({"prior": self.prior, "likelihood": self.likelihood})
+        self._check_condition(y)
         if x is not None:
+            x = self._cast(x)
             if is_validation_enabled():
                 self.likelihood.check(x)
             size = len(x)
         elif y is not None:
             size = len(y)
         with pyro.plate("data", size, dim=-1):
-            z = pyro.sample("z", self.prior(y))
+            prior: Any = self.prior(y)
+            z = pyro.sample("z", prior)
+            if is_validation_enabled():
+                self._check_latents(prior.support, z)
             return pyro.sample("x", self.likelihood(z, y), obs=x)
 
     def guide(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -89,11 +94,13 @@ class VAE(nn.Module):
         """
         _register({"posterior": self.posterior})
         with pyro.plate("data", len(x), dim=-1):
-            return pyro.sample("z", self.posterior(x, y))
+            q: Any = self.encode(x, y)
+            return pyro.sample("z", q)
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
         """q(z | x, y), batch [B], event (D,); its mean is the usual embedding."""
-        return self.posterior(x, y)
+        self._check_condition(y)
+        return self.posterior(self._cast(x), y)
 
     def reconstruct(
         self, x: Tensor, y: Tensor | None = None, num_samples: int | None = None
@@ -109,7 +116,7 @@ class VAE(nn.Module):
         Returns:
             [B, *E], or [num_samples, B, *E].
         """
-        q = self.posterior(x, y)
+        q = self.encode(x, y)
         if num_samples is None:
             return self.likelihood(q.mean, y).mean
         return self.likelihood(q.sample(torch.Size((num_samples,))), y).sample()
@@ -122,6 +129,7 @@ class VAE(nn.Module):
         """
         if y is not None and len(y) != size:
             raise ValueError(f"y must have one row per draw: {size}; got {len(y)}")
+        self._check_condition(y)
         prior = self.prior(y)
         z = prior.sample(torch.Size(() if prior.batch_shape else (size,)))
         p = self.likelihood(z, y)
@@ -135,11 +143,47 @@ class VAE(nn.Module):
         Raises:
             ValueError: If the likelihood does not support the data.
         """
+        x = self._cast(x)
         self.likelihood.check(x)
         if not self.initialised:
             for part in (self.likelihood, self.posterior, self.prior):
                 part.initialise(x)
             self.initialised.fill_(True)
+
+    def _cast(self, x: Tensor) -> Tensor:
+        """`x` in the type of the weights, as `fit` gives it: integers and doubles work too."""
+        return x.to(next((p.dtype for p in self.parameters()), x.dtype))
+
+    def _check_condition(self, y: Tensor | None) -> None:
+        """Refuses a `y` that nothing would look at: parts of one's own are taken to do so."""
+        parts = (
+            self,
+            self.prior,
+            self.likelihood,
+            getattr(self.likelihood, "decoder", None),
+            self.posterior,
+            getattr(self.posterior, "encoder", None),
+        )
+        if y is not None and not any(getattr(p, "condition_dim", _is_own(p)) for p in parts):
+            raise ValueError(
+                f"y of shape {list(y.shape)} was given, but no part of this VAE is conditioned on "
+                "it: give its networks condition_dim, the length of a row of y, as "
+                "build(..., condition_dim=...) does, or leave y out"
+            )
+
+    def _check_latents(self, support: constraints.Constraint, z: Tensor) -> None:
+        """Refuses latents that the prior cannot have drawn: the bound would be -inf."""
+        if not bool(support.check(z).all()):
+            raise ValueError(
+                f"prior {type(self.prior).__name__} has no density at latents that posterior "
+                f"{type(self.posterior).__name__} draws: give a posterior that stays inside the "
+                "prior's support, or a prior on all real vectors"
+            )
+
+
+def _is_own(part: nn.Module | None) -> bool:
+    """Whether a part is a user's own class."""
+    return not type(part).__module__.startswith("pyro_vae.")
 
 
 def _register(parts: dict[str, nn.Module]) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +17,12 @@ import pytest
 import torch
 import yaml
 
-from pyro_vae import importance_sampling, load, log_evidence
+from pyro_vae import importance_sampling, load, log_evidence, plots
 from pyro_vae.__main__ import main
-from pyro_vae.data import load_data
+from pyro_vae.cli.parts import KlParts
+from pyro_vae.data import Splits, load_data
 from pyro_vae.metrics import elbo_decomposition
-from pyro_vae.training import load_weights
+from pyro_vae.training import State, load_weights
 
 SMALL = ["--encoder.hidden=[11]", "--decoder.hidden=[11]", "--latent_dim=3", "--progress=false"]
 
@@ -199,7 +203,11 @@ def test_resume_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     assert sum(last[f"kl_z{d}"] for d in range(3)) == pytest.approx(kl, rel=1e-4)
 
 
-def test_table_from_a_csv_file(tmp_path: Path) -> None:
+def test_table_from_a_csv_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn_columns = []
+    monkeypatch.setattr(
+        "pyro_vae.plots.columns", lambda *args: drawn_columns.append(args) or plots.latent(args[0])
+    )
     table = torch.randn(97, 3, generator=torch.Generator().manual_seed(0)) * 5 + 100
     lines = ["a,b,c", *(",".join(f"{v:.6f}" for v in row) for row in table.tolist())]
     (tmp_path / "table.csv").write_text("\n".join(lines))
@@ -207,6 +215,12 @@ def test_table_from_a_csv_file(tmp_path: Path) -> None:
     options = ["--data", str(tmp_path / "table.csv"), "--likelihood", "Normal", "--epochs", "2"]
     scale = ["--likelihood.scale", "learned"]
     assert main(["train", *SMALL, *options, *scale, "--run", str(run)]) == 0
+    ((rows, draws, names),) = drawn_columns
+    train = load_data(tmp_path / "table.csv").train
+    assert names == ("a", "b", "c")
+    torch.testing.assert_close(rows, train.x)
+    assert draws.shape == rows.shape
+    assert torch.all((draws.mean(0) - 100).abs() < 5)
     assert yaml.safe_load((run / "config.yaml").read_text())["transform"] == "standardise"
     assert main(["sample", str(run), "--size", "1000"]) == 0
     drawn = np.load(run / "samples.npz")["x"]
@@ -219,6 +233,7 @@ def test_conditional_run_draws_one_class(tmp_path: Path, capsys: pytest.CaptureF
     run = tmp_path / "run"
     options = ["--conditional", "true", "--limit", "53", "--epochs", "1"]
     assert main(["train", *SMALL, *options, "--run", str(run)]) == 0
+    assert "conditional on y of length 10" in capsys.readouterr().out
     vae = load(run)
     assert vae.posterior.encoder.condition_dim == vae.likelihood.decoder.condition_dim == 10
     assert main(["sample", str(run), "--label", "7", "--size", "5"]) == 0
@@ -295,8 +310,15 @@ def test_own_class_by_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["--objective", "ELB"], "did you mean 'ELBO'"),
         (["--objective.beta", "-1"], "beta must be zero or more"),
         (["--optimizer", "Adamm"], "Adam"),
-        (["--config", "nothing.yaml"], "cannot be read"),
-        (["--resume", "nothing"], "cannot be read"),
+        (["--config", "nothing.yaml"], "nothing.yaml cannot be read: No such file or directory\n"),
+        (["--resume", "nothing"], "nothing cannot be resumed: it has no config.yaml"),
+        (["--resume"], "argument --resume: expected one argument"),
+        (["--latent_dim", "0"], "latent_dim must be at least 1; got 0"),
+        (["--latent_dimm", "3"], "there is no option --latent_dimm, did you mean '--latent_dim'?"),
+        (["--latent_dimm=3"], "there is no option --latent_dimm, did you mean '--latent_dim'?"),
+        (["--priors.num_components", "3"], "no option --priors, did you mean '--prior'?"),
+        (["--epochs", "many"], "Got value: many"),
+        (["stray"], "unrecognized arguments: stray"),
         (["--encoder", "ConvTranspose"], "ConvTranspose needs an image"),
     ],
 )
@@ -309,8 +331,215 @@ def test_mistakes_are_one_clear_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["train", *SMALL, "--epochs", "1", *options]) == 2
-    assert message in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert len(printed.splitlines()) == 1
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_command_that_lacks_an_argument_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    assert main(["evaluate"]) == 2
+    assert main(["evaluate", "run", "--limt", "3"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "pyro-vae evaluate: the following arguments are required: run",
+        "pyro-vae evaluate: there is no option --limt, did you mean '--limit'?: see "
+        "pyro-vae evaluate --help",
+    ]
+
+
+def test_an_error_inside_a_program_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_box.py").write_text(
+        "import pyro.distributions as dist, torch\n"
+        "from pyro_vae.priors import Prior\n"
+        "class Box(Prior):\n"
+        "    def __init__(self, latent_dim):\n"
+        "        super().__init__()\n"
+        "        self.register_buffer('edge', torch.ones(latent_dim))\n"
+        "    def forward(self, y=None):\n"
+        "        return dist.Uniform(-self.edge, self.edge).to_event(1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    options = ["--import", "own_box", "--prior", "Box", "--limit", "53", "--epochs", "1"]
+    assert main(["train", *SMALL, *options]) == 2
+    printed = capsys.readouterr().err
+    assert "prior Box has no density at latents that posterior DiagonalNormal draws" in printed
+    assert printed.index("\n") == len(printed) - 1
+    assert "Trace Shapes" not in printed
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line(
+    run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warn(*_: object) -> None:
+        warnings.warn("of two\nlines", UserWarning, stacklevel=1)
+
+    before = warnings.showwarning
+    monkeypatch.setattr("pyro_vae.cli.plot", warn)
+    assert main(["plot", str(run)]) == 0
+    assert capsys.readouterr().err == "warning: of two lines\n"
+    assert warnings.showwarning is before
+
+
+def stop_in(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C once the parts of the KL of an epoch have been measured, as by a person."""
+
+    def stop(self: KlParts, state: State) -> None:
+        if state.epoch == epoch:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(KlParts, "__call__", stop)
+
+
+def test_an_interrupted_training_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = [*SMALL, "--limit", "101", "--epochs"]
+    assert main(["train", *options, "3", "--run", str(whole)]) == 0
+    with monkeypatch.context() as patch:
+        stop_in(1, patch)
+        assert main(["train", *options, "3", "--run", str(parts)]) == 130
+    (line,) = capsys.readouterr().err.split("\n")[1:-1]
+    go_on = "pyro-vae train: interrupted; go on with: pyro-vae train --resume "
+    assert line == go_on + str(parts)
+    assert main(line.removeprefix(go_on.partition("pyro-vae train --resume")[0]).split()[1:]) == 0
+    first, second = load(whole).state_dict(), load(parts).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with monkeypatch.context() as patch:
+        stop_in(4, patch)
+        assert main(["train", "--resume", str(parts), "--epochs", "5"]) == 130
+    assert yaml.safe_load((parts / "config.yaml").read_text())["epochs"] == 5
+
+
+def test_an_interrupted_start_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["pyro_vae.cli.train"], "fit", stop)
+    assert main(["train", *SMALL, "--limit", "53", "--run", str(tmp_path / "run")]) == 130
+    assert capsys.readouterr().err == "\npyro-vae train: interrupted\n"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:posterior collapse")  # with these learning rates
+def test_training_says_what_was_chosen_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    options = [*SMALL, "--limit", "53", "--epochs", "7", "--run"]
+    assert main(["train", *options, str(tmp_path / "run"), "--lr", "0.1"]) == 0
+    first, last, _ = capsys.readouterr().out.splitlines()[-3:]
+    assert first == (
+        "digits: 53 train, 53 validation, 53 test rows; transform threshold, which fits Bernoulli"
+    )
+    with (tmp_path / "run/metrics.csv").open() as file:
+        elbos = [float(row["validation_elbo"]) for row in csv.DictReader(file)]
+    best = elbos.index(max(elbos))
+    assert last == (
+        f"trained 7 of 7 epochs; weights of epoch {best + 1} kept, "
+        f"validation ELBO {elbos[best]:.2f} nats"
+    )
+    early = ["--lr", "10", "--patience", "1", "--transform", "threshold"]
+    assert main(["train", *options, str(tmp_path / "early"), *early]) == 0
+    first, last, _ = capsys.readouterr().out.splitlines()[-3:]
+    assert first.endswith("transform threshold")
+    assert re.match(r"trained [2-6] of 7 epochs, for the bound had stopped rising;", last)
+
+
+def test_options_win_over_a_configuration_before_or_after_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "c.yaml").write_text("epochs: 7\nlr: 0.5\nprior: VampPrior\n")
+    options = ["--epochs", "3", "--prior.num_components=5"]
+    for given in (["--config", str(tmp_path / "c.yaml")], [f"--config={tmp_path / 'c.yaml'}"]):
+        for argv in ([*options, *given], [*given, *options]):
+            with pytest.raises(SystemExit):
+                main(["train", *argv, "--print_config"])
+            printed = yaml.safe_load(capsys.readouterr().out)
+            assert (printed["epochs"], printed["lr"]) == (3, 0.5)
+            assert printed["prior"]["init_args"]["num_components"] == 5
+
+
+def test_a_run_on_a_file_is_used_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    x = np.random.default_rng(0).integers(0, 2, (53, 5)).astype(np.float32)
+    np.savez("x.npz", x=x)
+    assert main(["train", *SMALL, "--data", "x.npz", "--epochs", "1", "--run", "run"]) == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    evaluate = ["evaluate", str(tmp_path / "run"), "--limit", "3", "--progress", "false"]
+    assert main(evaluate) == 0
+    moved = tmp_path / "moved.npz"
+    (tmp_path / "x.npz").rename(moved)
+    capsys.readouterr()
+    assert main(evaluate) == 2
+    config = tmp_path / "run/config.yaml"
+    assert f"write the new place into {config}: its data" in capsys.readouterr().err
+    config.write_text(config.read_text().replace(str(tmp_path / "x.npz"), str(moved)))
+    assert main(evaluate) == 0
+    again = ["--resume", str(tmp_path / "run"), "--epochs", "2", "--progress", "false"]
+    assert main(["train", *again]) == 0
+    moved.rename(tmp_path / "x.npz")
+    again = ["--resume", str(tmp_path / "run"), "--epochs", "3", "--progress", "false"]
+    assert main(["train", *again, "--data", "../x.npz"]) == 0
+    assert yaml.safe_load(config.read_text())["data"] == str(tmp_path / "x.npz")
+
+
+def test_named_data_sets_are_looked_for_where_training_had_them(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roots = []
+
+    def read(*arguments: object, root: str, **options: object) -> Splits:
+        roots.append(root)
+        return load_data(*arguments, root=root, **options)
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    known = yaml.safe_load((copy / "config.yaml").read_text())
+    monkeypatch.setattr("pyro_vae.cli.folder.load_data", read)
+    for root in (tmp_path, tmp_path / "gone"):
+        (copy / "config.yaml").write_text(yaml.safe_dump(known | {"data_root": str(root)}))
+        assert main(["plot", str(copy)]) == 0
+    assert main(["plot", str(copy), "--data_root", "given"]) == 0
+    assert roots == [str(tmp_path), "data", "given"]
+    assert known["data_root"] == str(Path("data").absolute())
+
+
+def test_a_run_that_lacks_a_file_is_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    np.savez(tmp_path / "x.npz", x=np.zeros((3, 1, 8, 8), np.float32))
+    cases = {"config.yaml": "plot", "data.json": "score", "metrics.csv": "plot"}
+    for name, command in cases.items():
+        copy = tmp_path / name
+        shutil.copytree(run, copy)
+        (copy / name).unlink()
+        file = [str(tmp_path / "x.npz")] if command == "score" else []
+        assert main([command, str(copy), *file]) == 2
+        assert f"{copy} has no {name}, which pyro-vae train writes" in capsys.readouterr().err
+
+
+def test_one_run_is_not_compared(run: Path, capsys: pytest.CaptureFixture) -> None:
+    for runs in ([str(run)], [str(run)] * 2):
+        assert main(["compare", *runs]) == 2
+        assert "two runs or more; for one: pyro-vae evaluate" in capsys.readouterr().err
+
+
+def test_every_long_part_of_evaluate_has_a_bar(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["evaluate", str(run), "--limit", "3", "--num_samples", "101"]) == 0
+    printed = capsys.readouterr().out
+    assert "importance sampling, guide" in printed
+    assert printed.count("100%") == 2
 
 
 def test_existing_run_is_not_written_over(run: Path, capsys: pytest.CaptureFixture) -> None:
@@ -348,8 +577,6 @@ def test_configuration_naming_a_foreign_module_imports_nothing(
 def test_run_declaration_naming_a_foreign_module_imports_nothing(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     evil = tmp_path / "evil"
     shutil.copytree(run, evil)
     content = json.loads((evil / "run.json").read_text())

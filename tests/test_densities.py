@@ -393,3 +393,9 @@ def test_pyros_bounds_of_a_scaled_pair_are_those_of_the_densities(elbo: type) ->
     d = densities(exact.vae.model, exact.vae.guide, x, num_particles=K)
     kl = d.kl("sampled" if elbo is Trace_ELBO else "analytic")["z"]
     assert abs(-loss - (d.log_likelihood.mean(0) - beta * kl).sum().item()) < 1e-9
+
+
+def test_an_error_inside_a_program_is_raised_as_it_is() -> None:
+    vae = make(data_shape=(F,))
+    with pytest.raises(ValueError, match="binarise them or use [^\n]*$"):
+        densities(vae.model, vae.guide, torch.full((B, F), 0.5))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
+import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from pyro_vae import plots
 
@@ -17,6 +21,73 @@ def test_traversals_are_ranked_by_kl() -> None:
     picture = torch.as_tensor(ax.images[0].get_array().tolist())
     assert (3 * picture[[0, 4, 8], 0]).tolist() == pytest.approx([1.0, 3.0, 0.0])
     assert "from -2.0 to 2.0" in ax.get_title()
+
+
+def test_rows_are_drawn_with_their_names() -> None:
+    x = torch.arange(6.0)[:, None, None, None].expand(6, 1, 3, 5).reshape(2, 3, 1, 3, 5)
+    (ax,) = plots.image_rows(x, ["upper", "lower"], limits=(0, 5)).axes
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["upper", "lower"]
+    picture = torch.as_tensor(ax.images[0].get_array().tolist())
+    assert list(ax.get_yticks()) == [1.0, 5.0]
+    places = [[picture[int(y), 6 * t] * 5 for t in range(3)] for y in ax.get_yticks()]
+    assert torch.tensor(places).flatten().tolist() == pytest.approx([0, 1, 2, 3, 4, 5])
+    assert ax.get_title() == ""
+
+
+def test_latent_means_lie_on_the_axes_of_their_dimensions() -> None:
+    means = torch.randn(7, 3) * torch.tensor([1.0, 0.1, 2.0])
+    (ax,) = plots.latent(means).axes
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("E[z0 | x]", "E[z2 | x]")
+    drawn = torch.as_tensor(ax.collections[0].get_offsets().tolist())
+    assert drawn.flatten().tolist() == pytest.approx(means[:, [0, 2]].flatten().tolist())
+    assert "largest variance" in ax.get_title()
+    (ax,) = plots.latent(means[:, :2], torch.arange(7)).axes
+    assert ax.get_title() == "posterior means"
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 9, 30])
+@pytest.mark.parametrize("scale", [1.0, 1e6])
+def test_columns_of_tables(count: int, scale: float) -> None:
+    data, samples = torch.randn(97, count) * scale + scale, torch.randn(53, count) * scale
+    names = [f"a rather long name of column number {d}" for d in range(count)]
+    figure = plots.columns(data, samples, names)
+    shown = min(count, 9)
+    assert len(figure.axes) == shown
+    for d, ax in enumerate(figure.axes):
+        assert names[d].startswith(ax.get_title().removesuffix("..."))
+        held, drawn = (p.get_path().vertices for p in ax.patches)
+        low, high = data[:, d].min(), data[:, d].max()
+        inside = ((samples[:, d] >= low) & (samples[:, d] <= high)).double().mean()
+        assert held[:, 0].min() == pytest.approx(low.item())
+        for outline, share in ((held, 1.0), (drawn, inside.item())):
+            assert outline_total(outline) == pytest.approx(share)
+    first = "the first 9 of 30 columns" if count == 30 else "each column"
+    assert figure.get_suptitle() == f"{first}, share of rows"
+    FigureCanvasAgg(figure).draw()
+    labels = [
+        label.get_window_extent()
+        for ax in figure.axes
+        for label in (ax.title, *ax.get_xticklabels(), ax.xaxis.get_offset_text())
+        if label.get_text()
+    ]
+    assert not any(a.overlaps(b) for a, b in combinations(labels, 2))
+
+
+def outline_total(vertices: np.ndarray) -> float:
+    """Sum of the heights of a histogram's bins, from its outline, there (and back on the axis)."""
+    steps = zip(vertices, vertices[1:])
+    heights = [a[1] for a, b in steps if b[0] > a[0]]
+    return float(sum(heights))
+
+
+def test_integers_have_a_bin_each() -> None:
+    data = torch.tensor([[3.0], [3.0], [5.0], [3.0]])
+    (ax,) = plots.columns(data, data).axes
+    assert sorted({round(x, 3) for x in ax.patches[1].get_path().vertices[:, 0]}) == [
+        2.5, 3.5, 4.5, 5.5,
+    ]  # fmt: skip
+    assert ax.get_title() == "column 0"
+    assert plots.columns(torch.ones(7, 1), torch.zeros(7, 1)).axes
 
 
 def test_the_factor_matrix_is_drawn_as_it_is() -> None:
@@ -39,5 +110,7 @@ def test_curves_over_epochs() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"images \[D, T, C, H, W\] and kl \[D\]"):
         plots.traversals(torch.zeros(4, 5, 1, 3, 3), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"images \[R, T, C, H, W\] and R names; got .* and 1"):
+        plots.image_rows(torch.zeros(2, 5, 1, 3, 3), ["one"])
     with pytest.raises(ValueError, match=r"a matrix \[F, D\] and F names"):
         plots.factor_matrix(torch.zeros(2, 3), ["x"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from families import LIKELIHOODS, POSTERIORS, PRIORS, draw, make, name
@@ -17,7 +18,7 @@ from pyro_vae.networks import MLP, Conv, ConvTranspose
 from pyro_vae.objectives import ELBO
 from pyro_vae.posteriors import DiagonalNormal
 from pyro_vae.priors import Normal as NormalPrior
-from pyro_vae.priors import StandardNormal, VampPrior
+from pyro_vae.priors import Prior, StandardNormal, VampPrior
 from pyro_vae.vae import VAE
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -94,6 +95,100 @@ def test_programs_given_y(prior: type, posterior: type) -> None:
         vae.model(x)
     with pytest.raises(ValueError, match="got none"):
         vae.guide(x)
+
+
+@pytest.mark.parametrize("prior", PRIORS, ids=name)
+@pytest.mark.parametrize("posterior", POSTERIORS, ids=name)
+def test_y_that_nothing_looks_at_is_refused(prior: type, posterior: type) -> None:
+    vae = make(prior=prior, posterior=posterior)
+    x, y = draw(vae, B), torch.randn(B, 3)
+    refused = r"y of shape \[7, 3\] .* give its networks condition_dim"
+    for call in (vae.model, vae.guide, vae.encode, vae.reconstruct):
+        with pytest.raises(ValueError, match=refused):
+            call(x, y)
+    with pytest.raises(ValueError, match=refused):
+        vae.sample(B, y)
+    with pytest.raises(ValueError, match=refused):
+        vae.model(y=y)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_one_network_may_look_at_y(part: str) -> None:
+    networks = {
+        "encoder": MLP(F, 2 * D, condition_dim=3 * (part == "encoder")),
+        "decoder": MLP(D, F, condition_dim=3 * (part == "decoder")),
+    }
+    posterior = DiagonalNormal(networks["encoder"], D)
+    vae = VAE(StandardNormal(D), Bernoulli(networks["decoder"], (F,)), posterior)
+    assert vae.reconstruct(torch.zeros(B, F), torch.randn(B, 3)).shape == (B, F)
+
+
+class ShiftedPrior(Prior):
+    def forward(self, y: Tensor | None = None) -> dist.TorchDistribution:
+        return dist.Normal(torch.zeros(D) if y is None else y, 1.0).to_event(1)
+
+
+class ShiftedBernoulli(Bernoulli):
+    def forward(self, z: Tensor, y: Tensor | None = None) -> dist.TorchDistribution:
+        return super().forward(z if y is None else z + y)
+
+
+class ShiftedNormal(DiagonalNormal):
+    def forward(self, x: Tensor, y: Tensor | None = None) -> dist.TorchDistribution:
+        q = super().forward(x)
+        return q if y is None else dist.Normal(q.mean + y, q.stddev).to_event(1)
+
+
+class Summing(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.network(x) if y is None else self.network(x) + y.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("part", ["prior", "likelihood", "posterior", "encoder", "decoder"])
+def test_a_part_of_one_s_own_may_look_at_y(part: str) -> None:
+    encoder, decoder = MLP(F, 2 * D), MLP(D, F)
+    encoder = Summing(encoder) if part == "encoder" else encoder
+    decoder = Summing(decoder) if part == "decoder" else decoder
+    likelihood = ShiftedBernoulli if part == "likelihood" else Bernoulli
+    posterior = ShiftedNormal if part == "posterior" else DiagonalNormal
+    prior = ShiftedPrior() if part == "prior" else StandardNormal(D)
+    vae = VAE(prior, likelihood(decoder, (F,)), posterior(encoder, D))
+    x, y = draw(vae, B), torch.randn(B, D)
+    torch.manual_seed(1)
+    first = ELBO().loss(vae.model, vae.guide, x, y)
+    torch.manual_seed(1)
+    assert ELBO().loss(vae.model, vae.guide, x, y + 1) != first
+
+
+class Own(VAE):
+    def model(self, x: Tensor | None = None, y: Tensor | None = None, size: int = 1) -> Tensor:
+        return super().model(x, None, size) if y is None else super().model(x - y, None, size)
+
+
+def test_a_vae_of_one_s_own_may_look_at_y() -> None:
+    vae = make()
+    own = Own(vae.prior, vae.likelihood, vae.posterior)
+    x = draw(vae, B)
+    assert ELBO().loss(own.model, own.guide, x, torch.zeros(B, F)) > 0
+
+
+class Cube(Prior):
+    def forward(self, y: Tensor | None = None) -> dist.TorchDistribution:
+        return dist.Uniform(-torch.ones(D), torch.ones(D)).to_event(1)
+
+
+def test_a_posterior_outside_the_prior_s_support_is_refused() -> None:
+    posterior = DiagonalNormal(MLP(F, 2 * D), D)
+    vae = VAE(Cube(), Bernoulli(MLP(D, F), (F,)), posterior)
+    x = draw(vae, B)
+    with pytest.raises(ValueError, match="prior Cube has no density.* posterior DiagonalNormal"):
+        ELBO().loss(vae.model, vae.guide, x)
+    with pyro.validation_enabled(False):
+        assert ELBO().loss(vae.model, vae.guide, x) == torch.inf
 
 
 def test_data_outside_the_support_stop_the_model_and_initialise() -> None:

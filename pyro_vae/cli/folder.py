@@ -17,7 +17,15 @@ from pyro_vae import config
 from pyro_vae.data import Data, Splits, declare, load_data, read_rows, restore
 from pyro_vae.vae import VAE
 
-__all__ = ["declared_run", "load_run", "own_rows", "pairs", "record", "write_text"]
+__all__ = [
+    "declared_run",
+    "load_run",
+    "own_rows",
+    "pairs",
+    "read_part",
+    "record",
+    "write_text",
+]
 
 
 @contextmanager
@@ -26,27 +34,25 @@ def declared_run(
 ) -> Iterator[None]:
     """Writes what the run is made of; takes it back if training refuses to start.
 
-    A run that is resumed keeps its own until training has ended.
+    A run that is resumed keeps its own until its training is accepted.
     """
-    resumed = (folder / "run.json").exists()
+    accepted = folder / "run.json"
+    before = accepted.read_text() if accepted.exists() else None
     files = {
         "config.yaml": yaml.safe_dump(declaration, sort_keys=False),
         "data.json": json.dumps(data, indent=1),
     }
-    if resumed:
-        yield
-    for name, text in files.items():
-        write_text(folder / name, text)
-    if resumed:
-        return
+    if before is None:
+        _write_all(folder, files)
     try:
         yield
-    finally:
-        if not (folder / "run.json").exists():
-            for name in files:
-                (folder / name).unlink()
-            if not any(folder.iterdir()):
-                folder.rmdir()
+    except BaseException:
+        if not accepted.exists():
+            _remove_all(folder, files)
+        elif accepted.read_text() != before:
+            _write_all(folder, files)
+        raise
+    _write_all(folder, files)
 
 
 def record(splits: Splits) -> dict[str, Any]:
@@ -60,31 +66,37 @@ def record(splits: Splits) -> dict[str, Any]:
     }
 
 
-def load_run(run: str, data_root: str) -> tuple[VAE, Splits]:
-    """The VAE of a run and its data, checked to be those that it was trained on."""
+def load_run(run: str, data_root: str | None) -> tuple[VAE, Splits]:
+    """The VAE of a run and its data, checked to be those that it was trained on.
+
+    Named data sets are looked for in `data_root`; where training had them, if None.
+    """
     folder = Path(run)
     vae = config.load(folder)
+    declared = yaml.safe_load(read_part(folder, "config.yaml"))
+    known = json.loads(read_part(folder, "data.json"))
     try:
-        declared = yaml.safe_load((folder / "config.yaml").read_text())
-        known = json.loads((folder / "data.json").read_text())
-    except OSError as error:
-        raise ValueError(f"{folder} is not a run of pyro-vae train: {error}") from error
-    splits = load_data(
-        declared["data"],
-        root=data_root,
-        transform=declared["transform"],
-        validation=declared["validation"],
-        seed=declared["split_seed"],
-        conditional=declared["conditional"],
-        limit=declared["limit"],
-    )
+        splits = load_data(
+            declared["data"],
+            root=data_root or _root(declared),
+            transform=declared["transform"],
+            validation=declared["validation"],
+            seed=declared["split_seed"],
+            conditional=declared["conditional"],
+            limit=declared["limit"],
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"the data of {folder} cannot be loaded: {error} (if they have moved, write the new "
+            f"place into {folder / 'config.yaml'}: its data or data_root)"
+        ) from error
     splits.check(known["description"])
     return vae, splits
 
 
 def own_rows(run: str, file: str, vae: VAE) -> Data:
     """The rows of a user's file, transformed as the run's data were, and checked."""
-    known = json.loads((Path(run) / "data.json").read_text())
+    known = json.loads(read_part(run, "data.json"))
     rows = read_rows(file)
     if tuple(rows.data_shape) != vae.likelihood.data_shape:
         raise ValueError(
@@ -99,6 +111,17 @@ def own_rows(run: str, file: str, vae: VAE) -> Data:
     return rows
 
 
+def read_part(run: str | Path, name: str) -> str:
+    """The text of a file of a run folder."""
+    try:
+        return (Path(run) / name).read_text()
+    except FileNotFoundError:
+        raise ValueError(
+            f"{run} has no {name}, which pyro-vae train writes: restore it from a copy, or give "
+            "a run that pyro-vae train made"
+        ) from None
+
+
 def pairs(data: Data, size: int = 1000) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Batches (x, y) of rows in order."""
     for index in torch.arange(len(data)).split(size):
@@ -111,3 +134,21 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def _root(declared: dict[str, Any]) -> str:
+    """Where training had the named data sets, if that folder is there."""
+    root = declared.get("data_root", "data")
+    return root if Path(root).is_dir() else "data"
+
+
+def _write_all(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        write_text(folder / name, text)
+
+
+def _remove_all(folder: Path, files: dict[str, str]) -> None:
+    for name in files:
+        (folder / name).unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()

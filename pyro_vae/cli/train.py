@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from pyro_vae import config
 from pyro_vae.cli.folder import declared_run, record
 from pyro_vae.cli.parts import KlParts
 from pyro_vae.cli.use import draw
-from pyro_vae.data import Data, Splits, load_data
-from pyro_vae.training import fit, read_run
+from pyro_vae.data import Data, Splits, load_data, locate
+from pyro_vae.training import History, fit, is_first_process, read_run
 from pyro_vae.vae import VAE
 
 __all__ = ["train"]
@@ -34,28 +36,43 @@ TRAINING = (
     "seed",
     "progress",
 )
-NOT_DECLARED = ("config", "run", "resume", "progress", "import", "data_root")
+NOT_DECLARED = ("config", "run", "resume", "progress", "import")
 
 
 def train(options: Namespace) -> Path:
-    """Trains a declared VAE; returns its run folder, with figures."""
+    """Trains a declared VAE; returns its run folder, with figures.
+
+    Of the processes that torchrun starts all train, and the first writes.
+    """
+    first = is_first_process()
+    options.data = locate(options.data)
+    options.data_root = os.path.abspath(options.data_root)
     splits = _splits(options)
     vae = _build(options, splits.train)
     folder = _run_folder(options)
     objective, settings = config.component("objective", _declared(options.objective))
     vae.likelihood.check(splits.train.fixed().batch(torch.arange(len(splits.train)))[0])
-    with declared_run(folder, _declaration(options, splits), record(splits)):
-        history = fit(
-            vae,
-            splits.train,
-            objective(**settings),
-            run=folder,
-            validation=splits.validation,
-            resume=options.resume is not None,
-            callbacks=[KlParts(folder, splits.validation)],
-            loggers=_loggers(options, folder),
-            **{name: options[name] for name in TRAINING},
-        )
+    if first:
+        print(_described(splits, options))
+    declared = declared_run(folder, _declaration(options, splits), record(splits))
+    with declared if first else nullcontext():
+        try:
+            history = fit(
+                vae,
+                splits.train,
+                objective(**settings),
+                run=folder,
+                validation=splits.validation,
+                resume=options.resume is not None,
+                callbacks=[KlParts(folder, splits.validation)],
+                loggers=_loggers(options, folder),
+                **{name: options[name] for name in TRAINING},
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_go_on(folder, options)) from None
+    if not first:
+        return folder
+    print(_ended(history, options.epochs))
     draw(folder, vae.eval(), splits, history.rows)
     print(f"run in {folder}, figures in {folder / 'figures'}")
     return folder
@@ -75,6 +92,33 @@ def _splits(options: Namespace) -> Splits:
         likelihood = config.named_class("likelihood", options.likelihood["class_path"])
         name = config.default_transform(likelihood, splits.train.levels, splits.train.x)
     return splits.with_transform(name)
+
+
+def _described(splits: Splits, options: Namespace) -> str:
+    """One line on the data: rows of each part, and what was chosen for them."""
+    rows = ", ".join(f"{rows} {name}" for name, rows in splits.sizes.items())
+    likelihood = options.likelihood["class_path"].rpartition(".")[2]
+    why = f", which fits {likelihood}" if options.transform == "auto" else ""
+    y = splits.train.y
+    given = "" if y is None else f"; conditional on y of length {y.shape[1]}"
+    return f"{options.data}: {rows} rows; transform {splits.transform}{why}{given}"
+
+
+def _ended(history: History, epochs: int) -> str:
+    """One line on the training: how long it was, and what is kept."""
+    early = ", for the bound had stopped rising" if len(history) < epochs else ""
+    return (
+        f"trained {len(history)} of {epochs} epochs{early}; weights of epoch {history.best_epoch} "
+        f"kept, validation ELBO {history.final['validation_elbo']:.2f} nats"
+    )
+
+
+def _go_on(folder: Path, options: Namespace) -> str:
+    """How to go on with an interrupted run, if it has begun."""
+    if not (folder / "run.json").exists():
+        return ""
+    module = f" --import {options['import']}" if options["import"] else ""
+    return f"; go on with: pyro-vae train --resume {folder}{module}"
 
 
 def _build(options: Namespace, data: Data) -> VAE:

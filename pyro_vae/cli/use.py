@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 from torch import Tensor
 
 from pyro_vae import config, plots
-from pyro_vae.cli.folder import load_run, own_rows, pairs
+from pyro_vae.cli.folder import load_run, own_rows, pairs, read_part
 from pyro_vae.cli.parts import draw_parts, unit_kl
 from pyro_vae.data import Data, Splits
 from pyro_vae.vae import VAE
@@ -60,11 +60,11 @@ def encode(options: Namespace) -> None:
 def plot(options: Namespace) -> None:
     """The figures of a run again."""
     vae, splits = load_run(options.run, options.data_root)
-    with (Path(options.run) / "metrics.csv").open() as file:
-        rows = [
-            {key: float(text) if text else None for key, text in row.items()}
-            for row in csv.DictReader(file)
-        ]
+    lines = read_part(options.run, "metrics.csv").splitlines()
+    rows = [
+        {key: float(text) if text else None for key, text in row.items()}
+        for row in csv.DictReader(lines)
+    ]
     draw(Path(options.run), vae, splits, rows)
     print(f"figures in {Path(options.run) / 'figures'}")
 
@@ -87,8 +87,7 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
     draw_parts(folder)
     back = data.transform.inverse
     if x.ndim != 4:
-        figure = plots.columns(back(x).flatten(1), back(draws[False]).flatten(1))
-        plots.save(figure, str(figures / "samples.png"))
+        plots.save(_columns(vae, splits.train), str(figures / "samples.png"))
         return
     shown = {
         "samples": plots.images(back(draws[False]), "draws of x", limits(data)),
@@ -100,6 +99,17 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
         shown["traversals"] = traversal(vae, data, kl)
     for name, figure in shown.items():
         plots.save(figure, str(figures / f"{name}.png"))
+
+
+def _columns(vae: VAE, data: Data) -> Figure:
+    """Columns of rows of a table beside those of as many draws, in the units of the file."""
+    data = data.subset(torch.arange(min(len(data), 2000))).fixed()
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        draws = vae.sample(len(data), condition(data, len(data), None))
+    back = data.transform.inverse
+    rows = data.batch(torch.arange(len(data)))[0]
+    return plots.columns(back(rows).flatten(1), back(draws).flatten(1), data.columns)
 
 
 def traversal(vae: VAE, data: Data, kl: Tensor) -> Figure:

@@ -2,7 +2,7 @@
 
 from pyro_vae.data.batches import batches, epoch_order
 from pyro_vae.data.data import Data
-from pyro_vae.data.datasets import load_data, read_rows
+from pyro_vae.data.datasets import load_data, locate, read_rows
 from pyro_vae.data.splits import Splits
 from pyro_vae.data.sprites import Sprites, read_dsprites
 from pyro_vae.data.transforms import (
@@ -33,6 +33,7 @@ __all__ = [
     "declare",
     "epoch_order",
     "load_data",
+    "locate",
     "make_transform",
     "read_dsprites",
     "read_rows",

@@ -20,10 +20,11 @@ _LEVELS = {"bool": 2, "uint8": 256}
 def read_arrays(path: Path) -> Given:
     """Reads an .npz file, or the one array ``x`` of an .npy file.
 
-    The arrays are ``x`` [N, *E], ``y`` [N, C] or [N] and ``labels`` [N], the last two optional,
-    and the same with ``_validation`` and ``_test`` for these parts. Floating point becomes
-    float32. uint8 is taken for grey values 0..255 and bool for 0 and 1, both as images: [N, H, W]
-    becomes [N, 1, H, W]. Other integers stay integers.
+    The arrays are ``x`` [N, *E], ``labels`` [N] (classes, integers from 0) and ``y`` [N, C] or
+    [N] (numbers to condition on), the last two optional, and the same with ``_validation`` and
+    ``_test`` for these parts. Integers or booleans [N] called ``y`` are classes, and so labels.
+    Floating point becomes float32. uint8 is taken for grey values 0..255 and bool for 0 and 1,
+    both as images: [N, H, W] becomes [N, 1, H, W]. Other integers stay integers.
 
     Raises:
         ValueError: If the file cannot be read, holds Python objects or lacks ``x``, or an array
@@ -34,7 +35,8 @@ def read_arrays(path: Path) -> Given:
     if "x" not in arrays or not known.issuperset(arrays):
         raise ValueError(
             f"{path}: expected an array 'x', optionally 'x_validation' and 'x_test', and with "
-            "each of them optionally 'y' and 'labels' of the same ending, got "
+            "each of them optionally 'y' (numbers to condition on, or integers [N] that are "
+            "classes) and 'labels' (such integers) of the same ending, got "
             f"{', '.join(sorted(arrays)) or 'none'}; rename or remove arrays"
         )
     return Given(
@@ -61,6 +63,13 @@ def _load(path: Path) -> Mapping[str, np.ndarray]:
 
 def _part(path: Path, arrays: Mapping[str, np.ndarray], part: str) -> Data:
     x, y, labels = arrays[f"x{part}"], arrays.get(f"y{part}"), arrays.get(f"labels{part}")
+    if y is not None and y.ndim == 1 and y.dtype.kind in "biu":
+        if labels is not None:
+            raise ValueError(
+                f"{path}: expected classes once, got y of integers [N] and labels beside them; "
+                "keep one, or store y as floating point to condition on it as a number"
+            )
+        labels, y = y.astype(np.int64), None
     return Data(
         _values(path, x),
         y=None if y is None else _columns(_numbers(path, y)).float(),

@@ -53,10 +53,11 @@ class Data:
         name: What the error messages call these rows.
         seed: What keys the noise of the rows, with their ids.
         classes: The number of classes; the largest label and 1 if None.
+        columns: The names of the values, for tables [N, D] that have them.
 
     Raises:
-        ValueError: If there is no row, the lengths differ, a value is NaN or infinite, or a grey
-            value or a label is out of its range.
+        ValueError: If there is no row, lengths or the number of columns differ, a value is NaN or
+            infinite, or a grey value or a label is out of its range.
     """
 
     x: Tensor
@@ -68,6 +69,7 @@ class Data:
     name: str = ""
     seed: int = 0
     classes: int | None = None
+    columns: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.x.ndim < 2 or len(self.x) < 1 or self.x[0].numel() < 1:
@@ -83,6 +85,23 @@ class Data:
         if self.labels is not None and self.classes is None:
             object.__setattr__(self, "classes", int(self.labels.max()) + 1)
         check_seed(self.seed)
+
+    def __repr__(self) -> str:
+        name = [repr(self.name)] if self.name else []
+        return f"Data({', '.join([*name, f'{len(self)} rows of {self.summary}'])})"
+
+    @property
+    def summary(self) -> str:
+        """What the rows are, in words."""
+        parts = [f"shape {tuple(self.data_shape)}"]
+        parts += [] if self.levels is None else [f"{self.levels} levels"]
+        parts += [] if self.classes is None else [f"{self.classes} classes"]
+        parts += [] if self.y is None else [f"y of {self.y.shape[1]}"]
+        done = self.transform
+        name = type(done).__name__
+        if isinstance(done, _Applied):
+            name = f"{type(done.of).__name__}, applied"
+        return ", ".join([*parts, f"transform {name}"])
 
     @property
     def _title(self) -> str:
@@ -103,6 +122,12 @@ class Data:
                     f"{self._title}: expected {name} of {ndim} dimension(s) with one row for each "
                     f"of the {len(self.x)} rows of x, got shape {list(part.shape)}"
                 )
+
+        if self.columns is not None and (len(self.columns),) != tuple(self.data_shape):
+            raise ValueError(
+                f"{self._title}: expected one name for each of the {self.data_shape.numel()} "
+                f"columns; got {len(self.columns)}"
+            )
 
     def _check_values(self) -> None:
         for name, part in (("x", self.x), ("y", self.y)):
@@ -135,7 +160,7 @@ class Data:
 
     @property
     def log_jacobian(self) -> float:
-        """The transform's log |det dT/dx|, nats per datum."""
+        """The transform's log-Jacobian, in nats per datum."""
         return self.transform.log_jacobian(self.data_shape)
 
     def bits_per_dim(self, log_prob: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -82,9 +83,19 @@ def read_rows(path: str | Path) -> Data:
     return _read(Path(path), ".").train
 
 
+def locate(name: str) -> str:
+    """`name` itself if it is that of a data set, else the path made absolute, if there is one."""
+    return os.path.abspath(name) if _named(name) is None and os.path.exists(name) else name
+
+
+def _named(name: str | Path) -> str | None:
+    known = {known.lower(): known for known in NAMED}
+    return None if isinstance(name, Path) else known.get(name.lower())
+
+
 def _read(name: str | Path, root: str | Path) -> Given:
-    named = {known.lower(): known for known in NAMED}.get(str(name).lower())
-    if named and not isinstance(name, Path):
+    named = _named(name)
+    if named is not None:
         return read_named(named, root)
     path = Path(name)
     if path.is_dir():

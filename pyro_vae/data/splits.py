@@ -36,6 +36,15 @@ class Splits:
     conditional: bool = False
     limit: int | None = None
 
+    def __repr__(self) -> str:
+        rows = ", ".join(f"{n} {part}" for part, n in self.sizes.items())
+        return f"Splits({self.name!r}, {rows} rows of {self.train.summary})"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many rows each part has."""
+        return {part: len(getattr(self, part)) for part in ("train", "validation", "test")}
+
     def with_transform(self, name: str) -> Splits:
         """The same rows under the transform called ``name``, fitted to the training part."""
         made = make_transform(name, self.train.x, self.train.levels)

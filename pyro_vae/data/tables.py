@@ -19,7 +19,7 @@ from pyro_vae.data.given import Given
 def read_csv(path: Path) -> Given:
     """Reads a table of numbers, comma separated, with or without a line of column names.
 
-    The values become float32. A last column of the name ``label`` holds the labels.
+    The values become float32. A column of the name ``label`` holds the labels.
 
     Raises:
         ValueError: If the file is no table, or a cell is not a number; the message names the
@@ -31,10 +31,17 @@ def read_csv(path: Path) -> Given:
         raise ValueError(
             f"{path}: expected a comma-separated table in UTF-8, got: {error}; write it again"
         ) from error
-    if header and header[-1].strip().lower() == "label":
-        labels = _labels(path, table[:, -1])
-        return Given(Data(table[:, :-1].float(), labels=labels, name=str(path)))
-    return Given(Data(table.float(), name=str(path)))
+    names = [name.strip() for name in header]
+    label = next((d for d, name in enumerate(names) if name.lower() == "label"), None)
+    values = [d for d in range(table.shape[1]) if d != label]
+    return Given(
+        Data(
+            table[:, values].float(),
+            labels=None if label is None else _labels(path, table[:, label]),
+            name=str(path),
+            columns=tuple(names[d] for d in values) if names else None,
+        )
+    )
 
 
 def _read(path: Path) -> tuple[list[str], Tensor]:

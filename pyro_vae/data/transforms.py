@@ -57,7 +57,7 @@ class Transform:
         raise NotImplementedError
 
     def log_jacobian(self, data_shape: Sequence[int]) -> float:
-        """The constant log |det dT/dx|, nats per datum of shape ``data_shape``."""
+        """The constant log-Jacobian of T, in nats per datum of shape ``data_shape``."""
         return 0.0
 
 

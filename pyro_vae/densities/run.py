@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from pyro_vae.densities.handlers import OwnParameters, Program, particle_plate
 from pyro_vae.densities.result import Densities, Latents, Site
-from pyro_vae.densities.sites import check_latents, program_args, sample_sites
+from pyro_vae.densities.sites import check_latents, sample_sites, traced
 
 __all__ = ["densities", "draw_latents", "log_joint", "log_weights", "registered_densities"]
 
@@ -46,10 +47,10 @@ def registered_densities(
 ) -> Densities:
     """As `densities`, for `pyro.infer.SVI`: parameters are registered as the programs ask."""
     with particle_plate(num_particles):
-        guide_trace = poutine.trace(guide).get_trace(*program_args(x, y))
+        guide_trace = traced(guide, x, y)
         guide_sites = sample_sites(guide_trace, "guide")
     with poutine.replay(trace=guide_trace), particle_plate(num_particles):
-        model_sites = sample_sites(poutine.trace(model).get_trace(*program_args(x, y)), "model")
+        model_sites = sample_sites(traced(model, x, y), "model")
     latent = [name for name, site in model_sites.items() if not site["is_observed"]]
     check_latents(latent, list(guide_sites))
     frames = {f.name: f for f in model_sites[latent[0]]["cond_indep_stack"]}
@@ -82,7 +83,7 @@ def draw_latents(
 ) -> tuple[Latents, Tensor]:
     """Draws of the guide by site, [K, B, *event], and their log density log q(z | x) [K, B]."""
     with particle_plate(num_particles):
-        sites = sample_sites(poutine.trace(guide).get_trace(*program_args(x, y)), "guide")
+        sites = sample_sites(traced(guide, x, y), "guide")
     return {name: site["value"] for name, site in sites.items()}, _log_prob(sites, x)
 
 
@@ -91,7 +92,7 @@ def log_joint(model: Program, x: Tensor, y: Tensor | None, latents: Latents) -> 
     num_particles = [len(z) for z in latents.values()] or [1]
     with particle_plate(num_particles[0]):
         conditioned = poutine.condition(model, latents)
-        sites = sample_sites(poutine.trace(conditioned).get_trace(*program_args(x, y)), "model")
+        sites = sample_sites(traced(conditioned, x, y), "model")
     check_latents([n for n, s in sites.items() if not s["is_observed"] or n in latents], latents)
     return _log_prob(sites, x)
 
@@ -104,6 +105,7 @@ def log_weights(
     *,
     num_particles: int,
     chunk_size: int,
+    joint: Callable[[Program, Tensor, Tensor | None, Latents], Tensor] = log_joint,
 ) -> Tensor:
     """Log importance weights log p(x, z) - log q(z | x) [K, B] of K fresh draws of z.
 
@@ -116,6 +118,7 @@ def log_weights(
         y: What is conditioned on [B, C], or None.
         num_particles: Draws K for each datum.
         chunk_size: Rows, draws times data, that the model sees at once.
+        joint: What gives log p(x, z), such as a compiled `log_joint`.
     """
     step = max(1, chunk_size // len(x))
     if guide is None:
@@ -130,13 +133,13 @@ def log_weights(
     for start in range(0, num_particles, step):
         chunk = {name: z[start : start + step] for name, z in latents.items()}
         with nullcontext() if start == 0 else pyro.validation_enabled(False):
-            parts.append(log_joint(model, x, y, chunk))  # the first has checked the data
+            parts.append(joint(model, x, y, chunk))  # the first has checked the data
     return torch.cat(parts) - log_q
 
 
 def _prior_weights(model: Program, x: Tensor, y: Tensor | None, num_particles: int) -> Tensor:
     with particle_plate(num_particles):
-        sites = sample_sites(poutine.trace(model).get_trace(*program_args(x, y)), "model")
+        sites = sample_sites(traced(model, x, y), "model")
     return _log_prob({name: site for name, site in sites.items() if site["is_observed"]}, x)
 
 

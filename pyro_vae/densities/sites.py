@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyro.distributions as dist
@@ -10,12 +10,19 @@ import pyro.poutine as poutine
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
-__all__ = ["check_latents", "program_args", "sample_sites"]
+__all__ = ["check_latents", "program_args", "sample_sites", "traced"]
 
 
 def program_args(x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
     """What a program is called with: (x) or (x, y)."""
     return (x,) if y is None else (x, y)
+
+
+def traced(program: Callable[..., Any], x: Tensor, y: Tensor | None) -> poutine.Trace:
+    """The trace of a program; `get_trace` would add the shapes of all sites to its errors."""
+    with poutine.trace() as tracer:
+        program(*program_args(x, y))
+    return tracer.trace
 
 
 def sample_sites(trace: poutine.Trace, program: str) -> dict[str, dict[str, Any]]:

@@ -42,6 +42,16 @@ class History:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __repr__(self) -> str:
+        if not self.rows:
+            return "History(0 epochs)"
+        names = ("elbo", "kl", "validation_elbo")
+        shown = [f"{n} {self.final[n]:.2f}" for n in names if self.final[n] is not None]
+        kept = f"weights of epoch {self.best_epoch or len(self)}: {', '.join(shown)} nats"
+        if self.active_units is not None:
+            kept += f"; {self.active_units} of {self.num_units} units active"
+        return f"History({len(self)} epochs; {kept})"
+
     def __getitem__(self, column: str) -> list[Any]:
         if column not in COLUMNS:
             raise ValueError(f"no column {column!r}: expected one of {', '.join(COLUMNS)}")

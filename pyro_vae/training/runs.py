@@ -68,6 +68,13 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
     """What must stay the same, by dotted name."""
     flat = {f"training.{k}": v for k, v in (record.get("training") or {}).items()}
     for part, description in (record.get("data") or {}).items():
-        flat |= {f"data.{part}.{k}": v for k, v in (description or {}).items()}
+        flat |= {f"data.{part}.{k}": _nameless(v) for k, v in (description or {}).items()}
     flat["declaration"] = record.get("declaration")
     return {k: v for k, v in flat.items() if k.removeprefix("training.") not in MAY_CHANGE}
+
+
+def _nameless(description: Any) -> Any:
+    """A description of data without their name: the digest says which they are."""
+    if isinstance(description, dict):
+        return {key: value for key, value in description.items() if key != "name"}
+    return description

@@ -96,6 +96,12 @@ def test_classes_are_counted_over_all_parts(tmp_path: Path) -> None:
         ({"x": np.array([[{}], [{}]])}, "without Python objects.*allow_pickle=False"),
         ({"x": np.ones((11, 2)), "labels": np.ones(11)}, "labels that are integers"),
         ({"x": np.ones((11, 2)), "labels": np.arange(7)}, "expected labels of 1"),
+        (
+            {"x": np.ones((3, 2)), "y": np.arange(3), "labels": np.arange(3)},
+            "y of integers .* and labels .* keep one, or store y as floating point",
+        ),
+        ({"x": np.ones((3, 2)), "y": np.array([0, 1, -1])}, "labels from 0, got negative ones"),
+        ({"X": np.ones((3, 2))}, "'y' .* and 'labels' .* got X"),
         ({"x": np.array([[1.0], [np.nan], [1.0]])}, r"1 row\(s\), the first one row 1 "),
         ({"x": np.array([[1.0], [1e300], [1.0]])}, "row 1 "),
         ({"x": np.zeros((11, 5, 7, 3), np.uint8)}, r"looks like \[N, H, W, C\]"),
@@ -116,6 +122,26 @@ def test_bad_arrays_are_refused(
     np.savez(path, **arrays)
     with pytest.raises(ValueError, match=message):
         load_data(path)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int32", "uint8", "bool"])
+def test_integers_named_y_are_classes(tmp_path: Path, dtype: str) -> None:
+    path, classes = tmp_path / "x.npz", (np.arange(11) % 2).astype(dtype)
+    np.savez(path, x=np.ones((11, 3)), y=classes)
+    splits = load_data(path)
+    assert (splits.train.y, splits.train.classes) == (None, 2)
+    assert torch.equal(splits.train.labels, splits.train.rows % 2)
+    conditional = load_data(path, conditional=True).train
+    assert torch.equal(conditional.y, torch.eye(2)[conditional.labels])
+
+
+def test_numbers_named_y_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    for y in (np.arange(11.0), np.arange(11)[:, None], np.eye(11)[:, :3].astype(int)):
+        np.savez(path, x=np.ones((11, 3)), y=y, labels=np.arange(11) % 2)
+        train = load_data(path, conditional=True).train
+        expected = torch.as_tensor(y).float().reshape(11, -1)[train.rows]
+        assert torch.equal(train.y, expected)
 
 
 def test_a_source_without_labels_has_no_condition(tmp_path: Path) -> None:
@@ -159,6 +185,8 @@ def test_csv_tables(tmp_path: Path, head: str) -> None:
     assert np.array_equal(together(splits), x)
     assert splits.train.x.dtype == torch.float32
     assert (splits.train.labels, splits.train.levels) == (None, None)
+    names = ('a "x"' if '"' in head else "a", "b", "c") if head else None
+    assert splits.train.columns == splits.test.fixed().columns == names
 
 
 def test_a_csv_column_of_labels(tmp_path: Path) -> None:
@@ -168,6 +196,12 @@ def test_a_csv_column_of_labels(tmp_path: Path) -> None:
     assert splits.train.data_shape == (2,)
     assert torch.equal(splits.train.labels, splits.train.rows % 3)
     assert splits.test.y.shape == (1, 3)
+    assert splits.train.columns == ("a", "b")
+    path.write_text("a, Label ,b\n" + "".join(f"{i}.5,{i % 3},1e-3\n" for i in range(11)))
+    other = load_data(path, conditional=True)
+    assert torch.equal(other.train.x, splits.train.x)
+    assert torch.equal(other.train.labels, splits.train.labels)
+    assert other.train.columns == ("a", "b")
 
 
 @pytest.mark.parametrize(

@@ -230,3 +230,15 @@ def test_describe_names_what_was_done_before_and_after_fixing() -> None:
     expected = {"name": "x", "seed": 7, "transform": {"class": "Dequantise", "levels": 17}}
     assert data.describe() == expected
     assert data.fixed().describe() == expected
+
+
+def test_data_are_shown_in_a_line() -> None:
+    x = torch.zeros(7, 1, 3, 5, dtype=torch.uint8)
+    data = Data(x, labels=torch.arange(7) % 3, levels=17, name="few").one_hot()
+    assert repr(data) == (
+        "Data('few', 7 rows of shape (1, 3, 5), 17 levels, 3 classes, y of 3, transform Identity)"
+    )
+    fixed = Data(torch.randn(7, 2)).with_transform(Threshold(0.5)).fixed()
+    assert repr(fixed) == "Data(7 rows of shape (2,), transform Threshold, applied)"
+    with pytest.raises(ValueError, match="one name for each of the 2 columns; got 3"):
+        Data(torch.randn(7, 2), columns=("a", "b", "c"))

@@ -198,3 +198,10 @@ def test_mnist_is_the_published_one() -> None:
     counts = [int(part.fixed().x.sum()) for part in parts(splits)]
     assert (counts[0] + counts[1], counts[2]) == (6_221_431, 1_052_359)
     assert splits.test.y.sum(0).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+
+
+def test_splits_are_shown_in_a_line() -> None:
+    assert repr(load_data("digits", transform="threshold")) == (
+        "Splits('digits', 1437 train, 180 validation, 180 test rows of shape (1, 8, 8), "
+        "17 levels, 10 classes, transform Threshold)"
+    )
