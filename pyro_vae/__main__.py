@@ -13,6 +13,7 @@ COMMANDS = {
     "sample": "draws of a run's model, as a picture and an .npz file",
     "encode": "posterior means and scales of a file's rows, as .npz or .csv",
     "plot": "the figures of a run again",
+    "report": "one HTML page of a run, with all of the above, that opens from disk",
 }
 
 
@@ -28,9 +29,13 @@ def main(argv: list[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    from pyro_vae.cli import run
+    try:
+        from pyro_vae.cli import run
 
-    return run(argv)
+        return run(argv)
+    except KeyboardInterrupt as stop:
+        print(f"\npyro-vae {argv[0]}: interrupted{stop}", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentError, Namespace
 
 from pyro_vae.cli.judge import compare, evaluate, score
-from pyro_vae.cli.options import PARSERS, check_names, import_modules
+from pyro_vae.cli.options import (
+    PARSERS,
+    check_names,
+    check_options,
+    configs_first,
+    import_modules,
+    values,
+)
+from pyro_vae.cli.report import report
 from pyro_vae.cli.train import train
 from pyro_vae.cli.use import encode, plot, sample
 from pyro_vae.config import closest
 
 __all__ = ["run"]
 
+ERRORS = (
+    ArgumentError,
+    ValueError,
+    OSError,
+    FloatingPointError,
+    NotImplementedError,
+    ImportError,
+)
 DEMO = {
     "data": "digits",
     "transform": "dynamic",
@@ -39,14 +58,16 @@ def run(argv: list[str]) -> int:
         "sample": sample,
         "encode": encode,
         "plot": plot,
+        "report": report,
     }
     name, *rest = argv
     try:
         if name not in commands:
             raise ValueError(f"unknown command{closest(name, commands)}")
-        commands[name](_parse(name, rest))
-    except (ValueError, OSError, FloatingPointError, NotImplementedError, ImportError) as error:
-        print(f"pyro-vae {name}: {error}", file=sys.stderr)
+        with _short_warnings():
+            commands[name](_parse(name, rest))
+    except ERRORS as error:
+        print(f"pyro-vae {name}: {_line(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -62,16 +83,37 @@ def demo(options: Namespace) -> None:
 def _parse(command: str, argv: list[str]) -> Namespace:
     if command == "train":
         argv = _resumed(argv)
+    argv = configs_first(argv)
+    parser = PARSERS[command]()
+    check_options(parser, argv)
     import_modules(argv)
     check_names(argv)
-    return PARSERS[command]().parse_args(argv)
+    return parser.parse_args(argv)
 
 
 def _resumed(argv: list[str]) -> list[str]:
     """With `--resume RUN`, the options of that run come first."""
-    for i, argument in enumerate(argv):
-        key, _, value = argument.partition("=")
-        if key == "--resume":
-            folder = value or argv[i + 1]
-            return ["--config", str(Path(folder) / "config.yaml"), "--run", folder, *argv]
+    for folder in values(argv, "--resume"):
+        declaration = Path(folder) / "config.yaml"
+        if not declaration.exists():
+            raise ValueError(
+                f"{folder} cannot be resumed: it has no config.yaml, which pyro-vae train writes; "
+                "give the folder of a run that it began"
+            )
+        return ["--config", str(declaration), "--run", folder, *argv]
     return argv
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Warnings as one line, without the place in the source that gave them."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(
+            f"warning: {' '.join(str(message).split())}", file=sys.stderr
+        )
+        yield
+
+
+def _line(error: Exception) -> str:
+    """An error as one line, without the shapes of all sites, which Pyro adds."""
+    return " ".join(str(error).partition("\nTrace Shapes:")[0].split())

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from pyro_vae import config
 
-__all__ = ["PARSERS", "check_names", "import_modules"]
+__all__ = [
+    "PARSERS",
+    "check_names",
+    "check_options",
+    "configs_first",
+    "import_modules",
+    "values",
+]
 
 DEFAULTS = {
     "prior": "StandardNormal",
@@ -28,10 +36,37 @@ DEFAULTS = {
 
 def import_modules(argv: list[str]) -> None:
     """Imports the modules named by `--import`, so that their classes are known by name."""
-    for name in _values(argv, "--import"):
+    for name in values(argv, "--import"):
         if os.getcwd() not in sys.path:  # a console script does not look where it is started
             sys.path.insert(0, os.getcwd())
         import_module(name)
+
+
+def configs_first(argv: list[str]) -> list[str]:
+    """The arguments with configuration files before all others, which then win over them."""
+    first: list[str] = []
+    rest: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--config":
+            first += [argument, *islice(arguments, 1)]
+        else:
+            (first if argument.startswith("--config=") else rest).append(argument)
+    return [*first, *rest]
+
+
+def check_options(parser: ArgumentParser, argv: list[str]) -> None:
+    """Refuses options that the command does not have, with the closest that it has."""
+    known = {key.partition(".")[0] for key in parser.get_defaults().keys()}
+    known |= {"help", "config", "print_config"}
+    for argument in argv:
+        name = argument.partition("=")[0].partition(".")[0]
+        if name.startswith("--") and name[2:] not in known:
+            options = [f"--{option}" for option in known]
+            raise ValueError(
+                f"there is no option {name}{config.closest(name, options)}: see "
+                f"{parser.prog} --help"
+            )
 
 
 def check_names(argv: list[str]) -> None:
@@ -43,11 +78,12 @@ def check_names(argv: list[str]) -> None:
         ValueError: If a name on the command line or in its configuration file is unknown.
     """
     declared: dict[str, Any] = {}
-    for path in _values(argv, "--config"):
+    for path in values(argv, "--config"):
         try:
             content = yaml.safe_load(Path(path).read_text())
         except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"configuration {path} cannot be read: {error}") from error
+            why = getattr(error, "strerror", None) or error
+            raise ValueError(f"configuration {path} cannot be read: {why}") from error
         declared |= content if isinstance(content, dict) else {}
     for family, default in DEFAULTS.items():
         given = declared.get(family, default)
@@ -56,7 +92,7 @@ def check_names(argv: list[str]) -> None:
         for option, value in in_file.items():
             named = config.named_class(family, mapping["class_path"])
             config.check_schedule(named, option, value)
-        names = [mapping["class_path"], *_values(argv, f"--{family}")]
+        names = [mapping["class_path"], *values(argv, f"--{family}")]
         for name in names:
             cls = config.named_class(family, name)
         kept = in_file if len(names) == 1 else {}
@@ -65,7 +101,8 @@ def check_names(argv: list[str]) -> None:
             config.check_schedule(cls, option, value)
 
 
-def _values(argv: list[str], option: str) -> list[str]:
+def values(argv: list[str], option: str) -> list[str]:
+    """What an option is set to on the command line, each time."""
     pairs = [argument.partition("=") for argument in argv]
     return [
         value if equals else argv[i + 1]
@@ -89,7 +126,7 @@ def _values_of(argv: list[str], family: str) -> list[tuple[str, Any]]:
         key = argument.partition("=")[0]
         path = [n for n in key.split(".")[1:] if n not in ("init_args", "class_path")]
         if key.startswith(f"--{family}.") and len(path) == 1:
-            found += [(path[0], _loaded(value)) for value in _values(argv, key)]
+            found += [(path[0], _loaded(value)) for value in values(argv, key)]
     return found
 
 
@@ -100,8 +137,14 @@ def _loaded(text: str) -> Any:
         return text
 
 
+def _parser(name: str, description: str) -> ArgumentParser:
+    return ArgumentParser(
+        prog=f"pyro-vae {name}", description=description, exit_on_error=False, allow_abbrev=False
+    )
+
+
 def _train_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="pyro-vae train", description="Trains a declared VAE.")
+    parser = _parser("train", "Trains a declared VAE.")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these options")
     _data_options(parser)
     parser.add_argument("--latent_dim", type=int, default=20, help="latent size D")
@@ -136,7 +179,7 @@ def _training_options(parser: ArgumentParser) -> None:
     add("--clip_norm", type=float | None, default=None, help="greatest norm of all gradients")
     add("--patience", type=int | None, default=None, help="epochs without a better bound")
     add("--seed", type=int, default=0)
-    add("--devices", type=int, default=1)
+    add("--devices", type=int, default=1, help="GPUs, or processes where there is none")
     add("--accelerator", default="auto")
     add("--precision", default="32-true")
     add("--tensorboard", type=bool, default=False, help="also log for TensorBoard")
@@ -147,15 +190,24 @@ def _training_options(parser: ArgumentParser) -> None:
 
 
 def _run_parser(name: str, description: str) -> ArgumentParser:
-    parser = ArgumentParser(prog=f"pyro-vae {name}", description=description)
+    parser = _parser(name, description)
     parser.add_argument("run", help="folder of a run")
-    parser.add_argument("--data_root", default="data", help="folder of the named data sets")
+    _root_option(parser)
     parser.add_argument("--import", type=str | None, default=None)
     return parser
 
 
+def _root_option(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--data_root",
+        type=str | None,
+        default=None,
+        help="folder of the named data sets; the run's",
+    )
+
+
 def _demo_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="pyro-vae demo", description="Trains on the bundled digits.")
+    parser = _parser("demo", "Trains on the bundled digits.")
     parser.add_argument("--run", type=str | None, default=None, help="new folder of the run")
     return parser
 
@@ -179,11 +231,9 @@ def _score_parser() -> ArgumentParser:
 
 
 def _compare_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="pyro-vae compare", description="log p(x) of runs on the same rows, and differences."
-    )
-    parser.add_argument("runs", nargs="+", help="folders of runs")
-    parser.add_argument("--data_root", default="data", help="folder of the named data sets")
+    parser = _parser("compare", "log p(x) of runs on the same rows, and differences.")
+    parser.add_argument("runs", nargs="+", help="folders of two runs or more")
+    _root_option(parser)
     parser.add_argument("--import", type=str | None, default=None)
     _part_options(parser)
     _estimator_options(parser)
@@ -199,6 +249,7 @@ def _part_options(parser: ArgumentParser) -> None:
 def _estimator_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--tolerance", type=float, default=0.05, help="largest standard error, nats")
+    add("--devices", type=int, default=1, help="processes that share the rows")
     add("--seed", type=int, default=0)
     add("--progress", type=bool, default=True, help="show a progress bar")
 
@@ -225,6 +276,12 @@ def _plot_parser() -> ArgumentParser:
     return _run_parser("plot", "The figures of a run again.")
 
 
+def _report_parser() -> ArgumentParser:
+    parser = _run_parser("report", "One HTML page of a run.")
+    parser.add_argument("--out", type=str | None, default=None, help=".html file; RUN/report.html")
+    return parser
+
+
 PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     "demo": _demo_parser,
     "train": _train_parser,
@@ -234,4 +291,5 @@ PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     "sample": _sample_parser,
     "encode": _encode_parser,
     "plot": _plot_parser,
+    "report": _report_parser,
 }

@@ -1,0 +1,240 @@
+"""log p(x) as a detector of anomalies: where it works, and where it misleads.
+
+python examples/anomaly.py --root data --letters images_background_small1   # about 5 minutes
+python examples/anomaly.py --root data --letters FashionMNIST               # by torchvision
+python examples/anomaly.py --smoke                                          # bundled data, seconds
+
+1. A VAE of thresholded MNIST without its ones scores held-out digits, letters, inverted digits,
+   and the ones. Letters are a folder of images, such as a part of Omniglot, or a named data set.
+   They are made alike: ink light on dark, the size of the digits (a pixel is ink if any pixel
+   that falls on it is: an average would lose strokes thinner than a pixel), black and white.
+2. A VAE of the benign cells of scikit-learn's breast cancer data scores benign and malignant ones.
+
+Each row is log p(x) by `log_evidence` with its verdicts. The area under the ROC curve (AUC), with
+DeLong's standard error, is the chance that an anomaly is less likely than a held-out datum. Below
+one half the detector is worse than a coin: a simple image, a one or a blank, is more likely than
+the digits that the VAE was trained on, for density is not typicality. The second area is of the
+distance of log p(x) from its median over validation data, which sees both sides.
+
+DeLong, DeLong and Clarke-Pearson. Comparing the areas under two or more correlated receiver
+operating characteristic curves. 1988.
+Nalisnick et al. Do deep generative models know what they don't know? 2019.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_breast_cancer
+from sklearn.metrics import roc_curve
+from torch import Tensor
+from torch.nn.functional import adaptive_max_pool2d
+
+from pyro_vae import VAE, Evidence, build, fit, log_evidence, plots
+from pyro_vae.data import Data, load_data
+
+# a VAE, validation rows, and sets of rows by name: held-out rows first, then anomalies
+Study = tuple[VAE, Tensor, dict[str, Tensor]]
+
+
+def like_digits(data: Data, side: int) -> Tensor:
+    """Images [N, C, H, W] as black and white ones [N, 1, side, side], ink light on dark."""
+    x = data.x.float().mean(1, keepdim=True) / max(1, (data.levels or 2) - 1)
+    ink = 1 - x if x.mean() > 0.5 else x
+    return (adaptive_max_pool2d(ink, side) >= 0.5).float()
+
+
+def some(data: Data, keep: Tensor, size: int) -> Data:
+    """At most `size` rows, drawn from those to `keep` [N]."""
+    index = keep.nonzero()[:, 0]
+    return data.subset(index[torch.randperm(len(index))[:size]])
+
+
+def images(arguments: argparse.Namespace) -> Study:
+    """A VAE of digits but ones; held-out digits, letters, inverted digits and ones."""
+    size, smoke = arguments.size, arguments.smoke
+    data = load_data("digits" if smoke else "MNIST", root=arguments.root, transform="threshold")
+    letters = load_data("sprites" if smoke else arguments.letters, root=arguments.root).train
+    if arguments.letters.lower() == "emnist" and not smoke:  # its balanced split holds digits
+        letters = some(letters, letters.labels >= 10, size)
+    seen = some(data.train, data.train.labels != 1, len(data.train))
+    held = some(data.validation, data.validation.labels != 1, 1000)
+    digits = rows(some(data.test, data.test.labels != 1, size))
+    vae = build(data.train.data_shape, latent_dim=20)
+    vae = train(vae, seen, held, arguments)
+    return vae, rows(held)[:size], {
+        "held-out digits": digits,
+        "letters": like_digits(some(letters, torch.ones(len(letters)), size), digits.shape[-1]),
+        "inverted digits": 1 - digits[: max(2, size // 10)],
+        "ones": rows(some(data.test, data.test.labels == 1, size)),
+    }  # fmt: skip
+
+
+def cells(arguments: argparse.Namespace) -> Study:
+    """A VAE of benign cells; held-out benign and malignant ones, standardised."""
+    x, benign = (torch.as_tensor(values) for values in load_breast_cancer(return_X_y=True))
+    own = x[benign == 1]
+    own = own[torch.randperm(len(own))]
+    mean, scale = own[:214].mean(0), own[:214].std(0)
+    own, malignant = (((part - mean) / scale).float() for part in (own, x[benign == 0]))
+    network = {"class_path": "MLP", "init_args": {"hidden": [50]}}
+    likelihood = {"class_path": "Normal", "init_args": {"scale": "per_dimension"}}
+    vae = build((30,), 5, likelihood=likelihood, encoder=network, decoder=network)
+    vae = train(vae, own[:214], own[214:285], arguments, epochs=2000, patience=100)
+    size = arguments.size
+    return vae, own[214:285], {"held-out benign": own[285:][:size], "malignant": malignant[:size]}
+
+
+def train(
+    vae: VAE, data: Data | Tensor, validation: Data | Tensor, arguments: argparse.Namespace,
+    epochs: int | None = None, patience: int | None = None,
+) -> VAE:  # fmt: skip
+    """The VAE at its best epoch."""
+    epochs = 2 if arguments.smoke else epochs or arguments.epochs
+    fit(
+        vae,
+        data,
+        epochs=epochs,
+        batch_size=100,
+        lr=1e-3,
+        validation=validation,
+        patience=patience,
+        seed=arguments.seed,
+        progress=not arguments.smoke,
+    )
+    return vae.eval()
+
+
+def rows(data: Data) -> Tensor:
+    """All rows as the model sees them."""
+    return data.batch(torch.arange(len(data)))[0]
+
+
+def area(normal: Tensor, anomalous: Tensor) -> tuple[float, float]:
+    r"""Area under the ROC curve of scores that are larger for anomalies, and its standard error.
+
+    The area is the mean of w_ij = [a_i > n_j] + [a_i = n_j] / 2; its variance is that of the means
+    of w over j, by the number of anomalies, and over i, by the number of others.
+    """
+    a, n = anomalous[:, None], normal[None, :]
+    wins = (a > n).double() + (a == n).double() / 2
+    variance = wins.mean(1).var() / len(anomalous) + wins.mean(0).var() / len(normal)
+    return wins.mean().item(), variance.sqrt().item()
+
+
+def table(found: dict[str, Evidence], middle: float) -> list[dict[str, str]]:
+    """log p(x) and verdicts of each set, and both areas of those after the first."""
+    normal = next(iter(found.values())).log_prob
+    lines = []
+    for i, (name, evidence) in enumerate(found.items()):
+        verdicts = sorted(set(evidence.verdict), reverse=True)
+        line = {
+            "data": f"{len(evidence)} {name}",
+            "log p(x)": f"{evidence.mean():.1f} +- {evidence.mean_stderr()[1]:.1f}",
+            "verdicts": ", ".join(f"{evidence.verdict.count(v)} {v}" for v in verdicts),
+        }
+        areas = {
+            "AUC": (-normal, -evidence.log_prob),
+            "AUC, two-sided": ((normal - middle).abs(), (evidence.log_prob - middle).abs()),
+        }
+        for title, scores in areas.items():
+            line[title] = "-" if i == 0 else "{:.3f} +- {:.3f}".format(*area(*scores))
+        lines.append(line)
+    return lines
+
+
+def draw(found: dict[str, Evidence], pictures: dict[str, Tensor], blank: float | None) -> Figure:
+    """Histograms of log p(x), ROC curves, and the first images of each set."""
+    columns = 3 if pictures else 2
+    figure = Figure(figsize=(4.2 * columns, 3.8), layout="constrained")
+    left, right, *rest = figure.subplots(1, columns)
+    (_, first), *others = found.items()
+    least, most = first.log_prob.min().item(), first.log_prob.max().item()
+    low = least - (most - least)
+    high = max(evidence.log_prob.max().item() for evidence in found.values())
+    bins = torch.linspace(low, max(high, blank or high), 40).tolist()
+    for name, evidence in found.items():
+        outside = (evidence.log_prob < low).double().mean().item()
+        label = f"{name}, {outside:.0%} further left" if outside else name
+        share = [1 / len(evidence)] * len(evidence)
+        left.hist(evidence.log_prob.tolist(), bins, weights=share, alpha=0.5, label=label)
+    if blank is not None:
+        left.axvline(blank, color="0.2", linestyle=":", label="a blank image")
+    left.set_xlabel("log p(x), nats per datum")
+    left.set_ylabel("share of the data")
+    left.legend(frameon=False, fontsize=8, loc="upper left")
+    for i, (name, evidence) in enumerate(others, 1):
+        truth = [0] * len(first) + [1] * len(evidence)
+        share, power, _ = roc_curve(truth, -torch.cat([first.log_prob, evidence.log_prob]))
+        auc = area(-first.log_prob, -evidence.log_prob)
+        label = "{}, {:.3f} +- {:.3f}".format(name, *auc)
+        right.plot(share, power, color=f"C{i}", label=label)
+    right.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=0)
+    right.set_xlabel("share of held-out data below the threshold")
+    right.set_ylabel("share of anomalies below the threshold")
+    right.legend(
+        edgecolor="w", framealpha=1, fontsize=8, title="area under the curve", loc="center"
+    )
+    for ax in rest:
+        count = min(8, *(len(x) for x in pictures.values()))
+        strips = [torch.cat([*x[:count]], -1) for x in pictures.values()]
+        ax.imshow(torch.cat(strips, -2)[0].tolist(), cmap="gray", interpolation="nearest")
+        height = strips[0].shape[-2]
+        ax.set_yticks([height * (i + 0.5) for i in range(len(strips))], list(pictures))
+        ax.set_xticks([])
+        ax.tick_params(length=0)
+    return figure
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Trains both, scores all sets, prints the tables, writes them and the figures."""
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    tables: dict[str, Any] = {}
+    for study in (images, cells):
+        torch.manual_seed(arguments.seed)
+        vae, validation, sets = study(arguments)
+        options = {"seed": arguments.seed, "progress": not arguments.smoke}
+        middle = log_evidence(vae.model, vae.guide, validation, **options).log_prob.median()
+        found = {
+            name: log_evidence(vae.model, vae.guide, x, **options) for name, x in sets.items()
+        }
+        tables[study.__name__] = table(found, middle.item())
+        shown, blank = {}, None
+        if study is images:
+            empty = torch.zeros_like(validation[:1])
+            evidence, shown = log_evidence(vae.model, vae.guide, empty, **options), sets
+            blank = evidence.mean()
+            beaten = (found["held-out digits"].log_prob < blank).double().mean()
+            tables["a blank image"] = (
+                f"log p(x) = {blank:.1f} ({evidence.verdict[0]}), more likely than {beaten:.1%} "
+                "of held-out digits"
+            )
+            print("a blank image:", tables["a blank image"])
+        plots.save(draw(found, shown, blank), str(out / f"{study.__name__}.png"))
+        printed = Table(*tables[study.__name__][0], title=f"{study.__name__}, nats per datum")
+        for line in tables[study.__name__]:
+            printed.add_row(*line.values())
+        Console(width=120).print(printed)
+    (out / "table.json").write_text(json.dumps(tables, indent=1))
+    print(f"tables and figures in {out}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", default="data", help="folder of the named data sets")
+    parser.add_argument("--letters", default="Omniglot", help="folder of images, or a name")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over MNIST")
+    parser.add_argument("--size", type=int, default=200, help="rows of each set")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="runs/anomaly")
+    parser.add_argument("--smoke", action="store_true", help="bundled data, two epochs, few rows")
+    given = parser.parse_args()
+    main(argparse.Namespace(**{**vars(given), "size": 7}) if given.smoke else given)
