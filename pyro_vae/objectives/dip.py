@@ -74,7 +74,8 @@ class DIP(Objective):
         q = only_site(d).guide
         each = marginals(q)
         means = each.loc.flatten(0, -2)
-        between = torch.cov(means.T, correction=0).reshape(means.shape[-1], -1)
+        centred = means - means.mean(0)  # torch.cov looks at the values, which stops a trace
+        between = centred.T @ centred / len(means)
         if self.kind == "I":
             return between
         full = getattr(q, "covariance_matrix", None)

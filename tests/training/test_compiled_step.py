@@ -1,0 +1,272 @@
+"""The step traced through Pyro's handlers, and compiled, is the eager step."""
+
+from __future__ import annotations
+
+import copy
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from families import (
+    LIKELIHOODS,
+    NETWORKS,
+    OBJECTIVES,
+    POSTERIORS,
+    PRIORS,
+    accepted,
+    draw,
+    make,
+    name,
+    network,
+)
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from training_cases import QUIET, make_data, make_vae, noisy_data, same, weights
+
+from pyro_vae import likelihoods, networks, posteriors, priors
+from pyro_vae.compiling import CannotCompile, Traced, compiled
+from pyro_vae.objectives import ELBO, IWAE, Capacity, DReG, Linear, Objective
+from pyro_vae.training import fit
+from pyro_vae.training.rows import TensorRows
+from pyro_vae.training.step import LossAndGradient, StepLoss
+from pyro_vae.vae import VAE
+
+TRIPLES = {
+    "-".join(cls.__name__ for cls in triple): triple
+    for triple in product(PRIORS, LIKELIHOODS, POSTERIORS)
+}
+ONE_PLAYER = [cls for cls in OBJECTIVES if not cls.has_adversary]
+
+
+def step_of(vae: nn.Module, x: Tensor, objective: Objective | None = None) -> LossAndGradient:
+    objective = objective or ELBO()
+    objective.prepare(2 * len(x), 3)
+    objective.at(0)
+    return LossAndGradient(StepLoss(vae.train(), objective, TensorRows(x)))
+
+
+def outcome(step: Any, *inputs: Tensor) -> list[Tensor | None]:
+    """Loss, terms and gradient under one seed, and the noise that comes next."""
+    torch.manual_seed(3)
+    with pyro.validation_enabled(False):
+        loss, terms, gradient = step(*inputs)
+    return [loss, terms, *gradient, torch.rand(3)]
+
+
+def buffers(module: nn.Module) -> dict[str, Tensor]:
+    return {name: b.clone() for name, b in module.named_buffers()}
+
+
+def agree(
+    step: LossAndGradient, *inputs: Tensor, how: type | Any = Traced, tolerance: float = 1e-9
+) -> Traced:
+    """The traced step gives the eager step's loss, terms, gradient, buffers and noise."""
+    twin, start = copy.deepcopy(step), buffers(step)
+    traced = how(step, *inputs)
+    assert all(torch.equal(b, start[name]) for name, b in step.named_buffers())
+    pairs = zip(outcome(twin, *inputs), outcome(traced, *inputs), strict=True)
+    for expected, found in [*pairs, *zip(twin.buffers(), step.buffers())]:
+        assert (found is None) == (expected is None)
+        if found is not None:
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    return traced
+
+
+@pytest.mark.parametrize("triple", TRIPLES.values(), ids=TRIPLES)
+def test_the_traced_step_of_every_composition(triple: tuple[type, type, type]) -> None:
+    vae = make(*triple, data_shape=(3,), hidden=(2,)).double()
+    x = draw(vae, 5).double()
+    agree(step_of(vae, x), x)
+
+
+@pytest.mark.parametrize("cls", ONE_PLAYER, ids=name)
+def test_the_traced_step_of_every_objective(cls: type) -> None:
+    vae = make().double()
+    x = draw(vae, 7).double()
+    agree(step_of(vae, x, cls()), x)
+
+
+@pytest.mark.parametrize("cls", NETWORKS, ids=name)
+def test_the_traced_step_of_every_network_with_batch_norm(cls: type) -> None:
+    body = network(cls, **accepted(cls, norm="batch"))
+    if body.in_shape == (11,):
+        vae = VAE(
+            priors.StandardNormal(11),
+            likelihoods.Bernoulli(body, body.out_shape),
+            posteriors.DiagonalNormal(networks.MLP(body.out_shape, 22), 11),
+        )
+    else:
+        vae = VAE(
+            priors.StandardNormal(3),
+            likelihoods.Bernoulli(networks.MLP(3, body.in_shape), body.in_shape),
+            posteriors.DiagonalNormal(Encoder(body), 3),
+        )
+    x = torch.bernoulli(torch.full((5, *vae.likelihood.data_shape), 0.3)).double()
+    agree(step_of(vae.double(), x), x)
+
+
+def test_batch_norm_moves_its_statistics_in_the_traced_step() -> None:
+    vae = make(norm="batch")
+    x = draw(vae, 7)
+    step = step_of(vae, x)
+    before = buffers(step)
+    agree(step, x, tolerance=1e-5)
+    moved = [n for n, b in step.named_buffers() if not torch.equal(b, before[n])]
+    assert sum("running_mean" in n for n in moved) >= 2
+
+
+def test_a_condition_is_an_input() -> None:
+    vae = make(condition_dim=2).double()
+    y = torch.randn(7, 2, dtype=torch.float64)
+    x = draw(vae, 7, y=y)
+    traced = agree(step_of(vae, x), x, y)
+    eager = outcome(step_of(vae, x), x, -y)[0]
+    torch.testing.assert_close(outcome(traced, x, -y)[0], eager)
+
+
+class Encoder(nn.Module):
+    """A network of 11 outputs, and the 6 that are asked for."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.last = body, nn.Linear(11, 6)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.last(self.body(x, y))
+
+
+class OwnProgram(PyroModule):
+    """Two latent sites and the parameters of a PyroModule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = PyroModule[nn.Linear](3, 2)
+        self.second = PyroModule[nn.Linear](2, 2)
+        self.out = PyroModule[nn.Linear](2, 3)
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            b = pyro.sample("b", dist.Normal(a, 0.5).to_event(1))
+            pyro.sample("x", dist.Normal(self.out(b), 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            a = pyro.sample("a", dist.Normal(self.first(x), 0.7).to_event(1))
+            pyro.sample("b", dist.Normal(self.second(a), 0.3).to_event(1))
+
+
+@pytest.mark.parametrize("objective", [ELBO(), IWAE(5), DReG(5)], ids=lambda o: type(o).__name__)
+def test_a_program_of_ones_own(objective: Objective) -> None:
+    x = torch.randn(7, 3)
+    agree(step_of(OwnProgram(), x, objective), x, tolerance=1e-5)
+    assert not dict(pyro.get_param_store())
+
+
+def test_weights_that_move_need_no_new_trace() -> None:
+    vae = make().double()
+    x = draw(vae, 7).double()
+    objective = Capacity(capacity=Linear(length=10, end=3.0), gamma=Linear(length=10, start=1.0))
+    step = step_of(vae, x, objective)
+    traced = Traced(step, x)
+    found = []
+    for moment in (0, 4, 9):
+        objective.at(moment)
+        with torch.no_grad():
+            next(vae.parameters()).mul_(1.1)
+        found.append(outcome(traced, x)[0])
+        torch.testing.assert_close(found[-1], outcome(step, x)[0])
+    assert len(set(map(float, found))) == 3
+
+
+def test_a_tensor_of_two_names_trains() -> None:
+    vae = make().double()
+    vae.again = vae.posterior.encoder
+    x = draw(vae, 7).double()
+    agree(step_of(vae, x), x)
+
+
+class Reads(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum().item() > 0 else -x
+
+
+def test_a_pass_that_reads_a_number_is_refused_in_one_line() -> None:
+    with pytest.raises(CannotCompile, match="^it cannot be traced: [^\n]*$"):
+        Traced(Reads(), torch.ones(3))
+
+
+def test_a_parameter_outside_the_module_is_refused() -> None:
+    class Strange(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * outside.weight[0]
+
+    outside = nn.Linear(3, 3)
+    with pytest.raises(CannotCompile, match=r"a parameter \[3, 3\] lies outside"):
+        Traced(Strange(), torch.ones(3))
+
+
+# --- the compiler itself, for a set that covers each kind of composition ------------------------
+
+
+ROUNDS = range(max(map(len, (PRIORS, LIKELIHOODS, POSTERIORS, ONE_PLAYER))))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("i", ROUNDS)
+def test_the_compiled_step_of_each_class_once(i: int) -> None:
+    families = (PRIORS, LIKELIHOODS, POSTERIORS, ONE_PLAYER)
+    *triple, objective = [family[i % len(family)] for family in families]
+    if objective.__name__ in ("BetaTC", "HierarchicallyFactorized", "DIP"):
+        triple[2] = posteriors.DiagonalNormal  # they need a density per dimension
+    vae = make(*triple, norm="batch" if i % 2 else None).double()
+    x = draw(vae.eval(), 7).double()
+    agree(step_of(vae, x, objective()), x, how=compiled)
+
+
+@pytest.mark.slow
+def test_compiled_training_is_eager_training(tmp_path: Path) -> None:
+    """Losses, weights and a broken-off run; the remainder of 3 rows runs eagerly."""
+    data, options = noisy_data(53), {"batch_size": 10, "seed": 3, **QUIET}
+    objective = ELBO(beta=Linear(length=12))
+    start, eager, fast, resumed = make_vae(), make_vae(), make_vae(), make_vae()
+    first = fit(eager, data, objective, epochs=3, **options)
+    second = fit(fast, data, objective, epochs=3, compile=True, **options)
+    run = {"run": tmp_path / "run", "compile": True, **options}
+    fit(resumed, data, objective, epochs=2, **run)
+    fit(resumed, data, objective, epochs=3, resume=True, **run)
+    for a, b in zip(first.rows, second.rows, strict=True):
+        assert a["elbo"] == pytest.approx(b["elbo"], abs=1e-5)
+    for key, weight in weights(eager).items():
+        if weight.is_floating_point():
+            torch.testing.assert_close(weights(fast)[key], weight, rtol=1e-4, atol=1e-5)
+    moved = [not torch.equal(p, q) for p, q in zip(fast.parameters(), start.parameters())]
+    assert all(moved)
+    assert same(weights(fast), weights(resumed))
+
+
+def test_what_cannot_be_compiled_trains_eagerly_and_says_why() -> None:
+    class Branching(VAE):
+        def guide(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+            assert x.sum().item() >= 0
+            return super().guide(x, y)
+
+    plain, odd = make_vae(), make_vae()
+    odd.__class__ = Branching
+    fit(plain, make_data(), epochs=2, batch_size=10, **QUIET)
+    with pytest.warns(UserWarning, match="compile: the step runs eagerly, for it cannot be tr"):
+        fit(odd, make_data(), epochs=2, batch_size=10, compile=True, **QUIET)
+    assert same(weights(plain), weights(odd))
+
+
+def test_no_compiler_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    import torch._inductor.config as config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    with pytest.warns(UserWarning, match="compile: the step runs eagerly, for it cannot be comp"):
+        fit(make_vae(), make_data(41), epochs=2, batch_size=10, compile=True, **QUIET)
