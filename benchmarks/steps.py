@@ -1,0 +1,448 @@
+"""A training step of pyro_vae beside its peers, in turns: ratios of time, losses, peak memory.
+
+python benchmarks/steps.py [WORKLOAD ...] [--threads 2] [--turns 9] [--out steps.json]
+
+Workloads: mlp-100 and mlp-512 (784-500 tanh-20, Bernoulli, of that batch), iwae (50 draws, batch
+20), vamp (500 components), conv (32 x 32 x 3, Gaussian decoder). Every candidate trains on the
+same drawn data with Adam at 1e-3 for the same number of steps, and must end at the same loss.
+Peers that are not installed (extra `benchmarks`) are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+from turns import Done, Result, Turns, compare
+
+ROWS = 20_000
+CHECKED = 1000  # rows on which the loss is compared
+WORKLOADS: dict[str, dict[str, Any]] = {
+    "mlp-100": {"shape": (784,), "batch": 100},
+    "mlp-512": {"shape": (784,), "batch": 512},
+    "iwae": {"shape": (784,), "batch": 20, "draws": 50},
+    "vamp": {"shape": (784,), "batch": 100, "components": 500},
+    "conv": {"shape": (3, 32, 32), "batch": 100},
+}
+D = 20
+
+
+def data(shape: tuple[int, ...]) -> Any:
+    """Rows with ten directions to encode, binary or real, the same for every candidate."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(ROWS, 10, generator=generator)
+    w = torch.randn(10, math.prod(shape), generator=generator)
+    if len(shape) == 3:
+        return (0.3 * z @ w).tanh().reshape(ROWS, *shape)
+    return torch.bernoulli((z @ w - 2).sigmoid(), generator=generator)
+
+
+# --- by hand ------------------------------------------------------------------------------------
+
+
+def networks(workload: dict[str, Any]) -> tuple[Any, Any]:
+    """Encoder and decoder."""
+    from torch import nn
+
+    from pyro_vae.networks import Conv, ConvTranspose
+
+    if len(workload["shape"]) == 3:
+        return Conv(workload["shape"], 2 * D), ConvTranspose(D, workload["shape"])
+    encoder = nn.Sequential(nn.Linear(784, 500), nn.Tanh(), nn.Linear(500, 2 * D))
+    return encoder, nn.Sequential(nn.Linear(D, 500), nn.Tanh(), nn.Linear(500, 784))
+
+
+def make_loss(workload: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]]:
+    """Modules of a hand-written VAE, and its loss of a batch."""
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    encoder, decoder = networks(workload)
+    modules = nn.ModuleList([encoder, decoder])
+    half_log = 0.5 * math.log(2 * math.pi)
+
+    def posterior(x: Any) -> tuple[Any, Any]:
+        loc, raw = encoder(x).chunk(2, -1)
+        return loc, F.softplus(raw)
+
+    def log_likelihood(z: Any, x: Any) -> Any:
+        out = decoder(z)
+        if len(workload["shape"]) == 3:
+            return (-0.5 * (x - out) ** 2 - half_log).flatten(1).sum(-1)
+        x = x.expand_as(out)
+        return -F.binary_cross_entropy_with_logits(out, x, reduction="none").sum(-1)
+
+    def elbo(x: Any) -> Any:
+        loc, scale = posterior(x)
+        z = loc + scale * torch.randn_like(scale)
+        kl = (0.5 * (loc**2 + scale**2 - 1) - scale.log()).sum(-1)
+        return -(log_likelihood(z, x) - kl).mean()
+
+    def iwae(x: Any) -> Any:
+        loc, scale = posterior(x)
+        noise = torch.randn(workload["draws"], *loc.shape)
+        z = loc + scale * noise
+        log_q = (-0.5 * noise**2 - scale.log()).sum(-1)
+        weights = log_likelihood(z, x) - 0.5 * (z**2).sum(-1) - log_q
+        return -(weights.logsumexp(0) - math.log(workload["draws"])).mean()
+
+    def vamp(x: Any) -> Any:
+        loc, scale = posterior(x)
+        z = loc + scale * torch.randn_like(scale)
+        log_q = (-0.5 * ((z - loc) / scale) ** 2 - scale.log()).sum(-1)
+        means, widths = posterior(inputs.sigmoid())
+        parts = -0.5 * ((z.unsqueeze(1) - means) / widths) ** 2 - widths.log()
+        log_p = parts.sum(-1).logsumexp(-1) - math.log(len(inputs))
+        return -(log_likelihood(z, x) + log_p - log_q).mean()
+
+    if "components" in workload:
+        inputs = nn.Parameter(torch.randn(workload["components"], 784))
+        modules.register_parameter("inputs", inputs)
+        return modules, vamp
+    return modules, iwae if "draws" in workload else elbo
+
+
+def by_hand(name: str, turns: Turns, compiled: bool = False, matmul: str = "highest") -> Any:
+    """What one writes without a library."""
+    import torch
+
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision(matmul)
+    workload = WORKLOADS[name]
+    x = data(workload["shape"])
+    modules, loss = make_loss(workload)
+    optimizer = torch.optim.Adam(modules.parameters(), lr=1e-3, fused=True)
+    step = torch.compile(loss) if compiled else loss
+    with contextlib.suppress(Done):
+        while True:
+            for index in torch.randperm(ROWS).split(workload["batch"])[
+                : ROWS // workload["batch"]
+            ]:
+                turns.tick()
+                value = step(x[index])
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+                value.item()
+    return lambda: loss_of(loss, x)
+
+
+def loss_of(loss: Callable[[Any], Any], x: Any) -> float:
+    """Mean over ten draws of the noise."""
+    import torch
+
+    with torch.no_grad():
+        return sum(float(loss(x[:CHECKED])) for _ in range(10)) / 10
+
+
+def matrix_products(name: str, turns: Turns) -> Any:
+    """The products of matrices of the step and nothing else: the machine's own limit."""
+    import torch
+
+    B = WORKLOADS[name]["batch"]
+    sizes = [(784, 500), (500, 2 * D), (D, 500), (500, 784)]
+    layers = [(torch.randn(B, i), torch.randn(i, o), torch.randn(B, o)) for i, o in sizes]
+    with contextlib.suppress(Done):
+        while True:
+            turns.tick()
+            for number, (x, w, slope) in enumerate(layers):
+                x @ w
+                x.T @ slope
+                if number:  # the data need no gradient
+                    slope @ w.T
+    return lambda: math.nan
+
+
+# --- pyro_vae -----------------------------------------------------------------------------------
+
+
+def pyro_vae(name: str, turns: Turns, compiled: bool = False, matmul: str = "highest") -> Any:
+    """`fit`, with all that its loop does."""
+    import torch
+
+    from pyro_vae import build, fit
+    from pyro_vae.estimators import evidence_lower_bound
+    from pyro_vae.objectives import ELBO, IWAE
+    from pyro_vae.training.rows import TensorRows
+
+    class Waiting(TensorRows):
+        def to(self, device: Any) -> Any:
+            return self
+
+        def batch(self, index: Any) -> Any:
+            if len(index) == workload["batch"]:
+                turns.tick()
+            return super().batch(index)
+
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision(matmul)
+    workload = WORKLOADS[name]
+    images = len(workload["shape"]) == 3
+    prior: Any = "StandardNormal"
+    if "components" in workload:
+        prior = {"class_path": "VampPrior", "init_args": {"num_components": 500}}
+    network = "Conv" if images else {"class_path": "MLP", "init_args": {"hidden": [500]}}
+    vae = build(
+        workload["shape"],
+        D,
+        prior=prior,
+        likelihood="Normal" if images else "Bernoulli",
+        encoder=network,
+        decoder="ConvTranspose" if images else network,
+    )
+    vae.initialised.fill_(True)  # start where the others start
+    x = data(workload["shape"])
+    objective = IWAE(workload["draws"]) if "draws" in workload else ELBO()
+    options = {"batch_size": workload["batch"], "lr": 1e-3, "progress": False}
+    with contextlib.suppress(Done):
+        fit(vae, Waiting(x), objective, epochs=10_000, compile=compiled, **options)
+    if "draws" in workload:
+        return lambda: objective.loss(vae.model, vae.guide, x[:CHECKED]) / CHECKED
+    return lambda: -evidence_lower_bound(vae.model, vae.guide, x[:CHECKED]).elbo.mean().item()
+
+
+# --- peers --------------------------------------------------------------------------------------
+
+
+def pyro_example(name: str, turns: Turns) -> Any:
+    """Pyro's VAE example as its users write it: SVI, Trace_ELBO, pyro.optim, a loader."""
+    import pyro
+    import pyro.distributions as dist
+    import torch
+    from pyro.infer import SVI, Trace_ELBO
+    from torch import nn
+    from torch.utils.data import DataLoader
+
+    torch.manual_seed(0)
+    workload = WORKLOADS[name]
+    x = data(workload["shape"])
+
+    class VAE(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.decoder = networks(workload)
+
+        def model(self, x: Any) -> None:
+            pyro.module("decoder", self.decoder)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), D), 1.0).to_event(1))
+                logits = self.decoder(z)
+                pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+        def guide(self, x: Any) -> None:
+            pyro.module("encoder", self.encoder)
+            with pyro.plate("data", len(x)):
+                loc, raw = self.encoder(x).chunk(2, -1)
+                pyro.sample("z", dist.Normal(loc, nn.functional.softplus(raw)).to_event(1))
+
+    vae = VAE()
+    svi = SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": 1e-3}), loss=Trace_ELBO())
+    loader = DataLoader(x, batch_size=workload["batch"], shuffle=True, drop_last=True)
+    with contextlib.suppress(Done):
+        while True:
+            for batch in loader:
+                turns.tick()
+                svi.step(batch)
+    return lambda: sum(svi.evaluate_loss(x[:CHECKED]) for _ in range(10)) / 10 / CHECKED
+
+
+def numpyro(name: str, turns: Turns) -> Any:
+    """NumPyro's SVI with a jitted update."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import numpyro.distributions as dist
+    from numpyro import module, optim, plate, sample
+    from numpyro.infer import SVI, TraceMeanField_ELBO
+
+    workload = WORKLOADS[name]
+    x = jnp.asarray(data(workload["shape"]).numpy())
+
+    def linear(rng: Any, i: int, o: int) -> Any:
+        return tuple(rng.uniform(-1, 1, s).astype("float32") / i**0.5 for s in ((i, o), o))
+
+    rng = np.random.default_rng(0)
+    start = {
+        "encoder": [linear(rng, 784, 500), linear(rng, 500, 2 * D)],
+        "decoder": [linear(rng, D, 500), linear(rng, 500, 784)],
+    }
+
+    def network(which: str) -> Any:
+        def apply(p: Any, x: Any) -> Any:
+            return jnp.tanh(x @ p[0][0] + p[0][1]) @ p[1][0] + p[1][1]
+
+        return module(which, (lambda *_: (None, start[which]), apply), (1,))
+
+    def model(x: Any) -> None:
+        with plate("data", len(x)):
+            z = sample("z", dist.Normal(jnp.zeros(D), 1.0).to_event(1))
+            sample("x", dist.Bernoulli(logits=network("decoder")(z)).to_event(1), obs=x)
+
+    def guide(x: Any) -> None:
+        loc, raw = jnp.split(network("encoder")(x), 2, -1)
+        with plate("data", len(x)):
+            sample("z", dist.Normal(loc, jax.nn.softplus(raw)).to_event(1))
+
+    svi = SVI(model, guide, optim.Adam(1e-3), TraceMeanField_ELBO())
+    state = svi.init(jax.random.PRNGKey(0), x[: workload["batch"]])
+    update = jax.jit(lambda state, index: svi.update(state, x[index]))
+    shuffle = np.random.default_rng(1)
+    with contextlib.suppress(Done):
+        while True:
+            order = shuffle.permutation(ROWS)
+            for i in range(0, ROWS - workload["batch"] + 1, workload["batch"]):
+                turns.tick()
+                state, loss = update(state, order[i : i + workload["batch"]])
+                loss.block_until_ready()
+    return lambda: float(svi.evaluate(state, x[:CHECKED])) / CHECKED
+
+
+def pythae(name: str, turns: Turns) -> Any:
+    """pythae's trainer."""
+    import logging
+
+    import torch
+    from pythae.data.datasets import BaseDataset
+    from pythae.models import VAE, VAEConfig
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.nn import BaseDecoder, BaseEncoder
+    from pythae.trainers import BaseTrainer, BaseTrainerConfig
+
+    torch.manual_seed(0)
+    logging.disable(logging.WARNING)
+    workload = WORKLOADS[name]
+    x = data(workload["shape"])
+
+    class Encoder(BaseEncoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = networks(workload)[0]
+
+        def forward(self, x: Any) -> Any:
+            loc, raw = self.body(x).chunk(2, -1)
+            scale = torch.nn.functional.softplus(raw)
+            return ModelOutput(embedding=loc, log_covariance=2 * scale.log())
+
+    class Decoder(BaseDecoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = networks(workload)[1]
+
+        def forward(self, z: Any) -> Any:
+            return ModelOutput(reconstruction=self.body(z).sigmoid())
+
+    class Rows(BaseDataset):
+        def __getitem__(self, index: int) -> Any:
+            counter["rows"] += 1
+            if counter["rows"] % workload["batch"] == 1:
+                turns.tick()
+            return super().__getitem__(index)
+
+    counter = {"rows": 0}
+    config = VAEConfig(input_dim=(784,), latent_dim=D, reconstruction_loss="bce")
+    model = VAE(config, Encoder(), Decoder())
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        options = BaseTrainerConfig(
+            output_dir=folder,
+            num_epochs=10_000,
+            learning_rate=1e-3,
+            per_device_train_batch_size=workload["batch"],
+            optimizer_cls="Adam",
+            no_cuda=True,
+        )
+        trainer = BaseTrainer(model, Rows(x, torch.zeros(len(x))), training_config=options)
+        with contextlib.suppress(Done):
+            trainer.train()
+    return lambda: loss_of(lambda x: model(Rows(x, torch.zeros(len(x)))[:]).loss, x)
+
+
+# --- all ----------------------------------------------------------------------------------------
+
+
+def candidates(name: str) -> dict[str, Any]:
+    """Those of a workload that can run here."""
+    medium = {"compiled": True, "matmul": "medium"}
+    found: dict[str, Any] = {
+        "by hand": partial(by_hand, name),
+        "by hand, compiled": partial(by_hand, name, compiled=True),
+        "pyro_vae": partial(pyro_vae, name),
+        "pyro_vae, compiled": partial(pyro_vae, name, compiled=True),
+    }
+    if name.startswith("mlp"):
+        found |= {
+            "by hand, medium": partial(by_hand, name, matmul="medium"),
+            "pyro_vae, compiled, medium": partial(pyro_vae, name, **medium),
+            "Pyro's example": partial(pyro_example, name),
+            "matrix products alone": partial(matrix_products, name),
+        }
+        peers = {"NumPyro": (numpyro, "numpyro"), "pythae": (pythae, "pythae")}
+        found |= {k: partial(f, name) for k, (f, package) in peers.items() if find_spec(package)}
+    return found
+
+
+def rows(name: str, results: dict[str, Result]) -> list[dict[str, Any]]:
+    """The table of a workload."""
+    base = results["by hand"]
+    return [
+        {
+            "workload": name,
+            "candidate": candidate,
+            "ratio": result.ratio(base),
+            "ms": sorted(result.ms)[len(result.ms) // 2],
+            "loss": result.loss,
+            "first step after s": result.first,
+            "MB": result.memory,
+        }
+        for candidate, result in results.items()
+    ]
+
+
+def main(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs the workloads, prints their tables, and says whose loss is another."""
+    warnings.simplefilter("ignore")
+    table = []
+    for name in arguments.workloads or WORKLOADS:
+        results = compare(
+            candidates(name),
+            turns=arguments.turns,
+            steps=arguments.steps,
+            warm=20,
+            threads=arguments.threads,
+        )
+        part = rows(name, results)
+        expected = results["by hand"].loss
+        for row in part:
+            odd = abs(row["loss"] - expected) > 0.02 * abs(expected)
+            note = "  ANOTHER LOSS: not the same work" if odd else ""
+            print(
+                f"{name:8} {row['candidate']:28} {row['ratio']:.3f}  {row['ms']:7.2f} ms  "
+                f"loss {row['loss']:.2f}  {row['MB']:.0f} MB{note}",
+                flush=True,
+            )
+        table += part
+    if arguments.out:
+        with open(arguments.out, "w") as file:
+            json.dump({"threads": arguments.threads, "rows": table}, file, indent=1)
+    return table
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("workloads", nargs="*", choices=[*WORKLOADS, []])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--out", help="JSON file for the table")
+    main(parser.parse_args())
