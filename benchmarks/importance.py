@@ -2,14 +2,15 @@
 
 python benchmarks/importance.py [--images 20] [--threads 2] [--matmul medium]
 
-Peers: plain torch in chunks of 1000, pyro_vae, NumPyro jitted, pythae's get_nll; those that are
-not installed are left out. All score the same weights (784-500 tanh-20, Bernoulli) on the same
+Peers: PyTorch by hand in chunks of 1000, pyro_vae, NumPyro jitted, pythae's get_nll; those that
+are not installed are left out. All score the same weights (784-500 tanh-20, Bernoulli) on the same
 images, each in a process of its own; the means are checked to agree.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from typing import Any
@@ -70,11 +72,14 @@ def plain_torch(images: int) -> Run:
     return run
 
 
-def pyro_vae(images: int) -> Run:
+def pyro_vae(images: int, compiled: bool = False, matmul: str | None = None) -> Run:
     """`importance_sampling` with its defaults: errors, effective sample sizes, k-hat as well."""
     import torch
 
-    from pyro_vae import build, importance_sampling
+    from pyro_vae import Evidence, build, importance_sampling
+    from pyro_vae.estimators.batches import map_batches
+    from pyro_vae.estimators.fast import CompiledJoint
+    from pyro_vae.estimators.importance import _estimate
 
     arrays, draw = weights()
     vae = build(784, D)
@@ -90,7 +95,28 @@ def pyro_vae(images: int) -> Run:
             layer.weight.copy_(torch.from_numpy(arrays[name].T))
             layer.bias.zero_()
     x = torch.from_numpy(draw(images))
-    return lambda: importance_sampling(vae.model, vae.guide, x, num_samples=K).mean()
+    if matmul:
+        torch.set_float32_matmul_precision(matmul)
+    if not compiled:
+        return lambda: importance_sampling(vae.model, vae.guide, x, num_samples=K).mean()
+    joint = CompiledJoint()  # kept, so that what is timed is the code and not its compilation
+    options = {"num_samples": K, "rows": CHUNK, "proposal": "guide", "joint": joint}
+
+    def run() -> float:
+        parts = map_batches(
+            partial(_estimate, **options),
+            vae.model,
+            vae.guide,
+            x,
+            None,
+            size=1,
+            seed=0,
+            devices=1,
+            progress=False,
+        )
+        return Evidence.cat(parts).mean()
+
+    return run
 
 
 def numpyro(images: int) -> Run:
@@ -169,8 +195,10 @@ def pythae(images: int) -> Run:
 
 
 CANDIDATES = {
-    "plain torch": plain_torch,
+    "by hand": plain_torch,
     "pyro_vae": pyro_vae,
+    "pyro_vae, compiled": partial(pyro_vae, compiled=True),
+    "pyro_vae, compiled, medium": partial(pyro_vae, compiled=True, matmul="medium"),
     "NumPyro": numpyro,
     "pythae": pythae,
 }
@@ -194,11 +222,12 @@ def serve(name: str, images: int, matmul: str, pipe: Connection) -> None:
 
 
 def main() -> None:
-    """Runs all candidates in turn; prints ratios to plain torch."""
+    """Runs all candidates in turn; prints ratios to PyTorch by hand."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", help="JSON file")
     parser.add_argument("--matmul", default="highest", help="torch's float32 matmul precision")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
@@ -217,15 +246,23 @@ def main() -> None:
             means[name], elapsed = pipe.recv()
             seconds[name].append(elapsed)
     print(f"{arguments.threads} threads, {arguments.images} images, K = {K}")
-    base = statistics.median(seconds["plain torch"])
+    base = statistics.median(seconds["by hand"])
+    rows = []
     for name, times in seconds.items():
-        rate = arguments.images * K / statistics.median(times) / 1e6
+        time = statistics.median(times)
         pipes[name].send(False)
         before, after = pipes[name].recv()
+        row = {"candidate": name, "ratio": time / base, "mean": means[name]}
+        row |= {"M draws x images / s": arguments.images * K / time / 1e6}
+        row |= {"MB": (after - before) / 1024}
+        rows.append(row)
         print(
-            f"{name:12} {statistics.median(times) / base:.3f} of plain torch, {rate:.3f} M draws "
-            f"x images / s, mean {means[name]:.2f}, {(after - before) / 1024:.0f} MB more"
+            f"{name:26} {time / base:.3f} of by hand, {row['M draws x images / s']:.3f} M draws "
+            f"x images / s, mean {means[name]:.2f}, {row['MB']:.0f} MB more"
         )
+    if arguments.out:
+        with open(arguments.out, "w") as file:
+            json.dump({"threads": arguments.threads, "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":

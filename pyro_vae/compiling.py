@@ -61,7 +61,7 @@ class Traced:
             store.scope(store.get_state()),
         ):
             trace = make_fx(operations, tracing_mode="fake", _allow_non_fake_inputs=True)
-            self.graph = trace(*self.state, *inputs)
+            self.graph = trace(*self.state, *_dense(inputs))
         for stray in self.graph.parameters() if torch.is_grad_enabled() else ():
             raise CannotCompile(f"a parameter {list(stray.shape)} lies outside the module")
         self.code: Callable[..., Any] = self.graph
@@ -69,7 +69,7 @@ class Traced:
     def __call__(self, *inputs: Tensor) -> Any:
         """What the forward pass returns; carries no gradient."""
         with torch.no_grad():
-            outputs = self.code(*self.state, *inputs)
+            outputs = self.code(*self.state, *_dense(inputs))
         return tree_unflatten(list(outputs), self.layout)
 
 
@@ -85,8 +85,13 @@ def compiled(module: nn.Module, *inputs: Tensor) -> Traced:
     with _in_one_line("compiled"), _quiet(), torch.no_grad():
         # fallback_random: numbers from torch's generators, not the compiler's own
         options = {"fallback_random": True}
-        traced.code = by_inductor(traced.graph, [*traced.state, *inputs], options=options)
+        traced.code = by_inductor(traced.graph, [*traced.state, *_dense(inputs)], options=options)
     return traced
+
+
+def _dense(inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """The inputs in row-major order: code is made for one order in memory."""
+    return [part.contiguous() for part in inputs]
 
 
 @contextmanager

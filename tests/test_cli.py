@@ -617,3 +617,23 @@ def test_print_config_is_yaml_that_train_takes(
     ]
     assert main(["train", *SMALL, *options, "--epochs", "1", "--run", str(tmp_path / "run")]) == 0
     assert load(tmp_path / "run").prior.inputs.shape[0] == 3
+
+
+def test_precision_and_threads_are_those_asked_for_and_put_back(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    seen = []
+
+    def look(*_: object, **options: object) -> None:
+        seen.append((torch.get_float32_matmul_precision(), torch.get_num_threads()))
+        seen.append(options["compile"])
+        raise ValueError("enough")
+
+    monkeypatch.setattr("pyro_vae.cli.judge.importance_sampling", look)
+    speed = ["--matmul", "medium", "--threads", "1", "--compile", "true"]
+    assert main(["evaluate", str(run), *speed]) == 2
+    assert seen == [("medium", 1), True]
+    assert (torch.get_float32_matmul_precision(), torch.get_num_threads()) == before
+    assert main(["evaluate", str(run), "--threads", "0"]) == 2
+    assert "threads must be at least 1; got 0" in capsys.readouterr().err

@@ -64,8 +64,9 @@ def run(argv: list[str]) -> int:
     try:
         if name not in commands:
             raise ValueError(f"unknown command{closest(name, commands)}")
-        with _short_warnings():
-            commands[name](_parse(name, rest))
+        options = _parse(name, rest)
+        with _short_warnings(), _matrix_products(options):
+            commands[name](options)
     except ERRORS as error:
         print(f"pyro-vae {name}: {_line(error)}", file=sys.stderr)
         return 2
@@ -102,6 +103,24 @@ def _resumed(argv: list[str]) -> list[str]:
             )
         return ["--config", str(declaration), "--run", folder, *argv]
     return argv
+
+
+@contextmanager
+def _matrix_products(options: Namespace) -> Iterator[None]:
+    """The precision of matrix products and the threads that a command asks for."""
+    import torch
+
+    before = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    if options.get("threads") is not None:
+        if options.threads < 1:
+            raise ValueError(f"threads must be at least 1; got {options.threads}")
+        torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision(options.get("matmul", before[0]))
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.set_num_threads(before[1])
 
 
 @contextmanager

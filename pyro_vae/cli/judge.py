@@ -40,7 +40,15 @@ def evaluate(options: Namespace) -> None:
     x, y = data.batch(torch.arange(len(data)))
     bound = evidence_lower_bound(vae.model, vae.guide, x, y, num_samples=options.elbo_samples)
     plain = importance_sampling(
-        vae.model, vae.guide, x, y, num_samples=options.num_samples, seed=options.seed
+        vae.model,
+        vae.guide,
+        x,
+        y,
+        num_samples=options.num_samples,
+        compile=options.compile,
+        devices=options.devices,
+        seed=options.seed,
+        progress=options.progress,
     )
     evidence = estimate(vae, data, options)
     evidence.save(Path(options.run) / "evidence.safetensors")
@@ -64,7 +72,9 @@ def evaluate(options: Namespace) -> None:
         "kl": bound.kl.mean().item(),
         "reconstruction": bound.reconstruction.mean().item(),
         "inference_gap": gap.mean().item(),
+        **errors({**vars(bound), "inference_gap": gap}),
         **({} if parts is None else {name: getattr(parts, name).value for name in TERMS}),
+        **({} if parts is None else {f"stderr_{n}": getattr(parts, n).stderr_data for n in TERMS}),
         "active_units": int(active.sum()),
         "khat_below_threshold": evidence.share_below_threshold(),
         "bits_per_dim": data.bits_per_dim(evidence.log_prob).mean().item(),
@@ -91,6 +101,12 @@ def evaluate(options: Namespace) -> None:
         "bits per dimension": f"{numbers['bits_per_dim']:.3f} (transform: {splits.transform})",
     }
     table(f"{options.run}: {len(data)} of {whole} rows of the {options.part} part", lines)
+
+
+def errors(terms: dict[str, Any]) -> dict[str, float]:
+    """Standard errors over data of the mean of each of `terms` [N], by name."""
+    tensors = {name: term for name, term in terms.items() if isinstance(term, torch.Tensor)}
+    return {f"stderr_{n}": (t.std() / len(t) ** 0.5).item() for n, t in tensors.items()}
 
 
 def parts_lines(parts: Decomposition | None) -> dict[str, str]:
@@ -123,6 +139,8 @@ def score(options: Namespace) -> None:
 
 def compare(options: Namespace) -> None:
     """Runs on the same rows: log p(x) of each, and paired differences with their errors."""
+    if len(set(options.runs)) < 2:
+        raise ValueError("compare needs two runs or more; for one: pyro-vae evaluate RUN")
     loaded = {run: load_run(run, options.data_root) for run in options.runs}
     for run in options.runs[1:]:
         check_comparable(options.runs[0], run, loaded, options.part)
@@ -149,6 +167,8 @@ def estimate(vae: VAE, data: Data, options: Namespace) -> Evidence:
         x,
         y,
         tolerance=options.tolerance,
+        compile=options.compile,
+        devices=options.devices,
         seed=options.seed,
         progress=options.progress,
     )

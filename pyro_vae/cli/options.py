@@ -182,11 +182,20 @@ def _training_options(parser: ArgumentParser) -> None:
     add("--devices", type=int, default=1, help="GPUs, or processes where there is none")
     add("--accelerator", default="auto")
     add("--precision", default="32-true")
+    _speed_options(parser)
     add("--tensorboard", type=bool, default=False, help="also log for TensorBoard")
     add("--progress", type=bool, default=True, help="show a progress bar")
     add("--run", type=str | None, default=None, help="new folder of the run; runs/NAME-n")
     add("--resume", type=str | None, default=None, help="folder of a run to go on with")
     add("--import", type=str | None, default=None, help="module that defines classes of yours")
+
+
+def _speed_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--compile", type=bool, default=False, help="compile what runs again and again")
+    add("--matmul", default="highest", choices=["highest", "high", "medium"],
+        help="precision of float32 matrix products: the others may round to bfloat16")  # fmt: skip
+    add("--threads", type=int | None, default=None, help="of each process; torch's own choice")
 
 
 def _run_parser(name: str, description: str) -> ArgumentParser:
@@ -250,6 +259,7 @@ def _estimator_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--tolerance", type=float, default=0.05, help="largest standard error, nats")
     add("--devices", type=int, default=1, help="processes that share the rows")
+    _speed_options(parser)
     add("--seed", type=int, default=0)
     add("--progress", type=bool, default=True, help="show a progress bar")
 

@@ -33,6 +33,7 @@ TRAINING = (
     "devices",
     "accelerator",
     "precision",
+    "compile",
     "seed",
     "progress",
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,8 @@ def annealed_importance_sampling(
     start: str = "refined",
     schedule: str = "sigmoid",
     chunk_size: int | None = None,
+    compile: bool = False,
+    devices: int = 1,
     seed: int | None = 0,
     progress: bool = False,
 ) -> Evidence:
@@ -65,6 +69,9 @@ def annealed_importance_sampling(
         start: Where the path starts: "prior", "guide" or "refined".
         schedule: Inverse temperatures: "linear", or "sigmoid", closer near both ends.
         chunk_size: Draws times data that the model sees at once.
+        compile: Whether to compile log p(x, u) and its gradient: some seconds, once for each
+            shape that comes often; the result is the same to rounding.
+        devices: Processes that share the data, as in `importance_sampling`.
         seed: Of the draws.
         progress: Whether to show a progress bar.
 
@@ -82,16 +89,29 @@ def annealed_importance_sampling(
     """
     check_path(num_temperatures, num_chains, num_leapfrog, start, schedule)
 
-    def estimate(target: Target) -> Evidence:
-        origin = make_start(start, target)
-        path = Path(origin, num_temperatures, num_leapfrog, schedule)
-        evidence = summarise(path.forward(num_chains).cpu(), f"annealed, {start}", "lower bound")
-        return origin.fit.judge(evidence, 0.1) if isinstance(origin, Refined) else evidence
-
+    steps = (num_temperatures, num_leapfrog, schedule)
     parts = map_targets(
-        estimate, model, guide, x, y, chunk_size=chunk_size, seed=seed, progress=progress
+        partial(_estimate, num_chains=num_chains, start=start, steps=steps),
+        model,
+        guide,
+        x,
+        y,
+        chunk_size=chunk_size,
+        seed=seed,
+        devices=devices,
+        progress=progress,
+        compile=compile,
     )
     return Evidence.cat(parts)
+
+
+def _estimate(
+    target: Target, num_chains: int, start: str, steps: tuple[int, int, str]
+) -> Evidence:
+    origin = make_start(start, target)
+    weights = Path(origin, *steps).forward(num_chains)
+    evidence = summarise(weights.cpu(), f"annealed, {start}", "lower bound")
+    return origin.fit.judge(evidence, 0.1) if isinstance(origin, Refined) else evidence
 
 
 def check_path(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from pyro_vae.densities import Program
 from pyro_vae.estimators.annealed import Path, check_path
-from pyro_vae.estimators.batches import map_targets
+from pyro_vae.estimators.batches import check_data, map_targets
 from pyro_vae.estimators.diagnostics import log_mean_exp
 from pyro_vae.estimators.starts import make_start
 from pyro_vae.estimators.target import Target
@@ -77,6 +78,7 @@ def bidirectional(
     start: str = "refined",
     schedule: str = "sigmoid",
     chunk_size: int | None = None,
+    devices: int = 1,
     seed: int | None = 0,
     progress: bool = False,
 ) -> Bracket:
@@ -107,6 +109,7 @@ def bidirectional(
         start: "prior", "guide" or "refined".
         schedule: "linear" or "sigmoid".
         chunk_size: Draws times data that the model sees at once.
+        devices: Processes that share the data, as in `importance_sampling`.
         seed: Of the data and the draws.
         progress: Whether to show a progress bar.
 
@@ -118,30 +121,36 @@ def bidirectional(
         Monte Carlo. 2015.
     """
     check_path(num_temperatures, num_chains, num_leapfrog, start, schedule)
+    check_data(x, y)
     count = len(x) if num_data is None else num_data
     if count < 1:
         raise ValueError(f"num_data must be at least 1; got {count}")
     rows = torch.arange(count, device=x.device) % len(x)
 
-    def bracket(template: Target) -> Bracket:
-        target, exact = simulate(template)
-        path = Path(make_start(start, target), num_temperatures, num_leapfrog, schedule)
-        lower = log_mean_exp(path.forward(num_chains))
-        upper = -log_mean_exp(-path.reverse(exact.expand(num_chains, -1, -1)))
-        return Bracket(lower.cpu(), upper.cpu(), target.x.cpu())
-
+    steps = (num_temperatures, num_leapfrog, schedule)
     parts = map_targets(
-        bracket,
+        partial(_bracket, num_chains=num_chains, start=start, steps=steps),
         model,
         guide,
         x[rows],
         None if y is None else y[rows],
         chunk_size=chunk_size,
         seed=seed,
+        devices=devices,
         progress=progress,
     )
     columns = zip(*((part.lower, part.upper, part.x) for part in parts))
     return Bracket(*(torch.cat(column) for column in columns))
+
+
+def _bracket(
+    template: Target, num_chains: int, start: str, steps: tuple[int, int, str]
+) -> Bracket:
+    target, exact = simulate(template)
+    path = Path(make_start(start, target), *steps)
+    lower = log_mean_exp(path.forward(num_chains))
+    upper = -log_mean_exp(-path.reverse(exact.expand(num_chains, -1, -1)))
+    return Bracket(lower.cpu(), upper.cpu(), target.x.cpu())
 
 
 def simulate(template: Target) -> tuple[Target, Tensor]:

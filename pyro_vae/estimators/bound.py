@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.densities import Program, densities
+from pyro_vae.estimators.batches import check_data
 from pyro_vae.estimators.evaluating import evaluating
 
 __all__ = ["Bound", "evidence_lower_bound"]
@@ -55,6 +56,7 @@ def evidence_lower_bound(
         ValueError: If `num_samples` or `chunk_size` is below one, or the programs have no
             density per datum (see `densities`).
     """
+    check_data(x, y)
     if num_samples < 1 or chunk_size < 1:
         raise ValueError(
             f"num_samples and chunk_size must be at least 1; got {num_samples} and {chunk_size}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ def log_evidence(
     tolerance: float = 0.05,
     budget: int | None = None,
     chunk_size: int | None = None,
+    compile: bool = False,
+    devices: int = 1,
     seed: int | None = 0,
     progress: bool = False,
 ) -> Evidence:
@@ -54,6 +57,9 @@ def log_evidence(
             the steps above may need (about 45,000) if None. The fit and the first draws need
             some 4000. What further modes of a datum cost is not counted.
         chunk_size: Draws times data that the model sees at once.
+        compile: Whether to compile log p(x, u) and its gradient: some seconds, once for each
+            shape that comes often; the result is the same to rounding.
+        devices: Processes that share the data, as in `importance_sampling`.
         seed: Of the draws.
         progress: Whether to show a progress bar.
 
@@ -73,14 +79,16 @@ def log_evidence(
         raise ValueError(f"tolerance must be positive, in nats; got {tolerance}")
     limit = math.inf if budget is None else budget
     parts = map_targets(
-        lambda target: _escalate(target, tolerance, limit),
+        partial(_escalate, tolerance=tolerance, budget=limit),
         model,
         guide,
         x,
         y,
         chunk_size=chunk_size,
         seed=seed,
+        devices=devices,
         progress=progress,
+        compile=compile,
     )
     return Evidence.cat(parts)
 

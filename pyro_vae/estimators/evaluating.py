@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.densities import OwnParameters, Program
 
-__all__ = ["evaluating"]
+__all__ = ["evaluating", "seed_generator"]
 
 
 @contextmanager
@@ -41,11 +41,11 @@ def evaluating(
         OwnParameters(),
     ):
         if seed is not None:
-            _seed(seed, device)
+            seed_generator(seed, device)
         yield
 
 
-def _seed(seed: int, device: torch.device) -> None:
+def seed_generator(seed: int, device: torch.device) -> None:
     """Seeds the generator that is forked, and no other."""
     if device.type == "cuda":
         with torch.cuda.device(device):

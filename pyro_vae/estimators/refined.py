@@ -38,6 +38,7 @@ def refined_importance_sampling(
     num_samples: int = 1000,
     num_starts: int = 4,
     chunk_size: int | None = None,
+    compile: bool = False,
     devices: int = 1,
     seed: int | None = 0,
     progress: bool = False,
@@ -73,6 +74,8 @@ def refined_importance_sampling(
         num_starts: Starts of the search for modes: the guide's mean, then draws of the prior.
             With 1 nothing is searched for, and every verdict is "doubtful".
         chunk_size: Draws times data that the model sees at once.
+        compile: Whether to compile log p(x, u) and its gradient: some seconds, once for each
+            shape that comes often; the result is the same to rounding.
         devices: Processes that share the data, as in `importance_sampling`.
         seed: Of the draws.
         progress: Whether to show a progress bar.
@@ -102,6 +105,7 @@ def refined_importance_sampling(
         seed=seed,
         devices=devices,
         progress=progress,
+        compile=compile,
     )
     return Evidence.cat(parts)
 

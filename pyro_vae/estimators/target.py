@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
@@ -22,6 +23,7 @@ from pyro_vae.densities import (
     log_joint,
     particle_plate,
 )
+from pyro_vae.estimators.fast import CompiledTarget
 
 __all__ = ["ROWS", "Target", "gradients"]
 
@@ -59,6 +61,7 @@ class Target:
         y: What is conditioned on [B, C], or None.
         chunk_size: Draws times data that the model sees at once.
         scale: Units of the coordinates [B, D]; from draws of the prior if None.
+        fast: What evaluates log p(x, u), compiled; None for the model itself.
 
     Raises:
         ValueError: If a latent is discrete, or its support depends on another latent or has no
@@ -74,6 +77,7 @@ class Target:
         *,
         chunk_size: int = ROWS,
         scale: Tensor | None = None,
+        fast: CompiledTarget | None = None,
     ) -> None:
         self.model, self.guide, self.x, self.y = model, guide, x, y
         self.chunk_size, self.num_data = chunk_size, len(x)
@@ -83,6 +87,8 @@ class Target:
             with pyro.validation_enabled(False):
                 second = densities(model, guide, x, y)
             self.sites, self.observed = _coordinates(first, second), list(first.observed)
+            fixed = not any(_holds_tensor(site.transform) for site in self.sites.values())
+            self.fast = fast if fixed else None
             self.dim = max(site.columns.stop for site in self.sites.values())
             guides = [site.guide for site in second.sites.values()]
             self._only_guide = guides[0] if len(guides) == 1 else None  # spares the encoder
@@ -93,10 +99,8 @@ class Target:
     def rows(self, index: Tensor) -> Target:
         """The target of some of the data, in the same units."""
         y = None if self.y is None else self.y[index]
-        scale = self.scale[index]
-        return Target(
-            self.model, self.guide, self.x[index], y, chunk_size=self.chunk_size, scale=scale
-        )
+        options = {"chunk_size": self.chunk_size, "scale": self.scale[index], "fast": self.fast}
+        return Target(self.model, self.guide, self.x[index], y, **options)  # type: ignore[arg-type]
 
     @property
     def draws_at_once(self) -> int:
@@ -105,7 +109,8 @@ class Target:
 
     def log_joint(self, u: Tensor) -> Tensor:
         """log p(x, u) [K, B]."""
-        return torch.cat([self._log_joint(part) for part in u.split(self.draws_at_once)])
+        run = self.run_log_joint if self.fast is None else partial(self.fast, self)
+        return torch.cat([run(part) for part in u.split(self.draws_at_once)])
 
     def log_guide(self, u: Tensor) -> Tensor:
         """log q(u | x) [K, B]."""
@@ -161,7 +166,8 @@ class Target:
         free = [site.transform.inv(latents[n].double()) for n, site in self.sites.items()]
         return torch.cat([z.reshape(*z.shape[:2], -1) for z in free], -1) / self.scale
 
-    def _log_joint(self, u: Tensor) -> Tensor:
+    def run_log_joint(self, u: Tensor) -> Tensor:
+        """log p(x, u) [K, B], of one chunk, by a run of the model."""
         latents, log_det = self._latents(u)
         with pyro.validation_enabled(False):
             return _never_nan(log_joint(self.model, self.x, self.y, latents).double() + log_det)
@@ -271,6 +277,13 @@ def _transform(name: str, site: Site) -> Transform:
             f"latent site {name!r} ({kind}) has no unconstrained coordinates for its support "
             f"{support}: use importance_sampling"
         ) from None
+
+
+def _holds_tensor(transform: Any) -> bool:
+    """Whether a transform may differ between batches of data, as that to bounds of each datum."""
+    parts = getattr(transform, "parts", [getattr(transform, "base_transform", None)])
+    own = any(isinstance(value, Tensor) for value in vars(transform).values())
+    return own or any(_holds_tensor(part) for part in parts if part is not None)
 
 
 def _base(fn: Any) -> Any:

@@ -10,6 +10,7 @@ from pyro_vae.densities import densities
 from pyro_vae.estimators.evaluating import evaluating
 from pyro_vae.objectives import Objective
 from pyro_vae.training.evaluation import cast, first_weight, programs
+from pyro_vae.training.group import Group
 from pyro_vae.training.rows import Rows, some_rows
 
 if TYPE_CHECKING:
@@ -32,12 +33,20 @@ def start(vae: nn.Module, objective: Objective, rows: Rows, seed: int) -> None:
 class Adversary:
     """The second player's optimiser, and its steps."""
 
-    def __init__(self, fabric: Fabric, objective: Objective) -> None:
-        self.fabric = fabric
-        self.optimizer: Any = fabric.setup_optimizers(objective.adversary_optimizer())
+    def __init__(self, fabric: Fabric, group: Group, objective: Objective) -> None:
+        self.fabric, self.group = fabric, group
+        optimizer = objective.adversary_optimizer()
+        self.parameters = [p for part in optimizer.param_groups for p in part["params"]]
+        self.optimizer: Any = fabric.setup_optimizers(optimizer)
 
-    def step(self, loss: Tensor) -> None:
-        """One update against `loss`, which no parameter of the vae is in."""
+    def step(self, loss: Tensor, weight: float) -> None:
+        """One update against `loss`, which no parameter of the vae is in.
+
+        Args:
+            loss: Of this process's share of the batch.
+            weight: Of the share in the batch's mean.
+        """
         self.fabric.backward(loss)
+        self.group.average(weight, self.parameters)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -1,61 +1,190 @@
-"""Lightning Fabric, without its traces on the process."""
+"""Lightning Fabric, on one device or in several processes, without its traces on this one."""
 
 from __future__ import annotations
 
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pyro_vae.processes import Exchange
+from pyro_vae.training.group import Group
+
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["make_fabric"]
+__all__ = ["Engine", "is_first_process"]
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
+Function = Callable[["Fabric", Group, Any], Any]  # what runs on each device, given a task
 
 
-def make_fabric(
-    accelerator: str, devices: int | list[int], precision: str, loggers: Sequence[Any]
-) -> Fabric:
-    """A Fabric for one device, made in silence.
+def is_first_process() -> bool:
+    """Whether this process speaks and writes for all: one of torchrun's, or the only one."""
+    return not _joins() or os.environ["RANK"] == "0"
+
+
+def _joins() -> bool:
+    """Whether torchrun, or `fabric run`, started this process beside others."""
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_torchelastic_launched()
+        and int(os.environ["WORLD_SIZE"]) > 1
+    )
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where a function runs: here, or in a process for each device.
+
+    Attributes:
+        accelerator: "cpu", "cuda" or "auto".
+        devices: How many, or their indices; under torchrun it says how many.
+        precision: Of the Fabric that the function is given.
+        loggers: Of that of the first process.
 
     Raises:
-        ValueError: If `precision` is unknown.
-        NotImplementedError: If `devices` asks for more than one.
+        ValueError: If `precision` or a device is unknown, or torchrun started other numbers.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
-    if devices != 1 and not (isinstance(devices, list) and len(devices) == 1):
-        raise NotImplementedError(
-            f"fit trains on one device: expected devices=1 or a list of one; got {devices!r}"
-        )
-    if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    if accelerator == "cpu":
-        devices = 1
-    with _untouched():
-        from lightning_fabric import Fabric
 
-        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-        return Fabric(
-            accelerator=accelerator,
-            devices=devices,
-            precision=precision,  # type: ignore[arg-type]
-            loggers=list(loggers),
+    accelerator: str
+    devices: int | list[int]
+    precision: str
+    loggers: Sequence[Any] = ()
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            known = ", ".join(PRECISIONS)
+            raise ValueError(f"precision must be one of {known}; got {self.precision!r}")
+        if self._local < 1:
+            raise ValueError(
+                "devices must be their number, at least 1, or a list of their indices; "
+                f"got {self.devices!r}"
+            )
+        here = torch.cuda.device_count()
+        if self._is_cuda and self._local > here:
+            raise ValueError(f"devices={self.devices!r} were asked for; this machine has {here}")
+        if _joins() and self._local not in (1, int(os.environ["LOCAL_WORLD_SIZE"])):
+            raise ValueError(
+                f"devices={self.devices!r}, but {os.environ['LOCAL_WORLD_SIZE']} processes were "
+                "started on this host: leave devices out"
+            )
+
+    @property
+    def size(self) -> int:
+        """The number of processes, on all hosts."""
+        return int(os.environ["WORLD_SIZE"]) if _joins() else self._local
+
+    @property
+    def spawns(self) -> bool:
+        """Whether the function runs in processes that are started for it."""
+        return self.size > 1 and not _joins()
+
+    @property
+    def _local(self) -> int:
+        if isinstance(self.devices, list):
+            return len(self.devices)
+        return self.devices if isinstance(self.devices, int) else 0
+
+    @property
+    def _is_cuda(self) -> bool:
+        there = self.accelerator == "auto" and torch.cuda.is_available()
+        return there or self.accelerator in ("cuda", "gpu")
+
+    def run(self, function: Function, task: Any) -> Any:
+        """What `function(fabric, group, task)` returns in the first process.
+
+        Raises:
+            ValueError: If processes are started and something in `task` cannot be sent to them.
+            Exception: The first that `function` raised, in whichever process.
+        """
+        if self.spawns:
+            return self._spawn(function, task)
+        group, index = Group(), self.devices
+        if _joins():
+            host = int(os.environ["LOCAL_WORLD_SIZE"])
+            joined = self._fabric(strategy="ddp", devices=host, num_nodes=self.size // host)
+            with _untouched():
+                _hush()
+                joined.launch()
+            group, index = _group(joined), _index(joined.device)
+        return function(self._single(group, index), group, task)
+
+    def _single(self, group: Group, index: int | list[int]) -> Fabric:
+        """A Fabric of one device: gradients are reduced by the group, not by its hooks."""
+        loggers = list(self.loggers) if group.rank == 0 else []
+        return self._fabric(
+            devices=index if self._is_cuda else 1, precision=self.precision, loggers=loggers
         )
+
+    def _fabric(self, **options: Any) -> Fabric:
+        with _untouched():
+            from lightning_fabric import Fabric
+
+            _hush()
+            accelerator = "cuda" if self._is_cuda else self.accelerator
+            return Fabric(accelerator="cpu" if accelerator == "auto" else accelerator, **options)
+
+    def _spawn(self, function: Function, task: Any) -> Any:
+        from lightning_fabric.plugins.environments import LightningEnvironment
+
+        fabric = self._fabric(
+            strategy="ddp_spawn",
+            devices=self.devices if self._is_cuda else self._local,
+            plugins=LightningEnvironment(),
+        )
+        with TemporaryDirectory() as folder, _untouched():
+            exchange = Exchange(folder)
+            exchange.send("task", (self, function, task))
+            with exchange.waiting():
+                launcher: Any = fabric.strategy.launcher
+                launcher.launch(_in_process, fabric, exchange)
+            return exchange.receive("result")
+
+
+def _in_process(fabric: Fabric, exchange: Exchange) -> None:
+    _hush()
+    if fabric.global_rank > 0:
+        warnings.simplefilter("ignore")
+    with exchange.working():
+        fabric.strategy.setup_environment()
+        engine, function, task = exchange.receive("task")
+        group = _group(fabric)
+        result = function(engine._single(group, _index(fabric.device)), group, task)
+        if group.rank == 0:
+            exchange.send("result", result)
+
+
+def _group(fabric: Fabric) -> Group:
+    return Group(fabric.global_rank, fabric.world_size, fabric.device)
+
+
+def _index(device: torch.device) -> list[int]:
+    return [device.index or 0]
+
+
+def _hush() -> None:
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 
 
 @contextmanager
 def _untouched() -> Iterator[None]:
-    """Puts the environment, warning filters and Fabric's logger back as they were."""
+    """Puts the environment, warning filters and Fabric's logger back as they were.
+
+    Inside, nothing is known of `fabric run`, whose options would contradict ours.
+    """
     logger = logging.getLogger("lightning_fabric")
     before = logger.handlers[:], logger.level, logger.propagate
     environment = dict(os.environ)
+    for name in environment:
+        if name.startswith("LT_"):
+            del os.environ[name]
     try:
         with warnings.catch_warnings():
             yield

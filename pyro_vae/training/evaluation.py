@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from pyro_vae.densities import Program, Site, densities
 from pyro_vae.estimators import evidence_lower_bound
 from pyro_vae.estimators.evaluating import evaluating
+from pyro_vae.training.group import Group
 from pyro_vae.training.rows import Rows, some_rows
 
-__all__ = ["Evaluator", "cast", "first_weight", "forked", "programs"]
+__all__ = ["Evaluator", "cast", "first_weight", "forked", "programs", "seed_generators"]
 
 CHUNK = 1000  # rows at once
 INITIAL_ROWS = 10_000  # that `vae.initialise` sees
@@ -42,14 +43,18 @@ def cast(batch: tuple[Tensor, Tensor | None], weight: Tensor) -> tuple[Tensor, T
 @contextmanager
 def forked(device: torch.device, seed: int | None = None) -> Iterator[None]:
     """Puts torch's generators for the CPU and `device` back afterwards; seeds them if asked."""
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng([device] if cuda else []):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if seed is not None:
-            torch.random.default_generator.manual_seed(seed)
-        if seed is not None and cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+            seed_generators(device, seed)
         yield
+
+
+def seed_generators(device: torch.device, seed: int) -> None:
+    """Seeds torch's generators for the CPU and `device`, and no other."""
+    torch.random.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 class Evaluator:
@@ -60,10 +65,13 @@ class Evaluator:
         train: The training rows.
         validation: Rows for the bound, or None.
         seed: Of the rows' noise and of the draws, the same at every call.
+        group: The processes that share the work; all of them call each method.
     """
 
-    def __init__(self, vae: nn.Module, train: Rows, validation: Rows | None, seed: int) -> None:
-        self.vae, self.seed = vae, seed
+    def __init__(
+        self, vae: nn.Module, train: Rows, validation: Rows | None, seed: int, group: Group
+    ) -> None:
+        self.vae, self.seed, self.group = vae, seed, group
         self.device = first_weight(vae).device
         self.train = train
         with forked(self.device):
@@ -83,13 +91,14 @@ class Evaluator:
         names = ("elbo", "reconstruction", "kl")
         if self.validation is None:
             return {f"validation_{name}": None for name in names}
-        parts = []
-        index = torch.arange(len(self.validation), device=self.device)
-        for i, chunk in enumerate(index.split(CHUNK)):
-            x, y = cast(self.validation.batch(chunk), first_weight(self.vae))
-            parts.append(evidence_lower_bound(*programs(self.vae), x, y, seed=self.seed + i))
-        means = {n: torch.cat([getattr(part, n) for part in parts]).mean() for n in names}
-        return {f"validation_{name}": mean.item() for name, mean in means.items()}
+        values = torch.zeros(3, len(self.validation), dtype=torch.float64)
+        for i, rows in self.group.mine(list(enumerate(torch.arange(len(values[0])).split(CHUNK)))):
+            batch = self.validation.batch(rows.to(self.device))
+            x, y = cast(batch, first_weight(self.vae))
+            bound = evidence_lower_bound(*programs(self.vae), x, y, seed=self.seed + i)
+            values[:, rows] = torch.stack([getattr(bound, name) for name in names])
+        means = [value.mean().item() for value in self.group.sum(values)]
+        return {f"validation_{name}": mean for name, mean in zip(names, means)}
 
     def active_units(self) -> tuple[int, int] | None:
         r"""How many latent units vary with x, and how many there are.

@@ -28,6 +28,7 @@ class Settings:
     precision: str
     seed: int
     checkpoint_every: int | None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience", "checkpoint_every"):

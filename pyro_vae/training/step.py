@@ -1,18 +1,25 @@
-"""One step's loss, and the watch over what is not finite."""
+"""One step: its loss and gradient, eager or compiled, and the watch over what is not finite."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.compiling import CannotCompile, compiled
 from pyro_vae.densities import densities
 from pyro_vae.objectives import Objective
-from pyro_vae.training.evaluation import cast, first_weight, programs
+from pyro_vae.training.evaluation import cast, first_weight, forked, programs
 from pyro_vae.training.rows import Rows
 
-__all__ = ["StepLoss", "Watch"]
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+__all__ = ["CompiledStep", "EagerStep", "StepLoss", "Watch"]
+
+Outcome = tuple[Tensor, Tensor, Tensor | None]  # loss, terms, loss of a second player
 
 
 class StepLoss(nn.Module):
@@ -28,27 +35,92 @@ class StepLoss(nn.Module):
         self.observed: list[str] = []
         self.latent: list[str] = []
 
-    def forward(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, index: Tensor) -> Outcome:
+        """Loss and terms of the rows at `index` [B]."""
+        return self.of(*self.batch(index))
+
+    def batch(self, index: Tensor) -> tuple[Tensor, ...]:
+        """x, and y if there is one, of the rows at `index` [B]."""
+        x, y = cast(self.rows.batch(index), self.weight[0])
+        return (x,) if y is None else (x, y)
+
+    def of(self, x: Tensor, y: Tensor | None = None) -> Outcome:
         """Loss and terms of a batch.
 
         Args:
-            index: Of the rows [B].
+            x: Data [B, *E].
+            y: What is conditioned on [B, C], or None.
 
         Returns:
             The loss per datum in nats, to be differentiated; without gradients, sums over the
             batch of the objective, the reconstruction and each latent site's KL; and the loss
             of the objective's second player, or None.
         """
-        x, y = cast(self.rows.batch(index), self.weight[0])
         K = self.objective.num_particles
         d = densities(*programs(self.vae), x, y, num_particles=K)
-        loss = self.objective.reduce(d) / (d.scale * len(index))
+        loss = self.objective.reduce(d) / (d.scale * len(x))
         with torch.no_grad():
-            sums = [-loss * len(index), d.log_likelihood.mean(0).sum()]
+            sums = [-loss * len(x), d.log_likelihood.mean(0).sum()]
             terms = torch.stack(sums + [kl.sum() for kl in d.kl().values()])
         self.observed, self.latent = list(d.observed), list(d.sites)
         second = self.objective.adversary_loss(d) if self.objective.has_adversary else None
         return loss, terms, second
+
+
+class EagerStep:
+    """Leaves the gradient of a batch's loss in the parameters, by running the programs."""
+
+    def __init__(self, fabric: Fabric, loss: nn.Module) -> None:
+        self.fabric, self.loss = fabric, loss
+
+    def __call__(self, index: Tensor) -> Outcome:
+        """Loss and terms of the rows at `index` [B]."""
+        loss, terms, second = self.loss(index)
+        self.fabric.backward(loss)
+        return loss.detach(), terms, second
+
+
+class CompiledStep:
+    """The same from one compiled function, for batches of one size.
+
+    Args:
+        fabric: For its precision.
+        loss: The module that is compiled, with its gradient.
+        index: Of the rows of a batch [B], the size of all later ones.
+
+    Raises:
+        CannotCompile: If the vae, the objective or this machine does not allow it.
+    """
+
+    def __init__(self, fabric: Fabric, loss: StepLoss, index: Tensor) -> None:
+        if loss.objective.has_adversary:
+            name = type(loss.objective).__name__
+            raise CannotCompile(f"{name} trains a second player beside the model")
+        self.loss = loss
+        self.parameters = [p for p in loss.vae.parameters() if p.requires_grad]
+        with forked(index.device):  # looking at a batch may draw its noise
+            example = loss.batch(index)
+        with fabric.autocast():
+            self.step = compiled(LossAndGradient(loss), *example)
+
+    def __call__(self, index: Tensor) -> Outcome:
+        """Loss and terms of the rows at `index` [B]."""
+        loss, terms, gradient = self.step(*self.loss.batch(index))
+        for parameter, slope in zip(self.parameters, gradient):
+            parameter.grad = slope
+        return loss, terms, None
+
+
+class LossAndGradient(nn.Module):
+    def __init__(self, loss: StepLoss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, *batch: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        loss, terms, _ = self.loss.of(*batch)
+        parameters = [p for p in self.loss.vae.parameters() if p.requires_grad]
+        gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return loss.detach(), terms, list(gradient)
 
 
 class Watch:

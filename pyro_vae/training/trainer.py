@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from pyro_vae.compiling import CannotCompile
 from pyro_vae.objectives import Objective
 from pyro_vae.training.adversary import Adversary, start
 from pyro_vae.training.callbacks import Callback, State
 from pyro_vae.training.checkpoint import PathLike, load_weights, save_checkpoint
-from pyro_vae.training.evaluation import Evaluator, forked
+from pyro_vae.training.evaluation import Evaluator, forked, seed_generators
+from pyro_vae.training.group import Group
 from pyro_vae.training.history import History
 from pyro_vae.training.optimizers import advance, make_optimizer, make_schedule
 from pyro_vae.training.progress import Bar
 from pyro_vae.training.rows import Rows, epoch_order
 from pyro_vae.training.runs import write_metrics
 from pyro_vae.training.settings import Settings
-from pyro_vae.training.step import StepLoss, Watch
+from pyro_vae.training.step import CompiledStep, EagerStep, StepLoss, Watch
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -40,6 +43,7 @@ class Trainer:
     def __init__(
         self,
         fabric: Fabric,
+        group: Group,
         vae: nn.Module,
         objective: Objective,
         train: Rows,
@@ -47,7 +51,8 @@ class Trainer:
         settings: Settings,
         run: PathLike | None,
     ) -> None:
-        self.fabric, self.vae, self.objective = fabric, vae, objective
+        self.fabric, self.group = fabric, group
+        self.vae, self.objective = vae, objective
         self.train, self.evaluator = train, evaluator
         self.settings, self.run = settings, run
         self.history = History()
@@ -56,20 +61,26 @@ class Trainer:
         self.seconds = 0.0  # of this epoch, before `began`
         self.best: dict[str, Tensor] | None = None
         self.adversary: Adversary | None = None
+        self.compiled: EagerStep | CompiledStep | None = None  # made when it is first needed
         self.num_batches = -(-len(train) // settings.batch_size)
+        batch = torch.arange(min(settings.batch_size, len(train)))
+        self.rows = len(group.share(batch)[0])  # of this process, in a whole batch
 
     def prepare(self, state: dict[str, Any] | None) -> None:
         """Initialises the vae, or goes back to a checkpoint; makes the optimiser."""
         self.objective.prepare(len(self.train), self.num_batches)
         if state is not None:
-            self._load_weights("last")
+            if self.group.rank == 0:
+                self._load_weights("last")
         elif callable(initialise := getattr(self.vae, "initialise", None)):
             initialise(self.evaluator.initial_data())
+        self.group.agree(self._variables())
         self._check_validation()
         if self.objective.has_adversary:
             start(self.vae, self.objective, self.train, self.settings.seed)
-        loss = StepLoss(self.vae, self.objective, self.train)
-        self.watch = Watch(loss, self.fabric.device)
+            self.group.agree(self.objective.state_dict())
+        self.bare_loss = StepLoss(self.vae, self.objective, self.train)
+        self.watch = Watch(self.bare_loss, self.fabric.device)
         options = self.settings
         # 16-mixed unscales gradients before the step, which fused ones do inside
         fused = options.precision != "16-mixed"
@@ -77,12 +88,14 @@ class Trainer:
         optimizer.zero_grad()
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.schedule = make_schedule(options.schedule, optimizer)
-        self.loss, self.optimizer = self.fabric.setup(loss, optimizer)
+        self.loss, self.optimizer = self.fabric.setup(self.bare_loss, optimizer)
+        self.eager = EagerStep(self.fabric, self.loss)
         if self.objective.has_adversary:
-            self.adversary = Adversary(self.fabric, self.objective)
+            self.adversary = Adversary(self.fabric, self.group, self.objective)
         if state is not None:
             self._load_state(state)
-        self.unchecked = self.step + VALIDATED  # the first step without argument checks
+        elif self.group.rank > 0:
+            seed_generators(self.fabric.device, self.group.seed(options.seed, 0))
 
     def fit(self, bar: Bar, callbacks: Sequence[Callback]) -> None:
         """Trains to the end, and leaves the best weights if there is a best."""
@@ -92,10 +105,10 @@ class Trainer:
             row = self._end_epoch()
             self.fabric.log_dict({k: v for k, v in row.items() if v is not None}, self.step)
             state = State(self.epoch, self.step, self.vae, dict(row))
-            for callback in callbacks:
+            for callback in callbacks if self.group.rank == 0 else ():
                 with forked(self.fabric.device):
                     callback(state)
-            stopped = state.stopped
+            stopped = self.group.first(state.stopped)
         for logger in self.fabric.loggers:
             logger.finalize("success")
         if self.best is not None:
@@ -117,7 +130,7 @@ class Trainer:
         began = look = time.monotonic()
         before = self.seconds
         for index in batches[self.offset :]:
-            self._step(index)
+            self._step(index, bar)
             now = time.monotonic()
             if now > look:
                 self._look(bar)
@@ -128,23 +141,41 @@ class Trainer:
         self._look(bar)
         self.seconds = before + time.monotonic() - began
 
-    def _step(self, index: Tensor) -> None:
+    def _step(self, index: Tensor, bar: Bar) -> None:
         self.objective.at(self.step)
+        share, weight = self.group.share(index)
         try:
-            with pyro.validation_enabled(self.step < self.unchecked):
-                loss, terms, adversary_loss = self.loss(index)
+            with pyro.validation_enabled(self.step < VALIDATED):
+                loss, terms, adversary_loss = self._gradient(share, bar)(share)
         except ValueError as error:
             raise ValueError(f"step {self.step}: {error}") from error
+        terms = terms * (len(index) / len(share))
+        loss, terms = self.group.average(weight, self.parameters, loss, terms)
         self.watch.see(self.step, loss, terms)
-        self.fabric.backward(loss)
         self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.adversary is not None:
-            self.adversary.step(adversary_loss)
+        if self.adversary is not None and adversary_loss is not None:
+            self.adversary.step(adversary_loss, weight)
         self.sums = terms.double() if self.sums is None else self.sums.add_(terms)
         self.step += 1
         self.offset += 1
+
+    def _gradient(self, index: Tensor, bar: Bar) -> EagerStep | CompiledStep:
+        """What makes this step: once its arguments are checked, compiled if that is asked for.
+
+        The last batch of an epoch, if it is shorter, is not worth a compilation.
+        """
+        if not self.settings.compile or self.step < VALIDATED or len(index) != self.rows:
+            return self.eager
+        if self.compiled is None:
+            bar.say("compiling the training step")
+            try:
+                self.compiled = CompiledStep(self.fabric, self.bare_loss, index)
+            except CannotCompile as error:
+                warnings.warn(f"compile: the step runs eagerly, for {error}", stacklevel=2)
+                self.compiled = self.eager
+        return self.compiled
 
     def _clip(self) -> None:
         """Clips the gradient; on a CPU, refuses one that is not finite."""
@@ -174,6 +205,7 @@ class Trainer:
 
     def _end_epoch(self) -> dict[str, Any]:
         began = time.monotonic()
+        self.group.agree(dict(self.vae.named_buffers()))
         row: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step, "seconds": 0.0}
         row |= {"lr": float(self.optimizer.param_groups[0]["lr"]), **self._means()}
         row |= self.evaluator.bound()
@@ -200,21 +232,30 @@ class Trainer:
         return bool(settled) and self.epoch - max(best, settled[0]) >= patience
 
     def _save(self, best: bool) -> None:
-        if self.run is not None:
-            self.watch.check()
-            save_checkpoint(self.run, self.vae.state_dict(), self._state(), best=best)
+        if self.run is None:
+            return
+        self.watch.check()
+        self.group.agree(dict(self.vae.named_buffers()))
+        state = self._state()
+        if self.group.rank == 0:
+            save_checkpoint(self.run, self.vae.state_dict(), state, best=best)
             write_metrics(self.run, self.history.rows)
+
+    def _variables(self) -> dict[str, Tensor]:
+        return dict([*self.vae.named_parameters(), *self.vae.named_buffers()])
 
     def _state(self) -> dict[str, Any]:
         device = self.fabric.device
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        generators = self.group.gather({"cpu": torch.get_rng_state(), "cuda": cuda})
         return {
             "epoch": self.epoch,
             "step": self.step,
             "offset": self.offset,
             "sums": self.sums,
             "seconds": self.seconds,
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "rng": generators[0],
+            "rng_of_others": generators[1:],
             "optimizer": self.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "objective": self.objective.state_dict(),
@@ -237,11 +278,21 @@ class Trainer:
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.history = History(**state["history"])
         if self.history.best_epoch is not None:
-            self.best = load_weights(self.run, "best")  # type: ignore[arg-type]
-        write_metrics(self.run, self.history.rows)  # type: ignore[arg-type]
-        torch.set_rng_state(state["rng"]["cpu"])
-        if device.type == "cuda" and state["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(state["rng"]["cuda"], device)
+            first = self.group.rank == 0
+            self.best = self.group.first(load_weights(self.run, "best") if first else {})  # type: ignore[arg-type]
+        if self.group.rank == 0:
+            write_metrics(self.run, self.history.rows)  # type: ignore[arg-type]
+        self._load_generators([state["rng"], *state.get("rng_of_others", [])])
+
+    def _load_generators(self, generators: list[dict[str, Any]]) -> None:
+        """Those of a process of this rank; new ones if the run was made by another number."""
+        device, rank = self.fabric.device, self.group.rank
+        if rank > 0 and len(generators) != self.group.size:
+            seed_generators(device, self.group.seed(self.settings.seed, self.step))
+            return
+        torch.set_rng_state(generators[rank]["cpu"])
+        if device.type == "cuda" and generators[rank]["cuda"] is not None:
+            torch.cuda.set_rng_state(generators[rank]["cuda"], device)
 
     def _load_weights(self, which: str) -> None:
         weights = load_weights(self.run, which)  # type: ignore[arg-type]

@@ -196,5 +196,5 @@ def test_wrong_numbers_are_refused(options: dict[str, int]) -> None:
 
 def test_no_data_are_refused() -> None:
     world = linear()
-    with pytest.raises(ValueError, match="data must be at least 1"):
+    with pytest.raises(ValueError, match="x must have at least one row"):
         refined_importance_sampling(world.model, world.guide, world.x[:0])

@@ -40,12 +40,6 @@ def test_bad_arguments(options: dict[str, Any], words: str) -> None:
         fit(**{"vae": make_vae(), "data": make_data(), **QUIET, **options})
 
 
-@pytest.mark.parametrize("options", [{"compile": True}, {"devices": 2}, {"devices": "auto"}])
-def test_what_is_not_there_yet(options: dict[str, Any]) -> None:
-    with pytest.raises(NotImplementedError):
-        fit(make_vae(), make_data(), **{**QUIET, **options})
-
-
 def test_validation_data_that_do_not_suit_fail_before_training() -> None:
     vae = make_vae()
     before = weights(vae)
@@ -174,3 +168,10 @@ def test_an_optimizer_can_be_a_callable() -> None:
         **options,
     )
     assert same(weights(first), weights(second))
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_y_that_nothing_looks_at_is_refused(validated: bool) -> None:
+    pair = make_data(), torch.randn(53, 2)
+    with pytest.raises(ValueError, match=r"y of shape \[\d+, 2\] was given.* condition_dim"):
+        fit(make_vae(), pair, epochs=1, validation=pair if validated else None, **QUIET)

@@ -28,6 +28,7 @@ from training_cases import (
 from pyro_vae.estimators import evidence_lower_bound
 from pyro_vae.objectives import ELBO
 from pyro_vae.training import History, State, fit
+from pyro_vae.training.history import COLUMNS
 from pyro_vae.training.rows import epoch_order
 
 
@@ -347,3 +348,15 @@ def test_fresh_noise_comes_from_the_seed() -> None:
     fit(third, noisy_data(), epochs=2, batch_size=11, seed=1, **QUIET)
     assert same(weights(first), weights(second))
     assert not same(weights(first), weights(third))
+
+
+def test_a_history_is_shown_in_a_line() -> None:
+    assert repr(History()) == "History(0 epochs)"
+    row = dict.fromkeys(COLUMNS, None) | {"elbo": -7.251, "kl": 2.5, "active_units": 3}
+    assert repr(History([row], num_units=5)) == (
+        "History(1 epochs; weights of epoch 1: elbo -7.25, kl 2.50 nats; 3 of 5 units active)"
+    )
+    rows = [row | {"validation_elbo": elbo, "active_units": None} for elbo in (-7.0, -6.25, -8.0)]
+    assert repr(History(rows)) == (
+        "History(3 epochs; weights of epoch 2: elbo -7.25, kl 2.50, validation_elbo -6.25 nats)"
+    )

@@ -1,0 +1,128 @@
+"""Kills trainings at random moments, the first one inside a checkpoint write, and resumes them.
+
+Each resumed run must end with the weights and metrics of the unbroken one, bit for bit.
+
+    python benchmarks/kill.py [kills] [seed]
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from pyro_vae import build, fit
+from pyro_vae.data import load_data
+from pyro_vae.training import checkpoint
+
+IMPORTED = ("pyro_vae.config", "lightning_fabric", "safetensors.torch", "sklearn.datasets")
+BROKEN = 9  # the checkpoint whose write is broken off
+
+
+def train(run: Path, dies_in_write: bool) -> None:
+    """A training from its start or its last checkpoint; a checkpoint every other step."""
+    torch.set_num_threads(1)
+    data = load_data("digits", transform="dynamic", limit=500)
+    torch.manual_seed(0)
+    vae = build((1, 8, 8), latent_dim=5, prior={"class_path": "VampPrior"})
+    if dies_in_write:
+        break_off()
+    fit(
+        vae,
+        data.train,
+        run=run,
+        resume=True,
+        epochs=8,
+        batch_size=99,
+        validation=data.validation,
+        checkpoint_every=2,
+        accelerator="cpu",
+        progress=False,
+    )
+
+
+def break_off() -> None:
+    """Makes this process kill itself when half of a checkpoint's file is written."""
+    write, count = checkpoint._write, [0]
+
+    def half(path: Path, content: bytes) -> None:
+        count[0] += path.suffix == ".safetensors"
+        if count[0] == BROKEN:
+            path.write_bytes(content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, content)
+
+    checkpoint._write = half
+
+
+def start(context: Any, run: Path, dies_in_write: bool = False) -> Any:
+    process = context.Process(target=train, args=(run, dies_in_write))
+    process.start()
+    while process.is_alive() and not (run / "run.json").exists():
+        time.sleep(0.001)
+    return process
+
+
+def outcome(run: Path) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, str]]]:
+    """Weights of the best epoch and of the last, and metrics of each but for their seconds."""
+    with (run / "metrics.csv").open() as file:
+        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+    return [checkpoint.load_weights(run, which) for which in ("best", "last")], rows
+
+
+def same(first: Any, second: Any) -> bool:
+    pairs = [(a[name], b[name]) for a, b in zip(first[0], second[0]) for name in a]
+    return first[1] == second[1] and all(torch.equal(*pair) for pair in pairs)
+
+
+def left_behind(run: Path) -> tuple[int, bool]:
+    """Steps that are kept of a killed run, and whether a checkpoint is half written."""
+    pointers, folder = run / checkpoint.POINTERS, run / "checkpoints"
+    known = json.loads(pointers.read_text()) if pointers.exists() else {"last": None}
+    half = any(path.name not in known.values() for path in folder.glob("step-*"))
+    return int(known["last"].split("-")[1]) if known["last"] else 0, half
+
+
+def main(kills: int = 50, seed: int = 0) -> int:
+    """The number of runs that did not end as the unbroken one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(IMPORTED))
+    random.seed(seed)
+    bad = writes = 0
+    with TemporaryDirectory() as name:
+        whole = Path(name) / "whole"
+        process, began = start(context, whole), time.monotonic()
+        process.join()
+        seconds, unbroken = time.monotonic() - began, outcome(whole)
+        for kill in range(kills):
+            run = Path(name) / f"run-{kill}"
+            process = start(context, run, dies_in_write=kill == 0)
+            process.join(random.uniform(0, seconds) if kill else None)
+            process.kill()
+            process.join()
+            steps, half_written = left_behind(run)
+            resumed = start(context, run)
+            resumed.join()
+            good = resumed.exitcode == 0 and same(outcome(run), unbroken)
+            bad, writes = bad + (not good), writes + half_written
+            how = "killed in a write" if half_written else "killed"
+            how = "ended before" if process.exitcode == 0 else how
+            print(f"{kill + 1}: {how}, {steps} steps kept: {'same' if good else 'OTHER'}")
+    print(
+        f"{kills - bad} of {kills} resumed runs end as the unbroken one; {writes} died in a write"
+    )
+    return bad
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(int, sys.argv[1:])) > 0)

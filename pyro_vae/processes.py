@@ -1,0 +1,116 @@
+"""Work in other processes: what goes there and comes back, through files of a folder."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import torch
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
+
+__all__ = ["Exchange", "in_processes"]
+
+T = TypeVar("T")
+
+
+class Exchange:
+    """Values and errors on their way between processes.
+
+    Files do not fill up as pipes do, and need no shared memory.
+
+    Args:
+        folder: Where they lie.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def send(self, name: str, value: Any) -> None:
+        """Leaves a value for others.
+
+        Raises:
+            ValueError: If it cannot be pickled.
+        """
+        try:
+            torch.save(value, self.folder / name)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"several devices have a process each, and this cannot be sent there: {error}; "
+                "use classes and functions from the top of a module, no lambdas"
+            ) from error
+
+    def receive(self, name: str, device: str = "cpu") -> Any:
+        """A value that was left, its tensors on a device."""
+        return torch.load(self.folder / name, map_location=device, weights_only=False)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """For a process that works: its error is kept, if it is the first."""
+        try:
+            yield
+        except Exception as error:
+            with suppress(FileExistsError), open(self.folder / "error", "xb") as file:
+                pickle.dump(error, file)
+            raise
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For the one that starts them: raises their first error, and leaves none running."""
+        others = set(multiprocessing.active_children())
+        try:
+            yield
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            raise self._first_error(error) from error
+        finally:
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+
+    def _first_error(self, error: Exception) -> Exception:
+        try:
+            return pickle.loads((self.folder / "error").read_bytes())
+        except FileNotFoundError:
+            return RuntimeError(
+                f"a process ended by itself ({error}): a script that uses several devices must do "
+                'so under if __name__ == "__main__", and the memory must suffice for all of them'
+            )
+        except Exception:  # of a kind that cannot be sent
+            return RuntimeError(str(error))
+
+
+def in_processes(function: Callable[..., T], parts: Sequence[Any], device: str) -> list[T]:
+    """What `function` returns for each of `parts`, each in a process and on a device of its own.
+
+    Args:
+        function: From the top of a module.
+        parts: Its argument in each process; their tensors are moved to its device.
+        device: "cpu", or "cuda" for the first GPUs.
+
+    Raises:
+        ValueError: If something cannot be sent.
+        Exception: The first that `function` raised.
+    """
+    threads = max(1, torch.get_num_threads() // len(parts))
+    matmul = torch.get_float32_matmul_precision()
+    with TemporaryDirectory() as folder:
+        exchange = Exchange(folder)
+        for i, part in enumerate(parts):
+            exchange.send(f"part{i}", (function, part))
+        with exchange.waiting():
+            start_processes(
+                _work, (exchange, device, threads, matmul), nprocs=len(parts), start_method="spawn"
+            )
+        return [exchange.receive(f"result{i}") for i in range(len(parts))]
+
+
+def _work(number: int, exchange: Exchange, device: str, threads: int, matmul: str) -> None:
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(matmul)
+    with exchange.working():
+        here = device if device == "cpu" else f"{device}:{number}"
+        function, part = exchange.receive(f"part{number}", here)
+        exchange.send(f"result{number}", function(part))
