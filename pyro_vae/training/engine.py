@@ -141,7 +141,11 @@ class Engine:
         )
         with TemporaryDirectory() as folder, _untouched():
             exchange = Exchange(folder)
-            exchange.send("task", (self, function, task))
+            speed = (
+                max(1, torch.get_num_threads() // self.size),
+                torch.get_float32_matmul_precision(),
+            )
+            exchange.send("task", (self, function, task, speed))
             with exchange.waiting():
                 launcher: Any = fabric.strategy.launcher
                 launcher.launch(_in_process, fabric, exchange)
@@ -154,7 +158,9 @@ def _in_process(fabric: Fabric, exchange: Exchange) -> None:
         warnings.simplefilter("ignore")
     with exchange.working():
         fabric.strategy.setup_environment()
-        engine, function, task = exchange.receive("task")
+        engine, function, task, (threads, matmul) = exchange.receive("task")
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(matmul)
         group = _group(fabric)
         result = function(engine._single(group, _index(fabric.device)), group, task)
         if group.rank == 0:
