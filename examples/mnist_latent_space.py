@@ -1,0 +1,172 @@
+"""What a VAE's latent space holds: samples, the manifold, classes, and ways between two images.
+
+python examples/mnist_latent_space.py --root data    # two trainings, a few minutes
+python examples/mnist_latent_space.py --smoke        # bundled digits, seconds
+
+With 2 latents everything can be seen at once: draws, E[x | z] on a grid through the prior's
+quantiles, and where each class lies. With 20 the images are better, and the study asks what lies
+half-way between two of them: in pixel space (a draw from the mean of the two), and in latent
+space, on the line and on the arc between their codes. The table gives log p(x) of what is found
+there, beside that of true test images, by `log_evidence` under the VAE of 20 latents.
+
+Kingma and Welling. Auto-encoding variational Bayes. 2013.
+White. Sampling generative networks. 2016 (the arc).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from pyro_vae import VAE, build, fit, log_evidence, plots
+from pyro_vae.data import Splits, load_data
+from pyro_vae.estimators import evidence_lower_bound
+
+
+def train(data: Splits, latent_dim: int, arguments: argparse.Namespace) -> VAE:
+    """784-500-latents on thresholded images; the best epoch by validation images is kept."""
+    torch.manual_seed(arguments.seed)
+    vae = build(data.train.data_shape, latent_dim)
+    fit(
+        vae,
+        data.train,
+        epochs=arguments.epochs,
+        batch_size=250,
+        lr=4e-3,
+        schedule={"class_path": "CosineAnnealingLR", "init_args": {"T_max": arguments.epochs}},
+        validation=data.validation,
+        run=Path(arguments.out) / f"latents-{latent_dim}",
+        resume=True,
+        seed=arguments.seed,
+        compile=arguments.compile,
+        progress=not arguments.smoke,
+    )
+    return vae.eval()
+
+
+def manifold(vae: VAE, side: int) -> Tensor:
+    """E[x | z] at the prior's quantiles, z0 to the right and z1 upwards [side^2, *E]."""
+    z = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(side) + 0.5) / side)
+    z1, z0 = torch.meshgrid(z.flip(0), z, indexing="ij")
+    return vae.likelihood(torch.stack([z0, z1], -1).flatten(0, 1)).mean
+
+
+def line(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """Points (1 - t) a + t b [T, *E] between two images or codes."""
+    t = t.view(-1, *[1] * a.ndim)
+    return (1 - t) * a + t * b
+
+
+def arc(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """Points [T, D] at even angles between two codes: their length does not shrink half-way."""
+    angle = torch.acos(torch.cosine_similarity(a, b, dim=0))
+    t = t[:, None]
+    return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+
+
+def morph(vae: VAE, pairs: list[tuple[Tensor, Tensor]], steps: int) -> tuple[Tensor, list[str]]:
+    """Three ways between the images of each pair: rows [R, T, C, H, W], and their names."""
+    t, rows = torch.linspace(0, 1, steps), []
+    for x in pairs:
+        a, b = vae.encode(torch.stack(x)).mean
+        rows.append(line(*x, t))
+        rows += [vae.likelihood(way(a, b, t)).mean for way in (line, arc)]
+    return torch.stack(rows), ["pixels", "latent, line", "latent, arc"] * len(pairs)
+
+
+def halfway(vae: VAE, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What lies between the first and the second half of the images, and its codes' lengths."""
+    first, second = x.chunk(2)
+    images = {
+        "test images": first,
+        "draws of the model": vae.sample(len(first)),
+        "half-way, pixels": ((first + second) / 2).bernoulli(),
+    }
+    codes = {"test images": vae.encode(first).mean}
+    pairs, t = list(zip(*vae.encode(x).mean.chunk(2))), torch.tensor([0.5])
+    for name, way in {"half-way, line": line, "half-way, arc": arc}.items():
+        codes[name] = torch.cat([way(a, b, t) for a, b in pairs])
+        images[name] = vae.likelihood(codes[name]).sample()
+    return images, {name: z.norm(dim=1) for name, z in codes.items()}
+
+
+def score(vae: VAE, x: Tensor, name: str, length: Tensor | None = None) -> dict[str, str]:
+    """A row of the table, with standard errors."""
+    evidence = log_evidence(vae.model, vae.guide, x)
+    monte_carlo, over_images = evidence.mean_stderr()
+    return {
+        "model": f"{vae.posterior.latent_dim} latents",
+        "of": f"{len(x)} {name}" if name == "test images" else name,
+        "bound": mean(evidence_lower_bound(vae.model, vae.guide, x).elbo),
+        "log p(x)": f"{evidence.mean():.2f} +- {monte_carlo:.2f} +- {over_images:.2f}",
+        "reliable": str(evidence.verdict.count("reliable")),
+        "length of the code": "-" if length is None else mean(length),
+    }
+
+
+def mean(values: Tensor) -> str:
+    """Mean over images, and its standard error."""
+    return f"{values.mean():.2f} +- {values.std() / len(values) ** 0.5:.2f}"
+
+
+@torch.no_grad()
+def main(arguments: argparse.Namespace) -> None:
+    """Trains both, draws the figures, and writes and prints the table."""
+    smoke, out = arguments.smoke, Path(arguments.out)
+    if smoke:
+        arguments.epochs, arguments.images = 10, 7
+    name = "digits" if smoke else "MNIST"
+    data = load_data(name, root=arguments.root, transform="threshold")
+    test = data.test.fixed()
+    x, _ = test.batch(torch.arange(2 * arguments.images))
+    with torch.enable_grad():
+        small, large = (train(data, latents, arguments) for latents in (2, 20))
+    torch.manual_seed(arguments.seed)
+    seen, _ = test.batch(torch.arange(min(2000, len(test))))
+    labels = None if test.labels is None else test.labels[: len(seen)]
+    rows, names = morph(large, [(x[i], x[i + 1]) for i in range(0, 6, 2)], steps=11)
+    light = (0.0, 1.0)
+    figures = {
+        "samples_2": plots.images(
+            small.sample(100, mean=True), "E[x | z] of draws, 2 latents", light
+        ),
+        "samples_20": plots.images(
+            large.sample(100, mean=True), "E[x | z] of draws, 20 latents", light
+        ),
+        "manifold": plots.images(manifold(small, 16), "E[x | z] at the prior's quantiles", light),
+        "classes": plots.latent(small.encode(seen).mean, labels),
+        "reconstructions_2": plots.reconstructions(x[:20], small.reconstruct(x[:20]), light),
+        "reconstructions_20": plots.reconstructions(x[:20], large.reconstruct(x[:20]), light),
+        "morphing": plots.image_rows(rows, names, "from one image to another, 20 latents", light),
+    }
+    for title, figure in figures.items():
+        plots.save(figure, str(out / f"{title}.png"))
+    images, lengths = halfway(large, x)
+    with torch.enable_grad():
+        table = [score(small, images["test images"], "test images")]
+        table += [score(large, x, name, lengths.get(name)) for name, x in images.items()]
+    title = f"{name}, nats per image; +- over images; of log p(x), +- Monte Carlo +- over images"
+    (out / "table.json").write_text(json.dumps({"title": title, "rows": table}, indent=1))
+    shown = Table(*table[0], title=title)
+    for row in table:
+        shown.add_row(*row.values())
+    Console(width=120).print(shown)
+    print(f"table and figures in {out}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", default="data", help="folder of MNIST")
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--images", type=int, default=200, help="images for log p(x)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="compile the training step")
+    parser.add_argument("--out", default="runs/mnist_latent_space")
+    parser.add_argument("--smoke", action="store_true", help="bundled digits, a few epochs")
+    main(parser.parse_args())
