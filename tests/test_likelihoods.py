@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vae import likelihoods
+from pyro_vae.data.transforms import Dequantise
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.likelihoods.real import LocationScale
 from pyro_vae.networks import MLP, ConvTranspose
@@ -325,3 +326,23 @@ def test_extreme_raw_parameters_give_finite_densities_of_every_datum(
 def test_the_base_class_is_told_from_its_final_classes() -> None:
     assert Likelihood not in LIKELIHOODS
     assert LocationScale not in LIKELIHOODS
+
+
+@pytest.mark.parametrize("cls", [likelihoods.Normal, likelihoods.Laplace, likelihoods.StudentT])
+@pytest.mark.parametrize("scale", ["learned", "per_dimension"])
+def test_a_learned_scale_starts_at_the_deviation_of_the_data(cls: type, scale: str) -> None:
+    x = torch.randn(503, 5) * torch.tensor([0.1, 1.0, 2.0, 7.0, 30.0]) + 11
+    likelihood = cls(MLP(2, 5), (5,), scale=scale)
+    likelihood.initialise(x)
+    found = likelihood(torch.zeros(1, 2)).base_dist.scale[0]
+    deviation = x.var(0, correction=0)
+    expected = deviation.sqrt() if scale == "per_dimension" else deviation.mean().sqrt().expand(5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_beta_takes_dequantised_levels_at_both_ends() -> None:
+    ends = Dequantise(256)(torch.tensor([[0.0, 255.0]]), torch.tensor([[0.0, 1 - 2.0**-24]]))
+    assert 0 < ends.min() < 1e-6
+    likelihood = likelihoods.Beta(MLP(2, 4), (2,))
+    likelihood.check(ends)
+    assert likelihood(torch.zeros(1, 2)).log_prob(ends).isfinite()

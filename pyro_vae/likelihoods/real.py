@@ -80,6 +80,16 @@ class LocationScale(Likelihood):
             return torch.logit(mean.clamp(0.001, 0.999))
         return torch.atanh(mean.clamp(-0.999, 0.999)) if self.mean_option == "tanh" else mean
 
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        """The decoder's start as for every likelihood; a learned scale is the data's deviation."""
+        super().initialise(x)
+        if hasattr(self, "raw_scale"):
+            variance = x.var(0, correction=0)
+            one = self.scale_option == "learned"
+            excess = ((variance.mean() if one else variance).sqrt() - self.min_scale).clamp(1e-3)
+            self.raw_scale.copy_(excess + torch.log(-torch.expm1(-excess)))
+
     def _scale(self, predicted: Tensor) -> Tensor:
         if isinstance(self.scale_option, int | float):
             return self.fixed_scale

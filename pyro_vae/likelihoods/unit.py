@@ -82,7 +82,7 @@ class Beta(Likelihood):
         min_concentration: Floor of both shape parameters.
     """
 
-    support = constraints.interval(1e-6, 1 - 1e-6)
+    support = constraints.interval(2.0**-32, 1 - 2.0**-24)  # what dequantise gives
     support_name = "the open interval (0, 1)"
     remedy = "dequantise and rescale them"
 

@@ -247,6 +247,8 @@ def test_compiled_training_is_eager_training(tmp_path: Path) -> None:
     moved = [not torch.equal(p, q) for p, q in zip(fast.parameters(), start.parameters())]
     assert all(moved)
     assert same(weights(fast), weights(resumed))
+    run["compile"] = False
+    assert len(fit(resumed, data, objective, epochs=4, resume=True, **run)) == 4
 
 
 def test_what_cannot_be_compiled_trains_eagerly_and_says_why() -> None:
