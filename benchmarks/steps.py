@@ -1,6 +1,6 @@
 """A training step of pyro_vae beside its peers, in turns: ratios of time, losses, peak memory.
 
-python benchmarks/steps.py [WORKLOAD ...] [--threads 2] [--turns 9] [--out steps.json]
+python benchmarks/steps.py [WORKLOAD ...] [--threads 2] [--turns 5] [--out steps.json]
 
 Workloads: mlp-100 and mlp-512 (784-500 tanh-20, Bernoulli, of that batch), iwae (50 draws, batch
 20), vamp (500 components), conv (32 x 32 x 3, Gaussian decoder). Every candidate trains on the
@@ -442,7 +442,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workloads", nargs="*", choices=[*WORKLOADS, []])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--out", help="JSON file for the table")
     main(parser.parse_args())

@@ -96,6 +96,8 @@ class CompiledStep:
         if loss.objective.has_adversary:
             name = type(loss.objective).__name__
             raise CannotCompile(f"{name} trains a second player beside the model")
+        if getattr(fabric.strategy.precision, "scaler", None) is not None:
+            raise CannotCompile("precision 16-mixed scales its gradients")
         self.loss = loss
         self.parameters = [p for p in loss.vae.parameters() if p.requires_grad]
         with forked(index.device):  # looking at a batch may draw its noise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyro
@@ -32,7 +33,7 @@ from pyro_vae.compiling import CannotCompile, Traced, compiled
 from pyro_vae.objectives import ELBO, IWAE, Capacity, DReG, Linear, Objective
 from pyro_vae.training import fit
 from pyro_vae.training.rows import TensorRows
-from pyro_vae.training.step import LossAndGradient, StepLoss
+from pyro_vae.training.step import CompiledStep, LossAndGradient, StepLoss
 from pyro_vae.vae import VAE
 
 TRIPLES = {
@@ -272,3 +273,21 @@ def test_no_compiler_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
     with pytest.warns(UserWarning, match="compile: the step runs eagerly, for it cannot be comp"):
         fit(make_vae(), make_data(41), epochs=2, batch_size=10, compile=True, **QUIET)
+
+
+def test_gradients_that_are_scaled_are_not_compiled() -> None:
+    fabric = SimpleNamespace(strategy=SimpleNamespace(precision=SimpleNamespace(scaler=object())))
+    vae = make_vae()
+    loss = StepLoss(vae, ELBO(), TensorRows(make_data()))
+    with pytest.raises(CannotCompile, match="16-mixed"):
+        CompiledStep(fabric, loss, torch.arange(5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_precisions_compile(precision: str) -> None:
+    options = {"batch_size": 10, "epochs": 3, "precision": precision, **QUIET}
+    rows = [fit(make_vae(), make_data(), compile=c, **options).rows for c in (False, True)]
+    tolerance = 1e-6 if precision == "64-true" else 0.02  # Adam magnifies rounding
+    for eager, fast in zip(*rows):
+        assert fast["elbo"] == pytest.approx(eager["elbo"], abs=tolerance)
