@@ -7,8 +7,9 @@ python examples/mnist_optimisers.py --smoke         # bundled digits, seconds
 784-500-20, tanh, batch 250, one draw of z, the first 50,000 images of MNIST's training part to
 train on and its last 10,000 to validate, as in the published study. Ours are a learning rate that
 falls to zero by a cosine, and its start, chosen by the validation bound after runs of 6 epochs
-(Adam: 1, 2, 4, 8e-3; RMSprop: 0.5, 1, 2, 4e-3; Adagrad: 0.01, 0.02, 0.05; SGD: 0.002, 0.005, 0.02,
-0.05, 0.1); the published rates, constant, stand beside. For SGD and Adagrad the norm of the
+(RMSprop: 0.5, 1, 2, 4e-3; Adagrad: 0.01, 0.02, 0.05; SGD: 0.002, 0.005, 0.02, 0.05, 0.1). For Adam
+(1, 2, 4, 8e-3) these chose 8e-3, whose 150 epochs ended at -83.09; 2e-3 stands here, from a second
+whole run. The published rates, constant, stand beside. For SGD and Adagrad the norm of the
 gradient is held to 20: the first steps are large, SGD without it diverged at 0.03 and above, and
 Adagrad never forgets them. The weights kept are those of the best epoch by validation images.
 
@@ -39,7 +40,7 @@ from pyro_vae.estimators import evidence_lower_bound
 MOMENTUM = {"class_path": "SGD", "init_args": {"momentum": 0.9}}
 # ours, the published learning rate, and what else `fit` is given
 OPTIMISERS: dict[str, tuple[float, float, dict[str, Any]]] = {
-    "Adam": (8e-3, 1e-3, {"optimizer": "Adam"}),
+    "Adam": (2e-3, 1e-3, {"optimizer": "Adam"}),
     "RMSprop": (2e-3, 1e-3, {"optimizer": "RMSprop"}),
     "Adagrad": (0.02, 0.01, {"optimizer": "Adagrad", "clip_norm": 20.0}),
     "SGD": (0.05, 5e-4, {"optimizer": MOMENTUM, "clip_norm": 20.0}),
