@@ -40,19 +40,20 @@ def draw(found: dict[str, Any]) -> None:
     evaluation = [{"workload": "K = 5000", **row} for row in found["importance"]["rows"]]
     bars = [row for row in steps + evaluation if row["candidate"] != "matrix products alone"]
     names = list(dict.fromkeys(row["workload"] for row in bars))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.24 * len(bars) + 1.6), width_ratios=[2, 1])
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.18 * len(bars) + 1.6), width_ratios=[2, 1])
     y, ticks = 0.0, []
     for name in names:
         for row in (row for row in bars if row["workload"] == name):
             ours = row["candidate"].startswith("pyro_vae")
             axes[0].barh(y, row["ratio"], color="#3b6fb6" if ours else "#b8bec9")
-            axes[0].text(row["ratio"] + 0.02, y, f"{row['ratio']:.2f}", va="center", fontsize=7)
+            axes[0].text(row["ratio"] + 0.03, y, f"{row['ratio']:.2f}", va="center", fontsize=7)
             ticks.append((y, f"{name}: {row['candidate']}"))
             y += 1
         y += 0.6
     axes[0].set_yticks(*zip(*ticks), fontsize=7)
     axes[0].invert_yaxis()
-    axes[0].axvline(1, color="k", lw=0.8)
+    axes[0].axvline(1, color="k", lw=0.8, zorder=0)
+    axes[0].margins(x=0.08, y=0.01)
     axes[0].set_xlabel("time by that of hand-written PyTorch (less is better)")
     for series in dict.fromkeys(row["series"] for row in found["growth"]["rows"]):
         rows = [row for row in found["growth"]["rows"] if row["series"] == series]
@@ -65,7 +66,8 @@ def draw(found: dict[str, Any]) -> None:
         )
     axes[1].set_xlabel("by the least of the series")
     axes[1].set_ylabel("time of a step by that of the least")
-    axes[1].legend(fontsize=7)
+    axes[1].legend(fontsize=7, loc="upper left")
+    axes[1].set_ylim(top=30)
     figure.tight_layout()
     figure.savefig(RESULTS / "speed.png", dpi=150)
 
