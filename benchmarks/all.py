@@ -41,12 +41,14 @@ def draw(found: dict[str, Any]) -> None:
     bars = [row for row in steps + evaluation if row["candidate"] != "matrix products alone"]
     names = list(dict.fromkeys(row["workload"] for row in bars))
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.18 * len(bars) + 1.6), width_ratios=[2, 1])
-    y, ticks = 0.0, []
+    y, ticks, label = 0.0, [], {"fc": "white", "ec": "none", "pad": 0.4}
     for name in names:
         for row in (row for row in bars if row["workload"] == name):
             ours = row["candidate"].startswith("pyro_vae")
             axes[0].barh(y, row["ratio"], color="#3b6fb6" if ours else "#b8bec9")
-            axes[0].text(row["ratio"] + 0.03, y, f"{row['ratio']:.2f}", va="center", fontsize=7)
+            axes[0].text(
+                row["ratio"] + 0.03, y, f"{row['ratio']:.2f}", va="center", fontsize=7, bbox=label
+            )
             ticks.append((y, f"{name}: {row['candidate']}"))
             y += 1
         y += 0.6
