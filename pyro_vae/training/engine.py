@@ -165,6 +165,8 @@ def _in_process(fabric: Fabric, exchange: Exchange) -> None:
         result = function(engine._single(group, _index(fabric.device)), group, task)
         if group.rank == 0:
             exchange.send("result", result)
+        torch.distributed.barrier()  # nobody leaves while another still uses the connection
+        torch.distributed.destroy_process_group()  # spawned processes run no exit handlers
 
 
 def _group(fabric: Fabric) -> Group:
