@@ -16,6 +16,7 @@ from pyro_vae.densities import Program
 from pyro_vae.estimators.evaluating import evaluating, seed_generator
 from pyro_vae.estimators.fast import CompiledTarget
 from pyro_vae.estimators.target import ROWS, Target
+from pyro_vae.memory import keep_memory
 from pyro_vae.processes import in_processes
 
 __all__ = ["check_data", "map_batches", "map_targets", "track"]
@@ -93,6 +94,7 @@ class Work(Generic[T]):
         """The estimates."""
         batches = torch.arange(len(self.x), device=self.x.device).split(self.size)
         results = []
+        keep_memory()
         with evaluating(self.model, self.guide, seed=None, device=self.x.device):
             for i, rows in enumerate(track(batches, self.title or "", self.title is not None)):
                 number = [self.seed % 2**64, self.number + i]

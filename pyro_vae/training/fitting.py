@@ -13,6 +13,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.memory import keep_memory
 from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.training.callbacks import Callback
 from pyro_vae.training.checkpoint import PathLike, load_state
@@ -196,6 +197,7 @@ def _train(fabric: Fabric, group: Group, task: Task) -> Result:
     first, device = group.rank == 0, fabric.device
     state = load_state(run) if run is not None and task.resume and first else None
     state = group.first(state)
+    keep_memory()
     with _borrowed(vae, objective, device, settings.seed):
         train = task.train.to(device)
         held_out = None if task.held_out is None else task.held_out.to(device)
