@@ -214,6 +214,7 @@ def serve(name: str, images: int, matmul: str, pipe: Connection) -> None:
     run = CANDIDATES[name](images)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run()
+    pipe.send("ready")
     while pipe.recv():
         start = time.perf_counter()
         mean = run()
@@ -240,6 +241,8 @@ def main() -> None:
                 target=serve, args=(name, arguments.images, arguments.matmul, child), daemon=True
             ).start()
             seconds[name] = []
+    for pipe in pipes.values():
+        pipe.recv()
     for _ in range(arguments.repeats):
         for name, pipe in pipes.items():
             pipe.send(True)
