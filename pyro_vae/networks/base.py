@@ -8,7 +8,9 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Network", "activation_layer", "dense"]
+from pyro_vae.networks.linear import Linear
+
+__all__ = ["Network", "activation_layer", "dense", "joined"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
@@ -86,11 +88,17 @@ def activation_layer(name: str) -> nn.Module:
     return ACTIVATIONS[name]()
 
 
+def joined(x: Tensor, y: Tensor) -> Tensor:
+    """`x` [B, *E] flattened, and beside it `y` [B, C]."""
+    flat = x.flatten(1)
+    return torch.cat([flat, y], -1) if y.shape[1] else flat
+
+
 def dense(sizes: tuple[int, ...], activation: str, norm: str | None) -> list[nn.Module]:
     """Linear, norm, activation for each pair of neighbours in `sizes`."""
     layers: list[nn.Module] = []
     for i, o in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(i, o), *norm_layers(norm, o), activation_layer(activation)]
+        layers += [Linear(i, o), *norm_layers(norm, o), activation_layer(activation)]
     return layers
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from math import prod
 
-import torch
 from torch import Tensor, nn
 
-from pyro_vae.networks.base import Network, activation_layer, dense
+from pyro_vae.networks.base import Network, activation_layer, dense, joined
+from pyro_vae.networks.linear import Linear
 
 __all__ = ["Conv", "ConvTranspose"]
 
@@ -50,11 +50,11 @@ class Conv(Network):
         )
         sizes = (flat + condition_dim, *hidden)
         self.hidden = nn.Sequential(*dense(sizes, activation, norm))
-        self.output = nn.Linear(sizes[-1], prod(self.out_shape))
+        self.output = Linear(sizes[-1], prod(self.out_shape))
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Convolutions, then dense layers with `y`."""
-        return self.output(self.hidden(torch.cat([self.convolutions(x).flatten(1), y], -1)))
+        return self.output(self.hidden(joined(self.convolutions(x), y)))
 
     @property
     def output_bias(self) -> Tensor:
@@ -104,7 +104,7 @@ class ConvTranspose(Network):
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Dense layers with `y`, then transposed convolutions."""
-        h = self.hidden(torch.cat([x.flatten(1), y], -1))
+        h = self.hidden(joined(x, y))
         return self.convolutions(h.unflatten(-1, self.start))
 
     @property

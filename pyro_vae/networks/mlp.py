@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from math import prod
 
-import torch
 from torch import Tensor, nn
 
-from pyro_vae.networks.base import Network, dense, norm_layers
+from pyro_vae.networks.base import Network, dense, joined, norm_layers
+from pyro_vae.networks.linear import Linear
 
 __all__ = ["MLP", "GatedMLP"]
 
@@ -36,11 +36,11 @@ class MLP(Network):
         super().__init__(in_shape, out_shape, condition_dim)
         sizes = (prod(self.in_shape) + condition_dim, *hidden)
         self.hidden = nn.Sequential(*dense(sizes, activation, norm))
-        self.output = nn.Linear(sizes[-1], prod(self.out_shape))
+        self.output = Linear(sizes[-1], prod(self.out_shape))
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Dense layers over the flattened input and `y`."""
-        return self.output(self.hidden(torch.cat([x.flatten(1), y], -1)))
+        return self.output(self.hidden(joined(x, y)))
 
     @property
     def output_bias(self) -> Tensor:
@@ -75,13 +75,13 @@ class GatedMLP(Network):
         sizes = (prod(self.in_shape) + condition_dim, *hidden)
         layers: list[nn.Module] = []
         for i, o in zip(sizes, sizes[1:]):
-            layers += [nn.Linear(i, 2 * o), *norm_layers(norm, 2 * o), nn.GLU(-1)]
+            layers += [Linear(i, 2 * o), *norm_layers(norm, 2 * o), nn.GLU(-1)]
         self.hidden = nn.Sequential(*layers)
-        self.output = nn.Linear(sizes[-1], prod(self.out_shape))
+        self.output = Linear(sizes[-1], prod(self.out_shape))
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Gated layers over the flattened input and `y`."""
-        return self.output(self.hidden(torch.cat([x.flatten(1), y], -1)))
+        return self.output(self.hidden(joined(x, y)))
 
     @property
     def output_bias(self) -> Tensor:

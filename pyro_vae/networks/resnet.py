@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from math import prod
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_vae.networks.base import Network, activation_layer
+from pyro_vae.networks.base import Network, activation_layer, joined
 from pyro_vae.networks.conv import halvings, image_shape, norm_2d
+from pyro_vae.networks.linear import Linear
 
 __all__ = ["ResNet", "ResNetTranspose"]
 
@@ -45,11 +45,11 @@ class ResNet(Network):
             layers += [nn.Conv2d(i, o, 3, 2, padding=1), ResidualBlock(o, activation, norm)]
         self.stages = nn.Sequential(*layers, activation_layer(activation))
         flat = channels[-1] * prod(halvings(s, len(channels))[-1] for s in side)
-        self.output = nn.Linear(flat + condition_dim, prod(self.out_shape))
+        self.output = Linear(flat + condition_dim, prod(self.out_shape))
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Residual stages, then a linear map with `y`."""
-        return self.output(torch.cat([self.stages(x).flatten(1), y], -1))
+        return self.output(joined(self.stages(x), y))
 
     @property
     def output_bias(self) -> Tensor:
@@ -83,7 +83,7 @@ class ResNetTranspose(Network):
         heights, widths = (halvings(s, len(channels))[::-1] for s in side)
         self.sizes = list(zip(heights, widths))
         self.start = (channels[0], *self.sizes[0])
-        self.input = nn.Linear(prod(self.in_shape) + condition_dim, prod(self.start))
+        self.input = Linear(prod(self.in_shape) + condition_dim, prod(self.start))
         self.blocks = nn.ModuleList(ResidualBlock(c, activation, norm) for c in channels)
         self.widths = nn.ModuleList(
             nn.Conv2d(i, o, 3, padding=1) for i, o in zip(channels, (*channels[1:], channels[-1]))
@@ -93,7 +93,7 @@ class ResNetTranspose(Network):
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """A linear map with `y`, then residual stages."""
-        h = self.input(torch.cat([x.flatten(1), y], -1)).unflatten(-1, self.start)
+        h = self.input(joined(x, y)).unflatten(-1, self.start)
         for block, width, size in zip(self.blocks, self.widths, self.sizes[1:]):
             h = width(F.interpolate(block(h), size, mode="nearest"))
         return self.output(self.activation(h))
