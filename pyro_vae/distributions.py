@@ -13,6 +13,7 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, constraints, register_kl
 
 __all__ = [
+    "Bernoulli",
     "ContinuousBernoulli",
     "DiscretizedLogistic",
     "Flow",
@@ -25,6 +26,21 @@ __all__ = [
 
 
 Shape = Size | list[int] | tuple[int, ...]
+
+
+class Bernoulli(dist.Bernoulli):
+    r"""Pyro's Bernoulli, its log mass with half the passes over the logits.
+
+    .. math:: \log p(x; \eta) = \log \sigma((2 x - 1) \, \eta), \qquad x \in \{0, 1\}
+
+    Nothing cancels in it, however large the logit; nor is `value` ever as large as the draws.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log mass of `value` in nats."""
+        if self._validate_args:
+            self._validate_sample(value)
+        return F.logsigmoid((2 * value - 1) * self.logits)
 
 
 class ContinuousBernoulli(TorchDistribution):

@@ -13,6 +13,7 @@ import torch
 from torch.distributions import kl_divergence
 
 from pyro_vae.distributions import (
+    Bernoulli,
     ContinuousBernoulli,
     DiscretizedLogistic,
     Flow,
@@ -40,6 +41,31 @@ def continuous_bernoulli_mean(logit: float) -> float:
     with mpmath.workdps(50):
         eta = mpmath.mpf(logit)
         return float(1 / (1 - mpmath.exp(-eta)) - 1 / eta)
+
+
+@pytest.mark.parametrize("logit", [-700.0, -30.0, -1e-3, 0.0, 0.7, 17.0, 90.0, 700.0])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bernoulli_in_high_precision(logit: float, value: float, dtype: torch.dtype) -> None:
+    logits = torch.tensor([logit], dtype=dtype, requires_grad=True)
+    found = Bernoulli(logits=logits).log_prob(torch.tensor([value], dtype=dtype))
+    (slope,) = torch.autograd.grad(found.sum(), logits)
+    eta = mpmath.mpf(logits.item())
+    error, tiny = 4 * torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    exact = -mpmath.log1p(mpmath.exp((1 - 2 * value) * eta))
+    assert found.item() == pytest.approx(float(exact), rel=error, abs=tiny)
+    exact = (2 * value - 1) / (1 + mpmath.exp((2 * value - 1) * eta))
+    assert slope.item() == pytest.approx(float(exact), rel=error, abs=error)
+
+
+def test_bernoulli_is_pyros() -> None:
+    logits, value = torch.randn(7, 1, 11), torch.bernoulli(torch.full((5, 11), 0.3))
+    ours, pyros = Bernoulli(logits=logits), dist.Bernoulli(logits=logits)
+    torch.testing.assert_close(ours.log_prob(value), pyros.log_prob(value.expand(7, 5, 11)))
+    assert isinstance(ours.expand((7, 5, 11)), Bernoulli)
+    assert torch.equal(ours.mean, pyros.mean)
+    with pytest.raises(ValueError, match="support"):
+        Bernoulli(logits=logits, validate_args=True).log_prob(value + 0.5)
 
 
 @pytest.mark.parametrize("logit", LOGITS)

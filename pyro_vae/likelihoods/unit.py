@@ -33,8 +33,8 @@ class Bernoulli(Likelihood):
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
         """Bernoulli with logits."""
-        (logits,) = self.raw(z, y)
-        return dist.Bernoulli(logits=logits).to_event(len(self.data_shape))
+        logits = self.raw(z, y).squeeze(0)
+        return distributions.Bernoulli(logits=logits).to_event(len(self.data_shape))
 
     def raw_start(self, x: Tensor) -> Tensor:
         """Logit of the mean."""
@@ -60,7 +60,7 @@ class ContinuousBernoulli(Likelihood):
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
         """Continuous Bernoulli with logits."""
-        (logits,) = self.raw(z, y)
+        logits = self.raw(z, y).squeeze(0)
         return distributions.ContinuousBernoulli(logits).to_event(len(self.data_shape))
 
     def raw_start(self, x: Tensor) -> Tensor:
