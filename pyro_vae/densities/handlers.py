@@ -7,6 +7,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.broadcast_messenger import BroadcastMessenger
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import Messenger
@@ -73,7 +74,9 @@ class ParticlePlate(IndepMessenger):
 
     def _process_message(self, msg: Any) -> None:
         super()._process_message(msg)
-        BroadcastMessenger._pyro_sample(msg)
+        fn = msg["fn"]
+        if isinstance(fn, TorchDistributionMixin) and fn.batch_shape[:-1] != (self.size,):
+            BroadcastMessenger._pyro_sample(msg)
 
 
 def particle_plate(num_particles: int) -> ParticlePlate:

@@ -177,8 +177,8 @@ class Densities:
         return site.analytic_kl
 
     def _sum(self, terms: list[Tensor]) -> Tensor:
-        total = sum(terms, torch.zeros(()))
-        return total.expand(self.num_particles, self.num_data)  # type: ignore[union-attr]
+        total = sum(terms[1:], terms[0]) if terms else torch.zeros(())
+        return total.expand(self.num_particles, self.num_data)
 
 
 def _by_dimension(name: str, site: Site) -> Site:

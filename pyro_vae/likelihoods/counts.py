@@ -31,7 +31,7 @@ class Poisson(Likelihood):
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
         """Poisson(exp(raw))."""
-        (log_rate,) = self.raw(z, y)
+        log_rate = self.raw(z, y).squeeze(0)
         return dist.Poisson(log_rate.exp()).to_event(len(self.data_shape))
 
     def raw_start(self, x: Tensor) -> Tensor:

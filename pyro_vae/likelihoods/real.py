@@ -69,8 +69,9 @@ class LocationScale(Likelihood):
         """The distribution, independent over dimensions."""
         raw = self.raw(z, y, self.num_params(self.scale_option))
         links = {"identity": lambda m: m, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
-        scale = self._scale(raw[-1]).expand(raw[0].shape)
-        each = self.distribution(links[self.mean_option](raw[0]), scale)
+        mean, predicted = raw if len(raw) == 2 else (raw.squeeze(0), None)
+        scale = self._scale(predicted).expand(mean.shape)
+        each = self.distribution(links[self.mean_option](mean), scale)
         return each.to_event(len(self.data_shape))
 
     def raw_start(self, x: Tensor) -> Tensor:
@@ -90,10 +91,10 @@ class LocationScale(Likelihood):
             excess = ((variance.mean() if one else variance).sqrt() - self.min_scale).clamp(1e-3)
             self.raw_scale.copy_(excess + torch.log(-torch.expm1(-excess)))
 
-    def _scale(self, predicted: Tensor) -> Tensor:
+    def _scale(self, predicted: Tensor | None) -> Tensor:
         if isinstance(self.scale_option, int | float):
             return self.fixed_scale
-        raw = predicted if self.scale_option == "predicted" else self.raw_scale
+        raw = self.raw_scale if predicted is None else predicted
         return self.min_scale + F.softplus(raw)
 
 

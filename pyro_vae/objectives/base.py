@@ -191,7 +191,8 @@ class Objective(pyro.infer.ELBO, nn.Module):
 
 def total_kl(d: Densities, rule: str) -> Tensor:
     """KL(q || p) of all sites together [B], in nats; `rule` is that of `Densities.kl`."""
-    return torch.stack(list(d.kl(rule).values())).sum(0)
+    first, *others = d.kl(rule).values()
+    return sum(others, first)
 
 
 def check_kl(rule: str) -> str:

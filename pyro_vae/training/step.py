@@ -70,12 +70,13 @@ class StepLoss(nn.Module):
 class EagerStep:
     """Leaves the gradient of a batch's loss in the parameters, by running the programs."""
 
-    def __init__(self, fabric: Fabric, loss: nn.Module) -> None:
+    def __init__(self, fabric: Fabric, loss: StepLoss) -> None:
         self.fabric, self.loss = fabric, loss
 
     def __call__(self, index: Tensor) -> Outcome:
         """Loss and terms of the rows at `index` [B]."""
-        loss, terms, second = self.loss(index)
+        with self.fabric.autocast():
+            loss, terms, second = self.loss(index)
         self.fabric.backward(loss)
         return loss.detach(), terms, second
 

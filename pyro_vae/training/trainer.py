@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import pyro
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from pyro_vae.compiling import CannotCompile
 from pyro_vae.objectives import Objective
@@ -89,7 +88,7 @@ class Trainer:
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.schedule = make_schedule(options.schedule, optimizer)
         self.loss, self.optimizer = self.fabric.setup(self.bare_loss, optimizer)
-        self.eager = EagerStep(self.fabric, self.loss)
+        self.eager = EagerStep(self.fabric, self.bare_loss)
         if self.objective.has_adversary:
             self.adversary = Adversary(self.fabric, self.group, self.objective)
         if state is not None:
@@ -149,12 +148,14 @@ class Trainer:
                 loss, terms, adversary_loss = self._gradient(share, bar)(share)
         except ValueError as error:
             raise ValueError(f"step {self.step}: {error}") from error
-        terms = terms * (len(index) / len(share))
+        if share is not index:
+            terms = terms * (len(index) / len(share))
         loss, terms = self.group.average(weight, self.parameters, loss, terms)
         self.watch.see(self.step, loss, terms)
         self._clip()
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        for parameter in self.parameters:
+            parameter.grad = None
         if self.adversary is not None and adversary_loss is not None:
             self.adversary.step(adversary_loss, weight)
         self.sums = terms.double() if self.sums is None else self.sums.add_(terms)
@@ -179,14 +180,15 @@ class Trainer:
 
     def _clip(self) -> None:
         """Clips the gradient; on a CPU, refuses one that is not finite."""
-        limit, norm = self.settings.clip_norm, None
+        limit = self.settings.clip_norm
+        total: Tensor | float | None = None
         if limit is not None:
-            norm = self.fabric.clip_gradients(
+            total = self.fabric.clip_gradients(
                 self.loss, self.optimizer, max_norm=limit, error_if_nonfinite=False
             )
         elif self.watch.at_once:
-            norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if self.watch.at_once and norm is not None and not math.isfinite(norm.item()):
+            total = sum(p.grad.sum() for p in self.parameters if p.grad is not None)
+        if self.watch.at_once and total is not None and not math.isfinite(total):
             raise self.watch.gradient_error(self.step)
 
     def _look(self, bar: Bar) -> None:
