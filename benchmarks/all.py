@@ -38,7 +38,7 @@ def draw(found: dict[str, Any]) -> None:
 
     steps = found["steps"]["rows"]
     evaluation = [{"workload": "K = 5000", **row} for row in found["importance"]["rows"]]
-    bars = [row for row in steps + evaluation if row["candidate"] != "matrix products alone"]
+    bars = [row for row in steps + evaluation if "products" not in row["candidate"]]
     names = list(dict.fromkeys(row["workload"] for row in bars))
     figure, axes = plt.subplots(1, 2, figsize=(11, 0.18 * len(bars) + 1.6), width_ratios=[2, 1])
     y, ticks, label = 0.0, [], {"fc": "white", "ec": "none", "pad": 0.4}

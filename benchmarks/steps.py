@@ -147,10 +147,14 @@ def loss_of(loss: Callable[[Any], Any], x: Any) -> float:
         return sum(float(loss(x[:CHECKED])) for _ in range(10)) / 10
 
 
-def matrix_products(name: str, turns: Turns) -> Any:
-    """The products of matrices of the step and nothing else: the machine's own limit."""
+def matrix_products(name: str, turns: Turns, matmul: str = "highest") -> Any:
+    """The products of matrices of the step and nothing else: the limit of torch's BLAS.
+
+    Of oneDNN with "medium", which on processors without AMX is as exact.
+    """
     import torch
 
+    torch.set_float32_matmul_precision(matmul)
     B = WORKLOADS[name]["batch"]
     sizes = [(784, 500), (500, 2 * D), (D, 500), (500, 784)]
     layers = [(torch.randn(B, i), torch.randn(i, o), torch.randn(B, o)) for i, o in sizes]
@@ -386,6 +390,7 @@ def candidates(name: str) -> dict[str, Any]:
             "pyro_vae, compiled, medium": partial(pyro_vae, name, **medium),
             "Pyro's example": partial(pyro_example, name),
             "matrix products alone": partial(matrix_products, name),
+            "matrix products alone, medium": partial(matrix_products, name, matmul="medium"),
         }
         peers = {"NumPyro": (numpyro, "numpyro"), "pythae": (pythae, "pythae")}
         found |= {k: partial(f, name) for k, (f, package) in peers.items() if find_spec(package)}

@@ -6,6 +6,7 @@ processors for which that was not written, oneDNN needs half the time at full pr
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import torch
@@ -18,7 +19,11 @@ __all__ = ["linear", "products_by_onednn"]
 
 LARGE = 2**22  # multiplications, below which calling oneDNN costs what it saves
 LARGE_IN_GRAPH = 2**20  # the same where no Python runs around it
-AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+AVAILABLE = (
+    platform.machine() in ("x86_64", "AMD64")  # elsewhere it was not measured
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -152,10 +152,12 @@ class VAE(nn.Module):
 
     def _cast(self, x: Tensor) -> Tensor:
         """`x` in the type of the weights, as `fit` gives it: integers and doubles work too."""
-        return x.to(next((p.dtype for p in self.parameters()), x.dtype))
+        return x.to(self.posterior.input_scale.dtype)
 
     def _check_condition(self, y: Tensor | None) -> None:
         """Refuses a `y` that nothing would look at: parts of one's own are taken to do so."""
+        if y is None:
+            return
         parts = (
             self,
             self.prior,
@@ -164,7 +166,7 @@ class VAE(nn.Module):
             self.posterior,
             getattr(self.posterior, "encoder", None),
         )
-        if y is not None and not any(getattr(p, "condition_dim", _is_own(p)) for p in parts):
+        if not any(getattr(p, "condition_dim", _is_own(p)) for p in parts):
             raise ValueError(
                 f"y of shape {list(y.shape)} was given, but no part of this VAE is conditioned on "
                 "it: give its networks condition_dim, the length of a row of y, as "

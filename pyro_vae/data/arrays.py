@@ -100,9 +100,9 @@ def _numbers(path: Path, x: np.ndarray) -> Tensor:
     if x.dtype.kind == "f":
         # A value too large for float32 becomes infinite, and the check of Data names its row.
         with np.errstate(over="ignore"):
-            return torch.from_numpy(x.astype(np.float32))
+            return torch.from_numpy(x.astype(np.float32, copy=False))
     grey = x.dtype.name in _LEVELS
-    return torch.from_numpy(x.astype(np.uint8 if grey else np.int64))
+    return torch.from_numpy(x.astype(np.uint8 if grey else np.int64, copy=False))
 
 
 def _labels(path: Path, labels: np.ndarray) -> Tensor:

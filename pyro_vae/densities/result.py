@@ -178,7 +178,8 @@ class Densities:
 
     def _sum(self, terms: list[Tensor]) -> Tensor:
         total = sum(terms[1:], terms[0]) if terms else torch.zeros(())
-        return total.expand(self.num_particles, self.num_data)
+        shape = (self.num_particles, self.num_data)
+        return total if total.shape == shape else total.expand(shape)
 
 
 def _by_dimension(name: str, site: Site) -> Site:

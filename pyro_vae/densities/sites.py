@@ -7,7 +7,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import pyro.poutine as poutine
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 __all__ = ["check_latents", "program_args", "sample_sites", "traced"]
@@ -29,8 +29,10 @@ def sample_sites(trace: poutine.Trace, program: str) -> dict[str, dict[str, Any]
     """The sites of a trace that have a density, by name, each checked."""
     sites: dict[str, Any] = {
         name: site
-        for name, site in prune_subsample_sites(trace).nodes.items()
-        if site["type"] == "sample" and not (site["infer"] or {}).get("_deterministic", False)
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and not site_is_subsample(site)
+        and not (site["infer"] or {}).get("_deterministic", False)
     }
     for name, site in sites.items():
         _check_site(f"{program} site {name!r}", site)
