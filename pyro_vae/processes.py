@@ -74,7 +74,7 @@ class Exchange:
         try:
             return pickle.loads((self.folder / "error").read_bytes())
         except FileNotFoundError:
-            return RuntimeError(
+            return ChildProcessError(
                 f"a process ended by itself ({error}): a script that uses several devices must do "
                 'so under if __name__ == "__main__", and the memory must suffice for all of them'
             )
@@ -92,6 +92,7 @@ def in_processes(function: Callable[..., T], parts: Sequence[Any], device: str) 
 
     Raises:
         ValueError: If something cannot be sent.
+        ChildProcessError: If a process died, as for want of memory.
         Exception: The first that `function` raised.
     """
     threads = max(1, torch.get_num_threads() // len(parts))

@@ -1,0 +1,46 @@
+"""Work in other processes, and what is said when one of them dies."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from typing import NoReturn
+
+import pytest
+import torch
+
+from pyro_vae.cli import ERRORS
+from pyro_vae.processes import in_processes
+
+
+def dies(part: int) -> NoReturn:
+    os._exit(3 + part)
+
+
+def fails(part: int) -> NoReturn:
+    raise FloatingPointError(f"part {part}")
+
+
+def threads(part: torch.Tensor) -> tuple[int, torch.Tensor]:
+    return torch.get_num_threads(), part + 1
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_one_line() -> None:
+    with pytest.raises(ChildProcessError, match="a process ended by itself .*exit code 3"):
+        in_processes(dies, [0], "cpu")
+    assert issubclass(ChildProcessError, ERRORS)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.slow
+def test_an_error_of_a_process_is_the_callers() -> None:
+    with pytest.raises(FloatingPointError, match="part 5"):
+        in_processes(fails, [5], "cpu")
+
+
+@pytest.mark.slow
+def test_results_come_in_the_order_of_the_parts() -> None:
+    found = in_processes(threads, [torch.tensor(2), torch.tensor(7)], "cpu")
+    share = max(1, torch.get_num_threads() // 2)
+    assert [(n, int(part)) for n, part in found] == [(share, 3), (share, 8)]
