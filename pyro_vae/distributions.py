@@ -40,7 +40,8 @@ class Bernoulli(dist.Bernoulli):
         """Log mass of `value` in nats."""
         if self._validate_args:
             self._validate_sample(value)
-        return F.logsigmoid((2 * value - 1) * self.logits)
+        sign = 2 * value.to(self.logits.dtype) - 1
+        return F.logsigmoid(sign * self.logits)
 
 
 class ContinuousBernoulli(TorchDistribution):

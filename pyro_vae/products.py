@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.overrides import has_torch_function
 
 __all__ = ["linear", "products_by_onednn"]
 
@@ -31,7 +31,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     By oneDNN where it helps: float32 matrices on a CPU, in torch's default precision.
     """
-    if _helps(x, weight) and not _is_transformed():
+    if not _is_watched(x, weight, bias) and _helps(x, weight, bias):
         return _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return F.linear(x, weight, bias)
 
@@ -43,13 +43,14 @@ def products_by_onednn(graph: fx.GraphModule) -> None:
         _replace(nodes, node, *node.args)
     for node in nodes.find_nodes(op="call_function", target=aten.addmm.default):
         bias, a, b = node.args
-        if not node.kwargs and bias.meta["val"].ndim == 1:
+        if not node.kwargs:
             _replace(nodes, node, a, b, bias)
     graph.recompile()
 
 
 def _replace(nodes: fx.Graph, node: fx.Node, a: Any, b: Any, bias: Any = None) -> None:
-    if _helps(a.meta["val"], b.meta["val"].t(), LARGE_IN_GRAPH):
+    shift = None if bias is None else bias.meta["val"]
+    if _helps(a.meta["val"], b.meta["val"].t(), shift, LARGE_IN_GRAPH):
         with nodes.inserting_before(node):
             a = _row_major(nodes, a)
             new = nodes.call_function(torch.ops.pyro_vae.product.default, (a, b, bias))
@@ -68,24 +69,40 @@ def _row_major(nodes: fx.Graph, a: fx.Node) -> fx.Node:
     return copy
 
 
-def _helps(x: Tensor, weight: Tensor, least: int = LARGE) -> bool:
+def _helps(x: Tensor, weight: Tensor, bias: Tensor | None, least: int = LARGE) -> bool:
+    """Whether these are large matrices, of the plain kind, to be multiplied in full precision."""
     return (
         AVAILABLE
-        and x.ndim == 2
+        and x.ndim == weight.ndim == 2
+        and x.shape[1] == weight.shape[1]
         and x.numel() * len(weight) >= least
-        and x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and torch.get_float32_matmul_precision() == "highest"
+        and (bias is None or bias.shape == weight.shape[:1])
+        and all(map(_is_plain, (x, weight) if bias is None else (x, weight, bias)))
+        and _in_full_precision()
     )
 
 
-def _is_transformed() -> bool:
+def _is_plain(tensor: Tensor) -> bool:
+    on_cpu = tensor.device.type == "cpu" and tensor.layout == torch.strided
+    return on_cpu and tensor.dtype == torch.float32
+
+
+def _in_full_precision() -> bool:
+    try:
+        highest = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # one of torch's newer switches was used: it knows what to do
+        return False
+    return highest and torch._C._get_mkldnn_enabled()
+
+
+def _is_watched(*tensors: Tensor | None) -> bool:
     """Whether something other than plain autograd looks at the operations."""
     return (
-        torch.is_autocast_enabled("cpu")
-        or get_proxy_mode() is not None
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
+        or has_torch_function(tensors)
+        or torch.is_autocast_enabled("cpu")
         or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
@@ -94,7 +111,8 @@ def _is_transformed() -> bool:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         return torch.ops.pyro_vae.product(x, weight.t(), bias)
 
     @staticmethod
@@ -115,6 +133,7 @@ if not hasattr(torch.ops.pyro_vae, "product"):
 def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """a b + bias [M, N]; the first factor must be row-major: the smaller one is put into order."""
     by_onednn = torch.ops.mkldnn._linear_pointwise.default
+    bias = None if bias is None else bias.contiguous()
     if bias is None and not a.is_contiguous() and b.numel() + len(a) * b.shape[1] < a.numel():
         return by_onednn(b.t().contiguous(), _dense(a), None, "none", [], "").t().contiguous()
     return by_onednn(a.contiguous(), _dense(b.t()), bias, "none", [], "")

@@ -152,7 +152,8 @@ class VAE(nn.Module):
 
     def _cast(self, x: Tensor) -> Tensor:
         """`x` in the type of the weights, as `fit` gives it: integers and doubles work too."""
-        return x.to(self.posterior.input_scale.dtype)
+        parts = (self.posterior, self)
+        return x.to(next((p.dtype for part in parts for p in part.parameters()), x.dtype))
 
     def _check_condition(self, y: Tensor | None) -> None:
         """Refuses a `y` that nothing would look at: parts of one's own are taken to do so."""

@@ -64,6 +64,8 @@ def test_bernoulli_is_pyros() -> None:
     torch.testing.assert_close(ours.log_prob(value), pyros.log_prob(value.expand(7, 5, 11)))
     assert isinstance(ours.expand((7, 5, 11)), Bernoulli)
     assert torch.equal(ours.mean, pyros.mean)
+    for dtype in (torch.uint8, torch.int64, torch.bool):
+        assert torch.equal(ours.log_prob(value.to(dtype)), ours.log_prob(value))
     with pytest.raises(ValueError, match="support"):
         Bernoulli(logits=logits, validate_args=True).log_prob(value + 0.5)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import pyro_vae.products
 from pyro_vae.networks import MLP
@@ -125,6 +126,76 @@ def test_where_it_stays_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == []
     linear(x, w, b)
     assert seen == [(B, O)]
+
+
+@available
+@pytest.mark.parametrize(
+    "bias", [torch.ones(1).expand(O), torch.arange(2.0 * O)[::2], torch.rand(O, 3)[:, 0]]
+)
+def test_a_bias_of_any_strides(bias: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = calls(monkeypatch)
+    x, w, _ = (p.detach() for p in parts())
+    graph = make_fx(lambda x, w, b: torch.addmm(b, x, w.t()), tracing_mode="fake")(x, w, bias)
+    products_by_onednn(graph)
+    expected = F.linear(x.double(), w.double(), bias.double())
+    for found in (linear(x, w, bias), graph(x, w, bias)):
+        assert (found - expected).norm() < 1e-6 * expected.norm()
+    assert len(seen) == 2
+
+
+@available
+def test_only_what_a_derivative_needs_is_kept() -> None:
+    x, w, b = parts()
+    first, second = linear(x.detach(), w, b).sum(), linear(x.detach(), w, b).tanh().sum()
+    first.backward()
+    with torch.no_grad():
+        w.sub_(w.grad)  # type: ignore[arg-type]
+    second.backward()  # its slope needs x alone
+    h = x * 1
+    y = linear(h, w.detach(), b.detach())
+    h += 1
+    y.sum().backward()  # its slope needs w alone
+    torch.testing.assert_close(x.grad, w.detach().sum(0).expand(B, I), atol=1e-4, rtol=1e-4)
+    y = linear(h, w, b)
+    h += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@available
+def test_other_ways_to_run_it_see_torchs_own() -> None:
+    x, w, b = (p.detach() for p in parts())
+    layer = Linear(I, O)
+    with FlopCounterMode(display=False) as counter:
+        linear(x, w, b)
+    assert counter.get_total_flops() == 2 * B * I * O
+    code = torch.compile(layer, fullgraph=True, backend="eager")
+    torch.testing.assert_close(code(x), F.linear(x, layer.weight, layer.bias))
+    rows = {0: torch.export.Dim("rows", max=10_000)}
+    graph = torch.export.export(layer, (x,), dynamic_shapes=(rows,)).module()
+    torch.testing.assert_close(graph(x[:3]), F.linear(x[:3], layer.weight, layer.bias))
+    sparse = linear(x.to_sparse(), w, b)
+    torch.testing.assert_close(sparse, F.linear(x, w, b), atol=1e-4, rtol=1e-4)
+    for bias in (torch.randn(1), torch.randn(1, O), torch.tensor(0.5)):
+        assert torch.equal(linear(x, w, bias), F.linear(x, w, bias))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(x[:, 1:])
+
+
+@available
+def test_torchs_switches_are_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises() -> str:
+        raise RuntimeError("mix of the legacy and new APIs")  # as after the newer switches
+
+    seen = calls(monkeypatch)
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        linear(*parts())
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", raises)
+    linear(*parts())
+    assert seen == []
 
 
 @available

@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
+from pyro_vae.densities import densities
 from pyro_vae.likelihoods import Bernoulli, Normal
 from pyro_vae.networks import MLP, Conv, ConvTranspose
 from pyro_vae.objectives import ELBO
@@ -146,6 +147,27 @@ class Summing(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         return self.network(x) if y is None else self.network(x) + y.sum(-1, keepdim=True)
+
+
+class AnyPosterior(nn.Module):
+    """No subclass of Posterior."""
+
+    def __init__(self, weights: bool) -> None:
+        super().__init__()
+        self.body = nn.Linear(F, 2 * D) if weights else None
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> dist.TorchDistribution:
+        raw = x.new_zeros(len(x), 2 * D) if self.body is None else self.body(x)
+        loc, scale = raw.chunk(2, -1)
+        return dist.Normal(loc, scale.exp()).to_event(1)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_posterior_may_be_any_module(weights: bool) -> None:
+    vae = VAE(StandardNormal(D), Bernoulli(MLP(D, F), (F,)), AnyPosterior(weights))
+    for x in (torch.ones(B, F), torch.ones(B, F, dtype=torch.uint8), torch.ones(B, F).float()):
+        assert vae.encode(x).mean.dtype == torch.float64
+        assert densities(vae.model, vae.guide, x).log_weights.dtype == torch.float64
 
 
 @pytest.mark.parametrize("part", ["prior", "likelihood", "posterior", "encoder", "decoder"])
