@@ -114,6 +114,7 @@ def study(
         "learning rate": f"{lr:g}",
         "validation bound": f"{history.rows[-1]['validation_elbo']:.2f} +- {stderr(bound):.2f}",
         "published (rate)": f"{published:.2f} ({published_lr:g})" if known else "-",
+        "best (epoch)": f"{bound.mean():.2f} ({history.best_epoch})",
         f"bound of {n}": f"{bound[:n].mean():.2f} +- {stderr(bound[:n]):.2f}",
         f"log p(x) of {n}": f"{evidence.mean():.2f} +- {monte_carlo:.2f} +- {over_images:.2f}",
         "log p(x) - bound": f"{gap.mean():.2f} +- {stderr(gap):.2f}",
