@@ -42,6 +42,27 @@ def test_given_y_every_weight_is_the_conditional_evidence() -> None:
     assert (exact.log_evidence(x, y) - exact.log_evidence(x, y + 1)).abs().min() > 1e-3
 
 
+@pytest.mark.parametrize("lead", [(), (1,), (K,)])
+def test_each_particle_is_a_draw_whatever_the_guide_s_leading_dimensions(
+    lead: tuple[int, ...],
+) -> None:
+    exact = LinearGaussian.draw(D, F)
+    x = draw(exact.vae, B)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", B, dim=-1):
+            q = dist.Normal(torch.zeros(*lead, B, D), 1.0)
+            pyro.sample("z", q.to_event(1))
+
+    d = densities(exact.vae.model, guide, x, num_particles=K)
+    z = d.sites["z"].value
+    assert z.shape == (K, B, D)
+    assert d.sites["z"].guide.batch_shape == (K, B)
+    assert len(torch.unique(z)) == z.numel()
+    truth = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    torch.testing.assert_close(d.log_posterior, truth, rtol=0, atol=1e-12)
+
+
 def mixture_posterior(vae: nn.Module, x: Tensor, sigma: float) -> tuple[dist.Distribution, Tensor]:
     """p(z | x) and log p(x) of the linear decoder under a mixture of Normals."""
     prior, linear = vae.prior, vae.likelihood.decoder.output

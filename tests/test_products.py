@@ -93,7 +93,8 @@ def test_any_strides() -> None:
     w = torch.randn(O, I)
     row = torch.randn(1, I)
     for x in (base[:I, :B].t(), base.t()[:B, ::2], base.t()[:B, I:], row.expand(B, I)):
-        for weight in (w, w.t().contiguous().t(), torch.randn(O, 2 * I)[:, ::2]):
+        overlapping = torch.randn(O * 3 + I).as_strided((O, I), (3, 1))
+        for weight in (w, w.t().contiguous().t(), torch.randn(O, 2 * I)[:, ::2], overlapping):
             found, expected = linear(x, weight), F.linear(x.double(), weight.double())
             assert (found - expected).norm() < 1e-6 * expected.norm()
 
