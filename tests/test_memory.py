@@ -9,16 +9,14 @@ import sys
 import pytest
 
 CODE = """
-import resource, sys
+import resource
 import torch
 from pyro_vae.memory import keep_memory
 torch.set_num_threads(1)
-if sys.argv[1] == "keep":
-    keep_memory()
+keep_memory()
 x = torch.ones(1000, 784)
 def temporaries():
-    a, b = x.exp(), x.abs()
-    return (a * b + a).sum()
+    return [x + i for i in range(8)]
 for _ in range(3):
     temporaries()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -30,9 +28,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another library allocates")
 def test_pages_are_not_asked_for_again() -> None:
-    faults = {}
-    for how in ("keep", "leave"):
-        command = [sys.executable, "-c", CODE, how]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        faults[how] = int(done.stdout)
-    assert faults["keep"] < max(1, faults["leave"] / 10)
+    command = [sys.executable, "-c", CODE]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # of the 60,000 pages of all, those of one temporary may be new; without it, 4,500 and more are
+    assert int(done.stdout) < 2_000
