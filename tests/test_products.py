@@ -66,7 +66,7 @@ def test_value_and_gradient(
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == torch.float32
         assert one.is_contiguous()
-        assert (one - other).norm() < 1e-6 * other.norm()
+        assert (one - other).norm() < 2e-6 * other.norm()
 
 
 @available
@@ -96,7 +96,7 @@ def test_any_strides() -> None:
         overlapping = torch.randn(O * 3 + I).as_strided((O, I), (3, 1))
         for weight in (w, w.t().contiguous().t(), torch.randn(O, 2 * I)[:, ::2], overlapping):
             found, expected = linear(x, weight), F.linear(x.double(), weight.double())
-            assert (found - expected).norm() < 1e-6 * expected.norm()
+            assert (found - expected).norm() < 2e-6 * expected.norm()
 
 
 @available
@@ -105,7 +105,7 @@ def test_a_slope_that_is_expanded() -> None:
     found = torch.autograd.grad(linear(x, w, b).sum(), (x, w, b))
     expected = torch.autograd.grad(F.linear(x, w, b).sum(), (x, w, b))
     for one, other in zip(found, expected, strict=True):
-        assert (one - other).norm() < 1e-6 * other.norm()
+        assert (one - other).norm() < 2e-6 * other.norm()
 
 
 @available
@@ -140,7 +140,7 @@ def test_a_bias_of_any_strides(bias: Tensor, monkeypatch: pytest.MonkeyPatch) ->
     products_by_onednn(graph)
     expected = F.linear(x.double(), w.double(), bias.double())
     for found in (linear(x, w, bias), graph(x, w, bias)):
-        assert (found - expected).norm() < 1e-6 * expected.norm()
+        assert (found - expected).norm() < 2e-6 * expected.norm()
     assert len(seen) == 2
 
 
