@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
@@ -51,15 +52,19 @@ def pair_log_prob(q: Distribution, z: Tensor, dims: Sequence[int] | None = None)
         z: Draws [*S, M, D].
         dims: Some of the dimensions; None for all.
     """
-    index = list(range(z.shape[-1]) if dims is None else dims)
     if not isinstance(q, MultivariateNormal):
         each = marginals(q)
-        part = Normal(each.loc[..., index], each.scale[..., index], validate_args=False)
-        return pair_marginals(Independent(part, 1, validate_args=False), z[..., index]).sum(-1)
-    covariance = q.covariance_matrix[..., index, :][..., index].unsqueeze(-4)
-    loc = q.loc[..., index].unsqueeze(-3)
+        part = Normal(_at(each.loc, dims), _at(each.scale, dims), validate_args=False)
+        return pair_marginals(Independent(part, 1, validate_args=False), _at(z, dims)).sum(-1)
+    covariance = _at(_at(q.covariance_matrix, dims).mT, dims).unsqueeze(-4)
+    loc = _at(q.loc, dims).unsqueeze(-3)
     pairs = MultivariateNormal(loc, covariance, validate_args=False)
-    return pairs.log_prob(z[..., index].unsqueeze(-2))
+    return pairs.log_prob(_at(z, dims).unsqueeze(-2))
+
+
+def _at(tensor: Tensor, dims: Sequence[int] | None) -> Tensor:
+    """Some of the last dimension, or all: without an index, which a GPU would wait for."""
+    return tensor if dims is None else torch.stack([tensor[..., dim] for dim in dims], -1)
 
 
 def factorises(q: Distribution) -> bool:

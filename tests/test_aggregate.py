@@ -107,7 +107,7 @@ def test_stratified_is_unbiased_over_batches(full: bool) -> None:
     check_unbiased(posterior(full), BetaTC(num_data=N))
 
 
-def published(estimator: str, batch_size: int, num_data: int) -> Tensor:
+def published(estimator: str, batch_size: int, num_data: int, like: Tensor) -> Tensor:
     """The stratified weights as they were published in code: 1 / N in the first column."""
     M = batch_size - 1
     strat = (num_data - M) / (num_data * M)
@@ -115,7 +115,7 @@ def published(estimator: str, batch_size: int, num_data: int) -> Tensor:
     W.view(-1)[:: M + 1] = 1 / num_data
     W.view(-1)[1 :: M + 1] = strat
     W[M - 1, 0] = strat
-    return W
+    return W.to(like)
 
 
 def test_the_published_weights_would_be_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

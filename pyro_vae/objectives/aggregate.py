@@ -15,7 +15,9 @@ from pyro_vae.objectives.latent import draws, only_site
 __all__ = ["AggregateObjective", "estimator_weights"]
 
 
-def estimator_weights(estimator: str, batch_size: int, num_data: int) -> Tensor:
+def estimator_weights(
+    estimator: str, batch_size: int, num_data: int, like: Tensor | None = None
+) -> Tensor:
     r"""Weights w [B, B] of the estimate :math:`\hat q(z_i) = \sum_j w_{ij} q(z_i \mid x_j)`.
 
     - "weighted": :math:`1 / (N B)` everywhere. Far below q(z): by log B where the q(z | x_n) do
@@ -33,18 +35,19 @@ def estimator_weights(estimator: str, batch_size: int, num_data: int) -> Tensor:
         estimator: "weighted" or "stratified".
         batch_size: B.
         num_data: N, at least B.
+        like: A tensor of the wanted type and device; those of torch's default if None.
 
     References:
         Chen et al. Isolating sources of disentanglement in variational autoencoders. 2018.
         Esmaeili et al. Structured disentangled representations. 2019.
     """
     B, N = batch_size, num_data
+    weights = torch.empty(B, B) if like is None else like.new_empty(B, B)
     if B == 1:
-        return torch.ones(1, 1)
+        return weights.fill_(1.0)
     if estimator == "weighted":
-        return torch.full((B, B), 1 / (N * B))
-    weights = torch.full((B, B), (N - 1) / (N * (B - 1)))
-    return weights.fill_diagonal_(1 / N)
+        return weights.fill_(1 / (N * B))
+    return weights.fill_((N - 1) / (N * (B - 1))).fill_diagonal_(1 / N)
 
 
 class AggregateObjective(Objective):
@@ -89,7 +92,7 @@ class AggregateObjective(Objective):
 
     def _average(self, d: Densities, log_prob: Tensor) -> Tensor:
         """Logarithm of the weighted sum over data, the third dimension of `log_prob`."""
-        weights = estimator_weights(self.estimator, d.num_data, self._size(d)).to(log_prob)
+        weights = estimator_weights(self.estimator, d.num_data, self._size(d), log_prob)
         log_weights = weights.log().reshape(*weights.shape, *[1] * (log_prob.ndim - 3))
         return (log_prob + log_weights).logsumexp(2)
 

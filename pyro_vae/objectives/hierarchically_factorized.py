@@ -91,7 +91,7 @@ class HierarchicallyFactorized(AggregateObjective):
             )
         alone = [dim for dim in range(size) if dim not in inside]
         parts = [self.log_aggregate(d, group) for group in self.groups]
-        return torch.stack([*parts, each[..., alone].sum(-1)]).sum(0)
+        return torch.stack([*parts, *(each[..., dim] for dim in alone)]).sum(0)
 
 
 def _check(groups: list[list[int]]) -> None:
