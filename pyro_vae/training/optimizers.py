@@ -18,7 +18,9 @@ __all__ = [
     "ScheduleSpec",
     "make_optimizer",
     "make_schedule",
+    "restore",
     "spec_name",
+    "why_no_graph",
 ]
 
 OptimizerSpec = str | dict[str, Any] | Callable[[list[nn.Parameter]], Optimizer]
@@ -41,8 +43,16 @@ SCHEDULES: dict[str, type[LRScheduler]] = {
 }
 
 
+WAYS = ("fused", "foreach", "differentiable", "capturable")  # of making the same step
+
+
 def make_optimizer(
-    spec: OptimizerSpec, module: nn.Module, lr: float, *, fused: bool = True
+    spec: OptimizerSpec,
+    module: nn.Module,
+    lr: float,
+    *,
+    fused: bool = True,
+    capturable: bool = False,
 ) -> Optimizer:
     """One optimiser of the parameters of `module` that require gradients.
 
@@ -52,6 +62,7 @@ def make_optimizer(
         module: What is trained.
         lr: The learning rate, unless `spec` says otherwise.
         fused: Whether to take torch's fused step where class and device have one.
+        capturable: Whether to take the one for a CUDA graph, where the class has one.
 
     Raises:
         ValueError: If nothing requires gradients, or the name or an option is unknown.
@@ -64,13 +75,36 @@ def make_optimizer(
     cls, options = _parse("optimizer", spec, OPTIMIZERS)
     options = {"lr": lr, **options}
     _check_options("optimizer", cls, (parameters,), options)
-    ways = {"fused", "foreach", "differentiable", "capturable"}
-    if fused and "fused" in inspect.signature(cls).parameters and not ways & options.keys():
+    chosen = options.keys() & WAYS
+    known = inspect.signature(cls).parameters
+    if capturable and "capturable" in known and not chosen:
+        options["capturable"] = True
+    if fused and "fused" in known and not chosen:
         try:
             return cls(parameters, fused=True, **options)
         except RuntimeError:  # not on this device or for this type
             pass
     return cls(parameters, **options)
+
+
+def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Loads a state, which may have been made in another way, on another device."""
+    groups = [
+        loaded | {way: mine[way] for way in WAYS if way in mine}
+        for loaded, mine in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+
+
+def why_no_graph(optimizer: Optimizer, num_processes: int) -> str | None:
+    """What stands against a CUDA graph of its steps, if anything does."""
+    if num_processes > 1:
+        return f"{num_processes} processes exchange their gradients in it"
+    if type(optimizer) is torch.optim.SGD:  # counts no steps
+        return None
+    if all(group.get("capturable") for group in optimizer.param_groups):
+        return None
+    return f"{type(optimizer).__name__} is not made with capturable=True"
 
 
 def make_schedule(spec: ScheduleSpec | None, optimizer: Optimizer) -> LRScheduler | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyro_vae.compiling import CannotCompile, compiled
 from pyro_vae.densities import densities
 from pyro_vae.objectives import Objective
-from pyro_vae.training.evaluation import cast, first_weight, forked, programs
+from pyro_vae.training.evaluation import cast, first_weight, programs
 from pyro_vae.training.rows import Rows
 
 if TYPE_CHECKING:
@@ -23,10 +23,7 @@ Outcome = tuple[Tensor, Tensor, Tensor | None]  # loss, terms, loss of a second 
 
 
 class StepLoss(nn.Module):
-    """From the indices of a batch to its loss: what Fabric wraps.
-
-    Indices go in, not the rows, so that mixed precision does not round the data.
-    """
+    """From a batch of rows to its loss."""
 
     def __init__(self, vae: nn.Module, objective: Objective, rows: Rows) -> None:
         super().__init__()
@@ -35,16 +32,12 @@ class StepLoss(nn.Module):
         self.observed: list[str] = []
         self.latent: list[str] = []
 
-    def forward(self, index: Tensor) -> Outcome:
-        """Loss and terms of the rows at `index` [B]."""
-        return self.of(*self.batch(index))
-
     def batch(self, index: Tensor) -> tuple[Tensor, ...]:
         """x, and y if there is one, of the rows at `index` [B]."""
         x, y = cast(self.rows.batch(index), self.weight[0])
         return (x,) if y is None else (x, y)
 
-    def of(self, x: Tensor, y: Tensor | None = None) -> Outcome:
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Outcome:
         """Loss and terms of a batch.
 
         Args:
@@ -73,10 +66,10 @@ class EagerStep:
     def __init__(self, fabric: Fabric, loss: StepLoss) -> None:
         self.fabric, self.loss = fabric, loss
 
-    def __call__(self, index: Tensor) -> Outcome:
-        """Loss and terms of the rows at `index` [B]."""
+    def __call__(self, *batch: Tensor) -> Outcome:
+        """Loss and terms of a batch x [B, *E], and y [B, C] if there is one."""
         with self.fabric.autocast():
-            loss, terms, second = self.loss(index)
+            loss, terms, second = self.loss(*batch)
         self.fabric.backward(loss)
         return loss.detach(), terms, second
 
@@ -87,28 +80,25 @@ class CompiledStep:
     Args:
         fabric: For its precision.
         loss: The module that is compiled, with its gradient.
-        index: Of the rows of a batch [B], the size of all later ones.
+        batch: x [B, *E], and y [B, C] if there is one, of the sizes of all later ones.
 
     Raises:
         CannotCompile: If the vae, the objective or this machine does not allow it.
     """
 
-    def __init__(self, fabric: Fabric, loss: StepLoss, index: Tensor) -> None:
+    def __init__(self, fabric: Fabric, loss: StepLoss, *batch: Tensor) -> None:
         if loss.objective.has_adversary:
             name = type(loss.objective).__name__
             raise CannotCompile(f"{name} trains a second player beside the model")
         if getattr(fabric.strategy.precision, "scaler", None) is not None:
             raise CannotCompile("precision 16-mixed scales its gradients")
-        self.loss = loss
         self.parameters = [p for p in loss.vae.parameters() if p.requires_grad]
-        with forked(index.device):  # looking at a batch may draw its noise
-            example = loss.batch(index)
         with fabric.autocast():
-            self.step = compiled(LossAndGradient(loss), *example)
+            self.step = compiled(LossAndGradient(loss), *batch)
 
-    def __call__(self, index: Tensor) -> Outcome:
-        """Loss and terms of the rows at `index` [B]."""
-        loss, terms, gradient = self.step(*self.loss.batch(index))
+    def __call__(self, *batch: Tensor) -> Outcome:
+        """Loss and terms of a batch of these sizes."""
+        loss, terms, gradient = self.step(*batch)
         for parameter, slope in zip(self.parameters, gradient):
             parameter.grad = slope
         return loss, terms, None
@@ -120,39 +110,60 @@ class LossAndGradient(nn.Module):
         self.loss = loss
 
     def forward(self, *batch: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        loss, terms, _ = self.loss.of(*batch)
+        loss, terms, _ = self.loss(*batch)
         parameters = [p for p in self.loss.vae.parameters() if p.requires_grad]
         gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
         return loss.detach(), terms, list(gradient)
 
 
 class Watch:
-    """Finds the first step whose loss is not finite.
+    """Adds up the terms of an epoch's steps, and finds the first whose loss is not finite.
 
     On the CPU each step is checked before its update. Elsewhere that would make every step
-    wait: the first bad one is kept on the device, until `check` looks.
+    wait: the first bad one is kept on the device, until `check` looks. All tensors stay where
+    they are, so that a CUDA graph may hold `see`.
+
+    Attributes:
+        sums: Of the terms since they were last set to zero, float64; None before the first step.
     """
 
     def __init__(self, module: StepLoss, device: torch.device) -> None:
         self.module = module
         self.at_once = device.type == "cpu"
-        self.step = torch.tensor(-1, device=device)
-        self.terms: Tensor | None = None
+        self.step = torch.zeros((), dtype=torch.int64, device=device)  # that comes next
+        self.bad = torch.full_like(self.step, -1)
+        self.sums: Tensor | None = None
+        self.terms: Tensor | None = None  # of the bad step
 
-    def see(self, step: int, loss: Tensor, terms: Tensor) -> None:
-        """Looks at a step's loss and terms."""
+    def see(self, loss: Tensor, terms: Tensor) -> None:
+        """Looks at the loss and terms of the next step."""
         if self.at_once:
             if not math.isfinite(loss.item()):
-                raise self._error(step, terms)
-            return
-        bad = ~loss.detach().isfinite() & (self.step < 0)
-        self.step = torch.where(bad, step, self.step)
-        self.terms = torch.where(bad, terms, terms if self.terms is None else self.terms)
+                raise self._error(int(self.step), terms)
+        else:
+            if self.terms is None:
+                self.terms = terms.clone()
+            bad = ~loss.detach().isfinite() & (self.bad < 0)
+            self.bad.copy_(torch.where(bad, self.step, self.bad))
+            self.terms.copy_(torch.where(bad, terms, self.terms))
+        self.step += 1
+        if self.sums is None:
+            self.sums = torch.zeros_like(terms, dtype=torch.float64)
+        self.sums += terms
+
+    def begin(self, step: int | None = None, sums: Tensor | None = None) -> None:
+        """Begins an epoch, or goes on at a step of one, with the sums so far."""
+        if step is not None:
+            self.step.fill_(step)
+        if sums is not None:
+            self.sums = sums.to(self.step.device)
+        elif self.sums is not None:
+            self.sums.zero_()
 
     def check(self) -> None:
         """Raises a FloatingPointError if there has been a bad step; waits for the device."""
-        if self.terms is not None and int(self.step) >= 0:
-            raise self._error(int(self.step), self.terms)
+        if self.terms is not None and int(self.bad) >= 0:
+            raise self._error(int(self.bad), self.terms)
 
     def gradient_error(self, step: int) -> FloatingPointError:
         """What to raise where a finite loss has a gradient that is not."""

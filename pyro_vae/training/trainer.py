@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -18,9 +19,16 @@ from pyro_vae.training.adversary import Adversary, start
 from pyro_vae.training.callbacks import Callback, State
 from pyro_vae.training.checkpoint import PathLike, load_weights, save_checkpoint
 from pyro_vae.training.evaluation import Evaluator, forked, seed_generators
+from pyro_vae.training.graph import Recorder, has_graphs
 from pyro_vae.training.group import Group
 from pyro_vae.training.history import History
-from pyro_vae.training.optimizers import advance, make_optimizer, make_schedule
+from pyro_vae.training.optimizers import (
+    advance,
+    make_optimizer,
+    make_schedule,
+    restore,
+    why_no_graph,
+)
 from pyro_vae.training.progress import Bar
 from pyro_vae.training.rows import Rows, epoch_order
 from pyro_vae.training.runs import write_metrics
@@ -56,11 +64,11 @@ class Trainer:
         self.settings, self.run = settings, run
         self.history = History()
         self.epoch = self.step = self.offset = 0  # epochs, steps, batches of this epoch done
-        self.sums: Tensor | None = None  # of the loss's terms, over this epoch's data
         self.seconds = 0.0  # of this epoch, before `began`
         self.best: dict[str, Tensor] | None = None
         self.adversary: Adversary | None = None
         self.compiled: EagerStep | CompiledStep | None = None  # made when it is first needed
+        self.recorder: Recorder | None = None  # on a GPU
         self.num_batches = -(-len(train) // settings.batch_size)
         batch = torch.arange(min(settings.batch_size, len(train)))
         self.rows = len(group.share(batch)[0])  # of this process, in a whole batch
@@ -83,7 +91,12 @@ class Trainer:
         options = self.settings
         # 16-mixed unscales gradients before the step, which fused ones do inside
         fused = options.precision != "16-mixed"
-        optimizer = make_optimizer(options.optimizer, self.vae, options.lr, fused=fused)
+        graphs = options.compile and has_graphs(self.fabric.device)
+        optimizer = make_optimizer(
+            options.optimizer, self.vae, options.lr, fused=fused, capturable=graphs
+        )
+        if graphs:
+            self.recorder = Recorder(why_no_graph(optimizer, self.group.size))
         optimizer.zero_grad()
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.schedule = make_schedule(options.schedule, optimizer)
@@ -145,34 +158,45 @@ class Trainer:
         share, weight = self.group.share(index)
         try:
             with pyro.validation_enabled(self.step < VALIDATED):
-                loss, terms, adversary_loss = self._gradient(share, bar)(share)
+                batch = self.bare_loss.batch(share)
+                gradient = self._gradient(batch, bar)
+                update = partial(self._update, gradient, weight, len(index))
+                if self.recorder is None or not isinstance(gradient, CompiledStep):
+                    update(*batch)
+                else:
+                    self.recorder(update, *batch)
         except ValueError as error:
             raise ValueError(f"step {self.step}: {error}") from error
-        if share is not index:
-            terms = terms * (len(index) / len(share))
+        self.step += 1
+        self.offset += 1
+
+    def _update(
+        self, gradient: EagerStep | CompiledStep, weight: float, size: int, *batch: Tensor
+    ) -> None:
+        """A move along the gradient of this process's share of a batch of this size."""
+        loss, terms, adversary_loss = gradient(*batch)
+        if len(batch[0]) != size:
+            terms = terms * (size / len(batch[0]))
         loss, terms = self.group.average(weight, self.parameters, loss, terms)
-        self.watch.see(self.step, loss, terms)
+        self.watch.see(loss, terms)
         self._clip()
         self.optimizer.step()
         for parameter in self.parameters:
             parameter.grad = None
         if self.adversary is not None and adversary_loss is not None:
             self.adversary.step(adversary_loss, weight)
-        self.sums = terms.double() if self.sums is None else self.sums.add_(terms)
-        self.step += 1
-        self.offset += 1
 
-    def _gradient(self, index: Tensor, bar: Bar) -> EagerStep | CompiledStep:
+    def _gradient(self, batch: tuple[Tensor, ...], bar: Bar) -> EagerStep | CompiledStep:
         """What makes this step: once its arguments are checked, compiled if that is asked for.
 
         The last batch of an epoch, if it is shorter, is not worth a compilation.
         """
-        if not self.settings.compile or self.step < VALIDATED or len(index) != self.rows:
+        if not self.settings.compile or self.step < VALIDATED or len(batch[0]) != self.rows:
             return self.eager
         if self.compiled is None:
             bar.say("compiling the training step")
             try:
-                self.compiled = CompiledStep(self.fabric, self.bare_loss, index)
+                self.compiled = CompiledStep(self.fabric, self.bare_loss, *batch)
             except CannotCompile as error:
                 warnings.warn(f"compile: the step runs eagerly, for {error}", stacklevel=2)
                 self.compiled = self.eager
@@ -199,8 +223,8 @@ class Trainer:
     def _means(self) -> dict[str, float]:
         """Of the data of this epoch so far, in nats."""
         count = min(self.offset * self.settings.batch_size, len(self.train))
-        assert self.sums is not None
-        objective, reconstruction, *kls = (self.sums / count).tolist()
+        assert self.watch.sums is not None
+        objective, reconstruction, *kls = (self.watch.sums / count).tolist()
         kl = sum(kls)
         elbo = reconstruction - kl
         return {"elbo": elbo, "reconstruction": reconstruction, "kl": kl, "objective": objective}
@@ -218,7 +242,10 @@ class Trainer:
         if self.schedule is not None:
             elbo = row["validation_elbo"]
             advance(self.schedule, row["elbo"] if elbo is None else elbo)
-        self.epoch, self.offset, self.sums, self.seconds = self.epoch + 1, 0, None, 0.0
+            if self.recorder is not None:
+                self.recorder.forget()
+        self.epoch, self.offset, self.seconds = self.epoch + 1, 0, 0.0
+        self.watch.begin()
         best = self.history.best_epoch == self.epoch
         if best:
             self.best = {name: t.detach().clone() for name, t in self.vae.state_dict().items()}
@@ -254,7 +281,7 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "offset": self.offset,
-            "sums": self.sums,
+            "sums": self.watch.sums,
             "seconds": self.seconds,
             "rng": generators[0],
             "rng_of_others": generators[1:],
@@ -267,11 +294,10 @@ class Trainer:
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
-        device = self.fabric.device
         for name in ("epoch", "step", "offset", "seconds"):
             setattr(self, name, state[name])
-        self.sums = None if state["sums"] is None else state["sums"].to(device)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.watch.begin(self.step, state["sums"])
+        restore(self.optimizer, state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         self.objective.load_state_dict(state["objective"])

@@ -110,10 +110,8 @@ def test_a_device_that_is_not_waited_for() -> None:
     watch = Watch(module, torch.device("cpu"))
     watch.at_once = False
     bad = torch.tensor(torch.nan)
-    for step, (loss, kl) in enumerate([(1.0, 2.0), (bad, bad), (bad, 3.0)]):
-        watch.see(
-            step, torch.as_tensor(loss), torch.stack([bad, *map(torch.as_tensor, (1.0, kl))])
-        )
+    for loss, kl in [(1.0, 2.0), (bad, bad), (bad, 3.0)]:
+        watch.see(torch.as_tensor(loss), torch.stack([bad, *map(torch.as_tensor, (1.0, kl))]))
     with pytest.raises(FloatingPointError, match="step 1: the log density of site 'z'"):
         watch.check()
 

@@ -1,0 +1,116 @@
+"""A whole update as one CUDA graph: what a GPU does in it is recorded once, and replayed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["CapturedUpdate", "Recorder", "has_graphs"]
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Whether CUDA graphs can be made on a device."""
+    return device.type == "cuda"
+
+
+class Recorder:
+    """Makes updates on a GPU: the first as it is, the later ones as a CUDA graph.
+
+    Args:
+        why_not: What stands against a graph, or None.
+    """
+
+    def __init__(self, why_not: str | None = None) -> None:
+        self.why_not = why_not
+        self.seen = False
+        self.graph: CapturedUpdate | None = None
+
+    def __call__(self, update: Callable[..., None], *batch: Tensor) -> None:
+        """Makes an update of a batch; all are one function, of batches of the same shapes."""
+        if self.graph is None and self.seen and self.why_not is None:
+            self.graph = CapturedUpdate(update, *batch)
+        if self.graph is not None:
+            self.graph(*batch)
+        elif self.seen:
+            update(*batch)
+        else:
+            self._try(update, *batch)
+
+    def forget(self) -> None:
+        """To be called when a number that is no tensor has changed: the next one is recorded."""
+        self.graph = None
+
+    def _try(self, update: Callable[..., None], *batch: Tensor) -> None:
+        with _waits() as waits:
+            update(*batch)
+        if waits and self.why_not is None:
+            self.why_not = "it waits for the GPU"
+        if self.why_not is not None:
+            warnings.warn(
+                f"compile: no CUDA graph holds the step, for {self.why_not}", stacklevel=2
+            )
+        self.seen = True
+
+
+class CapturedUpdate:
+    """An update of tensors that stay where they are, without the Python between its kernels.
+
+    Recording does not run it. A replay does to the device's memory what the update did: it takes
+    all numbers that are no tensors, such as a learning rate, as they were then. Noise comes from
+    torch's generator of the device, in the order and as much as without a graph.
+
+    Args:
+        update: Changes tensors in place, of a batch of tensors. Has run before, so that what is
+            made at the first use is there, and without waiting for the device.
+        batch: Of the shapes of all later ones.
+
+    Raises:
+        RuntimeError: If the update cannot be recorded; the generators are then of no more use.
+    """
+
+    def __init__(self, update: Callable[..., None], *batch: Tensor) -> None:
+        self.batch = [part.clone() for part in batch]
+        self.graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads do with the device is not our affair
+        whole = torch.cuda.graph(self.graph, capture_error_mode="thread_local")
+        try:
+            with torch.cuda.device(batch[0].device), whole:
+                update(*self.batch)
+        except RuntimeError as error:
+            text = " ".join(str(error).strip().splitlines()[:1])
+            raise RuntimeError(
+                f"the training step cannot be recorded as a CUDA graph ({text}): train without "
+                "compile"
+            ) from error
+
+    def __call__(self, *batch: Tensor) -> None:
+        """The update of this batch."""
+        for mine, part in zip(self.batch, batch, strict=True):
+            mine.copy_(part)
+        self.graph.replay()
+
+
+@contextmanager
+def _waits() -> Iterator[list[Any]]:
+    """Lists the operations inside that make the host wait for a GPU, as torch sees them."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    waits: list[Any] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield waits
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    for warning in caught:
+        if "synchronizing" in str(warning.message):
+            waits.append(warning)
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
