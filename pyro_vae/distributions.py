@@ -12,6 +12,8 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints, register_kl
 
+from pyro_vae.generators import forked
+
 __all__ = [
     "Bernoulli",
     "ContinuousBernoulli",
@@ -300,8 +302,8 @@ class Flow(TorchDistribution):
     @property
     def mean(self) -> Tensor:
         """E[z] by the average of 1000 draws of a fixed seed; the caller's RNG is untouched."""
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(0)
+        base = getattr(self.flow, "base", self.flow)
+        with forked(base.mean.device, 0), torch.no_grad():
             return self.flow.sample(Size((1000,))).mean(0)
 
 

@@ -220,7 +220,8 @@ class StudentT(Prior):
 
     def forward(self, y: Tensor | None = None) -> Distribution:
         """StudentT(df)."""
-        return dist.StudentT(self.df).to_event(1)
+        zeros, ones = torch.zeros_like(self.df), torch.ones_like(self.df)  # on its device
+        return dist.StudentT(self.df, zeros, ones).to_event(1)
 
 
 class FlowPrior(Prior):

@@ -15,7 +15,7 @@ ROOT = Path(pyro_vae.__file__).parent
 ANYTHING = {"*"}
 TABLES = {"numpy", "safetensors", "rich"}
 ALLOWED: dict[str, set[str]] = {
-    "distributions": {"torch", "pyro", "zuko"},
+    "distributions": {"torch", "pyro", "zuko", "generators"},
     "networks": {"torch", "products"},
     "priors": {"torch", "pyro", "distributions"},
     "likelihoods": {"torch", "pyro", "distributions"},
@@ -26,14 +26,24 @@ ALLOWED: dict[str, set[str]] = {
     "compiling": {"torch", "pyro", "products"},
     "products": {"torch"},
     "memory": {"torch"},
+    "generators": {"torch"},
     "processes": {"torch"},
     "objectives": {"torch", "pyro", "densities", "marginals"},
-    "estimators": {"torch", "pyro", "densities", "compiling", "processes", "memory", *TABLES},
-    "metrics": {"torch", "pyro", "sklearn", "numpy", "densities", "marginals"},
+    "estimators": {
+        "torch",
+        "pyro",
+        "densities",
+        "compiling",
+        "processes",
+        "memory",
+        "generators",
+        *TABLES,
+    },
+    "metrics": {"torch", "pyro", "sklearn", "numpy", "densities", "marginals", "generators"},
     "data": {"torch", "torchvision", "sklearn", "PIL", *TABLES},
     "training": {
         *("torch", "pyro", "densities", "objectives", "estimators", "compiling", "processes"),
-        "memory",
+        *("memory", "generators"),
         "lightning_fabric",
         *TABLES,
     },

@@ -19,9 +19,11 @@ from pyro_vae.vae import VAE
 
 __all__ = [
     "declared_run",
+    "home",
     "load_run",
     "own_rows",
     "pairs",
+    "placed",
     "read_part",
     "record",
     "write_text",
@@ -126,6 +128,20 @@ def pairs(data: Data, size: int = 1000) -> Iterator[tuple[Tensor, Tensor | None]
     """Batches (x, y) of rows in order."""
     for index in torch.arange(len(data)).split(size):
         yield data.batch(index)
+
+
+def home(vae: VAE) -> torch.device:
+    """Where the weights of a VAE are."""
+    return next(vae.parameters()).device
+
+
+def placed(vae: VAE, data: Data, accelerator: str) -> tuple[VAE, Data]:
+    """A VAE and rows on the device that was asked for; "auto" is a GPU where there is one."""
+    there = torch.cuda.is_available()
+    if accelerator == "cuda" and not there:
+        raise ValueError("accelerator cuda was asked for; this machine has no GPU that torch sees")
+    device = torch.device("cuda" if there and accelerator != "cpu" else "cpu")
+    return vae.to(device), data.to(device)
 
 
 def write_text(path: Path, text: str) -> None:

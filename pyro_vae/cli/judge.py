@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from pyro_vae import config
-from pyro_vae.cli.folder import load_run, own_rows, pairs, write_text
+from pyro_vae.cli.folder import load_run, own_rows, pairs, placed, write_text
 from pyro_vae.cli.parts import TERMS, decompose
 from pyro_vae.data import Data, Splits
 from pyro_vae.estimators import (
@@ -36,7 +36,7 @@ __all__ = ["compare", "evaluate", "score"]
 def evaluate(options: Namespace) -> None:
     """The table of a run: log p(x) with its error, ELBO and its terms, active units."""
     vae, splits = load_run(options.run, options.data_root)
-    data = held_out(splits, options.part, options.limit)
+    vae, data = placed(vae, held_out(splits, options.part, options.limit), options.accelerator)
     x, y = data.batch(torch.arange(len(data)))
     bound = evidence_lower_bound(vae.model, vae.guide, x, y, num_samples=options.elbo_samples)
     plain = importance_sampling(
@@ -122,7 +122,7 @@ def parts_lines(parts: Decomposition | None) -> dict[str, str]:
 def score(options: Namespace) -> None:
     """log p(x), standard error and verdict of each row of a file, as CSV."""
     vae = config.load(options.run)
-    data = own_rows(options.run, options.file, vae)
+    vae, data = placed(vae, own_rows(options.run, options.file, vae), options.accelerator)
     evidence = estimate(vae, data, options)
     log_prob = evidence.log_prob + data.log_jacobian  # in the units of the file
     text = io.StringIO()
@@ -146,7 +146,8 @@ def compare(options: Namespace) -> None:
         check_comparable(options.runs[0], run, loaded, options.part)
     found: dict[str, Evidence] = {}
     for run, (vae, splits) in loaded.items():
-        data = held_out(splits, options.part, options.limit)
+        rows = held_out(splits, options.part, options.limit)
+        vae, data = placed(vae, rows, options.accelerator)
         found[run] = shifted(estimate(vae, data, options), data.log_jacobian)
     runs = Table("run", "log p(x), in the units of the data", "verdict", title="nats per datum")
     for run, evidence in found.items():

@@ -258,7 +258,9 @@ def _part_options(parser: ArgumentParser) -> None:
 def _estimator_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--tolerance", type=float, default=0.05, help="largest standard error, nats")
-    add("--devices", type=int, default=1, help="processes that share the rows")
+    add("--devices", type=int, default=1, help="GPUs, or processes, that share the rows")
+    add("--accelerator", default="auto", choices=["auto", "cpu", "cuda"],
+        help="auto: a GPU where there is one")  # fmt: skip
     _speed_options(parser)
     add("--seed", type=int, default=0)
     add("--progress", type=bool, default=True, help="show a progress bar")

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pyro_vae import plots
-from pyro_vae.cli.folder import write_text
+from pyro_vae.cli.folder import home, write_text
 from pyro_vae.data import Data
 from pyro_vae.densities import densities
+from pyro_vae.generators import forked
 from pyro_vae.metrics import Decomposition, elbo_decomposition
 from pyro_vae.training import State
 from pyro_vae.vae import VAE
@@ -28,7 +29,7 @@ def decompose(vae: VAE, data: Data, num_rows: int) -> Decomposition | None:
     None where there are none: a posterior without densities of single dimensions, such as a
     flow, or a prior that depends on `y`.
     """
-    x, y = data.batch(torch.arange(len(data)))
+    x, y = data.to(home(vae)).batch(torch.arange(len(data)))
     try:
         with torch.no_grad():
             posterior, prior = vae.encode(x, y), vae.prior()
@@ -39,9 +40,8 @@ def decompose(vae: VAE, data: Data, num_rows: int) -> Decomposition | None:
 
 def unit_kl(vae: VAE, data: Data) -> Tensor | None:
     """KL(q(z_d | x) || p(z_d)) averaged over `data` [D], or None where dimensions depend."""
-    x, y = data.batch(torch.arange(len(data)))
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
+    x, y = data.to(home(vae)).batch(torch.arange(len(data)))
+    with forked(x.device, 0), torch.no_grad():
         try:
             return densities(vae.model, vae.guide, x, y).kl_by_dimension()["z"].mean(0)
         except ValueError:

@@ -15,6 +15,7 @@ from pyro_vae import config, plots
 from pyro_vae.cli.folder import load_run, own_rows, pairs, read_part
 from pyro_vae.cli.parts import draw_parts, unit_kl
 from pyro_vae.data import Data, Splits
+from pyro_vae.generators import forked
 from pyro_vae.vae import VAE
 
 if TYPE_CHECKING:
@@ -27,8 +28,7 @@ def sample(options: Namespace) -> None:
     """Draws of a run's model: an .npz file, and a picture where they are images."""
     vae, splits = load_run(options.run, options.data_root)
     y = condition(splits.train, options.size, options.label)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(options.seed)
+    with forked(torch.device("cpu"), options.seed), torch.no_grad():
         x = splits.train.transform.inverse(vae.sample(options.size, y, mean=options.mean))
     out = Path(options.out or Path(options.run) / "samples.npz")
     np.savez(out, x=x.numpy())
@@ -76,8 +76,7 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
     data = splits.validation
     data = data.subset(torch.arange(min(len(data), 2000))).fixed()
     x, y = data.batch(torch.arange(len(data)))
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
+    with forked(torch.device("cpu"), 0), torch.no_grad():
         means = torch.cat([vae.encode(*pair).mean for pair in pairs(data)])
         classes = condition(splits.train, 100, None)
         draws = {mean: vae.sample(100, classes, mean=mean) for mean in (False, True)}
@@ -104,8 +103,7 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
 def _columns(vae: VAE, data: Data) -> Figure:
     """Columns of rows of a table beside those of as many draws, in the units of the file."""
     data = data.subset(torch.arange(min(len(data), 2000))).fixed()
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(0)
+    with forked(torch.device("cpu"), 0), torch.no_grad():
         draws = vae.sample(len(data), condition(data, len(data), None))
     back = data.transform.inverse
     rows = data.batch(torch.arange(len(data)))[0]

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.densities import Program
-from pyro_vae.estimators.evaluating import evaluating, seed_generator
+from pyro_vae.estimators.evaluating import evaluating
 from pyro_vae.estimators.fast import CompiledTarget
 from pyro_vae.estimators.target import ROWS, Target
+from pyro_vae.generators import forked, seed_generators
 from pyro_vae.memory import keep_memory
 from pyro_vae.processes import in_processes
 
@@ -99,7 +100,7 @@ class Work(Generic[T]):
             for i, rows in enumerate(track(batches, self.title or "", self.title is not None)):
                 number = [self.seed % 2**64, self.number + i]
                 noise = np.random.SeedSequence(number).generate_state(1, np.uint64)
-                seed_generator(int(noise[0]), self.x.device)
+                seed_generators(self.x.device, int(noise[0]))
                 y = None if self.y is None else self.y[rows]
                 results.append(self.estimate(self.model, self.guide, self.x[rows], y))
         return results
@@ -130,7 +131,7 @@ def _with_store(part: tuple[Work[T], Any]) -> list[T]:
 
 def _any_seed(device: torch.device) -> int:
     """A seed from the current state, which stays as it is."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with forked(device):
         return int(torch.randint(2**62, (), device=device))
 
 

@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.densities import OwnParameters, Program
+from pyro_vae.generators import forked
 
-__all__ = ["evaluating", "seed_generator"]
+__all__ = ["evaluating"]
 
 
 @contextmanager
@@ -34,24 +35,13 @@ def evaluating(
     """
     store = pyro.get_param_store()
     with (
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        forked(device, seed),
         torch.set_grad_enabled(grad),
         _eval_mode(programs),
         store.scope(store.get_state()),
         OwnParameters(),
     ):
-        if seed is not None:
-            seed_generator(seed, device)
         yield
-
-
-def seed_generator(seed: int, device: torch.device) -> None:
-    """Seeds the generator that is forked, and no other."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-    else:
-        torch.default_generator.manual_seed(seed)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_vae.generators import forked
 from pyro_vae.marginals import factorises, marginals, pair_log_prob, pair_marginals
 
 __all__ = [
@@ -149,8 +150,7 @@ def draws_of(
     Returns:
         The data that they are of, int64 [R num_samples], and the draws [R num_samples, D].
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with forked(rows.device, seed):
         z = posterior.sample(torch.Size((num_samples,)))[:, rows]
     return rows.repeat_interleave(num_samples), z.transpose(0, 1).flatten(0, 1)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,10 +10,11 @@ from torch import Tensor, nn
 from pyro_vae.densities import Program, Site, densities
 from pyro_vae.estimators import evidence_lower_bound
 from pyro_vae.estimators.evaluating import evaluating
+from pyro_vae.generators import forked
 from pyro_vae.training.group import Group
 from pyro_vae.training.rows import Rows, some_rows
 
-__all__ = ["Evaluator", "cast", "first_weight", "forked", "programs", "seed_generators"]
+__all__ = ["Evaluator", "cast", "first_weight", "programs"]
 
 CHUNK = 1000  # rows at once
 INITIAL_ROWS = 10_000  # that `vae.initialise` sees
@@ -38,23 +37,6 @@ def cast(batch: tuple[Tensor, Tensor | None], weight: Tensor) -> tuple[Tensor, T
     x, y = batch
     device, dtype = weight.device, weight.dtype
     return x.to(device, dtype), None if y is None else y.to(device, dtype)
-
-
-@contextmanager
-def forked(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """Puts torch's generators for the CPU and `device` back afterwards; seeds them if asked."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        if seed is not None:
-            seed_generators(device, seed)
-        yield
-
-
-def seed_generators(device: torch.device, seed: int) -> None:
-    """Seeds torch's generators for the CPU and `device`, and no other."""
-    torch.random.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
 
 
 class Evaluator:

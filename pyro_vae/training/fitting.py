@@ -13,12 +13,13 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.generators import forked
 from pyro_vae.memory import keep_memory
 from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.training.callbacks import Callback
 from pyro_vae.training.checkpoint import PathLike, load_state
 from pyro_vae.training.engine import Engine, is_first_process
-from pyro_vae.training.evaluation import Evaluator, forked
+from pyro_vae.training.evaluation import Evaluator
 from pyro_vae.training.group import Group
 from pyro_vae.training.history import History
 from pyro_vae.training.optimizers import OptimizerSpec, ScheduleSpec

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.compiling import CannotCompile
+from pyro_vae.generators import forked, seed_generators
 from pyro_vae.objectives import Objective
 from pyro_vae.training.adversary import Adversary, start
 from pyro_vae.training.callbacks import Callback, State
 from pyro_vae.training.checkpoint import PathLike, load_weights, save_checkpoint
-from pyro_vae.training.evaluation import Evaluator, forked, seed_generators
+from pyro_vae.training.evaluation import Evaluator
 from pyro_vae.training.graph import Recorder, has_graphs
 from pyro_vae.training.group import Group
 from pyro_vae.training.history import History
