@@ -1,11 +1,13 @@
 """A training step of pyro_vae beside its peers, in turns: ratios of time, losses, peak memory.
 
-python benchmarks/steps.py [WORKLOAD ...] [--threads 2] [--turns 5] [--out steps.json]
+python benchmarks/steps.py [WORKLOAD ...] [--threads 2] [--turns 5] [--device cuda] [--out F]
 
 Workloads: mlp-100 and mlp-512 (784-500 tanh-20, Bernoulli, of that batch), iwae (50 draws, batch
 20), vamp (500 components), conv (32 x 32 x 3, Gaussian decoder). Every candidate trains on the
 same drawn data with Adam at 1e-3 for the same number of steps, and must end at the same loss.
-Peers that are not installed (extra `benchmarks`) are left out.
+Peers that are not installed (extra `benchmarks`) are left out. On a GPU (`--device cuda`, better
+with `--steps 1000`) no candidate reads its loss at every step, and a step by hand in a CUDA graph
+is one of them.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ WORKLOADS: dict[str, dict[str, Any]] = {
 D = 20
 
 
-def data(shape: tuple[int, ...]) -> Any:
+def data(shape: tuple[int, ...], device: str = "cpu") -> Any:
     """Rows with ten directions to encode, binary or real, the same for every candidate."""
     import torch
 
@@ -44,8 +46,8 @@ def data(shape: tuple[int, ...]) -> Any:
     z = torch.randn(ROWS, 10, generator=generator)
     w = torch.randn(10, math.prod(shape), generator=generator)
     if len(shape) == 3:
-        return (0.3 * z @ w).tanh().reshape(ROWS, *shape)
-    return torch.bernoulli((z @ w - 2).sigmoid(), generator=generator)
+        return (0.3 * z @ w).tanh().reshape(ROWS, *shape).to(device)
+    return torch.bernoulli((z @ w - 2).sigmoid(), generator=generator).to(device)
 
 
 # --- by hand ------------------------------------------------------------------------------------
@@ -92,7 +94,7 @@ def make_loss(workload: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]]:
 
     def iwae(x: Any) -> Any:
         loc, scale = posterior(x)
-        noise = torch.randn(workload["draws"], *loc.shape)
+        noise = torch.randn(workload["draws"], *loc.shape, device=loc.device)
         z = loc + scale * noise
         log_q = (-0.5 * noise**2 - scale.log()).sum(-1)
         weights = log_likelihood(z, x) - 0.5 * (z**2).sum(-1) - log_q
@@ -114,29 +116,67 @@ def make_loss(workload: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]]:
     return modules, iwae if "draws" in workload else elbo
 
 
-def by_hand(name: str, turns: Turns, compiled: bool = False, matmul: str = "highest") -> Any:
-    """What one writes without a library."""
+def by_hand(
+    name: str,
+    turns: Turns,
+    compiled: bool = False,
+    matmul: str = "highest",
+    device: str = "cpu",
+    graph: bool = False,
+) -> Any:
+    """What one writes without a library; on a GPU also as one CUDA graph."""
     import torch
 
     torch.manual_seed(0)
     torch.set_float32_matmul_precision(matmul)
     workload = WORKLOADS[name]
-    x = data(workload["shape"])
+    x, batch = data(workload["shape"], device), workload["batch"]
     modules, loss = make_loss(workload)
-    optimizer = torch.optim.Adam(modules.parameters(), lr=1e-3, fused=True)
-    step = torch.compile(loss) if compiled else loss
+    modules.to(device)
+    on_gpu = device != "cpu"
+    options = {"capturable": True} if graph else {}
+    optimizer = torch.optim.Adam(modules.parameters(), lr=1e-3, fused=True, **options)
+    of_batch = torch.compile(loss) if compiled else loss
+    if on_gpu:
+        turns.wait = torch.cuda.synchronize
+
+    def step(rows: Any) -> None:
+        value = of_batch(rows)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        if not on_gpu:
+            value.item()
+
+    if graph:
+        step = recorded(step, x[:batch].clone())
     with contextlib.suppress(Done):
         while True:
-            for index in torch.randperm(ROWS).split(workload["batch"])[
-                : ROWS // workload["batch"]
-            ]:
+            for index in torch.randperm(ROWS, device=device).split(batch)[: ROWS // batch]:
                 turns.tick()
-                value = step(x[index])
-                optimizer.zero_grad()
-                value.backward()
-                optimizer.step()
-                value.item()
+                step(x[index])
     return lambda: loss_of(loss, x)
+
+
+def recorded(step: Callable[[Any], None], rows: Any) -> Callable[[Any], None]:
+    """A step as a CUDA graph, as torch's manual has it: after three on a stream of its own."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(rows)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(rows)
+
+    def replay(batch: Any) -> None:
+        rows.copy_(batch)
+        graph.replay()
+
+    return replay
 
 
 def loss_of(loss: Callable[[Any], Any], x: Any) -> float:
@@ -172,7 +212,13 @@ def matrix_products(name: str, turns: Turns, matmul: str = "highest") -> Any:
 # --- pyro_vae -----------------------------------------------------------------------------------
 
 
-def pyro_vae(name: str, turns: Turns, compiled: bool = False, matmul: str = "highest") -> Any:
+def pyro_vae(
+    name: str,
+    turns: Turns,
+    compiled: bool = False,
+    matmul: str = "highest",
+    device: str = "cpu",
+) -> Any:
     """`fit`, with all that its loop does."""
     import torch
 
@@ -210,8 +256,11 @@ def pyro_vae(name: str, turns: Turns, compiled: bool = False, matmul: str = "hig
     x = data(workload["shape"])
     objective = IWAE(workload["draws"]) if "draws" in workload else ELBO()
     options = {"batch_size": workload["batch"], "lr": 1e-3, "progress": False}
+    options["accelerator"] = device
+    if device != "cpu":
+        turns.wait = torch.cuda.synchronize
     with contextlib.suppress(Done):
-        fit(vae, Waiting(x), objective, epochs=10_000, compile=compiled, **options)
+        fit(vae, Waiting(x.to(device)), objective, epochs=10_000, compile=compiled, **options)
     if "draws" in workload:
         return lambda: objective.loss(vae.model, vae.guide, x[:CHECKED]) / CHECKED
     return lambda: -evidence_lower_bound(vae.model, vae.guide, x[:CHECKED]).elbo.mean().item()
@@ -262,8 +311,8 @@ def pyro_example(name: str, turns: Turns) -> Any:
     return lambda: sum(svi.evaluate_loss(x[:CHECKED]) for _ in range(10)) / 10 / CHECKED
 
 
-def numpyro(name: str, turns: Turns) -> Any:
-    """NumPyro's SVI with a jitted update."""
+def numpyro(name: str, turns: Turns, device: str = "cpu") -> Any:
+    """NumPyro's SVI with a jitted update, on JAX's device."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -302,14 +351,17 @@ def numpyro(name: str, turns: Turns) -> Any:
     svi = SVI(model, guide, optim.Adam(1e-3), TraceMeanField_ELBO())
     state = svi.init(jax.random.PRNGKey(0), x[: workload["batch"]])
     update = jax.jit(lambda state, index: svi.update(state, x[index]))
-    shuffle = np.random.default_rng(1)
+    shuffle, last = np.random.default_rng(1), [jnp.zeros(())]
+    turns.wait = lambda: last[0].block_until_ready()
     with contextlib.suppress(Done):
         while True:
             order = shuffle.permutation(ROWS)
             for i in range(0, ROWS - workload["batch"] + 1, workload["batch"]):
                 turns.tick()
                 state, loss = update(state, order[i : i + workload["batch"]])
-                loss.block_until_ready()
+                last[0] = loss
+                if device == "cpu":
+                    loss.block_until_ready()
     return lambda: float(svi.evaluate(state, x[:CHECKED])) / CHECKED
 
 
@@ -375,8 +427,10 @@ def pythae(name: str, turns: Turns) -> Any:
 # --- all ----------------------------------------------------------------------------------------
 
 
-def candidates(name: str) -> dict[str, Any]:
+def candidates(name: str, device: str) -> dict[str, Any]:
     """Those of a workload that can run here."""
+    if device != "cpu":
+        return on_gpu(name, device)
     medium = {"compiled": True, "matmul": "medium"}
     found: dict[str, Any] = {
         "by hand": partial(by_hand, name),
@@ -394,6 +448,23 @@ def candidates(name: str) -> dict[str, Any]:
         }
         peers = {"NumPyro": (numpyro, "numpyro"), "pythae": (pythae, "pythae")}
         found |= {k: partial(f, name) for k, (f, package) in peers.items() if find_spec(package)}
+    return found
+
+
+def on_gpu(name: str, device: str) -> dict[str, Any]:
+    """Those of a workload that run on a GPU."""
+    found: dict[str, Any] = {
+        "by hand": partial(by_hand, name, device=device),
+        "by hand, graph": partial(by_hand, name, device=device, graph=True),
+        "by hand, compiled": partial(by_hand, name, device=device, compiled=True),
+        "by hand, compiled, graph": partial(
+            by_hand, name, device=device, compiled=True, graph=True
+        ),
+        "pyro_vae": partial(pyro_vae, name, device=device),
+        "pyro_vae, compiled": partial(pyro_vae, name, device=device, compiled=True),
+    }
+    if name.startswith("mlp") and find_spec("numpyro"):
+        found["NumPyro"] = partial(numpyro, name, device=device)
     return found
 
 
@@ -420,7 +491,7 @@ def main(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     table = []
     for name in arguments.workloads or WORKLOADS:
         results = compare(
-            candidates(name),
+            candidates(name, arguments.device),
             turns=arguments.turns,
             steps=arguments.steps,
             warm=20,
@@ -439,7 +510,8 @@ def main(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         table += part
     if arguments.out:
         with open(arguments.out, "w") as file:
-            json.dump({"threads": arguments.threads, "rows": table}, file, indent=1)
+            settings = {"threads": arguments.threads, "device": arguments.device}
+            json.dump({**settings, "rows": table}, file, indent=1)
     return table
 
 
@@ -449,5 +521,6 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", help="JSON file for the table")
     main(parser.parse_args())

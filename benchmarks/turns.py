@@ -37,12 +37,14 @@ class Turns:
         self.pipe, self.steps, self.left = pipe, steps, warm
         self.began = time.perf_counter()
         self.memory: float | None = None  # MB at the peak before the first step
+        self.wait: Callable[[], Any] = lambda: None  # for a GPU, at the end of a turn
 
     def tick(self) -> None:
         """To be called before each step."""
         if self.memory is None:
             self.memory = peak_memory()
         if self.left == 0:
+            self.wait()
             self.pipe.send(time.perf_counter() - self.began)
             if not self.pipe.recv():
                 raise Done
