@@ -18,6 +18,7 @@ __all__ = [
     "ScheduleSpec",
     "make_optimizer",
     "make_schedule",
+    "numbers",
     "restore",
     "spec_name",
     "why_no_graph",
@@ -124,6 +125,14 @@ def advance(schedule: LRScheduler, elbo: float) -> None:
         schedule.step(-elbo)
     else:
         schedule.step()
+
+
+def numbers(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The settings of each group of parameters, such as the learning rate, as they are now."""
+    return [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
 
 
 def spec_name(spec: Any) -> Any:

@@ -27,6 +27,7 @@ from pyro_vae.training.optimizers import (
     advance,
     make_optimizer,
     make_schedule,
+    numbers,
     restore,
     why_no_graph,
 )
@@ -242,8 +243,9 @@ class Trainer:
         self.history.rows.append(row)
         if self.schedule is not None:
             elbo = row["validation_elbo"]
+            before = numbers(self.optimizer)
             advance(self.schedule, row["elbo"] if elbo is None else elbo)
-            if self.recorder is not None:
+            if self.recorder is not None and numbers(self.optimizer) != before:
                 self.recorder.forget()
         self.epoch, self.offset, self.seconds = self.epoch + 1, 0, 0.0
         self.watch.begin()
