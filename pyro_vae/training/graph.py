@@ -19,7 +19,10 @@ def has_graphs(device: torch.device) -> bool:
 
 
 class Recorder:
-    """Makes updates on a GPU: the first as it is, the later ones as a CUDA graph.
+    """Makes updates on a GPU: two as they are, the later ones as a CUDA graph.
+
+    At the first, what is made at first use is made, and its kernels are tuned; at the second
+    torch watches for what waits for the device, which no graph can hold.
 
     Args:
         why_not: What stands against a graph, or None.
@@ -27,34 +30,34 @@ class Recorder:
 
     def __init__(self, why_not: str | None = None) -> None:
         self.why_not = why_not
-        self.seen = False
+        self.launched = 0
         self.graph: CapturedUpdate | None = None
 
     def __call__(self, update: Callable[..., None], *batch: Tensor) -> None:
         """Makes an update of a batch; all are one function, of batches of the same shapes."""
-        if self.graph is None and self.seen and self.why_not is None:
+        if self.graph is None and self.launched >= 2 and self.why_not is None:
             self.graph = CapturedUpdate(update, *batch)
         if self.graph is not None:
             self.graph(*batch)
-        elif self.seen:
-            update(*batch)
+            return
+        self.launched += 1
+        if self.launched == 2:
+            self._watched(update, *batch)
         else:
-            self._try(update, *batch)
+            update(*batch)
 
     def forget(self) -> None:
         """To be called when a number that is no tensor has changed: the next one is recorded."""
         self.graph = None
 
-    def _try(self, update: Callable[..., None], *batch: Tensor) -> None:
+    def _watched(self, update: Callable[..., None], *batch: Tensor) -> None:
         with _waits() as waits:
             update(*batch)
         if waits and self.why_not is None:
             self.why_not = "it waits for the GPU"
         if self.why_not is not None:
-            warnings.warn(
-                f"compile: no CUDA graph holds the step, for {self.why_not}", stacklevel=2
-            )
-        self.seen = True
+            message = f"compile: no CUDA graph holds the step, for {self.why_not}"
+            warnings.warn(message, stacklevel=2)
 
 
 class CapturedUpdate:
@@ -76,10 +79,18 @@ class CapturedUpdate:
     def __init__(self, update: Callable[..., None], *batch: Tensor) -> None:
         self.batch = [part.clone() for part in batch]
         self.graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do with the device is not our affair
-        whole = torch.cuda.graph(self.graph, capture_error_mode="thread_local")
+        device = batch[0].device
         try:
-            with torch.cuda.device(batch[0].device), whole:
+            # a stream of this device, for torch keeps one of its own for whichever came first;
+            # thread_local: what other threads do with the device is not our affair
+            with (
+                torch.cuda.device(device),
+                torch.cuda.graph(
+                    self.graph,
+                    stream=torch.cuda.Stream(device),
+                    capture_error_mode="thread_local",
+                ),
+            ):
                 update(*self.batch)
         except RuntimeError as error:
             text = " ".join(str(error).strip().splitlines()[:1])
