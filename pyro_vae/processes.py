@@ -112,6 +112,8 @@ def _work(number: int, exchange: Exchange, device: str, threads: int, matmul: st
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(matmul)
     with exchange.working():
+        if device == "cuda":
+            torch.cuda.set_device(number)
         here = device if device == "cpu" else f"{device}:{number}"
         function, part = exchange.receive(f"part{number}", here)
         exchange.send(f"result{number}", function(part))
