@@ -70,6 +70,30 @@ def test_evaluate_reports_what_the_estimators_give(run: Path) -> None:
     assert numbers["elbo"] == pytest.approx(numbers["reconstruction"] - numbers["kl"], abs=1e-6)
 
 
+@pytest.mark.parametrize("command", ["evaluate", "compare"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--accelerator", "cuda"], "accelerator cuda was asked for; this machine has no GPU"),
+        (["--chunk_size", "0"], "chunk_size must be at least 1"),
+    ],
+)
+def test_where_and_how_much_at_once(
+    command: str,
+    options: list[str],
+    words: str,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    shutil.copytree(run, tmp_path / "twin")
+    runs = [str(run), str(tmp_path / "twin")][: 1 + (command == "compare")]
+    assert main([command, *runs, "--limit", "3", "--progress", "false", *options]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_parts_of_the_kl_are_kept_for_each_epoch(run: Path) -> None:
     with (run / "parts.csv").open() as file:
         rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]

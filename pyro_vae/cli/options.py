@@ -258,6 +258,8 @@ def _part_options(parser: ArgumentParser) -> None:
 def _estimator_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--tolerance", type=float, default=0.05, help="largest standard error, nats")
+    add("--chunk_size", type=int | None, default=None, help="draws times rows that the model "
+        "sees at once; null: 1000, for the cache of a CPU")  # fmt: skip
     add("--devices", type=int, default=1, help="GPUs, or processes, that share the rows")
     add("--accelerator", default="auto", choices=["auto", "cpu", "cuda"],
         help="auto: a GPU where there is one")  # fmt: skip
