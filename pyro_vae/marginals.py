@@ -56,9 +56,11 @@ def pair_log_prob(q: Distribution, z: Tensor, dims: Sequence[int] | None = None)
         each = marginals(q)
         part = Normal(_at(each.loc, dims), _at(each.scale, dims), validate_args=False)
         return pair_marginals(Independent(part, 1, validate_args=False), _at(z, dims)).sum(-1)
-    covariance = _at(_at(q.covariance_matrix, dims).mT, dims).unsqueeze(-4)
-    loc = _at(q.loc, dims).unsqueeze(-3)
-    pairs = MultivariateNormal(loc, covariance, validate_args=False)
+    root = q.scale_tril
+    if dims is not None:  # cholesky would read the device, to see whether there is a root
+        root = torch.linalg.cholesky_ex(_at(_at(q.covariance_matrix, dims).mT, dims)).L
+    loc, root = _at(q.loc, dims).unsqueeze(-3), root.unsqueeze(-4)
+    pairs = MultivariateNormal(loc, scale_tril=root, validate_args=False)
     return pairs.log_prob(_at(z, dims).unsqueeze(-2))
 
 

@@ -141,7 +141,10 @@ def _check_devices(devices: int, programs: Sequence[Program], device: torch.devi
     if devices == 1:
         return
     if device.type == "cuda" and devices > torch.cuda.device_count():
-        raise ValueError(f"devices={devices}, but this machine has {torch.cuda.device_count()}")
+        raise ValueError(
+            f"devices={devices}, but this machine has {torch.cuda.device_count()} GPU(s): give as "
+            "many, or keep model and data on the CPU, where devices are processes"
+        )
     for program in programs:
         if not isinstance(getattr(program, "__self__", program), nn.Module):
             raise ValueError(

@@ -119,7 +119,7 @@ def fit(
         ValueError: If an argument does not fit, or `run` holds a run that cannot be resumed.
         FloatingPointError: If a loss or gradient is not finite. The weights are those before
             the step on a CPU, or those before `fit` with several devices; a GPU is looked at
-            twice a second, and checkpoints stay good.
+            twice a second and before each checkpoint, so that those stay good.
 
     Cost: a step is within a few per cent of a hand-written one; an epoch ends with one pass
     over the validation rows and a checkpoint of weights and optimiser state.

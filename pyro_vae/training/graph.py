@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 __all__ = ["CapturedUpdate", "Recorder", "has_graphs"]
+
+
+WAITS = "called a synchronizing CUDA operation"  # as torch says it
 
 
 def has_graphs(device: torch.device) -> bool:
@@ -77,9 +81,11 @@ class CapturedUpdate:
     """
 
     def __init__(self, update: Callable[..., None], *batch: Tensor) -> None:
-        self.batch = [part.clone() for part in batch]
+        self.batch = [part.clone() for part in batch]  # for a batch may be a view of the data
         self.graph = torch.cuda.CUDAGraph()
         device = batch[0].device
+        collects = gc.isenabled()
+        gc.disable()  # what it would free may be the device's, of which recording knows nothing
         try:
             # a stream of this device, for torch keeps one of its own for whichever came first;
             # thread_local: what other threads do with the device is not our affair
@@ -92,12 +98,17 @@ class CapturedUpdate:
                 ),
             ):
                 update(*self.batch)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             text = " ".join(str(error).strip().splitlines()[:1])
             raise RuntimeError(
                 f"the training step cannot be recorded as a CUDA graph ({text}): train without "
                 "compile"
             ) from error
+        finally:
+            if collects:
+                gc.enable()
 
     def __call__(self, *batch: Tensor) -> None:
         """The update of this batch."""
@@ -110,16 +121,18 @@ class CapturedUpdate:
 def _waits() -> Iterator[list[Any]]:
     """Lists the operations inside that make the host wait for a GPU, as torch sees them."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("warn")
     waits: list[Any] = []
+    caught: list[Any] = []
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")  # warns that it does not see all of them
+            caught.clear()
             yield waits
     finally:
         torch.cuda.set_sync_debug_mode(before)
     for warning in caught:
-        if "synchronizing" in str(warning.message):
+        if WAITS in str(warning.message):
             waits.append(warning)
         else:
             warnings.warn_explicit(

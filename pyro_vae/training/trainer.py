@@ -119,9 +119,12 @@ class Trainer:
             row = self._end_epoch()
             self.fabric.log_dict({k: v for k, v in row.items() if v is not None}, self.step)
             state = State(self.epoch, self.step, self.vae, dict(row))
+            before = self._addresses()
             for callback in callbacks if self.group.rank == 0 else ():
                 with forked(self.fabric.device):
                     callback(state)
+            if self.recorder is not None and self._addresses() != before:
+                self.recorder.forget()
             stopped = self.group.first(state.stopped)
         for logger in self.fabric.loggers:
             logger.finalize("success")
@@ -267,11 +270,25 @@ class Trainer:
         if self.run is None:
             return
         self.watch.check()
+        self._check_weights()
         self.group.agree(dict(self.vae.named_buffers()))
         state = self._state()
         if self.group.rank == 0:
             save_checkpoint(self.run, self.vae.state_dict(), state, best=best)
             write_metrics(self.run, self.history.rows)
+
+    def _check_weights(self) -> None:
+        """Off the CPU gradients are not watched, but what they did to the weights."""
+        if self.watch.at_once or all(bool(p.isfinite().all()) for p in self.parameters):
+            return
+        raise FloatingPointError(
+            f"step {self.step}: weights are not finite, though all losses were: a gradient was "
+            "not; lower lr, or look for a function whose derivative is infinite"
+        )
+
+    def _addresses(self) -> list[int]:
+        """Where the weights and buffers are: a graph goes on writing there."""
+        return [tensor.data_ptr() for tensor in self._variables().values()]
 
     def _variables(self) -> dict[str, Tensor]:
         return dict([*self.vae.named_parameters(), *self.vae.named_buffers()])

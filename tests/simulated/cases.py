@@ -30,7 +30,15 @@ import pyro_vae
 from pyro_vae import cli, likelihoods, metrics, networks, posteriors, priors
 from pyro_vae.data import load_data
 from pyro_vae.estimators import evidence_lower_bound
-from pyro_vae.objectives import ELBO, IWAE, BetaTC, FactorVAE, Linear, Objective
+from pyro_vae.objectives import (
+    ELBO,
+    IWAE,
+    BetaTC,
+    FactorVAE,
+    HierarchicallyFactorized,
+    Linear,
+    Objective,
+)
 from pyro_vae.training import fit, trainer
 from pyro_vae.training.engine import Engine
 from pyro_vae.training.rows import TensorRows
@@ -95,9 +103,15 @@ def test_each_part(family: str, cls: type) -> None:
 
 
 @pytest.mark.parametrize("cls", [cls for cls in OBJECTIVES if not cls.has_adversary])
-def test_each_objective(cls: type) -> None:
-    vae = make()
+@pytest.mark.parametrize("posterior", [posteriors.DiagonalNormal, posteriors.FullNormal])
+def test_each_objective(cls: type, posterior: type) -> None:
+    vae = make(posterior=posterior)
     check_step(vae, draw(vae, 7), cls())
+
+
+def test_groups_of_a_full_normal() -> None:
+    vae = make(posterior=posteriors.FullNormal, latent_dim=3)
+    check_step(vae, draw(vae, 7), HierarchicallyFactorized([[2, 0]]))
 
 
 @pytest.mark.parametrize("cls", NETWORKS)

@@ -47,6 +47,7 @@ READS = (
     aten.nonzero.default,
     aten.masked_select.default,
     aten.equal.default,
+    aten._linalg_check_errors.default,
     aten._unique2.default,
     aten.unique_dim.default,
     aten.repeat_interleave.Tensor,

@@ -23,9 +23,11 @@ from training_cases import QUIET, Noisy, make_data, make_vae, same, weights
 
 from pyro_vae.compiling import Traced
 from pyro_vae.objectives import ELBO, IWAE, BetaTC, Linear, Objective
-from pyro_vae.training import fit, step, trainer
+from pyro_vae.training import State, fit, load_weights, step, trainer
 from pyro_vae.training.graph import CapturedUpdate, Recorder
 from pyro_vae.training.optimizers import make_optimizer, restore, why_no_graph
+from pyro_vae.training.rows import TensorRows
+from pyro_vae.vae import VAE
 
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
 
@@ -77,6 +79,11 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tapes for graphs, and reads for what waits."""
     modes: list[str] = ["default"]
 
+    def set_mode(mode: str) -> None:
+        if len(modes) == 1:  # as torch does
+            warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=2)
+        modes.append(mode)
+
     def record(graph: Tape, **_: Any) -> Any:
         return graph.recording()
 
@@ -86,7 +93,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
 
 
 @pytest.fixture
@@ -191,8 +198,53 @@ class Spoilt:
 
 @pytest.mark.usefixtures("on_gpu")
 def test_a_bad_step_in_a_graph_is_named() -> None:
-    with pytest.raises(FloatingPointError, match="step 8: the log density of site 'x'"):
-        fit(make_vae(), Spoilt(make_data(), 8), epochs=2, batch_size=11, compile=True, **QUIET)
+    with pytest.raises(FloatingPointError, match="step 6: the log density of site 'x'"):
+        fit(make_vae(), Spoilt(make_data(), 6), epochs=2, batch_size=11, compile=True, **QUIET)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_a_bad_step_of_a_run_that_goes_on_is_named(tmp_path: Path) -> None:
+    options = {"batch_size": 11, "compile": True, "run": tmp_path, **QUIET}
+    fit(make_vae(), make_data(), epochs=1, **options)
+    x = Spoilt(make_data(), 2)
+    x.digest = TensorRows(make_data()).digest  # type: ignore[attr-defined]
+    x.describe = TensorRows(make_data()).describe  # type: ignore[attr-defined]
+    with pytest.raises(FloatingPointError, match="step 7: the log density of site 'x'"):
+        fit(make_vae(), x, epochs=3, resume=True, **options)
+
+
+class Steep(VAE):
+    """A VAE whose gradient is infinite from some step on, and its loss is not."""
+
+    steps = 0
+
+    def guide(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        self.steps += self.training
+        weight = next(self.posterior.parameters())
+        bad = (0 * weight).abs().sum().sqrt() if self.steps > 6 else 0.0
+        return super().guide(x + bad, y)
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    made = make_vae()
+    vae = Steep(made.prior, made.likelihood, made.posterior)
+    with pytest.raises(FloatingPointError, match="step 7: weights are not finite"):
+        fit(vae, make_data(), epochs=3, batch_size=11, run=tmp_path, checkpoint_every=1, **QUIET)
+    assert all(weight.isfinite().all() for weight in load_weights(tmp_path).values())
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_weights_that_a_callback_moves_are_trained_where_they_are() -> None:
+    def move(state: State) -> None:
+        for parameter in state.vae.parameters():
+            parameter.data = parameter.data.clone()
+
+    first, second, x = make_vae(), make_vae(), make_data()
+    options = {"epochs": 4, "batch_size": 11, "compile": True, **QUIET}
+    fit(first, x, callbacks=[move], **options)
+    fit(second, x, **options)
+    assert same(weights(first), weights(second))
 
 
 @pytest.mark.usefixtures("on_gpu")
@@ -269,6 +321,7 @@ def test_recording_changes_nothing_and_a_replay_takes_its_own_batch() -> None:
     rate["lr"] = 3.0  # no tensor: as it was
     captured(torch.tensor([1.0, 2.0, 3.0]))
     assert total.tolist() == [2, 4, 6]
+    assert x.tolist() == [5, 5, 5]
 
 
 def test_what_cannot_be_recorded_says_what_to_do() -> None:
