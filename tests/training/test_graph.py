@@ -18,7 +18,7 @@ import torch
 from families import make
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from training_cases import QUIET, Noisy, make_data, make_vae, same, weights
 
 from pyro_vae.compiling import Traced
@@ -50,7 +50,8 @@ class Tape(TorchDispatchMode):
                 if isinstance(part, Tensor) and id(part) not in self.before:
                     self.before[id(part)] = part, part.clone()
         out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
+        memory = tree_map(lambda p: p.detach() if isinstance(p, Tensor) else p, (args, kwargs))
+        self.calls.append((func, memory[0], memory[1] or {}, out))
         return out
 
     @contextmanager
