@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_vae import config
 from pyro_vae.data import Data, Splits, declare, load_data, read_rows, restore
+from pyro_vae.training.engine import uses_cuda
 from pyro_vae.vae import VAE
 
 __all__ = [
@@ -137,10 +138,9 @@ def home(vae: VAE) -> torch.device:
 
 def placed(vae: VAE, data: Data, accelerator: str) -> tuple[VAE, Data]:
     """A VAE and rows on the device that was asked for; "auto" is a GPU where there is one."""
-    there = torch.cuda.is_available()
-    if accelerator == "cuda" and not there:
+    device = torch.device("cuda" if uses_cuda(accelerator) else "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("accelerator cuda was asked for; this machine has no GPU that torch sees")
-    device = torch.device("cuda" if there and accelerator != "cpu" else "cpu")
     return vae.to(device), data.to(device)
 
 

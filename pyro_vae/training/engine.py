@@ -19,7 +19,7 @@ from pyro_vae.training.group import Group
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["Engine", "is_first_process"]
+__all__ = ["Engine", "is_first_process", "uses_cuda"]
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 Function = Callable[["Fabric", Group, Any], Any]  # what runs on each device, given a task
@@ -37,6 +37,11 @@ def _joins() -> bool:
         and torch.distributed.is_torchelastic_launched()
         and int(os.environ["WORLD_SIZE"]) > 1
     )
+
+
+def uses_cuda(accelerator: str) -> bool:
+    """Whether an accelerator of this name is a GPU: "auto" is, where there is one."""
+    return accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,7 @@ class Engine:
 
     @property
     def _is_cuda(self) -> bool:
-        there = self.accelerator == "auto" and torch.cuda.is_available()
-        return there or self.accelerator in ("cuda", "gpu")
+        return uses_cuda(self.accelerator)
 
     def run(self, function: Function, task: Any) -> Any:
         """What `function(fabric, group, task)` returns in the first process.

@@ -51,7 +51,7 @@ class Recorder:
             update(*batch)
 
     def forget(self) -> None:
-        """To be called when a number that is no tensor has changed: the next one is recorded."""
+        """To be called when a number that is no tensor changed, or a tensor moved."""
         self.graph = None
 
     def _watched(self, update: Callable[..., None], *batch: Tensor) -> None:

@@ -138,8 +138,9 @@ def test_replays_train_as_launches_do(case: str, monkeypatch: pytest.MonkeyPatch
     torch.manual_seed(3)
     first = new_vae()
     x = Noisy(make_data().clamp(0.1, 0.9))
-    second = new_vae()
-    second.load_state_dict(first.state_dict())
+    second, eager = new_vae(), new_vae()
+    for other in (second, eager):
+        other.load_state_dict(first.state_dict())
     options = {"epochs": 3, "batch_size": 11, "compile": True, **options, **QUIET}
     by_graph = fit(first, x, new_objective(), **options)
     assert Tape.replays == 3 * 4 - 4  # of the whole batches; two are checked, two are launched
@@ -147,6 +148,9 @@ def test_replays_train_as_launches_do(case: str, monkeypatch: pytest.MonkeyPatch
     launched = fit(second, x, new_objective(), **options)
     for name, weight in weights(first).items():
         assert torch.equal(weight, second.state_dict()[name]), name
+    fit(eager, x, new_objective(), **{**options, "compile": False})
+    for name, weight in weights(first).items():
+        torch.testing.assert_close(weight, eager.state_dict()[name], rtol=1e-4, atol=1e-5)
     for mine, other in zip(by_graph.rows, launched.rows):
         assert {**mine, "seconds": 0} == {**other, "seconds": 0}
 
