@@ -6,8 +6,8 @@ python examples/iwae_mnist.py --smoke                          # bundled digits,
 
 784-200-200-50, tanh, as in the paper, whose figures took 3280 epochs of batch 20, each for each
 row, with a learning rate that falls from 1e-3 to 1e-4: `--protocol`, for a GPU. Without it the
-table says what a stated budget of epochs gives. A row in `--runs` goes on where it was broken
-off. log p(x) is by `log_evidence`, so that
+table says what a stated budget of epochs gives. Training is on 50,000 images, the paper's on all
+60,000. A row in `--runs` goes on where it was broken off. log p(x) is by `log_evidence`, so that
 the models are compared by what they know, not by how well their encoder samples; the encoder's
 own bound with 5000 draws, which the paper reports, stands beside it.
 
