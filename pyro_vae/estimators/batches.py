@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.densities import Program
+from pyro_vae.estimators.coordinates import Coordinates
 from pyro_vae.estimators.evaluating import evaluating
 from pyro_vae.estimators.fast import CompiledTarget
 from pyro_vae.estimators.target import ROWS, Target
@@ -176,9 +177,9 @@ def map_targets(
     if rows < 1:
         raise ValueError(f"chunk_size must be at least 1; got {rows}")
     with evaluating(model, guide, seed=seed, device=x.device):
-        first = Target(model, guide, x[:1], None if y is None else y[:1], chunk_size=rows)
+        first = Target(model, guide, x[:4], None if y is None else y[:4], chunk_size=rows)
     return map_batches(
-        partial(_on_target, estimate, rows, CompiledTarget() if compile else None),
+        partial(_on_target, estimate, rows, first.sites, CompiledTarget() if compile else None),
         model,
         guide,
         x,
@@ -193,13 +194,14 @@ def map_targets(
 def _on_target(
     estimate: Callable[[Target], T],
     rows: int,
+    sites: dict[str, Coordinates],
     fast: CompiledTarget | None,
     model: Program,
     guide: Program,
     x: Tensor,
     y: Tensor | None,
 ) -> T:
-    return estimate(Target(model, guide, x, y, chunk_size=rows, fast=fast))
+    return estimate(Target(model, guide, x, y, chunk_size=rows, sites=sites, fast=fast))
 
 
 def track(items: Sequence[T], description: str, show: bool) -> Iterable[T]:

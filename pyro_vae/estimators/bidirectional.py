@@ -22,6 +22,10 @@ from pyro_vae.estimators.target import Target
 __all__ = ["Bracket", "bidirectional"]
 
 
+class NotSimulated(ValueError):
+    """Data cannot be simulated from a model."""
+
+
 @dataclass(frozen=True, eq=False)
 class Bracket:
     """Bounds of log p(x) of simulated data; on the CPU, in nats.
@@ -160,17 +164,18 @@ def simulate(template: Target) -> tuple[Target, Tensor]:
         nodes: Any = poutine.trace(poutine.uncondition(template.model)).get_trace(*args).nodes
     observed = [nodes[name] for name in template.observed]
     if len(observed) != 1 or not torch.equal(observed[0]["infer"]["obs"], template.x):
-        raise ValueError(
+        raise NotSimulated(
             f"data are simulated for models whose one observed site is x itself; this one "
             f"observes {template.observed}"
         )
     target = Target(
         template.model,
         template.guide,
-        observed[0]["value"],
+        observed[0]["value"].to(template.x.dtype),
         template.y,
         chunk_size=template.chunk_size,
         scale=template.scale,
+        sites=template.sites,
     )
     latents = {name: nodes[name]["value"].unsqueeze(0) for name in target.sites}
     return target, target.vector(latents)

@@ -1,161 +1,137 @@
-"""log p(x), by as much work as each datum needs."""
+"""As much work as each datum needs."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pyro_vae.densities import Program
 from pyro_vae.estimators.annealed import PILOT_CHAINS, Path
-from pyro_vae.estimators.batches import map_targets
+from pyro_vae.estimators.components import add_components, components_cost
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.importance import summarise
 from pyro_vae.estimators.refined import Fit, fit_cost, fit_proposal
 from pyro_vae.estimators.starts import Refined
 from pyro_vae.estimators.target import Target
 
-__all__ = ["log_evidence"]
+__all__ = ["Result", "escalate"]
+
+PILOT = 400  # draws that choose the number of draws, and are not scored
+NUMBERS = (1000, 2000, 4000, 8000, 16_000)  # of draws
+HARD = 4000  # draws above which the proposal gets more components
+CHAINS, TEMPERATURES, LEAPFROG = 256, 20, 3
+CHAINS_COST = (CHAINS + PILOT_CHAINS) * TEMPERATURES * LEAPFROG
+MARGIN = 0.8  # of the tolerance, that a pilot must promise
+KHAT = 0.7  # of a pilot, above which its variance is not believed
 
 
-def log_evidence(
-    model: Program,
-    guide: Program,
-    x: Tensor,
-    y: Tensor | None = None,
-    *,
-    tolerance: float = 0.05,
-    budget: int | None = None,
-    chunk_size: int | None = None,
-    compile: bool = False,
-    devices: int = 1,
-    seed: int | None = 0,
-    progress: bool = False,
-) -> Evidence:
-    """log p(x) of each datum, with an error below `tolerance` or a word that it is not.
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What came of a batch.
 
-    A proposal is fitted to each datum's posterior (`refined_importance_sampling`) and scored
-    with 1000 fresh draws. Data whose standard error or k-hat does not pass then get 4000, then
-    16,000 draws, then annealed importance sampling from that proposal with 64 and with 256
-    chains, each time with fresh ones, until they pass or the budget ends.
+    Attributes:
+        evidence: Of B data.
+        log_weight: Of one exact draw of each posterior [B]; NaN where none was given.
+    """
 
-    "reliable" means a standard error below the tolerance, a k-hat below the published
-    threshold, and no part of the posterior that draws of the prior found and the estimate did
-    not; all else is "doubtful". The value of a doubtful datum is the best that was had.
+    evidence: Evidence
+    log_weight: Tensor
+
+    def put(self, rows: Tensor, new: Result) -> Result:
+        """The same with other results of some rows."""
+        index = torch.arange(len(self.evidence))
+        index[rows] = len(index) + torch.arange(len(rows))
+        log_weight = torch.cat([self.log_weight, new.log_weight])[index]
+        return Result(Evidence.cat([self.evidence, new.evidence]).rows(index), log_weight)
+
+
+def escalate(
+    target: Target, tolerance: float, budget: float = math.inf, exact: Tensor | None = None
+) -> Result:
+    """log p(x) of B data with as many draws as a pilot says each of them needs.
 
     Args:
-        model: Pyro model of (x) or (x, y), all its sites inside one plate "data", its latents
-            continuous, on any support that is fixed.
-        guide: Pyro guide of the same arguments.
-        x: Data [N, *E].
-        y: What is conditioned on [N, C], or None.
-        tolerance: Largest standard error, in nats.
-        budget: Most evaluations of the model, with or without gradient, for one datum; all that
-            the steps above may need (about 45,000) if None. The fit and the first draws need
-            some 4000. What further modes of a datum cost is not counted.
-        chunk_size: Draws times data that the model sees at once.
-        compile: Whether to compile log p(x, u) and its gradient: some seconds, once for each
-            shape that comes often; the result is the same to rounding.
-        devices: Processes that share the data, as in `importance_sampling`.
-        seed: Of the draws.
-        progress: Whether to show a progress bar.
-
-    Returns:
-        Evidence of N data, in nats, with the method and the verdict of each.
+        target: Their posteriors.
+        tolerance: Largest standard error.
+        budget: Most evaluations of the model for one datum.
+        exact: A draw of each posterior [1, B, D], whose weight is to be known.
 
     Raises:
-        ValueError: If the tolerance is not positive, the budget is below the least, a latent is
-            discrete, the likelihood has no gradient, or the programs have no weight per datum.
-
-    References:
-        Burda, Grosse and Salakhutdinov. Importance weighted autoencoders. 2016.
-        Wu, Burda, Salakhutdinov and Grosse. On the quantitative analysis of decoder-based
-        generative models. 2017.
+        ValueError: If the budget is below the least.
     """
-    if not tolerance > 0:
-        raise ValueError(f"tolerance must be positive, in nats; got {tolerance}")
-    limit = math.inf if budget is None else budget
-    parts = map_targets(
-        partial(_escalate, tolerance=tolerance, budget=limit),
-        model,
-        guide,
-        x,
-        y,
-        chunk_size=chunk_size,
-        seed=seed,
-        devices=devices,
-        progress=progress,
-        compile=compile,
-    )
-    return Evidence.cat(parts)
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Importance sampling from the fitted proposal."""
-
-    number: int
-
-    @property
-    def cost(self) -> int:
-        """Evaluations of the model for one datum."""
-        return self.number
-
-    def __call__(self, fit: Fit, tolerance: float) -> Evidence:
-        """Evidence from fresh draws."""
-        return fit.importance_sampling(self.number, tolerance)
-
-
-@dataclass(frozen=True)
-class Chains:
-    """Annealed importance sampling from the fitted proposal."""
-
-    number: int
-    temperatures: int = 20
-    leapfrog: int = 3
-
-    @property
-    def cost(self) -> int:
-        """Evaluations of the model for one datum."""
-        return (self.number + PILOT_CHAINS) * self.temperatures * self.leapfrog
-
-    def __call__(self, fit: Fit, tolerance: float) -> Evidence:
-        """Evidence from fresh chains."""
-        path = Path(Refined(fit), self.temperatures, self.leapfrog, "sigmoid")
-        weights = path.forward(self.number).cpu()
-        return fit.judge(summarise(weights, "annealed, refined", "doubtful"), tolerance)
-
-
-FIRST = Draws(1000)
-LADDER: tuple[Draws | Chains, ...] = (Draws(4000), Draws(16_000), Chains(64), Chains(256))
-
-
-def _escalate(target: Target, tolerance: float, budget: float) -> Evidence:
-    spent = fit_cost(target.dim) + FIRST.cost
-    if spent > budget:
+    left = budget - fit_cost(target.dim) - PILOT
+    if left < NUMBERS[0]:
         raise ValueError(
-            f"budget must be at least {spent} evaluations of the model for each datum, at "
-            f"{target.dim} latent dimensions; got {budget}: raise it, or use importance_sampling"
+            f"budget must be at least {budget - left + NUMBERS[0]:.0f} evaluations of the model "
+            f"for each datum, at {target.dim} latent dimensions; got {budget}: raise it, or use "
+            "importance_sampling"
         )
     fit = fit_proposal(target)
-    evidence = FIRST(fit, tolerance)
-    for rung in LADDER:
-        doubtful = [i for i, verdict in enumerate(evidence.verdict) if verdict == "doubtful"]
-        if doubtful and spent + rung.cost <= budget:
-            spent += rung.cost
-            rows = torch.tensor(doubtful)
-            evidence = _update(evidence, rows, rung(fit.rows(rows.to(target.x.device)), tolerance))
-    return evidence
+    needed = _needed(fit, tolerance, PILOT)
+    after = left - NUMBERS[0] - components_cost(target.dim) - HARD
+    if after < HARD:
+        return _by_need(fit, needed, tolerance, left, exact)
+    first = torch.where(needed > HARD, NUMBERS[0], needed)
+    result = _by_need(fit, first, tolerance, left, exact)
+    evidence = result.evidence
+    passed = (evidence.stderr < tolerance) & (evidence.khat < evidence.khat_threshold)
+    rows = ((needed > HARD) | ~passed).nonzero()[:, 0]
+    if not len(rows):
+        return result
+    richer = fit.rows(rows)
+    richer = replace(richer, proposal=add_components(richer.target, richer.proposal))
+    needed = _needed(richer, tolerance, HARD).clamp(min=HARD)
+    exact = None if exact is None else exact[:, rows]
+    return result.put(rows, _by_need(richer, needed, tolerance, after, exact))
 
 
-def _update(old: Evidence, rows: Tensor, new: Evidence) -> Evidence:
-    """The old evidence with that of `rows` replaced, unless what was there looks better."""
-    before = old.rows(rows)
-    better = (before.khat < before.khat_threshold) & (before.stderr < new.stderr)
-    passed = torch.tensor([verdict == "reliable" for verdict in new.verdict])
-    index = torch.arange(len(old))
-    index[rows] = torch.where(passed | ~better, len(old) + torch.arange(len(rows)), rows)
-    return Evidence.cat([old, new]).rows(index)
+def _needed(fit: Fit, tolerance: float, number: int) -> Tensor:
+    """Draws that bring the standard error below the tolerance [B], by a pilot; or infinity.
+
+    The pilot's draws are not scored, so that what they happen to show has no part in the
+    estimate.
+    """
+    pilot = fit.importance_sampling(number)
+    needed = number * (pilot.stderr / (MARGIN * tolerance)).square()
+    return torch.where(pilot.khat < KHAT, needed, torch.inf)
+
+
+def _by_need(
+    fit: Fit, needed: Tensor, tolerance: float, budget: float, exact: Tensor | None
+) -> Result:
+    """Results of B data, each with the fewest draws that are enough, or with chains."""
+    numbers = torch.tensor([n for n in NUMBERS if n <= budget])
+    level = torch.searchsorted(numbers.double(), needed.double())
+    if CHAINS_COST > budget:
+        level = level.clamp(max=len(numbers) - 1)
+    parts, order = [], []
+    for i in level.unique().tolist():
+        rows = (level == i).nonzero()[:, 0]
+        part = fit.rows(rows)
+        stars = None if exact is None else exact[:, rows]
+        if i < len(numbers):
+            parts.append(_draws(part, int(numbers[i]), tolerance, stars))
+        else:
+            parts.append(_chains(part, tolerance, stars))
+        order.append(rows)
+    index = torch.cat(order).argsort()
+    log_weight = torch.cat([part.log_weight for part in parts])[index]
+    return Result(Evidence.cat([part.evidence for part in parts]).rows(index), log_weight)
+
+
+def _draws(fit: Fit, number: int, tolerance: float, exact: Tensor | None) -> Result:
+    evidence = fit.importance_sampling(number, tolerance)
+    if exact is None:
+        return Result(evidence, torch.full_like(evidence.log_prob, torch.nan))
+    return Result(evidence, fit.log_weights(exact, number)[0].cpu())
+
+
+def _chains(fit: Fit, tolerance: float, exact: Tensor | None) -> Result:
+    path = Path(Refined(fit), TEMPERATURES, LEAPFROG, "sigmoid")
+    weights = path.forward(CHAINS).cpu()
+    evidence = fit.judge(summarise(weights, "annealed, refined", "doubtful"), tolerance)
+    if exact is None:
+        return Result(evidence, torch.full_like(evidence.log_prob, torch.nan))
+    return Result(evidence, path.reverse(exact)[0].cpu())

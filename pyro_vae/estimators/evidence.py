@@ -31,6 +31,7 @@ class Evidence:
         method: How each was estimated.
         verdict: "reliable", "doubtful" or "lower bound" for each.
         extras: Other numbers of each datum [N], by name.
+        audit: What the audit behind the verdicts found, or "" without one.
     """
 
     log_prob: Tensor
@@ -41,6 +42,7 @@ class Evidence:
     method: list[str]
     verdict: list[str]
     extras: dict[str, Tensor] = field(default_factory=dict)
+    audit: str = ""
 
     def __len__(self) -> int:
         return len(self.log_prob)
@@ -81,6 +83,7 @@ class Evidence:
                 for name in parts[0].extras
                 if all(name in p.extras for p in parts)
             },
+            audit="; ".join(dict.fromkeys(p.audit for p in parts if p.audit)),
         )
 
     def rows(self, index: Tensor) -> Evidence:
@@ -90,13 +93,14 @@ class Evidence:
             method=[self.method[i] for i in index.tolist()],
             verdict=[self.verdict[i] for i in index.tolist()],
             extras={name: value[index] for name, value in self.extras.items()},
+            audit=self.audit,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file, all or nothing."""
         from safetensors.torch import save
 
-        texts = {"method": json.dumps(self.method), "verdict": json.dumps(self.verdict)}
+        texts = {name: json.dumps(getattr(self, name)) for name in ("method", "verdict", "audit")}
         tensors = {name: getattr(self, name) for name in TENSORS}
         tensors |= {f"extras.{name}": value for name, value in self.extras.items()}
         data = save({n: value.contiguous() for n, value in tensors.items()}, metadata=texts)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_vae.estimators.target import Target
 
-__all__ = ["curvature", "laplace"]
+__all__ = ["curvature", "factor", "laplace"]
 
 FLOOR, CEILING = 0.5, 1e12  # of the eigenvalues of the precision, in units of the prior's
 ROUNDS = 3
@@ -24,7 +24,8 @@ def laplace(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
     """
     for _ in range(ROUNDS):
         slope, precision = curvature(target, u)
-        tril, promised = _factor(precision, slope)
+        tril = factor(precision)
+        promised = (tril.mT @ slope.unsqueeze(-1)).pow(2).sum((-2, -1)) / 2
         if bool((promised < CONVERGED).all()):
             break
         u = _newton(target, u, tril @ (tril.mT @ slope.unsqueeze(-1)))
@@ -48,13 +49,11 @@ def _slope(value: Tensor, leaf: Tensor) -> Tensor:
     return torch.autograd.grad(value, leaf, retain_graph=True, materialize_grads=True)[0]
 
 
-def _factor(precision: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """Cholesky factor of the floored inverse, and what a Newton step promises [B]."""
+def factor(precision: Tensor) -> Tensor:
+    """Cholesky factor [B, D, D] of the inverse of a precision, its |eigenvalues| floored."""
     values, vectors = torch.linalg.eigh(precision.nan_to_num(0.0, 0.0, 0.0))
     variance = 1 / values.abs().clamp(FLOOR, CEILING)
-    tril = torch.linalg.cholesky((vectors * variance.unsqueeze(-2)) @ vectors.mT)
-    promised = (tril.mT @ slope.unsqueeze(-1)).pow(2).sum((-2, -1)) / 2
-    return tril, promised
+    return torch.linalg.cholesky((vectors * variance.unsqueeze(-2)) @ vectors.mT)
 
 
 def _newton(target: Target, u: Tensor, step: Tensor) -> Tensor:

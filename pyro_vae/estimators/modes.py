@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,18 +10,23 @@ from torch import Tensor
 from pyro_vae.estimators.ascent import ascend
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.importance import summarise
+from pyro_vae.estimators.laplace import ROUNDS, laplace
 from pyro_vae.estimators.target import Target, gradients
 
 __all__ = ["Modes", "find_modes", "search_cost"]
 
 GUIDE_DRAWS = 32  # behind the guide's mean
-PRIOR_DRAWS = 1000
-LIKELY_DRAWS = 128  # of them, from which the starts are picked
-MORE_STARTS, ROUNDS = 16, 8
-PATIENCE = 8  # starts without a new mode that end the search, for each mode that is known
-STEPS = 150
-LR = 0.1
+PRIOR_DRAWS = 500
+LIKELY_DRAWS = 128  # of them, from which starts are picked
+FIRST_STEPS, FIRST_LR = 50, 0.1  # in units of the prior's spread
+STEPS, LR = 50, 1.0  # in units of the first mode's covariance
 EPS = 1e-8
+MORE_STARTS, MOST_ROUNDS = 16, 8
+PATIENCE = 8  # starts without a new mode that end the search, for each mode that is known
+MOST_MODES = 24  # above which the search gives up
+UNITS = 24  # most informed units that are walked along and exchanged
+WALK = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)  # from the prior's median
+STRIDES = (2.0, 3.5, 5.0, 6.5, 8.0, 9.5)  # from a mode, in its standard deviations
 BARRIER = 0.5  # nats by which the density dips between two modes
 NEGLIGIBLE = 20.0  # nats below the highest mode
 
@@ -46,54 +50,183 @@ class Modes:
 
 
 def find_modes(target: Target, num_starts: int) -> Modes:
-    """Climbs log p(x, u) from the guide's mean and from draws of the prior.
+    """Climbs log p(x, u) from the guide, from draws of the prior, and from beyond valleys.
 
-    The draws are the best of 1000, then, of 128 that are sampled from them in proportion to
-    p(x | u), those farthest from every other start. Data of which these found more than one
-    mode are searched again from the 128, sixteen a round, until eight starts for each known mode
-    have found nothing new: a mode of equal share is then missed once in a thousand times.
+    The first mode is climbed to from the guide's mean and from the best of 500 draws of the
+    prior. Its covariance is the metric of all later climbs. Half of these start beyond a valley
+    of the density: on straight lines from a known mode along the most informed units and along
+    the principal directions of its covariance, or where two units are exchanged. The others
+    start from likely draws of the prior, the farthest first. Data of which these found more
+    than one mode are searched again, sixteen starts a round, each round from another mode,
+    until eight starts for each known mode have found nothing new: a mode of equal share is then
+    missed once in a thousand times.
 
     Args:
         target: The posteriors.
-        num_starts: Starts of each datum in the first round; 1 is the guide's mean alone, which
-            is no search.
+        num_starts: Starts of each datum after the first mode; 1 is no search.
     """
     draws, log_prior, log_likelihood = target.draw_prior(PRIOR_DRAWS)
     simple = summarise(log_likelihood.cpu(), "importance sampling, prior", "lower bound")
     gumbel = -torch.empty_like(log_likelihood).exponential_().log()
     likely = _gather(draws, (log_likelihood + gumbel).topk(LIKELY_DRAWS, 0).indices).nan_to_num()
     best = _gather(draws, (log_prior + log_likelihood).argmax(0, keepdim=True)).nan_to_num()
-    starts = _starts(target, best, likely, num_starts)
-    row, u, complete = _search(target, starts, likely[: MORE_STARTS * ROUNDS].split(MORE_STARTS))
+    guide = target.draw_guide(GUIDE_DRAWS)
+    mean = torch.where(guide.isfinite(), guide, torch.nan).nanmean(0, keepdim=True).nan_to_num()
+    known = target.prior_mean
+    centre = torch.where(known.isnan(), draws.nan_to_num().median(0).values, known)
+    search = _Search(target, torch.cat([mean, best]), likely, centre)
+    row, u, complete = search.run(num_starts)
     return Modes(row, u, simple, complete)
 
 
-def _search(
-    target: Target, starts: Tensor, rounds: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The row [M] and place [M, D] of each mode, and whether a row's search ended [B]."""
-    rows = torch.arange(starts.shape[1], device=starts.device)
-    complete = torch.full_like(rows, len(starts) > 1, dtype=torch.bool)
-    part, found = target, []
-    u, keep = _distinct(part, _climb(part, starts))
-    number = keep.sum(0)
-    fruitless = torch.where(number == 1, PATIENCE, 0)  # starts since the last new mode
-    for more in rounds:
-        again = fruitless < PATIENCE * number
-        found.append(_flat(rows[~again], u[:, ~again], keep[:, ~again]))
-        rows, number, fruitless = rows[again], number[again], fruitless[again]
-        if not len(rows):
-            break
-        part = target.rows(rows)
-        known = u[: int(number.max()), again]  # the distinct ones come first
-        u, keep = _distinct(part, torch.cat([known, _climb(part, more[:, rows])]))
-        fruitless = torch.where(keep.sum(0) > number, 0, fruitless + len(more))
-        number = keep.sum(0)
-    else:
-        complete[rows] = fruitless >= PATIENCE * number
-        found.append(_flat(rows, u, keep))
-    row, place = (torch.cat(parts) for parts in zip(*found))
-    return row, place, complete
+def search_cost(dim: int, num_starts: int) -> int:
+    """Evaluations of the model for one datum of one mode."""
+    units = min(dim, UNITS)
+    walks = 2 * units * (len(WALK) + 2 * len(STRIDES)) + units * (units - 1) // 2 + MORE_STARTS
+    climbs = 2 * FIRST_STEPS + ROUNDS * (dim + 6) + num_starts * (STEPS + 3)
+    return PRIOR_DRAWS + climbs + walks + 3 * num_starts * (num_starts + 1) // 2
+
+
+class _Search:
+    """The search of B posteriors.
+
+    Args:
+        target: The posteriors.
+        first: Starts of the first mode [2, B, D].
+        likely: Draws of the prior [R, B, D], picked in proportion to p(x | u).
+        centre: The prior's mean or median [B, D].
+    """
+
+    def __init__(self, target: Target, first: Tensor, likely: Tensor, centre: Tensor) -> None:
+        self.target, self.likely, self.centre = target, likely, centre
+        climbed = _climb(target, first, None, FIRST_STEPS, FIRST_LR)
+        highest = target.log_joint(climbed).argmax(0, keepdim=True)
+        top, self.tril = laplace(target, _gather(climbed, highest)[0])
+        self.known = torch.cat([top.unsqueeze(0), climbed])
+        self.lines, self.pairs = _directions(self.tril)
+        self.spread = torch.einsum("bij,rbi->rbj", self.tril, self.lines).norm(dim=-1)
+
+    def run(self, num_starts: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The row [M] and place [M, D] of each mode, and whether a row's search ended [B]."""
+        rows = torch.arange(self.centre.shape[0], device=self.centre.device)
+        if num_starts == 1:
+            return rows, self.known[0], torch.zeros_like(rows, dtype=torch.bool)
+        complete = torch.ones_like(rows, dtype=torch.bool)
+        u, keep = self._extend(rows, self.known, num_starts, 0)
+        number, fruitless, found = keep.sum(0), torch.zeros_like(rows), []
+        fruitless[number == 1] = PATIENCE
+        for origin in range(1, MOST_ROUNDS + 1):
+            again = (fruitless < PATIENCE * number) & (number <= MOST_MODES)
+            found.append(_flat(rows[~again], u[:, ~again], keep[:, ~again]))
+            complete[rows[~again]] = number[~again] <= MOST_MODES
+            rows, number, fruitless = rows[again], number[again], fruitless[again]
+            if not len(rows):
+                break
+            known = u[: int(number.max()), again]  # the distinct ones come first
+            u, keep = self._extend(rows, known, MORE_STARTS, origin)
+            fruitless = torch.where(keep.sum(0) > number, 0, fruitless + MORE_STARTS)
+            number = keep.sum(0)
+        else:
+            complete[rows] = fruitless >= PATIENCE * number
+            found.append(_flat(rows, u, keep))
+        row, place = (torch.cat(parts) for parts in zip(*found))
+        return row, self._polished(row, place), complete
+
+    def _polished(self, row: Tensor, u: Tensor) -> Tensor:
+        """The modes [M, D] of rows that have several, climbed to the top."""
+        several = ((row == row[:, None]).sum(1) > 1).nonzero()[:, 0]
+        for part in several.split(self.target.num_data) if len(several) else ():
+            target, tril = self.target.rows(row[part]), self.tril[row[part]]
+            u[part] = _climb(target, u[part].unsqueeze(0), tril, STEPS, LR / 4)[0]
+        return u
+
+    def _extend(
+        self, rows: Tensor, known: Tensor, number: int, origin: int
+    ) -> tuple[Tensor, Tensor]:
+        """Points [S, R, D] of some rows, the distinct modes first, and which these are [S, R]."""
+        target = self.target.rows(rows)
+        starts = self._starts(target, rows, known, number, origin % len(known))
+        tril = self.tril[rows]
+        more = _climb(target, starts, tril, STEPS, _far(tril, starts - known[0]))
+        return _distinct(target, torch.cat([known, more]))
+
+    def _starts(
+        self, target: Target, rows: Tensor, known: Tensor, number: int, origin: int
+    ) -> Tensor:
+        """Points beyond valleys, then likely draws far from all others."""
+        mode, centre = known[origin], self.centre[rows]
+        walked, reach = _walk(target, mode, self.lines[:, rows], self.spread[:, rows], centre)
+        exchanged, gain = _exchange(target, mode, self.pairs[:, rows], centre)
+        height, order = torch.cat([reach, gain]).sort(0, descending=True)
+        beyond = _gather(torch.cat([walked, exchanged]), order)
+        new = _apart(target, known[:number], beyond, height)
+        new, order = new.sort(dim=0, descending=True, stable=True)
+        beyond = _gather(beyond, order)
+        likely, starts = self.likely[:, rows], list(known)
+        for i in range(number):
+            far = torch.stack([(likely - start).norm(dim=-1) for start in starts]).amin(0)
+            start = _gather(likely, far.argmax(0, keepdim=True))[0]
+            if i < min(number // 2, len(new)):
+                start = torch.where(new[i].unsqueeze(-1), beyond[i], start)
+            starts.append(start)
+        return torch.stack(starts[len(known) :])
+
+
+def _directions(tril: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors to walk along [R, B, D], and those between two units [P, B, D].
+
+    The first are the most informed units and the narrowest principal directions.
+    """
+    D = tril.shape[-1]
+    covariance = tril @ tril.mT
+    units = covariance.diagonal(dim1=-2, dim2=-1).argsort(-1)[:, :UNITS]
+    axes = torch.eye(D, dtype=tril.dtype, device=tril.device)[units]
+    vectors = torch.linalg.eigh(covariance).eigenvectors.mT[:, :UNITS]
+    a, b = torch.triu_indices(axes.shape[1], axes.shape[1], 1, device=tril.device)
+    pairs = (axes[:, a] - axes[:, b]) / 2**0.5
+    return torch.cat([axes, vectors], 1).transpose(0, 1), pairs.transpose(0, 1)
+
+
+def _walk(
+    target: Target, mode: Tensor, lines: Tensor, spread: Tensor, centre: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The highest point beyond a valley on each line [R, B, D], and its height [R, B].
+
+    A height of minus infinity says that there is none.
+    """
+    here = ((mode - centre) * lines).sum(-1)  # [R, B]
+    strides = mode.new_tensor([*(-s for s in STRIDES), *STRIDES]).view(-1, 1, 1) * spread
+    steps = torch.cat([mode.new_tensor(WALK).view(-1, 1, 1) - here, strides]).sort(0).values
+    points = mode + steps.unsqueeze(-1) * lines
+    height = target.log_joint(points.flatten(0, 1)).view(steps.shape)
+    ahead = torch.where(steps > 0, height, torch.inf).cummin(0).values
+    behind = torch.where(steps < 0, height, torch.inf).flip(0).cummin(0).values.flip(0)
+    valley = torch.where(steps > 0, ahead, behind)
+    reach, best = torch.where(valley < height - BARRIER, height, -torch.inf).max(0)
+    return points.gather(0, best.unsqueeze(-1).expand_as(lines).unsqueeze(0))[0], reach
+
+
+def _exchange(
+    target: Target, mode: Tensor, pairs: Tensor, centre: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The mode with two units exchanged, at the highest pairs [R, B, D], and its height."""
+    way = ((mode - centre) * pairs).sum(-1, keepdim=True) * pairs
+    if not len(pairs):
+        return way, way[..., 0]
+    height, best = target.log_joint(mode - 2 * way).sort(0, descending=True)
+    way, height = _gather(way, best[:MORE_STARTS]), height[:MORE_STARTS]
+    valid = target.log_joint(mode - way) < height - BARRIER
+    return mode - 2 * way, torch.where(valid, height, -torch.inf)
+
+
+def _apart(target: Target, known: Tensor, points: Tensor, height: Tensor) -> Tensor:
+    """Whether a valley lies between each point [R, B, D] of a height and every known one."""
+    apart = height > -torch.inf
+    for mode in known:
+        way = torch.cat([mode.lerp(points, t) for t in (0.25, 0.5, 0.75)])
+        valley = target.log_joint(way).unflatten(0, (3, len(points))).amin(0)
+        apart &= valley < height - BARRIER
+    return apart
 
 
 def _flat(rows: Tensor, u: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,33 +234,36 @@ def _flat(rows: Tensor, u: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     return rows[column], u[which, column]
 
 
-def _climb(target: Target, starts: Tensor) -> Tensor:
-    """Where Adam leads from the starts [S, B, D]; the start itself where that is no higher."""
-    u = starts.clone()
+def _climb(
+    target: Target, starts: Tensor, tril: Tensor | None, num_steps: int, lr: Tensor | float
+) -> Tensor:
+    """Where Adam leads from the starts [S, B, D]; the start itself where that is no higher.
 
-    def slopes() -> tuple[Tensor, ...]:
-        return gradients(lambda u: (target.log_joint(u),), u, target.draws_at_once)[1]
+    Args:
+        target: The posteriors.
+        starts: Where it begins.
+        tril: Factor [B, D, D] of the metric, or None for that of the coordinates.
+        num_steps: Steps.
+        lr: Size of the first, in units of the metric; of all, or of each start [S, B, 1].
+    """
+    moved = torch.zeros_like(starts)
 
-    ascend([u], slopes, num_steps=STEPS, lr=LR, eps=EPS)
-    better = target.log_joint(u) > target.log_joint(starts)
-    return torch.where(better.unsqueeze(-1), u, starts)
+    def place() -> Tensor:
+        return starts + lr * (moved if tril is None else torch.einsum("bij,kbj->kbi", tril, moved))
+
+    def gradient() -> tuple[Tensor, ...]:
+        (slope,) = gradients(lambda u: (target.log_joint(u),), place(), target.draws_at_once)[1]
+        return (slope if tril is None else torch.einsum("bji,kbj->kbi", tril, slope),)
+
+    ascend([moved], gradient, num_steps=num_steps, lr=1.0, eps=EPS)
+    better = target.log_joint(place()) > target.log_joint(starts)
+    return torch.where(better.unsqueeze(-1), place(), starts)
 
 
-def search_cost(num_starts: int) -> int:
-    """Evaluations of the model for one datum."""
-    barriers = 3 * num_starts * (num_starts - 1) // 2
-    return PRIOR_DRAWS + num_starts * (STEPS + 3) + barriers
-
-
-def _starts(target: Target, best: Tensor, likely: Tensor, num_starts: int) -> Tensor:
-    """Starts [S, B, D]: the guide's mean, the best draw, and likely draws far from the rest."""
-    guide = target.draw_guide(GUIDE_DRAWS)
-    mean = torch.where(guide.isfinite(), guide, torch.nan).nanmean(0).nan_to_num()
-    starts = [mean, best[0]][:num_starts]
-    while len(starts) < num_starts:
-        distance = torch.stack([(likely - start).norm(dim=-1) for start in starts]).amin(0)
-        starts.append(_gather(likely, distance.argmax(0, keepdim=True))[0])
-    return torch.stack(starts)
+def _far(tril: Tensor, difference: Tensor) -> Tensor:
+    """The first step [S, B, 1] of climbs that reach twice as far as a mode is."""
+    white = torch.linalg.solve_triangular(tril, difference.permute(1, 2, 0), upper=False)
+    return (4 / STEPS * white.abs().amax(1).T.unsqueeze(-1)).clamp(min=LR)
 
 
 def _distinct(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ class Proposal:
     log_weight: Tensor
     loc: Tensor
     tril: Tensor
-    df: float = 8.0
+    df: float = 20.0
 
     def rows(self, index: Tensor) -> Proposal:
         """The proposals of some of the data."""

@@ -20,8 +20,9 @@ from pyro_vae.estimators.modes import find_modes, search_cost
 from pyro_vae.estimators.proposal import Proposal
 from pyro_vae.estimators.target import SCALE_DRAWS, Target
 
-__all__ = ["Fit", "fit_cost", "fit_proposal", "refined_importance_sampling"]
+__all__ = ["METHOD", "Fit", "fit_cost", "fit_proposal", "refined_importance_sampling"]
 
+METHOD = "importance sampling, refined"
 WIDER = 1.1  # the proposal's scale over the fitted one
 DEFENSIVE_SHARE = 0.05  # of the draws, from the guide and from the prior
 LEAST_WEIGHT = 0.05  # of a component
@@ -36,7 +37,7 @@ def refined_importance_sampling(
     y: Tensor | None = None,
     *,
     num_samples: int = 1000,
-    num_starts: int = 4,
+    num_starts: int = 8,
     chunk_size: int | None = None,
     compile: bool = False,
     devices: int = 1,
@@ -137,9 +138,7 @@ class Fit:
 
     def importance_sampling(self, num_samples: int, tolerance: float = 0.1) -> Evidence:
         """Evidence from K fresh draws of each proposal, the guide and the prior."""
-        weights = self._log_weights(num_samples).cpu()
-        evidence = summarise(weights, "importance sampling, refined", "doubtful")
-        return self.judge(evidence, tolerance)
+        return self.judge(summarise(self.draw(num_samples), METHOD, "doubtful"), tolerance)
 
     def judge(self, evidence: Evidence, tolerance: float) -> Evidence:
         """The evidence with a verdict from its errors, and from the draws of the prior."""
@@ -151,37 +150,44 @@ class Fit:
         verdict = ["reliable" if good else "doubtful" for good in reliable.tolist()]
         return replace(evidence, verdict=verdict)
 
-    def _log_weights(self, num_samples: int) -> Tensor:
-        """Log weights [K, B] under the balance heuristic."""
-        few = math.ceil(DEFENSIVE_SHARE * num_samples) if num_samples > 2 else 0
-        numbers = num_samples - few - few, few, few
-        if not self.target.guide_is_density:
-            numbers = num_samples - few, 0, few
-        sources = self.proposal.draw, self.target.draw_guide, self._draw_prior
-        step = self.target.draws_at_once
-        parts = [
-            self._weigh(draw(min(step, number - done)), numbers)
-            for draw, number in zip(sources, numbers)
-            for done in range(0, number, step)
-        ]
-        return torch.cat(parts)
+    def log_weights(self, u: Tensor, num_samples: int) -> Tensor:
+        """Log weights [K, B] of draws u [K, B, D] among `num_samples`, by the balance heuristic.
 
-    def _draw_prior(self, num_draws: int) -> Tensor:
-        return self.target.draw_prior(num_draws)[0]
-
-    def _weigh(self, u: Tensor, numbers: tuple[int, int, int]) -> Tensor:
-        """log p(x, u) less that of the mixture of which `numbers` are drawn."""
+        log p(x, u) less the log density of the mixture of the proposal, the guide and the prior
+        that the draws of `importance_sampling` are from.
+        """
+        numbers = self._numbers(num_samples)
         log_prior, log_likelihood = self.target.log_prior(u)
         parts = [self.proposal.log_prob(u), torch.zeros_like(log_prior), log_prior]
         if numbers[1]:
             parts[1] = self.target.log_guide(u)
-        shares = u.new_tensor(numbers).log() - math.log(sum(numbers))
+        shares = u.new_tensor(numbers).log() - math.log(num_samples)
         log_q = torch.logsumexp(torch.stack(parts) + shares.view(-1, 1, 1), 0)
         log_p = log_prior + log_likelihood
         return torch.where(log_p == -torch.inf, log_p, log_p - log_q)
 
+    def _numbers(self, num_samples: int) -> tuple[int, int, int]:
+        """Draws from the proposal, the guide and the prior."""
+        few = math.ceil(DEFENSIVE_SHARE * num_samples) if num_samples > 2 else 0
+        guide = few if self.target.guide_is_density else 0
+        return num_samples - guide - few, guide, few
 
-def fit_proposal(target: Target, num_starts: int = 4) -> Fit:
+    def draw(self, num_samples: int) -> Tensor:
+        """Log weights [K, B] of fresh draws, on the CPU."""
+        sources = self.proposal.draw, self.target.draw_guide, self._draw_prior
+        step = self.target.draws_at_once
+        parts = [
+            self.log_weights(draw(min(step, number - done)), num_samples)
+            for draw, number in zip(sources, self._numbers(num_samples))
+            for done in range(0, number, step)
+        ]
+        return torch.cat(parts).cpu()
+
+    def _draw_prior(self, num_draws: int) -> Tensor:
+        return self.target.draw_prior(num_draws)[0]
+
+
+def fit_proposal(target: Target, num_starts: int = 8) -> Fit:
     """Finds the modes of each posterior and fits a proposal to them."""
     target.check_gradient()
     modes = find_modes(target, num_starts)
@@ -210,9 +216,9 @@ def _laplace(target: Target, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return loc, tril, target.log_joint(loc.unsqueeze(0))[0] + log_det
 
 
-def fit_cost(dim: int, num_starts: int = 4) -> int:
+def fit_cost(dim: int, num_starts: int = 8) -> int:
     """About how often `fit_proposal` evaluates the model for one datum of one mode."""
-    return SCALE_DRAWS + search_cost(num_starts) + ROUNDS * (dim + 6) + STEPS * DRAWS + 2 * CHECKS
+    return SCALE_DRAWS + search_cost(dim, num_starts) + ROUNDS * (dim + 6) + STEPS * DRAWS + 2 * CHECKS
 
 
 def _highest(mass: Tensor, row: Tensor) -> Tensor:

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pyro
 import pyro.poutine as poutine
 import torch
-from pyro.distributions import Delta
 from torch import Tensor
-from torch.distributions import Transform, biject_to, constraints
 
-from pyro_vae.densities import (
-    Densities,
-    Program,
-    Site,
-    densities,
-    draw_latents,
-    log_joint,
-    particle_plate,
-)
+from pyro_vae.densities import Densities, Program, densities, draw_latents, log_joint, particle_plate
+from pyro_vae.estimators.coordinates import Coordinates, coordinates, holds_tensor, is_delta, normal_units
 from pyro_vae.estimators.fast import CompiledTarget
 
 __all__ = ["ROWS", "Target", "gradients"]
@@ -30,16 +20,6 @@ __all__ = ["ROWS", "Target", "gradients"]
 ROWS = 1000  # rows decoded at once: 250 to 2500 are equally fast, more falls out of cache
 SCALE_DRAWS = 64  # prior draws behind the unit of each coordinate
 NORMAL_IQR = 1.349  # distance between the quartiles of a unit Normal
-
-
-@dataclass(frozen=True, eq=False)
-class Coordinates:
-    """Where one latent site lies in the vector, and how it gets its constraint back."""
-
-    columns: slice
-    shape: torch.Size
-    transform: Transform
-    dtype: torch.dtype
 
 
 class Target:
@@ -53,6 +33,7 @@ class Target:
     Programs run at their own precision, all else is float64. Where log p(x, z) is not a number,
     away from the draws of the guide, it counts as minus infinity. To be used inside
     `evaluating`; the model sees at most `chunk_size` rows at a time, or one draw of each datum.
+    `prior_mean` [B, D] is NaN where it is not known.
 
     Args:
         model: Pyro model, as in `importance_sampling`; every latent continuous.
@@ -61,6 +42,7 @@ class Target:
         y: What is conditioned on [B, C], or None.
         chunk_size: Draws times data that the model sees at once.
         scale: Units of the coordinates [B, D]; from draws of the prior if None.
+        sites: Coordinates of other data of the same programs, to use the same maps; or None.
         fast: What evaluates log p(x, u), compiled; None for the model itself.
 
     Raises:
@@ -77,6 +59,7 @@ class Target:
         *,
         chunk_size: int = ROWS,
         scale: Tensor | None = None,
+        sites: dict[str, Coordinates] | None = None,
         fast: CompiledTarget | None = None,
     ) -> None:
         self.model, self.guide, self.x, self.y = model, guide, x, y
@@ -86,21 +69,33 @@ class Target:
             _check_value(first)
             with pyro.validation_enabled(False):
                 second = densities(model, guide, x, y)
-            self.sites, self.observed = _coordinates(first, second), list(first.observed)
-            fixed = not any(_holds_tensor(site.transform) for site in self.sites.values())
+            self.sites = coordinates(first, second, sites)
+            self.observed = list(first.observed)
+            fixed = not any(holds_tensor(site.transform) for site in self.sites.values())
             self.fast = fast if fixed else None
             self.dim = max(site.columns.stop for site in self.sites.values())
             guides = [site.guide for site in second.sites.values()]
             self._only_guide = guides[0] if len(guides) == 1 else None  # spares the encoder
-            self.guide_is_density = not any(isinstance(_base(fn), Delta) for fn in guides)
+            self.guide_is_density = not any(is_delta(fn) for fn in guides)
             self.scale = x.new_ones(len(x), self.dim, dtype=torch.float64)
-            self.scale = self._prior_scale() if scale is None else scale
+            mean, deviation = normal_units(self.sites, first, second)
+            if scale is None:
+                scale = torch.where(deviation.isnan(), self._prior_scale(), deviation)
+            self.scale, self.prior_mean = scale, mean / scale
 
     def rows(self, index: Tensor) -> Target:
         """The target of some of the data, in the same units."""
         y = None if self.y is None else self.y[index]
-        options = {"chunk_size": self.chunk_size, "scale": self.scale[index], "fast": self.fast}
-        return Target(self.model, self.guide, self.x[index], y, **options)  # type: ignore[arg-type]
+        return Target(
+            self.model,
+            self.guide,
+            self.x[index],
+            y,
+            chunk_size=self.chunk_size,
+            scale=self.scale[index],
+            sites=self.sites,
+            fast=self.fast,
+        )
 
     @property
     def draws_at_once(self) -> int:
@@ -163,8 +158,8 @@ class Target:
 
     def vector(self, latents: dict[str, Tensor]) -> Tensor:
         """u [K, B, D] of latents by site [K, B, *]."""
-        free = [site.transform.inv(latents[n].double()) for n, site in self.sites.items()]
-        return torch.cat([z.reshape(*z.shape[:2], -1) for z in free], -1) / self.scale
+        free = [site.inverse(latents[name]) for name, site in self.sites.items()]
+        return torch.cat(free, -1) / self.scale
 
     def run_log_joint(self, u: Tensor) -> Tensor:
         """log p(x, u) [K, B], of one chunk, by a run of the model."""
@@ -189,11 +184,8 @@ class Target:
         log_det = self.scale.log().sum(-1).expand(u.shape[:2])
         raw, latents = u * self.scale, {}
         for name, site in self.sites.items():
-            free = raw[..., site.columns].reshape(*u.shape[:2], *site.shape)
-            value = site.transform(free)
-            jacobian = site.transform.log_abs_det_jacobian(free, value)
-            log_det = log_det + jacobian.reshape(*u.shape[:2], -1).sum(-1)
-            latents[name] = value.to(site.dtype)
+            latents[name], jacobian = site(raw[..., site.columns])
+            log_det = log_det + jacobian
         return latents, log_det
 
     def _prior_scale(self) -> Tensor:
@@ -238,63 +230,6 @@ def _gradients(
 
 def _never_nan(log_prob: Tensor) -> Tensor:
     return log_prob.double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-
-
-def _coordinates(first: Densities, second: Densities) -> dict[str, Coordinates]:
-    """Where each latent lies, from two runs whose latents differ."""
-    sites: dict[str, Coordinates] = {}
-    start = 0
-    for name, site in first.sites.items():
-        transform, other = (_transform(name, d.sites[name]) for d in (first, second))
-        free = transform.inv(site.value.double())
-        if not torch.equal(transform(free), other(free)):
-            raise ValueError(
-                f"the support of site {name!r} depends on another latent; it must be fixed: "
-                "draw the site on a fixed support and move it in the model"
-            )
-        size = free[0, 0].numel()
-        columns = slice(start, start + size)
-        sites[name] = Coordinates(columns, free.shape[2:], transform, site.value.dtype)
-        start += size
-    return sites
-
-
-def _transform(name: str, site: Site) -> Transform:
-    kind = type(_base(site.model)).__name__
-    if any(_is_discrete(fn) for fn in (site.model, site.guide)):
-        raise ValueError(
-            f"latent site {name!r} is discrete ({kind}), where gradients are needed: sum it out "
-            "(a mixture as the distribution of what depends on it, or pyro.infer.TraceEnum_ELBO), "
-            "or use importance_sampling"
-        )
-    support = site.model.support
-    if isinstance(support, constraints.MixtureSameFamilyConstraint):
-        support = support.base_constraint
-    try:
-        return biject_to(support)
-    except NotImplementedError:
-        raise ValueError(
-            f"latent site {name!r} ({kind}) has no unconstrained coordinates for its support "
-            f"{support}: use importance_sampling"
-        ) from None
-
-
-def _holds_tensor(transform: Any) -> bool:
-    """Whether a transform may differ between batches of data, as that to bounds of each datum."""
-    parts = getattr(transform, "parts", [getattr(transform, "base_transform", None)])
-    own = any(isinstance(value, Tensor) for value in vars(transform).values())
-    return own or any(_holds_tensor(part) for part in parts if part is not None)
-
-
-def _base(fn: Any) -> Any:
-    return _base(fn.base_dist) if hasattr(fn, "base_dist") else fn
-
-
-def _is_discrete(fn: Any) -> bool:
-    try:
-        return bool(fn.support and fn.support.is_discrete)
-    except NotImplementedError:  # no support is stated
-        return False
 
 
 def _check_value(d: Densities) -> None:

@@ -1,0 +1,352 @@
+"""The unconstrained coordinates of latent sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pyro.distributions import Delta, Normal
+from scipy.interpolate import PchipInterpolator
+from torch import Tensor
+from torch.distributions import Distribution, Transform, biject_to, constraints
+from torch.distributions.transforms import identity_transform
+
+from pyro_vae.densities import Densities, Site
+
+__all__ = ["Coordinates", "NormalScores", "coordinates", "holds_tensor", "is_delta", "normal_units"]
+
+DRAWS = 64  # of a prior, behind its centre and spread
+PAIRS = 4  # of draws, which show whether coordinates are independent
+ROUNDING = 1e-3  # relative difference of log densities that counts as rounding
+REACH, STEP = 8.0, 0.01  # of the table of Normal scores
+FAR, FINE = 40.0, 16_001  # of the cumulative sum, in the inverse hyperbolic sine of v
+NEWTON = 6
+SHAPE = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)  # where marginals are compared
+
+
+@dataclass(frozen=True, eq=False)
+class Coordinates:
+    """Where one latent site lies in the vector u, and how its value follows from u.
+
+    Attributes:
+        columns: Its part of u.
+        shape: Of the unconstrained value of one draw.
+        transform: From the unconstrained value to the support.
+        dtype: Of the program's own value.
+        scores: The map to Normal scores, if its prior has one.
+    """
+
+    columns: slice
+    shape: torch.Size
+    transform: Transform
+    dtype: torch.dtype
+    scores: NormalScores | None
+
+    def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The site's value of its part of u [K, B, n], and log |d value / du| [K, B]."""
+        raw, log_det = u, u.new_zeros(u.shape[:2])
+        if self.scores is not None:
+            raw, log_slope = self.scores(u)
+            log_det = log_slope.sum(-1)
+        free = raw.reshape(*u.shape[:2], *self.shape)
+        value = self.transform(free)
+        jacobian = self.transform.log_abs_det_jacobian(free, value)
+        return value.to(self.dtype), log_det + jacobian.reshape(*u.shape[:2], -1).sum(-1)
+
+    def inverse(self, value: Tensor) -> Tensor:
+        """The part of u [K, B, n] of a value [K, B, *event]."""
+        free = self.transform.inv(value.double()).reshape(*value.shape[:2], -1)
+        return free if self.scores is None else self.scores.inverse(free)
+
+
+@dataclass(frozen=True, eq=False)
+class NormalScores:
+    r"""An increasing map of each coordinate, under which its prior is a standard Normal.
+
+    .. math:: v = F^{-1}(\Phi(u)), \qquad F(v) = \int_{-\infty}^v p(v') \, dv'
+
+    A latent that the data do not inform then has a standard Normal as its posterior, whatever
+    its prior's tails or modes. A monotone cubic between knots, straight lines beyond 8 standard
+    deviations; its Jacobian is its own, so that densities are exact however coarse the knots.
+
+    Attributes:
+        value: v at the knots [n, G].
+        slope: dv / du there [n, G].
+
+    References:
+        Fritsch and Carlson. Monotone piecewise cubic interpolation. 1980.
+    """
+
+    value: Tensor
+    slope: Tensor
+
+    def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """v [*, n] of u [*, n], and log dv / du."""
+        n, G = self.value.shape
+        place = (u.nan_to_num(0.0) + REACH) / STEP
+        left = place.detach().floor().clamp(0, G - 2).long()
+        at = left + G * torch.arange(n, device=u.device)
+        value, slope = self.value.to(u.device).view(-1), STEP * self.slope.to(u.device).view(-1)
+        v, m, rise = value[at], slope[at], value[at + 1] - value[at]
+        square, cube = 3 * rise - 2 * m - slope[at + 1], m + slope[at + 1] - 2 * rise
+        t = (place - left).clamp(0, 1)
+        steep = m + t * (2 * square + t * 3 * cube)
+        v = v + t * (m + t * (square + t * cube)) + (place - left - t) * steep
+        return v, (steep / STEP).log()
+
+    def inverse(self, v: Tensor) -> Tensor:
+        """u [*, n] of v [*, n]."""
+        columns, knots = v.movedim(-1, 0).contiguous(), self.value.to(v.device)
+        left = torch.searchsorted(knots, columns.flatten(1)).view(columns.shape) - 1
+        left = left.movedim(0, -1).clamp(0, knots.shape[1] - 2)
+        low = left * STEP - REACH
+        beyond = (v < knots[:, 0]) | (v > knots[:, -1])
+        u = low + STEP / 2
+        for _ in range(NEWTON):
+            found, log_slope = self(u)
+            u = u + (v - found) / log_slope.exp()
+            u = torch.where(beyond, u, u.clamp(low, low + STEP))
+        return u
+
+
+class LogSticks(Transform):
+    r"""Logits of the parts that are broken off a stick, without torch's rounding near corners.
+
+    .. math:: v_i = \log p_i - \log \sum_{j > i} p_j, \qquad
+        \log p_i = \log \sigma(v_i) + \sum_{j < i} \log \sigma(-v_j)
+
+    Under a Dirichlet these are independent.
+    """
+
+    domain, codomain = constraints.real_vector, constraints.simplex
+    bijective = True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LogSticks)
+
+    def _call(self, v: Tensor) -> Tensor:
+        return (_left(v) + F.pad(F.logsigmoid(v), (0, 1))).exp()
+
+    def _inverse(self, p: Tensor) -> Tensor:
+        log_p = p.log()
+        rest = log_p.flip(-1).logcumsumexp(-1).flip(-1)[..., 1:]
+        return log_p[..., :-1] - rest
+
+    def log_abs_det_jacobian(self, v: Tensor, p: Tensor) -> Tensor:
+        """log |dp / dv| of the first parts [*]."""
+        return (F.logsigmoid(v) + F.logsigmoid(-v) + _left(v)[..., :-1]).sum(-1)
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """One part more than logits."""
+        return torch.Size([*shape[:-1], shape[-1] + 1])
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        """One logit less than parts."""
+        return torch.Size([*shape[:-1], shape[-1] - 1])
+
+
+def _left(v: Tensor) -> Tensor:
+    """log of what is left of the stick before each part [*, n + 1]."""
+    return F.pad(F.logsigmoid(-v).cumsum(-1), (1, 0))
+
+
+def coordinates(
+    first: Densities, second: Densities, known: dict[str, Coordinates] | None = None
+) -> dict[str, Coordinates]:
+    """Where each latent lies, from two runs whose latents differ.
+
+    Args:
+        first: Densities of one run.
+        second: Those of another.
+        known: Coordinates of other data, whose maps to Normal scores are kept.
+
+    Raises:
+        ValueError: If a latent is discrete, or its support depends on another latent or has no
+            unconstrained coordinates.
+    """
+    sites: dict[str, Coordinates] = {}
+    start = 0
+    for name, site in first.sites.items():
+        transform, other = (_transform(name, d.sites[name]) for d in (first, second))
+        free = transform.inv(site.value.double())
+        if not torch.equal(transform(free), other(free)):
+            raise ValueError(
+                f"the support of site {name!r} depends on another latent; it must be fixed: "
+                "draw the site on a fixed support and move it in the model"
+            )
+        columns = slice(start, start + free[0, 0].numel())
+        where = Coordinates(columns, free.shape[2:], transform, site.value.dtype, None)
+        if known is None:
+            scores = _normal_scores(where, site.model, second.sites[name].model)
+        else:
+            scores = known[name].scores
+        sites[name] = replace(where, scores=scores)
+        start = columns.stop
+    return sites
+
+
+def normal_units(
+    sites: dict[str, Coordinates], first: Densities, second: Densities
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the prior of each coordinate [B, D]; NaN if not known.
+
+    Known are those of Normal scores, and of Normal sites that depend on no other latent.
+    """
+    units = [_units(site, first.sites[n], second.sites[n]) for n, site in sites.items()]
+    mean, deviation = (torch.cat(columns, -1) for columns in zip(*units))
+    return mean, deviation
+
+
+def _units(where: Coordinates, first: Site, second: Site) -> tuple[Tensor, Tensor]:
+    value = where.inverse(first.value)[0]
+    if where.scores is not None:
+        return torch.zeros_like(value), torch.ones_like(value)
+    if _is_normal(where, first.model) and _is_normal(where, second.model):
+        units, other = (
+            [part.expand_as(first.value)[0].reshape(value.shape) for part in (fn.mean, fn.stddev)]
+            for fn in (first.model, second.model)
+        )
+        if all(torch.equal(a, b) for a, b in zip(units, other)):
+            return units[0].double(), units[1].double()
+    return torch.full_like(value, torch.nan), torch.full_like(value, torch.nan)
+
+
+def _is_normal(where: Coordinates, fn: Distribution) -> bool:
+    transform = getattr(where.transform, "base_transform", where.transform)
+    return isinstance(_base(fn), Normal) and transform is identity_transform
+
+
+def holds_tensor(transform: Any) -> bool:
+    """Whether a transform may differ between batches of data, as that to bounds of each datum."""
+    parts = getattr(transform, "parts", [getattr(transform, "base_transform", None)])
+    own = any(isinstance(value, Tensor) for value in vars(transform).values())
+    return own or any(holds_tensor(part) for part in parts if part is not None)
+
+
+def is_delta(fn: Any) -> bool:
+    """Whether a distribution is a point."""
+    return isinstance(_base(fn), Delta)
+
+
+def _transform(name: str, site: Site) -> Transform:
+    kind = type(_base(site.model)).__name__
+    if any(_is_discrete(fn) for fn in (site.model, site.guide)):
+        raise ValueError(
+            f"latent site {name!r} is discrete ({kind}), where gradients are needed: sum it out "
+            "(a mixture as the distribution of what depends on it, or pyro.infer.TraceEnum_ELBO), "
+            "or use importance_sampling"
+        )
+    support = _whole(site.model.support)
+    if support is constraints.simplex:
+        return LogSticks()
+    try:
+        return biject_to(support)
+    except NotImplementedError:
+        raise ValueError(
+            f"latent site {name!r} ({kind}) has no unconstrained coordinates for its support "
+            f"{site.model.support}: use importance_sampling"
+        ) from None
+
+
+def _whole(support: Any) -> Any:
+    """The support of a mixture as that of its components."""
+    if isinstance(support, constraints.MixtureSameFamilyConstraint):
+        return _whole(support.base_constraint)
+    if isinstance(support, constraints.independent):
+        base = _whole(support.base_constraint)
+        return constraints.independent(base, support.reinterpreted_batch_ndims)
+    return support
+
+
+def _base(fn: Any) -> Any:
+    return _base(fn.base_dist) if hasattr(fn, "base_dist") else fn
+
+
+def _is_discrete(fn: Any) -> bool:
+    try:
+        return bool(fn.support and fn.support.is_discrete)
+    except NotImplementedError:  # no support is stated
+        return False
+
+
+def _normal_scores(
+    where: Coordinates, fn: Distribution, other: Distribution
+) -> NormalScores | None:
+    """The map of a site whose prior is fixed and factorises, unless it is Normal anyway."""
+    if _is_normal(where, fn) or holds_tensor(where.transform):
+        return None
+    draws = torch.cat([fn.sample()[:1, :1] for _ in range(DRAWS)]).double()
+    v = where.inverse(draws)[:, 0]
+    first, again = _log_prior(where, fn, v), _log_prior(where, other, v)
+    fixed = _alike(first, first[:, :1]) and _alike(first, again)
+    if not fixed or not _factorises(where, fn, v[:PAIRS], v[-PAIRS:]):
+        return None
+    return _tables(where, fn, v)
+
+
+def _tables(where: Coordinates, fn: Distribution, draws: Tensor) -> NormalScores | None:
+    """The map from draws [S, n] of the prior; None if every coordinate is Normal."""
+    centre, spread = draws.median(0).values, draws.quantile(0.75, 0) - draws.quantile(0.25, 0)
+    seen: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+    rows, normal = [], True
+    for i in range(len(centre)):
+
+        def along(v: Tensor, i: int = i) -> Tensor:
+            points = centre.repeat(len(v), 1)
+            points[:, i] = v
+            return _log_prior(where, fn, points)[:, 0]
+
+        shape = along(centre.new_tensor(SHAPE))
+        shape = shape - shape[0]
+        normal &= _alike(shape.diff(n=3), torch.zeros_like(shape[3:]))
+        table = next((table for known, table in seen if _alike(known, shape)), None)
+        if table is None:
+            table = _table(along, centre[i], spread[i])
+            seen.append((shape, table))
+        rows.append(table)
+    value, slope = (torch.stack(column) for column in zip(*rows))
+    usable = bool((slope > 0).all() and slope.isfinite().all())
+    return NormalScores(value, slope) if usable and not normal else None
+
+
+def _table(along: Callable[[Tensor], Tensor], centre: Tensor, spread: Tensor) -> Any:
+    """Knots and slopes of v = F^{-1}(Phi(u)), from log p(v) along one coordinate."""
+    far = torch.linspace(-FAR, FAR, FINE, dtype=centre.dtype, device=centre.device)
+    log_mass = along(centre + spread * far.sinh()) + far.cosh().log()
+    log_mass = torch.where(log_mass.isfinite(), log_mass, -torch.inf)
+    mass = (log_mass - log_mass.max()).exp()
+    steps = (mass[1:] + mass[:-1]) / 2
+    below, above = steps.cumsum(0), steps.flip(0).cumsum(0).flip(0)
+    below = torch.cat([below.new_zeros(1), below]) / steps.sum()
+    above = torch.cat([above, above.new_zeros(1)]) / steps.sum()
+    score = torch.where(below < 0.5, torch.special.ndtri(below), -torch.special.ndtri(above))
+    rising = score.isfinite()
+    rising[1:] &= score[1:] > score[:-1]
+    knots = np.arange(round(2 * REACH / STEP) + 1) * STEP - REACH
+    u, v = score[rising].cpu().numpy(), (centre + spread * far.sinh())[rising].cpu().numpy()
+    value = PchipInterpolator(u, v)(knots)
+    slope = PchipInterpolator(knots, value).derivative()(knots)
+    return tuple(torch.from_numpy(part).to(centre) for part in (value, slope))
+
+
+def _log_prior(where: Coordinates, fn: Distribution, v: Tensor) -> Tensor:
+    """log p(v) [S, B] of a site at unconstrained values [S, n], each of them for every datum."""
+    value, log_det = where(v.unsqueeze(1))
+    return fn.log_prob(value).double() + log_det
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return bool(((a - b).abs() <= ROUNDING * (1 + a.abs())).all())
+
+
+def _factorises(where: Coordinates, fn: Distribution, a: Tensor, b: Tensor) -> bool:
+    """Whether exchanging a coordinate between draws [S, n] leaves the product of densities."""
+    n = a.shape[-1]
+    swap = torch.eye(n, dtype=torch.bool, device=a.device)
+    pairs = [torch.where(swap, y[:, None], x[:, None]).reshape(-1, n) for x, y in ((a, b), (b, a))]
+    swapped, plain = (sum(_log_prior(where, fn, v)[:, 0] for v in vs) for vs in (pairs, (a, b)))
+    return bool(swapped.isfinite().all()) and _alike(plain.repeat_interleave(n), swapped)
