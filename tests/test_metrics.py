@@ -198,6 +198,14 @@ def test_dimensions_that_do_not_vary_have_no_vote() -> None:
     assert factor_vae_score(codes, FACTORS, **VOTES).value == 1.0
 
 
+def test_a_dimension_has_a_vote_from_a_deviation_of_a_twentieth() -> None:
+    """The threshold of disentanglement_lib: of the deviation, not of the variance."""
+    codes = standard(FACTORS.double())
+    found = [factor_vae_score(scale * codes, FACTORS, **VOTES).value for scale in (0.051, 0.049)]
+    assert found[0] == 1.0
+    assert found[1] < 0.5
+
+
 def test_votes_look_at_variance_over_that_of_all_data() -> None:
     codes = standard(FACTORS.double()) + 0.3 * torch.randn(540, 3)
     for scale in (1.0, 10.0):  # the noise of the first dimension alone is more than the others
