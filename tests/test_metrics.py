@@ -24,6 +24,7 @@ from pyro_vae.metrics import (
     modularity,
     sap,
 )
+from pyro_vae.metrics.factors import discretise
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -187,6 +188,13 @@ def test_the_same_seed_gives_the_same_votes() -> None:
     )
     assert first.value == second.value != other.value
     assert first.stderr == pytest.approx((first.value * (1 - first.value) / 499) ** 0.5)
+
+
+def test_bins_are_of_equal_width_and_the_highest_value_is_in_the_last() -> None:
+    codes = torch.stack([torch.linspace(-3, 7, 11), torch.full((11,), 2.0)], 1)
+    first, second = discretise(codes, 5).T.tolist()
+    assert first == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4]
+    assert second == [0] * 11
 
 
 def noise_of(seed: int) -> Tensor:
