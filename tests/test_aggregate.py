@@ -14,7 +14,7 @@ import torch
 from exact import two_sites
 from families import draw, make
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, kl_divergence
 from training.training_cases import QUIET, Stop, make_vae, noisy_data, same, weights
 
 from pyro_vae.densities import Densities, Site, densities
@@ -347,15 +347,40 @@ def kernel_mean(m: float, s: float, t: float, h: float) -> float:
     return h / v**0.5 * math.exp(-(m**2) / (2 * v))
 
 
+@pytest.mark.parametrize("K", [1, 3])
 @pytest.mark.parametrize(("m", "s"), [(0.0, 1.0), (0.7, 0.5)])
-def test_mmd_is_unbiased(m: float, s: float) -> None:
+def test_mmd_is_unbiased(m: float, s: float, K: int) -> None:
+    """Draws of a datum lie near one another: q(z) is N(m, s^2), q(z | x_n) a tenth as wide."""
     h, n, repeats = 0.8, 5, 4001
-    found = torch.stack(
-        [mmd(m + s * torch.randn(n, 2), torch.randn(n, 2), h) for _ in range(repeats)]
-    )
+    found = []
+    for _ in range(repeats):
+        means = m + s * 0.99**0.5 * torch.randn(n, 2)
+        z = means + s * 0.1 * torch.randn(K, n, 2)
+        found.append(mmd(z, torch.randn(K, n, 2), h))
+    mean, std = torch.stack(found).mean(), torch.stack(found).std()
     exact = kernel_mean(0, s, s, h) ** 2 + kernel_mean(0, 1, 1, h) ** 2
     exact -= 2 * kernel_mean(m, s, 1, h) ** 2
-    assert abs(found.mean() - exact) < 5 * found.std() / repeats**0.5
+    assert abs(mean - exact) < 4 * std / repeats**0.5
+
+
+def test_info_vae_of_several_particles_is_unbiased() -> None:
+    """q(z) = p(z) exactly: the divergence is zero on average, with three draws of each datum."""
+    gaps = []
+    for _ in range(301):
+        q = dist.Normal(0.96**0.5 * torch.randn(11, D), 0.2).to_event(1)
+        d = of(q.sample((3,)), q)
+        gaps.append((InfoVAE(1.0, 1.0).bound(d) - InfoVAE(1.0, 11.0).bound(d)).mean() / 10)
+    found = torch.stack(gaps)
+    assert abs(found.mean()) < 4 * found.std() / 301**0.5
+
+
+def test_info_vae_takes_off_one_less_alpha_of_the_kl() -> None:
+    """Of one datum there is no divergence: what is left is a KL, weighted."""
+    q = dist.Normal(torch.randn(1, D), 0.3).to_event(1)
+    d = of(q.sample((1,)), q)
+    whole, quarter = (InfoVAE(alpha, 1.0).bound(d) for alpha in (0.0, 0.75))
+    kl = kl_divergence(q, dist.Normal(torch.zeros(1, D), 1.0).to_event(1))
+    torch.testing.assert_close(quarter - whole, 0.75 * kl)
 
 
 def test_info_vae_draws_the_posterior_to_the_prior() -> None:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ import pytest
 import torch
 import yaml
 
-from pyro_vae import importance_sampling, load, log_evidence, plots
+from pyro_vae import build, importance_sampling, load, log_evidence, plots
 from pyro_vae.__main__ import main
+from pyro_vae.cli.judge import check_comparable
 from pyro_vae.cli.parts import KlParts
 from pyro_vae.data import Splits, load_data
 from pyro_vae.metrics import elbo_decomposition
@@ -45,6 +47,10 @@ def test_run_folder_holds_its_declaration_and_figures(run: Path) -> None:
         "curves.png", "latent.png", "parts.png", "reconstructions.png", "sample_means.png",
         "samples.png",
     }  # fmt: skip
+
+
+def test_a_loaded_vae_is_in_eval_mode(run: Path) -> None:
+    assert not any(module.training for module in load(run).modules())
 
 
 def test_evaluate_reports_what_the_estimators_give(run: Path) -> None:
@@ -136,7 +142,9 @@ def test_encode_writes_posterior_means_and_scales(run: Path, tmp_path: Path, suf
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_score_gives_each_row_in_the_units_of_the_file(tmp_path: Path) -> None:
+def test_score_gives_each_row_in_the_units_of_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     x = torch.randn(97, 2, generator=torch.Generator().manual_seed(0)) * 3 + 10
     np.save(tmp_path / "x.npy", x.numpy())
     run = tmp_path / "run"
@@ -145,7 +153,9 @@ def test_score_gives_each_row_in_the_units_of_the_file(tmp_path: Path) -> None:
     np.save(tmp_path / "few.npy", x[:5].numpy())
     out = tmp_path / "scores.csv"
     files = [str(run), str(tmp_path / "few.npy"), "--out", str(out), "--progress", "false"]
+    capsys.readouterr()
     assert main(["score", *files]) == 0
+    printed = capsys.readouterr().out
     with out.open() as file:
         rows = list(csv.DictReader(file))
     transform = load_data(tmp_path / "x.npy", transform="standardise").train.transform
@@ -155,9 +165,11 @@ def test_score_gives_each_row_in_the_units_of_the_file(tmp_path: Path) -> None:
     found = [float(row["log_prob"]) for row in rows]
     assert found == pytest.approx(expected.tolist(), abs=1e-5)
     assert [row["verdict"] for row in rows] == evidence.verdict
+    assert f"log p(x) = {sum(found) / 5:.2f} +- " in printed
     assert main(["evaluate", str(run), "--limit", "3", "--progress", "false"]) == 0
     numbers = json.loads((run / "evaluation.json").read_text())
     in_units = numbers["log_prob"] + transform.log_jacobian((2,))
+    assert re.search(rf"data's units\W+{in_units:.2f} ", capsys.readouterr().out)
     assert numbers["bits_per_dim"] == pytest.approx(-in_units / 2 / math.log(2), abs=1e-6)
     assert [int(row["row"]) for row in rows] == list(range(5))
 
@@ -193,6 +205,30 @@ def test_a_mass_and_a_density_do_not_compare(
         assert main(["train", *SMALL, *options, "--epochs", "3", "--run", run]) == 0
     assert main(["compare", *runs, "--progress", "false"]) == 2
     assert "probability of whole numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        (("Categorical", "none"), ("Beta", "dequantise"), None),
+        (("Beta", "dequantise"), ("ContinuousBernoulli", "dequantise"), None),
+        (("Normal", "rescale"), ("ContinuousBernoulli", "rescale"), None),
+        (("Normal", "rescale"), ("Normal", "dequantise"), "whole numbers"),
+        (("Bernoulli", "threshold"), ("Bernoulli", "threshold"), None),
+        (("Bernoulli", "threshold"), ("Categorical", "none"), "binarised"),
+    ],
+)
+def test_a_dequantised_density_stands_for_a_mass(
+    first: tuple[str, str], second: tuple[str, str], words: str | None
+) -> None:
+    loaded = {}
+    for name, (likelihood, transform) in zip("ab", (first, second)):
+        options = {"levels": 17} if likelihood == "Categorical" else {}
+        vae = build((1, 8, 8), 2, likelihood={"class_path": likelihood, "init_args": options})
+        loaded[name] = vae, load_data("digits", transform=transform, limit=31)
+    refused = pytest.raises(ValueError, match=f"b and a do not compare: .*{words}")
+    with refused if words else nullcontext():
+        check_comparable("a", "b", loaded, "test")
 
 
 def test_plot_draws_again(run: Path) -> None:

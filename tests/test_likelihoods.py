@@ -278,6 +278,15 @@ def test_levels_option(cls: type, levels: int) -> None:
         likelihood.check(torch.full((5, 1), levels + 0.0))
 
 
+def test_degrees_of_freedom_stay_above_two() -> None:
+    likelihood = likelihoods.StudentT(Raw(), (3,), scale=0.7)
+    for raw, df in [(-60.0, 2.01), (0.0, 2.01 + math.log(2))]:
+        torch.nn.init.constant_(likelihood.raw_df, raw)
+        p = likelihood(torch.zeros(5, 3)).base_dist
+        torch.testing.assert_close(p.df, torch.full((5, 3), df))
+        torch.testing.assert_close(p.variance, torch.full((5, 3), 0.49 * df / (df - 2)))
+
+
 def test_negative_binomial_by_its_own_formula() -> None:
     raw = torch.randn(5, 2)
     p = likelihoods.NegativeBinomial(Raw(), (1,), min_dispersion=0.1)(raw)

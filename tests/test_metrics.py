@@ -24,6 +24,7 @@ from pyro_vae.metrics import (
     modularity,
     sap,
 )
+from pyro_vae.metrics.factors import discretise
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -189,6 +190,13 @@ def test_the_same_seed_gives_the_same_votes() -> None:
     assert first.stderr == pytest.approx((first.value * (1 - first.value) / 499) ** 0.5)
 
 
+def test_bins_are_of_equal_width_and_the_highest_value_is_in_the_last() -> None:
+    codes = torch.stack([torch.linspace(-3, 7, 11), torch.full((11,), 2.0)], 1)
+    first, second = discretise(codes, 5).T.tolist()
+    assert first == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4]
+    assert second == [0] * 11
+
+
 def noise_of(seed: int) -> Tensor:
     return torch.randn(540, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -196,6 +204,14 @@ def noise_of(seed: int) -> Tensor:
 def test_dimensions_that_do_not_vary_have_no_vote() -> None:
     codes = torch.cat([identity()[:, :3], torch.full((540, 1), 5.0)], 1)
     assert factor_vae_score(codes, FACTORS, **VOTES).value == 1.0
+
+
+def test_a_dimension_has_a_vote_from_a_deviation_of_a_twentieth() -> None:
+    """The threshold of disentanglement_lib: of the deviation, not of the variance."""
+    codes = standard(FACTORS.double())
+    found = [factor_vae_score(scale * codes, FACTORS, **VOTES).value for scale in (0.051, 0.049)]
+    assert found[0] == 1.0
+    assert found[1] < 0.5
 
 
 def test_votes_look_at_variance_over_that_of_all_data() -> None:

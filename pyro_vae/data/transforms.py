@@ -193,8 +193,10 @@ class Dequantise(_Grey):
 
     def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         """See ``Transform``."""
-        # float32 rounding can reach exactly 0 and 1, where the logit of a value is infinite.
-        return ((x.float() + self._noise(u)) / self.levels).clamp(2.0**-32, 1 - 2.0**-24)
+        # float32 rounding can reach the next bin, and 0 and 1, where a logit is infinite.
+        low, top, edge = x.float(), x.float() + 1, 3 * 2.0**-24
+        value = (low + self._noise(u)).clamp(low * (1 + edge), top * (1 - edge))
+        return (value / self.levels).clamp(2.0**-32, 1 - 2.0**-24)
 
     def inverse(self, x: Tensor) -> Tensor:
         """Maps a value in (0, 1) to the grey level of its bin."""

@@ -13,7 +13,7 @@ from pyro_vae.metrics.score import Score
 
 __all__ = ["beta_vae_score", "factor_vae_score"]
 
-PRUNED = 0.05  # least variance of a posterior mean that has a vote
+PRUNED = 0.05  # least standard deviation of a posterior mean that has a vote
 
 
 def factor_vae_score(
@@ -30,8 +30,10 @@ def factor_vae_score(
 
     A vote holds one factor, chosen at random, at one value, takes `batch_size` rows of it, and
     notes the dimension of least variance over the variance over all data. Each dimension then
-    stands for the factor it was noted with most often. Dimensions of a variance below 0.05 over
-    all data have no vote; with none left the score is that of the commonest factor.
+    stands for the factor it was noted with most often. Dimensions of a standard deviation below
+    0.05 over all data have no vote, as in disentanglement_lib, which compares the root of the
+    variance with its `prune_dims.threshold` of 0.05; with none left the score is that of the
+    commonest factor.
 
     Args:
         means: E[z | x_n] [N, D].
@@ -47,11 +49,13 @@ def factor_vae_score(
 
     References:
         Kim and Mnih. Disentangling by factorising. 2018.
+        Locatello et al. Challenging common assumptions in the unsupervised learning of
+        disentangled representations. 2019. With disentanglement_lib.
     """
     labels = names_of(factors, names)
     codes, values = check(means, factors)
     F, variance = values.shape[1], codes.var(0)
-    alive = variance >= PRUNED
+    alive = variance.sqrt() >= PRUNED
     kinds, rows = _fixed(values, num_votes + num_test, batch_size, seed)
     if alive.any():
         noted = (codes[:, alive][rows].var(1) / variance[alive]).argmin(1)

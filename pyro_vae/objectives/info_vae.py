@@ -20,9 +20,10 @@ class InfoVAE(Objective):
         - (\alpha + \lambda - 1) \, \mathrm{MMD}(q(z), p(z))
 
     with the squared maximum mean discrepancy of a Gaussian kernel, between the draws of the
-    batch and as many of the prior, unbiased. With alpha = 0 and lambda = 1 it is the ELBO,
-    exactly; with alpha = 1 the MMD-VAE. A learned prior learns from the KL alone, for its draws
-    carry no gradient. Cost: (K B)^2 kernels, thrice.
+    batch and as many of the prior, unbiased for any number of particles: two draws of one datum
+    are no pair of draws of q(z). With alpha = 0 and lambda = 1 it is the ELBO, exactly; with
+    alpha = 1 the MMD-VAE. A learned prior learns from the KL alone, for its draws carry no
+    gradient. Cost: (K B)^2 kernels, thrice.
 
     Args:
         alpha: From 0 to 1: what is taken off the KL's weight.
@@ -62,7 +63,7 @@ class InfoVAE(Objective):
 
     def bound(self, d: Densities) -> Tensor:
         """Reconstruction less both penalties, [B]."""
-        z = draws(d).flatten(0, 1)
+        z = draws(d)
         prior = only_site(d).model.sample().reshape(z.shape)
         gap = mmd(z, prior, self.bandwidth or z.shape[-1] ** 0.5)
         weight = self.alpha + self.divergence - 1
@@ -71,20 +72,24 @@ class InfoVAE(Objective):
 
 
 def mmd(first: Tensor, second: Tensor, bandwidth: float) -> Tensor:
-    r"""Unbiased squared maximum mean discrepancy of draws [n, D] from two distributions, n > 1.
+    r"""Unbiased squared maximum mean discrepancy of two distributions, from draws [K, B, D].
 
     .. math:: E[k(z, z')] + E[k(w, w')] - 2 E[k(z, w)], \quad
         k(z, w) = \exp\big(-\|z - w\|^2 / (2 h^2)\big)
 
-    Zero for a single draw, which has no pair.
+    over pairs from different data, as only these are independent. Zero for a single datum,
+    which has no pair.
     """
-    n = len(first)
-    if n == 1:
+    if first.shape[1] == 1:
         return first.new_zeros(())
-    own = sum(_kernel(part, part, bandwidth).sum() - n for part in (first, second))
-    return own / (n * (n - 1)) - 2 * _kernel(first, second, bandwidth).mean()
+    own = sum(_mean_kernel(part, part, bandwidth) for part in (first, second))
+    return own - 2 * _mean_kernel(first, second, bandwidth)
 
 
-def _kernel(first: Tensor, second: Tensor, bandwidth: float) -> Tensor:
-    square = (first.unsqueeze(1) - second.unsqueeze(0)).pow(2).sum(-1)
-    return torch.exp(-square / (2 * bandwidth**2))
+def _mean_kernel(first: Tensor, second: Tensor, bandwidth: float) -> Tensor:
+    """The mean kernel of pairs from different data."""
+    K, B, _ = first.shape
+    pairs = first.flatten(0, 1).unsqueeze(1) - second.flatten(0, 1)
+    kernel = torch.exp(-pairs.pow(2).sum(-1) / (2 * bandwidth**2)).view(K, B, K, B)
+    same = kernel.diagonal(dim1=1, dim2=3)
+    return (kernel.sum() - same.sum()) / (K * K * B * (B - 1))

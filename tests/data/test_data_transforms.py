@@ -108,6 +108,14 @@ def test_dequantised_values_stay_inside_the_open_unit_interval() -> None:
     assert values.logit().isfinite().all()
 
 
+@pytest.mark.parametrize("levels", [17, 37, 47, 256, 65_536])
+@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2.0**-24])
+def test_dequantised_values_stay_in_their_own_bin(levels: int, u: float) -> None:
+    x, transform = torch.arange(levels)[:, None], Dequantise(levels)
+    back = transform.inverse(transform(x, torch.full(x.shape, u)))
+    assert torch.equal(back, x.float())
+
+
 @pytest.mark.parametrize("name", ["none", "dequantise", "rescale", "standardise"])
 def test_inverse_gives_the_original_values(name: str) -> None:
     x = grey(101, *SHAPE)

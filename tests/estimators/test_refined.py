@@ -109,6 +109,17 @@ def test_the_mode_and_curvature_of_a_gaussian_posterior_are_exact() -> None:
     torch.testing.assert_close((loc_fit, tril_fit), (loc, tril), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("width", [0.6, 2.5])
+def test_fitting_finds_the_posterior_from_a_wrong_start(width: float) -> None:
+    world = linear()
+    with evaluating(seed=0, device=CPU):
+        target = Target(world.model, world.guide, world.x)
+        loc, tril = laplace(target, target.draw_guide(1)[0])
+        found = fit_gaussian(target, loc + width * tril.sum(-1), width * tril)
+    torch.testing.assert_close(found[1], tril, atol=0.05, rtol=0)
+    torch.testing.assert_close(found[2], world.truth, atol=0.1, rtol=0)  # the start: 1 to 14 low
+
+
 def test_fitting_does_not_lower_the_bound() -> None:
     world = WORLDS["bernoulli"]()
     with evaluating(seed=0, device=CPU):

@@ -85,6 +85,21 @@ def test_gradients_are_those_of_the_density_in_any_chunks() -> None:
     torch.testing.assert_close(value, target.log_joint(u))
 
 
+def test_rows_take_what_they_are_conditioned_on_along() -> None:
+    world = linear()
+
+    def model(x: Tensor, y: Tensor) -> None:
+        with data(len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z + y, 1.0).to_event(1), obs=x[:, :3])
+
+    target = Target(model, lambda x, y: world.guide(x), world.x, torch.randn(13, 3))
+    u, some = target.draw_guide(7), torch.tensor([11, 2, 5])
+    part = target.rows(some)
+    torch.testing.assert_close(part.log_joint(u[:, some]), target.log_joint(u)[:, some])
+    torch.testing.assert_close(part.log_guide(u[:, some]), target.log_guide(u)[:, some])
+
+
 def test_single_precision_is_within_a_thousandth() -> None:
     world = linear(sigma=0.01, latent_dim=5, data_dim=101)
     x = world.x.float()

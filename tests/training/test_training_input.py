@@ -98,6 +98,14 @@ def test_a_failing_step_is_named_and_leaves_good_weights(
     assert load_weights(tmp_path)["loc"].isfinite().all()
 
 
+def test_a_failing_step_of_a_run_that_goes_on_is_named(tmp_path: Path) -> None:
+    x = torch.randn(31, 2)
+    fit(Failing("observed", 10**6), x, epochs=1, batch_size=5, run=tmp_path, **QUIET)
+    options = {"epochs": 2, "batch_size": 5, "run": tmp_path, "resume": True, **QUIET}
+    with pytest.raises(FloatingPointError, match="step 9: the log density of site 'pixels'"):
+        fit(Failing("observed", 2), x, **options)
+
+
 def test_a_failing_first_step_is_named() -> None:
     with pytest.raises(ValueError, match="step 0: "):
         fit(Failing("latent", 0), torch.randn(31, 2), epochs=1, **QUIET)

@@ -196,11 +196,45 @@ def test_objectives_are_told_the_step() -> None:
     assert Counting.steps == list(range(10))
 
 
-def test_training_columns_are_at_beta_one() -> None:
-    history = fit(make_vae(), make_data(), ELBO(beta=3.0), epochs=1, batch_size=11, **QUIET)
+@pytest.mark.parametrize("K", [1, 3])
+def test_training_columns_are_at_beta_one(K: int) -> None:
+    objective = ELBO(beta=3.0, num_particles=K)
+    history = fit(make_vae(), make_data(), objective, epochs=1, batch_size=11, **QUIET)
     row = history.rows[0]
     assert row["elbo"] == pytest.approx(row["reconstruction"] - row["kl"])
     assert row["objective"] == pytest.approx(row["reconstruction"] - 3 * row["kl"], abs=1e-5)
+
+
+class Subsampled(Scripted):
+    """Each row stands for several of a larger data set; remembers its mode at each run."""
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor, self.modes = factor, []
+
+    def model(self, x: Tensor) -> None:
+        plate = pyro.plate("data", self.factor * len(x), subsample_size=len(x), dim=-1)
+        with plate:
+            z = pyro.sample("z", pyro.distributions.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", pyro.distributions.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        self.modes.append(self.training)
+        with pyro.plate("data", self.factor * len(x), subsample_size=len(x), dim=-1):
+            loc = x / 2 + self.loc
+            pyro.sample("z", pyro.distributions.Normal(loc, 0.7).to_event(1))
+
+
+def test_a_loss_is_per_datum_whatever_each_stands_for() -> None:
+    row = fit(Subsampled(5), torch.randn(31, 2), epochs=1, batch_size=7, **QUIET).rows[0]
+    assert row["objective"] == pytest.approx(row["elbo"], abs=1e-5)
+
+
+def test_every_epoch_trains_in_training_mode() -> None:
+    vae = Subsampled(1).eval()
+    evaluate = [lambda state: state.vae.eval()]
+    fit(vae, torch.randn(31, 2), epochs=3, batch_size=7, callbacks=evaluate, **QUIET)
+    assert vae.modes.count(True) == 15
 
 
 def test_pairs_and_integers_are_data() -> None:

@@ -1,0 +1,1 @@
+"""Small models with known log p(x), and a judge of estimators of it; see README.md."""
