@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vae import likelihoods, networks, objectives, posteriors, priors
-from pyro_vae.training import load_weights, read_run
+from pyro_vae.files import reading
+from pyro_vae.training import load_weights, put_weights, read_run
 from pyro_vae.vae import VAE
 
 __all__ = [
@@ -127,11 +129,9 @@ def load(run: str | os.PathLike[str], vae: VAE | None = None) -> VAE:
     if vae is None:
         if declaration is None:
             raise ValueError(f"{run}: the VAE was not made by build(): give it, load(run, vae)")
-        vae = build(**declaration)
-    try:
-        vae.load_state_dict(load_weights(run))
-    except RuntimeError as error:
-        raise ValueError(f"{run}: the weights do not fit the module: {error}") from error
+        with reading(Path(run) / "run.json"):
+            vae = build(**declaration)
+    put_weights(vae, load_weights(run), run)
     return vae.eval()
 
 
