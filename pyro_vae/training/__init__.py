@@ -6,4 +6,12 @@ from pyro_vae.training.engine import is_first_process
 from pyro_vae.training.fitting import fit
 from pyro_vae.training.history import History
 
-__all__ = ["History", "State", "fit", "is_first_process", "load_weights", "put_weights", "read_run"]
+__all__ = [
+    "History",
+    "State",
+    "fit",
+    "is_first_process",
+    "load_weights",
+    "put_weights",
+    "read_run",
+]

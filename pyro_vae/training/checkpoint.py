@@ -54,7 +54,9 @@ def read_run(run: PathLike) -> dict[str, Any]:
         )
     for name, types in RECORDS.items():
         if not isinstance(record.get(name), types):
-            raise ValueError(f"{path} is damaged: its {name} is no mapping; restore it from a copy")
+            raise ValueError(
+                f"{path} is damaged: its {name} is no mapping; restore it from a copy"
+            )
     return record
 
 

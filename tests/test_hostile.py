@@ -1,0 +1,160 @@
+"""What a run folder, configuration or command line may not do: import, leave the folder, crash."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pyro_vae.__main__ import main
+
+SMALL = ["--encoder.hidden=[11]", "--decoder.hidden=[11]", "--latent_dim=3", "--progress=false"]
+QUICK = ["--limit=3", "--num_samples=101", "--elbo_samples=7", "--progress=false"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of all files that the commands write."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", *SMALL, "--limit=53", "--epochs=2", f"--run={folder}"]) == 0
+    assert main(["evaluate", str(folder), *QUICK]) == 0
+    assert main(["report", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def status(*argv: str) -> int:
+    """Of a command that may leave by sys.exit, as --help and --print_config do."""
+    try:
+        return main(list(argv))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+EVIL = "evil_module.Evil"
+GIVEN = "{class_path: " + EVIL + "}"
+BETA = "{class_path: ELBO, init_args: {beta: " + GIVEN + "}}"
+FILES = {
+    "dotted": f"prior.class_path: {EVIL}",
+    "dotted beside a good one": f"prior: VampPrior\nprior.class_path: {EVIL}",
+    "dotted option": f"objective.beta: {EVIL}",
+    "dotted init_args": f"objective.init_args.beta.class_path: {EVIL}",
+    "name": f"prior: {EVIL}",
+    "mapping": f"likelihood: {GIVEN}",
+    "json": json.dumps({"posterior": {"class_path": EVIL}}),
+    "init_args": f"encoder: {{class_path: {EVIL}, init_args: {{hidden: [3]}}}}",
+    "dotted within": f"prior: {{class_path: StandardNormal, init_args.a.class_path: {EVIL}}}",
+    "anchor": f"data: &evil {EVIL}\nprior: *evil",
+    "merged": f"x: &evil {GIVEN}\nprior: {{<<: *evil}}",
+    "twice": f"prior: VampPrior\nprior: {EVIL}",
+    "schedule": f"objective: {BETA}",
+    "schedule by name": f"objective: {{class_path: ELBO, init_args: {{beta: {EVIL}}}}}",
+    "nested config": "config: evil.yaml",
+    "nested configs": "config: [evil.yaml]",
+    "resume": "resume: evil",
+    "import": "import: evil_module",
+    "optimizer": f"optimizer: {GIVEN}",
+    "schedule of the rate": f"schedule: {GIVEN}",
+    "tag": "prior: !!python/name:evil_module.Evil",
+    "module tag": "prior: !!python/module:evil_module",
+    "list": f"prior: [{EVIL}]",
+    "path of a file": "prior: evil.yaml",
+    "help": f"prior.help: {EVIL}",
+    "null before": f"prior: null\nprior.class_path: {EVIL}",
+}
+ARGUMENTS = [
+    ["--prior", EVIL],
+    [f"--prior={EVIL}"],
+    ["--prior.class_path", EVIL],
+    [f"--prior.class_path={EVIL}"],
+    ["--prior.help", EVIL],
+    [f"--prior.help={EVIL}"],
+    ["--prior", GIVEN],
+    ["--prior", "evil.yaml"],
+    ["--prior", "VampPrior", "--prior", EVIL],
+    ["--prior.class_path", EVIL, "--prior", "VampPrior"],
+    ["--prior", "--", EVIL],
+    ["--prior.init_args", GIVEN],
+    ["--prior.init_args.class_path", EVIL],
+    ["--objective.beta", EVIL],
+    ["--objective.beta", GIVEN],
+    ["--objective.beta.class_path", EVIL],
+    [f"--objective.beta.help={EVIL}"],
+    ["--objective.init_args.beta.class_path", EVIL],
+    ["--objective.init_args.beta.init_args.class_path", EVIL],
+    ["--likelihood.scale", GIVEN],
+    ["--optimizer.class_path", EVIL],
+    ["--config", "evil.yaml"],
+    ["--config=evil.yaml", "--config=good.yaml"],
+    ["--config", "good.yaml", "--config", "evil.yaml"],
+    ["--config", "prior: " + GIVEN],
+    ["--config", "evil.yaml", "--print_config"],
+]
+
+
+@pytest.fixture
+def executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
+    """A module that leaves a file when it is imported; whether it was."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil_module.py").write_text("open('executed', 'w').close()\n")
+    (tmp_path / "evil.yaml").write_text(f"prior.class_path: {EVIL}\n")
+    (tmp_path / "good.yaml").write_text("prior: StandardNormal\n")
+    monkeypatch.delitem(sys.modules, "evil_module", raising=False)
+    return (tmp_path / "executed").exists
+
+
+def is_one_line(text: str) -> bool:
+    return text.startswith("pyro-vae") and len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("argv", ARGUMENTS, ids=" ".join)
+def test_arguments_import_nothing(
+    argv: list[str], executed: Callable[[], bool], capsys: pytest.CaptureFixture
+) -> None:
+    assert status("train", *SMALL, "--epochs=1", "--run=new", *argv) == 2
+    assert not executed()
+    assert is_one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("content", FILES.values(), ids=FILES)
+def test_configurations_import_nothing(
+    content: str, run: Path, executed: Callable[[], bool], capsys: pytest.CaptureFixture
+) -> None:
+    Path("c.yaml").write_text(content + "\n")
+    given = ["--config", "c.yaml", *SMALL, "--epochs=1", "--run=new"]
+    assert status("train", *given) == 2
+    assert is_one_line(capsys.readouterr().err)
+    assert status("train", *given, "--config", "good.yaml", "--print_config") in (0, 2)
+    shutil.copytree(run, "copy")
+    declared = Path("copy/config.yaml")
+    declared.write_text(declared.read_text() + content + "\n")
+    status("train", "--resume", "copy", "--epochs=3", "--progress=false")
+    for command in ("evaluate", "plot", "report"):
+        status(command, "copy", *(QUICK if command == "evaluate" else []))
+    assert not executed()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_option_of_one_s_own_class_imports_nothing(executed: Callable[[], bool]) -> None:
+    Path("own_net.py").write_text(
+        "import torch\n"
+        "from pyro_vae.priors import StandardNormal\n"
+        "class Own(StandardNormal):\n"
+        "    def __init__(self, latent_dim, net: torch.nn.Module | None = None):\n"
+        "        super().__init__(latent_dim)\n"
+    )
+    given = ["train", *SMALL, "--import=own_net", "--epochs=1", "--limit=53", "--prior=Own"]
+    for option in ("--prior.net", "--prior.net.class_path", "--prior.net.help"):
+        assert status(*given, option, EVIL) == 2
+    assert status(*given, "--prior.net", GIVEN) == 2
+    assert not executed()
+    assert status(*given, "--run=new") == 0
