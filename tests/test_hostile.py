@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pyro_vae.__main__ import main
@@ -137,11 +139,8 @@ def test_configurations_import_nothing(
     shutil.copytree(run, "copy")
     declared = Path("copy/config.yaml")
     declared.write_text(declared.read_text() + content + "\n")
-    status("train", "--resume", "copy", "--epochs=3", "--progress=false")
-    for command in ("evaluate", "plot", "report"):
-        status(command, "copy", *(QUICK if command == "evaluate" else []))
+    assert status("train", "--resume", "copy", "--epochs=3", "--progress=false") == 2
     assert not executed()
-    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_an_option_of_one_s_own_class_imports_nothing(executed: Callable[[], bool]) -> None:
@@ -158,3 +157,82 @@ def test_an_option_of_one_s_own_class_imports_nothing(executed: Callable[[], boo
     assert status(*given, "--prior.net", GIVEN) == 2
     assert not executed()
     assert status(*given, "--run=new") == 0
+
+
+LINKS = {  # a path inside a run, and the command that would go through it
+    "run.json": "report",
+    "run.json.tmp": "resume",
+    "config.yaml": "report",
+    "config.yaml.tmp": "resume",
+    "data.json": "score",
+    "metrics.csv": "plot",
+    "metrics.csv.tmp": "resume",
+    "parts.csv.tmp": "resume",
+    "evaluation.json.tmp": "evaluate",
+    "evidence.safetensors": "report",
+    "evidence.safetensors.tmp": "evaluate",
+    "figures/latent.png": "plot",
+    "figures": "plot",
+    "samples.npz": "sample",
+    "report.html": "report",
+    "checkpoints/current.json": "sample",
+    "checkpoints/current.json.tmp": "resume",
+    "checkpoints": "resume",
+    "lock": "resume",
+    "train.lock": "resume",
+}
+
+
+def command(name: str, run: Path) -> list[str]:
+    """A command on a run."""
+    if name == "resume":
+        return ["train", "--resume", str(run), "--epochs=3", "--progress=false"]
+    more = {"evaluate": QUICK, "score": ["x.npz", "--progress=false"]}
+    return [name, str(run), *more.get(name, [])]
+
+
+@pytest.mark.parametrize(("inside", "name"), LINKS.items(), ids=LINKS)
+def test_links_do_not_lead_out_of_a_run(
+    inside: str,
+    name: str,
+    copy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("x.npz", x=np.zeros((2, 1, 8, 8), np.uint8))
+    path, outside = copy / inside, tmp_path / "outside"
+    if path.is_dir():
+        shutil.copytree(path, outside)
+        (outside / "step-precious").mkdir()
+        shutil.rmtree(path)
+    else:
+        outside.write_bytes(path.read_bytes() if path.exists() else b"precious")
+        path.unlink(missing_ok=True)
+    path.symlink_to(outside)
+    before = content(outside)
+    assert status(*command(name, copy)) == 2
+    error = capsys.readouterr().err
+    assert f"{path} is a link" in error
+    assert is_one_line(error)
+    assert content(outside) == before
+
+
+def content(path: Path) -> dict[str, bytes | None]:
+    """All files at and below a path."""
+    below = [path, *path.rglob("*")]
+    return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in below}
+
+
+def test_a_special_file_is_refused(copy: Path, capsys: pytest.CaptureFixture) -> None:
+    (copy / "metrics.csv").unlink()
+    os.mkfifo(copy / "metrics.csv")
+    assert main(["plot", str(copy)]) == 2
+    assert "metrics.csv is a link or no plain file" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_run_may_be_a_link(copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(copy)
+    assert main(["sample", str(tmp_path / "link"), "--size=2"]) == 0
+    assert (copy / "samples.npz").is_file()

@@ -143,7 +143,7 @@ def _check_option(family: str, cls: type, key: str, text: str) -> None:
         config.check_value(cls, option, _loaded(text))
     elif rest in (["class_path"], ["help"]):
         config.check_value(cls, option, text)
-    elif len(rest) > 1 and rest[:-1] != ["init_args"]:
+    elif rest[:-1] not in ([], ["init_args"]) or rest[-1] in ("class_path", "help"):
         raise ValueError(f"there is no option {key}: see pyro-vae train --help")
 
 
