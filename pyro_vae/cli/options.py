@@ -195,9 +195,14 @@ def _train_parser() -> ArgumentParser:
 
 def _data_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--data", default="digits", help="name of a data set, or path of a file or image folder")
-    add("--data_root", default="data", help="folder of the named data sets")
-    add("--transform", default="auto", help="none, threshold, static, dynamic, dequantise, "
+    add(
+        "--data",
+        type=str,
+        default="digits",
+        help="name of a data set, or path of a file or image folder",
+    )
+    add("--data_root", type=str, default="data", help="folder of the named data sets")
+    add("--transform", type=str, default="auto", help="none, threshold, static, dynamic, dequantise, "
         "rescale or standardise; auto fits the likelihood")  # fmt: skip
     add("--validation", type=int | float | None, default=None, help="rows or share held out")
     add("--split_seed", type=int, default=0, help="of the split and of fixed noise")
@@ -216,8 +221,8 @@ def _training_options(parser: ArgumentParser) -> None:
     add("--patience", type=int | None, default=None, help="epochs without a better bound")
     add("--seed", type=int, default=0)
     add("--devices", type=int, default=1, help="GPUs, or processes where there is none")
-    add("--accelerator", default="auto")
-    add("--precision", default="32-true")
+    add("--accelerator", type=str, default="auto")
+    add("--precision", type=str, default="32-true")
     _speed_options(parser)
     add("--tensorboard", type=bool, default=False, help="also log for TensorBoard")
     add("--progress", type=bool, default=True, help="show a progress bar")
