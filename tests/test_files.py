@@ -106,9 +106,14 @@ def test_weights_are_not_cast(dtype: torch.dtype, run: Path) -> None:
             use()
 
 
-def test_a_run_in_double_precision_loads(tmp_path: Path) -> None:
-    trained(tmp_path / "run", precision="64-true")
-    assert load(tmp_path / "run")
+def test_a_run_in_double_precision_loads_and_goes_on_exactly(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trained(run, precision="64-true")
+    assert load(run)
+    unbroken = trained(tmp_path / "unbroken", 3, precision="64-true").state_dict()
+    resumed = trained(run, 3, resume=True, precision="64-true").state_dict()
+    assert torch.float64 in {weight.dtype for weight in resumed.values()}
+    assert all(torch.equal(weight, resumed[name]) for name, weight in unbroken.items())
 
 
 def test_a_state_of_another_epoch_is_refused(run: Path) -> None:

@@ -80,6 +80,8 @@ class Trainer:
         """Initialises the vae, or goes back to a checkpoint; makes the optimiser."""
         self.objective.prepare(len(self.train), self.num_batches)
         if state is not None:
+            if self.settings.precision == "64-true":
+                self.vae.double()  # before its weights come, which are
             if self.group.rank == 0:
                 put_weights(self.vae, load_weights(self.run, "last"), self.run)  # type: ignore[arg-type]
         elif callable(initialise := getattr(self.vae, "initialise", None)):
