@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -187,7 +188,7 @@ def command(name: str, run: Path) -> list[str]:
     """A command on a run."""
     if name == "resume":
         return ["train", "--resume", str(run), "--epochs=3", "--progress=false"]
-    more = {"evaluate": QUICK, "score": ["x.npz", "--progress=false"]}
+    more = {"encode": ["x.npz"], "evaluate": QUICK, "score": ["x.npz", "--progress=false"]}
     return [name, str(run), *more.get(name, [])]
 
 
@@ -236,3 +237,163 @@ def test_the_folder_of_a_run_may_be_a_link(copy: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(copy)
     assert main(["sample", str(tmp_path / "link"), "--size=2"]) == 0
     assert (copy / "samples.npz").is_file()
+
+
+def edited(**changes: object) -> Callable[[str], str]:
+    """Well-formed JSON with other values; `a__b` is within `a`, an ellipsis removes."""
+
+    def edit(text: str) -> str:
+        content = json.loads(text)
+        for key, value in changes.items():
+            *outer, last = key.split("__")
+            inside = content
+            for name in outer:
+                inside = inside[name]
+            inside[last] = value
+            if value is ...:
+                del inside[last]
+        return json.dumps(content)
+
+    return edit
+
+
+def added(text: str) -> Callable[[str], str]:
+    return lambda before: f"{before}\n{text}\n"
+
+
+def replaced(text: str) -> Callable[[str], str]:
+    return lambda _: text
+
+
+WRONG = [
+    ("run.json", "sample", edited(declaration__extra=1)),
+    ("run.json", "sample", edited(declaration=[1])),
+    ("run.json", "sample", edited(declaration__latent_dim="3")),
+    ("run.json", "sample", edited(declaration__data_shape=[])),
+    ("run.json", "sample", edited(declaration__prior=None)),
+    ("run.json", "sample", edited(declaration__prior={"class_path": ["a"]})),
+    ("run.json", "sample", edited(declaration__prior={"class_path": "StandardNormal", "b": 1})),
+    ("run.json", "sample", edited(declaration__encoder__init_args=[1])),
+    ("run.json", "sample", edited(format=True)),
+    ("run.json", "resume", edited(training=[1])),
+    ("run.json", "resume", edited(data__train=3)),
+    ("run.json", "report", edited(data__train={})),
+    ("run.json", "report", edited(pyro_vae=...)),
+    ("run.json", "sample", replaced("[" * 10**5)),
+    ("data.json", "encode", replaced("{}")),
+    ("data.json", "sample", replaced("{}")),
+    ("data.json", "report", replaced("{}")),
+    ("data.json", "report", replaced("[]")),
+    ("data.json", "encode", edited(transform__extra=1)),
+    ("data.json", "encode", edited(transform__at="8")),
+    ("data.json", "encode", edited(transform=...)),
+    ("data.json", "encode", edited(seed="x")),
+    ("data.json", "sample", edited(description__digests=...)),
+    ("config.yaml", "evaluate", replaced("[a]")),
+    ("config.yaml", "plot", replaced("text")),
+    ("config.yaml", "plot", replaced("a: [")),
+    ("config.yaml", "sample", replaced("a: !!python/name:os.system")),
+    ("config.yaml", "sample", replaced("limit: 53")),
+    ("config.yaml", "evaluate", added("limit: abc")),
+    ("config.yaml", "sample", added("data: [digits]")),
+    ("config.yaml", "sample", added("data: null")),
+    ("config.yaml", "sample", added("validation: {}")),
+    ("config.yaml", "resume", replaced("- a")),
+    ("config.yaml", "resume", replaced("a: &a [*a]")),
+    ("config.yaml", "resume", added("objective: &a {class_path: ELBO, init_args: *a}")),
+    ("config.yaml", "resume", added("prior: null")),
+    ("config.yaml", "resume", added("prior: 5")),
+    ("config.yaml", "resume", added("prior: {init_args: {}}")),
+    ("config.yaml", "resume", added("prior: {class_path: [a]}")),
+    ("config.yaml", "resume", added("prior: {class_path: null}")),
+    ("config.yaml", "resume", added("prior: {class_path: VampPrior, init_args: [1]}")),
+    ("config.yaml", "resume", added("data: [digits]")),
+    ("config.yaml", "resume", added("data_root: null")),
+    ("config.yaml", "resume", added("optimizer: 3")),
+    ("config.yaml", "resume", added("1: 2")),
+    ("metrics.csv", "plot", replaced("\0")),
+    ("metrics.csv", "plot", replaced("epoch,elbo\n1,2,3\n")),
+    ("metrics.csv", "report", replaced("epoch,elbo\n1\n")),
+    ("metrics.csv", "report", replaced("epoch,epoch\n1,2\n")),
+    ("metrics.csv", "plot", replaced("")),
+    ("parts.csv", "plot", replaced("{}")),
+    ("parts.csv", "plot", replaced("[1, 2]")),
+    ("parts.csv", "plot", replaced("epoch,total_correlation\n1,\n")),
+    ("parts.csv", "resume", replaced("a\nb\n")),
+    ("evaluation.json", "report", edited(log_prob=...)),
+    ("evaluation.json", "report", edited(verdicts=[1])),
+    ("evaluation.json", "report", edited(elbo="x")),
+    ("evaluation.json", "report", replaced("3")),
+    ("evidence.safetensors", "report", replaced("garbled")),
+    ("checkpoints/current.json", "sample", edited(last=3)),
+    ("checkpoints/current.json", "sample", edited(sha256=[1])),
+    ("checkpoints/current.json", "resume", edited(best=["x"])),
+]
+
+
+@pytest.mark.parametrize(("file", "name", "edit"), WRONG)
+def test_wrong_content_is_one_line(
+    file: str,
+    name: str,
+    edit: Callable[[str], str],
+    copy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("x.npz", x=np.zeros((2, 1, 8, 8), np.uint8))
+    path = copy / file
+    path.write_text(edit(path.read_text(errors="replace")))
+    assert status(*command(name, copy)) == 2
+    error = capsys.readouterr().err
+    assert is_one_line(error)
+    assert path.name in error
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_images_that_are_none(
+    copy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    from PIL import Image
+
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("L", (29, 31)).save(images / "a.png")
+    shutil.copy(images / "a.png", copy / "figures/a.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 7)
+        for argv in (["report", str(copy)], ["train", "--data", str(images)]):
+            assert main(argv) == 2
+            error = capsys.readouterr().err
+            assert is_one_line(error)
+            assert ".png" in error
+    os.mkfifo(images / "b.png")
+    assert main(["train", "--data", str(images)]) == 2
+    assert "b.png: expected an image file" in capsys.readouterr().err
+
+
+def test_names_of_columns_are_no_mathematics(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(53, 3))
+    head = r"a,$\frac{$,c"
+    np.savetxt(tmp_path / "x.csv", x, delimiter=",", header=head, comments="")
+    given = ["--data", str(tmp_path / "x.csv"), "--likelihood=Normal", "--epochs=1"]
+    assert main(["train", *SMALL, *given, f"--run={tmp_path / 'run'}"]) == 0
+
+
+def test_random_damage_is_refused_or_harmless() -> None:
+    """Thirteen files damaged; `python benchmarks/mutate.py 296` damages more."""
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "benchmarks/mutate.py", "13"],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "13 mutations: " in done.stdout

@@ -158,7 +158,8 @@ def read_table(run: str | Path, name: str) -> list[dict[str, float | None]]:
             {key: float(cell) if cell else None for key, cell in zip(head, line, strict=True)}
             for line in lines
         ]
-        if len(set(head)) < len(head) or any(row["epoch"] is None for row in rows):
+        named = "epoch" in head and len(set(head)) == len(head)
+        if not named or any(row["epoch"] is None for row in rows):
             raise TypeError("expected columns of different names, with an epoch in each row")
     return rows
 

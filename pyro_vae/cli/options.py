@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
 from pyro_vae import config
 from pyro_vae.files import reading
@@ -62,8 +62,7 @@ def data_options(path: Path) -> Namespace:
     parser = _parser("train", "")
     _data_options(parser)
     content = read_yaml(path)
-    with reading(path):
-        return parser.parse_object({k: v for k, v in content.items() if k in _known(parser)})
+    return _typed(path, {k: v for k, v in content.items() if k in _known(parser)}, parser)
 
 
 def import_modules(argv: list[str]) -> None:
@@ -172,7 +171,21 @@ def _read_config(path: str, parser: ArgumentParser) -> dict[str, Any]:
     with reading(path):
         for family in DEFAULTS.keys() & content.keys():
             config.component(family, content[family])
+    _typed(path, content, parser)
     return content
+
+
+def _typed(path: str | Path, content: dict[str, Any], parser: ArgumentParser) -> Namespace:
+    """The options of a file, each of its type; jsonargparse itself takes null for any."""
+    defaults = parser.get_defaults()
+    with reading(path):
+        for key, value in content.items():
+            if value is None and defaults[key] is not None:
+                raise ValueError(f"{key} cannot be null: leave it out for {defaults[key]!r}")
+        try:
+            return parser.parse_object(content)
+        except ArgumentError as error:
+            raise ValueError(str(error)) from error
 
 
 def _known(parser: ArgumentParser) -> set[str]:
@@ -202,8 +215,8 @@ def _data_options(parser: ArgumentParser) -> None:
         help="name of a data set, or path of a file or image folder",
     )
     add("--data_root", type=str, default="data", help="folder of the named data sets")
-    add("--transform", type=str, default="auto", help="none, threshold, static, dynamic, dequantise, "
-        "rescale or standardise; auto fits the likelihood")  # fmt: skip
+    add("--transform", type=str, default="auto", help="none, threshold, static, dynamic, "
+        "dequantise, rescale or standardise; auto fits the likelihood")  # fmt: skip
     add("--validation", type=int | float | None, default=None, help="rows or share held out")
     add("--split_seed", type=int, default=0, help="of the split and of fixed noise")
     add("--conditional", type=bool, default=False, help="condition on labels or on y")
