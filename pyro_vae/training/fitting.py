@@ -118,7 +118,8 @@ def fit(
         The metrics of each epoch, in nats per datum.
 
     Raises:
-        ValueError: If an argument does not fit, or `run` holds a run that cannot be resumed.
+        ValueError: If an argument does not fit, `run` holds a run that cannot be resumed, or
+            another process trains in it.
         FloatingPointError: If a loss or gradient is not finite. The weights are those before
             the step on a CPU, or those before `fit` with several devices; a GPU is looked at
             twice a second and before each checkpoint, so that those stay good.
