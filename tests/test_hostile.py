@@ -265,6 +265,9 @@ def replaced(text: str) -> Callable[[str], str]:
     return lambda _: text
 
 
+BOMB = "a0: &a0 [1, 1], " + ", ".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)
+)
 WRONG = [
     ("run.json", "sample", edited(declaration__extra=1)),
     ("run.json", "sample", edited(declaration=[1])),
@@ -301,6 +304,8 @@ WRONG = [
     ("config.yaml", "resume", replaced("- a")),
     ("config.yaml", "resume", replaced("a: &a [*a]")),
     ("config.yaml", "resume", added("objective: &a {class_path: ELBO, init_args: *a}")),
+    ("config.yaml", "resume", added(f"optimizer: {{{BOMB}}}")),
+    ("config.yaml", "sample", added(f"bomb: {{{BOMB}}}")),
     ("config.yaml", "resume", added("prior: null")),
     ("config.yaml", "resume", added("prior: 5")),
     ("config.yaml", "resume", added("prior: {init_args: {}}")),

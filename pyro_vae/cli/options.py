@@ -34,6 +34,7 @@ DEFAULTS = {
     "decoder": "MLP",
     "objective": "ELBO",
 }
+LARGEST = 10_000  # values of a configuration
 NOT_IN_FILES = ("config", "run", "resume", "import")
 
 
@@ -54,7 +55,20 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             f"configuration {path} must hold lines of option: value; got a "
             f"{type(content).__name__}"
         )
+    if not _is_small(content):
+        raise ValueError(f"configuration {path} holds more than {LARGEST} values, or itself")
     return content or {}
+
+
+def _is_small(content: Any) -> bool:
+    """Whether a parser can walk through it: an alias in YAML may stand for billions of values."""
+    count, left = 0, [content]
+    while left and count < LARGEST:
+        value = left.pop()
+        count += 1
+        if isinstance(value, dict | list):
+            left += value.values() if isinstance(value, dict) else value
+    return not left
 
 
 def data_options(path: Path) -> Namespace:
