@@ -281,6 +281,8 @@ WRONG = [
     ("run.json", "resume", edited(training=[1])),
     ("run.json", "resume", edited(data__train=3)),
     ("run.json", "report", edited(data__train={})),
+    ("run.json", "encode", edited(data__train=3)),
+    ("run.json", "encode", edited(data={})),
     ("run.json", "report", edited(pyro_vae=...)),
     ("run.json", "sample", replaced("[" * 10**5)),
     ("data.json", "encode", replaced("{}")),

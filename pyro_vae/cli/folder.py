@@ -137,7 +137,8 @@ def read_record(run: str | Path) -> dict[str, Any]:
         ValueError: If the file is missing, damaged, or of other data than run.json.
     """
     path = Path(run) / "data.json"
-    trained: dict[str, Any] = read_run(run)["data"]["train"].get("describe") or {}
+    with reading(Path(run) / "run.json"):
+        trained: dict[str, Any] = dict(read_run(run)["data"]["train"].get("describe") or {})
     with reading(path):
         known = json.loads(read_part(run, path.name))
         for name, kinds in RECORD.items():

@@ -52,8 +52,9 @@ def read_run(run: PathLike) -> dict[str, Any]:
             f"{path} has format {record['format']}, this pyro_vae reads up to {FORMAT}: "
             "use the newer pyro_vae that wrote it"
         )
+    record = {"declaration": None, "training": {}, "data": {}, **record}
     for name, types in RECORDS.items():
-        if not isinstance(record.get(name), types):
+        if not isinstance(record[name], types):
             raise ValueError(
                 f"{path} is damaged: its {name} is no mapping; restore it from a copy"
             )
