@@ -148,11 +148,11 @@ def test_an_option_of_one_s_own_class_imports_nothing(executed: Callable[[], boo
     Path("own_net.py").write_text(
         "import torch\n"
         "from pyro_vae.priors import StandardNormal\n"
-        "class Own(StandardNormal):\n"
+        "class WithNet(StandardNormal):\n"
         "    def __init__(self, latent_dim, net: torch.nn.Module | None = None):\n"
         "        super().__init__(latent_dim)\n"
     )
-    given = ["train", *SMALL, "--import=own_net", "--epochs=1", "--limit=53", "--prior=Own"]
+    given = ["train", *SMALL, "--import=own_net", "--epochs=1", "--limit=53", "--prior=WithNet"]
     for option in ("--prior.net", "--prior.net.class_path", "--prior.net.help"):
         assert status(*given, option, EVIL) == 2
     assert status(*given, "--prior.net", GIVEN) == 2
