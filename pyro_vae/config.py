@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, get_args, get_type_hints
+from pathlib import Path
+from types import EllipsisType, NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
@@ -15,7 +17,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vae import likelihoods, networks, objectives, posteriors, priors
-from pyro_vae.training import load_weights, read_run
+from pyro_vae.files import reading
+from pyro_vae.training import load_weights, put_weights, read_run
 from pyro_vae.vae import VAE
 
 __all__ = [
@@ -23,7 +26,7 @@ __all__ = [
     "INJECTED",
     "build",
     "check_options",
-    "check_schedule",
+    "check_value",
     "closest",
     "component",
     "components",
@@ -45,6 +48,7 @@ BASES: dict[str, type] = {
     "objective": objectives.Objective,
     "schedule": objectives.Schedule,
 }
+PLAIN = (NoneType, bool, int, float, str, list, tuple, dict, EllipsisType, ...)
 INJECTED = {"latent_dim", "data_shape", "posterior", "encoder", "decoder", "in_shape", "out_shape"}
 
 
@@ -127,11 +131,9 @@ def load(run: str | os.PathLike[str], vae: VAE | None = None) -> VAE:
     if vae is None:
         if declaration is None:
             raise ValueError(f"{run}: the VAE was not made by build(): give it, load(run, vae)")
-        vae = build(**declaration)
-    try:
-        vae.load_state_dict(load_weights(run))
-    except RuntimeError as error:
-        raise ValueError(f"{run}: the weights do not fit the module: {error}") from error
+        with reading(Path(run) / "run.json"):
+            vae = build(**declaration)
+    put_weights(vae, load_weights(run), run)
     return vae.eval()
 
 
@@ -150,7 +152,10 @@ def component(family: str, declared: Declared) -> tuple[type, dict[str, Any]]:
     """
     if isinstance(declared, str):
         declared = {"class_path": declared}
-    if not isinstance(declared, Mapping) or set(declared) - {"class_path", "init_args"}:
+    if not isinstance(declared, Mapping) or not (
+        {"class_path"} <= set(declared) <= {"class_path", "init_args"}
+        and isinstance(declared.get("init_args"), Mapping | None)
+    ):
         raise ValueError(
             f"{family} must be a class name or a mapping of class_path and init_args; "
             f"got {declared!r}"
@@ -158,6 +163,8 @@ def component(family: str, declared: Declared) -> tuple[type, dict[str, Any]]:
     cls = named_class(family, declared["class_path"])
     options = dict(declared.get("init_args") or {})
     check_options(family, cls, options)
+    for name, value in options.items():
+        check_value(cls, name, value)
     options = {name: _made_schedule(cls, name, value) for name, value in options.items()}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, family, skip=INJECTED & set(_parameters(cls)))
@@ -168,9 +175,10 @@ def component(family: str, declared: Declared) -> tuple[type, dict[str, Any]]:
     return cls, {key: _plain(checked[family][key]) for key in option_names(cls)}
 
 
-def named_class(family: str, name: str) -> type:
+def named_class(family: str, name: Any) -> type:
     """The known class called `name`, or by its full path."""
     known = components(family)
+    name = str(name)
     module, _, last = name.rpartition(".")
     for cls in known.values():
         if name in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}"):
@@ -194,12 +202,16 @@ def check_options(family: str, cls: type, options: Iterable[str]) -> None:
             )
 
 
-def check_schedule(cls: type, option: str, declared: Any) -> None:
-    """Refuses an unknown class or option of a schedule that is declared for an option of `cls`."""
+def check_value(cls: type, option: str, declared: Any) -> None:
+    """Refuses classes for an option of `cls`, but for known schedules: nothing is imported."""
     if _declares_schedule(cls, option, declared):
-        declared = {"class_path": declared} if isinstance(declared, str) else declared
-        schedule = named_class("schedule", str(declared.get("class_path")))
-        check_options("schedule", schedule, declared.get("init_args") or {})
+        component("schedule", declared)
+    elif not _is_plain(get_type_hints(cls.__init__).get(option)):  # type: ignore[misc]
+        for name in _class_paths(declared):
+            raise ValueError(
+                f"{cls.__name__}: {option} cannot be {name!r}: a declaration holds numbers, "
+                "texts and lists; make other objects inside your class"
+            )
 
 
 def option_names(cls: type) -> list[str]:
@@ -220,6 +232,23 @@ def _declares_schedule(cls: type, option: str, declared: Any) -> bool:
     if objectives.Schedule not in hints or not isinstance(declared, str | Mapping):
         return False
     return isinstance(declared, Mapping) or not _is_number(declared)
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether text for an option of this type can name nothing that a parser would import."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal or hint in PLAIN:
+        return True
+    return get_origin(hint) in (*PLAIN, Union, UnionType, Sequence) and all(map(_is_plain, parts))
+
+
+def _class_paths(value: Any) -> Iterator[str]:
+    """Texts that may be paths of classes or functions, at any depth."""
+    if isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _class_paths(part)
+    elif isinstance(value, str) and "." in value:
+        yield value
 
 
 def _is_number(text: str) -> bool:

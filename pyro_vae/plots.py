@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from pyro_vae import files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -218,8 +221,10 @@ def terms(epochs: Tensor, parts: Mapping[str, Tensor]) -> Figure:
 
 
 def save(figure: Figure, path: str) -> None:
-    """Writes a PNG at 150 dots per inch, and closes the figure."""
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    """Writes a PNG at 150 dots per inch, all or nothing."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150, bbox_inches="tight")
+    files.write(path, png.getvalue())
 
 
 def _axes(rows: int, columns: int, size: float) -> tuple[Figure, list]:
@@ -239,7 +244,8 @@ def _bins(column: Tensor) -> list[float]:
 
 
 def _short(name: str, most: int = 26) -> str:
-    return name if len(name) <= most else f"{name[: most - 3]}..."
+    name = name if len(name) <= most else f"{name[: most - 3]}..."
+    return name.replace("$", r"\$")  # matplotlib takes what is between for mathematics
 
 
 def _over_epochs(ax: Axes, title: str) -> None:

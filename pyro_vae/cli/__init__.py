@@ -15,14 +15,15 @@ from pyro_vae.cli.options import (
     PARSERS,
     check_names,
     check_options,
-    configs_first,
     import_modules,
     values,
+    with_configs,
 )
 from pyro_vae.cli.report import report
 from pyro_vae.cli.train import train
 from pyro_vae.cli.use import encode, plot, sample
 from pyro_vae.config import closest
+from pyro_vae.files import check_folder
 
 __all__ = ["run"]
 
@@ -84,10 +85,10 @@ def demo(options: Namespace) -> None:
 def _parse(command: str, argv: list[str]) -> Namespace:
     if command == "train":
         argv = _resumed(argv)
-    argv = configs_first(argv)
     parser = PARSERS[command]()
     check_options(parser, argv)
     import_modules(argv)
+    argv = with_configs(argv, parser)
     check_names(argv)
     return parser.parse_args(argv)
 
@@ -95,6 +96,7 @@ def _parse(command: str, argv: list[str]) -> Namespace:
 def _resumed(argv: list[str]) -> list[str]:
     """With `--resume RUN`, the options of that run come first."""
     for folder in values(argv, "--resume"):
+        check_folder(folder)
         declaration = Path(folder) / "config.yaml"
         if not declaration.exists():
             raise ValueError(

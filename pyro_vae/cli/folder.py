@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import csv
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +14,10 @@ import yaml
 from torch import Tensor
 
 from pyro_vae import config
+from pyro_vae.cli.options import data_options
 from pyro_vae.data import Data, Splits, declare, load_data, read_rows, restore
+from pyro_vae.files import reading, write
+from pyro_vae.training import read_run
 from pyro_vae.training.engine import uses_cuda
 from pyro_vae.vae import VAE
 
@@ -26,9 +29,18 @@ __all__ = [
     "pairs",
     "placed",
     "read_part",
+    "read_record",
+    "read_table",
     "record",
-    "write_text",
 ]
+
+RECORD: dict[str, tuple[type, ...]] = {  # of data.json
+    "description": (dict,),
+    "transform": (dict,),
+    "conditional": (bool,),
+    "classes": (int, type(None)),
+    "seed": (int,),
+}
 
 
 @contextmanager
@@ -76,30 +88,32 @@ def load_run(run: str, data_root: str | None) -> tuple[VAE, Splits]:
     """
     folder = Path(run)
     vae = config.load(folder)
-    declared = yaml.safe_load(read_part(folder, "config.yaml"))
-    known = json.loads(read_part(folder, "data.json"))
+    known = read_record(folder)
+    read_part(folder, "config.yaml")
+    declared = data_options(folder / "config.yaml")
     try:
         splits = load_data(
-            declared["data"],
-            root=data_root or _root(declared),
-            transform=declared["transform"],
-            validation=declared["validation"],
-            seed=declared["split_seed"],
-            conditional=declared["conditional"],
-            limit=declared["limit"],
+            declared.data,
+            root=data_root or _root(declared.data_root),
+            transform=declared.transform,
+            validation=declared.validation,
+            seed=declared.split_seed,
+            conditional=declared.conditional,
+            limit=declared.limit,
         )
     except ValueError as error:
         raise ValueError(
             f"the data of {folder} cannot be loaded: {error} (if they have moved, write the new "
             f"place into {folder / 'config.yaml'}: its data or data_root)"
         ) from error
-    splits.check(known["description"])
+    with reading(folder / "data.json"):
+        splits.check(known["description"])
     return vae, splits
 
 
 def own_rows(run: str, file: str, vae: VAE) -> Data:
     """The rows of a user's file, transformed as the run's data were, and checked."""
-    known = json.loads(read_part(run, "data.json"))
+    known = read_record(run)
     rows = read_rows(file)
     if tuple(rows.data_shape) != vae.likelihood.data_shape:
         raise ValueError(
@@ -109,8 +123,45 @@ def own_rows(run: str, file: str, vae: VAE) -> Data:
     if known["conditional"] and rows.y is None:
         rows = Data(rows.x, labels=rows.labels, levels=rows.levels, classes=known["classes"])
         rows = rows.one_hot()
-    rows = rows.with_transform(restore(known["transform"])).fixed(known["seed"])
+    with reading(Path(run) / "data.json"):
+        transform = restore(known["transform"])
+    rows = rows.with_transform(transform).fixed(known["seed"])
     vae.likelihood.check(rows.batch(torch.arange(len(rows)))[0])
+    return rows
+
+
+def read_record(run: str | Path) -> dict[str, Any]:
+    """What `record` gave at training, from data.json.
+
+    Raises:
+        ValueError: If the file is missing, damaged, or of other data than run.json.
+    """
+    path = Path(run) / "data.json"
+    with reading(Path(run) / "run.json"):
+        trained: dict[str, Any] = dict(read_run(run)["data"]["train"].get("describe") or {})
+    with reading(path):
+        known = json.loads(read_part(run, path.name))
+        for name, kinds in RECORD.items():
+            if type(known[name]) not in kinds:
+                raise TypeError(f"{name} is {known[name]!r}")
+        for name in trained.keys() & {"seed", "transform"}:
+            if known[name] != trained[name]:
+                raise TypeError(f"{name} is {known[name]!r}, in run.json {trained[name]!r}")
+    return known
+
+
+def read_table(run: str | Path, name: str) -> list[dict[str, float | None]]:
+    """The rows of a .csv file of a run: numbers by column, None where nothing was measured."""
+    text = read_part(run, name)
+    with reading(Path(run) / name):
+        head, *lines = csv.reader(text.splitlines())
+        rows = [
+            {key: float(cell) if cell else None for key, cell in zip(head, line, strict=True)}
+            for line in lines
+        ]
+        named = "epoch" in head and len(set(head)) == len(head)
+        if not named or any(row["epoch"] is None for row in rows):
+            raise TypeError("expected columns of different names, with an epoch in each row")
     return rows
 
 
@@ -144,27 +195,16 @@ def placed(vae: VAE, data: Data, accelerator: str) -> tuple[VAE, Data]:
     return vae.to(device), data.to(device)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file, all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def _root(declared: dict[str, Any]) -> str:
+def _root(root: str) -> str:
     """Where training had the named data sets, if that folder is there."""
-    root = declared.get("data_root", "data")
     return root if Path(root).is_dir() else "data"
 
 
 def _write_all(folder: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
-        write_text(folder / name, text)
+        write(folder / name, text)
 
 
 def _remove_all(folder: Path, files: dict[str, str]) -> None:
     for name in files:
         (folder / name).unlink()
-    if not any(folder.iterdir()):
-        folder.rmdir()

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from pyro_vae import config
-from pyro_vae.cli.folder import load_run, own_rows, pairs, placed, write_text
+from pyro_vae.cli.folder import load_run, own_rows, pairs, placed
 from pyro_vae.cli.parts import TERMS, decompose
 from pyro_vae.data import Data, Splits
 from pyro_vae.estimators import (
@@ -27,6 +27,7 @@ from pyro_vae.estimators import (
     importance_sampling,
     log_evidence,
 )
+from pyro_vae.files import write
 from pyro_vae.metrics import Decomposition, active_units
 from pyro_vae.vae import VAE
 
@@ -80,7 +81,7 @@ def evaluate(options: Namespace) -> None:
         "khat_below_threshold": evidence.share_below_threshold(),
         "bits_per_dim": data.bits_per_dim(evidence.log_prob).mean().item(),
     }
-    write_text(Path(options.run) / "evaluation.json", json.dumps(numbers, indent=1))
+    write(Path(options.run) / "evaluation.json", json.dumps(numbers, indent=1))
     whole = len(getattr(splits, options.part))
     units = (
         {}
@@ -133,7 +134,7 @@ def score(options: Namespace) -> None:
         row = [i, f"{value:.6f}", f"{error:.6f}", evidence.verdict[i], evidence.method[i]]
         writer.writerow(row)
     out = Path(options.out or Path(options.file).with_suffix(".scores.csv"))
-    write_text(out, text.getvalue())
+    write(out, text.getvalue())
     whole = with_errors(shifted(evidence, data.log_jacobian))
     print(f"log p(x) = {whole}, in the file's units; {counted(evidence)}; rows in {out}")
 

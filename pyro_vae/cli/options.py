@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
 from pyro_vae import config
+from pyro_vae.files import reading
 
 __all__ = [
     "PARSERS",
     "check_names",
     "check_options",
-    "configs_first",
+    "data_options",
     "import_modules",
     "values",
+    "with_configs",
 ]
 
 DEFAULTS = {
@@ -32,6 +34,49 @@ DEFAULTS = {
     "decoder": "MLP",
     "objective": "ELBO",
 }
+LARGEST = 10_000  # values of a configuration
+NOT_IN_FILES = ("config", "run", "resume", "import")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """What a configuration file says.
+
+    Raises:
+        ValueError: If it cannot be read, or does not hold options.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"configuration {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"configuration {path} cannot be read: {error}") from error
+    if not isinstance(content, dict | None):
+        raise ValueError(
+            f"configuration {path} must hold lines of option: value; got a "
+            f"{type(content).__name__}"
+        )
+    if not _is_small(content):
+        raise ValueError(f"configuration {path} holds more than {LARGEST} values, or itself")
+    return content or {}
+
+
+def _is_small(content: Any) -> bool:
+    """Whether a parser can walk through it: an alias in YAML may stand for billions of values."""
+    count, left = 0, [content]
+    while left and count < LARGEST:
+        value = left.pop()
+        count += 1
+        if isinstance(value, dict | list):
+            left += value.values() if isinstance(value, dict) else value
+    return not left
+
+
+def data_options(path: Path) -> Namespace:
+    """The options of the data in a run's configuration, of their types."""
+    parser = _parser("train", "")
+    _data_options(parser)
+    content = read_yaml(path)
+    return _typed(path, {k: v for k, v in content.items() if k in _known(parser)}, parser)
 
 
 def import_modules(argv: list[str]) -> None:
@@ -42,23 +87,24 @@ def import_modules(argv: list[str]) -> None:
         import_module(name)
 
 
-def configs_first(argv: list[str]) -> list[str]:
-    """The arguments with configuration files before all others, which then win over them."""
+def with_configs(argv: list[str], parser: ArgumentParser) -> list[str]:
+    """The arguments, with the content of configuration files before all others, which then win."""
     first: list[str] = []
     rest: list[str] = []
     arguments = iter(argv)
     for argument in arguments:
-        if argument == "--config":
-            first += [argument, *islice(arguments, 1)]
+        name, equals, path = argument.partition("=")
+        given = [path] if equals else list(islice(arguments, name == "--config"))
+        if name == "--config" and given:
+            first += [name, yaml.safe_dump(_read_config(given[0], parser))]
         else:
-            (first if argument.startswith("--config=") else rest).append(argument)
+            rest.append(argument)
     return [*first, *rest]
 
 
 def check_options(parser: ArgumentParser, argv: list[str]) -> None:
     """Refuses options that the command does not have, with the closest that it has."""
-    known = {key.partition(".")[0] for key in parser.get_defaults().keys()}
-    known |= {"help", "config", "print_config"}
+    known = _known(parser) | {"help", "config", "print_config"}
     for argument in argv:
         name = argument.partition("=")[0].partition(".")[0]
         if name.startswith("--") and name[2:] not in known:
@@ -72,33 +118,24 @@ def check_options(parser: ArgumentParser, argv: list[str]) -> None:
 def check_names(argv: list[str]) -> None:
     """Refuses unknown classes and options, with the closest known ones.
 
-    jsonargparse imports a class path before it refuses it; nothing is imported here.
+    jsonargparse imports a class path before it refuses it, so that only names of classes that
+    are known reach it, from the checked configurations and from the other arguments.
 
     Raises:
-        ValueError: If a name on the command line or in its configuration file is unknown.
+        ValueError: If a name on the command line is unknown.
     """
-    declared: dict[str, Any] = {}
-    for path in values(argv, "--config"):
-        try:
-            content = yaml.safe_load(Path(path).read_text())
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise ValueError(f"configuration {path} cannot be read: {why}") from error
-        declared |= content if isinstance(content, dict) else {}
-    for family, default in DEFAULTS.items():
-        given = declared.get(family, default)
-        mapping: dict[str, Any] = {"class_path": given} if isinstance(given, str) else dict(given)
-        in_file = dict(mapping.get("init_args") or {})
-        for option, value in in_file.items():
-            named = config.named_class(family, mapping["class_path"])
-            config.check_schedule(named, option, value)
-        names = [mapping["class_path"], *values(argv, f"--{family}")]
-        for name in names:
+    declared: dict[str, Any] = dict(DEFAULTS)
+    for text in values(argv, "--config"):
+        declared |= yaml.safe_load(text)
+    for family in DEFAULTS:
+        given = declared[family]
+        named = [given if isinstance(given, str) else given["class_path"]]
+        keys = [f"--{family}{key}" for key in ("", ".class_path", ".help")]
+        for name in [*named, *(name for key in keys for name in values(argv, key))]:
             cls = config.named_class(family, name)
-        kept = in_file if len(names) == 1 else {}
-        config.check_options(family, cls, [*kept, *_suboptions(argv, family)])
-        for option, value in _values_of(argv, family):
-            config.check_schedule(cls, option, value)
+        for key in {a.partition("=")[0] for a in argv if a.startswith(f"--{family}.")}:
+            for value in values(argv, key) if key not in keys else ():
+                _check_option(family, cls, key, value)
 
 
 def values(argv: list[str], option: str) -> list[str]:
@@ -111,23 +148,16 @@ def values(argv: list[str], option: str) -> list[str]:
     ]
 
 
-def _suboptions(argv: list[str], family: str) -> list[str]:
-    start = f"--{family}."
-    names = [a.partition("=")[0][len(start) :].split(".") for a in argv if a.startswith(start)]
-    return [
-        n[1] if n[0] == "init_args" else n[0] for n in names if n[0] not in ("help", "class_path")
-    ]
-
-
-def _values_of(argv: list[str], family: str) -> list[tuple[str, Any]]:
-    """What the options of `family` are set to, as far as it may name a class."""
-    found = []
-    for argument in argv:
-        key = argument.partition("=")[0]
-        path = [n for n in key.split(".")[1:] if n not in ("init_args", "class_path")]
-        if key.startswith(f"--{family}.") and len(path) == 1:
-            found += [(path[0], _loaded(value)) for value in values(argv, key)]
-    return found
+def _check_option(family: str, cls: type, key: str, text: str) -> None:
+    """Whether a class has the option of a key such as --prior.num_components, or part of it."""
+    option, *rest = key.removeprefix(f"--{family}.").removeprefix("init_args.").split(".")
+    config.check_options(family, cls, [option])
+    if not rest:
+        config.check_value(cls, option, _loaded(text))
+    elif rest in (["class_path"], ["help"]):
+        config.check_value(cls, option, text)
+    elif rest[:-1] not in ([], ["init_args"]) or rest[-1] in ("class_path", "help"):
+        raise ValueError(f"there is no option {key}: see pyro-vae train --help")
 
 
 def _loaded(text: str) -> Any:
@@ -141,6 +171,39 @@ def _parser(name: str, description: str) -> ArgumentParser:
     return ArgumentParser(
         prog=f"pyro-vae {name}", description=description, exit_on_error=False, allow_abbrev=False
     )
+
+
+def _read_config(path: str, parser: ArgumentParser) -> dict[str, Any]:
+    """The options of a configuration file, each known, its classes too."""
+    content, known = read_yaml(path), _known(parser)
+    for key in content:
+        if key not in known or (key in NOT_IN_FILES and content[key] is not None):
+            raise ValueError(
+                f"configuration {path} cannot set {key!r}{config.closest(str(key), known)}: "
+                f"see {parser.prog} --help"
+            )
+    with reading(path):
+        for family in DEFAULTS.keys() & content.keys():
+            config.component(family, content[family])
+    _typed(path, content, parser)
+    return content
+
+
+def _typed(path: str | Path, content: dict[str, Any], parser: ArgumentParser) -> Namespace:
+    """The options of a file, each of its type; jsonargparse itself takes null for any."""
+    defaults = parser.get_defaults()
+    with reading(path):
+        for key, value in content.items():
+            if value is None and defaults[key] is not None:
+                raise ValueError(f"{key} cannot be null: leave it out for {defaults[key]!r}")
+        try:
+            return parser.parse_object(content)
+        except ArgumentError as error:
+            raise ValueError(str(error)) from error
+
+
+def _known(parser: ArgumentParser) -> set[str]:
+    return {key.partition(".")[0] for key in parser.get_defaults().keys()}
 
 
 def _train_parser() -> ArgumentParser:
@@ -159,10 +222,15 @@ def _train_parser() -> ArgumentParser:
 
 def _data_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--data", default="digits", help="name of a data set, or path of a file or image folder")
-    add("--data_root", default="data", help="folder of the named data sets")
-    add("--transform", default="auto", help="none, threshold, static, dynamic, dequantise, "
-        "rescale or standardise; auto fits the likelihood")  # fmt: skip
+    add(
+        "--data",
+        type=str,
+        default="digits",
+        help="name of a data set, or path of a file or image folder",
+    )
+    add("--data_root", type=str, default="data", help="folder of the named data sets")
+    add("--transform", type=str, default="auto", help="none, threshold, static, dynamic, "
+        "dequantise, rescale or standardise; auto fits the likelihood")  # fmt: skip
     add("--validation", type=int | float | None, default=None, help="rows or share held out")
     add("--split_seed", type=int, default=0, help="of the split and of fixed noise")
     add("--conditional", type=bool, default=False, help="condition on labels or on y")
@@ -180,8 +248,8 @@ def _training_options(parser: ArgumentParser) -> None:
     add("--patience", type=int | None, default=None, help="epochs without a better bound")
     add("--seed", type=int, default=0)
     add("--devices", type=int, default=1, help="GPUs, or processes where there is none")
-    add("--accelerator", default="auto")
-    add("--precision", default="32-true")
+    add("--accelerator", type=str, default="auto")
+    add("--precision", type=str, default="32-true")
     _speed_options(parser)
     add("--tensorboard", type=bool, default=False, help="also log for TensorBoard")
     add("--progress", type=bool, default=True, help="show a progress bar")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_vae import plots
-from pyro_vae.cli.folder import home, write_text
+from pyro_vae.cli.folder import home, read_table
 from pyro_vae.data import Data
 from pyro_vae.densities import densities
+from pyro_vae.files import reading, write
 from pyro_vae.generators import forked
 from pyro_vae.metrics import Decomposition, elbo_decomposition
 from pyro_vae.training import State
@@ -59,8 +61,10 @@ class KlParts:
     def __init__(self, folder: Path, data: Data) -> None:
         self.path = folder / "parts.csv"
         self.data = data.subset(torch.arange(min(len(data), 2000))).fixed()
-        with self.path.open() if self.path.exists() else io.StringIO() as file:
-            self.rows = list(csv.DictReader(file))
+        self.rows: list[dict[str, Any]] = []
+        if self.path.exists():
+            rows = read_table(folder, self.path.name)
+            self.rows = [{**row, "epoch": int(row["epoch"] or 0)} for row in rows]
 
     def __call__(self, state: State) -> None:
         """Measures, and writes all epochs so far."""
@@ -75,13 +79,12 @@ class KlParts:
         each = [] if kl is None else kl.tolist()
         row |= {f"kl_z{d}": value for d, value in enumerate(each)}
         # a resumed run measures the epochs after its checkpoint again
-        kept = [old for old in self.rows if int(float(old["epoch"])) < state.epoch]
-        self.rows = [*kept, {key: str(value) for key, value in row.items()}]
+        self.rows = [*(old for old in self.rows if old["epoch"] < state.epoch), row]
         text = io.StringIO()
         writer = csv.DictWriter(text, list(row), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        write_text(self.path, text.getvalue())
+        write(self.path, text.getvalue())
 
 
 def draw_parts(folder: Path) -> None:
@@ -89,10 +92,12 @@ def draw_parts(folder: Path) -> None:
     path = folder / "parts.csv"
     if not path.exists():
         return
-    with path.open() as file:
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    with reading(path):
+        _draw_parts(read_table(folder, path.name), folder / "figures")
+
+
+def _draw_parts(rows: list[dict[str, float | None]], figures: Path) -> None:
     epochs = torch.tensor([row["epoch"] for row in rows])
-    figures = folder / "figures"
     parts = {name: torch.tensor([row[name] for row in rows]) for name in TERMS}
     plots.save(plots.terms(epochs, parts), str(figures / "parts.png"))
     units = [key for key in rows[0] if key.startswith("kl_z")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import json
 import re
@@ -19,8 +18,9 @@ from PIL import Image
 from pyro.infer.inspect import get_model_relations, render_model
 
 from pyro_vae import config, plots
-from pyro_vae.cli.folder import write_text
+from pyro_vae.cli.folder import read_table
 from pyro_vae.estimators import Evidence
+from pyro_vae.files import reading, write
 from pyro_vae.training import read_run
 from pyro_vae.vae import VAE
 
@@ -77,29 +77,34 @@ def report(options: Namespace) -> None:
     )
     drawn = figures(folder)
     template = environment.from_string(Path(__file__).with_suffix(".html").read_text("utf-8"))
+    with reading(folder / "run.json"):
+        shown = declaration(folder, recorded, vae)
+        sites = programs(vae, recorded["declaration"])
+        version = str(recorded["pyro_vae"])
     page = template.render(
         name=folder.resolve().name,
         command=lambda name: f"pyro-vae {name} {shlex.quote(str(folder))}",
-        version=recorded["pyro_vae"],
-        declaration=declaration(folder, recorded, vae),
+        version=version,
+        declaration=shown,
         yaml=_text(folder / "config.yaml"),
         training=training(folder),
         evaluation=evaluation(folder),
         evidence=evidence(folder),
         parts=[drawn.pop(name) for name in PARTS if name in drawn],
         figures=drawn.values(),
-        programs=programs(vae, recorded["declaration"]),
+        programs=sites,
     )
     out = Path(options.out or folder / "report.html")
-    write_text(out, page.encode("ascii", "xmlcharrefreplace").decode())
+    write(out, page.encode("ascii", "xmlcharrefreplace"))
     print(f"report in {out}")
 
 
 def declaration(folder: Path, recorded: dict[str, Any], vae: VAE) -> dict[str, dict[str, str]]:
     """Tables of names and values: data, model, training."""
     model = recorded["declaration"]
-    given = json.loads(_text(folder / "data.json") or '{"description": {}}')["description"]
-    data = {key: str(given[key]) for key in ("name", "transform") if key in given}
+    with reading(folder / "data.json"):
+        given = json.loads(_text(folder / "data.json") or '{"description": {}}')["description"]
+        data = {key: str(given[key]) for key in ("name", "transform") if key in given}
     rows = {f"{part} rows": f"{known['rows']:,}" for part, known in recorded["data"].items()}
     families = {key: _called(value) for key, value in model.items() if isinstance(value, dict)}
     size = sum(parameter.numel() for parameter in vae.parameters())
@@ -121,13 +126,14 @@ def declaration(folder: Path, recorded: dict[str, Any], vae: VAE) -> dict[str, d
 
 def training(folder: Path) -> dict[str, Any] | None:
     """Curves, and the epochs that matter; None without metrics.csv."""
-    text = _text(folder / "metrics.csv")
-    rows: list[dict[str, Any]] = [
-        {key: float(value) if value else None for key, value in row.items()}
-        for row in csv.DictReader(io.StringIO(text or ""))
-    ]
-    if not rows:
+    if not (folder / "metrics.csv").exists():
         return None
+    rows: list[dict[str, Any]] = read_table(folder, "metrics.csv")
+    with reading(folder / "metrics.csv"):
+        return _trained(rows) if rows else None
+
+
+def _trained(rows: list[dict[str, Any]]) -> dict[str, Any]:
     validated = [row for row in rows if row.get("validation_elbo") is not None]
     chosen = {"last": rows[-1]}
     if validated:
@@ -155,7 +161,11 @@ def evaluation(folder: Path) -> dict[str, Any] | None:
     text = _text(folder / "evaluation.json")
     if text is None:
         return None
-    found = json.loads(text)
+    with reading(folder / "evaluation.json"):
+        return _evaluated(json.loads(text))
+
+
+def _evaluated(found: dict[str, Any]) -> dict[str, Any]:
     errors = [
         f"{found['stderr_monte_carlo']:.2g} (Monte Carlo)",
         f"{found['stderr_data']:.2g} (data)",
@@ -198,7 +208,7 @@ def histogram(found: Evidence) -> Figure:
         [v for v, verdict in zip(found.log_prob.tolist(), found.verdict) if verdict == name]
         for name in names
     ]
-    ax.hist(values, bins=40, stacked=True, label=names)
+    ax.hist(values, bins=40, stacked=True, label=[name.replace("$", r"\$") for name in names])
     ax.set_xlabel("log p(x), nats")
     ax.set_ylabel("data")
     ax.legend(frameon=False)
@@ -212,7 +222,8 @@ def figures(folder: Path) -> dict[str, Picture]:
     drawn = {}
     for name in sorted(paths, key=lambda name: [*CAPTIONS, name].index(name)):
         data = paths[name].read_bytes()
-        width = Image.open(io.BytesIO(data)).width
+        with reading(paths[name]):
+            width = Image.open(io.BytesIO(data)).width
         caption = CAPTIONS.get(name, name.replace("_", " "))
         drawn[name] = Picture(_inside("png", data), round(width / DOTS), caption)
     return drawn
@@ -281,4 +292,7 @@ def _called(declared: dict[str, Any]) -> str:
 
 
 def _text(path: Path) -> str | None:
-    return path.read_text() if path.exists() else None
+    if not path.exists():
+        return None
+    with reading(path):
+        return path.read_text()

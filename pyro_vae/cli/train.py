@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from pyro_vae.cli.folder import declared_run, record
 from pyro_vae.cli.parts import KlParts
 from pyro_vae.cli.use import draw
 from pyro_vae.data import Data, Splits, load_data, locate
+from pyro_vae.files import locked
+from pyro_vae.objectives import Objective
 from pyro_vae.training import History, fit, is_first_process, read_run
 from pyro_vae.vae import VAE
 
@@ -53,30 +54,40 @@ def train(options: Namespace) -> Path:
     folder = _run_folder(options)
     objective, settings = config.component("objective", _declared(options.objective))
     vae.likelihood.check(splits.train.fixed().batch(torch.arange(len(splits.train)))[0])
-    if first:
-        print(_described(splits, options))
-    declared = declared_run(folder, _declaration(options, splits), record(splits))
-    with declared if first else nullcontext():
-        try:
-            history = fit(
-                vae,
-                splits.train,
-                objective(**settings),
-                run=folder,
-                validation=splits.validation,
-                resume=options.resume is not None,
-                callbacks=[KlParts(folder, splits.validation)],
-                loggers=_loggers(options, folder),
-                **{name: options[name] for name in TRAINING},
-            )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(_go_on(folder, options)) from None
+    arguments = (options, vae, splits, folder, objective(**settings))
     if not first:
+        _fit(*arguments)
         return folder
-    print(_ended(history, options.epochs))
-    draw(folder, vae.eval(), splits, history.rows)
+    print(_described(splits, options))
+    with locked(folder / "train.lock"):
+        with declared_run(folder, _declaration(options, splits), record(splits)):
+            history = _fit(*arguments)
+        print(_ended(history, options.epochs))
+        draw(folder, vae.eval(), splits, history.rows)
     print(f"run in {folder}, figures in {folder / 'figures'}")
     return folder
+
+
+def _fit(
+    options: Namespace, vae: VAE, splits: Splits, folder: Path, objective: Objective
+) -> History:
+    """The training, which says how to go on if it is stopped."""
+    try:
+        return fit(
+            vae,
+            splits.train,
+            objective,
+            run=folder,
+            validation=splits.validation,
+            resume=options.resume is not None,
+            callbacks=[KlParts(folder, splits.validation)],
+            loggers=_loggers(options, folder),
+            **{name: options[name] for name in TRAINING},
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_go_on(folder, options)) from None
+    except OSError as error:
+        raise OSError(f"{error}{_go_on(folder, options)}") from error
 
 
 def _splits(options: Namespace) -> Splits:

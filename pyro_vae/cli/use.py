@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,10 @@ from jsonargparse import Namespace
 from torch import Tensor
 
 from pyro_vae import config, plots
-from pyro_vae.cli.folder import load_run, own_rows, pairs, read_part
+from pyro_vae.cli.folder import load_run, own_rows, pairs, read_table
 from pyro_vae.cli.parts import draw_parts, unit_kl
 from pyro_vae.data import Data, Splits
+from pyro_vae.files import write
 from pyro_vae.generators import forked
 from pyro_vae.vae import VAE
 
@@ -31,7 +32,7 @@ def sample(options: Namespace) -> None:
     with forked(torch.device("cpu"), options.seed), torch.no_grad():
         x = splits.train.transform.inverse(vae.sample(options.size, y, mean=options.mean))
     out = Path(options.out or Path(options.run) / "samples.npz")
-    np.savez(out, x=x.numpy())
+    write(out, _archive(x=x.numpy()))
     if x.ndim == 4:
         plots.save(plots.images(x, limits=limits(splits.train)), str(out.with_suffix(".png")))
     print(f"{len(x)} samples in {out}")
@@ -47,11 +48,13 @@ def encode(options: Namespace) -> None:
         scales = torch.cat([d.stddev for d in q]).numpy()
     out = Path(options.out or Path(options.file).with_suffix(".encoded.npz"))
     if out.suffix == ".npz":
-        np.savez(out, mean=means, scale=scales)
+        write(out, _archive(mean=means, scale=scales))
     elif out.suffix == ".csv":
         head = [f"{kind}{d}" for kind in ("mean", "scale") for d in range(means.shape[1])]
         both = np.concatenate([means, scales], 1)
-        np.savetxt(out, both, "%.9g", ",", header=",".join(head), comments="")
+        text = io.StringIO()
+        np.savetxt(text, both, "%.9g", ",", header=",".join(head), comments="")
+        write(out, text.getvalue())
     else:
         raise ValueError(f"out must end in .npz or .csv; got {out}")
     print(f"means and scales of {len(rows)} rows in {out}")
@@ -60,12 +63,7 @@ def encode(options: Namespace) -> None:
 def plot(options: Namespace) -> None:
     """The figures of a run again."""
     vae, splits = load_run(options.run, options.data_root)
-    lines = read_part(options.run, "metrics.csv").splitlines()
-    rows = [
-        {key: float(text) if text else None for key, text in row.items()}
-        for row in csv.DictReader(lines)
-    ]
-    draw(Path(options.run), vae, splits, rows)
+    draw(Path(options.run), vae, splits, read_table(options.run, "metrics.csv"))
     print(f"figures in {Path(options.run) / 'figures'}")
 
 
@@ -98,6 +96,13 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
         shown["traversals"] = traversal(vae, data, kl)
     for name, figure in shown.items():
         plots.save(figure, str(figures / f"{name}.png"))
+
+
+def _archive(**arrays: Any) -> bytes:
+    """The content of an .npz file."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
 
 
 def _columns(vae: VAE, data: Data) -> Figure:

@@ -70,10 +70,13 @@ def _mode(paths: list[Path]) -> str:
 def _opened(path: Path) -> Iterator[PIL.Image.Image]:
     from PIL import Image
 
+    if not path.is_file():
+        raise ValueError(f"{path}: expected an image file, got a special file; remove it")
     try:
         with Image.open(path) as image:
             yield image
-    except (OSError, SyntaxError, ValueError) as error:
+    # On a damaged or huge image the parsers behind open raise errors of many kinds.
+    except Exception as error:
         raise ValueError(
             f"{path}: expected a readable image, got: {error}; repair or remove it"
         ) from error

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from html import escape
 
 import torch
 from torch import Tensor
 
+from pyro_vae.files import reading, write
+
 __all__ = ["Evidence"]
 
+DIGEST = "sha256"
 TENSORS = ("log_prob", "stderr", "ess", "khat", "num_samples")
 
 
@@ -97,28 +101,47 @@ class Evidence:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, all or nothing."""
+        """Writes a safetensors file with its digest, all or nothing."""
         from safetensors.torch import save
 
         texts = {name: json.dumps(getattr(self, name)) for name in ("method", "verdict", "audit")}
         tensors = {name: getattr(self, name) for name in TENSORS}
         tensors |= {f"extras.{name}": value for name, value in self.extras.items()}
-        data = save({n: value.contiguous() for n, value in tensors.items()}, metadata=texts)
-        temporary = Path(f"{os.fspath(path)}.tmp")
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        tensors = {name: value.contiguous() for name, value in tensors.items()}
+        write(path, save(tensors, metadata={**texts, DIGEST: _digest(tensors, texts)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Evidence:
-        """Reads what `save` wrote."""
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: If the file is damaged or of another kind.
+        """
         from safetensors import safe_open
 
-        with safe_open(os.fspath(path), "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in TENSORS}
-            extras = [name for name in file.keys() if name.startswith("extras.")]
-            extra = {n.removeprefix("extras."): file.get_tensor(n) for n in extras}
-            texts = {name: json.loads(text) for name, text in file.metadata().items()}
-        return cls(**tensors, **texts, extras=extra)
+        with reading(path), safe_open(os.fspath(path), "pt") as file:
+            texts = dict(file.metadata())
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            digest = texts.pop(DIGEST, None)  # older files have none
+            if digest is not None and digest != _digest(tensors, texts):
+                raise TypeError("its digest is that of other content")
+            extras = {
+                name.removeprefix("extras."): tensors.pop(name)
+                for name in list(tensors)
+                if name.startswith("extras.")
+            }
+            found = cls(**tensors, **{k: json.loads(v) for k, v in texts.items()}, extras=extras)
+            found._check()
+            return found
+
+    def _check(self) -> None:
+        """Whether all columns are vectors of one length."""
+        tensors = [getattr(self, name) for name in TENSORS] + list(self.extras.values())
+        texts = [self.method, self.verdict]
+        if any(t.ndim != 1 or t.is_complex() or len(t) != len(self) for t in tensors) or any(
+            type(v) is not list or len(v) != len(self) or {*map(type, v)} - {str} for v in texts
+        ):
+            raise TypeError("expected columns of one length")
 
     def _repr_html_(self) -> str:
         monte_carlo, data = self.mean_stderr()
@@ -128,7 +151,7 @@ class Evidence:
         rows = "".join(
             "<tr>"
             + "".join(f"<td>{getattr(self, name)[i].item():.4g}</td>" for name in TENSORS)
-            + f"<td>{self.method[i]}</td><td>{self.verdict[i]}</td></tr>"
+            + f"<td>{escape(self.method[i])}</td><td>{escape(self.verdict[i])}</td></tr>"
             for i in shown
         )
         title = (
@@ -144,3 +167,11 @@ class Evidence:
             f"Evidence(log p(x) = {self.mean():.2f} +- {monte_carlo:.2f} (Monte Carlo) "
             f"+- {data:.2f} (data), {len(self)} data: {verdicts})"
         )
+
+
+def _digest(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
+    sha = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        sha.update(tensor.cpu().numpy().data)
+    return sha.hexdigest()

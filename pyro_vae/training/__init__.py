@@ -1,9 +1,17 @@
 """Training: one function, `fit`, and what it leaves in a run folder."""
 
 from pyro_vae.training.callbacks import State
-from pyro_vae.training.checkpoint import load_weights, read_run
+from pyro_vae.training.checkpoint import load_weights, put_weights, read_run
 from pyro_vae.training.engine import is_first_process
 from pyro_vae.training.fitting import fit
 from pyro_vae.training.history import History
 
-__all__ = ["History", "State", "fit", "is_first_process", "load_weights", "read_run"]
+__all__ = [
+    "History",
+    "State",
+    "fit",
+    "is_first_process",
+    "load_weights",
+    "put_weights",
+    "read_run",
+]

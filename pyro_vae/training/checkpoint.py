@@ -2,49 +2,62 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
-from zipfile import is_zipfile
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = [
-    "FORMAT",
-    "PathLike",
-    "load_state",
-    "load_weights",
-    "read_run",
-    "save_checkpoint",
-    "write_atomic",
-]
+from pyro_vae.files import PathLike, check_folder, flush_folder, reading, write
+
+__all__ = ["FORMAT", "load_state", "load_weights", "put_weights", "read_run", "save_checkpoint"]
 
 FORMAT = 1
-PathLike = str | os.PathLike[str]
-POINTERS = "checkpoints/current.json"  # which checkpoint is the last, which the best
+POINTERS = "checkpoints/current.json"  # the last, the best, and the digests of their files
+WEIGHTS, STATE = "weights.safetensors", "state.pt"
+KEPT = {  # of the state, whatever the training
+    "epoch": int,
+    "step": int,
+    "offset": int,
+    "seconds": float,
+    "rng": dict,
+    "history": dict,
+}
+RECORDS: dict[str, tuple[type, ...]] = {  # of run.json
+    "declaration": (dict, type(None)),
+    "training": (dict,),
+    "data": (dict,),
+}
 
 
 def read_run(run: PathLike) -> dict[str, Any]:
     """What a run folder says of itself, from its run.json.
 
     Raises:
-        ValueError: If the file is missing, damaged, or of a newer format.
+        ValueError: If the file is missing, damaged, or of a newer format, or the folder holds
+            links, which could lead out of it.
     """
+    check_folder(run)
     path = Path(run) / "run.json"
     record = _read_json(path)
-    if not isinstance(record.get("format"), int):
+    if type(record.get("format")) is not int:
         raise ValueError(f"{path} is damaged: it has no format number; restore it from a copy")
     if record["format"] > FORMAT:
         raise ValueError(
             f"{path} has format {record['format']}, this pyro_vae reads up to {FORMAT}: "
             "use the newer pyro_vae that wrote it"
         )
+    record = {"declaration": None, "training": {}, "data": {}, **record}
+    for name, types in RECORDS.items():
+        if not isinstance(record[name], types):
+            raise ValueError(
+                f"{path} is damaged: its {name} is no mapping; restore it from a copy"
+            )
     return record
 
 
@@ -59,7 +72,6 @@ def load_weights(run: PathLike, which: str = "best") -> dict[str, Tensor]:
         ValueError: If `which` is something else, there is no checkpoint yet, or a file is
             missing or damaged.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load
 
     if which not in ("best", "last"):
@@ -68,13 +80,26 @@ def load_weights(run: PathLike, which: str = "best") -> dict[str, Tensor]:
     pointers = _pointers(Path(run))
     if pointers is None:
         raise ValueError(f"run {run} has no checkpoint yet: resume its training")
-    path = (
-        Path(run) / "checkpoints" / (pointers[which] or pointers["last"]) / "weights.safetensors"
-    )
+    path, data = _checked(run, pointers, pointers[which] or pointers["last"], WEIGHTS)
+    with reading(path):
+        return load(data)
+
+
+def put_weights(module: nn.Module, weights: dict[str, Tensor], run: PathLike) -> None:
+    """Loads the weights of a run into a module, if they are its own: none is cast.
+
+    Raises:
+        ValueError: If names, shapes or types differ; only a run in double precision may.
+    """
+    own = module.state_dict()
+    for name in own.keys() & weights.keys():
+        was, now = weights[name].dtype, own[name].dtype
+        if was != now and not (was == torch.float64 and _is_double(run)):
+            raise ValueError(f"the weights of run {run} do not fit: {name} is {was}, not {now}")
     try:
-        return load(_read(path))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the weights of run {run} do not fit this vae: {error}") from None
 
 
 def load_state(run: PathLike) -> dict[str, Any] | None:
@@ -82,15 +107,13 @@ def load_state(run: PathLike) -> dict[str, Any] | None:
     pointers = _pointers(Path(run))
     if pointers is None:
         return None
-    path = Path(run) / "checkpoints" / pointers["last"] / "state.pt"
-    file = io.BytesIO(_read(path))
-    if not is_zipfile(file):
-        raise ValueError(f"{path} is damaged or not a checkpoint: restore it from a copy")
-    file.seek(0)
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from None
+    path, data = _checked(run, pointers, pointers["last"], STATE)
+    with reading(path):
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        wrong = [key for key, kind in KEPT.items() if type(state[key]) is not kind]
+        if wrong or len(state["history"]["rows"]) != state["epoch"]:
+            raise TypeError(f"not the state of a training: {', '.join(wrong) or 'its epochs'}")
+    return state
 
 
 def save_checkpoint(
@@ -111,42 +134,64 @@ def save_checkpoint(
 
     folder = Path(run) / "checkpoints"
     new = folder / f"step-{state['step']}-{uuid4().hex[:8]}"
-    new.mkdir(parents=True)
+    new.mkdir()
     # copies, for safetensors takes neither tied nor strided tensors
     tensors = {
         name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()
     }
-    _write(new / "weights.safetensors", save(tensors))
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    _write(new / "state.pt", buffer.getvalue())
-    _flush_folder(new)
-    _flush_folder(folder)
-    pointers = _pointers(Path(run)) or {"best": None}
-    pointers = {"last": new.name, "best": new.name if best else pointers["best"]}
-    write_atomic(Path(run) / POINTERS, json.dumps(pointers))
+    digests = {
+        WEIGHTS: _put(new / WEIGHTS, save(tensors)),
+        STATE: _put(new / STATE, buffer.getvalue()),
+    }
+    flush_folder(folder)
+    before = _pointers(Path(run)) or {"best": None, "sha256": {}}
+    kept = {"last": new.name, "best": new.name if best else before["best"]}
+    known = {**before["sha256"], new.name: digests}
+    known = {name: known[name] for name in known if name in kept.values()}
+    write(Path(run) / POINTERS, json.dumps({**kept, "sha256": known}))
     for other in folder.glob("step-*"):
-        if other.name not in pointers.values():
+        if other.name not in kept.values():
             shutil.rmtree(other, ignore_errors=True)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replaces a file by another text, wholly or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    _write(temporary, text.encode())
-    os.replace(temporary, path)
-    _flush_folder(path.parent)
-
-
 def _pointers(run: Path) -> dict[str, Any] | None:
+    """The current checkpoints; runs of older versions have no digests."""
     path = run / POINTERS
     if not path.exists():
         return None
     pointers = _read_json(path)
-    names = (pointers.get("last"), pointers.get("best"))
-    if not isinstance(names[0], str) or not all(_plain(name) for name in names if name):
+    last, best, digests = (pointers.get(name) for name in ("last", "best", "sha256"))
+    named = _plain(last) and (best is None or _plain(best))
+    if not named or not isinstance(digests, dict | None):
         raise ValueError(f"{path} is damaged: it must name the last and the best checkpoint")
-    return {"last": names[0], "best": names[1]}
+    return {"last": last, "best": best, "sha256": digests or {}}
+
+
+def _checked(
+    run: PathLike, pointers: dict[str, Any], checkpoint: str, name: str
+) -> tuple[Path, bytes]:
+    """A file of a checkpoint: its path and content, which must be what was written."""
+    path = Path(run) / "checkpoints" / checkpoint / name
+    data = _read(path)
+    with reading(Path(run) / POINTERS):
+        digest = pointers["sha256"][checkpoint][name] if checkpoint in pointers["sha256"] else None
+    if digest is not None and digest != hashlib.sha256(data).hexdigest():
+        raise ValueError(
+            f"{path} is damaged: its digest is not that of {POINTERS}; restore it from a copy"
+        )
+    return path, data
+
+
+def _put(path: Path, data: bytes) -> str:
+    """Writes a file; its digest."""
+    write(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _is_double(run: PathLike) -> bool:
+    return read_run(run)["training"].get("precision") == "64-true"
 
 
 def _plain(name: Any) -> bool:
@@ -161,26 +206,8 @@ def _read(path: Path) -> bytes:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
+    with reading(path):
         record = json.loads(_read(path).decode())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}; restore it from a copy") from None
     if not isinstance(record, dict):
         raise ValueError(f"{path} is damaged: expected a mapping; restore it from a copy")
     return record
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    if os.name == "posix":
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.files import PathLike, locked
 from pyro_vae.generators import forked
 from pyro_vae.memory import keep_memory
 from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.training.callbacks import Callback
-from pyro_vae.training.checkpoint import PathLike, load_state
+from pyro_vae.training.checkpoint import load_state
 from pyro_vae.training.engine import Engine, is_first_process
 from pyro_vae.training.evaluation import Evaluator
 from pyro_vae.training.group import Group
@@ -116,7 +118,8 @@ def fit(
         The metrics of each epoch, in nats per datum.
 
     Raises:
-        ValueError: If an argument does not fit, or `run` holds a run that cannot be resumed.
+        ValueError: If an argument does not fit, `run` holds a run that cannot be resumed, or
+            another process trains in it.
         FloatingPointError: If a loss or gradient is not finite. The weights are those before
             the step on a CPU, or those before `fit` with several devices; a GPU is looked at
             twice a second and before each checkpoint, so that those stay good.
@@ -194,7 +197,13 @@ class Result:
 
 
 def _train(fabric: Fabric, group: Group, task: Task) -> Result:
-    """The training in one process."""
+    """The training in one process; the first, which writes, has the folder to itself."""
+    writes = task.run is not None and group.rank == 0
+    with locked(Path(task.run) / "lock") if writes else nullcontext():  # type: ignore[arg-type]
+        return _train_locked(fabric, group, task)
+
+
+def _train_locked(fabric: Fabric, group: Group, task: Task) -> Result:
     vae, objective, settings, run = task.vae, task.objective, task.settings, task.run
     first, device = group.rank == 0, fabric.device
     state = load_state(run) if run is not None and task.resume and first else None

@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pyro_vae.training.checkpoint import FORMAT, PathLike, read_run, write_atomic
+from pyro_vae.files import PathLike, check_folder, reading, sweep, write
+from pyro_vae.training.checkpoint import FORMAT, read_run
 from pyro_vae.training.history import COLUMNS
 
 __all__ = ["check_run", "start_run", "write_metrics"]
@@ -26,22 +27,26 @@ def check_run(run: PathLike, record: dict[str, Any], resume: bool) -> None:
 
     Raises:
         ValueError: If the folder holds a run and `resume` is false, or that run had other
-            settings or data.
+            settings or data, or the folder holds links.
     """
     folder = Path(run)
+    check_folder(folder)
     if (folder / "run.json").exists():
         if not resume:
             raise ValueError(f"{folder} holds a run: choose another folder, or give resume=True")
-        _check_same(folder, read_run(folder), json.loads(json.dumps(record)))
+        with reading(folder / "run.json"):
+            _check_same(folder, read_run(folder), json.loads(json.dumps(record)))
 
 
 def start_run(run: PathLike, record: dict[str, Any]) -> None:
-    """Writes run.json."""
+    """Writes run.json, and makes the folder of checkpoints."""
     from pyro_vae import __version__
 
-    Path(run).mkdir(parents=True, exist_ok=True)
+    for folder in (Path(run), Path(run) / "checkpoints"):
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
     text = json.dumps({"format": FORMAT, "pyro_vae": __version__, **record}, indent=2)
-    write_atomic(Path(run) / "run.json", text + "\n")
+    write(Path(run) / "run.json", text + "\n")
 
 
 def write_metrics(run: PathLike, rows: list[dict[str, Any]]) -> None:
@@ -50,7 +55,7 @@ def write_metrics(run: PathLike, rows: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomic(Path(run) / "metrics.csv", text.getvalue())
+    write(Path(run) / "metrics.csv", text.getvalue())
 
 
 def _check_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.compiling import CannotCompile
+from pyro_vae.files import PathLike, reading
 from pyro_vae.generators import forked, seed_generators
 from pyro_vae.objectives import Objective
 from pyro_vae.training.adversary import Adversary, start
 from pyro_vae.training.callbacks import Callback, State
-from pyro_vae.training.checkpoint import PathLike, load_weights, save_checkpoint
+from pyro_vae.training.checkpoint import load_weights, put_weights, save_checkpoint
 from pyro_vae.training.evaluation import Evaluator
 from pyro_vae.training.graph import Recorder, has_graphs
 from pyro_vae.training.group import Group
@@ -79,8 +80,10 @@ class Trainer:
         """Initialises the vae, or goes back to a checkpoint; makes the optimiser."""
         self.objective.prepare(len(self.train), self.num_batches)
         if state is not None:
+            if self.settings.precision == "64-true":
+                self.vae.double()  # before its weights come, which are
             if self.group.rank == 0:
-                self._load_weights("last")
+                put_weights(self.vae, load_weights(self.run, "last"), self.run)  # type: ignore[arg-type]
         elif callable(initialise := getattr(self.vae, "initialise", None)):
             initialise(self.evaluator.initial_data())
         self.group.agree(self._variables())
@@ -107,7 +110,8 @@ class Trainer:
         if self.objective.has_adversary:
             self.adversary = Adversary(self.fabric, self.group, self.objective)
         if state is not None:
-            self._load_state(state)
+            with reading(f"the state of run {self.run}"):
+                self._load_state(state)
         elif self.group.rank > 0:
             seed_generators(self.fabric.device, self.group.seed(options.seed, 0))
 
@@ -316,6 +320,8 @@ class Trainer:
     def _load_state(self, state: dict[str, Any]) -> None:
         for name in ("epoch", "step", "offset", "seconds"):
             setattr(self, name, state[name])
+        if self.step != self.epoch * self.num_batches + self.offset:
+            raise TypeError(f"step {self.step} is not in epoch {self.epoch}")
         self.watch.begin(self.step, state["sums"])
         restore(self.optimizer, state["optimizer"])
         if self.schedule is not None:
@@ -341,12 +347,3 @@ class Trainer:
         torch.set_rng_state(generators[rank]["cpu"])
         if device.type == "cuda" and generators[rank]["cuda"] is not None:
             torch.cuda.set_rng_state(generators[rank]["cuda"], device)
-
-    def _load_weights(self, which: str) -> None:
-        weights = load_weights(self.run, which)  # type: ignore[arg-type]
-        try:
-            self.vae.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(
-                f"the weights of run {self.run} do not fit this vae: {error}"
-            ) from None

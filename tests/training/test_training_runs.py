@@ -15,8 +15,9 @@ import pytest
 import torch
 from training_cases import QUIET, Stop, make_data, make_vae, noisy_data, same, weights
 
+from pyro_vae import files
 from pyro_vae.objectives import ELBO
-from pyro_vae.training import State, checkpoint, fit, load_weights, read_run
+from pyro_vae.training import State, fit, load_weights, read_run
 
 OPTIONS: dict[str, Any] = {
     "epochs": 4,
@@ -178,7 +179,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
         fit(other, make_data(), run=tmp_path, resume=True, **OPTIONS)
 
 
-def files(run: Path) -> dict[str, Path]:
+def parts(run: Path) -> dict[str, Path]:
     (folder,) = (run / "checkpoints").glob("step-*")
     return {
         "run": run / "run.json",
@@ -192,7 +193,7 @@ def files(run: Path) -> dict[str, Path]:
 @pytest.mark.parametrize("how", ["empty", "noise", "cut", "missing"])
 def test_damaged_files_are_named(tmp_path: Path, part: str, how: str) -> None:
     fit(make_vae(), make_data(), run=tmp_path, **{**OPTIONS, "epochs": 1})
-    path = files(tmp_path)[part]
+    path = parts(tmp_path)[part]
     whole = path.read_bytes()
     damaged = {"empty": b"", "noise": b"\xff\x00noise" * 9, "cut": whole[: len(whole) // 2]}
     if how == "missing":
@@ -218,7 +219,7 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
 
 def test_pointers_stay_inside(tmp_path: Path) -> None:
     fit(make_vae(), make_data(), run=tmp_path, **{**OPTIONS, "epochs": 1})
-    files(tmp_path)["pointer"].write_text(json.dumps({"last": "../../x", "best": None}))
+    parts(tmp_path)["pointer"].write_text(json.dumps({"last": "../../x", "best": None}))
     with pytest.raises(ValueError, match=r"current\.json is damaged"):
         load_weights(tmp_path)
 
@@ -238,7 +239,7 @@ class Trap:
 def test_pickles_are_not_executed(tmp_path: Path, part: str, zipped: bool) -> None:
     run, caught = tmp_path / "run", tmp_path / "caught"
     fit(make_vae(), make_data(), run=run, **{**OPTIONS, "epochs": 1})
-    path = files(run)[part]
+    path = parts(run)[part]
     if zipped:
         torch.save({"weights": Trap(caught)}, path)
     else:
@@ -249,7 +250,7 @@ def test_pickles_are_not_executed(tmp_path: Path, part: str, zipped: bool) -> No
 
 
 @pytest.mark.parametrize("write", range(6))
-@pytest.mark.parametrize("function", ["_write", "os.replace", "os.fsync"])
+@pytest.mark.parametrize("function", ["_create", "os.replace", "os.fsync"])
 def test_a_broken_write_leaves_the_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: int, function: str
 ) -> None:
@@ -257,14 +258,14 @@ def test_a_broken_write_leaves_the_last_checkpoint(
     whole, resumed = make_vae(), make_vae(seed=5)
     fit(whole, make_data(), run=tmp_path / "whole", **OPTIONS)
     run, count = tmp_path / "broken", [-1]
-    owner: Any = checkpoint if function == "_write" else os
+    owner: Any = files if function == "_create" else os
     real = getattr(owner, function.removeprefix("os."))
 
     def breaking(*args: Any) -> Any:
         if count[0] >= 0:
             count[0] += 1
         if count[0] == write + 1:
-            if function == "_write":
+            if function == "_create":
                 real(args[0], args[1][: len(args[1]) // 2])
             raise Stop
         return real(*args)
@@ -282,6 +283,7 @@ def test_a_broken_write_leaves_the_last_checkpoint(
     assert same(weights(whole), weights(resumed))
     assert metrics(run) == metrics(tmp_path / "whole")
     assert len(list((run / "checkpoints").glob("step-*"))) == 1
+    assert not list(run.rglob(".*"))
 
 
 @pytest.mark.slow

@@ -1,0 +1,238 @@
+"""Damages the files of run folders at random, and looks at what the commands make of them.
+
+A damaged file must be refused in one line that names it, or change nothing: weights, state of a
+training, evidence and codes are compared with those of the whole run.
+
+    python benchmarks/mutate.py [mutations] [seed]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import random
+import shutil
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from pyro_vae.__main__ import main as command
+from pyro_vae.estimators import Evidence
+from pyro_vae.training.checkpoint import load_state, load_weights
+
+OPTIONS = ["--encoder.hidden=[11]", "--decoder.hidden=[11]", "--latent_dim=3", "--limit=53"]
+QUIET = "--progress=false"
+ODD = [None, True, -1, 0, 1.5, 10**6, "", "x", "8", [], [1], {}, {"x": 1}, {"class_path": [1]}]
+READERS = {
+    "run.json": ("sample", "encode", "resume"),
+    "config.yaml": ("sample", "resume"),
+    "data.json": ("encode", "sample", "report"),
+    "metrics.csv": ("plot", "report"),
+    "parts.csv": ("plot", "resume"),
+    "evaluation.json": ("report",),
+    "evidence.safetensors": ("report",),
+    "current.json": ("sample", "resume"),
+    "weights.safetensors": ("sample",),
+    "state.pt": ("resume",),
+    "own.npz": ("encode",),
+    "own.csv": ("encode",),
+}
+
+
+def make(folder: Path) -> Path:
+    """A run with all files, and two files of rows beside it."""
+    run, rng = folder / "run", np.random.default_rng(0)
+    np.save(folder / "x.npy", rng.normal(10, 3, (97, 4)).astype(np.float32))
+    given = ["--data", str(folder / "x.npy"), "--likelihood=Normal", "--epochs=2", QUIET]
+    assert command(["train", *OPTIONS, *given, f"--run={run}"]) == 0
+    quick = ["--limit=3", "--num_samples=101", "--elbo_samples=7", QUIET]
+    assert command(["evaluate", str(run), *quick]) == 0
+    x = rng.normal(10, 3, (5, 4)).astype(np.float32)
+    np.savez(run / "own.npz", x=x)
+    np.savetxt(run / "own.csv", x, delimiter=",", header="a,b,c,d", comments="")
+    return run
+
+
+def argv(name: str, run: Path, file: str) -> list[str]:
+    """A command on a run."""
+    if name == "resume":
+        return ["train", "--resume", str(run), "--epochs=3", QUIET]
+    rows = file if file.startswith("own") else "own.npz"
+    more = {"encode": [str(run / rows), f"--out={run / 'codes.csv'}"], "sample": ["--size=2"]}
+    return [name, str(run), *more.get(name, [])]
+
+
+def flipped(data: bytes) -> bytes:
+    place = random.randrange(len(data))
+    return data[:place] + bytes([data[place] ^ 1 << random.randrange(8)]) + data[place + 1 :]
+
+
+def zeroed(data: bytes) -> bytes:
+    place = random.randrange(len(data))
+    return (data[:place] + bytes(32) + data[place + 32 :])[: len(data)]
+
+
+def cut(data: bytes) -> bytes:
+    return data[: random.randrange(len(data))]
+
+
+def doubled(data: bytes) -> bytes:
+    place = random.randrange(len(data))
+    return data[:place] + data[max(0, place - 40) :]
+
+
+def noisy(data: bytes) -> bytes:
+    place = random.randrange(len(data))
+    return data[:place] + random.randbytes(9) + data[place:]
+
+
+def other(_: bytes) -> bytes:
+    return random.choice([b"", b"{}", b"[1, 2]", b"null", b"\xff\x00noise", b"a: [", b"x\n1\n"])
+
+
+def rewritten(data: bytes) -> bytes:
+    """Well-formed JSON or YAML, one of its values or keys another; a cell of a table."""
+    text = data.decode()
+    if not text.startswith("{") and ": " not in text:
+        cells = text.split(",")
+        cells[random.randrange(len(cells))] = random.choice(["x", "", "nan", "-1", "1e999", "1\n"])
+        return ",".join(cells).encode()
+    content = yaml.safe_load(text)
+    places = list(walk(content))
+    inside, key = random.choice(places)
+    if random.random() < 0.3 and isinstance(inside, dict):
+        inside.pop(key)
+        if random.random() < 0.5:
+            inside["unknown"] = 1
+    else:
+        inside[key] = random.choice(ODD)
+    text = json.dumps(content) if text.startswith("{") else yaml.safe_dump(content)
+    return text.encode()
+
+
+def changed_state(data: bytes) -> bytes:
+    """A state that torch can load, with something else inside."""
+    state: Any = torch.load(io.BytesIO(data), weights_only=True)
+    key = random.choice(list(state))
+    if random.random() < 0.3:
+        state.pop(key)
+    else:
+        state[key] = random.choice(ODD)
+    file = io.BytesIO()
+    torch.save(random.choice([state] * 9 + [{}, [], 3]), file)
+    return file.getvalue()
+
+
+def walk(content: Any) -> Any:
+    """All places in nested mappings and lists."""
+    if isinstance(content, dict | list):
+        for key in content if isinstance(content, dict) else range(len(content)):
+            yield content, key
+            yield from walk(content[key])
+
+
+RANDOM = (flipped, zeroed, cut, doubled, noisy, other)
+
+
+def chosen(file: str) -> Callable[[bytes], bytes]:
+    """How to damage a file."""
+    if file == "state.pt":
+        return random.choice([*RANDOM, changed_state])
+    if file.endswith((".safetensors", ".npz")):
+        return random.choice(RANDOM)
+    return random.choice([*RANDOM, *[rewritten] * 6])
+
+
+def digest(value: Any) -> str:
+    """Of nested tensors and numbers."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return hashlib.sha256(file.getvalue()).hexdigest()
+
+
+def kept(run: Path, file: str) -> list[Any]:
+    """What must be as in the whole run, if it can be read at all."""
+    if file == "weights.safetensors":
+        return [digest(load_weights(run, which)) for which in ("best", "last")]
+    if file == "state.pt":
+        return [digest(load_state(run))]
+    if file == "evidence.safetensors":
+        return [digest(vars(Evidence.load(run / file)))]
+    return []
+
+
+def attempt(run: Path, name: str, file: str) -> tuple[str, str]:
+    """How a command ends on a run, and what it says."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            status = command(argv(name, run, file))
+        except SystemExit as stop:
+            status = stop.code
+        except BaseException:
+            return "traceback", traceback.format_exc()
+    lines = [line for line in said.getvalue().splitlines() if not line.startswith("warning")]
+    if status == 0:
+        return "accepted", ""
+    return ("refused" if status == 2 and len(lines) == 1 else "unclear"), said.getvalue()
+
+
+def judged(whole: Path, run: Path, file: str, forged: bool) -> tuple[str, str]:
+    """What becomes of one damaged file: the worst of what the commands do.
+
+    One that is forged, well-formed and without a digest, may be other; it may not crash.
+    """
+    try:
+        silent = not forged and kept(run, file) != kept(whole, file)
+    except Exception:
+        silent = False
+    found = [("silently other", "")] if silent else []
+    found += [attempt(run, name, file) for name in READERS[file]]
+    order = ["traceback", "silently other", "unclear", "refused", "accepted"]
+    return min(found, key=lambda pair: order.index(pair[0]))
+
+
+def main(mutations: int = 296, seed: int = 0) -> int:
+    """The number of mutations that ended in a traceback, a silent change or unclear words."""
+    random.seed(seed)
+    counts: Counter[tuple[str, str]] = Counter()
+    with TemporaryDirectory() as name:
+        whole, run = make(Path(name)), Path(name) / "copy"
+        for _ in range(mutations):
+            shutil.copytree(whole, run)
+            file = random.choice(list(READERS))
+            (path,) = random.sample(sorted(run.rglob(file)), 1)
+            damage = chosen(file)
+            path.write_bytes(damage(path.read_bytes()))
+            if damage is changed_state:
+                pointers = run / "checkpoints/current.json"
+                pointers.write_text(without_digests(pointers.read_text()))
+            how, words = judged(whole, run, file, forged=damage is changed_state)
+            counts[file, how] += 1
+            if how not in ("refused", "accepted"):
+                print(f"{file}, {damage.__name__}: {how}\n{words}")
+            shutil.rmtree(run)
+    total = Counter(how for _, how in counts.elements())
+    for (file, how), count in sorted(counts.items()):
+        print(f"{file:24}{how:16}{count}")
+    print(f"{mutations} mutations: " + ", ".join(f"{n} {how}" for how, n in total.items()))
+    return mutations - total["refused"] - total["accepted"]
+
+
+def without_digests(text: str) -> str:
+    """The pointers of an older version, which nothing holds to its files."""
+    return json.dumps({key: value for key, value in json.loads(text).items() if key != "sha256"})
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(int, sys.argv[1:])) > 0)

@@ -1,0 +1,149 @@
+"""Files: written whole or not at all, inside their folder, by one process at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
+
+__all__ = ["PathLike", "check_folder", "flush_folder", "locked", "reading", "sweep", "write"]
+
+PathLike = str | os.PathLike[str]
+
+
+def write(path: PathLike, content: bytes | str) -> None:
+    """Replaces a file by other content, flushed to disk, wholly or not at all.
+
+    Raises:
+        ValueError: If there is something at `path` that is no plain file, such as a link.
+        OSError: If it cannot be written; the message names the file.
+    """
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise ValueError(f"{path} is a link or no plain file: remove it, or name another file")
+    temporary = path.with_name(f".{uuid4().hex}.tmp")
+    try:
+        _create(temporary, content if isinstance(content, bytes) else content.encode())
+        os.replace(temporary, path)
+        flush_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+def sweep(folder: Path) -> None:
+    """Removes what processes that were killed within `write` have left."""
+    for left in folder.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+def flush_folder(path: Path) -> None:
+    """Makes what was created or replaced in a folder outlast a loss of power."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def check_folder(folder: PathLike) -> None:
+    """Checks that what is below a folder lies there: no links, no devices.
+
+    Raises:
+        ValueError: If there is one; the message names it.
+    """
+    folders = [os.fspath(folder)]
+    while folders:
+        with suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif not entry.is_file(follow_symlinks=False):
+                    raise ValueError(
+                        f"{entry.path} is a link or no plain file, which a run folder may not "
+                        "hold: put the file itself there, or remove it"
+                    )
+
+
+def _create(path: Path, content: bytes) -> None:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    for name in ("O_NOFOLLOW", "O_BINARY"):  # not on every system
+        flags |= getattr(os, name, 0)
+    with open(os.open(path, flags, 0o666), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def reading(path: PathLike) -> Iterator[None]:
+    """Makes of what wrong content raises one ValueError that names the file."""
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        if type(error) is ValueError:  # ours, which says what to do
+            raise ValueError(f"{path}: {error}") from error
+        raise ValueError(
+            f"{path} is damaged: {type(error).__name__}: {error}; restore it from a copy"
+        ) from error
+
+
+@contextmanager
+def locked(path: PathLike) -> Iterator[None]:
+    """Holds a lock file for this process, until it ends in whatever way; makes its folder.
+
+    A folder that holds nothing in the end is removed.
+
+    Raises:
+        ValueError: If another process holds it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    try:
+        if not _lock(handle) or not _is_at(handle, path):
+            raise ValueError(
+                f"{path.parent} is being written by another process: wait until it ends, or "
+                "choose another folder"
+            )
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
+                path.parent.rmdir()
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Whether no other process has locked this file; true where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether a process that has just ended did not remove the file."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(path))
+    except FileNotFoundError:
+        return False
