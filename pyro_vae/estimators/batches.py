@@ -172,7 +172,7 @@ def map_targets(
     Raises:
         ValueError: If x or y are no data (see `check_data`), or `chunk_size` is below one.
     """
-    rows = ROWS if chunk_size is None else chunk_size
+    rows = 4 * ROWS if chunk_size is None else chunk_size
     check_data(x, y)
     if rows < 1:
         raise ValueError(f"chunk_size must be at least 1; got {rows}")
