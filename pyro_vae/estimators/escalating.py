@@ -25,6 +25,7 @@ HARD = 4000  # draws that have to be enough, or else the proposal gets more comp
 CHAINS, TEMPERATURES, LEAPFROG = 256, 20, 3
 CHAINS_COST = (CHAINS + PILOT_CHAINS) * TEMPERATURES * LEAPFROG
 MARGIN = 0.8  # of the tolerance, that a pilot must promise
+TRUSTED = 0.6  # k-hat, near that at which the variance of the weights ends (0.5)
 KHAT = 0.7  # of a pilot of many draws, above which its variance is not believed
 
 
@@ -42,7 +43,7 @@ class Result:
 
     def short(self, tolerance: float) -> Tensor:
         """Whether the draws were not enough [B]."""
-        good = self.evidence.khat < self.evidence.khat_threshold
+        good = self.evidence.khat < self.evidence.khat_threshold.clamp(max=TRUSTED)
         return ~(good & (self.evidence.stderr < tolerance))
 
     def put(self, rows: Tensor, new: Result) -> Result:
@@ -146,7 +147,7 @@ def _by_need(
 
 
 def _draws(fit: Fit, number: int, tolerance: float, exact: Tensor | None) -> Result:
-    evidence = fit.importance_sampling(number, tolerance)
+    evidence = fit.importance_sampling(number, tolerance, TRUSTED)
     if exact is None:
         return Result(evidence, torch.full_like(evidence.log_prob, torch.nan))
     return Result(evidence, fit.log_weights(exact, number)[0].cpu())
@@ -155,7 +156,8 @@ def _draws(fit: Fit, number: int, tolerance: float, exact: Tensor | None) -> Res
 def _chains(fit: Fit, tolerance: float, exact: Tensor | None) -> Result:
     path = Path(Refined(fit), TEMPERATURES, LEAPFROG, "sigmoid")
     weights = path.forward(CHAINS).cpu()
-    evidence = fit.judge(summarise(weights, "annealed, refined", "doubtful"), tolerance)
+    evidence = summarise(weights, "annealed, refined", "doubtful")
+    evidence = fit.judge(evidence, tolerance, TRUSTED)
     if exact is None:
         return Result(evidence, torch.full_like(evidence.log_prob, torch.nan))
     return Result(evidence, path.reverse(exact)[0].cpu())

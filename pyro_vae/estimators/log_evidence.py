@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from pyro_vae.densities import Program
@@ -36,15 +35,15 @@ def log_evidence(
     """log p(x) of each datum, with an error below `tolerance` or a word that it is not.
 
     A proposal is fitted to each datum's posterior (`refined_importance_sampling`). A pilot of
-    400 draws, which are not scored, says how many fresh draws the tolerance needs, 1000 to
-    16,000. Where more than 4000 are needed, or the draws do not pass, the proposal first gets up
-    to 24 more components; where that is not enough, annealed importance sampling starts from it
-    with 256 chains.
+    400 draws, and short walks through the posterior, say how many fresh draws the tolerance
+    needs, 1000 to 4000. Where these are not enough, the proposal gets up to 24 more components,
+    and up to 16,000 draws; where that is not enough, annealed importance sampling starts from
+    it with 256 chains. No draw that chose the number of draws is scored.
 
-    "reliable" means: a standard error below the tolerance, a k-hat below the published
-    threshold, a search for modes that ended, no part of the posterior that draws of the prior
-    found and the estimate did not, and an `audit` that passed: on data simulated from the
-    model, whose latents are known, what is called reliable has them within reach. All else is
+    "reliable" means: a standard error below the tolerance, a k-hat below 0.6 (and below its
+    published threshold), a search for modes that ended, no part of the posterior that draws of
+    the prior found and the estimate did not, and an `audit` that passed: on data simulated from
+    the model, whose latents are known, what is called reliable deserves it. All else is
     "doubtful", and the value is the best estimate reached.
 
     Args:

@@ -136,17 +136,26 @@ class Fit:
         target, proposal = self.target.rows(index), self.proposal.rows(index)
         return Fit(target, proposal, self.simple.rows(index.cpu()), self.complete[index])
 
-    def importance_sampling(self, num_samples: int, tolerance: float = 0.1) -> Evidence:
+    def importance_sampling(
+        self, num_samples: int, tolerance: float = 0.1, khat: float = 1.0
+    ) -> Evidence:
         """Evidence from K fresh draws of each proposal, the guide and the prior."""
-        return self.judge(summarise(self.draw(num_samples), METHOD, "doubtful"), tolerance)
+        evidence = summarise(self.draw(num_samples), METHOD, "doubtful")
+        return self.judge(evidence, tolerance, khat)
 
-    def judge(self, evidence: Evidence, tolerance: float) -> Evidence:
-        """The evidence with a verdict from its errors, and from the draws of the prior."""
+    def judge(self, evidence: Evidence, tolerance: float, khat: float = 1.0) -> Evidence:
+        """The evidence with a verdict from its errors, and from the draws of the prior.
+
+        Args:
+            evidence: What is judged.
+            tolerance: Largest standard error.
+            khat: Largest k-hat, where that is below its published threshold.
+        """
         noise = (evidence.stderr.square() + self.simple.stderr.square()).sqrt()
         missed = self.simple.log_prob - evidence.log_prob > SURPRISE * noise
         precise = evidence.stderr < tolerance
         whole = self.complete.cpu() & ~missed
-        reliable = precise & whole & (evidence.khat < evidence.khat_threshold)
+        reliable = precise & whole & (evidence.khat < evidence.khat_threshold.clamp(max=khat))
         verdict = ["reliable" if good else "doubtful" for good in reliable.tolist()]
         return replace(evidence, verdict=verdict)
 
@@ -223,7 +232,13 @@ def _laplace(target: Target, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def fit_cost(dim: int, num_starts: int = 6) -> int:
     """About how often `fit_proposal` evaluates the model for one datum of one mode."""
-    return SCALE_DRAWS + search_cost(dim, num_starts) + ROUNDS * (dim + 6) + STEPS * DRAWS + 2 * CHECKS
+    return (
+        SCALE_DRAWS
+        + search_cost(dim, num_starts)
+        + ROUNDS * (dim + 6)
+        + STEPS * DRAWS
+        + 2 * CHECKS
+    )
 
 
 def _highest(mass: Tensor, row: Tensor) -> Tensor:
