@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae.densities import Program, densities
-from pyro_vae.estimators.batches import check_data
 from pyro_vae.estimators.evaluating import evaluating
+from pyro_vae.estimators.given import estimator
 
 __all__ = ["Bound", "evidence_lower_bound"]
 
@@ -31,6 +31,7 @@ class Bound:
     rules: dict[str, str]
 
 
+@estimator
 def evidence_lower_bound(
     model: Program,
     guide: Program,
@@ -56,11 +57,6 @@ def evidence_lower_bound(
         ValueError: If `num_samples` or `chunk_size` is below one, or the programs have no
             density per datum (see `densities`).
     """
-    check_data(x, y)
-    if num_samples < 1 or chunk_size < 1:
-        raise ValueError(
-            f"num_samples and chunk_size must be at least 1; got {num_samples} and {chunk_size}"
-        )
     batch = max(1, chunk_size // num_samples)
     parts, rules = [], {}
     with evaluating(model, guide, seed=seed, device=x.device):

@@ -82,8 +82,9 @@ def fit(
     Args:
         vae: A module with Pyro programs `model` and `guide`, all sites inside the plate "data";
             its `initialise(x)`, if any, sees up to 10,000 training rows before the first step.
-        data: A tensor [N, \*E], a pair (x [N, \*E], y [N, C]), or an object with `__len__`,
-            `batch`, `fixed` and `to`. Moved to the device once.
+        data: Rows [N, \*E] (a tensor, array, frame or list), a pair (x [N, \*E], y [N, C]) of
+            them, or an object with `__len__`, `batch`, `fixed` and `to`, as the parts of
+            `data.load_data`. Moved to the device once.
         objective: What is maximised; ELBO() if None.
         run: Folder for settings, metrics.csv and checkpoints; None keeps nothing.
         epochs: Passes over the data.

@@ -14,6 +14,7 @@ from training_cases import QUIET, make_data, make_vae, same, weights
 from pyro_vae.objectives import ELBO
 from pyro_vae.training import fit, load_weights
 from pyro_vae.training.optimizers import make_optimizer, make_schedule
+from pyro_vae.training.rows import as_rows
 from pyro_vae.training.step import StepLoss, Watch
 
 
@@ -28,7 +29,8 @@ from pyro_vae.training.step import StepLoss, Watch
         ({"patience": 3}, "patience needs validation"),
         ({"precision": "8-true"}, "precision must be one of 32-true"),
         ({"objective": pyro.infer.Trace_ELBO()}, "objective must be"),
-        ({"data": [1, 2, 3]}, "data must be a tensor"),
+        ({"data": [1, 2, 3]}, r"data must be of shape \[N, \*E\] .*; got \[3\]"),
+        ({"data": {1, 2}}, "data must be rows .* such as splits.train; got set"),
         ({"data": torch.zeros(0, 7)}, "at least one row"),
         ({"data": (make_data(), torch.zeros(3, 2))}, r"y of data must be of shape \[53, C\]"),
         ({"validation": torch.full((5, 7), torch.nan)}, r"validation must be finite.*\[0, 1, 2\]"),
@@ -173,3 +175,18 @@ def test_y_that_nothing_looks_at_is_refused(validated: bool) -> None:
     pair = make_data(), torch.randn(53, 2)
     with pytest.raises(ValueError, match=r"y of shape \[\d+, 2\] was given.* condition_dim"):
         fit(make_vae(), pair, epochs=1, validation=pair if validated else None, **QUIET)
+
+
+def test_rows_and_pairs_of_other_kinds() -> None:
+    x, y = make_data(), torch.randn(53, 2)
+    for pair in ((x, y), [x, y], (x.numpy(), y.numpy()), (x.tolist(), y.tolist())):
+        rows = as_rows(pair, "data")
+        assert torch.equal(rows.x, x)
+        assert torch.equal(rows.y, y)
+    for alone in (x, x.numpy(), x.tolist(), list(x), x[:2].tolist(), (x, None), x.numpy()[::-1]):
+        rows = as_rows(alone, "data")
+        assert rows.y is None
+        assert rows.x.shape[1:] == (7,)
+    frame = pytest.importorskip("pandas").DataFrame
+    assert torch.equal(as_rows(frame(x.numpy()), "data").x, x)
+    assert torch.equal(as_rows((frame(x.numpy()), frame(y.numpy())), "data").y, y)
