@@ -16,6 +16,7 @@ __all__ = [
     "LARGEST",
     "TakesVAE",
     "as_rows",
+    "as_shape",
     "as_tensor",
     "check_finite",
     "check_real",
@@ -49,9 +50,9 @@ def check_whole(
             continue
         whole = isinstance(value, Integral) and not isinstance(value, bool)
         if not whole or not least <= int(value) <= most:
-            bound = f"{least} or more" if least == 0 else f"at least {least}"
-            bound += f" and at most {most}" if whole and int(value) > most else ""
-            raise ValueError(f"{name} must be a whole number, {bound}; got {_shown(value)}")
+            bound = f"at most {most}" if whole and int(value) > most else f"at least {least}"
+            bound = bound if whole else f"a whole number, {bound}"
+            raise ValueError(f"{name} must be {bound}; got {_shown(value)}")
 
 
 def check_real(
@@ -77,9 +78,25 @@ def check_real(
             continue
         real = isinstance(value, Real) and not isinstance(value, bool)
         if not real or not (math.isfinite(value) and value >= least and value > above):
-            words = {0.0: "positive and finite"}.get(above, "a finite number")
-            words = words if least == -math.inf else f"{least:g} or more and finite"
-            raise ValueError(f"{name} must be {words}; got {_shown(value)}")
+            bounds = [f"above {above:g}" if above else "positive"] if above > -math.inf else []
+            bounds += [f"at least {least:g}"] if least > -math.inf else []
+            if not real or not math.isfinite(value):
+                bounds.insert(0, "a finite number")
+            raise ValueError(f"{name} must be {', '.join(bounds)}; got {_shown(value)}")
+
+
+def as_shape(name: str, value: Any) -> tuple[int, ...]:
+    """Sizes of a shape, of one size or several.
+
+    Raises:
+        ValueError: If there is none, or one is not a whole number from 1.
+    """
+    sizes = tuple(value) if isinstance(value, tuple | list) else (value,)
+    if not sizes:
+        raise ValueError(f"{name} must have at least one size; got {_shown(value)}")
+    for size in sizes:
+        check_whole(**{name: size})
+    return tuple(map(int, sizes))
 
 
 def as_tensor(name: str, value: Any) -> Tensor:

@@ -236,7 +236,7 @@ def at_most(seconds: int) -> Iterator[None]:
 
 
 def complaint(call: Call, argument: str, value: Any) -> str | None:
-    """What is wrong with how a call refuses a value; None where it is taken, "" if refused well."""
+    """What is wrong with how a value is refused; None where it is taken, "" if refused well."""
     try:
         with at_most(SECONDS):
             call(value)

@@ -12,6 +12,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_vae.arguments import check_real
 from pyro_vae.likelihoods.base import Likelihood
 
 __all__ = ["Laplace", "LocationScale", "Normal", "StudentT"]
@@ -45,8 +46,11 @@ class LocationScale(Likelihood):
     ) -> None:
         super().__init__(decoder, data_shape)
         options = ("learned", "per_dimension", "predicted")
-        if not (scale in options or (isinstance(scale, int | float) and scale > 0)):
+        if isinstance(scale, str) and scale not in options:
             raise ValueError(f"scale must be a positive number or one of {options}; got {scale!r}")
+        if not isinstance(scale, str):
+            check_real(above=0, scale=scale)
+        check_real(0, min_scale=min_scale)
         if mean not in ("identity", "sigmoid", "tanh"):
             raise ValueError(f"mean must be 'identity', 'sigmoid' or 'tanh'; got {mean!r}")
         self.scale_option, self.mean_option, self.min_scale = scale, mean, min_scale

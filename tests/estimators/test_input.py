@@ -89,7 +89,7 @@ def test_every_estimator_checks_its_arguments_by_the_one_rule(estimate: Callable
     assert list(inspect.signature(estimate).parameters)[:4] == ["model", "guide", "x", "y"]
     with pytest.raises(ValueError, match="model must be a Pyro program.*; got NoneType"):
         estimate(None, None, X)
-    with pytest.raises(ValueError, match="seed must be a whole number, 0 or more; got 'a'"):
+    with pytest.raises(ValueError, match="seed must be a whole number, at least 0; got 'a'"):
         estimate(make(), X, seed="a")
 
 
