@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from pyro_vae import config
-from pyro_vae.data import Data, Splits, declare, load_data, read_rows, restore
+from pyro_vae.data import Data, Splits, alike, declare, kind_of, load_data, read_rows, restore
 from pyro_vae.training.engine import uses_cuda
 from pyro_vae.vae import VAE
 
@@ -63,6 +63,7 @@ def record(splits: Splits) -> dict[str, Any]:
     return {
         "description": splits.describe(),
         "transform": declare(splits.train.transform),
+        "rows": kind_of(splits.train),
         "conditional": splits.conditional,
         "classes": splits.train.classes,
         "seed": splits.seed,
@@ -87,6 +88,7 @@ def load_run(run: str, data_root: str | None) -> tuple[VAE, Splits]:
             seed=declared["split_seed"],
             conditional=declared["conditional"],
             limit=declared["limit"],
+            even=known["description"].get("even", False),
         )
     except ValueError as error:
         raise ValueError(
@@ -100,7 +102,8 @@ def load_run(run: str, data_root: str | None) -> tuple[VAE, Splits]:
 def own_rows(run: str, file: str, vae: VAE) -> Data:
     """The rows of a user's file, transformed as the run's data were, and checked."""
     known = json.loads(read_part(run, "data.json"))
-    rows = read_rows(file)
+    transform = restore(known["transform"])
+    rows = alike(read_rows(file), known.get("rows", {}), transform)
     if tuple(rows.data_shape) != vae.likelihood.data_shape:
         raise ValueError(
             f"{file} has rows of shape {tuple(rows.data_shape)}; the run was trained on "
@@ -109,7 +112,7 @@ def own_rows(run: str, file: str, vae: VAE) -> Data:
     if known["conditional"] and rows.y is None:
         rows = Data(rows.x, labels=rows.labels, levels=rows.levels, classes=known["classes"])
         rows = rows.one_hot()
-    rows = rows.with_transform(restore(known["transform"])).fixed(known["seed"])
+    rows = rows.with_transform(transform).fixed(known["seed"])
     vae.likelihood.check(rows.batch(torch.arange(len(rows)))[0])
     return rows
 

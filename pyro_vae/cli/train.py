@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from jsonargparse import Namespace
 
 from pyro_vae import config
-from pyro_vae.cli.folder import declared_run, record
+from pyro_vae.cli.folder import declared_run, read_part, record
 from pyro_vae.cli.parts import KlParts
 from pyro_vae.cli.use import draw
 from pyro_vae.data import Data, Splits, load_data, locate
@@ -80,6 +81,7 @@ def train(options: Namespace) -> Path:
 
 
 def _splits(options: Namespace) -> Splits:
+    known = json.loads(read_part(options.resume, "data.json")) if options.resume else {}
     splits = load_data(
         options.data,
         root=options.data_root,
@@ -87,6 +89,7 @@ def _splits(options: Namespace) -> Splits:
         seed=options.split_seed,
         conditional=options.conditional,
         limit=options.limit,
+        even=known.get("description", {"even": True}).get("even", False),
     )
     name = options.transform
     if name == "auto":
