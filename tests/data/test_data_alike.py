@@ -28,8 +28,8 @@ def test_columns_come_in_the_order_of_the_run() -> None:
     for names, words in ((("a", "b", "d"), "missing: c; unknown: d"), (("a", "a", "b"), "c;.* a")):
         with pytest.raises(ValueError, match=words):
             alike(Data(TABLE, columns=names), known, Identity())
+    wide = Data(torch.zeros(2, 4), columns=("a", "b", "c", "d"))
     with pytest.raises(ValueError, match="unknown: d"):
-        wide = Data(torch.zeros(2, 4), columns=("a", "b", "c", "d"))
         alike(wide, known, Identity())
 
 
