@@ -103,12 +103,7 @@ def own_rows(run: str, file: str, vae: VAE) -> Data:
     """The rows of a user's file, transformed as the run's data were, and checked."""
     known = json.loads(read_part(run, "data.json"))
     transform = restore(known["transform"])
-    rows = alike(read_rows(file), known.get("rows", {}), transform)
-    if tuple(rows.data_shape) != vae.likelihood.data_shape:
-        raise ValueError(
-            f"{file} has rows of shape {tuple(rows.data_shape)}; the run was trained on "
-            f"{vae.likelihood.data_shape}: give data of the same columns or image size"
-        )
+    rows = alike(read_rows(file), known.get("rows", {}), transform, vae.likelihood.data_shape)
     if known["conditional"] and rows.y is None:
         rows = Data(rows.x, labels=rows.labels, levels=rows.levels, classes=known["classes"])
         rows = rows.one_hot()

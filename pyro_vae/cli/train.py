@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 
 from pyro_vae import config
 from pyro_vae.cli.folder import declared_run, read_part, record
+from pyro_vae.cli.hints import hints
 from pyro_vae.cli.parts import KlParts
 from pyro_vae.cli.use import draw
 from pyro_vae.data import Data, Splits, load_data, locate
@@ -56,6 +57,9 @@ def train(options: Namespace) -> Path:
     vae.likelihood.check(splits.train.fixed().batch(torch.arange(len(splits.train)))[0])
     if first:
         print(_described(splits, options))
+        likelihood = config.named_class("likelihood", options.likelihood["class_path"])
+        for hint in hints(splits.train, likelihood):
+            print(f"note: {hint}")
     declared = declared_run(folder, _declaration(options, splits), record(splits))
     with declared if first else nullcontext():
         try:
@@ -145,6 +149,8 @@ def _run_folder(options: Namespace) -> Path:
         stem = Path(options.data).stem.lower()
         free = (Path("runs") / f"{stem}-{n}" for n in range(1, 10_000))
         return next(folder for folder in free if not folder.exists())
+    if not options.run.strip():
+        raise ValueError(f"run must name a folder; got {options.run!r}")
     folder = Path(options.run)
     if options.resume is None and (folder / "run.json").exists():
         raise ValueError(f"{folder} holds a run: choose another --run, or go on with --resume")

@@ -28,18 +28,27 @@ def kind_of(rows: Data) -> dict[str, Any]:
     }
 
 
-def alike(rows: Data, known: Mapping[str, Any], transform: Transform) -> Data:
+def alike(
+    rows: Data, known: Mapping[str, Any], transform: Transform, data_shape: tuple[int, ...]
+) -> Data:
     """The rows with columns in the order of the run, once grey levels and units are the run's.
 
     Args:
         rows: Rows of a user's file.
         known: What `kind_of` gave of the training rows; nothing for runs of version 0.1.
         transform: That of the run.
+        data_shape: That of one datum of the run.
 
     Raises:
-        ValueError: If columns are missing or others, or values are on another scale.
+        ValueError: If columns are missing or others, the shape is, or values are on another
+            scale.
     """
     rows = _ordered(rows, known.get("columns"))
+    if tuple(rows.data_shape) != data_shape:
+        raise ValueError(
+            f"{rows.name} has rows of shape {tuple(rows.data_shape)}; the run was trained on "
+            f"{data_shape}: give data of the same columns or image size"
+        )
     levels = known["levels"] if "levels" in known else _levels(transform)
     if levels is not None and rows.levels != levels:
         rows = _grey(rows, levels)

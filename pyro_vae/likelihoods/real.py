@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from typing import Literal
 
@@ -17,6 +18,7 @@ from pyro_vae.likelihoods.base import Likelihood
 
 __all__ = ["Laplace", "LocationScale", "Normal", "StudentT"]
 
+LARGE = 10.0  # deviation of data that a decoder takes long to reach
 ScaleOption = float | Literal["learned", "per_dimension", "predicted"]
 MeanOption = Literal["identity", "sigmoid", "tanh"]
 
@@ -89,6 +91,12 @@ class LocationScale(Likelihood):
     def initialise(self, x: Tensor) -> None:
         """The decoder's start as for every likelihood; a learned scale is the data's deviation."""
         super().initialise(x)
+        if (widest := x.std(0, correction=0).max().item()) > LARGE:
+            message = (
+                f"values deviate by up to {widest:.3g} from their mean, where a decoder's outputs "
+                "start near 1: standardise the data, or divide them by their scale"
+            )
+            warnings.warn(message, UserWarning, stacklevel=2)
         if hasattr(self, "raw_scale"):
             variance = x.var(0, correction=0)
             one = self.scale_option == "learned"

@@ -7,10 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from pyro_vae.data import Data, Identity, Threshold, alike, kind_of
+from pyro_vae.data import Data, Identity, Threshold, Transform, kind_of
+from pyro_vae.data import alike as alike_of_shape
 
 GREY = torch.arange(3 * 1 * 5 * 7).reshape(3, 1, 5, 7).to(torch.uint8)
 TABLE = torch.tensor([[1.0, 20.0, 300.0], [2.0, 30.0, 100.0]])
+
+
+def alike(rows: Data, known: dict[str, Any], transform: Transform) -> Data:
+    shape = (3,) if rows.x.ndim == 2 else (1, 5, 7)
+    return alike_of_shape(rows, known, transform, shape)
 
 
 def images(x: Any, levels: int | None) -> Data:
@@ -56,6 +62,11 @@ def test_a_file_of_more_levels_than_it_uses_is_taken() -> None:
     assert alike(images(GREY % 17, 256), known, Identity()).levels == 17
     with pytest.raises(ValueError, match="from 0 to 16"):
         alike(images(GREY, 256), known, Identity())
+
+
+def test_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"file has rows of shape \(1, 5, 6\); .* on \(1, 5, 7\)"):
+        alike(images(GREY[..., 1:], 256), kind_of(images(GREY, 256)), Identity())
 
 
 def test_grey_values_for_a_run_of_floats_are_refused_and_for_counts_taken() -> None:
