@@ -163,6 +163,6 @@ def _write_all(folder: Path, files: dict[str, str]) -> None:
 
 def _remove_all(folder: Path, files: dict[str, str]) -> None:
     for name in files:
-        (folder / name).unlink()
-    if not any(folder.iterdir()):
+        (folder / name).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

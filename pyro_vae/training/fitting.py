@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["fit"]
 
+FALL = 10.0  # times the first ELBO by which it may fall without a word
+
 
 def fit(
     vae: nn.Module,
@@ -155,8 +157,8 @@ def fit(
     result = engine.run(_train, task)
     if engine.spawns:
         _take(result, vae, objective, precision)
-    if result.collapsed:
-        warnings.warn(result.collapsed, UserWarning, stacklevel=2)
+    for message in filter(None, (result.collapsed, result.fell)):
+        warnings.warn(message, UserWarning, stacklevel=2)
     if result.moving:
         message = (
             f"training ended at step {result.step}, before the schedule of "
@@ -189,6 +191,7 @@ class Result:
     history: History
     step: int
     collapsed: str | None
+    fell: str | None
     moving: list[str]
     vae: dict[str, Tensor]
     objective: dict[str, Tensor]
@@ -214,7 +217,8 @@ def _train(fabric: Fabric, group: Group, task: Task) -> Result:
             collapsed = _report_units(trainer.history, bar)
     moving = objective.unsettled(trainer.step)
     states = vae.state_dict(), objective.state_dict()
-    return Result(trainer.history, trainer.step, collapsed, moving, *states)
+    fell = _fell(trainer.history, trainer.began)
+    return Result(trainer.history, trainer.step, collapsed, fell, moving, *states)
 
 
 def _take(result: Result, vae: nn.Module, objective: Objective, precision: str) -> None:
@@ -272,6 +276,20 @@ def _borrowed(
 
 def _first_tensor(module: nn.Module) -> torch.Tensor | None:
     return next(chain(module.parameters(), module.buffers()), None)
+
+
+def _fell(history: History, began: float | None) -> str | None:
+    """The warning of a training that ended far below its first step."""
+    if began is None:
+        return None
+    elbo = history.final["validation_elbo"]
+    ended = history.final["elbo"] if elbo is None else elbo
+    if not ended < began - FALL * max(1.0, abs(began)):
+        return None
+    return (
+        f"training ended at an ELBO of {ended:.3g} nats, far below the {began:.3g} of its first "
+        "step: lower lr, or set clip_norm"
+    )
 
 
 def _report_units(history: History, bar: Bar) -> str | None:
