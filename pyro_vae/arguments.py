@@ -119,6 +119,8 @@ def as_tensor(name: str, value: Any) -> Tensor:
         array = value.to_numpy() if hasattr(value, "to_numpy") else np.asarray(value)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name} must hold rows of one length: {_line(error)}") from error
+    if array.shape == (0,):
+        raise ValueError(f"{name} must have at least one row; got none")
     if array.dtype.kind not in "fiub":
         raise ValueError(f"{name} must hold real numbers; got {array.dtype} values")
     if array.dtype.kind == "f":
@@ -143,9 +145,8 @@ def check_finite(name: str, value: Tensor) -> None:
     Raises:
         ValueError: If so; the message says which rows.
     """
-    if value.layout != torch.strided or value.is_quantized or value.device.type == "meta":
+    if value.layout != torch.strided or value.device.type == "meta":
         kind = "meta" if value.device.type == "meta" else str(value.layout)[6:]
-        kind = "quantised" if value.is_quantized else kind
         raise ValueError(f"{name} must be a dense tensor of real numbers; got a {kind} one")
     if value.is_complex():
         raise ValueError(f"{name} must hold real numbers; got {str(value.dtype)[6:]} values")

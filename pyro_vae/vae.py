@@ -11,7 +11,7 @@ from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_vae.arguments import as_tensor, check_finite, check_whole
+from pyro_vae.arguments import as_rows, as_tensor, check_finite, check_whole
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.posteriors import Posterior
 from pyro_vae.priors import Prior
@@ -147,7 +147,7 @@ class VAE(nn.Module):
         Raises:
             ValueError: If the likelihood does not support the data.
         """
-        x = self._cast(x)
+        x = self._cast(as_rows("x", x))
         self.likelihood.check(x)
         if not self.initialised:
             for part in (self.likelihood, self.posterior, self.prior):

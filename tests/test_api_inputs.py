@@ -33,6 +33,8 @@ WRONG = ("a", True, 1 + 1j, [], {}, object(), b"3", NAN, torch.ones(2))
 WHOLE = (*WRONG, None, 0, -1, 1.5, INF, -INF, [3], "3")  # none is a whole number from 1
 REAL = (*WRONG, None, -1, -INF, INF)  # none is a positive number
 NOT_NONE = tuple(value for value in WHOLE if value is not None)
+DEVICES = tuple(value for value in WRONG if value is not True)
+BETA = tuple(value for value in (*WRONG, None, -1, INF, -INF) if not isinstance(value, Tensor))
 NOT_ZERO = tuple(value for value in WHOLE if type(value) is not int or value != 0)
 ROWS = {
     "None": lambda: None,
@@ -55,7 +57,9 @@ ROWS = {
     "numpy complex": lambda: X.numpy().astype(complex),
     "sparse": lambda: X.to_sparse(),
     "meta": lambda: X.to("meta"),
-    "quantised": lambda: torch.quantize_per_tensor(X, 0.1, 0, torch.quint8),
+    "frame of text": lambda: frame(np.full((N, F), "a")),
+    "frame with a hole": lambda: frame(np.where(np.eye(N, F) > 0, NAN, 1.0)),
+    "series": lambda: frame(np.full((N, F), NAN))[0],
     "numpy text": lambda: np.full((N, F), "a"),
     "numpy objects": lambda: np.full((N, F), None),
     "numpy dates": lambda: np.zeros((N, F), "datetime64[s]"),
@@ -75,10 +79,17 @@ PLAIN = {
     "numpy uint8": lambda: X.numpy().astype(np.uint8),
     "numpy bool": lambda: X.numpy().astype(bool),
     "numpy strided": lambda: X.numpy()[::-1],
+    "frame": lambda: frame(X.numpy()),
     "list": lambda: X.tolist(),
     "list of arrays": lambda: list(X.numpy()),
     "list of tensors": lambda: list(X),
 }
+
+
+def frame(x: np.ndarray) -> Any:
+    return pytest.importorskip("pandas").DataFrame(x)
+
+
 PROGRAMS = (None, "model", 3, [], object(), X)
 SMALL: dict[str, Any] = {"epochs": 1, "progress": False, "accelerator": "cpu"}
 
@@ -146,7 +157,7 @@ def of_numbers() -> Iterator[tuple[str, str, Call, tuple[Any, ...]]]:
     positive = (*(value for value in REAL if value is not None), 0)
     yield "fit", "clip_norm", lambda v: pyro_vae.fit(vae(), X, clip_norm=v, **SMALL), positive
     yield "fit", "seed", lambda v: pyro_vae.fit(vae(), X, seed=v, **SMALL), (*NOT_ZERO, 2**64)
-    yield "fit", "devices", lambda v: pyro_vae.fit(vae(), X, devices=v, **SMALL), WRONG
+    yield "fit", "devices", lambda v: pyro_vae.fit(vae(), X, devices=v, **SMALL), DEVICES
     yield "build", "latent_dim", lambda v: pyro_vae.build(F, v), WHOLE
     yield "build", "condition_dim", lambda v: pyro_vae.build(F, 2, condition_dim=v), NOT_ZERO
     yield "build", "data_shape", lambda v: pyro_vae.build(v, 2), (*WRONG, None, 0, -1, (), (0,))
@@ -185,7 +196,7 @@ def of_numbers() -> Iterator[tuple[str, str, Call, tuple[Any, ...]]]:
     for kind in (networks.MLP, networks.GatedMLP):
         call = lambda v, k=kind: k(F, 2, condition_dim=v)  # noqa: E731
         yield kind.__name__, "condition_dim", call, NOT_ZERO
-    yield "scale_latents", "beta", lambda v: scale_latents(vae().model, v), floor
+    yield "scale_latents", "beta", lambda v: scale_latents(vae().model, v), BETA
     yield "ELBO", "beta", lambda v: objectives.ELBO(v), (*WRONG, None, -1, INF, -INF)
     yield "IWAE", "num_particles", lambda v: objectives.IWAE(v), WHOLE
     yield "load_data", "limit", lambda v: data.load_data("digits", limit=v), NOT_NONE
@@ -254,9 +265,11 @@ def complaint(call: Call, argument: str, value: Any) -> str | None:
 CASES: dict[str, tuple[Call, str, Any, bool]] = {}
 for owner, argument, call in of_rows():
     for kind, make_value in ROWS.items():
-        taken = argument in ("y", "validation") and kind == "None"
+        taken = argument == "validation" and kind == "None"
+        taken |= owner in ("encode", "reconstruct") and argument == "x" and kind == "no rows"
         CASES[f"{owner}-{argument}-{kind}"] = (call, argument, make_value, taken)
-    for kind, make_value in PLAIN.items():
+    quick = owner not in ("refined", "annealed", "bidirectional", "log_evidence")
+    for kind, make_value in PLAIN.items() if quick else ():
         CASES[f"{owner}-{argument}-{kind}"] = (call, argument, make_value, True)
 for owner, argument, call, values in of_numbers():
     for value in values:
@@ -264,8 +277,9 @@ for owner, argument, call, values in of_numbers():
         CASES[key[:80]] = (call, argument, lambda v=value: v, False)
 for owner, argument, call in of_programs():
     for value in PROGRAMS:
+        taken = argument == "objective" and value is None
         CASES[f"{owner}-{argument}-{type(value).__name__}"] = (
-            call, argument, lambda v=value: v, False,
+            call, argument, lambda v=value: v, taken,
         )  # fmt: skip
 
 

@@ -246,7 +246,7 @@ def _check(
     if not isinstance(objective, Objective):
         raise ValueError(
             "objective must be one of pyro_vae.objectives, such as ELBO(); got "
-            f"{objective!r}: for Pyro's own, use pyro.infer.SVI"
+            f"{type(objective).__name__}: for Pyro's own, use pyro.infer.SVI"
         )
     if patience is not None and validation is None:
         raise ValueError("patience needs validation data: give validation=, or no patience")
