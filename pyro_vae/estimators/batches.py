@@ -90,7 +90,10 @@ class Work(Generic[T]):
         batches = torch.arange(len(self.x), device=self.x.device).split(self.size)
         results = []
         keep_memory()
-        with evaluating(self.model, self.guide, seed=None, device=self.x.device):
+        with (
+            pyro.validation_enabled(True),  # in other processes too
+            evaluating(self.model, self.guide, seed=None, device=self.x.device),
+        ):
             for i, rows in enumerate(track(batches, self.title or "", self.title is not None)):
                 number = [self.seed % 2**64, self.number + i]
                 noise = np.random.SeedSequence(number).generate_state(1, np.uint64)

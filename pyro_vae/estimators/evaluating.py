@@ -24,9 +24,6 @@ def evaluating(
 ) -> Iterator[None]:
     """Every module that runs inside is in eval mode; all is as it was afterwards.
 
-    Pyro's checks of arguments and of supports are on, whatever flags are set outside: a density
-    of data that are impossible is no number to report.
-
     Modules that a program is a method of are switched with all they hold. Those that plain
     functions reach are found as they run, by a hook before their forward pass, in this thread.
 
@@ -41,7 +38,6 @@ def evaluating(
         forked(device, seed),
         torch.set_grad_enabled(grad),
         _eval_mode(programs),
-        pyro.validation_enabled(True),
         store.scope(store.get_state()),
         OwnParameters(),
     ):

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+import pyro
+
 from pyro_vae.arguments import TakesVAE, as_rows, check_real, check_whole, programs
 from pyro_vae.densities import Program
 
@@ -20,6 +22,8 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
     """Lets a function of (model, guide, x, y, *, ...) be called as (vae, x, y, ...) too.
 
     x and y may be tensors, arrays, frames or lists; they and the numbers are checked, by name.
+    Pyro's own checks are on, whatever flags are set: a density of data that are impossible is no
+    number to report.
     """
     signature = inspect.signature(function)
 
@@ -34,7 +38,8 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
                 raise ValueError(f"y must have a row for each of the {len(x)} of x; got {len(y)}")
         for name, value in given.items():
             check_number(name, value, optional=signature.parameters[name].default is None)
-        return function(*bound.args, **bound.kwargs)
+        with pyro.validation_enabled(True):
+            return function(*bound.args, **bound.kwargs)
 
     return call
 
