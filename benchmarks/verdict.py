@@ -94,12 +94,8 @@ def line(limit: float = 9.0, number: int = 20_001) -> Tensor:
 
 def linear(dim: int, number: int, sigma: float) -> Block:
     W = torch.randn(dim, number) / dim**0.5
-    evidence = dist.MultivariateNormal(
-        torch.zeros(number), W.T @ W + sigma**2 * torch.eye(number)
-    )
-    return Block(
-        normal(dim), lambda z: dist.Normal(z @ W, sigma).to_event(1), evidence.log_prob
-    )
+    evidence = dist.MultivariateNormal(torch.zeros(number), W.T @ W + sigma**2 * torch.eye(number))
+    return Block(normal(dim), lambda z: dist.Normal(z @ W, sigma).to_event(1), evidence.log_prob)
 
 
 def mirror(sigma: float, at: float = 0.0) -> Block:
@@ -119,7 +115,12 @@ def ring(sigma: float) -> Block:
     def likelihood(z: Tensor) -> Any:
         return dist.Normal(z.norm(dim=-1, keepdim=True), sigma).to_event(1)
 
-    return Block(normal(2), likelihood, log_evidence, lambda z: z.norm(dim=-1, keepdim=True) / 2**0.5 * torch.ones(2))
+    return Block(
+        normal(2),
+        likelihood,
+        log_evidence,
+        lambda z: z.norm(dim=-1, keepdim=True) / 2**0.5 * torch.ones(2),
+    )
 
 
 def pair(sigma: float) -> Block:
@@ -213,7 +214,9 @@ def split(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return list(x.split(list(sizes), -1))
 
 
-def world(blocks: Sequence[Block], rows: int, *, rotated: bool = False, plain: bool = False) -> World:
+def world(
+    blocks: Sequence[Block], rows: int, *, rotated: bool = False, plain: bool = False
+) -> World:
     """Independent blocks side by side; Normal latents may be mixed by a rotation."""
     sizes = [block.prior.event_shape[0] for block in blocks]
     used = [block for block in blocks if block.likelihood is not None]
@@ -383,7 +386,10 @@ FAMILIES: dict[str, Sequence[Callable[[int], World]]] = {
         lambda n: world([voted(normal(1), 7, 1.0) for _ in range(2)], n, plain=True),
         lambda n: world([voted(normal(1), 11, 1.5) for _ in range(19)], n, plain=True),
     ],
-    "sines": [lambda n: world([bumps(11)], n), lambda n: world([bumps(7), bumps(13), idle(normal(5))], n)],
+    "sines": [
+        lambda n: world([bumps(11)], n),
+        lambda n: world([bumps(7), bumps(13), idle(normal(5))], n),
+    ],
     "mirror": [
         lambda n: world([mirror(0.15), linear(10, 13, 0.2)], n),
         lambda n: world([mirror(0.08), linear(42, 31, 0.15)], n),
@@ -413,8 +419,12 @@ FAMILIES: dict[str, Sequence[Callable[[int], World]]] = {
         lambda n: world([wave(0.3, 3.0), wave(0.4, 5.0), linear(11, 9, 0.2)], n),
     ],
     "Student's t, idle": [
-        lambda n: world([*(seen(student(3.0, 1), 0.1) for _ in range(3)), idle(student(3.0, 5))], n),
-        lambda n: world([*(seen(student(2.0, 1), 0.07) for _ in range(7)), idle(student(2.0, 11))], n),
+        lambda n: world(
+            [*(seen(student(3.0, 1), 0.1) for _ in range(3)), idle(student(3.0, 5))], n
+        ),
+        lambda n: world(
+            [*(seen(student(2.0, 1), 0.07) for _ in range(7)), idle(student(2.0, 11))], n
+        ),
     ],
     "Laplace, idle": [
         lambda n: world([*(seen(laplace(1), 0.1) for _ in range(4)), idle(laplace(7))], n),
@@ -426,7 +436,13 @@ FAMILIES: dict[str, Sequence[Callable[[int], World]]] = {
     ],
     "spike and slab": [
         lambda n: world([seen(spike_and_slab(0.03, 1), 0.2) for _ in range(3)], n),
-        lambda n: world([*(seen(spike_and_slab(0.05, 1), 0.3) for _ in range(7)), idle(spike_and_slab(0.02, 4))], n),
+        lambda n: world(
+            [
+                *(seen(spike_and_slab(0.05, 1), 0.3) for _ in range(7)),
+                idle(spike_and_slab(0.02, 4)),
+            ],
+            n,
+        ),
     ],
     "simplex": [lambda n: simplex(0.3, 4, 7, n), lambda n: simplex(0.1, 7, 5, n)],
     "mixture prior": [lambda n: mixture_prior(2, 3, n), lambda n: mixture_prior(11, 7, n)],
@@ -454,7 +470,9 @@ def summary(name: str, world: World, evidence: Evidence, seconds: float) -> dict
         "within 2 se": int((good & within).sum()),
         "bias": error[good].mean().item() if good.any() else math.nan,
         "rms": error[good].square().mean().sqrt().item() if good.any() else math.nan,
-        "worst z": (error / (evidence.stderr + 1e-3))[good].abs().max().item() if good.any() else 0.0,
+        "worst z": (error / (evidence.stderr + 1e-3))[good].abs().max().item()
+        if good.any()
+        else 0.0,
         "plain": world.plain,
         "audit": str(getattr(evidence, "audit", "")),
         "methods": sorted(set(evidence.method)),
@@ -462,14 +480,21 @@ def summary(name: str, world: World, evidence: Evidence, seconds: float) -> dict
     }
 
 
-def judge(families: Sequence[str], rows: int, seed: int, **options: Any) -> Iterator[dict[str, Any]]:
+def judge(
+    families: Sequence[str], rows: int, seed: int, **options: Any
+) -> Iterator[dict[str, Any]]:
     """A summary of each world."""
     for family in families:
         for size in (0, 1):
             world = make(family, size, rows, seed)
             start = time.perf_counter()
             evidence = log_evidence(world.model, world.guide, world.x, **options)
-            yield summary(f"{family}, {'small' if size == 0 else 'large'}", world, evidence, time.perf_counter() - start)
+            yield summary(
+                f"{family}, {'small' if size == 0 else 'large'}",
+                world,
+                evidence,
+                time.perf_counter() - start,
+            )
 
 
 def main() -> None:
@@ -484,7 +509,9 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     done = []
     options = {} if arguments.audit == "default" else {"audit": arguments.audit == "true"}
-    print(f"{'world':32}{'reliable':>9}{'false':>6}{'2 se':>6}{'bias':>8}{'rms':>7}{'worst z':>8}{'s':>7}")
+    print(
+        f"{'world':32}{'reliable':>9}{'false':>6}{'2 se':>6}{'bias':>8}{'rms':>7}{'worst z':>8}{'s':>7}"
+    )
     for row in judge(arguments.families, arguments.rows, arguments.seed, **options):
         done.append(row)
         print(
@@ -493,11 +520,18 @@ def main() -> None:
             f"{row['seconds']:>7} {row['audit']}",
             flush=True,
         )
-    total = {key: sum(row[key] for row in done) for key in ("rows", "reliable", "false", "within 2 se")}
+    total = {
+        key: sum(row[key] for row in done) for key in ("rows", "reliable", "false", "within 2 se")
+    }
     print(total, "coverage", total["within 2 se"] / max(1, total["reliable"]))
     plain = [row for row in done if row["plain"]]
     if plain:
-        print("plain:", sum(row["reliable"] for row in plain), "of", sum(row["rows"] for row in plain))
+        print(
+            "plain:",
+            sum(row["reliable"] for row in plain),
+            "of",
+            sum(row["rows"] for row in plain),
+        )
     if arguments.out:
         arguments.out.write_text(json.dumps(done, indent=1))
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vae import likelihoods, networks, objectives, posteriors, priors
+from pyro_vae.arguments import as_shape, check_whole
 from pyro_vae.files import reading
 from pyro_vae.training import load_weights, put_weights, read_run
 from pyro_vae.vae import VAE
@@ -83,9 +84,9 @@ def build(
         ValueError: If a name or option is unknown (with the closest known one), or an option has
             the wrong type.
     """
-    if latent_dim < 1:
-        raise ValueError(f"latent_dim must be at least 1; got {latent_dim}")
-    shape = (data_shape,) if isinstance(data_shape, int) else tuple(data_shape)
+    check_whole(latent_dim=latent_dim)
+    check_whole(0, condition_dim=condition_dim)
+    shape = as_shape("data_shape", data_shape)
     declared = {
         "prior": component("prior", prior),
         "likelihood": component("likelihood", likelihood),

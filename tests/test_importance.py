@@ -373,8 +373,8 @@ def test_a_program_with_parameters_of_its_own_is_read_and_leaves_the_store(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_samples": 0}, "must be at least 1; got 0 and 1000"),
-        ({"chunk_size": 0}, "must be at least 1; got 5000 and 0"),
+        ({"num_samples": 0}, "num_samples must be at least 1; got 0"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1; got 0"),
         ({"proposal": "posterior"}, "proposal must be 'guide' or 'prior'; got 'posterior'"),
     ],
 )

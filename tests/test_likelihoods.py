@@ -301,7 +301,7 @@ def test_negative_binomial_by_its_own_formula() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: likelihoods.Normal(Raw(), (3,), scale=0.0), "scale must be a positive number"),
+        (lambda: likelihoods.Normal(Raw(), (3,), scale=0.0), "scale must be positive; got 0.0"),
         (lambda: likelihoods.Normal(Raw(), (3,), scale="nope"), "got 'nope'"),
         (lambda: likelihoods.Laplace(Raw(), (3,), mean="nope"), "mean must be 'identity'"),
         (lambda: likelihoods.Categorical(Raw(), (3,), levels=1), "levels must be at least 2"),

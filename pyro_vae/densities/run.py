@@ -11,6 +11,7 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import takes_vae
 from pyro_vae.densities.handlers import OwnParameters, Program, particle_plate
 from pyro_vae.densities.result import Densities, Latents, Site
 from pyro_vae.densities.sites import check_latents, sample_sites, traced
@@ -18,6 +19,7 @@ from pyro_vae.densities.sites import check_latents, sample_sites, traced
 __all__ = ["densities", "draw_latents", "log_joint", "log_weights", "registered_densities"]
 
 
+@takes_vae
 def densities(
     model: Program, guide: Program, x: Tensor, y: Tensor | None = None, *, num_particles: int = 1
 ) -> Densities:
@@ -28,7 +30,8 @@ def densities(
     alone: parameters are those of the modules.
 
     Args:
-        model: Pyro model of (x) or (x, y), all its sites inside one plate "data" at dim -1.
+        model: Pyro model of (x) or (x, y), all its sites inside one plate "data" at dim -1; or
+            a VAE, which stands for its model and guide: densities(vae, x).
         guide: Pyro guide of the same arguments.
         x: Data [B, *E].
         y: What is conditioned on [B, C], or None.

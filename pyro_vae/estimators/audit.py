@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.densities import Program
-from pyro_vae.estimators.batches import check_data, map_targets
-from pyro_vae.estimators.bidirectional import NotSimulated, simulate
+from pyro_vae.estimators.batches import map_targets
+from pyro_vae.estimators.bidirectional import simulate
 from pyro_vae.estimators.escalating import escalate
 from pyro_vae.estimators.evidence import Evidence
+from pyro_vae.estimators.given import estimator
 from pyro_vae.estimators.target import Target
 
 __all__ = ["Audit", "audit", "kept_audit"]
@@ -73,6 +74,7 @@ class Audit:
         return f"Audit({self})"
 
 
+@estimator
 def audit(
     model: Program,
     guide: Program,
@@ -125,9 +127,6 @@ def audit(
         Cusumano-Towner and Mansinghka. AIDE: an algorithm for measuring the accuracy of
         probabilistic inference algorithms. 2017.
     """
-    check_data(x, y)
-    if num_data < 1:
-        raise ValueError(f"num_data must be at least 1; got {num_data}")
     rows = (torch.arange(num_data, device=x.device) * max(1, len(x) // num_data)) % len(x)
     limit = math.inf if budget is None else budget
     parts = map_targets(
@@ -141,7 +140,9 @@ def audit(
         devices=devices,
         progress=progress,
     )
-    return Audit(Evidence.cat([part.evidence for part in parts]), torch.cat([p.upper for p in parts]))
+    return Audit(
+        Evidence.cat([part.evidence for part in parts]), torch.cat([p.upper for p in parts])
+    )
 
 
 def _audited(template: Target, tolerance: float, budget: float) -> Audit:

@@ -52,8 +52,7 @@ def add_components(target: Target, proposal: Proposal) -> Proposal:
         u, log_p = torch.cat([u, fresh]), torch.cat([log_p, target.log_joint(fresh)])
         sources = [proposal, *extra]
         density = [
-            torch.cat([old, source.log_prob(fresh)])
-            for old, source in zip(density, sources[:-1])
+            torch.cat([old, source.log_prob(fresh)]) for old, source in zip(density, sources[:-1])
         ] + [extra[-1].log_prob(u)]
     return _weighed([proposal, *extra], torch.stack(density), log_p)
 

@@ -17,7 +17,14 @@ from torch.distributions.transforms import identity_transform
 
 from pyro_vae.densities import Densities, Site
 
-__all__ = ["Coordinates", "NormalScores", "coordinates", "holds_tensor", "is_delta", "normal_units"]
+__all__ = [
+    "Coordinates",
+    "NormalScores",
+    "coordinates",
+    "holds_tensor",
+    "is_delta",
+    "normal_units",
+]
 
 DRAWS = 64  # of a prior, behind its centre and spread
 PAIRS = 4  # of draws, which show whether coordinates are independent

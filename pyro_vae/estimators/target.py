@@ -11,8 +11,21 @@ import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
-from pyro_vae.densities import Densities, Program, densities, draw_latents, log_joint, particle_plate
-from pyro_vae.estimators.coordinates import Coordinates, coordinates, holds_tensor, is_delta, normal_units
+from pyro_vae.densities import (
+    Densities,
+    Program,
+    densities,
+    draw_latents,
+    log_joint,
+    particle_plate,
+)
+from pyro_vae.estimators.coordinates import (
+    Coordinates,
+    coordinates,
+    holds_tensor,
+    is_delta,
+    normal_units,
+)
 from pyro_vae.estimators.fast import CompiledTarget
 
 __all__ = ["ROWS", "Target", "gradients"]

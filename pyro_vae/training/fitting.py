@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["fit"]
 
+FALL = 10.0  # times the first ELBO by which it may fall without a word
+
 
 def fit(
     vae: nn.Module,
@@ -84,8 +86,9 @@ def fit(
     Args:
         vae: A module with Pyro programs `model` and `guide`, all sites inside the plate "data";
             its `initialise(x)`, if any, sees up to 10,000 training rows before the first step.
-        data: A tensor [N, \*E], a pair (x [N, \*E], y [N, C]), or an object with `__len__`,
-            `batch`, `fixed` and `to`. Moved to the device once.
+        data: Rows [N, \*E] (a tensor, array, frame or list), a pair (x [N, \*E], y [N, C]) of
+            them, or an object with `__len__`, `batch`, `fixed` and `to`, as the parts of
+            `data.load_data`. Moved to the device once.
         objective: What is maximised; ELBO() if None.
         run: Folder for settings, metrics.csv and checkpoints; None keeps nothing.
         epochs: Passes over the data.
@@ -157,8 +160,8 @@ def fit(
     result = engine.run(_train, task)
     if engine.spawns:
         _take(result, vae, objective, precision)
-    if result.collapsed:
-        warnings.warn(result.collapsed, UserWarning, stacklevel=2)
+    for message in filter(None, (result.collapsed, result.fell)):
+        warnings.warn(message, UserWarning, stacklevel=2)
     if result.moving:
         message = (
             f"training ended at step {result.step}, before the schedule of "
@@ -191,6 +194,7 @@ class Result:
     history: History
     step: int
     collapsed: str | None
+    fell: str | None
     moving: list[str]
     vae: dict[str, Tensor]
     objective: dict[str, Tensor]
@@ -222,7 +226,8 @@ def _train_locked(fabric: Fabric, group: Group, task: Task) -> Result:
             collapsed = _report_units(trainer.history, bar)
     moving = objective.unsettled(trainer.step)
     states = vae.state_dict(), objective.state_dict()
-    return Result(trainer.history, trainer.step, collapsed, moving, *states)
+    fell = _fell(trainer.history, trainer.began)
+    return Result(trainer.history, trainer.step, collapsed, fell, moving, *states)
 
 
 def _take(result: Result, vae: nn.Module, objective: Objective, precision: str) -> None:
@@ -250,7 +255,7 @@ def _check(
     if not isinstance(objective, Objective):
         raise ValueError(
             "objective must be one of pyro_vae.objectives, such as ELBO(); got "
-            f"{objective!r}: for Pyro's own, use pyro.infer.SVI"
+            f"{type(objective).__name__}: for Pyro's own, use pyro.infer.SVI"
         )
     if patience is not None and validation is None:
         raise ValueError("patience needs validation data: give validation=, or no patience")
@@ -280,6 +285,20 @@ def _borrowed(
 
 def _first_tensor(module: nn.Module) -> torch.Tensor | None:
     return next(chain(module.parameters(), module.buffers()), None)
+
+
+def _fell(history: History, began: float | None) -> str | None:
+    """The warning of a training that ended far below its first step."""
+    if began is None:
+        return None
+    elbo = history.final["validation_elbo"]
+    ended = history.final["elbo"] if elbo is None else elbo
+    if not ended < began - FALL * max(1.0, abs(began)):
+        return None
+    return (
+        f"training ended at an ELBO of {ended:.3g} nats, far below the {began:.3g} of its first "
+        "step: lower lr, or set clip_norm"
+    )
 
 
 def _report_units(history: History, bar: Bar) -> str | None:

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -68,6 +69,7 @@ class Trainer:
         self.history = History()
         self.epoch = self.step = self.offset = 0  # epochs, steps, batches of this epoch done
         self.seconds = 0.0  # of this epoch, before `began`
+        self.began: float | None = None  # ELBO of the first step
         self.best: dict[str, Tensor] | None = None
         self.adversary: Adversary | None = None
         self.compiled: EagerStep | CompiledStep | None = None  # made when it is first needed
@@ -227,7 +229,10 @@ class Trainer:
     def _look(self, bar: Bar) -> None:
         """Reads the device: whether all was finite, and the means for the bar."""
         self.watch.check()
-        bar.show(self.epoch + 1, self.offset, self._means())
+        means = self._means()
+        if self.began is None:
+            self.began = means["elbo"]
+        bar.show(self.epoch + 1, self.offset, means)
 
     def _means(self) -> dict[str, float]:
         """Of the data of this epoch so far, in nats."""
@@ -278,6 +283,11 @@ class Trainer:
         self.group.agree(dict(self.vae.named_buffers()))
         state = self._state()
         if self.group.rank == 0:
+            if not (Path(self.run) / "run.json").exists():
+                raise ValueError(
+                    f"{self.run} was removed or renamed while it was trained: its run.json is "
+                    "gone; train anew, and leave the folder where it is"
+                )
             save_checkpoint(self.run, self.vae.state_dict(), state, best=best)
             write_metrics(self.run, self.history.rows)
 
