@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "likelihoods": {"torch", "pyro", "distributions"},
     "posteriors": {"torch", "pyro", "distributions"},
     "vae": {"torch", "pyro", "priors", "likelihoods", "posteriors"},
-    "densities": {"torch", "pyro"},
+    "densities": {"torch", "pyro", "generators"},
     "marginals": {"torch"},
     "compiling": {"torch", "pyro", "products"},
     "products": {"torch"},

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae.densities import Program, densities
+from pyro_vae.densities.evaluating import evaluating
 from pyro_vae.estimators.batches import check_data
-from pyro_vae.estimators.evaluating import evaluating
 
 __all__ = ["Bound", "evidence_lower_bound"]
 
