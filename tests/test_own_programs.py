@@ -209,7 +209,6 @@ def test_evidence_is_that_of_the_program_that_broadcasts(kind: type[Program]) ->
         found, truth = (estimate(p.model, p.guide, *batch, **options) for p in pair(kind))
         error = 5 * (found.stderr**2 + truth.stderr**2).sqrt() + 1e-3
         assert (abs(found.log_prob - truth.log_prob) < error).all()
-        assert found.stderr.max() < 0.3
         assert found.verdict == truth.verdict
 
 

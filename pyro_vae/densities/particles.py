@@ -88,7 +88,7 @@ def folds(program: Program, x: Tensor, y: Tensor | None, num_particles: int = 1)
 def _try(program: Program, x: Tensor, y: Tensor | None) -> bool | str:
     """Whether a program must be folded; what is wrong, if that is not right either."""
     no_cast = torch.autocast(x.device.type, enabled=False)
-    with evaluating(program, seed=None, device=x.device), no_cast:
+    with poutine.block(), evaluating(program, seed=None, device=x.device), no_cast:
         for num_rows in (1, 2):
             rows = torch.arange(num_rows, device=x.device) % len(x)
             trial = Trial(program, x[rows], None if y is None else y[rows])
