@@ -46,10 +46,12 @@ def registered_densities(
     model: Program, guide: Program, x: Tensor, y: Tensor | None = None, *, num_particles: int = 1
 ) -> Densities:
     """As `densities`, for `pyro.infer.SVI`: parameters are registered as the programs ask."""
-    guide_trace = run_program(guide, x, y, num_particles)
+    fold = [folds(program, x, y, num_particles) for program in (guide, model)]  # before SVI looks
+    guide_trace = run_program(guide, x, y, num_particles, fold=fold[0])
     guide_sites = sample_sites(guide_trace, "guide")
     replay = poutine.replay(trace=guide_trace)
-    model_sites = sample_sites(run_program(model, x, y, num_particles, replay), "model")
+    model_trace = run_program(model, x, y, num_particles, replay, fold=fold[1])
+    model_sites = sample_sites(model_trace, "model")
     latent = [name for name, site in model_sites.items() if not site["is_observed"]]
     check_latents(latent, list(guide_sites))
     frames = {f.name: f for f in model_sites[latent[0]]["cond_indep_stack"]}
