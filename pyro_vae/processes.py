@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -50,7 +52,11 @@ class Exchange:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """For a process that works: its error is kept, if it is the first."""
+        """For a process that works: its error is kept, if it is the first.
+
+        It ends with the one that started it, however that ends.
+        """
+        Thread(target=_end_with_parent, daemon=True).start()
         try:
             yield
         except Exception as error:
@@ -80,6 +86,13 @@ class Exchange:
             )
         except Exception:  # of a kind that cannot be sent
             return RuntimeError(str(error))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def in_processes(function: Callable[..., T], parts: Sequence[Any], device: str) -> list[T]:

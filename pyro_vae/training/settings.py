@@ -29,6 +29,7 @@ class Settings:
     seed: int
     checkpoint_every: int | None
     compile: bool = False
+    threads: int = 1
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "patience", "checkpoint_every"):
