@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,8 @@ def threads(part: torch.Tensor) -> tuple[int, torch.Tensor]:
 
 
 def beats(file: str) -> None:
+    """Goes on for ever, whatever signal comes, as what waits for another process does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
         Path(file).touch()
         time.sleep(0.02)
