@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vae import likelihoods, networks, objectives, posteriors, priors
+from pyro_vae.memory import parameters_that_fit
 from pyro_vae.training import load_weights, read_run
 from pyro_vae.vae import VAE
 
@@ -48,6 +49,7 @@ BASES: dict[str, type] = {
 INJECTED = {"latent_dim", "data_shape", "posterior", "encoder", "decoder", "in_shape", "out_shape"}
 
 
+@parameters_that_fit()
 def build(
     data_shape: int | Iterable[int],
     latent_dim: int,
@@ -77,7 +79,7 @@ def build(
 
     Raises:
         ValueError: If a name or option is unknown (with the closest known one), or an option has
-            the wrong type.
+            the wrong type; if the parameters cannot fit in memory.
     """
     if latent_dim < 1:
         raise ValueError(f"latent_dim must be at least 1; got {latent_dim}")

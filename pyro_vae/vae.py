@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import pyro
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_vae.likelihoods import Likelihood
+from pyro_vae.memory import check_fits
 from pyro_vae.posteriors import Posterior
 from pyro_vae.priors import Prior
 
@@ -125,10 +127,11 @@ class VAE(nn.Module):
         """Draws of x [size, *E] from the model, or E[x | z] of drawn z if `mean`.
 
         Raises:
-            ValueError: If `y` [size, C] has another length.
+            ValueError: If `y` [size, C] has another length, or the draws do not fit in memory.
         """
         if y is not None and len(y) != size:
             raise ValueError(f"y must have one row per draw: {size}; got {len(y)}")
+        check_fits(4 * size * prod(self.likelihood.data_shape), f"{size} draws")
         self._check_condition(y)
         prior = self.prior(y)
         z = prior.sample(torch.Size(() if prior.batch_shape else (size,)))

@@ -22,6 +22,7 @@ from pyro_vae.estimators.diagnostics import (
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.fast import CompiledJoint
 from pyro_vae.estimators.target import ROWS
+from pyro_vae.memory import check_fits
 
 __all__ = ["importance_sampling", "summarise"]
 
@@ -90,6 +91,7 @@ def importance_sampling(
         raise ValueError(
             f"num_samples and chunk_size must be at least 1; got {num_samples} and {rows}"
         )
+    check_fits(16 * num_samples, f"{num_samples} draws")
     if proposal not in ("guide", "prior"):
         raise ValueError(f"proposal must be 'guide' or 'prior'; got {proposal!r}")
     joint = CompiledJoint() if compile else log_joint

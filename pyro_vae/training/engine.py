@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from pyro_vae.generators import alone
-from pyro_vae.processes import Exchange
+from pyro_vae.processes import Exchange, check_processes
 from pyro_vae.training.group import Group
 
 if TYPE_CHECKING:
@@ -75,9 +75,7 @@ class Engine:
                 "devices must be their number, at least 1, or a list of their indices; "
                 f"got {self.devices!r}"
             )
-        here = torch.cuda.device_count()
-        if self.on_cuda and self._local > here:
-            raise ValueError(f"devices={self.devices!r} were asked for; this machine has {here}")
+        check_processes(self._local, "cuda" if self.on_cuda else "cpu")
         if _joins() and self._local not in (1, int(os.environ["LOCAL_WORLD_SIZE"])):
             raise ValueError(
                 f"devices={self.devices!r}, but {os.environ['LOCAL_WORLD_SIZE']} processes were "
