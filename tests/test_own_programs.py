@@ -251,3 +251,16 @@ def test_what_can_be_run_in_neither_way_runs_with_one_particle_and_says_what_to_
     assert densities(model, guide, x).log_weights.shape == (1, B)
     with pytest.raises(ValueError, match="model runs with one particle alone.*changes the dens"):
         densities(model, guide, x, num_particles=3)
+
+
+@pytest.mark.parametrize("kind", [Joined, TwoLayers])
+def test_a_compiled_step_of_a_folded_program_is_the_eager_one(kind: type[Program]) -> None:
+    x, y = data(kind)
+    batch = (x,) if y is None else (x, y)
+    programs = pair(kind)[0], pair(kind)[0]
+    for program, compile in zip(programs, (False, True), strict=True):
+        task = batch if y is not None else x
+        fit(program, task, IWAE(3), epochs=5, batch_size=B, compile=compile, **QUIET)
+    eager, compiled = (program.state_dict() for program in programs)
+    for name, weight in eager.items():
+        torch.testing.assert_close(compiled[name], weight, rtol=1e-3, atol=1e-4)

@@ -11,7 +11,7 @@ import pyro.poutine as poutine
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 
 from pyro_vae.densities.evaluating import evaluating
 from pyro_vae.densities.handlers import Program, particle_plate
@@ -64,6 +64,8 @@ def run_program(
 def folds(program: Program, x: Tensor, y: Tensor | None, num_particles: int = 1) -> bool:
     """Whether a program must be folded, found out from a few runs on one row and on two.
 
+    What is traced must have been tried before; else it counts as a program that broadcasts.
+
     Raises:
         ValueError: If several particles can be run in neither way.
     """
@@ -73,6 +75,8 @@ def folds(program: Program, x: Tensor, y: Tensor | None, num_particles: int = 1)
     except TypeError:  # it takes no weak references
         known = {}
     if (kind, y is None) not in known:
+        if type(x) not in (Tensor, nn.Parameter):  # that of a tracer, without numbers
+            return False
         known[kind, y is None] = _try(program, x, y)
     answer = known[kind, y is None]
     if isinstance(answer, bool) or num_particles == 1:
