@@ -101,7 +101,7 @@ def check_processes(number: int, device: str) -> None:
     if number > most:
         what = "GPU(s)" if device == "cuda" else "processor(s)"
         raise ValueError(
-            f"devices={number} were asked for; this machine has {most} {what}: give as many"
+            f"devices={number} were asked for; this machine has {most} {what}: give no more"
         )
 
 
