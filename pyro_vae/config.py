@@ -19,6 +19,7 @@ from torch.distributions import constraints
 from pyro_vae import likelihoods, networks, objectives, posteriors, priors
 from pyro_vae.arguments import as_shape, check_whole
 from pyro_vae.files import reading
+from pyro_vae.memory import parameters_that_fit
 from pyro_vae.training import load_weights, put_weights, read_run
 from pyro_vae.vae import VAE
 
@@ -53,6 +54,7 @@ PLAIN = (NoneType, bool, int, float, str, list, tuple, dict, EllipsisType, ...)
 INJECTED = {"latent_dim", "data_shape", "posterior", "encoder", "decoder", "in_shape", "out_shape"}
 
 
+@parameters_that_fit()
 def build(
     data_shape: int | Iterable[int],
     latent_dim: int,
@@ -82,7 +84,7 @@ def build(
 
     Raises:
         ValueError: If a name or option is unknown (with the closest known one), or an option has
-            the wrong type.
+            the wrong type; if the parameters cannot fit in memory.
     """
     check_whole(latent_dim=latent_dim)
     check_whole(0, condition_dim=condition_dim)

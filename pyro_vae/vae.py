@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import pyro
@@ -13,6 +14,7 @@ from torch.distributions import Distribution, constraints
 
 from pyro_vae.arguments import as_rows, as_tensor, check_finite, check_whole
 from pyro_vae.likelihoods import Likelihood
+from pyro_vae.memory import check_fits
 from pyro_vae.posteriors import Posterior
 from pyro_vae.priors import Prior
 
@@ -128,12 +130,13 @@ class VAE(nn.Module):
         """Draws of x [size, *E] from the model, or E[x | z] of drawn z if `mean`.
 
         Raises:
-            ValueError: If `y` [size, C] has another length.
+            ValueError: If `y` [size, C] has another length, or the draws do not fit in memory.
         """
         check_whole(size=size)
         y = self._condition(y)
         if y is not None and len(y) != size:
             raise ValueError(f"y must have one row per draw: {size}; got {len(y)}")
+        check_fits(4 * size * prod(self.likelihood.data_shape), f"{size} draws")
         prior = self.prior(y)
         z = prior.sample(torch.Size(() if prior.batch_shape else (size,)))
         p = self.likelihood(z, y)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.densities import Program, densities
+from pyro_vae.densities.evaluating import evaluating
 from pyro_vae.estimators.coordinates import Coordinates
-from pyro_vae.estimators.evaluating import evaluating
 from pyro_vae.estimators.fast import CompiledTarget
 from pyro_vae.estimators.target import ROWS, Target
 from pyro_vae.generators import forked, seed_generators

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.densities import Program, densities
-from pyro_vae.estimators.evaluating import evaluating
+from pyro_vae.densities.evaluating import evaluating
 from pyro_vae.estimators.given import estimator
 
 __all__ = ["Bound", "evidence_lower_bound", "lower_bound"]

@@ -11,6 +11,7 @@ import pyro
 
 from pyro_vae.arguments import TakesVAE, as_rows, check_real, check_whole, programs
 from pyro_vae.densities import Program
+from pyro_vae.generators import alone
 
 __all__ = ["estimator"]
 
@@ -23,7 +24,7 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
 
     x and y may be tensors, arrays, frames or lists; they and the numbers are checked, by name.
     Pyro's own checks are on, whatever flags are set: a density of data that are impossible is no
-    number to report.
+    number to report. They are flags of the process, so that other threads wait.
     """
     signature = inspect.signature(function)
 
@@ -38,7 +39,7 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
                 raise ValueError(f"y must have a row for each of the {len(x)} of x; got {len(y)}")
         for name, value in given.items():
             check_number(name, value, optional=signature.parameters[name].default is None)
-        with pyro.validation_enabled(True):
+        with alone, pyro.validation_enabled(True):
             return function(*bound.args, **bound.kwargs)
 
     return call

@@ -23,6 +23,7 @@ from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.fast import CompiledJoint
 from pyro_vae.estimators.given import estimator
 from pyro_vae.estimators.target import ROWS
+from pyro_vae.memory import check_fits
 
 __all__ = ["importance_sampling", "summarise"]
 
@@ -88,6 +89,7 @@ def importance_sampling(
         Burda, Grosse and Salakhutdinov. Importance weighted autoencoders. 2016.
     """
     rows = ROWS if chunk_size is None else chunk_size
+    check_fits(16 * num_samples, f"{num_samples} draws")
     if proposal not in ("guide", "prior"):
         raise ValueError(f"proposal must be 'guide' or 'prior'; got {proposal!r}")
     if proposal == "guide":

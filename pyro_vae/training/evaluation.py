@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.densities import Program, Site, densities
+from pyro_vae.densities.evaluating import evaluating
 from pyro_vae.estimators.bound import lower_bound
-from pyro_vae.estimators.evaluating import evaluating
 from pyro_vae.generators import forked
 from pyro_vae.training.group import Group
 from pyro_vae.training.rows import Rows, some_rows

@@ -30,6 +30,7 @@ class Settings:
     seed: int
     checkpoint_every: int | None
     compile: bool = False
+    threads: int = 1
 
     def __post_init__(self) -> None:
         check_whole(epochs=self.epochs, batch_size=self.batch_size)
