@@ -41,6 +41,7 @@ ALLOWED: dict[str, set[str]] = {
         "generators",
         "files",
         "arguments",
+        "scipy",
         *TABLES,
     },
     "metrics": {

@@ -161,8 +161,8 @@ def kept_audit(
 ) -> Audit:
     """An audit of a size that suits x; the last one of a module while its weights are as then."""
     num_data = min(max(len(x) // SHARE, FEWEST), MOST)
-    owner = getattr(model, "__self__", None)
-    if not isinstance(owner, nn.Module) or getattr(guide, "__self__", None) is not owner:
+    owner, other = (getattr(program, "__self__", None) for program in (model, guide))
+    if not isinstance(owner, nn.Module) or id(owner) != id(other):
         return audit(model, guide, x, y, num_data=num_data, **options)
     key = _digest(owner, x, y, options)
     if owner not in KEPT or KEPT[owner][0] != key or len(KEPT[owner][1]) < num_data:
@@ -177,5 +177,5 @@ def _digest(owner: nn.Module, x: Tensor, y: Tensor | None, options: dict[str, An
     digest = hashlib.sha256(repr((x.shape[1:], x.dtype, [options[n] for n in names])).encode())
     for part in parts:
         if isinstance(part, Tensor):
-            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

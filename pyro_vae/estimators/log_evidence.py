@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -83,7 +84,12 @@ def log_evidence(
         generative models. 2017.
     """
     limit = math.inf if budget is None else budget
-    options = {"chunk_size": chunk_size, "seed": seed, "devices": devices, "progress": progress}
+    options: dict[str, Any] = {
+        "chunk_size": chunk_size,
+        "seed": seed,
+        "devices": devices,
+        "progress": progress,
+    }
     parts = map_targets(
         partial(_estimate, tolerance=tolerance, budget=limit),
         model,
