@@ -162,7 +162,7 @@ def map_targets(
     compile: bool = False,
 ) -> list[T]:
     """What `estimate` gives for the posteriors of each batch of data, as by `map_batches`."""
-    rows = ROWS if chunk_size is None else chunk_size
+    rows = 4 * ROWS if chunk_size is None else chunk_size
     check_support(model, guide, x, y)
     with evaluating(model, guide, seed=seed, device=x.device):
         first = Target(model, guide, x[:4], None if y is None else y[:4], chunk_size=rows)

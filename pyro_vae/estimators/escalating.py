@@ -20,11 +20,11 @@ __all__ = ["Result", "escalate"]
 
 PILOT = 400  # draws that choose the number of draws, and are not scored
 NUMBERS = (1000, 2000, 4000, 8000, 16_000)  # of draws
-HARD = 4000  # draws above which the proposal gets more components
+HARD = 4000  # draws that have to be enough, or else the proposal gets more components
 CHAINS, TEMPERATURES, LEAPFROG = 256, 20, 3
 CHAINS_COST = (CHAINS + PILOT_CHAINS) * TEMPERATURES * LEAPFROG
 MARGIN = 0.8  # of the tolerance, that a pilot must promise
-KHAT = 0.7  # of a pilot, above which its variance is not believed
+KHAT = 0.7  # of a pilot of many draws, above which its variance is not believed
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +38,11 @@ class Result:
 
     evidence: Evidence
     log_weight: Tensor
+
+    def short(self, tolerance: float) -> Tensor:
+        """The data whose draws were not enough."""
+        good = self.evidence.khat < self.evidence.khat_threshold
+        return (~(good & (self.evidence.stderr < tolerance))).nonzero()[:, 0]
 
     def put(self, rows: Tensor, new: Result) -> Result:
         """The same with other results of some rows."""
@@ -70,14 +75,16 @@ def escalate(
         )
     fit = fit_proposal(target)
     needed = _needed(fit, tolerance, PILOT)
-    after = left - NUMBERS[0] - components_cost(target.dim) - HARD
+    after = left - NUMBERS[0] - HARD - components_cost(target.dim) - HARD
     if after < HARD:
         return _by_need(fit, needed, tolerance, left, exact)
-    first = torch.where(needed > HARD, NUMBERS[0], needed)
-    result = _by_need(fit, first, tolerance, left, exact)
-    evidence = result.evidence
-    passed = (evidence.stderr < tolerance) & (evidence.khat < evidence.khat_threshold)
-    rows = ((needed > HARD) | ~passed).nonzero()[:, 0]
+    result = _by_need(fit, needed.clamp(max=HARD), tolerance, left, exact)
+    rows = result.short(tolerance)
+    if len(rows):
+        again = torch.full_like(needed[rows], HARD)
+        stars = None if exact is None else exact[:, rows]
+        result = result.put(rows, _by_need(fit.rows(rows), again, tolerance, left, stars))
+    rows = result.short(tolerance)
     if not len(rows):
         return result
     richer = fit.rows(rows)
@@ -95,7 +102,7 @@ def _needed(fit: Fit, tolerance: float, number: int) -> Tensor:
     """
     pilot = fit.importance_sampling(number)
     needed = number * (pilot.stderr / (MARGIN * tolerance)).square()
-    return torch.where(pilot.khat < KHAT, needed, torch.inf)
+    return needed if number < HARD else torch.where(pilot.khat < KHAT, needed, torch.inf)
 
 
 def _by_need(

@@ -25,8 +25,8 @@ MORE_STARTS, MOST_ROUNDS = 16, 8
 PATIENCE = 8  # starts without a new mode that end the search, for each mode that is known
 MOST_MODES = 24  # above which the search gives up
 UNITS = 24  # most informed units that are walked along and exchanged
-WALK = (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0)  # from the prior's median
-STRIDES = (2.0, 3.5, 5.0, 6.5, 8.0, 9.5)  # from a mode, in its standard deviations
+WALK = (-2.5, -1.25, 0.0, 1.25, 2.5)  # from the prior's median
+STRIDES = (2.5, 4.5, 6.5, 8.5)  # from a mode, in its standard deviations
 BARRIER = 0.5  # nats by which the density dips between two modes
 NEGLIGIBLE = 20.0  # nats below the highest mode
 
@@ -222,10 +222,14 @@ def _exchange(
 def _apart(target: Target, known: Tensor, points: Tensor, height: Tensor) -> Tensor:
     """Whether a valley lies between each point [R, B, D] of a height and every known one."""
     apart = height > -torch.inf
-    for mode in known:
-        way = torch.cat([mode.lerp(points, t) for t in (0.25, 0.5, 0.75)])
-        valley = target.log_joint(way).unflatten(0, (3, len(points))).amin(0)
-        apart &= valley < height - BARRIER
+    rows = apart.any(0).nonzero()[:, 0]
+    if not len(rows):
+        return apart
+    part = target.rows(rows)
+    for mode in known[:, rows]:
+        way = torch.cat([mode.lerp(points[:, rows], t) for t in (0.25, 0.5, 0.75)])
+        valley = part.log_joint(way).unflatten(0, (3, len(points))).amin(0)
+        apart[:, rows] &= valley < height[:, rows] - BARRIER
     return apart
 
 
