@@ -174,7 +174,8 @@ def test_every_draw_is_decoded_once_and_every_datum_encoded_once(
     densities(vae.model, vae.guide, x)  # which tries the programs
     rows = count(vae)
     e = importance_sampling(vae.model, vae.guide, x, num_samples=K, chunk_size=chunk_size)
-    assert rows == {"encoder": encoded, "decoder": decoded}
+    checked = [len(part) for part in torch.arange(N).split(chunk_size)]  # before the work
+    assert rows == {"encoder": checked + encoded, "decoder": checked + decoded}
     assert e.num_samples.tolist() == [K] * N
     rows["encoder"].clear()
     rows["decoder"].clear()

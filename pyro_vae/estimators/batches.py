@@ -28,14 +28,16 @@ DRAWS_AT_ONCE = 8  # draws of each datum that make up the rows that the model se
 NUMBERS = 5_000_000  # coordinates of a thousand draws of a batch
 
 
-def check_support(model: Program, guide: Program, x: Tensor, y: Tensor | None) -> None:
+def check_support(
+    model: Program, guide: Program, x: Tensor, y: Tensor | None, chunk_size: int
+) -> None:
     """One run of the programs on all rows, with Pyro's checks: before hours of work, not after.
 
     Raises:
         ValueError: If the model has no density at some of the data, or cannot be run.
     """
     with evaluating(model, guide, seed=0, device=x.device):
-        for rows in torch.arange(len(x), device=x.device).split(ROWS):
+        for rows in torch.arange(len(x), device=x.device).split(chunk_size):
             d = densities(model, guide, x[rows], None if y is None else y[rows])
             _ = d.log_likelihood, d.log_prior
 
@@ -163,7 +165,7 @@ def map_targets(
 ) -> list[T]:
     """What `estimate` gives for the posteriors of each batch of data, as by `map_batches`."""
     rows = 4 * ROWS if chunk_size is None else chunk_size
-    check_support(model, guide, x, y)
+    check_support(model, guide, x, y, rows)
     with evaluating(model, guide, seed=seed, device=x.device):
         first = Target(model, guide, x[:4], None if y is None else y[:4], chunk_size=rows)
     return map_batches(

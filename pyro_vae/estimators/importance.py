@@ -93,7 +93,7 @@ def importance_sampling(
     if proposal not in ("guide", "prior"):
         raise ValueError(f"proposal must be 'guide' or 'prior'; got {proposal!r}")
     if proposal == "guide":
-        check_support(model, guide, x, y)
+        check_support(model, guide, x, y, rows)
     joint = CompiledJoint() if compile else log_joint
     parts = map_batches(
         partial(_estimate, num_samples=num_samples, rows=rows, proposal=proposal, joint=joint),
