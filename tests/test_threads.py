@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from contextlib import suppress
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
@@ -62,3 +64,19 @@ def test_a_callback_may_estimate() -> None:
     nested: list[Tensor] = []
     assert torch.equal(train(1), train(1, nested))
     assert len(nested) == 7
+
+
+def test_an_estimate_that_waits_leaves_the_flags_of_a_training_alone() -> None:
+    flag, seen = "validate_distributions_pyro", []
+
+    def start_another(_: State) -> None:
+        other = threads.submit(judge)
+        with suppress(TimeoutError):
+            other.result(timeout=0.5)
+        seen.append(pyro.settings.get(flag))
+
+    before = pyro.settings.get(flag)
+    with ThreadPoolExecutor(1) as threads:
+        options: dict[str, Any] = {"progress": False, "accelerator": "cpu"}
+        fit(made(1), data(), epochs=1, callbacks=[start_another], **options)
+    assert (seen, pyro.settings.get(flag)) == ([False], before)
