@@ -337,6 +337,7 @@ def test_the_base_class_is_told_from_its_final_classes() -> None:
     assert LocationScale not in LIKELIHOODS
 
 
+@pytest.mark.filterwarnings("ignore:values deviate by up to")
 @pytest.mark.parametrize("cls", [likelihoods.Normal, likelihoods.Laplace, likelihoods.StudentT])
 @pytest.mark.parametrize("scale", ["learned", "per_dimension"])
 def test_a_learned_scale_starts_at_the_deviation_of_the_data(cls: type, scale: str) -> None:
