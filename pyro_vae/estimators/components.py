@@ -20,7 +20,7 @@ STEPS = 8  # of the weights of the components
 LEAST = 0.01  # of the draws for a component
 
 
-def add_components(target: Target, proposal: Proposal) -> Proposal:
+def add_components(target: Target, proposal: Proposal, visited: Tensor) -> Proposal:
     r"""The proposal with a component at the draw of the largest weight, up to 24 times over.
 
     Each has the curvature of log p(x, u) at that draw as its precision. All draws so far count
@@ -30,13 +30,18 @@ def add_components(target: Target, proposal: Proposal) -> Proposal:
 
     by eight steps of expectation maximisation. No draw is scored again.
 
+    Args:
+        target: The posteriors.
+        proposal: Their proposals.
+        visited: Further points [R, B, D] where components may be needed.
+
     References:
         Raftery and Bao. Estimating and projecting trends in HIV/AIDS generalized epidemics
         using incremental mixture importance sampling. 2010.
         Cappe, Douc, Guillin, Marin and Robert. Adaptive importance sampling in general mixture
         classes. 2008.
     """
-    u = proposal.draw(2 * DRAWS)
+    u = torch.cat([proposal.draw(2 * DRAWS), visited])
     log_p = target.log_joint(u)
     density = [proposal.log_prob(u)]  # of the first mixture, then of each component
     extra: list[Proposal] = []

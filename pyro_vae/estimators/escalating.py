@@ -12,9 +12,10 @@ from pyro_vae.estimators.annealed import PILOT_CHAINS, Path
 from pyro_vae.estimators.components import add_components, components_cost
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.importance import summarise
-from pyro_vae.estimators.refined import Fit, fit_cost, fit_proposal
+from pyro_vae.estimators.refined import METHOD, Fit, fit_cost, fit_proposal
 from pyro_vae.estimators.starts import Refined
 from pyro_vae.estimators.target import Target
+from pyro_vae.estimators.walks import walk, walk_cost
 
 __all__ = ["Result", "escalate"]
 
@@ -40,9 +41,9 @@ class Result:
     log_weight: Tensor
 
     def short(self, tolerance: float) -> Tensor:
-        """The data whose draws were not enough."""
+        """Whether the draws were not enough [B]."""
         good = self.evidence.khat < self.evidence.khat_threshold
-        return (~(good & (self.evidence.stderr < tolerance))).nonzero()[:, 0]
+        return ~(good & (self.evidence.stderr < tolerance))
 
     def put(self, rows: Tensor, new: Result) -> Result:
         """The same with other results of some rows."""
@@ -66,7 +67,7 @@ def escalate(
     Raises:
         ValueError: If the budget is below the least.
     """
-    left = budget - fit_cost(target.dim) - PILOT
+    left = budget - fit_cost(target.dim) - PILOT - walk_cost()
     if left < NUMBERS[0]:
         raise ValueError(
             f"budget must be at least {budget - left + NUMBERS[0]:.0f} evaluations of the model "
@@ -74,35 +75,51 @@ def escalate(
             "importance_sampling"
         )
     fit = fit_proposal(target)
-    needed = _needed(fit, tolerance, PILOT)
-    after = left - NUMBERS[0] - HARD - components_cost(target.dim) - HARD
+    needed, visited = _pilot(fit, tolerance, PILOT)
+    after = left - NUMBERS[0] - HARD - components_cost(target.dim) - HARD - walk_cost()
     if after < HARD:
         return _by_need(fit, needed, tolerance, left, exact)
     result = _by_need(fit, needed.clamp(max=HARD), tolerance, left, exact)
-    rows = result.short(tolerance)
+    rows = (result.short(tolerance) & (needed <= HARD)).nonzero()[:, 0]
     if len(rows):
         again = torch.full_like(needed[rows], HARD)
         stars = None if exact is None else exact[:, rows]
         result = result.put(rows, _by_need(fit.rows(rows), again, tolerance, left, stars))
-    rows = result.short(tolerance)
+    rows = (result.short(tolerance) | (needed > HARD)).nonzero()[:, 0]
     if not len(rows):
         return result
     richer = fit.rows(rows)
-    richer = replace(richer, proposal=add_components(richer.target, richer.proposal))
-    needed = _needed(richer, tolerance, HARD).clamp(min=HARD)
+    proposal = add_components(richer.target, richer.proposal, visited[:, rows])
+    richer = replace(richer, proposal=proposal)
+    needed, _ = _pilot(richer, tolerance, HARD)
     exact = None if exact is None else exact[:, rows]
-    return result.put(rows, _by_need(richer, needed, tolerance, after, exact))
+    return result.put(rows, _by_need(richer, needed.clamp(min=HARD), tolerance, after, exact))
 
 
-def _needed(fit: Fit, tolerance: float, number: int) -> Tensor:
-    """Draws that bring the standard error below the tolerance [B], by a pilot; or infinity.
+def _pilot(fit: Fit, tolerance: float, number: int) -> tuple[Tensor, Tensor]:
+    r"""Draws that bring the standard error below the tolerance [B], and where walks led.
 
-    The pilot's draws are not scored, so that what they happen to show has no part in the
-    estimate.
+    The relative variance of a weight is estimated twice, and the larger counts: from draws of
+    the proposal, which do not see where it does not reach; and from walks through the
+    posterior, over which the average weight is one more than it,
+
+    .. math:: \operatorname{Var}_q \frac{w}{p(x)} = \mathbb{E}_{p(u \mid x)} \frac{w}{p(x)} - 1
+
+    No draw of the pilot is scored, so that what it happens to show has no part in the estimate.
+
+    Returns:
+        The number of draws [B], infinity where their variance is not believed; and the points
+        of the walks [R, B, D].
     """
-    pilot = fit.importance_sampling(number)
-    needed = number * (pilot.stderr / (MARGIN * tolerance)).square()
-    return needed if number < HARD else torch.where(pilot.khat < KHAT, needed, torch.inf)
+    places, weights = fit.draw_with_places(number)
+    pilot = summarise(weights.cpu(), METHOD, "doubtful")
+    visited = walk(fit.target, places, weights, fit.proposal.scale_tril)
+    relative = (fit.log_weights(visited, NUMBERS[0]).cpu() - pilot.log_prob).exp()
+    variance = torch.maximum(number * pilot.stderr.square(), relative.mean(0) - 1)
+    needed = variance / (MARGIN * tolerance) ** 2
+    if number >= HARD:
+        needed = torch.where(pilot.khat < KHAT, needed, torch.inf)
+    return needed, visited
 
 
 def _by_need(

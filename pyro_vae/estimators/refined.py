@@ -39,7 +39,7 @@ def refined_importance_sampling(
     y: Tensor | None = None,
     *,
     num_samples: int = 1000,
-    num_starts: int = 8,
+    num_starts: int = 6,
     chunk_size: int | None = None,
     compile: bool = False,
     devices: int = 1,
@@ -172,20 +172,25 @@ class Fit:
 
     def draw(self, num_samples: int) -> Tensor:
         """Log weights [K, B] of fresh draws, on the CPU."""
+        return self.draw_with_places(num_samples)[1].cpu()
+
+    def draw_with_places(self, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Fresh draws [K, B, D] and their log weights [K, B]."""
         sources = self.proposal.draw, self.target.draw_guide, self._draw_prior
         step = self.target.draws_at_once
-        parts = [
-            self.log_weights(draw(min(step, number - done)), num_samples)
+        places = [
+            draw(min(step, number - done))
             for draw, number in zip(sources, self._numbers(num_samples))
             for done in range(0, number, step)
         ]
-        return torch.cat(parts).cpu()
+        weights = [self.log_weights(place, num_samples) for place in places]
+        return torch.cat(places), torch.cat(weights)
 
     def _draw_prior(self, num_draws: int) -> Tensor:
         return self.target.draw_prior(num_draws)[0]
 
 
-def fit_proposal(target: Target, num_starts: int = 8) -> Fit:
+def fit_proposal(target: Target, num_starts: int = 6) -> Fit:
     """Finds the modes of each posterior and fits a proposal to them."""
     target.check_gradient()
     modes = find_modes(target, num_starts)
@@ -214,7 +219,7 @@ def _laplace(target: Target, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return loc, tril, target.log_joint(loc.unsqueeze(0))[0] + log_det
 
 
-def fit_cost(dim: int, num_starts: int = 8) -> int:
+def fit_cost(dim: int, num_starts: int = 6) -> int:
     """About how often `fit_proposal` evaluates the model for one datum of one mode."""
     return (
         SCALE_DRAWS
