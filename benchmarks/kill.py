@@ -1,6 +1,7 @@
 """Kills trainings at random moments, the first one inside a checkpoint write, and resumes them.
 
-Each resumed run must end with the weights and metrics of the unbroken one, bit for bit.
+Each resumed run must end with the weights, the metrics and the table of a callback of the unbroken
+one, bit for bit.
 
     python benchmarks/kill.py [kills] [seed]
 """
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from pyro_vae import build, fit
+from pyro_vae.cli.parts import KlParts
 from pyro_vae.data import load_data
 from pyro_vae.training import checkpoint
 
@@ -46,6 +48,7 @@ def train(run: Path, dies_in_write: bool) -> None:
         batch_size=99,
         validation=data.validation,
         checkpoint_every=2,
+        callbacks=[KlParts(run, data.validation)],
         accelerator="cpu",
         progress=False,
     )
@@ -73,11 +76,14 @@ def start(context: Any, run: Path, dies_in_write: bool = False) -> Any:
     return process
 
 
-def outcome(run: Path) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, str]]]:
-    """Weights of the best epoch and of the last, and metrics of each but for their seconds."""
-    with (run / "metrics.csv").open() as file:
-        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
-    return [checkpoint.load_weights(run, which) for which in ("best", "last")], rows
+def outcome(run: Path) -> tuple[list[dict[str, torch.Tensor]], list[Any]]:
+    """Weights of the best epoch and of the last, and the tables but for their seconds."""
+    tables: list[Any] = []
+    for name in ("metrics.csv", "parts.csv"):
+        with (run / name).open() as file:
+            rows = csv.DictReader(file)
+            tables += [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    return [checkpoint.load_weights(run, which) for which in ("best", "last")], tables
 
 
 def same(first: Any, second: Any) -> bool:

@@ -21,7 +21,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import constraints, transform_to
 
 from pyro_vae import Evidence, log_evidence
 
@@ -510,7 +509,8 @@ def main() -> None:
     done = []
     options = {} if arguments.audit == "default" else {"audit": arguments.audit == "true"}
     print(
-        f"{'world':32}{'reliable':>9}{'false':>6}{'2 se':>6}{'bias':>8}{'rms':>7}{'worst z':>8}{'s':>7}"
+        f"{'world':32}{'reliable':>9}{'false':>6}{'2 se':>6}{'bias':>8}{'rms':>7}"
+        f"{'worst z':>8}{'s':>7}"
     )
     for row in judge(arguments.families, arguments.rows, arguments.seed, **options):
         done.append(row)

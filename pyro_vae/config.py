@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vae import likelihoods, networks, objectives, posteriors, priors
+from pyro_vae.arguments import as_shape, check_whole
 from pyro_vae.files import reading
+from pyro_vae.memory import parameters_that_fit
 from pyro_vae.training import load_weights, put_weights, read_run
 from pyro_vae.vae import VAE
 
@@ -52,6 +54,7 @@ PLAIN = (NoneType, bool, int, float, str, list, tuple, dict, EllipsisType, ...)
 INJECTED = {"latent_dim", "data_shape", "posterior", "encoder", "decoder", "in_shape", "out_shape"}
 
 
+@parameters_that_fit()
 def build(
     data_shape: int | Iterable[int],
     latent_dim: int,
@@ -81,11 +84,11 @@ def build(
 
     Raises:
         ValueError: If a name or option is unknown (with the closest known one), or an option has
-            the wrong type.
+            the wrong type; if the parameters cannot fit in memory.
     """
-    if latent_dim < 1:
-        raise ValueError(f"latent_dim must be at least 1; got {latent_dim}")
-    shape = (data_shape,) if isinstance(data_shape, int) else tuple(data_shape)
+    check_whole(latent_dim=latent_dim)
+    check_whole(0, condition_dim=condition_dim)
+    shape = as_shape("data_shape", data_shape)
     declared = {
         "prior": component("prior", prior),
         "likelihood": component("likelihood", likelihood),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_vae import distributions
+from pyro_vae.arguments import check_real, check_whole
 from pyro_vae.distributions import Flow, flow_family
 
 __all__ = ["DiagonalNormal", "FlowPosterior", "FullNormal", "Posterior"]
@@ -35,8 +36,7 @@ class Posterior(nn.Module):
 
     def __init__(self, encoder: nn.Module, latent_dim: int) -> None:
         super().__init__()
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim must be at least 1; got {latent_dim}")
+        check_whole(latent_dim=latent_dim)
         self.encoder = encoder
         self.latent_dim = latent_dim
         self.register_buffer("input_scale", torch.ones(()))
@@ -50,9 +50,19 @@ class Posterior(nn.Module):
     def forward(self, x: Tensor, y: Tensor | None = None) -> Distribution:
         """q(z | x, y), batch *S, event (D,)."""
 
-    def raw(self, x: Tensor, y: Tensor | None) -> Tensor:
-        """The encoder's output for `x`, in single precision or better."""
+    def raw(self, x: Tensor, y: Tensor | None, count: int | None = None) -> Tensor:
+        """The encoder's output for `x`, in single precision or better.
+
+        Raises:
+            ValueError: If these are not `count` numbers, where it is given.
+        """
         raw = self.encoder(x / self.input_scale, y)
+        if count is not None and raw.shape[-1] != count:
+            raise ValueError(
+                f"posterior {type(self).__name__} of {self.latent_dim} latents needs an encoder "
+                f"of {count} outputs; got {raw.shape[-1]}: give it out_shape "
+                f"{type(self).__name__}.num_params({self.latent_dim})"
+            )
         return raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw
 
     @torch.no_grad()
@@ -77,6 +87,7 @@ class DiagonalNormal(Posterior):
 
     def __init__(self, encoder: nn.Module, latent_dim: int, min_scale: float = 1e-4) -> None:
         super().__init__(encoder, latent_dim)
+        check_real(0, min_scale=min_scale)
         self.min_scale = min_scale
 
     @classmethod
@@ -86,7 +97,7 @@ class DiagonalNormal(Posterior):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Distribution:
         """N(mu, sigma^2)."""
-        loc, scale = self.raw(x, y).chunk(2, -1)
+        loc, scale = self.raw(x, y, 2 * self.latent_dim).chunk(2, -1)
         return dist.Normal(loc, self.min_scale + F.softplus(scale)).to_event(1)
 
 
@@ -103,6 +114,7 @@ class FullNormal(Posterior):
 
     def __init__(self, encoder: nn.Module, latent_dim: int, min_scale: float = 1e-4) -> None:
         super().__init__(encoder, latent_dim)
+        check_real(0, min_scale=min_scale)
         self.min_scale = min_scale
 
     @classmethod
@@ -113,7 +125,8 @@ class FullNormal(Posterior):
     def forward(self, x: Tensor, y: Tensor | None = None) -> Distribution:
         """N(mu, L L')."""
         D = self.latent_dim
-        loc, diagonal, below = self.raw(x, y).split([D, D, D * (D - 1) // 2], -1)
+        raw = self.raw(x, y, self.num_params(D))
+        loc, diagonal, below = raw.split([D, D, D * (D - 1) // 2], -1)
         rows, columns = torch.tril_indices(D, D, -1, device=loc.device)
         tril = torch.diag_embed(self.min_scale + F.softplus(diagonal))
         tril[..., rows, columns] = below
@@ -146,6 +159,8 @@ class FlowPosterior(Posterior):
         context: int = 64,
     ) -> None:
         super().__init__(encoder, latent_dim)
+        check_whole(transforms=transforms, context=context)
+        self.context = context
         self.flow = flow_family(flow)(
             latent_dim, context, transforms=transforms, hidden_features=hidden, passes=2
         )
@@ -157,4 +172,4 @@ class FlowPosterior(Posterior):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Distribution:
         """The flow given the encoder's output."""
-        return Flow(self.flow(self.raw(x, y)))
+        return Flow(self.flow(self.raw(x, y, self.context)))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pyro_vae.arguments import check_real, check_whole
 from pyro_vae.distributions import Flow, flow_family, mixture
 
 __all__ = [
@@ -63,6 +64,7 @@ class StandardNormal(Prior):
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
+        check_whole(latent_dim=latent_dim)
         self.register_buffer("loc", torch.zeros(latent_dim))
         self.register_buffer("scale", torch.ones(latent_dim))
 
@@ -80,6 +82,7 @@ class Normal(Prior):
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
+        check_whole(latent_dim=latent_dim)
         self.loc = nn.Parameter(torch.zeros(latent_dim))
         self.log_scale = nn.Parameter(torch.zeros(latent_dim))
 
@@ -105,7 +108,8 @@ class MixtureOfGaussians(Prior):
 
     def __init__(self, latent_dim: int, num_components: int = 10) -> None:
         super().__init__()
-        self.logits = nn.Parameter(torch.zeros(_count(num_components)))
+        check_whole(latent_dim=latent_dim, num_components=num_components)
+        self.logits = nn.Parameter(torch.zeros(num_components))
         self.loc = nn.Parameter(torch.randn(num_components, latent_dim))
         self.log_scale = nn.Parameter(torch.zeros(num_components, latent_dim))
 
@@ -148,11 +152,14 @@ class VampPrior(Prior):
         self._posterior = (posterior,)  # in a tuple, so that only the VAE owns it
         self._range_given = data_range is not None
         low, high = (0.0, 1.0) if data_range is None else data_range
+        check_real(data_range=low)
+        check_real(data_range=high)
+        check_whole(num_components=num_components)
         if low >= high:
             raise ValueError(f"data_range must be (low, high) with low < high; got {data_range}")
         self.register_buffer("low", torch.tensor(float(low)))
         self.register_buffer("high", torch.tensor(float(high)))
-        self.raw_inputs = nn.Parameter(torch.randn(_count(num_components), *data_shape))
+        self.raw_inputs = nn.Parameter(torch.randn(num_components, *data_shape))
 
     @property
     def posterior(self) -> nn.Module:
@@ -194,6 +201,7 @@ class Laplace(Prior):
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
+        check_whole(latent_dim=latent_dim)
         self.register_buffer("loc", torch.zeros(latent_dim))
         self.register_buffer("scale", torch.ones(latent_dim))
 
@@ -214,8 +222,8 @@ class StudentT(Prior):
 
     def __init__(self, latent_dim: int, df: float = 5.0) -> None:
         super().__init__()
-        if df <= 0:
-            raise ValueError(f"df must be positive; got {df}")
+        check_whole(latent_dim=latent_dim)
+        check_real(above=0, df=df)
         self.register_buffer("df", torch.full((latent_dim,), float(df)))
 
     def forward(self, y: Tensor | None = None) -> Distribution:
@@ -248,6 +256,7 @@ class FlowPrior(Prior):
         hidden: tuple[int, ...] = (64, 64),
     ) -> None:
         super().__init__()
+        check_whole(latent_dim=latent_dim, transforms=transforms)
         self.flow = flow_family(flow)(
             latent_dim, transforms=transforms, hidden_features=hidden, passes=2
         )
@@ -267,9 +276,3 @@ def _frozen_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
-
-
-def _count(num_components: int) -> int:
-    if num_components < 1:
-        raise ValueError(f"num_components must be at least 1; got {num_components}")
-    return num_components

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
-__all__ = ["Exchange", "in_processes"]
+__all__ = ["Exchange", "check_processes", "in_processes"]
 
 T = TypeVar("T")
 
@@ -50,7 +52,11 @@ class Exchange:
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """For a process that works: its error is kept, if it is the first."""
+        """For a process that works: its error is kept, if it is the first.
+
+        It ends with the one that started it, however that ends.
+        """
+        Thread(target=_end_with_parent, daemon=True).start()
         try:
             yield
         except Exception as error:
@@ -82,6 +88,23 @@ class Exchange:
             return RuntimeError(str(error))
 
 
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def check_processes(number: int, device: str) -> None:
+    """Refuses more processes than this machine has devices of a kind for, "cpu" or "cuda"."""
+    most = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
+    if number > most:
+        what = "GPU(s)" if device == "cuda" else "processor(s)"
+        raise ValueError(
+            f"devices={number} were asked for; this machine has {most} {what}: give no more"
+        )
+
+
 def in_processes(function: Callable[..., T], parts: Sequence[Any], device: str) -> list[T]:
     """What `function` returns for each of `parts`, each in a process and on a device of its own.
 
@@ -91,10 +114,11 @@ def in_processes(function: Callable[..., T], parts: Sequence[Any], device: str) 
         device: "cpu", or "cuda" for the first GPUs.
 
     Raises:
-        ValueError: If something cannot be sent.
+        ValueError: If there are more parts than devices, or something cannot be sent.
         ChildProcessError: If a process died, as for want of memory.
         Exception: The first that `function` raised.
     """
+    check_processes(len(parts), device)
     threads = max(1, torch.get_num_threads() // len(parts))
     matmul = torch.get_float32_matmul_precision()
     with TemporaryDirectory() as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import pyro
@@ -11,7 +12,9 @@ from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from pyro_vae.arguments import as_rows, as_tensor, check_finite, check_whole
 from pyro_vae.likelihoods import Likelihood
+from pyro_vae.memory import check_fits
 from pyro_vae.posteriors import Posterior
 from pyro_vae.priors import Prior
 
@@ -67,7 +70,7 @@ class VAE(nn.Module):
             The data, [*K, B, *E].
         """
         _register({"prior": self.prior, "likelihood": self.likelihood})
-        self._check_condition(y)
+        y = self._condition(y)
         if x is not None:
             x = self._cast(x)
             if is_validation_enabled():
@@ -78,6 +81,7 @@ class VAE(nn.Module):
         with pyro.plate("data", size, dim=-1):
             prior: Any = self.prior(y)
             z = pyro.sample("z", prior)
+            self._check_sizes(prior, z)
             if is_validation_enabled():
                 self._check_latents(prior.support, z)
             return pyro.sample("x", self.likelihood(z, y), obs=x)
@@ -99,8 +103,7 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
         """q(z | x, y), batch [B], event (D,); its mean is the usual embedding."""
-        self._check_condition(y)
-        return self.posterior(self._cast(x), y)
+        return self.posterior(self._cast(x), self._condition(y))
 
     def reconstruct(
         self, x: Tensor, y: Tensor | None = None, num_samples: int | None = None
@@ -116,6 +119,8 @@ class VAE(nn.Module):
         Returns:
             [B, *E], or [num_samples, B, *E].
         """
+        check_whole(optional=True, num_samples=num_samples)
+        y = self._condition(y)
         q = self.encode(x, y)
         if num_samples is None:
             return self.likelihood(q.mean, y).mean
@@ -125,11 +130,13 @@ class VAE(nn.Module):
         """Draws of x [size, *E] from the model, or E[x | z] of drawn z if `mean`.
 
         Raises:
-            ValueError: If `y` [size, C] has another length.
+            ValueError: If `y` [size, C] has another length, or the draws do not fit in memory.
         """
+        check_whole(size=size)
+        y = self._condition(y)
         if y is not None and len(y) != size:
             raise ValueError(f"y must have one row per draw: {size}; got {len(y)}")
-        self._check_condition(y)
+        check_fits(4 * size * prod(self.likelihood.data_shape), f"{size} draws")
         prior = self.prior(y)
         z = prior.sample(torch.Size(() if prior.batch_shape else (size,)))
         p = self.likelihood(z, y)
@@ -143,7 +150,7 @@ class VAE(nn.Module):
         Raises:
             ValueError: If the likelihood does not support the data.
         """
-        x = self._cast(x)
+        x = self._cast(as_rows("x", x))
         self.likelihood.check(x)
         if not self.initialised:
             for part in (self.likelihood, self.posterior, self.prior):
@@ -152,13 +159,15 @@ class VAE(nn.Module):
 
     def _cast(self, x: Tensor) -> Tensor:
         """`x` in the type of the weights, as `fit` gives it: integers and doubles work too."""
+        x = _checked("x", x)
         parts = (self.posterior, self)
         return x.to(next((p.dtype for part in parts for p in part.parameters()), x.dtype))
 
-    def _check_condition(self, y: Tensor | None) -> None:
+    def _condition(self, y: Tensor | None) -> Tensor | None:
         """Refuses a `y` that nothing would look at: parts of one's own are taken to do so."""
         if y is None:
-            return
+            return None
+        y = _checked("y", y)
         parts = (
             self,
             self.prior,
@@ -173,6 +182,16 @@ class VAE(nn.Module):
                 "it: give its networks condition_dim, the length of a row of y, as "
                 "build(..., condition_dim=...) does, or leave y out"
             )
+        return y
+
+    def _check_sizes(self, prior: Distribution, z: Tensor) -> None:
+        """Refuses latents of another size than the prior's, which would broadcast."""
+        if z.shape[-1:] != prior.event_shape:
+            raise ValueError(
+                f"prior {type(self.prior).__name__} is over {prior.event_shape.numel()} latents, "
+                f"posterior {type(self.posterior).__name__} over {z.shape[-1]}: build both with "
+                "one latent_dim"
+            )
 
     def _check_latents(self, support: constraints.Constraint, z: Tensor) -> None:
         """Refuses latents that the prior cannot have drawn: the bound would be -inf."""
@@ -182,6 +201,14 @@ class VAE(nn.Module):
                 f"{type(self.posterior).__name__} draws: give a posterior that stays inside the "
                 "prior's support, or a prior on all real vectors"
             )
+
+
+def _checked(name: str, value: Any) -> Tensor:
+    """A tensor of rows; that all numbers are finite is looked at while Pyro checks."""
+    value = as_tensor(name, value)
+    if is_validation_enabled():
+        check_finite(name, value)
+    return value
 
 
 def _is_own(part: nn.Module | None) -> bool:

@@ -22,7 +22,7 @@ from pyro_vae import build, importance_sampling, load, log_evidence, plots
 from pyro_vae.__main__ import main
 from pyro_vae.cli.judge import check_comparable
 from pyro_vae.cli.parts import KlParts
-from pyro_vae.data import Splits, load_data
+from pyro_vae.data import Splits, load_data, spread
 from pyro_vae.metrics import elbo_decomposition
 from pyro_vae.training import State, load_weights
 
@@ -53,12 +53,14 @@ def test_a_loaded_vae_is_in_eval_mode(run: Path) -> None:
     assert not any(module.training for module in load(run).modules())
 
 
-def test_evaluate_reports_what_the_estimators_give(run: Path) -> None:
+def test_evaluate_reports_what_the_estimators_give(
+    run: Path, capsys: pytest.CaptureFixture
+) -> None:
     options = ["--num_samples", "101", "--limit", "13", "--progress", "false"]
     assert main(["evaluate", str(run), *options]) == 0
     numbers = json.loads((run / "evaluation.json").read_text())
     data = load_data("digits", transform="threshold", limit=211).test
-    x, _ = data.fixed().batch(torch.arange(13))
+    x, _ = data.subset(spread(len(data), 13, 0)).fixed().batch(torch.arange(13))
     vae = load(run)
     plain = importance_sampling(vae.model, vae.guide, x, num_samples=101)
     evidence = log_evidence(vae.model, vae.guide, x)
@@ -72,6 +74,13 @@ def test_evaluate_reports_what_the_estimators_give(run: Path) -> None:
     parts = elbo_decomposition(posterior, vae.prior())
     assert numbers["total_correlation"] == pytest.approx(parts.total_correlation.value)
     assert numbers["mutual_information"] == pytest.approx(parts.mutual_information.value)
+    whole = parts.total_correlation.value + parts.dimension_wise_kl.value
+    assert numbers["aggregate_kl"] == pytest.approx(whole)
+    assert numbers["kl"] == pytest.approx(numbers["mutual_information"] + whole, abs=0.5)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "13 of 180 rows of the test part, spread over it (seed 0)" in printed
+    assert "KL(q(z) || p(z))" in printed
+    assert "dimension-wise" not in printed  # the prior is a mixture
     assert numbers["bits_per_dim"] == pytest.approx(-evidence.mean() / 64 / math.log(2))
     assert numbers["elbo"] == pytest.approx(numbers["reconstruction"] - numbers["kl"], abs=1e-6)
 
@@ -183,7 +192,7 @@ def test_compare_pairs_the_data(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert main(["compare", str(run), str(other), *estimator]) == 0
     printed = capsys.readouterr().out
     data = load_data("digits", transform="threshold", limit=211).test
-    x, _ = data.fixed().batch(torch.arange(7))
+    x, _ = data.subset(spread(len(data), 7, 0)).fixed().batch(torch.arange(7))
     one, two = (log_evidence(vae.model, vae.guide, x).log_prob for vae in (load(run), load(other)))
     error = (one - two).std().item() / 7**0.5
     assert f"{(one - two).mean().item():.3f} +- {error:.3f}" in printed
@@ -488,6 +497,7 @@ def test_an_interrupted_start_leaves_nothing(
 
 
 @pytest.mark.filterwarnings("ignore:posterior collapse")  # with these learning rates
+@pytest.mark.filterwarnings("ignore:training ended at an ELBO")
 def test_training_says_what_was_chosen_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -599,7 +609,7 @@ def test_every_long_part_of_evaluate_has_a_bar(
     assert main(["evaluate", str(run), "--limit", "3", "--num_samples", "101"]) == 0
     printed = capsys.readouterr().out
     assert "importance sampling, guide" in printed
-    assert printed.count("100%") == 2
+    assert printed.count("100%") == 3  # and the audit
 
 
 def test_existing_run_is_not_written_over(run: Path, capsys: pytest.CaptureFixture) -> None:
@@ -695,5 +705,132 @@ def test_precision_and_threads_are_those_asked_for_and_put_back(
     assert main(["evaluate", str(run), *speed]) == 2
     assert seen == [("medium", 1), True]
     assert (torch.get_float32_matmul_precision(), torch.get_num_threads()) == before
-    assert main(["evaluate", str(run), "--threads", "0"]) == 2
-    assert "threads must be at least 1; got 0" in capsys.readouterr().err
+    for number in ("0", "100000"):
+        assert main(["evaluate", str(run), "--threads", number]) == 2
+        words = r"threads must be from 1 to \d+, the processors of this machine; got " + number
+        assert re.search(words, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("command", ["score", "encode"])
+def test_grey_values_that_were_divided_are_refused(
+    run: Path, command: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    x = load_data("digits").test.x[:5].numpy()
+    np.save(tmp_path / "x.npy", x / np.float32(16))
+    assert main([command, str(run), str(tmp_path / "x.npy")]) == 2
+    assert "expected whole grey values from 0 to 16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "out", "words"),
+    [
+        ("score", "x.csv", "out must not be the input"),
+        ("score", "../{folder}/x.csv", "out must not be the input"),
+        ("score", "x.npz", "out must end in .csv; got"),
+        ("score", "none/x.csv", "there is no"),
+        ("encode", "x.csv", "out must not be the input"),
+        ("encode", "x.txt", "out must end in .npz or .csv; got"),
+        ("sample", "x.txt", "out must end in .npz; got"),
+        ("sample", "", "out must end in .npz; got ''"),
+    ],
+)
+def test_a_place_that_is_none_is_refused_before_any_work(
+    run: Path,
+    command: str,
+    out: str,
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    (tmp_path / "x.csv").write_text("kept")
+    out = out and str(tmp_path / out.format(folder=tmp_path.name))
+    files = [] if command == "sample" else [str(tmp_path / "x.csv")]
+    assert main([command, str(run), *files, "--out", out]) == 2
+    assert words in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
+    assert (tmp_path / "x.csv").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["evaluate", "{run}", "--limit", "0"], "limit must be at least 1; got 0"),
+        (["evaluate", "{run}", "--limit", "-5"], "limit must be at least 1; got -5"),
+        (["evaluate", "{run}", "--limit", "3", "--seed", "-1"], "seed must be at least 0; got -1"),
+        (["sample", "{run}", "--size", "0"], "size must be at least 1; got 0"),
+        (["sample", "{run}", "--size", "-1"], "size must be at least 1; got -1"),
+        (["sample", "{run}", "--seed", "9" * 20], "seed must be at most 9223372036854775807"),
+        (["train", "--run", ""], "run must name a folder; got ''"),
+        (["train", "--prior", "StudentT", "--prior.df", ".nan"], "df must be a finite number"),
+        (["train", "--posterior.min_scale=-5"], "min_scale must be at least 0; got -5"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(
+    run: Path, argv: list[str], words: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert main([argument.format(run=run) for argument in argv]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_columns_of_a_file_are_put_in_the_order_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    x = np.random.default_rng(0).normal([0, 50], [1, 7], (97, 2))
+    np.savetxt(tmp_path / "x.csv", x, delimiter=",", header="a,b", comments="")
+    run = tmp_path / "run"
+    options = ["--data", str(tmp_path / "x.csv"), "--likelihood", "Normal", "--epochs", "1"]
+    assert main(["train", *SMALL, *options, "--run", str(run)]) == 0
+    files = {"a,b": x[:5], "b,a": x[:5, ::-1], "a,c": x[:5], "b": x[:5, :1]}
+    found = {}
+    for head, rows in files.items():
+        np.savetxt(tmp_path / "few.csv", rows, delimiter=",", header=head, comments="")
+        status = main(["encode", str(run), str(tmp_path / "few.csv")])
+        found[head] = np.load(tmp_path / "few.encoded.npz")["mean"] if status == 0 else None
+    assert np.array_equal(found["a,b"], found["b,a"])
+    assert found["a,c"] is found["b"] is None
+    assert "missing: b; unknown: c" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:posterior collapse")
+def test_a_run_that_took_first_rows_goes_on_with_them(
+    tmp_path: Path,
+) -> None:
+    """A run folder as version 0.1 wrote it: nothing on rows, a limit of first ones."""
+    np.savez(tmp_path / "x.npz", x=np.eye(97), x_test=np.eye(97))
+    run = tmp_path / "run"
+    options = ["--data", str(tmp_path / "x.npz"), "--limit", "11", "--epochs", "1"]
+    assert main(["train", *SMALL, *options, "--run", str(run)]) == 0
+    known = json.loads((run / "data.json").read_text())
+    splits = load_data(tmp_path / "x.npz", limit=11, even=False)
+    old = splits.describe()
+    assert old["digests"] != known["description"]["digests"]
+    del known["rows"], old["even"]
+    known["description"] = old | {"transform": known["description"]["transform"]}
+    (run / "data.json").write_text(json.dumps(known))
+    assert main(["plot", str(run)]) == 0
+    assert main(["encode", str(run), str(tmp_path / "x.npz")]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:posterior collapse")
+def test_what_a_table_will_teach_is_said(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rng = np.random.default_rng(0)
+    table = np.stack([rng.normal(size=211), rng.integers(3, size=211)], 1)
+    np.savetxt(tmp_path / "x.csv", table, delimiter=",", header="size,kind", comments="")
+    counts = rng.poisson(rng.lognormal(3, 1.3, (211, 1)), (211, 5))
+    np.save(tmp_path / "counts.npy", counts)
+    np.save(tmp_path / "even.npy", rng.poisson(20, (211, 5)))
+    for name, likelihood, words in (
+        ("x.csv", "Normal", ["note: 1 column(s) hold at most 10 whole numbers", "(kind)"]),
+        ("counts.npy", "Poisson", ["note: the sums of rows go from"]),
+        ("even.npy", "NegativeBinomial", []),
+    ):
+        run = tmp_path / name.split(".")[0]
+        options = ["--data", str(tmp_path / name), "--likelihood", likelihood, "--epochs", "1"]
+        assert main(["train", *SMALL, *options, "--run", str(run)]) == 0
+        printed = capsys.readouterr().out
+        assert all(word in printed for word in words)
+        assert printed.count("note:") == bool(words)
+    assert main(["evaluate", str(tmp_path / "x"), "--limit", "3", "--progress", "false"]) == 0
+    assert "bits per dimension" not in capsys.readouterr().out

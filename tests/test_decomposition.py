@@ -17,7 +17,7 @@ from pyro_vae.metrics import decomposition, elbo_decomposition
 pytestmark = pytest.mark.usefixtures("float64")
 
 GRID = torch.linspace(-9, 9, 451, dtype=torch.float64)
-PARTS = ("kl", "mutual_information", "total_correlation", "dimension_wise_kl")
+PARTS = ("kl", "mutual_information", "aggregate_kl", "total_correlation", "dimension_wise_kl")
 
 
 def unit(size: int) -> Distribution:
@@ -62,9 +62,11 @@ def quadrature(q: Distribution, p: Distribution) -> dict[str, float]:
         "total_correlation": mean(joint, joint.log() - product.log()),
         "dimension_wise_kl": mean(joint, product.log() - p.log_prob(z)),
     }
+    aggregate = mean(joint, joint.log() - p.log_prob(z))
     normal = dist.Normal(0.0, 1.0).log_prob(GRID)
     ones = [((m * (m.log() - normal)).nan_to_num().sum() * cell).item() for m in each]
-    return {**terms, "kl": sum(terms.values()), "z0": ones[0], "z1": ones[1]}
+    kl = sum(terms.values())
+    return {**terms, "kl": kl, "aggregate_kl": aggregate, "z0": ones[0], "z1": ones[1]}
 
 
 @pytest.mark.parametrize("make_prior", [lambda: unit(2), mixture], ids=["unit", "mixture"])
@@ -90,7 +92,9 @@ def test_every_part_is_that_of_quadrature(posterior: Any, make_prior: Any) -> No
 def test_the_parts_sum_to_the_kl_exactly() -> None:
     found = elbo_decomposition(full(), mixture(), num_samples=3)
     parts = [getattr(found, name).value for name in PARTS]
-    assert parts[0] == pytest.approx(sum(parts[1:]), abs=1e-12)
+    kl, information, aggregate, correlation, mismatch = parts
+    assert kl == pytest.approx(information + aggregate, abs=1e-12)
+    assert aggregate == pytest.approx(correlation + mismatch, abs=1e-12)
 
 
 def test_the_error_over_draws_is_that_of_repetitions() -> None:
@@ -193,3 +197,20 @@ def test_a_posterior_that_is_not_finite_is_refused() -> None:
     q = dist.Normal(loc, 1.0, validate_args=False).to_event(1)
     with pytest.raises(ValueError, match="finite parameters"):
         elbo_decomposition(q, unit(2))
+
+
+def test_any_prior_of_independent_dimensions_has_them_one_by_one() -> None:
+    q, prior = diagonal(), dist.Laplace(torch.zeros(2), 1.0).to_event(1)
+    found = elbo_decomposition(q, prior, num_samples=20_011)
+    assert found.per_dimension.sum().item() == pytest.approx(found.dimension_wise_kl.value)
+    assert (found.per_dimension > 0).all()
+    assert abs(found.aggregate_kl.value - quadrature(q, prior)["aggregate_kl"]) < 0.02
+    assert elbo_decomposition(q, mixture()).per_dimension is None
+
+
+@pytest.mark.parametrize(("apart", "reached"), [(0.0, False), (1.0, False), (50.0, True)])
+def test_the_ceiling_of_the_mutual_information_is_noticed(apart: float, reached: bool) -> None:
+    q = dist.Normal(apart * torch.arange(11.0)[:, None].expand(11, 2), 1.0).to_event(1)
+    found = elbo_decomposition(q, unit(2))
+    assert found.ceiling == pytest.approx(math.log(11))
+    assert found.at_ceiling is reached

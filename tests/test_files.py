@@ -232,6 +232,6 @@ def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:
 
 def test_a_run_folder_that_vanishes_ends_the_training(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with pytest.raises(OSError, match=str(run)):
+    with pytest.raises(ValueError, match=f"{run} was removed or renamed"):
         trained(run, 3, callbacks=[lambda state: shutil.rmtree(run)])
     assert not run.exists()

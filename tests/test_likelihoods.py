@@ -301,7 +301,7 @@ def test_negative_binomial_by_its_own_formula() -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: likelihoods.Normal(Raw(), (3,), scale=0.0), "scale must be a positive number"),
+        (lambda: likelihoods.Normal(Raw(), (3,), scale=0.0), "scale must be positive; got 0.0"),
         (lambda: likelihoods.Normal(Raw(), (3,), scale="nope"), "got 'nope'"),
         (lambda: likelihoods.Laplace(Raw(), (3,), mean="nope"), "mean must be 'identity'"),
         (lambda: likelihoods.Categorical(Raw(), (3,), levels=1), "levels must be at least 2"),
@@ -337,6 +337,7 @@ def test_the_base_class_is_told_from_its_final_classes() -> None:
     assert LocationScale not in LIKELIHOODS
 
 
+@pytest.mark.filterwarnings("ignore:values deviate by up to")
 @pytest.mark.parametrize("cls", [likelihoods.Normal, likelihoods.Laplace, likelihoods.StudentT])
 @pytest.mark.parametrize("scale", ["learned", "per_dimension"])
 def test_a_learned_scale_starts_at_the_deviation_of_the_data(cls: type, scale: str) -> None:

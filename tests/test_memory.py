@@ -1,12 +1,16 @@
-"""Freed memory stays at hand: operations wait for no pages."""
+"""Freed memory stays at hand; what can never fit is refused before it is asked for."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
 import sys
+from typing import Any
 
 import pytest
+import torch
+
+from pyro_vae import build, importance_sampling
 
 CODE = """
 import resource
@@ -32,3 +36,21 @@ def test_pages_are_not_asked_for_again() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     # of the 60,000 pages of all, those of one temporary may be new; without it, 4,500 and more are
     assert int(done.stdout) < 2_000
+
+
+@pytest.mark.parametrize("hidden", [[10**9], [300_000, 300_000], [10**18]])
+def test_parameters_that_do_not_fit_are_refused(hidden: list[int]) -> None:
+    encoder = {"class_path": "MLP", "init_args": {"hidden": hidden}}
+    with pytest.raises(ValueError, match=r"the parameters .* memory"):
+        build((1009,), 2, encoder=encoder)
+    with pytest.raises(ValueError, match=r"the parameters .* memory"):
+        build((1009,), 10**9)
+    assert torch.nn.Linear(2, 3).weight.shape == (3, 2)
+
+
+def test_draws_that_do_not_fit_are_refused() -> None:
+    vae: Any = build((7,), 2)
+    with pytest.raises(ValueError, match=r"1000000000000 draws would take .* GiB of memory"):
+        vae.sample(10**12)
+    with pytest.raises(ValueError, match=r"1000000000000 draws would take .* GiB of memory"):
+        importance_sampling(vae.model, vae.guide, torch.zeros(1, 7), num_samples=10**12)

@@ -111,7 +111,7 @@ def test_a_missing_or_misshapen_input_is_refused(cls: type) -> None:
         net(x, torch.randn(5, 4))
     with pytest.raises(ValueError, match=rf"{cls.__name__} takes input of shape"):
         net(x[..., :-1], torch.randn(5, 3))
-    with pytest.raises(ValueError, match="positive sizes"):
+    with pytest.raises(ValueError, match="in_shape must be .*at least 1"):
         cls((0, 7, 5), (2, 7, 5))
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -23,6 +27,34 @@ def fails(part: int) -> NoReturn:
 
 def threads(part: torch.Tensor) -> tuple[int, torch.Tensor]:
     return torch.get_num_threads(), part + 1
+
+
+def beats(file: str) -> None:
+    """Goes on for ever, whatever signal comes, as what waits for another process does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while True:
+        Path(file).touch()
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_one_that_started_them_even_if_it_is_killed(tmp_path: Path) -> None:
+    files = [tmp_path / "0", tmp_path / "1"]
+    parent = multiprocessing.get_context("spawn").Process(
+        target=in_processes, args=(beats, list(map(str, files)), "cpu")
+    )
+    parent.start()
+    wait_until(lambda: all(file.exists() for file in files))
+    parent.kill()
+    parent.join()
+    wait_until(lambda: all(time.time() - file.stat().st_mtime > 2 for file in files))
+
+
+def wait_until(done: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 @pytest.mark.slow

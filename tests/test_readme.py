@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pyro_vae.__main__ import COMMANDS
-from pyro_vae.cli.options import PARSERS, check_names
+from pyro_vae.cli.options import PARSERS, check_names, with_configs
 
 README = Path(__file__).parent.parent / "README.md"
 if not README.exists():
@@ -48,8 +48,10 @@ def test_commands_parse(line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     (tmp_path / "runs/vamp-mnist").mkdir(parents=True)
     (tmp_path / "runs/vamp-mnist/config.yaml").write_text("data: mnist\n")
     _, command, *options = shlex.split(line)
+    parser = PARSERS[command]()
+    options = with_configs(options, parser)
     check_names(options)
-    PARSERS[command]().parse_args(options)
+    parser.parse_args(options)
 
 
 def test_every_command_is_listed() -> None:

@@ -98,7 +98,8 @@ def test_evaluation_is_that_of_the_file(run: Path, page: str) -> None:
     }
     for label, value in shown.items():
         assert cells(page, label)[0] == value, label
-    assert "first 13 rows of the test part" in words(page)
+    assert "13 of 180 rows of the test part, spread over it (seed 0)" in words(page)
+    assert cells(page, "KL(q(z) || p(z))")[0] == f"{numbers['aggregate_kl']:.3f}"
     assert "K = 101" in page
 
 

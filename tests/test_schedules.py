@@ -313,6 +313,7 @@ def test_the_command_line_imports_nothing_foreign(
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.filterwarnings("ignore:posterior collapse")
 def test_the_command_line_takes_a_schedule(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

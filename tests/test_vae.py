@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
 
+from pyro_vae import networks, posteriors, priors
 from pyro_vae.densities import densities
 from pyro_vae.likelihoods import Bernoulli, Normal
 from pyro_vae.networks import MLP, Conv, ConvTranspose
@@ -20,6 +21,7 @@ from pyro_vae.objectives import ELBO
 from pyro_vae.posteriors import DiagonalNormal
 from pyro_vae.priors import Normal as NormalPrior
 from pyro_vae.priors import Prior, StandardNormal, VampPrior
+from pyro_vae.training import fit
 from pyro_vae.vae import VAE
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -373,3 +375,36 @@ def test_a_model_keeps_its_parameters_precision() -> None:
     loss.backward()
     assert {p.grad.dtype for p in vae.parameters()} == {torch.float32}
     assert vae.sample(3).dtype == torch.float32
+
+
+def test_an_encoder_of_the_wrong_size_is_refused() -> None:
+    for kind, wanted in ((posteriors.DiagonalNormal, 4), (posteriors.FullNormal, 5)):
+        encoder = networks.MLP(7, 3, (5,))
+        vae = make()
+        vae.posterior = kind(encoder, 2)
+        words = f"{kind.__name__} of 2 latents needs an encoder of {wanted} outputs; got 3"
+        with pytest.raises(ValueError, match=words):
+            vae.encode(torch.zeros(3, 7))
+
+
+@pytest.mark.parametrize("latents", [1, 3])
+def test_a_prior_of_another_size_is_refused(latents: int) -> None:
+    vae = make()
+    vae.prior = priors.StandardNormal(latents)
+    with pytest.raises(ValueError, match=f"StandardNormal is over {latents} latents.* over 2"):
+        fit(vae, torch.zeros(5, 7), epochs=1, progress=False)
+
+
+def test_rows_of_other_kinds_are_taken() -> None:
+    vae, x = make(condition_dim=3), torch.randint(2, (5, 7)).float()
+    y = torch.randn(5, 3)
+    for rows in (torch.Tensor.numpy, torch.Tensor.tolist):
+        for given in ((rows(x), rows(y)), (rows(x), y), (x, rows(y))):
+            assert torch.equal(vae.encode(*given).mean, vae.encode(x, y).mean)
+            assert torch.equal(vae.reconstruct(*given), vae.reconstruct(x, y))
+    with pytest.raises(ValueError, match="x must be finite; 5 row"):
+        vae.encode(x / 0, y)
+    with pytest.raises(ValueError, match="y must have a row for each of the input"):
+        vae.encode(x, y[:4])
+    with pytest.raises(ValueError, match="x must be a tensor, array, frame or list .*; got str"):
+        vae.encode("x", y)

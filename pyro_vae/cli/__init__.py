@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -114,8 +115,12 @@ def _matrix_products(options: Namespace) -> Iterator[None]:
 
     before = torch.get_float32_matmul_precision(), torch.get_num_threads()
     if options.get("threads") is not None:
-        if options.threads < 1:
-            raise ValueError(f"threads must be at least 1; got {options.threads}")
+        most = os.cpu_count() or 1
+        if not 1 <= options.threads <= most:
+            raise ValueError(
+                f"threads must be from 1 to {most}, the processors of this machine; "
+                f"got {options.threads}"
+            )
         torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision(options.get("matmul", before[0]))
     try:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_vae import config
 from pyro_vae.cli.options import data_options
-from pyro_vae.data import Data, Splits, declare, load_data, read_rows, restore
+from pyro_vae.data import Data, Splits, alike, declare, kind_of, load_data, read_rows, restore
 from pyro_vae.files import reading, write
 from pyro_vae.training import read_run
 from pyro_vae.training.engine import uses_cuda
@@ -40,6 +40,12 @@ RECORD: dict[str, tuple[type, ...]] = {  # of data.json
     "conditional": (bool,),
     "classes": (int, type(None)),
     "seed": (int,),
+}
+ROWS: dict[str, tuple[type, ...]] = {  # of its "rows", which runs of version 0.1 lack
+    "levels": (int, type(None)),
+    "columns": (list, type(None)),
+    "dtype": (str,),
+    "range": (list,),
 }
 
 
@@ -75,6 +81,7 @@ def record(splits: Splits) -> dict[str, Any]:
     return {
         "description": splits.describe(),
         "transform": declare(splits.train.transform),
+        "rows": kind_of(splits.train),
         "conditional": splits.conditional,
         "classes": splits.train.classes,
         "seed": splits.seed,
@@ -100,6 +107,7 @@ def load_run(run: str, data_root: str | None) -> tuple[VAE, Splits]:
             seed=declared.split_seed,
             conditional=declared.conditional,
             limit=declared.limit,
+            even=known["description"].get("even", False),
         )
     except ValueError as error:
         raise ValueError(
@@ -115,16 +123,12 @@ def own_rows(run: str, file: str, vae: VAE) -> Data:
     """The rows of a user's file, transformed as the run's data were, and checked."""
     known = read_record(run)
     rows = read_rows(file)
-    if tuple(rows.data_shape) != vae.likelihood.data_shape:
-        raise ValueError(
-            f"{file} has rows of shape {tuple(rows.data_shape)}; the run was trained on "
-            f"{vae.likelihood.data_shape}: give data of the same columns or image size"
-        )
+    with reading(Path(run) / "data.json"):
+        transform = restore(known["transform"])
+    rows = alike(rows, known.get("rows", {}), transform, vae.likelihood.data_shape)
     if known["conditional"] and rows.y is None:
         rows = Data(rows.x, labels=rows.labels, levels=rows.levels, classes=known["classes"])
         rows = rows.one_hot()
-    with reading(Path(run) / "data.json"):
-        transform = restore(known["transform"])
     rows = rows.with_transform(transform).fixed(known["seed"])
     vae.likelihood.check(rows.batch(torch.arange(len(rows)))[0])
     return rows
@@ -141,9 +145,11 @@ def read_record(run: str | Path) -> dict[str, Any]:
         trained: dict[str, Any] = dict(read_run(run)["data"]["train"].get("describe") or {})
     with reading(path):
         known = json.loads(read_part(run, path.name))
-        for name, kinds in RECORD.items():
-            if type(known[name]) not in kinds:
-                raise TypeError(f"{name} is {known[name]!r}")
+        _check_types(known, RECORD)
+        if "rows" in known:
+            _check_types(known["rows"], ROWS)
+            if [type(value) in (int, float) for value in known["rows"]["range"]] != [True, True]:
+                raise TypeError(f"range is {known['rows']['range']!r}")
         for name in trained.keys() & {"seed", "transform"}:
             if known[name] != trained[name]:
                 raise TypeError(f"{name} is {known[name]!r}, in run.json {trained[name]!r}")
@@ -195,6 +201,12 @@ def placed(vae: VAE, data: Data, accelerator: str) -> tuple[VAE, Data]:
     return vae.to(device), data.to(device)
 
 
+def _check_types(known: dict[str, Any], kinds: dict[str, tuple[type, ...]]) -> None:
+    for name in kinds:
+        if type(known[name]) not in kinds[name]:
+            raise TypeError(f"{name} is {known[name]!r}")
+
+
 def _root(root: str) -> str:
     """Where training had the named data sets, if that folder is there."""
     return root if Path(root).is_dir() else "data"
@@ -207,4 +219,4 @@ def _write_all(folder: Path, files: dict[str, str]) -> None:
 
 def _remove_all(folder: Path, files: dict[str, str]) -> None:
     for name in files:
-        (folder / name).unlink()
+        (folder / name).unlink(missing_ok=True)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from pyro_vae import config
 from pyro_vae.cli.folder import load_run, own_rows, pairs, placed
-from pyro_vae.cli.parts import TERMS, decompose
-from pyro_vae.data import Data, Splits
+from pyro_vae.cli.parts import NAMES, decompose, shown_terms
+from pyro_vae.cli.use import destination
+from pyro_vae.data import Data, Splits, spread
 from pyro_vae.estimators import (
     Evidence,
     evidence_lower_bound,
@@ -62,6 +63,7 @@ def evaluate(options: Namespace) -> None:
     numbers: dict[str, Any] = {
         "part": options.part,
         "rows": len(data),
+        "rows_of": rows_of(splits, options.part, data),
         "log_prob": evidence.mean(),
         "log_jacobian": data.log_jacobian,
         "stderr_monte_carlo": monte_carlo,
@@ -75,14 +77,13 @@ def evaluate(options: Namespace) -> None:
         "reconstruction": bound.reconstruction.mean().item(),
         "inference_gap": gap.mean().item(),
         **errors({**vars(bound), "inference_gap": gap}),
-        **({} if parts is None else {name: getattr(parts, name).value for name in TERMS}),
-        **({} if parts is None else {f"stderr_{n}": getattr(parts, n).stderr_data for n in TERMS}),
+        **parts_numbers(parts),
         "active_units": int(active.sum()),
         "khat_below_threshold": evidence.share_below_threshold(),
         "bits_per_dim": data.bits_per_dim(evidence.log_prob).mean().item(),
+        "of_one_unit": of_one_unit(data),
     }
     write(Path(options.run) / "evaluation.json", json.dumps(numbers, indent=1))
-    whole = len(getattr(splits, options.part))
     units = (
         {}
         if not data.log_jacobian
@@ -100,9 +101,11 @@ def evaluate(options: Namespace) -> None:
         **parts_lines(parts),
         "active units": f"{numbers['active_units']} of {len(active)}",
         "k-hat below threshold": f"{numbers['khat_below_threshold']:.1%} of data",
-        "bits per dimension": f"{numbers['bits_per_dim']:.3f} (transform: {splits.transform})",
     }
-    table(f"{options.run}: {len(data)} of {whole} rows of the {options.part} part", lines)
+    if of_one_unit(data):
+        bits = f"{numbers['bits_per_dim']:.3f} (transform: {splits.transform})"
+        lines["bits per dimension"] = bits
+    table(f"{options.run}: {rows_of(splits, options.part, data)}", lines)
 
 
 def errors(terms: dict[str, Any]) -> dict[str, float]:
@@ -112,17 +115,36 @@ def errors(terms: dict[str, Any]) -> dict[str, float]:
 
 
 def parts_lines(parts: Decomposition | None) -> dict[str, str]:
-    """Lines of the table for the parts of the KL."""
+    """Lines of the table for the parts of the KL, which are of all rows of the part."""
     if parts is None:
         return {}
-    names = ("mutual information", "total correlation", "dimension-wise KL")
-    lines = {name: str(getattr(parts, term)) for name, term in zip(names, TERMS)}
-    lines[names[0]] += f" (draws, data; q(z) of {parts.num_data} rows)"
+    of = f"(draws, data; all {parts.num_data} rows)"
+    terms = shown_terms(parts.per_dimension is not None)
+    lines = {NAMES[term]: f"{getattr(parts, term)} {of}" for term in terms}
+    if parts.at_ceiling:
+        lines[NAMES["mutual_information"]] += f", at its ceiling log N = {parts.ceiling:.3f}"
     return lines
+
+
+def parts_numbers(parts: Decomposition | None) -> dict[str, Any]:
+    """The parts of the KL with their errors over data, for evaluation.json."""
+    if parts is None:
+        return {}
+    terms = {name: getattr(parts, name) for name in NAMES}
+    return {
+        **{name: term.value for name, term in terms.items()},
+        **{f"stderr_{name}": term.stderr_data for name, term in terms.items()},
+        "parts_rows": parts.num_data,
+        "prior_factorises": parts.per_dimension is not None,
+        "at_ceiling": parts.at_ceiling,
+    }
 
 
 def score(options: Namespace) -> None:
     """log p(x), standard error and verdict of each row of a file, as CSV."""
+    out = destination(
+        options.out, Path(options.file).with_suffix(".scores.csv"), (".csv",), options.file
+    )
     vae = config.load(options.run)
     vae, data = placed(vae, own_rows(options.run, options.file, vae), options.accelerator)
     evidence = estimate(vae, data, options)
@@ -133,7 +155,6 @@ def score(options: Namespace) -> None:
     for i, (value, error) in enumerate(zip(log_prob.tolist(), evidence.stderr.tolist())):
         row = [i, f"{value:.6f}", f"{error:.6f}", evidence.verdict[i], evidence.method[i]]
         writer.writerow(row)
-    out = Path(options.out or Path(options.file).with_suffix(".scores.csv"))
     write(out, text.getvalue())
     whole = with_errors(shifted(evidence, data.log_jacobian))
     print(f"log p(x) = {whole}, in the file's units; {counted(evidence)}; rows in {out}")
@@ -151,7 +172,8 @@ def compare(options: Namespace) -> None:
         rows = held_out(splits, options.part, options.limit)
         vae, data = placed(vae, rows, options.accelerator)
         found[run] = shifted(estimate(vae, data, options), data.log_jacobian)
-    runs = Table("run", "log p(x), in the units of the data", "verdict", title="nats per datum")
+    title = f"nats per datum, of {rows_of(loaded[options.runs[0]][1], options.part, rows)}"
+    runs = Table("run", "log p(x), in the units of the data", "verdict", title=title)
     for run, evidence in found.items():
         runs.add_row(run, with_errors(evidence), counted(evidence))
     differences = Table("first less second", "difference", title="paired differences, nats")
@@ -179,9 +201,22 @@ def estimate(vae: VAE, data: Data, options: Namespace) -> Evidence:
 
 
 def held_out(splits: Splits, part: str, limit: int | None) -> Data:
-    """The first rows of a part, with their noise drawn once."""
+    """Rows that stand for a part, with their noise drawn once."""
     data: Data = getattr(splits, part)
-    return data.subset(torch.arange(min(len(data), limit or len(data)))).fixed()
+    return data.subset(spread(len(data), limit, splits.seed)).fixed()
+
+
+def rows_of(splits: Splits, part: str, data: Data) -> str:
+    """Which rows of a part these are, in words."""
+    whole = len(getattr(splits, part))
+    if len(data) == whole:
+        return f"all {whole} rows of the {part} part"
+    return f"{len(data)} of {whole} rows of the {part} part, spread over it (seed {splits.seed})"
+
+
+def of_one_unit(data: Data) -> bool:
+    """Whether all values are of one kind, as those of images: columns of a table seldom are."""
+    return data.levels is not None or len(data.data_shape) > 1
 
 
 def check_comparable(

@@ -234,7 +234,12 @@ def _data_options(parser: ArgumentParser) -> None:
     add("--validation", type=int | float | None, default=None, help="rows or share held out")
     add("--split_seed", type=int, default=0, help="of the split and of fixed noise")
     add("--conditional", type=bool, default=False, help="condition on labels or on y")
-    add("--limit", type=int | None, default=None, help="at most this many rows of each part")
+    add(
+        "--limit",
+        type=int | None,
+        default=None,
+        help="at most this many rows of each part, spread over it",
+    )
 
 
 def _training_options(parser: ArgumentParser) -> None:
@@ -320,7 +325,7 @@ def _compare_parser() -> ArgumentParser:
 def _part_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--part", default="test", choices=["test", "validation", "train"])
-    add("--limit", type=int | None, default=1000, help="first rows of the part; null for all")
+    add("--limit", type=int | None, default=1000, help="rows, spread over the part; null for all")
 
 
 def _estimator_options(parser: ArgumentParser) -> None:

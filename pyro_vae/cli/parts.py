@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Independent
 
 from pyro_vae import plots
 from pyro_vae.cli.folder import home, read_table
@@ -20,9 +22,20 @@ from pyro_vae.metrics import Decomposition, elbo_decomposition
 from pyro_vae.training import State
 from pyro_vae.vae import VAE
 
-__all__ = ["KlParts", "decompose", "draw_parts", "unit_kl"]
+__all__ = ["NAMES", "KlParts", "decompose", "draw_parts", "shown_terms", "unit_kl"]
 
 TERMS = ("mutual_information", "total_correlation", "dimension_wise_kl")
+NAMES = {
+    "mutual_information": "mutual information",
+    "aggregate_kl": "KL(q(z) || p(z))",
+    "total_correlation": "total correlation",
+    "dimension_wise_kl": "dimension-wise KL",
+}
+
+
+def shown_terms(factorises: bool) -> tuple[str, ...]:
+    """The parts of the KL that mean something: of one that factorises, or of any prior."""
+    return TERMS if factorises else ("mutual_information", "aggregate_kl")
 
 
 def decompose(vae: VAE, data: Data, num_rows: int) -> Decomposition | None:
@@ -87,19 +100,34 @@ class KlParts:
         write(self.path, text.getvalue())
 
 
-def draw_parts(folder: Path) -> None:
-    """Figures of parts.csv, where there is one: parts of the KL, and KL of each dimension."""
+def draw_parts(folder: Path, vae: VAE, num_data: int) -> None:
+    """Figures of parts.csv, where there is one: parts of the KL, and KL of each dimension.
+
+    Args:
+        folder: The run folder.
+        vae: Its VAE, whose prior may factorise.
+        num_data: Data of q(z), whose logarithm the mutual information cannot pass.
+    """
     path = folder / "parts.csv"
     if not path.exists():
         return
+    with torch.no_grad():
+        prior = vae.prior()
+    factorises = isinstance(prior, Independent) and not prior.base_dist.event_shape
     with reading(path):
-        _draw_parts(read_table(folder, path.name), folder / "figures")
+        rows = read_table(folder, path.name)
+        _draw_parts(rows, folder / "figures", factorises, math.log(num_data))
 
 
-def _draw_parts(rows: list[dict[str, float | None]], figures: Path) -> None:
+def _draw_parts(
+    rows: list[dict[str, float | None]], figures: Path, factorises: bool, ceiling: float
+) -> None:
     epochs = torch.tensor([row["epoch"] for row in rows])
     parts = {name: torch.tensor([row[name] for row in rows]) for name in TERMS}
-    plots.save(plots.terms(epochs, parts), str(figures / "parts.png"))
+    parts["aggregate_kl"] = parts["total_correlation"] + parts["dimension_wise_kl"]
+    shown = {NAMES[name]: parts[name] for name in shown_terms(factorises)}
+    shown["log N, ceiling of the first"] = torch.full_like(epochs, ceiling)
+    plots.save(plots.terms(epochs, shown), str(figures / "parts.png"))
     units = [key for key in rows[0] if key.startswith("kl_z")]
     if units:
         kl = torch.tensor([[row[unit] for unit in units] for row in rows])

@@ -47,9 +47,14 @@ QUANTITIES = {
     "kl": ("KL", ".2f", "of q(z | x) from p(z)"),
     "reconstruction": ("reconstruction", ".2f", "log p(x | z) under q(z | x)"),
     "inference_gap": ("inference gap", ".2f", "log p(x) less ELBO"),
-    "mutual_information": ("mutual information", ".3f", "part of the KL: of x and z"),
-    "total_correlation": ("total correlation", ".3f", "part of the KL: among the latents"),
-    "dimension_wise_kl": ("dimension-wise KL", ".3f", "part of the KL: of each q(z) from p(z)"),
+    "mutual_information": ("mutual information", ".3f", "part of the KL: of x and z{of_rows}"),
+    "aggregate_kl": ("KL(q(z) || p(z))", ".3f", "the rest of the KL: of all codes{of_rows}"),
+    "total_correlation": ("total correlation", ".3f", "part of that: among the latents{of_rows}"),
+    "dimension_wise_kl": (
+        "dimension-wise KL",
+        ".3f",
+        "part of that: of each q(z) from p(z){of_rows}",
+    ),
     "active_units": ("active units", "d", "latent dimensions that depend on x"),
     "khat_below_threshold": ("k-hat below threshold", ".1%", "of the data"),
     "bits_per_dim": ("bits per dimension", ".3f", "of the data before the transform"),
@@ -175,12 +180,24 @@ def _evaluated(found: dict[str, Any]) -> dict[str, Any]:
     if found.get("log_jacobian"):
         value = f"{found['log_prob'] + found['log_jacobian']:.2f}"
         lines.append(("log p(x), data's units", value, errors, "before the transform"))
+    found["of_rows"] = f"; all {found['parts_rows']} rows" if "parts_rows" in found else ""
     for key, (name, form, remark) in QUANTITIES.items():
-        if key in found:
+        if key in found and key not in hidden(found):
             error = found.get(f"stderr_{key}")
             shown = [] if error is None else [f"{error:.2g} (data)"]
-            lines.append((name, f"{found[key]:{form}}", shown, remark.format_map(found)))
-    return {"part": found["part"], "rows": found["rows"], "lines": lines}
+            remark = remark.format_map(found)
+            if key == "mutual_information" and found.get("at_ceiling"):
+                remark += ", at its ceiling, the logarithm of their number"
+            lines.append((name, f"{found[key]:{form}}", shown, remark))
+    first = f"the first {found['rows']} rows of the {found['part']} part"  # before 0.2
+    return {"rows": found.get("rows_of", first), "lines": lines}
+
+
+def hidden(found: dict[str, Any]) -> set[str]:
+    """Numbers that would mislead: what is no KL, and bits of columns of different units."""
+    no_kl = set() if found.get("prior_factorises", True) else {"total_correlation"}
+    no_kl |= {"dimension_wise_kl"} if no_kl else set()
+    return no_kl if found.get("of_one_unit", True) else no_kl | {"bits_per_dim"}
 
 
 def evidence(folder: Path) -> dict[str, Any] | None:

@@ -11,7 +11,8 @@ import torch
 from jsonargparse import Namespace
 
 from pyro_vae import config
-from pyro_vae.cli.folder import declared_run, record
+from pyro_vae.cli.folder import declared_run, read_record, record
+from pyro_vae.cli.hints import hints
 from pyro_vae.cli.parts import KlParts
 from pyro_vae.cli.use import draw
 from pyro_vae.data import Data, Splits, load_data, locate
@@ -59,6 +60,9 @@ def train(options: Namespace) -> Path:
         _fit(*arguments)
         return folder
     print(_described(splits, options))
+    likelihood = config.named_class("likelihood", options.likelihood["class_path"])
+    for hint in hints(splits.train, likelihood):
+        print(f"note: {hint}")
     with locked(folder / "train.lock"):
         with declared_run(folder, _declaration(options, splits), record(splits)):
             history = _fit(*arguments)
@@ -91,6 +95,7 @@ def _fit(
 
 
 def _splits(options: Namespace) -> Splits:
+    known = read_record(options.resume) if options.resume else {}
     splits = load_data(
         options.data,
         root=options.data_root,
@@ -98,6 +103,7 @@ def _splits(options: Namespace) -> Splits:
         seed=options.split_seed,
         conditional=options.conditional,
         limit=options.limit,
+        even=known.get("description", {"even": True}).get("even", False),
     )
     name = options.transform
     if name == "auto":
@@ -153,6 +159,8 @@ def _run_folder(options: Namespace) -> Path:
         stem = Path(options.data).stem.lower()
         free = (Path("runs") / f"{stem}-{n}" for n in range(1, 10_000))
         return next(folder for folder in free if not folder.exists())
+    if not options.run.strip():
+        raise ValueError(f"run must name a folder; got {options.run!r}")
     folder = Path(options.run)
     if options.resume is None and (folder / "run.json").exists():
         raise ValueError(f"{folder} holds a run: choose another --run, or go on with --resume")

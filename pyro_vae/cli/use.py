@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from torch import Tensor
 
 from pyro_vae import config, plots
+from pyro_vae.arguments import check_whole
 from pyro_vae.cli.folder import load_run, own_rows, pairs, read_table
 from pyro_vae.cli.parts import draw_parts, unit_kl
 from pyro_vae.data import Data, Splits
@@ -22,16 +23,18 @@ from pyro_vae.vae import VAE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw", "encode", "plot", "sample"]
+__all__ = ["destination", "draw", "encode", "plot", "sample"]
 
 
 def sample(options: Namespace) -> None:
     """Draws of a run's model: an .npz file, and a picture where they are images."""
+    check_whole(size=options.size)
+    check_whole(0, seed=options.seed)
+    out = destination(options.out, Path(options.run) / "samples.npz", (".npz",))
     vae, splits = load_run(options.run, options.data_root)
     y = condition(splits.train, options.size, options.label)
     with forked(torch.device("cpu"), options.seed), torch.no_grad():
         x = splits.train.transform.inverse(vae.sample(options.size, y, mean=options.mean))
-    out = Path(options.out or Path(options.run) / "samples.npz")
     write(out, _archive(x=x.numpy()))
     if x.ndim == 4:
         plots.save(plots.images(x, limits=limits(splits.train)), str(out.with_suffix(".png")))
@@ -40,24 +43,48 @@ def sample(options: Namespace) -> None:
 
 def encode(options: Namespace) -> None:
     """Posterior means and scales of the rows of a file, in its order."""
+    out = destination(
+        options.out, Path(options.file).with_suffix(".encoded.npz"), (".npz", ".csv"), options.file
+    )
     vae = config.load(options.run)
     rows = own_rows(options.run, options.file, vae)
     with torch.no_grad():
         q = [vae.encode(x, y) for x, y in pairs(rows)]
         means = torch.cat([d.mean for d in q]).numpy()
         scales = torch.cat([d.stddev for d in q]).numpy()
-    out = Path(options.out or Path(options.file).with_suffix(".encoded.npz"))
     if out.suffix == ".npz":
         write(out, _archive(mean=means, scale=scales))
-    elif out.suffix == ".csv":
+    else:
         head = [f"{kind}{d}" for kind in ("mean", "scale") for d in range(means.shape[1])]
         both = np.concatenate([means, scales], 1)
         text = io.StringIO()
         np.savetxt(text, both, "%.9g", ",", header=",".join(head), comments="")
         write(out, text.getvalue())
-    else:
-        raise ValueError(f"out must end in .npz or .csv; got {out}")
     print(f"means and scales of {len(rows)} rows in {out}")
+
+
+def destination(
+    out: str | None, default: Path, suffixes: tuple[str, ...], source: str | None = None
+) -> Path:
+    """The file that a command writes, known to be one before there is anything to write.
+
+    Args:
+        out: What was asked for, or None.
+        default: What is taken then.
+        suffixes: Endings that it may have.
+        source: What the command reads.
+
+    Raises:
+        ValueError: If the ending is another, its folder is missing, or it is the source itself.
+    """
+    path = default if out is None else Path(out)
+    if path.suffix not in suffixes:
+        raise ValueError(f"out must end in {' or '.join(suffixes)}; got {out!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"out must be in a folder that exists; there is no {path.parent}")
+    if source is not None and path.exists() and path.samefile(source):
+        raise ValueError(f"out must not be the input; {path} would be overwritten: name another")
+    return path
 
 
 def plot(options: Namespace) -> None:
@@ -81,7 +108,7 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
         again = vae.reconstruct(x[:30], None if y is None else y[:30])
     plots.save(plots.curves(rows), str(figures / "curves.png"))
     plots.save(plots.latent(means, data.labels), str(figures / "latent.png"))
-    draw_parts(folder)
+    draw_parts(folder, vae, len(data))
     back = data.transform.inverse
     if x.ndim != 4:
         plots.save(_columns(vae, splits.train), str(figures / "samples.png"))

@@ -1,6 +1,7 @@
 """Data sets, their three parts, and the transforms between the file and the model."""
 
-from pyro_vae.data.batches import batches, epoch_order
+from pyro_vae.data.alike import alike, kind_of
+from pyro_vae.data.batches import batches, epoch_order, spread
 from pyro_vae.data.data import Data
 from pyro_vae.data.datasets import load_data, locate, read_rows
 from pyro_vae.data.splits import Splits
@@ -29,13 +30,16 @@ __all__ = [
     "Standardise",
     "Threshold",
     "Transform",
+    "alike",
     "batches",
     "declare",
     "epoch_order",
     "load_data",
+    "kind_of",
     "locate",
     "make_transform",
     "read_dsprites",
     "read_rows",
     "restore",
+    "spread",
 ]

@@ -101,6 +101,8 @@ def _numbers(path: Path, x: np.ndarray) -> Tensor:
         # A value too large for float32 becomes infinite, and the check of Data names its row.
         with np.errstate(over="ignore"):
             return torch.from_numpy(x.astype(np.float32, copy=False))
+    if x.dtype.kind == "u" and x.size and x.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{path}: expected integers below 2**63, got {x.max()}; store floats")
     grey = x.dtype.name in _LEVELS
     return torch.from_numpy(x.astype(np.uint8 if grey else np.int64, copy=False))
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import check_whole
 from pyro_vae.data.noise import check_seed
 
 
@@ -28,6 +29,27 @@ def epoch_order(num_data: int, seed: int, epoch: int) -> Tensor:
     if epoch < 0:
         raise ValueError(f"expected an epoch of 0 or more, got {epoch}")
     return torch.from_numpy(np.random.default_rng([check_seed(seed), epoch]).permutation(num_data))
+
+
+def spread(num_data: int, limit: int | None, seed: int) -> Tensor:
+    """Rows that stand for all: one drawn from each of `limit` stretches of equal length.
+
+    Args:
+        num_data: The number of rows N.
+        limit: The most rows; None for all.
+        seed: Of the draws, 0 or more.
+
+    Returns:
+        Indices in order, int64 [min(N, limit)].
+
+    Raises:
+        ValueError: If the limit is below one.
+    """
+    check_whole(optional=True, limit=limit)
+    if limit is None or limit >= num_data:
+        return torch.arange(num_data)
+    edges = np.linspace(0, num_data, limit + 1).round().astype(np.int64)
+    return torch.from_numpy(np.random.default_rng(seed).integers(edges[:-1], edges[1:]))
 
 
 def batches(num: int, size: int) -> tuple[Tensor, ...]:

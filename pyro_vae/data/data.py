@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from pyro_vae.arguments import as_tensor
 from pyro_vae.data.noise import check_seed, row_noise
 from pyro_vae.data.transforms import Identity, Transform, declare
 
 _CHUNK = 1024
+MOST_CLASSES = 1_000_000  # a greater label is no number of a class
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Data:
     """N rows as their file holds them, with the transform to what a model sees.
 
     Args:
-        x: The original values, [N, *E], in any dtype: uint8 for images, (C, H, W) each.
+        x: The original values, [N, *E], in any dtype: uint8 for images, (C, H, W) each. Arrays,
+            frames and lists are taken too, as they are for y and labels.
         y: What a model is conditioned on, float [N, C], or None.
         labels: The class of each row, int64 [N] from 0, or None.
         transform: From original to model values.
@@ -72,6 +75,9 @@ class Data:
     columns: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("x", "y", "labels"):
+            if (part := getattr(self, name)) is not None:
+                object.__setattr__(self, name, as_tensor(f"{self._title}: {name}", part))
         if self.x.ndim < 2 or len(self.x) < 1 or self.x[0].numel() < 1:
             raise ValueError(
                 f"{self._title}: expected x of shape [N, *E] with at least 1 row and 1 value "
@@ -131,10 +137,18 @@ class Data:
 
     def _check_values(self) -> None:
         for name, part in (("x", self.x), ("y", self.y)):
+            if part is not None and part.is_complex():
+                raise ValueError(f"{self._title}: expected real numbers in {name}, got complex")
             if part is not None and part.is_floating_point():
                 self._check(part.isfinite(), f"finite values in {name}", "NaN or infinite ones")
         if self.labels is not None:
+            if self.labels.is_floating_point() or self.labels.is_complex():
+                raise ValueError(
+                    f"{self._title}: expected labels that are integers, got "
+                    f"{str(self.labels.dtype)[6:]}; give labels.long()"
+                )
             self._check(self.labels >= 0, "labels from 0", "negative ones")
+            self._check(self.labels < MOST_CLASSES, f"labels below {MOST_CLASSES}", "others")
         if self.labels is not None and self.classes is not None:
             good = self.labels < self.classes
             self._check(good, f"labels below {self.classes}, the number of classes", "others")

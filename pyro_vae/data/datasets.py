@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pyro_vae.arguments import check_real, check_whole
 from pyro_vae.data.arrays import read_arrays
+from pyro_vae.data.batches import spread
 from pyro_vae.data.data import Data
 from pyro_vae.data.given import Given
 from pyro_vae.data.images import read_images
@@ -30,6 +32,7 @@ def load_data(
     seed: int = 0,
     conditional: bool = False,
     limit: int | None = None,
+    even: bool = True,
 ) -> Splits:
     """Loads a data set in three parts.
 
@@ -51,24 +54,28 @@ def load_data(
             that the source gives for training; for sources in one part, of all rows.
         seed: The seed of the split and of the noise of the rows, 0 or more.
         conditional: Whether the parts carry y: the source's own, otherwise one-hot labels.
-        limit: Keeps at most this many rows of each part, the first ones, for quick tries.
+        limit: Keeps at most this many rows of each part, for quick tries.
+        even: Whether the limit keeps rows from all over a part, a seeded choice; its first rows
+            if False, as in version 0.1.
 
     Raises:
         ValueError: If the name is unknown, files are missing or cannot be used, or an argument
             does not fit the data.
     """
     check_seed(seed)
-    if limit is not None and limit < 1:
-        raise ValueError(f"expected a limit of at least 1 row, got {limit}; leave it out for all")
+    check_whole(optional=True, limit=limit)
     given = _numbered(_read(name, root))
     split = _split(given, validation, seed)
-    parts = [part.subset(torch.arange(len(part))[:limit]) for part in split]
+    parts = [
+        part.subset(spread(len(part), limit, seed) if even else torch.arange(len(part))[:limit])
+        for part in split
+    ]
     made = make_transform(transform, parts[0].x, parts[0].levels)
     train, held, test = (
         _condition(replace(part, transform=made, seed=seed), conditional) for part in parts
     )
     rows = len(split[1]) if given.validation is None else None
-    return Splits(train, held, test, str(name), transform, rows, seed, conditional, limit)
+    return Splits(train, held, test, str(name), transform, rows, seed, conditional, limit, even)
 
 
 def read_rows(path: str | Path) -> Data:
@@ -165,6 +172,7 @@ def _split(given: Given, validation: int | float | None, seed: int) -> tuple[Dat
 def _count(validation: int | float | None, rows: int, default: float) -> int:
     if validation is None:
         return max(1, round(rows * default))
+    check_real(validation=validation)
     if validation <= 0 or (isinstance(validation, float) and validation >= 1):
         raise ValueError(
             "expected the validation part as a number of rows of at least 1 or as a fraction "

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import check_whole
+
 
 def check_seed(seed: int) -> int:
-    """Returns the seed, or raises a ValueError where it is negative."""
-    if seed < 0:
-        raise ValueError(f"expected a seed of 0 or more, got {seed}")
+    """Returns the seed, or raises a ValueError where it is none."""
+    check_whole(0, seed=seed)
     return seed
 
 

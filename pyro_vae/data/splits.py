@@ -24,6 +24,7 @@ class Splits:
         seed: The seed of the split and of the noise of the rows.
         conditional: Whether the parts carry y.
         limit: The largest number of rows of a part, or None.
+        even: Whether those rows are spread over the part, or its first ones.
     """
 
     train: Data
@@ -35,6 +36,7 @@ class Splits:
     seed: int = 0
     conditional: bool = False
     limit: int | None = None
+    even: bool = True
 
     def __repr__(self) -> str:
         rows = ", ".join(f"{n} {part}" for part, n in self.sizes.items())
@@ -66,6 +68,7 @@ class Splits:
             "seed": self.seed,
             "conditional": self.conditional,
             "limit": self.limit,
+            "even": self.even,
             "digests": {
                 "train": self.train.digest(),
                 "validation": self.validation.digest(),

@@ -32,6 +32,7 @@ def read_csv(path: Path) -> Given:
             f"{path}: expected a comma-separated table in UTF-8, got: {error}; write it again"
         ) from error
     names = [name.strip() for name in header]
+    _check_names(path, names)
     label = next((d for d, name in enumerate(names) if name.lower() == "label"), None)
     values = [d for d in range(table.shape[1]) if d != label]
     return Given(
@@ -55,6 +56,13 @@ def _read(path: Path) -> tuple[list[str], Tensor]:
     if not values:
         raise ValueError(f"{path}: expected at least one row of numbers, got none; fill the file")
     table = torch.from_numpy(np.array(values)).unflatten(0, (-1, len(first)))
+    counts_up = _counts_up(table)
+    if not named and counts_up[0] and counts_up.sum() == 1 and len(table) > 1:
+        raise ValueError(
+            f"{path}: expected names or data in the first line, got numbers that count up, "
+            f"{', '.join(first[:3])}, as no other line does: if they are names, write them as "
+            "text, such as y2019; if data, give the columns names in a line above"
+        )
     return first if named else [], table
 
 
@@ -81,7 +89,29 @@ def _is_number(cell: str) -> bool:
         float(cell)
     except ValueError:
         return False
-    return True
+    return "_" not in cell
+
+
+def _counts_up(table: Tensor) -> Tensor:
+    """Which rows are whole numbers at one distance above 0, as a header of years is."""
+    steps = table.diff(dim=1)
+    if not steps.numel():
+        return torch.zeros(len(table), dtype=torch.bool)
+    whole = (table == table.round()).all(1)
+    return whole & (steps > 0).all(1) & (steps == steps[:, :1]).all(1)
+
+
+def _check_names(path: Path, names: list[str]) -> None:
+    """Refuses a column without a name, as pandas writes its index, and two of labels."""
+    for column, name in enumerate(names, start=1):
+        if not name or name.startswith("Unnamed:"):
+            raise ValueError(
+                f"{path}: expected a name for each column, got none for column {column} (from 1): "
+                "if it is the index of a pandas frame, write the file with index=False; if it is "
+                "data, name it"
+            )
+    if (count := sum(name.lower() == "label" for name in names)) > 1:
+        raise ValueError(f"{path}: expected one column 'label', got {count}; rename the others")
 
 
 def _labels(path: Path, column: Tensor) -> Tensor:

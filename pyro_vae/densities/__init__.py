@@ -1,6 +1,7 @@
 """(model, guide, x) -> log p(x|z), log p(z), log q(z|x), and the sites behind them."""
 
-from pyro_vae.densities.handlers import OwnParameters, Program, particle_plate, scale_latents
+from pyro_vae.densities.handlers import OwnParameters, Program, scale_latents
+from pyro_vae.densities.particles import folds, run_program
 from pyro_vae.densities.result import Densities, Latents, Site
 from pyro_vae.densities.run import (
     densities,
@@ -18,9 +19,10 @@ __all__ = [
     "Site",
     "densities",
     "draw_latents",
+    "folds",
     "log_joint",
     "log_weights",
-    "particle_plate",
     "registered_densities",
+    "run_program",
     "scale_latents",
 ]

@@ -13,6 +13,8 @@ from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from pyro_vae.arguments import check_real, check_whole
+
 __all__ = ["OwnParameters", "Program", "ScaleLatents", "particle_plate", "scale_latents"]
 
 Program = Callable[..., Any]
@@ -54,6 +56,8 @@ def scale_latents(fn: Program, beta: float | Tensor) -> Program:
         Higgins et al. beta-VAE: learning basic visual concepts with a constrained variational
         framework. 2017.
     """
+    if not isinstance(beta, Tensor):
+        check_real(0, beta=beta)
     return ScaleLatents(beta)(fn)
 
 
@@ -81,6 +85,5 @@ class ParticlePlate(IndepMessenger):
 
 def particle_plate(num_particles: int) -> ParticlePlate:
     """A plate of `num_particles`, at dim -2."""
-    if num_particles < 1:
-        raise ValueError(f"the number of particles must be at least 1; got {num_particles}")
+    check_whole(num_particles=num_particles)
     return ParticlePlate("particles", num_particles, dim=-2)

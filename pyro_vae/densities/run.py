@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import pyro
 import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
-from pyro_vae.densities.handlers import OwnParameters, Program, particle_plate
+from pyro_vae.arguments import takes_vae
+from pyro_vae.densities.handlers import OwnParameters, Program
+from pyro_vae.densities.particles import folds, run_program
 from pyro_vae.densities.result import Densities, Latents, Site
-from pyro_vae.densities.sites import check_latents, sample_sites, traced
+from pyro_vae.densities.sites import Sites, check_latents, sample_sites
 
 __all__ = ["densities", "draw_latents", "log_joint", "log_weights", "registered_densities"]
 
 
+@takes_vae
 def densities(
     model: Program, guide: Program, x: Tensor, y: Tensor | None = None, *, num_particles: int = 1
 ) -> Densities:
@@ -28,7 +30,8 @@ def densities(
     alone: parameters are those of the modules.
 
     Args:
-        model: Pyro model of (x) or (x, y), all its sites inside one plate "data" at dim -1.
+        model: Pyro model of (x) or (x, y), all its sites inside one plate "data" at dim -1; or
+            a VAE, which stands for its model and guide: densities(vae, x).
         guide: Pyro guide of the same arguments.
         x: Data [B, *E].
         y: What is conditioned on [B, C], or None.
@@ -46,11 +49,12 @@ def registered_densities(
     model: Program, guide: Program, x: Tensor, y: Tensor | None = None, *, num_particles: int = 1
 ) -> Densities:
     """As `densities`, for `pyro.infer.SVI`: parameters are registered as the programs ask."""
-    with particle_plate(num_particles):
-        guide_trace = traced(guide, x, y)
-        guide_sites = sample_sites(guide_trace, "guide")
-    with poutine.replay(trace=guide_trace), particle_plate(num_particles):
-        model_sites = sample_sites(traced(model, x, y), "model")
+    fold = [folds(program, x, y, num_particles) for program in (guide, model)]  # before SVI looks
+    guide_trace = run_program(guide, x, y, num_particles, fold=fold[0])
+    guide_sites = sample_sites(guide_trace, "guide")
+    replay = poutine.replay(trace=guide_trace)
+    model_trace = run_program(model, x, y, num_particles, replay, fold=fold[1])
+    model_sites = sample_sites(model_trace, "model")
     latent = [name for name, site in model_sites.items() if not site["is_observed"]]
     check_latents(latent, list(guide_sites))
     frames = {f.name: f for f in model_sites[latent[0]]["cond_indep_stack"]}
@@ -79,20 +83,32 @@ def registered_densities(
 
 
 def draw_latents(
-    guide: Program, x: Tensor, y: Tensor | None = None, *, num_particles: int = 1
+    guide: Program,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    num_particles: int = 1,
+    chunk_size: int | None = None,
 ) -> tuple[Latents, Tensor]:
-    """Draws of the guide by site, [K, B, *event], and their log density log q(z | x) [K, B]."""
-    with particle_plate(num_particles):
-        sites = sample_sites(traced(guide, x, y), "guide")
+    """Draws of the guide by site, [K, B, *event], and their log density log q(z | x) [K, B].
+
+    A guide that does not broadcast sees at most `chunk_size` rows at a time.
+    """
+    if chunk_size and num_particles * len(x) > chunk_size and folds(guide, x, y, num_particles):
+        counts = torch.ones(num_particles).split(max(1, chunk_size // len(x)))
+        draws = [draw_latents(guide, x, y, num_particles=len(count)) for count in counts]
+        parts, log_prob = zip(*draws)
+        latents = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return latents, torch.cat(log_prob)
+    sites = sample_sites(run_program(guide, x, y, num_particles), "guide")
     return {name: site["value"] for name, site in sites.items()}, _log_prob(sites, x)
 
 
 def log_joint(model: Program, x: Tensor, y: Tensor | None, latents: Latents) -> Tensor:
     """log p(x, z) [K, B] of given latents, by site [K, B, *event]."""
     num_particles = [len(z) for z in latents.values()] or [1]
-    with particle_plate(num_particles[0]):
-        conditioned = poutine.condition(model, latents)
-        sites = sample_sites(traced(conditioned, x, y), "model")
+    trace = run_program(model, x, y, num_particles[0], poutine.condition(data=latents))
+    sites = sample_sites(trace, "model")
     check_latents([n for n, s in sites.items() if not s["is_observed"] or n in latents], latents)
     return _log_prob(sites, x)
 
@@ -128,7 +144,8 @@ def log_weights(
                 for start in range(0, num_particles, step)
             ]
         )
-    latents, log_q = draw_latents(guide, x, y, num_particles=num_particles)
+    drawn = {"num_particles": num_particles, "chunk_size": chunk_size}
+    latents, log_q = draw_latents(guide, x, y, **drawn)
     parts = []
     for start in range(0, num_particles, step):
         chunk = {name: z[start : start + step] for name, z in latents.items()}
@@ -138,12 +155,11 @@ def log_weights(
 
 
 def _prior_weights(model: Program, x: Tensor, y: Tensor | None, num_particles: int) -> Tensor:
-    with particle_plate(num_particles):
-        sites = sample_sites(traced(model, x, y), "model")
+    sites = sample_sites(run_program(model, x, y, num_particles), "model")
     return _log_prob({name: site for name, site in sites.items() if site["is_observed"]}, x)
 
 
-def _log_prob(sites: dict[str, dict[str, Any]], x: Tensor) -> Tensor:
+def _log_prob(sites: Sites, x: Tensor) -> Tensor:
     """Log density of all `sites` [K, B], one column for each row of `x`."""
     terms = [site["fn"].log_prob(site["value"]) for site in sites.values()]
     if any(term.shape[-1] != len(x) for term in terms):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import pyro.distributions as dist
@@ -10,7 +10,9 @@ import pyro.poutine as poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-__all__ = ["check_latents", "program_args", "sample_sites", "traced"]
+__all__ = ["Sites", "check_latents", "is_random", "program_args", "sample_sites"]
+
+Sites = dict[str, dict[str, Any]]
 
 
 def program_args(x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
@@ -18,22 +20,15 @@ def program_args(x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:
     return (x,) if y is None else (x, y)
 
 
-def traced(program: Callable[..., Any], x: Tensor, y: Tensor | None) -> poutine.Trace:
-    """The trace of a program; `get_trace` would add the shapes of all sites to its errors."""
-    with poutine.trace() as tracer:
-        program(*program_args(x, y))
-    return tracer.trace
+def is_random(site: Any) -> bool:
+    """Whether a site of type "sample" has a density: neither a plate's rows nor deterministic."""
+    return not (site_is_subsample(site) or (site["infer"] or {}).get("_deterministic", False))
 
 
-def sample_sites(trace: poutine.Trace, program: str) -> dict[str, dict[str, Any]]:
+def sample_sites(trace: poutine.Trace, program: str) -> Sites:
     """The sites of a trace that have a density, by name, each checked."""
-    sites: dict[str, Any] = {
-        name: site
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and not site_is_subsample(site)
-        and not (site["infer"] or {}).get("_deterministic", False)
-    }
+    nodes: Any = trace.nodes
+    sites = {n: s for n, s in nodes.items() if s["type"] == "sample" and is_random(s)}
     for name, site in sites.items():
         _check_site(f"{program} site {name!r}", site)
     return sites

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyro_vae.densities import Program
 from pyro_vae.estimators.batches import map_targets
 from pyro_vae.estimators.evidence import Evidence
+from pyro_vae.estimators.given import estimator
 from pyro_vae.estimators.hmc import Point, hmc_step
 from pyro_vae.estimators.importance import summarise
 from pyro_vae.estimators.starts import STARTS, Refined, Start, make_start
@@ -23,6 +24,7 @@ PILOT_CHAINS = 16
 STEEPNESS = 4.0  # of the sigmoid schedule
 
 
+@estimator
 def annealed_importance_sampling(
     model: Program,
     guide: Program,
@@ -87,8 +89,7 @@ def annealed_importance_sampling(
         Wu, Burda, Salakhutdinov and Grosse. On the quantitative analysis of decoder-based
         generative models. 2017.
     """
-    check_path(num_temperatures, num_chains, num_leapfrog, start, schedule)
-
+    check_path(start, schedule)
     steps = (num_temperatures, num_leapfrog, schedule)
     parts = map_targets(
         partial(_estimate, num_chains=num_chains, start=start, steps=steps),
@@ -114,15 +115,8 @@ def _estimate(
     return origin.fit.judge(evidence, 0.1) if isinstance(origin, Refined) else evidence
 
 
-def check_path(
-    num_temperatures: int, num_chains: int, num_leapfrog: int, start: str, schedule: str
-) -> None:
+def check_path(start: str, schedule: str) -> None:
     """Raises a ValueError if there is no such path."""
-    if min(num_temperatures, num_chains, num_leapfrog) < 1:
-        raise ValueError(
-            "num_temperatures, num_chains and num_leapfrog must be at least 1; got "
-            f"{num_temperatures}, {num_chains} and {num_leapfrog}"
-        )
     if start not in STARTS:
         raise ValueError(f"start must be one of {STARTS}; got {start!r}")
     if schedule not in ("sigmoid", "linear"):

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.densities import Program
-from pyro_vae.estimators.batches import check_data, map_targets
+from pyro_vae.estimators.batches import map_targets
 from pyro_vae.estimators.bidirectional import simulate
 from pyro_vae.estimators.escalating import escalate
 from pyro_vae.estimators.evidence import Evidence
+from pyro_vae.estimators.given import estimator
 from pyro_vae.estimators.target import Target
 
 __all__ = ["Audit", "audit", "kept_audit"]
@@ -90,6 +91,7 @@ class Audit:
         return f"Audit({self})"
 
 
+@estimator
 def audit(
     model: Program,
     guide: Program,
@@ -142,9 +144,6 @@ def audit(
         Cusumano-Towner and Mansinghka. AIDE: an algorithm for measuring the accuracy of
         probabilistic inference algorithms. 2017.
     """
-    check_data(x, y)
-    if num_data < 1:
-        raise ValueError(f"num_data must be at least 1; got {num_data}")
     rows = (torch.arange(num_data, device=x.device) * max(1, len(x) // num_data)) % len(x)
     limit = math.inf if budget is None else budget
     parts = map_targets(
@@ -179,8 +178,8 @@ def kept_audit(
 ) -> Audit:
     """An audit of a size that suits x; the last one of a module while its weights are as then."""
     num_data = min(max(len(x) // SHARE, FEWEST), MOST)
-    owner = getattr(model, "__self__", None)
-    if not isinstance(owner, nn.Module) or getattr(guide, "__self__", None) is not owner:
+    owner, other = (getattr(program, "__self__", None) for program in (model, guide))
+    if not isinstance(owner, nn.Module) or id(owner) != id(other):
         return audit(model, guide, x, y, num_data=num_data, **options)
     key = _digest(owner, x, y, options)
     if owner not in KEPT or KEPT[owner][0] != key or len(KEPT[owner][1]) < num_data:
@@ -195,5 +194,5 @@ def _digest(owner: nn.Module, x: Tensor, y: Tensor | None, options: dict[str, An
     digest = hashlib.sha256(repr((x.shape[1:], x.dtype, [options[n] for n in names])).encode())
     for part in parts:
         if isinstance(part, Tensor):
-            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -12,38 +12,34 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.densities import Program
+from pyro_vae.densities import Program, densities
+from pyro_vae.densities.evaluating import evaluating
 from pyro_vae.estimators.coordinates import Coordinates
-from pyro_vae.estimators.evaluating import evaluating
 from pyro_vae.estimators.fast import CompiledTarget
 from pyro_vae.estimators.target import ROWS, Target
 from pyro_vae.generators import forked, seed_generators
 from pyro_vae.memory import keep_memory
 from pyro_vae.processes import in_processes
 
-__all__ = ["check_data", "map_batches", "map_targets", "track"]
+__all__ = ["check_support", "map_batches", "map_targets", "track"]
 
 T = TypeVar("T")
 DRAWS_AT_ONCE = 8  # draws of each datum that make up the rows that the model sees at once
 NUMBERS = 5_000_000  # coordinates of a thousand draws of a batch
 
 
-def check_data(x: Any, y: Any) -> None:
-    """Refuses what are no tensors of data, row by row.
+def check_support(
+    model: Program, guide: Program, x: Tensor, y: Tensor | None, chunk_size: int
+) -> None:
+    """One run of the programs on all rows, with Pyro's checks: before hours of work, not after.
 
     Raises:
-        ValueError: If x or y is no tensor, there are no rows, or not as many of y as of x.
+        ValueError: If the model has no density at some of the data, or cannot be run.
     """
-    for name, part in (("x", x), ("y", x if y is None else y)):
-        if not isinstance(part, Tensor) or part.ndim < 1:
-            raise ValueError(
-                f"{name} must be a tensor with a row for each datum; got {type(part).__name__}: "
-                "of a data set give rows, x, y = data.test.fixed().batch(torch.arange(100))"
-            )
-    if len(x) < 1:
-        raise ValueError(f"x must have at least one row; got shape {list(x.shape)}")
-    if y is not None and len(y) != len(x):
-        raise ValueError(f"y must have a row for each of the {len(x)} of x; got {len(y)}")
+    with evaluating(model, guide, seed=0, device=x.device):
+        for rows in torch.arange(len(x), device=x.device).split(chunk_size):
+            d = densities(model, guide, x[rows], None if y is None else y[rows])
+            _ = d.log_likelihood, d.log_prior
 
 
 def map_batches(
@@ -65,8 +61,7 @@ def map_batches(
     Modes, random state, parameters and Pyro's store are afterwards as they were.
 
     Raises:
-        ValueError: If `devices` is not a number, is more than there are, or the programs cannot
-            be sent to them.
+        ValueError: If there are not so many devices, or the programs cannot be sent to them.
     """
     _check_devices(devices, (model, guide), x.device)
     first = _any_seed(x.device) if seed is None else seed
@@ -97,7 +92,10 @@ class Work(Generic[T]):
         batches = torch.arange(len(self.x), device=self.x.device).split(self.size)
         results = []
         keep_memory()
-        with evaluating(self.model, self.guide, seed=None, device=self.x.device):
+        with (
+            pyro.validation_enabled(True),  # in other processes too
+            evaluating(self.model, self.guide, seed=None, device=self.x.device),
+        ):
             for i, rows in enumerate(track(batches, self.title or "", self.title is not None)):
                 number = [self.seed % 2**64, self.number + i]
                 noise = np.random.SeedSequence(number).generate_state(1, np.uint64)
@@ -137,8 +135,6 @@ def _any_seed(device: torch.device) -> int:
 
 
 def _check_devices(devices: int, programs: Sequence[Program], device: torch.device) -> None:
-    if not isinstance(devices, int) or devices < 1:
-        raise ValueError(f"devices must be a whole number, at least 1; got {devices!r}")
     if devices == 1:
         return
     if device.type == "cuda" and devices > torch.cuda.device_count():
@@ -167,15 +163,9 @@ def map_targets(
     progress: bool,
     compile: bool = False,
 ) -> list[T]:
-    """What `estimate` gives for the posteriors of each batch of data, as by `map_batches`.
-
-    Raises:
-        ValueError: If x or y are no data (see `check_data`), or `chunk_size` is below one.
-    """
+    """What `estimate` gives for the posteriors of each batch of data, as by `map_batches`."""
     rows = 4 * ROWS if chunk_size is None else chunk_size
-    check_data(x, y)
-    if rows < 1:
-        raise ValueError(f"chunk_size must be at least 1; got {rows}")
+    check_support(model, guide, x, y, rows)
     with evaluating(model, guide, seed=seed, device=x.device):
         first = Target(model, guide, x[:4], None if y is None else y[:4], chunk_size=rows)
     return map_batches(

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from pyro_vae.densities import Program
 from pyro_vae.estimators.annealed import Path, check_path
-from pyro_vae.estimators.batches import check_data, map_targets
+from pyro_vae.estimators.batches import map_targets
 from pyro_vae.estimators.diagnostics import log_mean_exp
+from pyro_vae.estimators.given import estimator
 from pyro_vae.estimators.starts import make_start
 from pyro_vae.estimators.target import Target
 
@@ -69,6 +70,7 @@ class Bracket:
         )
 
 
+@estimator
 def bidirectional(
     model: Program,
     guide: Program,
@@ -124,11 +126,8 @@ def bidirectional(
         Grosse, Ghahramani and Adams. Sandwiching the marginal likelihood using bidirectional
         Monte Carlo. 2015.
     """
-    check_path(num_temperatures, num_chains, num_leapfrog, start, schedule)
-    check_data(x, y)
+    check_path(start, schedule)
     count = len(x) if num_data is None else num_data
-    if count < 1:
-        raise ValueError(f"num_data must be at least 1; got {count}")
     rows = torch.arange(count, device=x.device) % len(x)
 
     steps = (num_temperatures, num_leapfrog, schedule)

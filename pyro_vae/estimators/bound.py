@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from pyro_vae.densities import Program, densities
-from pyro_vae.estimators.batches import check_data
-from pyro_vae.estimators.evaluating import evaluating
+from pyro_vae.densities.evaluating import evaluating
+from pyro_vae.estimators.given import estimator
 
-__all__ = ["Bound", "evidence_lower_bound"]
+__all__ = ["Bound", "evidence_lower_bound", "lower_bound"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +31,7 @@ class Bound:
     rules: dict[str, str]
 
 
+@estimator
 def evidence_lower_bound(
     model: Program,
     guide: Program,
@@ -56,11 +57,22 @@ def evidence_lower_bound(
         ValueError: If `num_samples` or `chunk_size` is below one, or the programs have no
             density per datum (see `densities`).
     """
-    check_data(x, y)
-    if num_samples < 1 or chunk_size < 1:
-        raise ValueError(
-            f"num_samples and chunk_size must be at least 1; got {num_samples} and {chunk_size}"
-        )
+    return lower_bound(
+        model, guide, x, y, num_samples=num_samples, chunk_size=chunk_size, seed=seed
+    )
+
+
+def lower_bound(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    y: Tensor | None,
+    *,
+    num_samples: int = 1,
+    chunk_size: int = 1000,
+    seed: int | None = 0,
+) -> Bound:
+    """As `evidence_lower_bound`, of what is known to be data."""
     batch = max(1, chunk_size // num_samples)
     parts, rules = [], {}
     with evaluating(model, guide, seed=seed, device=x.device):

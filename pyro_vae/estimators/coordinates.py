@@ -355,5 +355,7 @@ def _factorises(where: Coordinates, fn: Distribution, a: Tensor, b: Tensor) -> b
     n = a.shape[-1]
     swap = torch.eye(n, dtype=torch.bool, device=a.device)
     pairs = [torch.where(swap, y[:, None], x[:, None]).reshape(-1, n) for x, y in ((a, b), (b, a))]
-    swapped, plain = (sum(_log_prior(where, fn, v)[:, 0] for v in vs) for vs in (pairs, (a, b)))
+    swapped, plain = (
+        torch.stack([_log_prior(where, fn, v)[:, 0] for v in vs]).sum(0) for vs in (pairs, (a, b))
+    )
     return bool(swapped.isfinite().all()) and _alike(plain.repeat_interleave(n), swapped)

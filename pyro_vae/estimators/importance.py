@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.densities import Latents, Program, log_joint, log_weights
-from pyro_vae.estimators.batches import check_data, map_batches
+from pyro_vae.estimators.batches import check_support, map_batches
 from pyro_vae.estimators.diagnostics import (
     convergence,
     effective_sample_size,
@@ -21,13 +21,16 @@ from pyro_vae.estimators.diagnostics import (
 )
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.fast import CompiledJoint
+from pyro_vae.estimators.given import estimator
 from pyro_vae.estimators.target import ROWS
+from pyro_vae.memory import check_fits
 
 __all__ = ["importance_sampling", "summarise"]
 
 DRAWS = 50_000  # draws held at once: more run the guide again
 
 
+@estimator
 def importance_sampling(
     model: Program,
     guide: Program,
@@ -58,9 +61,10 @@ def importance_sampling(
     (up to 50,000 draws); memory is that of `chunk_size` rows of the model and the draws.
 
     Args:
-        model: Pyro model of (x) or (x, y), all its sites inside one plate "data".
+        model: Pyro model of (x) or (x, y), all its sites inside one plate "data"; or a VAE,
+            which stands for its model and guide: importance_sampling(vae, x, y).
         guide: Pyro guide of the same arguments.
-        x: Data [N, *E].
+        x: Data [N, *E], a tensor, array, frame or list; as is y.
         y: What is conditioned on [N, C], or None.
         num_samples: Draws K for each datum.
         chunk_size: Draws times data that the model sees at once; the result does not depend
@@ -84,14 +88,12 @@ def importance_sampling(
     References:
         Burda, Grosse and Salakhutdinov. Importance weighted autoencoders. 2016.
     """
-    check_data(x, y)
     rows = ROWS if chunk_size is None else chunk_size
-    if num_samples < 1 or rows < 1:
-        raise ValueError(
-            f"num_samples and chunk_size must be at least 1; got {num_samples} and {rows}"
-        )
+    check_fits(16 * num_samples, f"{num_samples} draws")
     if proposal not in ("guide", "prior"):
         raise ValueError(f"proposal must be 'guide' or 'prior'; got {proposal!r}")
+    if proposal == "guide":
+        check_support(model, guide, x, y, rows)
     joint = CompiledJoint() if compile else log_joint
     parts = map_batches(
         partial(_estimate, num_samples=num_samples, rows=rows, proposal=proposal, joint=joint),

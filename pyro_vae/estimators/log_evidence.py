@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from pyro_vae.densities import Program
 from pyro_vae.estimators.audit import Audit, kept_audit
 from pyro_vae.estimators.batches import map_targets
+from pyro_vae.estimators.bidirectional import NotSimulated
 from pyro_vae.estimators.escalating import escalate
 from pyro_vae.estimators.evidence import Evidence
+from pyro_vae.estimators.given import estimator
 from pyro_vae.estimators.target import Target
 
 __all__ = ["log_evidence"]
 
 
+@estimator
 def log_evidence(
     model: Program,
     guide: Program,
@@ -48,9 +53,10 @@ def log_evidence(
 
     Args:
         model: Pyro model of (x) or (x, y), all its sites inside one plate "data", its latents
-            continuous, on any support that is fixed.
+            continuous, on any support that is fixed; or a VAE, which stands for its model and
+            guide: log_evidence(vae, x, y).
         guide: Pyro guide of the same arguments.
-        x: Data [N, *E].
+        x: Data [N, *E], a tensor, array, frame or list; as is y.
         y: What is conditioned on [N, C], or None.
         tolerance: Largest standard error, in nats.
         budget: Most evaluations of the model, with or without gradient, for one datum; all that
@@ -79,10 +85,13 @@ def log_evidence(
         Wu, Burda, Salakhutdinov and Grosse. On the quantitative analysis of decoder-based
         generative models. 2017.
     """
-    if not tolerance > 0:
-        raise ValueError(f"tolerance must be positive, in nats; got {tolerance}")
     limit = math.inf if budget is None else budget
-    options = {"chunk_size": chunk_size, "seed": seed, "devices": devices, "progress": progress}
+    options: dict[str, Any] = {
+        "chunk_size": chunk_size,
+        "seed": seed,
+        "devices": devices,
+        "progress": progress,
+    }
     parts = map_targets(
         partial(_estimate, tolerance=tolerance, budget=limit),
         model,
@@ -95,9 +104,13 @@ def log_evidence(
     evidence = Evidence.cat(parts)
     if audit is False or "reliable" not in evidence.verdict:
         return evidence
-    if audit is True:
-        audit = kept_audit(model, guide, x, y, tolerance=tolerance, budget=budget, **options)
-    return audit.applied(evidence)
+    if audit is not True:
+        return audit.applied(evidence)
+    try:
+        made = kept_audit(model, guide, x, y, tolerance=tolerance, budget=budget, **options)
+    except NotSimulated as error:
+        return replace(evidence, audit=f"none: {error}")
+    return made.applied(evidence)
 
 
 def _estimate(target: Target, tolerance: float, budget: float) -> Evidence:

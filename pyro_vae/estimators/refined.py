@@ -14,6 +14,7 @@ from pyro_vae.densities import Program
 from pyro_vae.estimators.batches import map_targets
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.fitting import CHECKS, DRAWS, STEPS, fit_gaussian
+from pyro_vae.estimators.given import estimator
 from pyro_vae.estimators.importance import summarise
 from pyro_vae.estimators.laplace import ROUNDS, laplace
 from pyro_vae.estimators.modes import find_modes, search_cost
@@ -30,6 +31,7 @@ SURPRISE = 3.0  # standard errors by which draws of the prior may give more
 NEGLIGIBLE = 8.0  # nats of evidence below a datum's best component
 
 
+@estimator
 def refined_importance_sampling(
     model: Program,
     guide: Program,
@@ -92,10 +94,6 @@ def refined_importance_sampling(
         Owen and Zhou. Safe and effective importance sampling. 2000.
         Cremer, Li and Duvenaud. Inference suboptimality in variational autoencoders. 2018.
     """
-    if num_samples < 1 or num_starts < 1:
-        raise ValueError(
-            f"num_samples and num_starts must be at least 1; got {num_samples} and {num_starts}"
-        )
     parts = map_targets(
         partial(_estimate, num_samples=num_samples, num_starts=num_starts),
         model,

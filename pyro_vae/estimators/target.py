@@ -17,7 +17,7 @@ from pyro_vae.densities import (
     densities,
     draw_latents,
     log_joint,
-    particle_plate,
+    run_program,
 )
 from pyro_vae.estimators.coordinates import (
     Coordinates,
@@ -134,7 +134,7 @@ class Target:
     def log_prior(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """log p(u) and log p(x | u), each [K, B], from one run of the model."""
         latents, log_det = self._latents(u)
-        _, prior, likelihood = self._run(poutine.condition(self.model, latents), len(u))
+        _, prior, likelihood = self._run(len(u), poutine.condition(data=latents))
         return _never_nan(prior + log_det), _never_nan(likelihood)
 
     def check_gradient(self) -> None:
@@ -153,7 +153,8 @@ class Target:
     def draw_guide(self, num_draws: int) -> Tensor:
         """Draws of the guide [K, B, D]."""
         with pyro.validation_enabled(False), torch.no_grad():
-            latents, _ = draw_latents(self.guide, self.x, self.y, num_particles=num_draws)
+            options = {"num_particles": num_draws, "chunk_size": self.chunk_size}
+            latents, _ = draw_latents(self.guide, self.x, self.y, **options)
         return self.vector(latents)
 
     def draw_prior(self, num_draws: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,7 +163,7 @@ class Target:
         with torch.no_grad():
             for done in range(0, num_draws, self.draws_at_once):
                 number = min(self.draws_at_once, num_draws - done)
-                values, log_prior, log_likelihood = self._run(self.model, number)
+                values, log_prior, log_likelihood = self._run(number)
                 u = self.vector(values)
                 log_prior = _never_nan(log_prior + self._latents(u)[1])
                 parts.append((u, log_prior, _never_nan(log_likelihood)))
@@ -180,11 +181,10 @@ class Target:
         with pyro.validation_enabled(False):
             return _never_nan(log_joint(self.model, self.x, self.y, latents).double() + log_det)
 
-    def _run(self, program: Program, K: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def _run(self, K: int, handler: Any = None) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """One run of the model: its latents, log p(z) and log p(x | z) [K, B]."""
-        args = (self.x,) if self.y is None else (self.x, self.y)
-        with pyro.validation_enabled(False), particle_plate(K):
-            nodes: Any = poutine.trace(program).get_trace(*args).nodes
+        with pyro.validation_enabled(False):
+            nodes: Any = run_program(self.model, self.x, self.y, K, handler).nodes
             none = self.scale.new_zeros(K, self.num_data)
             log_prior, log_likelihood = (
                 sum((nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in names), none)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from pyro_vae.arguments import as_shape
+
 __all__ = ["Likelihood"]
 
 
@@ -40,7 +42,7 @@ class Likelihood(nn.Module):
     def __init__(self, decoder: nn.Module, data_shape: tuple[int, ...]) -> None:
         super().__init__()
         self.decoder = decoder
-        self.data_shape = tuple(data_shape)
+        self.data_shape = as_shape("data_shape", data_shape)
 
     @classmethod
     @abstractmethod

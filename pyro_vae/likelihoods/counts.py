@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from pyro_vae.arguments import check_real
 from pyro_vae.likelihoods.base import Likelihood
 
 __all__ = ["NegativeBinomial", "Poisson"]
@@ -61,6 +62,7 @@ class NegativeBinomial(Likelihood):
         self, decoder: nn.Module, data_shape: tuple[int, ...], min_dispersion: float = 1e-3
     ) -> None:
         super().__init__(decoder, data_shape)
+        check_real(0, min_dispersion=min_dispersion)
         self.min_dispersion = min_dispersion
 
     @classmethod

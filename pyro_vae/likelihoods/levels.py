@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_vae import distributions
+from pyro_vae.arguments import check_real, check_whole
 from pyro_vae.likelihoods.base import Likelihood
 
 __all__ = ["Categorical", "DiscretizedLogistic"]
@@ -33,7 +34,8 @@ class DiscretizedLogistic(Likelihood):
         min_scale: float = 1e-3,
     ) -> None:
         super().__init__(decoder, data_shape)
-        _check_levels(levels)
+        check_whole(2, levels=levels)
+        check_real(0, min_scale=min_scale)
         self.levels, self.min_scale = levels, min_scale
         self.support = constraints.integer_interval(0, levels - 1)
         self.support_name = f"{{0, ..., {levels - 1}}}"
@@ -70,7 +72,7 @@ class Categorical(Likelihood):
 
     def __init__(self, decoder: nn.Module, data_shape: tuple[int, ...], levels: int = 256) -> None:
         super().__init__(decoder, data_shape)
-        _check_levels(levels)
+        check_whole(2, levels=levels)
         self.levels = levels
         self.support = constraints.integer_interval(0, levels - 1)
         self.support_name = f"{{0, ..., {levels - 1}}}"
@@ -90,8 +92,3 @@ class Categorical(Likelihood):
         """Log frequency of each level, one pseudo-count spread over them."""
         counts = torch.stack([(x == k).sum(0) for k in range(self.levels)]).to(x.dtype)
         return torch.log((counts + 1 / self.levels) / (len(x) + 1)).flatten(0, 1)
-
-
-def _check_levels(levels: int) -> None:
-    if levels < 2:
-        raise ValueError(f"levels must be at least 2; got {levels}")

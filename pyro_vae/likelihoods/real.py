@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from typing import Literal
 
@@ -12,10 +13,12 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_vae.arguments import check_real
 from pyro_vae.likelihoods.base import Likelihood
 
 __all__ = ["Laplace", "LocationScale", "Normal", "StudentT"]
 
+LARGE = 10.0  # deviation of data that a decoder takes long to reach
 ScaleOption = float | Literal["learned", "per_dimension", "predicted"]
 MeanOption = Literal["identity", "sigmoid", "tanh"]
 
@@ -45,8 +48,11 @@ class LocationScale(Likelihood):
     ) -> None:
         super().__init__(decoder, data_shape)
         options = ("learned", "per_dimension", "predicted")
-        if not (scale in options or (isinstance(scale, int | float) and scale > 0)):
+        if isinstance(scale, str) and scale not in options:
             raise ValueError(f"scale must be a positive number or one of {options}; got {scale!r}")
+        if not isinstance(scale, str):
+            check_real(above=0, scale=scale)
+        check_real(0, min_scale=min_scale)
         if mean not in ("identity", "sigmoid", "tanh"):
             raise ValueError(f"mean must be 'identity', 'sigmoid' or 'tanh'; got {mean!r}")
         self.scale_option, self.mean_option, self.min_scale = scale, mean, min_scale
@@ -85,6 +91,12 @@ class LocationScale(Likelihood):
     def initialise(self, x: Tensor) -> None:
         """The decoder's start as for every likelihood; a learned scale is the data's deviation."""
         super().initialise(x)
+        if (widest := x.std(0, correction=0).max().item()) > LARGE:
+            message = (
+                f"values deviate by up to {widest:.3g} from their mean, where a decoder's outputs "
+                "start near 1: standardise the data, or divide them by their scale"
+            )
+            warnings.warn(message, UserWarning, stacklevel=2)
         if hasattr(self, "raw_scale"):
             variance = x.var(0, correction=0)
             one = self.scale_option == "learned"

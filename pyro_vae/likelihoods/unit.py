@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_vae import distributions
+from pyro_vae.arguments import check_real
 from pyro_vae.likelihoods.base import Likelihood
 
 __all__ = ["Bernoulli", "Beta", "ContinuousBernoulli"]
@@ -90,6 +91,7 @@ class Beta(Likelihood):
         self, decoder: nn.Module, data_shape: tuple[int, ...], min_concentration: float = 0.01
     ) -> None:
         super().__init__(decoder, data_shape)
+        check_real(0, min_concentration=min_concentration)
         self.min_concentration = min_concentration
 
     @classmethod

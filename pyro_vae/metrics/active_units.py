@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import check_real
+
 __all__ = ["active_units"]
 
 
@@ -18,4 +20,5 @@ def active_units(posterior_means: Tensor, threshold: float = 0.01) -> Tensor:
     References:
         Burda, Grosse and Salakhutdinov. Importance weighted autoencoders. 2016.
     """
+    check_real(0, threshold=threshold)
     return torch.var(posterior_means, 0) > threshold

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent
 
+from pyro_vae.arguments import check_whole
 from pyro_vae.generators import forked
-from pyro_vae.marginals import factorises, marginals, pair_log_prob, pair_marginals
+from pyro_vae.marginals import marginals, pair_log_prob, pair_marginals
 
 __all__ = [
     "Decomposition",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 PAIRS = 2**21  # entries [draws, N, D] at once
+NEAR = 0.1  # nats below its ceiling, from where the mutual information says little
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,10 @@ class Decomposition:
     Attributes:
         kl: The whole, by draws.
         mutual_information: Of z and the index of the datum; log N at most.
+        aggregate_kl: KL(q(z) || p(z)), the sum of the next two.
         total_correlation: KL of q(z) from the product of its q(z_d).
         dimension_wise_kl: E log of that product over p(z): the sum of KL(q(z_d) || p(z_d)) where
-            the prior factorises.
+            the prior factorises; elsewhere no KL, and often negative.
         per_dimension: KL(q(z_d) || p(z_d)) [D], or None where it does not.
         num_data: Their number N.
         num_samples: Draws of z for each datum that was drawn from.
@@ -64,12 +67,23 @@ class Decomposition:
 
     kl: Term
     mutual_information: Term
+    aggregate_kl: Term
     total_correlation: Term
     dimension_wise_kl: Term
     per_dimension: Tensor | None = field(repr=False)
     num_data: int
     num_samples: int
     seed: int
+
+    @property
+    def ceiling(self) -> float:
+        """log N, the most that the mutual information with N data can be."""
+        return math.log(self.num_data)
+
+    @property
+    def at_ceiling(self) -> bool:
+        """Whether the mutual information is so near it that more data would show more."""
+        return self.mutual_information.value > self.ceiling - NEAR
 
 
 def elbo_decomposition(
@@ -110,8 +124,8 @@ def elbo_decomposition(
             f"prior must have batch () and event {tuple(posterior.event_shape)}; got "
             f"{tuple(prior.batch_shape)} and {tuple(prior.event_shape)}"
         )
-    if num_samples < 2:
-        raise ValueError(f"num_samples must be at least 2, for their error; got {num_samples}")
+    check_whole(2, num_samples=num_samples)
+    check_whole(0, seed=seed)
     rows = evenly(num_data, num_rows).to(marginals(posterior).loc.device)
     parts, dims = [], []
     with torch.no_grad():
@@ -119,26 +133,34 @@ def elbo_decomposition(
         for chunk in chunks(index, z, num_data):
             terms, each = _terms(posterior, prior, *chunk)
             parts.append(terms)
-            if factorises(prior):
-                dims.append(each - marginals(prior).log_prob(chunk[1]))
-    kl, information, correlation, mismatch = (
-        _term(term) for term in torch.cat(parts, 1).reshape(4, len(rows), num_samples)
+            if isinstance(prior, Independent) and not prior.base_dist.event_shape:
+                dims.append(each - prior.base_dist.log_prob(chunk[1]))
+    kl, information, aggregate, correlation, mismatch = (
+        _term(term) for term in torch.cat(parts, 1).reshape(5, len(rows), num_samples)
     )
     per_dimension = torch.cat(dims).mean(0) if dims else None
     return Decomposition(
-        kl, information, correlation, mismatch, per_dimension, num_data, num_samples, seed
+        kl,
+        information,
+        aggregate,
+        correlation,
+        mismatch,
+        per_dimension,
+        num_data,
+        num_samples,
+        seed,
     )
 
 
 def _terms(
     posterior: Distribution, prior: Distribution, index: Tensor, z: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The KL and its three parts at draws z [m, D], [4, m], and log q(z_d) [m, D]."""
+    """The KL and its parts at draws z [m, D], [5, m], and log q(z_d) [m, D]."""
     pairs = pair_log_prob(posterior, z).double()
     each = log_mean(pair_marginals(posterior, z))
     given, p = pairs.gather(1, index[:, None]).squeeze(1), prior.log_prob(z).double()
     joint, product = log_mean(pairs), each.sum(-1)
-    terms = given - p, given - joint, joint - product, product - p
+    terms = given - p, given - joint, joint - p, joint - product, product - p
     return torch.stack(terms), each
 
 
@@ -185,6 +207,7 @@ def log_mean(log_prob: Tensor) -> Tensor:
 
 def evenly(num_data: int, num_rows: int | None) -> Tensor:
     """Indices of `num_rows` of the data, evenly spaced; of all if None."""
+    check_whole(optional=True, num_rows=num_rows)
     if num_rows is not None and not 2 <= num_rows <= num_data:
         raise ValueError(f"num_rows must be from 2 to the {num_data} data; got {num_rows}")
     return torch.linspace(0, num_data - 1, num_rows or num_data, dtype=torch.float64).long()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from math import prod
 
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.arguments import as_shape, check_whole
 from pyro_vae.networks.linear import Linear
 
 __all__ = ["Network", "activation_layer", "dense", "joined"]
@@ -39,8 +39,9 @@ class Network(nn.Module):
         self, in_shape: int | tuple[int, ...], out_shape: int | tuple[int, ...], condition_dim: int
     ) -> None:
         super().__init__()
-        self.in_shape = _shape(in_shape, "in_shape")
-        self.out_shape = _shape(out_shape, "out_shape")
+        self.in_shape = as_shape("in_shape", in_shape)
+        self.out_shape = as_shape("out_shape", out_shape)
+        check_whole(0, condition_dim=condition_dim)
         self.condition_dim = condition_dim
 
     @abstractmethod
@@ -67,7 +68,13 @@ class Network(nn.Module):
                 f"{type(self).__name__} is conditioned on a vector y of length "
                 f"{self.condition_dim}; got none: pass y to model and guide"
             )
-        lead = torch.broadcast_shapes(lead, self._lead(y, (self.condition_dim,), "condition y"))
+        rows = self._lead(y, (self.condition_dim,), "condition y")
+        try:
+            lead = torch.broadcast_shapes(lead, rows)
+        except RuntimeError:
+            raise ValueError(
+                f"y must have a row for each of the input: {list(lead)}; got {list(rows)}"
+            ) from None
         x = x.expand(*lead, *self.in_shape).reshape(-1, *self.in_shape)
         y = y.expand(*lead, self.condition_dim).reshape(-1, self.condition_dim)
         return self.body(x, y.to(x.dtype)).reshape(*lead, *self.out_shape)
@@ -112,10 +119,3 @@ def norm_layers(norm: str | None, size: int) -> list[nn.Module]:
     if norm not in kinds:
         raise ValueError(f"norm {norm!r} is unknown; choose 'batch', 'layer' or None")
     return [kind(size) for kind in kinds[norm]]  # type: ignore[call-arg]
-
-
-def _shape(shape: int | tuple[int, ...], what: str) -> tuple[int, ...]:
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
-    if not shape or prod(shape) < 1 or min(shape) < 1:
-        raise ValueError(f"{what} must be positive sizes; got {shape}")
-    return shape

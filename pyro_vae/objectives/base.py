@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyro_vae.arguments import check_whole
 from pyro_vae.densities import Densities, OwnParameters, Program, registered_densities
 from pyro_vae.objectives.schedules import Schedule
 
@@ -38,8 +39,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
 
     def __init__(self, num_particles: int = 1) -> None:
         nn.Module.__init__(self)
-        if num_particles < 1:
-            raise ValueError(f"num_particles must be at least 1; got {num_particles}")
+        check_whole(num_particles=num_particles)
         pyro.infer.ELBO.__init__(
             self, num_particles=num_particles, max_plate_nesting=1, vectorize_particles=True
         )
@@ -62,7 +62,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
         Raises:
             ValueError: If `value` is neither, is not finite, or leaves [least, most].
         """
-        if not isinstance(value, int | float | Schedule):
+        if isinstance(value, bool) or not isinstance(value, int | float | Schedule):
             raise ValueError(
                 f"{name} must be a number or a schedule, such as Linear(length=1000); "
                 f"got {value!r}"

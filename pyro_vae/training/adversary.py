@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from pyro_vae.densities import densities
-from pyro_vae.estimators.evaluating import evaluating
+from pyro_vae.densities.evaluating import evaluating
 from pyro_vae.objectives import Objective
 from pyro_vae.training.evaluation import cast, first_weight, programs
 from pyro_vae.training.group import Group

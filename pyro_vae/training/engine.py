@@ -12,8 +12,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from pyro_vae.processes import Exchange
+from pyro_vae.generators import alone
+from pyro_vae.processes import Exchange, check_processes
 from pyro_vae.training.group import Group
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "is_first_process", "uses_cuda"]
 
+LARGE = 10_000_000  # products of numbers in a layer that are worth a second thread
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 Function = Callable[["Fabric", Group, Any], Any]  # what runs on each device, given a task
 
@@ -72,9 +75,7 @@ class Engine:
                 "devices must be their number, at least 1, or a list of their indices; "
                 f"got {self.devices!r}"
             )
-        here = torch.cuda.device_count()
-        if self._is_cuda and self._local > here:
-            raise ValueError(f"devices={self.devices!r} were asked for; this machine has {here}")
+        check_processes(self._local, "cuda" if self.on_cuda else "cpu")
         if _joins() and self._local not in (1, int(os.environ["LOCAL_WORLD_SIZE"])):
             raise ValueError(
                 f"devices={self.devices!r}, but {os.environ['LOCAL_WORLD_SIZE']} processes were "
@@ -91,6 +92,23 @@ class Engine:
         """Whether the function runs in processes that are started for it."""
         return self.size > 1 and not _joins()
 
+    def threads(self, vae: nn.Module, rows: int) -> int:
+        """How many each process trains on; one where sharing the work costs more than it spares.
+
+        A second thread halves the time of large products on a machine that is free, and makes
+        small ones wait wherever its processors are busy.
+
+        Args:
+            vae: Of which the largest weight counts; those of convolutions are used again and
+                again, and always large.
+            rows: Of a step, on all devices together.
+        """
+        share = self.size if self.spawns else 1
+        most = max(1, torch.get_num_threads() // share)
+        weights = [p for p in vae.parameters() if p.ndim > 1]
+        large = any(p.ndim > 2 or p.numel() * rows >= LARGE * self.size for p in weights)
+        return most if large or self.on_cuda else 1
+
     @property
     def _local(self) -> int:
         if isinstance(self.devices, list):
@@ -98,18 +116,23 @@ class Engine:
         return self.devices if isinstance(self.devices, int) else 0
 
     @property
-    def _is_cuda(self) -> bool:
+    def on_cuda(self) -> bool:
+        """Whether the devices are GPUs."""
         return uses_cuda(self.accelerator)
 
     def run(self, function: Function, task: Any) -> Any:
         """What `function(fabric, group, task)` returns in the first process.
 
+        Of several threads one runs at a time: the others wait.
+
         Raises:
             ValueError: If processes are started and something in `task` cannot be sent to them.
             Exception: The first that `function` raised, in whichever process.
         """
-        if self.spawns:
-            return self._spawn(function, task)
+        with alone:
+            return self._spawn(function, task) if self.spawns else self._here(function, task)
+
+    def _here(self, function: Function, task: Any) -> Any:
         group, index = Group(), self.devices
         if _joins():
             host = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -124,7 +147,7 @@ class Engine:
         """A Fabric of one device: gradients are reduced by the group, not by its hooks."""
         loggers = list(self.loggers) if group.rank == 0 else []
         return self._fabric(
-            devices=index if self._is_cuda else 1, precision=self.precision, loggers=loggers
+            devices=index if self.on_cuda else 1, precision=self.precision, loggers=loggers
         )
 
     def _fabric(self, **options: Any) -> Fabric:
@@ -132,7 +155,7 @@ class Engine:
             from lightning_fabric import Fabric
 
             _hush()
-            accelerator = "cuda" if self._is_cuda else self.accelerator
+            accelerator = "cuda" if self.on_cuda else self.accelerator
             return Fabric(accelerator="cpu" if accelerator == "auto" else accelerator, **options)
 
     def _spawn(self, function: Function, task: Any) -> Any:
@@ -140,16 +163,13 @@ class Engine:
 
         fabric = self._fabric(
             strategy="ddp_spawn",
-            devices=self.devices if self._is_cuda else self._local,
+            devices=self.devices if self.on_cuda else self._local,
             plugins=LightningEnvironment(),
         )
         with TemporaryDirectory() as folder, _untouched():
             exchange = Exchange(folder)
-            speed = (
-                max(1, torch.get_num_threads() // self.size),
-                torch.get_float32_matmul_precision(),
-            )
-            exchange.send("task", (self, function, task, speed))
+            matmul = torch.get_float32_matmul_precision()
+            exchange.send("task", (self, function, task, matmul))
             with exchange.waiting():
                 launcher: Any = fabric.strategy.launcher
                 launcher.launch(_in_process, fabric, exchange)
@@ -162,8 +182,7 @@ def _in_process(fabric: Fabric, exchange: Exchange) -> None:
         warnings.simplefilter("ignore")
     with exchange.working():
         fabric.strategy.setup_environment()
-        engine, function, task, (threads, matmul) = exchange.receive("task")
-        torch.set_num_threads(threads)
+        engine, function, task, matmul = exchange.receive("task")
         torch.set_float32_matmul_precision(matmul)
         group = _group(fabric)
         result = function(engine._single(group, _index(fabric.device)), group, task)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.densities import Program, Site, densities
-from pyro_vae.estimators import evidence_lower_bound
-from pyro_vae.estimators.evaluating import evaluating
+from pyro_vae.densities.evaluating import evaluating
+from pyro_vae.estimators.bound import lower_bound
 from pyro_vae.generators import forked
 from pyro_vae.training.group import Group
 from pyro_vae.training.rows import Rows, some_rows
@@ -77,7 +77,7 @@ class Evaluator:
         for i, rows in self.group.mine(list(enumerate(torch.arange(len(values[0])).split(CHUNK)))):
             batch = self.validation.batch(rows.to(self.device))
             x, y = cast(batch, first_weight(self.vae))
-            bound = evidence_lower_bound(*programs(self.vae), x, y, seed=self.seed + i)
+            bound = lower_bound(*programs(self.vae), x, y, seed=self.seed + i)
             values[:, rows] = torch.stack([getattr(bound, name) for name in names])
         means = [value.mean().item() for value in self.group.sum(values)]
         return {f"validation_{name}": mean for name, mean in zip(names, means)}

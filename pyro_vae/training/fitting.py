@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from pyro_vae.generators import forked
 from pyro_vae.memory import keep_memory
 from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.training.callbacks import Callback
-from pyro_vae.training.checkpoint import load_state
+from pyro_vae.training.checkpoint import load_state, read_run
 from pyro_vae.training.engine import Engine, is_first_process
 from pyro_vae.training.evaluation import Evaluator
 from pyro_vae.training.group import Group
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 __all__ = ["fit"]
+
+FALL = 10.0  # times the first ELBO by which it may fall without a word
 
 
 def fit(
@@ -71,7 +73,8 @@ def fit(
     depends on `seed` and the epoch alone. The generators of torch are forked: training draws
     from `seed`, and leaves them, Pyro's parameter store, the validation flags, the device and
     the mode of `vae` as they were. With `validation` the best epoch's weights are put back at
-    the end. A resumed run gives the weights of an unbroken one, bit for bit, on as many devices.
+    the end. A resumed run gives the weights of an unbroken one, bit for bit, on as many devices
+    and threads. Small models train on one thread, others on as many as torch has.
 
     With several devices a process for each takes its share of every batch, in the order of one
     process; gradients are averaged over the batch, and all have the same weights. The result is
@@ -84,8 +87,9 @@ def fit(
     Args:
         vae: A module with Pyro programs `model` and `guide`, all sites inside the plate "data";
             its `initialise(x)`, if any, sees up to 10,000 training rows before the first step.
-        data: A tensor [N, \*E], a pair (x [N, \*E], y [N, C]), or an object with `__len__`,
-            `batch`, `fixed` and `to`. Moved to the device once.
+        data: Rows [N, \*E] (a tensor, array, frame or list), a pair (x [N, \*E], y [N, C]) of
+            them, or an object with `__len__`, `batch`, `fixed` and `to`, as the parts of
+            `data.load_data`. Moved to the device once.
         objective: What is maximised; ELBO() if None.
         run: Folder for settings, metrics.csv and checkpoints; None keeps nothing.
         epochs: Passes over the data.
@@ -107,7 +111,8 @@ def fit(
             cannot be compiled, after a warning that says why. On one GPU the whole update is
             recorded as a CUDA graph and replayed, if the optimiser allows it.
         seed: Of the order and of all noise.
-        callbacks: Each is called with a `State` after each epoch.
+        callbacks: Each is called with a `State` after each epoch, before its checkpoint: what
+            they change is kept with it, and an epoch that was broken off is shown again.
         loggers: Fabric loggers, given the metrics of each epoch.
         resume: Whether to go on from the last checkpoint in `run`, if there is one.
         progress: Whether to show a bar.
@@ -136,6 +141,8 @@ def fit(
     train = as_rows(data, "data")
     held_out = None if validation is None else as_rows(validation, "validation")
     engine = Engine(accelerator, devices, precision, loggers)
+    threads = engine.threads(vae, batch_size * objective.num_particles)
+    settings = replace(settings, threads=threads)
     if objective.batch_level and engine.size > 1:
         message = (
             f"{type(objective).__name__} looks at whole batches; on {engine.size} devices it sees "
@@ -151,14 +158,15 @@ def fit(
             record["data"]["validation"] = describe(held_out)
         if is_first_process():
             check_run(run, record, resume)
+            _say_threads(run, threads)
     task = Task(
         vae, objective, train, held_out, settings, run, record, resume, tuple(callbacks), progress
     )
     result = engine.run(_train, task)
     if engine.spawns:
         _take(result, vae, objective, precision)
-    if result.collapsed:
-        warnings.warn(result.collapsed, UserWarning, stacklevel=2)
+    for message in filter(None, (result.collapsed, result.fell)):
+        warnings.warn(message, UserWarning, stacklevel=2)
     if result.moving:
         message = (
             f"training ended at step {result.step}, before the schedule of "
@@ -191,6 +199,7 @@ class Result:
     history: History
     step: int
     collapsed: str | None
+    fell: str | None
     moving: list[str]
     vae: dict[str, Tensor]
     objective: dict[str, Tensor]
@@ -209,7 +218,7 @@ def _train_locked(fabric: Fabric, group: Group, task: Task) -> Result:
     state = load_state(run) if run is not None and task.resume and first else None
     state = group.first(state)
     keep_memory()
-    with _borrowed(vae, objective, device, settings.seed):
+    with _borrowed(vae, objective, device, settings):
         train = task.train.to(device)
         held_out = None if task.held_out is None else task.held_out.to(device)
         evaluator = Evaluator(vae, train, held_out, settings.seed, group)
@@ -222,7 +231,8 @@ def _train_locked(fabric: Fabric, group: Group, task: Task) -> Result:
             collapsed = _report_units(trainer.history, bar)
     moving = objective.unsettled(trainer.step)
     states = vae.state_dict(), objective.state_dict()
-    return Result(trainer.history, trainer.step, collapsed, moving, *states)
+    fell = _fell(trainer.history, trainer.began)
+    return Result(trainer.history, trainer.step, collapsed, fell, moving, *states)
 
 
 def _take(result: Result, vae: nn.Module, objective: Objective, precision: str) -> None:
@@ -250,7 +260,7 @@ def _check(
     if not isinstance(objective, Objective):
         raise ValueError(
             "objective must be one of pyro_vae.objectives, such as ELBO(); got "
-            f"{objective!r}: for Pyro's own, use pyro.infer.SVI"
+            f"{type(objective).__name__}: for Pyro's own, use pyro.infer.SVI"
         )
     if patience is not None and validation is None:
         raise ValueError("patience needs validation data: give validation=, or no patience")
@@ -258,15 +268,28 @@ def _check(
         raise ValueError("resume=True needs the folder of the run: give run=")
 
 
+def _say_threads(run: PathLike, threads: int) -> None:
+    """Warns that a run goes on with another number of threads, which round sums otherwise."""
+    before = (read_run(run).get("training") or {}) if (Path(run) / "run.json").exists() else {}
+    if before.get("threads", threads) != threads:
+        warnings.warn(
+            f"{run} was trained on {before['threads']} threads and goes on with {threads}: its "
+            "weights will differ, by rounding, from those of an unbroken run",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 @contextmanager
 def _borrowed(
-    vae: nn.Module, objective: nn.Module, device: torch.device, seed: int
+    vae: nn.Module, objective: nn.Module, device: torch.device, settings: Settings
 ) -> Iterator[None]:
     """The modules on the device, generators seeded, flags off; all is put back afterwards."""
     modules = (vae, objective)
     homes = [t.device if (t := _first_tensor(m)) is not None else device for m in modules]
     training = vae.training
-    with forked(device, seed), pyro.validation_enabled(False):
+    threads = _threads(settings.threads)
+    with forked(device, settings.seed), pyro.validation_enabled(False), threads:
         try:
             for module in modules:
                 module.to(device)
@@ -278,8 +301,34 @@ def _borrowed(
             vae.train(training)
 
 
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        if number != before:
+            torch.set_num_threads(number)
+        yield
+    finally:
+        if number != before:
+            torch.set_num_threads(before)
+
+
 def _first_tensor(module: nn.Module) -> torch.Tensor | None:
     return next(chain(module.parameters(), module.buffers()), None)
+
+
+def _fell(history: History, began: float | None) -> str | None:
+    """The warning of a training that ended far below its first step."""
+    if began is None:
+        return None
+    elbo = history.final["validation_elbo"]
+    ended = history.final["elbo"] if elbo is None else elbo
+    if not ended < began - FALL * max(1.0, abs(began)):
+        return None
+    return (
+        f"training ended at an ELBO of {ended:.3g} nats, far below the {began:.3g} of its first "
+        "step: lower lr, or set clip_norm"
+    )
 
 
 def _report_units(history: History, bar: Bar) -> str | None:

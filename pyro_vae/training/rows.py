@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import as_tensor, check_finite, is_rows
+
 __all__ = ["Rows", "TensorRows", "as_rows", "describe", "epoch_order", "some_rows"]
 
 
@@ -88,22 +90,35 @@ def as_rows(data: Any, name: str) -> Rows:
     Raises:
         ValueError: If they are of another kind, empty, unequal in length or not finite.
     """
-    parts = data if isinstance(data, tuple | list) else (data,)
-    if len(parts) == 2 and parts[1] is None:
-        parts = parts[:1]
-    if len(parts) in (1, 2) and all(isinstance(part, Tensor) for part in parts):
-        return _tensor_rows(name, *parts)
+    if _is_pair(data):
+        return _tensor_rows(name, *data)
+    if is_rows(data):
+        return _tensor_rows(name, data)
     if not isinstance(data, Rows):
         raise ValueError(
-            f"{name} must be a tensor [N, *E], a pair of tensors (x, y) or an object with "
-            f"__len__, batch, fixed and to; got {type(data).__name__}"
+            f"{name} must be rows [N, *E] (a tensor, array, frame or list), a pair (x, y) of "
+            "them, or an object with __len__, batch, fixed and to, such as splits.train; got "
+            f"{type(data).__name__}"
         )
     if len(data) < 1:
         raise ValueError(f"{name} must have at least one row; got none")
     return data
 
 
-def _tensor_rows(name: str, x: Tensor, y: Tensor | None = None) -> TensorRows:
+def _is_pair(data: Any) -> bool:
+    """Whether these are x and y, or x and None, and not the rows of x."""
+    return (
+        isinstance(data, tuple | list)
+        and len(data) == 2
+        and is_rows(data[0])
+        and (data[1] is None or isinstance(data, tuple) or hasattr(data[1], "ndim"))
+        and getattr(data[0], "ndim", 2) > 1
+    )
+
+
+def _tensor_rows(name: str, x: Any, y: Any = None) -> TensorRows:
+    x = as_tensor(name, x)
+    y = None if y is None else as_tensor(f"y of {name}", y)
     if x.ndim < 2 or len(x) < 1:
         raise ValueError(
             f"{name} must be of shape [N, *E] with at least one row; got {list(x.shape)}"
@@ -112,13 +127,9 @@ def _tensor_rows(name: str, x: Tensor, y: Tensor | None = None) -> TensorRows:
         raise ValueError(
             f"y of {name} must be of shape [{len(x)}, C], a row for each of x; got {list(y.shape)}"
         )
-    for part in (x, y):
-        if part is not None and part.is_floating_point() and not bool(part.isfinite().all()):
-            bad = (~part.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-            raise ValueError(
-                f"{name} must be finite; {len(bad)} row(s) hold NaN or infinite values, "
-                f"first {bad[:3]} (from 0): repair or remove them"
-            )
+    check_finite(name, x)
+    if y is not None:
+        check_finite(f"y of {name}", y)
     return TensorRows(x, y)
 
 

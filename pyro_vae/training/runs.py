@@ -14,7 +14,7 @@ from pyro_vae.training.history import COLUMNS
 
 __all__ = ["check_run", "start_run", "write_metrics"]
 
-MAY_CHANGE = ("compile", "epochs", "patience", "checkpoint_every")
+MAY_CHANGE = ("compile", "epochs", "patience", "checkpoint_every", "threads")
 
 
 def check_run(run: PathLike, record: dict[str, Any], resume: bool) -> None:

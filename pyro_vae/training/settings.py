@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_vae.arguments import check_real, check_whole
 from pyro_vae.objectives import Objective
 from pyro_vae.training.optimizers import OptimizerSpec, ScheduleSpec, spec_name
 
@@ -29,18 +30,14 @@ class Settings:
     seed: int
     checkpoint_every: int | None
     compile: bool = False
+    threads: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "patience", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be a whole number, 0 or more; got {self.seed!r}")
-        for name in ("lr", "clip_norm"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be positive and finite; got {value!r}")
+        check_whole(epochs=self.epochs, batch_size=self.batch_size)
+        check_whole(optional=True, patience=self.patience, checkpoint_every=self.checkpoint_every)
+        check_whole(0, seed=self.seed)
+        check_real(above=0, lr=self.lr)
+        check_real(above=0, optional=True, clip_norm=self.clip_norm)
 
     def record(self, objective: Objective) -> dict[str, Any]:
         """As a run records it."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.compiling import CannotCompile, compiled
-from pyro_vae.densities import densities
+from pyro_vae.densities import densities, folds
 from pyro_vae.objectives import Objective
 from pyro_vae.training.evaluation import cast, first_weight, programs
 from pyro_vae.training.rows import Rows
@@ -92,6 +92,8 @@ class CompiledStep:
             raise CannotCompile(f"{name} trains a second player beside the model")
         if getattr(fabric.strategy.precision, "scaler", None) is not None:
             raise CannotCompile("precision 16-mixed scales its gradients")
+        for program in programs(loss.vae):
+            folds(program, batch[0], batch[1] if len(batch) > 1 else None)  # while it can be tried
         self.parameters = [p for p in loss.vae.parameters() if p.requires_grad]
         with fabric.autocast():
             self.step = compiled(LossAndGradient(loss), *batch)

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -68,6 +69,7 @@ class Trainer:
         self.history = History()
         self.epoch = self.step = self.offset = 0  # epochs, steps, batches of this epoch done
         self.seconds = 0.0  # of this epoch, before `began`
+        self.began: float | None = None  # ELBO of the first step
         self.best: dict[str, Tensor] | None = None
         self.adversary: Adversary | None = None
         self.compiled: EagerStep | CompiledStep | None = None  # made when it is first needed
@@ -121,19 +123,32 @@ class Trainer:
         while self.epoch < self.settings.epochs and not (stopped or self._out_of_patience()):
             self._train_epoch(bar)
             row = self._end_epoch()
-            self.fabric.log_dict({k: v for k, v in row.items() if v is not None}, self.step)
-            state = State(self.epoch, self.step, self.vae, dict(row))
-            before = self._addresses()
-            for callback in callbacks if self.group.rank == 0 else ():
-                with forked(self.fabric.device):
-                    callback(state)
-            if self.recorder is not None and self._addresses() != before:
-                self.recorder.forget()
-            stopped = self.group.first(state.stopped)
+            stopped = self._call(callbacks, row)
+            best = self.history.best_epoch == self.epoch
+            if best:
+                self.best = {name: t.detach().clone() for name, t in self.vae.state_dict().items()}
+            self._save(best)
         for logger in self.fabric.loggers:
             logger.finalize("success")
         if self.best is not None:
             self.vae.load_state_dict(self.best)
+
+    def _call(self, callbacks: Sequence[Callback], row: dict[str, Any]) -> bool:
+        """Shows the epoch to those who look on; whether one of them made it the last.
+
+        Its checkpoint comes after: an epoch that is kept has been seen.
+        """
+        self.fabric.log_dict({k: v for k, v in row.items() if v is not None}, self.step)
+        state = State(self.epoch, self.step, self.vae, dict(row))
+        before = self._addresses()
+        if self.group.rank == 0:
+            self._check_folder()  # before a callback misses it
+        for callback in callbacks if self.group.rank == 0 else ():
+            with forked(self.fabric.device):
+                callback(state)
+        if self.recorder is not None and self._addresses() != before:
+            self.recorder.forget()
+        return self.group.first(state.stopped)
 
     def _check_validation(self) -> None:
         """Data that the vae does not take fail now, not after an epoch."""
@@ -227,7 +242,10 @@ class Trainer:
     def _look(self, bar: Bar) -> None:
         """Reads the device: whether all was finite, and the means for the bar."""
         self.watch.check()
-        bar.show(self.epoch + 1, self.offset, self._means())
+        means = self._means()
+        if self.began is None:
+            self.began = means["elbo"]
+        bar.show(self.epoch + 1, self.offset, means)
 
     def _means(self) -> dict[str, float]:
         """Of the data of this epoch so far, in nats."""
@@ -256,10 +274,6 @@ class Trainer:
                 self.recorder.forget()
         self.epoch, self.offset, self.seconds = self.epoch + 1, 0, 0.0
         self.watch.begin()
-        best = self.history.best_epoch == self.epoch
-        if best:
-            self.best = {name: t.detach().clone() for name, t in self.vae.state_dict().items()}
-        self._save(best)
         return row
 
     def _out_of_patience(self) -> bool:
@@ -278,8 +292,16 @@ class Trainer:
         self.group.agree(dict(self.vae.named_buffers()))
         state = self._state()
         if self.group.rank == 0:
+            self._check_folder()
             save_checkpoint(self.run, self.vae.state_dict(), state, best=best)
             write_metrics(self.run, self.history.rows)
+
+    def _check_folder(self) -> None:
+        if self.run is not None and not (Path(self.run) / "run.json").exists():
+            raise ValueError(
+                f"{self.run} was removed or renamed while it was trained: its run.json is "
+                "gone; train anew, and leave the folder where it is"
+            )
 
     def _check_weights(self) -> None:
         """Off the CPU gradients are not watched, but what they did to the weights."""

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pyro_vae.data import Data, Splits, load_data
+from pyro_vae.data import Data, Splits, load_data, read_rows
 
 RNG = np.random.default_rng(0)
 
@@ -93,6 +93,8 @@ def test_classes_are_counted_over_all_parts(tmp_path: Path) -> None:
         ({"data": np.ones((3, 2))}, "expected an array 'x'.*got data"),
         ({"x": np.ones((3, 2)), "X_test": np.ones((3, 2))}, "got X_test, x"),
         ({"x": np.array([["a"], ["b"]])}, "real numbers, got dtype <U1"),
+        ({"x": np.full((3, 2), 2**64 - 1, np.uint64)}, r"integers below 2\*\*63, got 18446744"),
+        ({"x": np.ones((3, 2), complex)}, "real numbers, got dtype complex128"),
         ({"x": np.array([[{}], [{}]])}, "without Python objects.*allow_pickle=False"),
         ({"x": np.ones((11, 2)), "labels": np.ones(11)}, "labels that are integers"),
         ({"x": np.ones((11, 2)), "labels": np.arange(7)}, "expected labels of 1"),
@@ -211,6 +213,13 @@ def test_a_csv_column_of_labels(tmp_path: Path) -> None:
         ("a,b\n", "at least one row"),
         ("a,b\n1,2\n3,four\n", "got 'four' in line 3, column 2"),
         ("1,x\n1,2\n", "got 'x' in line 1, column 2"),
+        (",a\n0,1.5\n1,2.5\n", "got none for column 1 .*write the file with index=False"),
+        ("Unnamed: 0,a\n0,1.5\n", "got none for column 1 "),
+        ("a,label,Label\n1,0,0\n", "expected one column 'label', got 2"),
+        ("2019,2020\n1.5,2.5\n4,3\n", "numbers that count up, 2019, 2020"),
+        ("0,1,2\n1.5,2.5,0\n1,4,3\n", "numbers that count up, 0, 1, 2"),
+        ("a,b\n1_000,2\n3,4\n5,6\n", "got '1_000' in line 2, column 1"),
+        ("a,label\n1,0\n2,1e18\n3,1\n", "labels below 1000000, got others in 1 row"),
         ("1,2\n3,\n", "got '' in line 2, column 2"),
         ("1,2\n3\n", "expected 2 columns as in the first line, got 1 in line 2"),
         ("a,label\n1,0\n2,0.5\n3,1\n", "labels that are integers from 0, got 0.5 in row 1"),
@@ -327,3 +336,9 @@ def test_deep_images_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((5, 7), np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(ValueError, match="deep.png: expected 8 bits per channel"):
         load_data(tmp_path)
+
+
+def test_a_first_line_that_counts_up_is_data_where_others_do_too(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("2019,2020\n1.5,2.5\n3,4\n0,1\n7.5,2\n")
+    assert len(read_rows(path)) == 5

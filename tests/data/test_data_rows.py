@@ -188,7 +188,11 @@ def test_y_shape_and_dtype_change_the_digest() -> None:
             {"x": torch.zeros(2, 1), "labels": torch.tensor([0, 5]), "classes": 5},
             "labels below 5",
         ),
-        ({"x": torch.zeros(2, 1), "seed": -1}, "seed of 0 or more"),
+        ({"x": torch.zeros(2, 1), "labels": torch.zeros(2)}, "integers, got float32"),
+        ({"x": torch.zeros(2, 1), "labels": torch.tensor([0, 10**18])}, "labels below 1000000"),
+        ({"x": torch.zeros(2, 1, dtype=torch.complex64)}, "real numbers in x, got complex"),
+        ({"x": "text"}, "data 'table': x must be a tensor, array, .*got str"),
+        ({"x": torch.zeros(2, 1), "seed": -1}, "seed must be at least 0"),
     ],
 )
 def test_bad_rows_are_refused(options: dict[str, Any], message: str) -> None:
@@ -220,7 +224,7 @@ def test_bad_numbers_of_batches_are_refused() -> None:
         batches(N, 0)
     with pytest.raises(ValueError, match="epoch of 0"):
         epoch_order(N, 0, -1)
-    with pytest.raises(ValueError, match="seed of 0"):
+    with pytest.raises(ValueError, match="seed must be at least 0"):
         epoch_order(N, -1, 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 import struct
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torchvision
 
-from pyro_vae.data import Data, Splits, load_data
+from pyro_vae.data import Data, Splits, load_data, spread
 
 ROOT = Path(os.environ.get("PYRO_VAE_DATA", Path(__file__).parents[2] / "data"))
 
@@ -57,12 +58,40 @@ def test_the_size_of_the_validation_part(validation: float | None, rows: int) ->
     assert (len(splits.validation), splits.validation_rows, len(splits.test)) == (rows, rows, 180)
 
 
-def test_the_limit_keeps_the_first_rows() -> None:
-    whole, few = load_data("digits"), load_data("digits", limit=23)
+def test_the_limit_keeps_the_first_rows_where_that_is_asked_for() -> None:
+    whole, few = load_data("digits"), load_data("digits", limit=23, even=False)
     for all_rows, first in zip(parts(whole), parts(few)):
         assert torch.equal(first.x, all_rows.x[:23])
         assert torch.equal(first.rows, all_rows.rows[:23])
     assert few.train.classes == 10
+
+
+def test_the_limit_keeps_rows_of_every_class(tmp_path: Path) -> None:
+    labels = np.repeat(np.arange(10), 23)  # as folders of images come, one after another
+    arrays = {"x": np.ones((230, 2)) * labels[:, None], "labels": labels}
+    np.savez(tmp_path / "x.npz", **arrays, **{f"{name}_test": a for name, a in arrays.items()})
+    for limit in (20, 50, 111):
+        few = load_data(tmp_path / "x.npz", limit=limit)
+        counts = few.test.labels.bincount()
+        assert len(few.test) == counts.sum() == limit
+        assert counts.min() >= limit // 10 - 1
+        assert counts.max() <= -(-limit // 10) + 1
+        again = load_data(tmp_path / "x.npz", limit=limit, seed=3).test
+        assert not torch.equal(again.rows, few.test.rows)
+    assert load_data(tmp_path / "x.npz", limit=1000).test.labels.tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize(("num", "limit"), [(7, 7), (7, 3), (1009, 1008), (1009, 501), (5, 1)])
+def test_spread_rows_are_distinct_and_each_as_likely(num: int, limit: int) -> None:
+    drawn = torch.stack([spread(num, limit, seed) for seed in range(400)])
+    assert (drawn.diff(dim=1) > 0).all()
+    assert drawn.min() >= 0
+    assert drawn.max() < num
+    share = drawn.flatten().bincount(minlength=num) / 400
+    least, most = 1 / math.ceil(num / limit), 1 / (num // limit)
+    error = 5 * (most * (1 - most) / 400) ** 0.5 + 5 * (least * (1 - least) / 400) ** 0.5
+    assert share.min() >= least - error
+    assert share.max() <= most + error
 
 
 def test_conditional_parts_carry_one_hot_labels() -> None:
@@ -104,8 +133,8 @@ def test_changed_data_are_noticed() -> None:
         ({"name": "digits", "validation": 0}, "got 0"),
         ({"name": "digits", "validation": 1.0}, "fraction between 0 and 1, got 1.0"),
         ({"name": "digits", "validation": 1617}, "rows left for training"),
-        ({"name": "digits", "seed": -1}, "seed of 0"),
-        ({"name": "digits", "limit": 0}, "limit of at least 1"),
+        ({"name": "digits", "seed": -1}, "seed must be at least 0"),
+        ({"name": "digits", "limit": 0}, "limit must be at least 1"),
         ({"name": "digits", "transform": "statc"}, "did you mean 'static'"),
         ({"name": "digits", "transform": "standardise"}, "standard deviation 0"),
     ],

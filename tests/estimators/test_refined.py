@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from worlds import WORLDS, World, data, linear, misses, square, three_modes
 
+from pyro_vae.densities.evaluating import evaluating
 from pyro_vae.estimators import refined_importance_sampling
-from pyro_vae.estimators.evaluating import evaluating
 from pyro_vae.estimators.fitting import fit_gaussian
 from pyro_vae.estimators.laplace import curvature, laplace
 from pyro_vae.estimators.modes import find_modes

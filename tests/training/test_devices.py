@@ -20,6 +20,7 @@ from training_cases import QUIET, make_data, make_vae, noisy_data, same, weights
 
 from pyro_vae import likelihoods, networks, posteriors, priors
 from pyro_vae.objectives import ELBO, BetaTC, FactorVAE, Objective
+from pyro_vae.processes import in_processes
 from pyro_vae.training import State, evaluation, fit, load_weights
 from pyro_vae.training.checkpoint import load_state
 from pyro_vae.training.engine import Engine
@@ -270,6 +271,13 @@ def test_what_cannot_be_sent_is_named() -> None:
 def test_devices_are_a_number_or_a_list(devices: Any) -> None:
     with pytest.raises(ValueError, match="devices must be their number"):
         fit(make_vae(), make_data(), devices=devices, **OPTIONS)
+
+
+def test_more_devices_than_processors_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"devices=1000 .* this machine has \d+ processor"):
+        fit(make_vae(), make_data(), devices=1000, **OPTIONS)
+    with pytest.raises(ValueError, match=r"devices=1000 .* this machine has \d+ processor"):
+        in_processes(abs, range(1000), "cpu")
 
 
 def test_batch_level_objectives_say_what_they_see(monkeypatch: pytest.MonkeyPatch) -> None:

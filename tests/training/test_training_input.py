@@ -8,12 +8,15 @@ from typing import Any
 import pyro
 import pytest
 import torch
+from families import make
 from torch import Tensor, nn
 from training_cases import QUIET, make_data, make_vae, same, weights
 
+from pyro_vae import likelihoods
 from pyro_vae.objectives import ELBO
-from pyro_vae.training import fit, load_weights
+from pyro_vae.training import State, fit, load_weights
 from pyro_vae.training.optimizers import make_optimizer, make_schedule
+from pyro_vae.training.rows import as_rows
 from pyro_vae.training.step import StepLoss, Watch
 
 
@@ -28,7 +31,8 @@ from pyro_vae.training.step import StepLoss, Watch
         ({"patience": 3}, "patience needs validation"),
         ({"precision": "8-true"}, "precision must be one of 32-true"),
         ({"objective": pyro.infer.Trace_ELBO()}, "objective must be"),
-        ({"data": [1, 2, 3]}, "data must be a tensor"),
+        ({"data": [1, 2, 3]}, r"data must be of shape \[N, \*E\] .*; got \[3\]"),
+        ({"data": {1, 2}}, "data must be rows .* such as splits.train; got set"),
         ({"data": torch.zeros(0, 7)}, "at least one row"),
         ({"data": (make_data(), torch.zeros(3, 2))}, r"y of data must be of shape \[53, C\]"),
         ({"validation": torch.full((5, 7), torch.nan)}, r"validation must be finite.*\[0, 1, 2\]"),
@@ -181,3 +185,48 @@ def test_y_that_nothing_looks_at_is_refused(validated: bool) -> None:
     pair = make_data(), torch.randn(53, 2)
     with pytest.raises(ValueError, match=r"y of shape \[\d+, 2\] was given.* condition_dim"):
         fit(make_vae(), pair, epochs=1, validation=pair if validated else None, **QUIET)
+
+
+def test_rows_and_pairs_of_other_kinds() -> None:
+    x, y = make_data(), torch.randn(53, 2)
+    for pair in ((x, y), [x, y], (x.numpy(), y.numpy()), (x.tolist(), y.tolist())):
+        rows = as_rows(pair, "data")
+        assert torch.equal(rows.x, x)
+        assert torch.equal(rows.y, y)
+    for alone in (x, x.numpy(), x.tolist(), list(x), x[:2].tolist(), (x, None), x.numpy()[::-1]):
+        rows = as_rows(alone, "data")
+        assert rows.y is None
+        assert rows.x.shape[1:] == (7,)
+    frame = pytest.importorskip("pandas").DataFrame
+    assert torch.equal(as_rows(frame(x.numpy()), "data").x, x)
+    assert torch.equal(as_rows((frame(x.numpy()), frame(y.numpy())), "data").y, y)
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_a_training_that_ended_far_below_its_start_is_said(validated: bool) -> None:
+    x = 3 * torch.randn(53, 7)
+    vae = make(likelihood=likelihoods.Normal)
+    options = {"validation": x if validated else None, "epochs": 3, "batch_size": 11, **QUIET}
+    with pytest.warns(UserWarning, match="far below the -.* of its first step: lower lr"):
+        fit(vae, x, lr=1e3, optimizer="SGD", clip_norm=1.0, **options)
+
+
+def test_a_run_that_vanishes_while_it_is_trained_is_said(tmp_path: Path) -> None:
+    run, moved = tmp_path / "run", tmp_path / "moved"
+
+    def move(state: State) -> None:
+        if state.epoch == 2:
+            run.rename(moved)
+
+    with pytest.raises(ValueError, match="run was removed or renamed while it was trained"):
+        fit(make_vae(), make_data(), run=run, epochs=5, callbacks=[move], **QUIET)
+    assert not run.exists()
+    fit(make_vae(), make_data(), run=moved, epochs=5, resume=True, **QUIET)
+
+
+def test_data_far_from_a_unit_scale_are_said() -> None:
+    x = torch.randn(53, 7) * torch.tensor([1, 1, 1, 1, 1, 1, 300.0])
+    for likelihood in (likelihoods.Normal, likelihoods.Laplace, likelihoods.StudentT):
+        with pytest.warns(UserWarning, match=r"deviate by up to \d+ .* standardise the data"):
+            make(likelihood=likelihood).initialise(x)
+        make(likelihood=likelihood).initialise(x / x.std(0))

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, get_num_threads
 from training_cases import QUIET, Stop, make_data, make_vae, noisy_data, same, weights
 
-from pyro_vae import files
+from pyro_vae import build, files
 from pyro_vae.objectives import ELBO
-from pyro_vae.training import State, fit, load_weights, read_run
+from pyro_vae.training import State, fit, load_weights, read_run, trainer
 
 OPTIONS: dict[str, Any] = {
     "epochs": 4,
@@ -82,8 +83,64 @@ def test_resume_after_a_callback_raised(tmp_path: Path) -> None:
         callbacks=[lambda state: steps.append(state.step)],
         **OPTIONS,
     )
-    assert steps == [15, 20]
+    assert steps == [10, 15, 20]
     assert same(weights(whole), weights(resumed))
+
+
+@pytest.mark.parametrize("dies_in", ["save_checkpoint", "write_metrics"])
+def test_callbacks_miss_no_epoch_and_what_they_change_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_in: str
+) -> None:
+    seen: dict[str, dict[int, dict[str, Any]]] = {"whole": {}, "broken": {}}
+
+    def train(name: str, **more: Any) -> dict[str, Tensor]:
+        def look_and_move(state: State) -> None:
+            seen[name][state.epoch] = {**state.metrics, "seconds": 0}
+            for parameter in state.vae.parameters():
+                parameter.data.mul_(1.01)
+
+        vae = make_vae()
+        options = {**OPTIONS, "validation": noisy_data(13), "callbacks": [look_and_move]}
+        fit(vae, noisy_data(), run=tmp_path / name, **options, **more)
+        return weights(vae)
+
+    def die_at_epoch_2(*arguments: Any, **options: Any) -> None:
+        if len(seen["broken"]) == 2:
+            raise Stop
+        write(*arguments, **options)
+
+    whole = train("whole")
+    write = getattr(trainer, dies_in)
+    monkeypatch.setattr(trainer, dies_in, die_at_epoch_2)
+    with pytest.raises(Stop):
+        train("broken")
+    monkeypatch.undo()
+    assert same(whole, train("broken", resume=True))
+    assert seen["broken"] == seen["whole"]
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.filterwarnings("ignore:posterior collapse")
+def test_threads_are_few_for_a_small_model_and_recorded(tmp_path: Path) -> None:
+    seen: list[int] = []
+    options = {**OPTIONS, "epochs": 1, "callbacks": [lambda _: seen.append(get_num_threads())]}
+    before = get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        fit(make_vae(), make_data(), run=tmp_path / "small", **options)
+        large = build((1013,), 5, encoder={"class_path": "MLP", "init_args": {"hidden": [997]}})
+        data = torch.ones(11, 1013)
+        options |= {"run": tmp_path / "large"}
+        fit(large, data, **options)
+        assert get_num_threads() == 2
+        torch.set_num_threads(1)
+        with pytest.warns(UserWarning, match="was trained on 2 threads and goes on with 1: its"):
+            fit(large, data, **{**options, "epochs": 2}, resume=True)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 2, 1]
+    recorded = [read_run(tmp_path / name)["training"]["threads"] for name in ("small", "large")]
+    assert recorded == [1, 1]
 
 
 def test_more_epochs_go_on(tmp_path: Path) -> None:
@@ -271,7 +328,7 @@ def test_a_broken_write_leaves_the_last_checkpoint(
         return real(*args)
 
     def arm(state: State) -> None:
-        if state.epoch == 1:
+        if state.epoch == 2:
             count[0] = 0
 
     with monkeypatch.context() as patch:

@@ -1,0 +1,234 @@
+"""What callers give: numbers within their bounds, and rows of numbers; the one checker of both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import wraps
+from numbers import Integral, Real
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "LARGEST",
+    "TakesVAE",
+    "as_rows",
+    "as_shape",
+    "as_tensor",
+    "check_finite",
+    "check_real",
+    "check_whole",
+    "is_rows",
+    "programs",
+    "takes_vae",
+]
+
+LARGEST = 2**63 - 1  # whole number, and so seed, that torch takes
+P = ParamSpec("P")
+T_co = TypeVar("T_co", covariant=True)
+
+
+def check_whole(
+    least: int = 1, most: int = LARGEST, *, optional: bool = False, **values: Any
+) -> None:
+    """Refuses values that are not whole numbers from `least` to `most`, each by its name.
+
+    Args:
+        least: Smallest that is taken.
+        most: Largest that is taken.
+        optional: Whether None is taken.
+        values: What was given, by the argument's name.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    for name, value in values.items():
+        if value is None and optional:
+            continue
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not whole or not least <= int(value) <= most:
+            bound = f"at most {most}" if whole and int(value) > most else f"at least {least}"
+            bound = bound if whole else f"a whole number, {bound}"
+            raise ValueError(f"{name} must be {bound}; got {_shown(value)}")
+
+
+def check_real(
+    least: float = -math.inf,
+    *,
+    above: float = -math.inf,
+    optional: bool = False,
+    **values: Any,
+) -> None:
+    """Refuses values that are not finite real numbers within bounds, each by its name.
+
+    Args:
+        least: Smallest that is taken.
+        above: What it must be greater than.
+        optional: Whether None is taken.
+        values: What was given, by the argument's name.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    for name, value in values.items():
+        if value is None and optional:
+            continue
+        real = isinstance(value, Real) and not isinstance(value, bool)
+        if not real or not (math.isfinite(value) and value >= least and value > above):
+            bounds = [f"above {above:g}" if above else "positive"] if above > -math.inf else []
+            bounds += [f"at least {least:g}"] if least > -math.inf else []
+            if not real or not math.isfinite(value):
+                bounds.insert(0, "a finite number")
+            raise ValueError(f"{name} must be {', '.join(bounds)}; got {_shown(value)}")
+
+
+def as_shape(name: str, value: Any) -> tuple[int, ...]:
+    """Sizes of a shape, of one size or several.
+
+    Raises:
+        ValueError: If there is none, or one is not a whole number from 1.
+    """
+    sizes = tuple(value) if isinstance(value, tuple | list) else (value,)
+    if not sizes:
+        raise ValueError(f"{name} must have at least one size; got {_shown(value)}")
+    for size in sizes:
+        check_whole(**{name: size})
+    return tuple(map(int, sizes))
+
+
+def as_tensor(name: str, value: Any) -> Tensor:
+    """A tensor as it is, and a tensor of an array, a frame or lists of numbers.
+
+    Real numbers get torch's default type, whole ones int64.
+
+    Raises:
+        ValueError: If it is none of these, or does not hold real numbers.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if not is_rows(value):
+        raise ValueError(
+            f"{name} must be a tensor, array, frame or list with a row for each datum; got "
+            f"{type(value).__name__}: of a data set give rows, "
+            "x, y = data.test.fixed().batch(torch.arange(100))"
+        )
+    try:
+        array = value.to_numpy() if hasattr(value, "to_numpy") else np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name} must hold rows of one length: {_line(error)}") from error
+    if array.shape == (0,):
+        raise ValueError(f"{name} must have at least one row; got none")
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"{name} must hold real numbers; got {array.dtype} values")
+    if array.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # what becomes infinite is refused as such
+            kind = torch.zeros(()).numpy().dtype
+            return torch.from_numpy(np.array(array, dtype=kind))
+    if array.dtype.kind == "u" and array.size and int(array.max()) > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST}; got {array.max()}")
+    return torch.from_numpy(np.array(array, dtype=bool if array.dtype.kind == "b" else np.int64))
+
+
+def is_rows(value: Any) -> bool:
+    """Whether a value is of a kind that `as_tensor` takes."""
+    return isinstance(value, Tensor | np.ndarray | list | tuple) or (
+        hasattr(value, "to_numpy") and hasattr(value, "shape")
+    )
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Refuses a tensor that does not hold a row of finite real numbers for each datum.
+
+    Raises:
+        ValueError: If so; the message says which rows.
+    """
+    if value.layout != torch.strided or value.device.type == "meta":
+        kind = "meta" if value.device.type == "meta" else str(value.layout)[6:]
+        raise ValueError(f"{name} must be a dense tensor of real numbers; got a {kind} one")
+    if value.is_complex():
+        raise ValueError(f"{name} must hold real numbers; got {str(value.dtype)[6:]} values")
+    if value.ndim < 1:
+        raise ValueError(f"{name} must have a row for each datum; got shape []")
+    if value.is_floating_point() and not bool((finite := value.isfinite()).all()):
+        rows = (~finite).flatten(1).any(1) if value.ndim > 1 else ~finite
+        bad = rows.nonzero().flatten().tolist()
+        raise ValueError(
+            f"{name} must be finite; {len(bad)} row(s) hold NaN or infinite values, "
+            f"first {bad[:3]} (from 0): repair or remove them"
+        )
+
+
+def as_rows(name: str, value: Any) -> Tensor:
+    """A tensor of finite real numbers with a row for each datum; see `as_tensor`.
+
+    Raises:
+        ValueError: If the value is none and cannot be made one, or has no rows.
+    """
+    rows = as_tensor(name, value)
+    check_finite(name, rows)
+    if len(rows) < 1:
+        raise ValueError(f"{name} must have at least one row; got shape {list(rows.shape)}")
+    return rows
+
+
+class TakesVAE(Protocol[P, T_co]):
+    """A function of (model, guide, ...) that takes (vae, ...) as well."""
+
+    @overload
+    def __call__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T_co: ...
+
+    @overload
+    def __call__(self, vae: Any, /, *args: P.args, **kwargs: P.kwargs) -> T_co: ...
+
+
+def takes_vae(
+    function: Callable[Concatenate[Callable[..., Any], Callable[..., Any], P], T_co],
+) -> TakesVAE[P, T_co]:
+    """Lets a function of (model, guide, x, y) be called as (vae, x, y) too.
+
+    A first argument that has both programs stands for them, unless a guide follows it.
+    """
+
+    @wraps(function)
+    def call(*args: Any, **options: Any) -> T_co:
+        return function(*programs(args, options), **options)
+
+    return call
+
+
+def programs(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments with a VAE in first place taken apart, and both programs checked."""
+    if args and _is_vae(args[0]) and "guide" not in options:
+        if len(args) < 2 or not callable(args[1]):
+            args = args[0].model, args[0].guide, *args[1:]
+    given = dict(zip(("model", "guide"), args)) | options
+    for name in ("model", "guide"):
+        if not callable(given.get(name)):
+            raise ValueError(
+                f"{name} must be a Pyro program, as in (vae.model, vae.guide, x), or give a VAE: "
+                f"(vae, x); got {type(given.get(name)).__name__}"
+            )
+    return args
+
+
+def _is_vae(value: Any) -> bool:
+    return all(callable(getattr(value, name, None)) for name in ("model", "guide"))
+
+
+def _shown(value: Any) -> str:
+    text = _line(repr(value))
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _line(text: Any) -> str:
+    return " ".join(str(text).split())

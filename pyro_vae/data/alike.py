@@ -1,0 +1,117 @@
+"""A user's own rows beside those that a run was trained on."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from pyro_vae.data.data import Data
+from pyro_vae.data.transforms import Threshold, Transform
+
+__all__ = ["alike", "kind_of"]
+
+FACTOR = 10.0  # between the largest values, from which units look different
+
+
+def kind_of(rows: Data) -> dict[str, Any]:
+    """What rows of the same kind must agree with, for JSON."""
+    return {
+        "levels": rows.levels,
+        "columns": None if rows.columns is None else list(rows.columns),
+        "dtype": str(rows.x.dtype).removeprefix("torch."),
+        "range": [rows.x.min().item(), rows.x.max().item()],
+    }
+
+
+def alike(
+    rows: Data, known: Mapping[str, Any], transform: Transform, data_shape: tuple[int, ...]
+) -> Data:
+    """The rows with columns in the order of the run, once grey levels and units are the run's.
+
+    Args:
+        rows: Rows of a user's file.
+        known: What `kind_of` gave of the training rows; nothing for runs of version 0.1.
+        transform: That of the run.
+        data_shape: That of one datum of the run.
+
+    Raises:
+        ValueError: If columns are missing or others, the shape is, or values are on another
+            scale.
+    """
+    rows = _ordered(rows, known.get("columns"))
+    if tuple(rows.data_shape) != data_shape:
+        raise ValueError(
+            f"{rows.name} has rows of shape {tuple(rows.data_shape)}; the run was trained on "
+            f"{data_shape}: give data of the same columns or image size"
+        )
+    levels = known["levels"] if "levels" in known else _levels(transform)
+    if levels is not None and rows.levels != levels:
+        rows = _grey(rows, levels)
+    elif levels is None and rows.levels is not None and known:
+        if known["dtype"].startswith("float"):
+            raise ValueError(
+                f"{rows.name}: expected numbers in the units that the run was trained on, "
+                f"{_range(*known['range'])}; got grey values ({rows.x.dtype}): store them as "
+                "floats in these units"
+            )
+        rows = replace(rows, levels=None)
+    if levels is None and known:
+        _check_units(rows, max(map(abs, known["range"])))
+    return rows
+
+
+def _ordered(rows: Data, columns: list[str] | None) -> Data:
+    """The columns in the order of `columns`, where both have names."""
+    if columns is None or rows.columns is None or list(rows.columns) == columns:
+        return rows
+    missing, other = Counter(columns) - Counter(rows.columns), Counter(rows.columns)
+    other -= Counter(columns)
+    if missing or other or len(set(columns)) < len(columns):
+        parts = {"missing": missing, "unknown": other}
+        words = "; ".join(f"{word}: {', '.join(n)}" for word, n in parts.items() if n)
+        raise ValueError(
+            f"{rows.name}: expected the columns of the run, got others ({words or 'one twice'}): "
+            "give the file the columns that the run was trained on"
+        )
+    order = torch.tensor([rows.columns.index(name) for name in columns])
+    return replace(rows, x=rows.x[:, order], columns=tuple(columns))
+
+
+def _grey(rows: Data, levels: int) -> Data:
+    """The rows as grey values of so many levels, if they are such."""
+    low, high = rows.x.min().item(), rows.x.max().item()
+    whole = not rows.x.is_floating_point() and (rows.levels != 2 or levels == 2)
+    if not whole or low < 0 or high > levels - 1:
+        raise ValueError(
+            f"{rows.name}: expected whole grey values from 0 to {levels - 1}, as those that the "
+            f"run was trained on; got {rows.x.dtype} {_range(low, high)}: store them as uint8, "
+            "not divided"
+        )
+    return replace(rows, levels=levels)
+
+
+def _check_units(rows: Data, known: float) -> None:
+    """Warns of rows whose values are of another size than those of training."""
+    most = rows.x.abs().max().item()
+    if most > FACTOR * known or FACTOR * most < known:
+        message = (
+            f"{rows.name}: values reach {most:g}, those that the run was trained on {known:g}: "
+            "are they in the same units?"
+        )
+        warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _levels(transform: Transform) -> int | None:
+    """Grey levels of what a transform was made for."""
+    if isinstance(transform, Threshold):
+        return int(transform.top) + 1
+    return getattr(transform, "levels", None)
+
+
+def _range(low: float, high: float) -> str:
+    return f"from {low:g} to {high:g}"

@@ -1,0 +1,55 @@
+"""What every estimator is given: programs, rows and numbers, checked in one place."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import pyro
+
+from pyro_vae.arguments import TakesVAE, as_rows, check_real, check_whole, programs
+from pyro_vae.densities import Program
+from pyro_vae.generators import alone
+
+__all__ = ["estimator"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesVAE[P, T]:
+    """Lets a function of (model, guide, x, y, *, ...) be called as (vae, x, y, ...) too.
+
+    x and y may be tensors, arrays, frames or lists; they and the numbers are checked, by name.
+    Pyro's own checks are on, whatever flags are set: a density of data that are impossible is no
+    number to report. They are flags of the process, so that other threads wait.
+    """
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def call(*args: Any, **options: Any) -> T:
+        bound = signature.bind(*programs(args, options), **options)
+        given = bound.arguments
+        x = given["x"] = as_rows("x", given["x"])
+        if given.get("y") is not None:
+            y = given["y"] = as_rows("y", given["y"])
+            if len(y) != len(x):
+                raise ValueError(f"y must have a row for each of the {len(x)} of x; got {len(y)}")
+        for name, value in given.items():
+            check_number(name, value, optional=signature.parameters[name].default is None)
+        with alone, pyro.validation_enabled(True):
+            return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def check_number(name: str, value: Any, optional: bool) -> None:
+    """Refuses a number of an estimator that cannot be one; what is none of its numbers passes."""
+    if name.startswith("num_") or name in ("budget", "chunk_size", "devices"):
+        check_whole(optional=optional, **{name: value})
+    elif name == "seed":
+        check_whole(0, optional=True, seed=value)
+    elif name == "tolerance":
+        check_real(above=0, tolerance=value)
