@@ -24,7 +24,8 @@ EPS = 1e-8
 MORE_STARTS, MOST_ROUNDS = 16, 8
 PATIENCE = 8  # starts without a new mode that end the search, for each mode that is known
 MOST_MODES = 24  # above which the search gives up
-UNITS = 24  # most informed units that are walked along and exchanged
+LINES = 64  # units, and principal directions, that are walked along
+UNITS = 24  # most informed units that are exchanged
 WALK = (-2.5, -1.25, 0.0, 1.25, 2.5)  # from the prior's median
 STRIDES = (2.5, 4.5, 6.5, 8.5)  # from a mode, in its standard deviations
 BARRIER = 0.5  # nats by which the density dips between two modes
@@ -81,8 +82,8 @@ def find_modes(target: Target, num_starts: int) -> Modes:
 
 def search_cost(dim: int, num_starts: int) -> int:
     """Evaluations of the model for one datum of one mode."""
-    units = min(dim, UNITS)
-    walks = 2 * units * (len(WALK) + 2 * len(STRIDES)) + units * (units - 1) // 2 + MORE_STARTS
+    lines, units = 2 * min(dim, LINES), min(dim, UNITS)
+    walks = lines * (len(WALK) + 2 * len(STRIDES)) + units * (units - 1) // 2 + MORE_STARTS
     climbs = 2 * FIRST_STEPS + ROUNDS * (dim + 6) + num_starts * (STEPS + 3)
     return PRIOR_DRAWS + climbs + walks + 3 * num_starts * (num_starts + 1) // 2
 
@@ -102,7 +103,7 @@ class _Search:
         climbed = _climb(target, first, None, FIRST_STEPS, FIRST_LR)
         highest = target.log_joint(climbed).argmax(0, keepdim=True)
         top, self.tril = laplace(target, _gather(climbed, highest)[0])
-        self.known = torch.cat([top.unsqueeze(0), climbed])
+        self.known, self.climbed = top.unsqueeze(0), climbed
         self.lines, self.pairs = _directions(self.tril)
         self.spread = torch.einsum("bij,rbi->rbj", self.tril, self.lines).norm(dim=-1)
 
@@ -146,6 +147,8 @@ class _Search:
         """Points [S, R, D] of some rows, the distinct modes first, and which these are [S, R]."""
         target = self.target.rows(rows)
         starts = self._starts(target, rows, known, number, origin % len(known))
+        if origin == 0:
+            starts = torch.cat([starts, self.climbed[:, rows]])
         tril = self.tril[rows]
         more = _climb(target, starts, tril, STEPS, _far(tril, starts - known[0]))
         return _distinct(target, torch.cat([known, more]))
@@ -159,7 +162,8 @@ class _Search:
         exchanged, gain = _exchange(target, mode, self.pairs[:, rows], centre)
         height, order = torch.cat([reach, gain]).sort(0, descending=True)
         beyond = _gather(torch.cat([walked, exchanged]), order)
-        new = _apart(target, known[:number], beyond, height)
+        others = torch.cat([known[:origin], known[origin + 1 : number]])
+        new = _apart(target, others, beyond, height)
         new, order = new.sort(dim=0, descending=True, stable=True)
         beyond = _gather(beyond, order)
         likely, starts = self.likely[:, rows], list(known)
@@ -179,10 +183,11 @@ def _directions(tril: Tensor) -> tuple[Tensor, Tensor]:
     """
     D = tril.shape[-1]
     covariance = tril @ tril.mT
-    units = covariance.diagonal(dim1=-2, dim2=-1).argsort(-1)[:, :UNITS]
+    units = covariance.diagonal(dim1=-2, dim2=-1).argsort(-1)[:, :LINES]
     axes = torch.eye(D, dtype=tril.dtype, device=tril.device)[units]
-    vectors = torch.linalg.eigh(covariance).eigenvectors.mT[:, :UNITS]
-    a, b = torch.triu_indices(axes.shape[1], axes.shape[1], 1, device=tril.device)
+    vectors = torch.linalg.eigh(covariance).eigenvectors.mT[:, :LINES]
+    number = min(D, UNITS)
+    a, b = torch.triu_indices(number, number, 1, device=tril.device)
     pairs = (axes[:, a] - axes[:, b]) / 2**0.5
     return torch.cat([axes, vectors], 1).transpose(0, 1), pairs.transpose(0, 1)
 
@@ -227,8 +232,8 @@ def _apart(target: Target, known: Tensor, points: Tensor, height: Tensor) -> Ten
         return apart
     part = target.rows(rows)
     for mode in known[:, rows]:
-        way = torch.cat([mode.lerp(points[:, rows], t) for t in (0.25, 0.5, 0.75)])
-        valley = part.log_joint(way).unflatten(0, (3, len(points))).amin(0)
+        way = torch.cat([mode.lerp(points[:, rows], t / 8) for t in range(1, 8)])
+        valley = part.log_joint(way).unflatten(0, (7, len(points))).amin(0)
         apart[:, rows] &= valley < height[:, rows] - BARRIER
     return apart
 

@@ -39,7 +39,7 @@ def refined_importance_sampling(
     y: Tensor | None = None,
     *,
     num_samples: int = 1000,
-    num_starts: int = 6,
+    num_starts: int = 5,
     chunk_size: int | None = None,
     compile: bool = False,
     devices: int = 1,
@@ -163,12 +163,15 @@ class Fit:
         log p(x, u) less the log density of the mixture of the proposal, the guide and the prior
         that the draws of `importance_sampling` are from.
         """
-        numbers = self._numbers(num_samples)
+        numbers, step = self._numbers(num_samples), self.target.draws_at_once
+        return torch.cat([self._weigh(part, numbers) for part in u.split(step)])
+
+    def _weigh(self, u: Tensor, numbers: tuple[int, int, int]) -> Tensor:
         log_prior, log_likelihood = self.target.log_prior(u)
         parts = [self.proposal.log_prob(u), torch.zeros_like(log_prior), log_prior]
         if numbers[1]:
             parts[1] = self.target.log_guide(u)
-        shares = u.new_tensor(numbers).log() - math.log(num_samples)
+        shares = u.new_tensor(numbers).log() - math.log(sum(numbers))
         log_q = torch.logsumexp(torch.stack(parts) + shares.view(-1, 1, 1), 0)
         log_p = log_prior + log_likelihood
         return torch.where(log_p == -torch.inf, log_p, log_p - log_q)
@@ -199,7 +202,7 @@ class Fit:
         return self.target.draw_prior(num_draws)[0]
 
 
-def fit_proposal(target: Target, num_starts: int = 6) -> Fit:
+def fit_proposal(target: Target, num_starts: int = 5) -> Fit:
     """Finds the modes of each posterior and fits a proposal to them."""
     target.check_gradient()
     modes = find_modes(target, num_starts)
@@ -228,7 +231,7 @@ def _laplace(target: Target, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return loc, tril, target.log_joint(loc.unsqueeze(0))[0] + log_det
 
 
-def fit_cost(dim: int, num_starts: int = 6) -> int:
+def fit_cost(dim: int, num_starts: int = 5) -> int:
     """About how often `fit_proposal` evaluates the model for one datum of one mode."""
     return (
         SCALE_DRAWS

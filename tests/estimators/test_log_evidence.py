@@ -50,8 +50,8 @@ def test_work_goes_where_it_is_needed() -> None:
     assert misses(e.log_prob, e.stderr, world.truth) < 5
 
 
-def test_chains_are_run_where_draws_do_not_do() -> None:
-    """A ring: a sharp likelihood of the radius in two dimensions defeats any Gaussian."""
+def test_a_ring_is_right_or_doubtful() -> None:
+    """A sharp likelihood of the radius in two dimensions defeats any Gaussian."""
 
     def model(x: Tensor) -> None:
         with data(len(x)):
@@ -63,7 +63,6 @@ def test_chains_are_run_where_draws_do_not_do() -> None:
             pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
     e = log_evidence(model, guide, torch.tensor([1.5, 2.5]), tolerance=0.05)
-    assert "annealed, refined" in e.method or set(e.verdict) == {"reliable"}
     x, r = torch.tensor([1.5, 2.5]), torch.linspace(1e-3, 9, 100_001)
     log_radius = dist.Chi2(torch.tensor(2.0)).log_prob(r**2) + (2 * r).log()
     truth = log_radius + dist.Normal(r, 0.03).log_prob(x[:, None])
@@ -76,7 +75,7 @@ def test_a_tolerance_out_of_reach_is_doubtful() -> None:
     world = linear()
     e = log_evidence(world.model, world.guide, world.x, tolerance=1e-6, budget=5000)
     assert set(e.verdict) == {"doubtful"}
-    assert e.num_samples.tolist() == [1000] * 13
+    assert max(e.num_samples.tolist()) < 5000
     assert misses(e.log_prob, e.stderr, world.truth) < 5
 
 
