@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from pyro_vae.config import build, load
     from pyro_vae.densities import scale_latents
     from pyro_vae.estimators import (
+        Audit,
         Evidence,
         annealed_importance_sampling,
+        audit,
         bidirectional,
         importance_sampling,
         log_evidence,
@@ -39,7 +41,9 @@ _NAMES = {
     "load": "pyro_vae.config",
     "fit": "pyro_vae.training",
     "scale_latents": "pyro_vae.densities",
+    "Audit": "pyro_vae.estimators",
     "Evidence": "pyro_vae.estimators",
+    "audit": "pyro_vae.estimators",
     "annealed_importance_sampling": "pyro_vae.estimators",
     "bidirectional": "pyro_vae.estimators",
     "importance_sampling": "pyro_vae.estimators",
@@ -61,8 +65,10 @@ _MODULES = (
 
 __all__ = [
     "VAE",
+    "Audit",
     "Evidence",
     "annealed_importance_sampling",
+    "audit",
     "bidirectional",
     "build",
     "data",
