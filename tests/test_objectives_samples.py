@@ -428,6 +428,7 @@ def test_draws_that_pass_no_gradient_are_refused(cls: type) -> None:
 def test_one_run_of_the_encoder_is_enough_for_the_gradient(cls: type) -> None:
     vae = make()
     x = draw(vae, B)
+    densities(vae.model, vae.guide, x, num_particles=2)  # the programs are tried once
     calls: list[int] = []
     vae.posterior.encoder.register_forward_hook(lambda *_: calls.append(1))
     cls().differentiable_loss(vae.model, vae.guide, x).backward()
@@ -532,6 +533,7 @@ def test_batches_do_not_mix_where_the_number_is_of_a_datum(
     assert not objective.batch_level
     vae = make()
     x = draw(vae, B)
+    densities(vae.model, vae.guide, x, num_particles=2)  # the programs are tried once
     noise = torch.randn(objective.num_particles, B, D)
     found = []
     for parts in ((slice(0, B),), (slice(0, 3), slice(3, B))):
