@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import warnings
@@ -141,7 +142,11 @@ class Engine:
                 _hush()
                 joined.launch()
             group, index = _group(joined), _index(joined.device)
-        return function(self._single(group, index), group, task)
+            atexit.register(_leave)
+        result = function(self._single(group, index), group, task)
+        if group.size > 1:
+            torch.distributed.barrier()  # nobody ends while another still uses the connection
+        return result
 
     def _single(self, group: Group, index: int | list[int]) -> Fabric:
         """A Fabric of one device: gradients are reduced by the group, not by its hooks."""
@@ -190,6 +195,12 @@ def _in_process(fabric: Fabric, exchange: Exchange) -> None:
             exchange.send("result", result)
         torch.distributed.barrier()  # nobody leaves while another still uses the connection
         torch.distributed.destroy_process_group()  # spawned processes run no exit handlers
+
+
+def _leave() -> None:
+    """Ends the connection of processes that torchrun started, before their threads are gone."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _group(fabric: Fabric) -> Group:
