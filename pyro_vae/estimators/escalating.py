@@ -115,8 +115,7 @@ def _pilot(fit: Fit, tolerance: float, number: int) -> tuple[Tensor, Tensor]:
     places, weights = fit.draw_with_places(number)
     pilot = summarise(weights.cpu(), METHOD, "doubtful")
     visited = walk(fit.target, places, weights, fit.proposal.scale_tril)
-    parts = [fit.log_weights(u, NUMBERS[0]) for u in visited.split(fit.target.draws_at_once)]
-    relative = (torch.cat(parts).cpu() - pilot.log_prob).exp()
+    relative = (fit.log_weights(visited, NUMBERS[0]).cpu() - pilot.log_prob).exp()
     variance = torch.maximum(number * pilot.stderr.square(), relative.mean(0) - 1)
     needed = variance / (MARGIN * tolerance) ** 2
     if number >= HARD:
