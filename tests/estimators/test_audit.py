@@ -1,4 +1,4 @@
-"""The audit sees what the verdict cannot, and the coordinates that make tails and idle units easy."""
+"""The audit sees what the verdict cannot; the coordinates make tails and idle units easy."""
 
 from __future__ import annotations
 
