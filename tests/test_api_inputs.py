@@ -33,7 +33,14 @@ WRONG = ("a", True, 1 + 1j, [], {}, object(), b"3", NAN, torch.ones(2))
 WHOLE = (*WRONG, None, 0, -1, 1.5, INF, -INF, [3], "3")  # none is a whole number from 1
 REAL = (*WRONG, None, -1, -INF, INF)  # none is a positive number
 NOT_NONE = tuple(value for value in WHOLE if value is not None)
-DEVICES = tuple(value for value in WRONG if value is not True)
+DEVICES = (*WRONG, [True], [0, 0], [-1])
+CODES = torch.randn(N, F, generator=torch.Generator().manual_seed(1))
+FACTORS = torch.stack([torch.arange(N) % 2, torch.arange(N) % 3], 1)
+VOTES: dict[Any, dict[str, Any]] = {
+    metrics.dci: {"num_train": 3, "num_test": 2, "num_trees": 2},
+    metrics.factor_vae_score: {"num_votes": 7, "num_test": 5, "batch_size": 2},
+    metrics.mig_of_means: {"bins": 3},
+}
 BETA = tuple(value for value in (*WRONG, None, -1, INF, -INF) if not isinstance(value, Tensor))
 NOT_ZERO = tuple(value for value in WHOLE if type(value) is not int or value != 0)
 ROWS = {
@@ -128,6 +135,9 @@ def of_rows() -> Iterator[tuple[str, str, Call]]:
     yield "reconstruct", "y", lambda y: vae(condition_dim=F).reconstruct(X, y)
     yield "initialise", "x", lambda x: vae().initialise(x)
     yield "sample", "y", lambda y: vae(condition_dim=F).sample(N, y)
+    for score in (metrics.dci, metrics.sap, metrics.mig_of_means, metrics.factor_vae_score):
+        yield score.__name__, "means", lambda x, s=score: s(x, FACTORS, **VOTES.get(s, {}))
+    yield "sap", "factors", lambda v: metrics.sap(CODES, v)
 
 
 def _run(estimate: Call, x: Any, *y: Any, condition_dim: int = 0, **quick: Any) -> Any:
@@ -209,6 +219,11 @@ def of_numbers() -> Iterator[tuple[str, str, Call, tuple[Any, ...]]]:
         bad = tuple(v for v in NOT_ZERO if not (v is None and key == "num_rows"))
         call = lambda v, k=key: metrics.elbo_decomposition(q, p, **{k: v})  # noqa: E731
         yield "elbo_decomposition", key, call, bad
+    for score, options in VOTES.items():
+        for key in options:
+            call = lambda v, s=score, k=key: s(CODES, FACTORS, **{**VOTES[s], k: v})  # noqa: E731
+            absent = score is metrics.dci and key != "num_trees"
+            yield score.__name__, key, call, NOT_NONE if absent else WHOLE
     yield "active_units", "threshold", lambda v: metrics.active_units(X, v), (*WRONG, None, -1)
     made = vae()
     yield (

@@ -262,7 +262,7 @@ def test_what_does_not_fit_is_refused(metric: Callable[..., Score]) -> None:
         metric(noise(), FACTORS, ["x"])
     bad = noise()
     bad[7, 1] = torch.inf
-    with pytest.raises(ValueError, match="finite codes"):
+    with pytest.raises(ValueError, match="means must be finite"):
         metric(bad, FACTORS)
     with pytest.raises(ValueError, match="whole numbers"):
         metric(noise(), FACTORS + 0.5)

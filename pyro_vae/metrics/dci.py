@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.metrics.factors import check, names_of
+from pyro_vae.arguments import check_whole
+from pyro_vae.metrics.factors import check
 
 __all__ = ["DCI", "dci"]
 
@@ -83,8 +84,8 @@ def dci(
         Locatello et al. Challenging common assumptions in the unsupervised learning of
         disentangled representations. 2019 (the predictor).
     """
-    labels = names_of(factors, names)
-    codes, values = check(means, factors)
+    codes, values, labels = check(means, factors, names, num_trees=num_trees, seed=seed)
+    check_whole(optional=True, num_train=num_train, num_test=num_test)
     N = len(codes)
     num_train = min(10_000, 2 * N // 3) if num_train is None else num_train
     num_test = min(5_000, N - num_train) if num_test is None else num_test

@@ -3,40 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["check", "discretise", "entropy", "gap", "information_matrix", "names_of"]
+from pyro_vae.arguments import as_rows, check_whole
+
+__all__ = ["check", "discretise", "entropy", "gap", "information_matrix"]
 
 
-def check(codes: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [N, D] in float64 and factors [N, F] in int64, on the CPU.
+def check(
+    codes: Tensor, factors: Tensor, names: Sequence[str] | None = None, **numbers: Any
+) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """Codes [N, D] in float64, factors [N, F] in int64, on the CPU, and the factors' names.
+
+    Args:
+        codes: A row for each datum.
+        factors: Index of each factor's value.
+        names: Of the factors; "factor 0" and so on if None.
+        numbers: Other arguments, which must be whole numbers from 1; a seed from 0.
 
     Raises:
-        ValueError: If the shapes do not fit, a code is not finite, a factor is not a whole number
-            or there are fewer than two rows.
+        ValueError: If the shapes do not fit, a code is not finite, a factor is not a whole number,
+            there are fewer than two rows or not as many names as factors.
     """
+    codes, factors = as_rows("means", codes), as_rows("factors", factors)
+    check_whole(0, seed=numbers.pop("seed", 0))
+    check_whole(**numbers)
     if codes.ndim != 2 or factors.ndim != 2 or len(codes) != len(factors) or len(codes) < 2:
         raise ValueError(
             "expected codes [N, D] and factors [N, F] of the same N, at least 2; got "
             f"{list(codes.shape)} and {list(factors.shape)}"
         )
-    if not codes.isfinite().all():
-        raise ValueError("expected finite codes; got NaN or infinite ones: look at the encoder")
     if not torch.equal(factors.long().to(factors.dtype), factors):
         raise ValueError("expected factors that are whole numbers: give the index of each value")
-    return codes.detach().cpu().double(), factors.detach().cpu().long()
+    labels = _labels(factors.shape[1], names)
+    return codes.detach().cpu().double(), factors.detach().cpu().long(), labels
 
 
-def names_of(factors: Tensor, names: Sequence[str] | None) -> tuple[str, ...]:
-    """The names of the factors [N, F], "factor 0" and so on if None."""
-    count = factors.shape[1]
+def _labels(count: int, names: Sequence[str] | None) -> tuple[str, ...]:
     if names is None:
         return tuple(f"factor {f}" for f in range(count))
-    if len(names) != count:
-        raise ValueError(f"expected a name for each of the {count} factors; got {list(names)}")
-    return tuple(names)
+    if isinstance(names, str) or not isinstance(names, Sequence) or len(names) != count:
+        raise ValueError(f"expected a name for each of the {count} factors; got {names!r}")
+    return tuple(map(str, names))
 
 
 def discretise(codes: Tensor, bins: int) -> Tensor:

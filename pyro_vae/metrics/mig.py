@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.nn.functional import one_hot
 
+from pyro_vae.arguments import check_whole
 from pyro_vae.marginals import marginals, pair_marginals
 from pyro_vae.metrics.decomposition import check_posterior, chunks, draws_of, evenly, log_mean
 from pyro_vae.metrics.factors import (
@@ -17,7 +18,6 @@ from pyro_vae.metrics.factors import (
     entropy,
     gap,
     information_matrix,
-    names_of,
 )
 from pyro_vae.metrics.score import Score
 
@@ -57,11 +57,13 @@ def mig(
     References:
         Chen et al. Isolating sources of disentanglement in variational autoencoders. 2018.
     """
-    labels = names_of(factors, names)
+    means = marginals(posterior).loc
+    _, values, labels = check(means, factors, names, num_samples=num_samples, seed=seed)
+    check_whole(optional=True, num_rows=num_rows)
     kept = [f for f, label in enumerate(labels) if label not in without]
     if not kept:
         raise ValueError(f"expected a factor that is not left out; got {labels} without {without}")
-    part = factors[:, kept]
+    part = values[:, kept]
     information = factor_information(
         posterior, part, num_samples=num_samples, num_rows=num_rows, seed=seed
     )
@@ -99,8 +101,7 @@ def mig_of_means(
         Locatello et al. Challenging common assumptions in the unsupervised learning of
         disentangled representations. 2019.
     """
-    labels = names_of(factors, names)
-    codes, values = check(means, factors)
+    codes, values, labels = check(means, factors, names, bins=bins)
     information = information_matrix(values, discretise(codes, bins))
     gaps = gap(information) / _entropies(values)
     return Score(
@@ -132,7 +133,7 @@ def factor_information(
     Arguments are those of `mig`. Cost: N^2 D densities for each draw, and a matrix product.
     """
     num_data, _ = check_posterior(posterior)
-    means, values = check(marginals(posterior).loc, factors)
+    means, values, _ = check(marginals(posterior).loc, factors)
     device = marginals(posterior).loc.device
     members = [one_hot(v.unique(return_inverse=True)[1]).double().to(device) for v in values.T]
     rows = evenly(num_data, num_rows).to(device)

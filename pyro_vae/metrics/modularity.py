@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_vae.metrics.factors import check, discretise, information_matrix, names_of
+from pyro_vae.metrics.factors import check, discretise, information_matrix
 from pyro_vae.metrics.score import Score
 
 __all__ = ["modularity"]
@@ -36,10 +36,9 @@ def modularity(
     References:
         Ridgeway and Mozer. Learning deep disentangled embeddings with the F-statistic loss. 2018.
     """
-    labels = names_of(factors, names)
+    codes, values, labels = check(means, factors, names, bins=bins)
     if len(labels) < 2:
         raise ValueError("expected at least two factors: with one, every code is modular")
-    codes, values = check(means, factors)
     information = information_matrix(values, discretise(codes, bins))
     square = information.pow(2)
     highest = square.amax(0)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.metrics.factors import check, gap, names_of
+from pyro_vae.metrics.factors import check, gap
 from pyro_vae.metrics.score import Score
 
 __all__ = ["sap"]
@@ -43,8 +43,7 @@ def sap(
         Kumar, Sattigeri and Balakrishnan. Variational inference of disentangled latent concepts
         from unlabeled observations. 2018.
     """
-    labels = names_of(factors, names)
-    codes, values = check(means, factors)
+    codes, values, labels = check(means, factors, names, seed=seed)
     rows = [
         _by_thresholds(codes, v, seed) if label in categorical else _by_lines(codes, v.double())
         for label, v in zip(labels, values.T)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.metrics.factors import check, names_of
+from pyro_vae.metrics.factors import check
 from pyro_vae.metrics.score import Score
 
 __all__ = ["beta_vae_score", "factor_vae_score"]
@@ -52,8 +52,10 @@ def factor_vae_score(
         Locatello et al. Challenging common assumptions in the unsupervised learning of
         disentangled representations. 2019. With disentanglement_lib.
     """
-    labels = names_of(factors, names)
-    codes, values = check(means, factors)
+    codes, values, labels = check(
+        *(means, factors, names),
+        **{"num_votes": num_votes, "num_test": num_test, "batch_size": batch_size, "seed": seed},
+    )
     F, variance = values.shape[1], codes.var(0)
     alive = variance.sqrt() >= PRUNED
     kinds, rows = _fixed(values, num_votes + num_test, batch_size, seed)
@@ -112,8 +114,10 @@ def beta_vae_score(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    labels = names_of(factors, names)
-    codes, values = check(means, factors)
+    codes, values, labels = check(
+        *(means, factors, names),
+        **{"num_votes": num_votes, "num_test": num_test, "batch_size": batch_size, "seed": seed},
+    )
     kinds, rows = _fixed(values, num_votes + num_test, 2 * batch_size, seed)
     pairs = codes[rows].unflatten(1, (batch_size, 2))
     inputs = (pairs[:, :, 0] - pairs[:, :, 1]).abs().mean(1).numpy()

@@ -112,9 +112,10 @@ class Engine:
 
     @property
     def _local(self) -> int:
-        if isinstance(self.devices, list):
-            return len(self.devices)
-        return self.devices if isinstance(self.devices, int) else 0
+        listed = isinstance(self.devices, list)
+        given = self.devices if listed else [self.devices]
+        whole = all(type(device) is int and device >= 0 for device in given)
+        return (len(given) if listed else given[0]) if whole and len({*given}) == len(given) else 0
 
     @property
     def on_cuda(self) -> bool:
