@@ -109,7 +109,10 @@ def test_weights_are_not_cast(dtype: torch.dtype, run: Path) -> None:
 def test_a_run_in_double_precision_loads_and_goes_on_exactly(tmp_path: Path) -> None:
     run = tmp_path / "run"
     trained(run, precision="64-true")
-    assert load(run)
+    loaded = load(run)
+    assert loaded.encode(torch.rand(3, *loaded.likelihood.data_shape).double()).mean.dtype == (
+        torch.float64
+    )
     unbroken = trained(tmp_path / "unbroken", 3, precision="64-true").state_dict()
     resumed = trained(run, 3, resume=True, precision="64-true").state_dict()
     assert torch.float64 in {weight.dtype for weight in resumed.values()}
@@ -127,6 +130,7 @@ def test_a_state_of_another_epoch_is_refused(run: Path) -> None:
         {"rng": {}},
         {"history": {"rows": [{"x": 1}], "num_units": 2}},
         {"optimizer": {}},
+        {"optimizer": {**state["optimizer"], "state": {0: {"step": 1, "exp_avg": torch.ones(3)}}}},
     ):
         torch.save({**state, **changed}, path)
         with pytest.raises(ValueError, match=r"state\.pt|the state of run"):

@@ -52,10 +52,8 @@ def factor_vae_score(
         Locatello et al. Challenging common assumptions in the unsupervised learning of
         disentangled representations. 2019. With disentanglement_lib.
     """
-    codes, values, labels = check(
-        *(means, factors, names),
-        **{"num_votes": num_votes, "num_test": num_test, "batch_size": batch_size, "seed": seed},
-    )
+    numbers = {"num_votes": num_votes, "num_test": num_test, "batch_size": batch_size}
+    codes, values, labels = check(means, factors, names, seed=seed, **numbers)
     F, variance = values.shape[1], codes.var(0)
     alive = variance.sqrt() >= PRUNED
     kinds, rows = _fixed(values, num_votes + num_test, batch_size, seed)
@@ -114,10 +112,8 @@ def beta_vae_score(
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    codes, values, labels = check(
-        *(means, factors, names),
-        **{"num_votes": num_votes, "num_test": num_test, "batch_size": batch_size, "seed": seed},
-    )
+    numbers = {"num_votes": num_votes, "num_test": num_test, "batch_size": batch_size}
+    codes, values, labels = check(means, factors, names, seed=seed, **numbers)
     kinds, rows = _fixed(values, num_votes + num_test, 2 * batch_size, seed)
     pairs = codes[rows].unflatten(1, (batch_size, 2))
     inputs = (pairs[:, :, 0] - pairs[:, :, 1]).abs().mean(1).numpy()

@@ -88,13 +88,17 @@ def load_weights(run: PathLike, which: str = "best") -> dict[str, Tensor]:
 def put_weights(module: nn.Module, weights: dict[str, Tensor], run: PathLike) -> None:
     """Loads the weights of a run into a module, if they are its own: none is cast.
 
+    The module of a run in double precision becomes double.
+
     Raises:
-        ValueError: If names, shapes or types differ; only a run in double precision may.
+        ValueError: If names, shapes or types differ.
     """
+    if _is_double(run):
+        module.double()
     own = module.state_dict()
     for name in own.keys() & weights.keys():
         was, now = weights[name].dtype, own[name].dtype
-        if was != now and not (was == torch.float64 and _is_double(run)):
+        if was != now:
             raise ValueError(f"the weights of run {run} do not fit: {name} is {was}, not {now}")
     try:
         module.load_state_dict(weights)

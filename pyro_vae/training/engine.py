@@ -112,10 +112,10 @@ class Engine:
 
     @property
     def _local(self) -> int:
-        listed = isinstance(self.devices, list)
-        given = self.devices if listed else [self.devices]
-        whole = all(type(device) is int and device >= 0 for device in given)
-        return (len(given) if listed else given[0]) if whole and len({*given}) == len(given) else 0
+        if not isinstance(self.devices, list):
+            return self.devices if type(self.devices) is int else 0
+        whole = all(type(index) is int and index >= 0 for index in self.devices)
+        return len(self.devices) if whole and len({*self.devices}) == len(self.devices) else 0
 
     @property
     def on_cuda(self) -> bool:

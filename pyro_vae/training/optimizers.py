@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -95,6 +95,11 @@ def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
         for loaded, mine in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({**state, "param_groups": groups})
+    for parameter, kept in optimizer.state.items():
+        tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
+        for name, value in tensors.items():
+            if torch.broadcast_shapes(value.shape, parameter.shape) != parameter.shape:
+                raise TypeError(f"{name} of the optimizer is {list(value.shape)}")
 
 
 def why_no_graph(optimizer: Optimizer, num_processes: int) -> str | None:
