@@ -21,12 +21,14 @@ __all__ = [
     "check_finite",
     "check_real",
     "check_whole",
+    "completed",
     "is_rows",
     "programs",
     "takes_vae",
 ]
 
 LARGEST = 2**63 - 1  # whole number, and so seed, that torch takes
+MISSING_HINT = ", or give the VAE missing=True if NaN stands for a missing entry"
 P = ParamSpec("P")
 T_co = TypeVar("T_co", covariant=True)
 
@@ -139,8 +141,13 @@ def is_rows(value: Any) -> bool:
     )
 
 
-def check_finite(name: str, value: Tensor) -> None:
+def check_finite(name: str, value: Tensor, missing: bool | None = None) -> None:
     """Refuses a tensor that does not hold a row of finite real numbers for each datum.
+
+    Args:
+        name: What the messages call it.
+        value: The tensor.
+        missing: Whether NaN declares a missing entry; None where no entry can be missing.
 
     Raises:
         ValueError: If so; the message says which rows.
@@ -153,25 +160,56 @@ def check_finite(name: str, value: Tensor) -> None:
     if value.ndim < 1:
         raise ValueError(f"{name} must have a row for each datum; got shape []")
     if value.is_floating_point() and not bool((finite := value.isfinite()).all()):
-        rows = (~finite).flatten(1).any(1) if value.ndim > 1 else ~finite
-        bad = rows.nonzero().flatten().tolist()
-        raise ValueError(
-            f"{name} must be finite; {len(bad)} row(s) hold NaN or infinite values, "
-            f"first {bad[:3]} (from 0): repair or remove them"
-        )
+        odd = ~finite & ~value.isnan() if missing else ~finite
+        bad = (odd.flatten(1).any(1) if odd.ndim > 1 else odd).nonzero().flatten().tolist()
+        hint = MISSING_HINT if missing is False and bool(value.isnan().any()) else ""
+        what = "infinite" if missing else "NaN or infinite"
+        if bad:
+            raise ValueError(
+                f"{name} must be finite; {len(bad)} row(s) hold {what} values, "
+                f"first {bad[:3]} (from 0): repair or remove them{hint}"
+            )
 
 
-def as_rows(name: str, value: Any) -> Tensor:
+def as_rows(name: str, value: Any, missing: bool | None = None) -> Tensor:
     """A tensor of finite real numbers with a row for each datum; see `as_tensor`.
+
+    Args:
+        name: What the messages call it.
+        value: What a caller gave.
+        missing: As in `check_finite`.
 
     Raises:
         ValueError: If the value is none and cannot be made one, or has no rows.
     """
     rows = as_tensor(name, value)
-    check_finite(name, rows)
+    check_finite(name, rows, missing)
     if len(rows) < 1:
         raise ValueError(f"{name} must have at least one row; got shape {list(rows.shape)}")
     return rows
+
+
+def completed(x: Tensor) -> Tensor:
+    """`x` [N, *E], the missing values of each entry replaced by its observed ones, in turn.
+
+    Means, deviations and frequencies of an entry stay those of what was observed.
+
+    Raises:
+        ValueError: If an entry is missing in all rows.
+    """
+    if not bool((missing := x.isnan().flatten(1)).any()):
+        return x
+    count = len(x) - missing.sum(0)
+    if bool((count == 0).any()):
+        never = (count == 0).nonzero().flatten().tolist()
+        raise ValueError(
+            f"each entry of a datum must be observed in some row; {len(never)} never are, first "
+            f"{never[:3]} (from 0): remove them"
+        )
+    turn = torch.arange(len(x), device=x.device).unsqueeze(1) % count
+    rows = missing.byte().argsort(dim=0, stable=True).gather(0, turn)
+    flat = x.flatten(1)
+    return torch.where(missing, flat.gather(0, rows), flat).view_as(x)
 
 
 class TakesVAE(Protocol[P, T_co]):

@@ -64,6 +64,7 @@ def build(
     encoder: Declared = "MLP",
     decoder: Declared = "MLP",
     condition_dim: int = 0,
+    missing: bool = False,
 ) -> VAE:
     """A VAE from the names of its parts.
 
@@ -81,6 +82,7 @@ def build(
         encoder: Name of a network from data.
         decoder: Name of a network to data.
         condition_dim: Length of the vector `y` that both networks are conditioned on.
+        missing: Whether NaN in the data stands for a missing entry; see `VAE`.
 
     Raises:
         ValueError: If a name or option is unknown (with the closest known one), or an option has
@@ -96,19 +98,23 @@ def build(
         "encoder": component("encoder", _conditioned("encoder", encoder, condition_dim)),
         "decoder": component("decoder", _conditioned("decoder", decoder, condition_dim)),
     }
-    raw = _num_params(declared["likelihood"])
+    raw = _size(declared["likelihood"], "num_params")
+    inputs = _size(declared["likelihood"], "input_shape", shape, missing=missing)
     filled: dict[str, Any] = {"latent_dim": latent_dim, "data_shape": shape}
     filled["decoder"] = _make(
         declared["decoder"], {"in_shape": (latent_dim,), "out_shape": (raw * shape[0], *shape[1:])}
     )
     made_likelihood = _make(declared["likelihood"], filled)
-    out = _num_params(declared["posterior"], latent_dim)
-    filled["encoder"] = _make(declared["encoder"], {"in_shape": shape, "out_shape": (out,)})
+    out = _size(declared["posterior"], "num_params", latent_dim)
+    filled["encoder"] = _make(declared["encoder"], {"in_shape": inputs, "out_shape": (out,)})
     filled["posterior"] = _make(declared["posterior"], filled)
-    vae = VAE(_make(declared["prior"], filled), made_likelihood, filled["posterior"])
+    filled["data_shape"] = inputs  # a prior's pseudo-inputs lie where the encoder reads
+    made_prior = _make(declared["prior"], filled)
+    vae = VAE(made_prior, made_likelihood, filled["posterior"], missing)
     vae.declaration = {
         "data_shape": list(shape),
         "latent_dim": latent_dim,
+        **({"missing": True} if missing else {}),
         **{
             family: {"class_path": _name(cls), "init_args": options}
             for family, (cls, options) in declared.items()
@@ -282,11 +288,12 @@ def _parameters(function: Any) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def _num_params(declared: tuple[type, dict[str, Any]], *args: int) -> int:
+def _size(declared: tuple[type, dict[str, Any]], name: str, *args: Any, **more: Any) -> Any:
+    """What the class method `name` gives, with those of its class's options that it takes."""
     cls, options = declared
-    taken = set(_parameters(cls.num_params))  # type: ignore[attr-defined]
-    wanted = {k: v for k, v in options.items() if k in taken}
-    return cls.num_params(*args, **wanted)  # type: ignore[attr-defined]
+    method = getattr(cls, name)
+    taken = set(_parameters(method))
+    return method(*args, **{k: v for k, v in {**options, **more}.items() if k in taken})
 
 
 def _make(declared: tuple[type, dict[str, Any]], filled: dict[str, Any]) -> Any:

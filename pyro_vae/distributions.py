@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
-from torch.distributions import Distribution, constraints, register_kl
+from torch.distributions import Distribution, Independent, constraints, register_kl, transform_to
 
 from pyro_vae.generators import forked
 
@@ -20,6 +20,7 @@ __all__ = [
     "DiscretizedLogistic",
     "Flow",
     "FullNormal",
+    "Incomplete",
     "Levels",
     "MixtureOfDiagonalNormals",
     "flow_family",
@@ -175,6 +176,88 @@ class Levels(dist.Categorical):
         """E[k]."""
         k = torch.arange(self.probs.shape[-1], dtype=self.probs.dtype, device=self.probs.device)
         return self.probs @ k
+
+
+class Incomplete(TorchDistribution):
+    r"""The marginal density of the entries that are not NaN; NaN declares a missing one.
+
+    .. math:: \log p(x) = \sum_{e \,:\, x_e \text{ observed}} \log p(x_e)
+
+    Missing entries add neither to the density nor to its gradients: they are put at a point of
+    the support before their densities are taken, and left out after. Draws and moments are
+    those of `base`, of all entries.
+
+    Args:
+        base: Distribution with batch \*S, independent over the entries of its event \*E, such as
+            `Normal(mean, scale).to_event(1)`.
+
+    Raises:
+        ValueError: If the entries of `base` are not independent.
+    """
+
+    arg_constraints = {}
+
+    def __init__(self, base: Any, validate_args: bool | None = None) -> None:
+        self.base, self.each = base, base
+        while isinstance(self.each, Independent):
+            self.each = self.each.base_dist
+        if self.each.event_shape:
+            raise ValueError(
+                "Incomplete needs a distribution whose entries are independent, such as "
+                f"Normal(mean, scale).to_event(1); got {type(self.each).__name__}: give the "
+                "marginal of what is observed yourself"
+            )
+        super().__init__(base.batch_shape, base.event_shape, validate_args=validate_args)
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """Whether draws of `base` have gradients."""
+        return self.base.has_rsample
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """That of complete values."""
+        return self.base.support
+
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> Incomplete:
+        """The same distribution over a larger batch."""
+        return type(self)(self.base.expand(Size(batch_shape)), validate_args=False)
+
+    def entry_log_prob(self, value: Tensor) -> Tensor:
+        """Log density of each entry of `value` in nats [*S, *E]; 0 where it is missing."""
+        observed = ~value.isnan()
+        log_prob = self.each.log_prob(torch.where(observed, value, _inside(self.each, value)))
+        return torch.where(observed, log_prob, torch.zeros_like(log_prob))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density in nats [*S] of the entries of `value` [*S, *E] that are not NaN."""
+        log_prob = self.entry_log_prob(value)
+        return log_prob.flatten(-len(self.event_shape)).sum(-1) if self.event_shape else log_prob
+
+    def sample(self, sample_shape: Shape = Size()) -> Tensor:
+        """Complete draws."""
+        return self.base.sample(Size(sample_shape))
+
+    def rsample(self, sample_shape: Shape = Size()) -> Tensor:
+        """Complete draws, reparameterised."""
+        return self.base.rsample(Size(sample_shape))
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of complete values."""
+        return self.base.mean
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of complete values."""
+        return self.base.variance
+
+
+def _inside(each: Any, like: Tensor) -> Tensor:
+    """A point of the support of scalar distributions, in the type of `like`."""
+    if each.support.is_discrete:
+        return like.new_zeros(()) + getattr(each.support, "lower_bound", 0)
+    return transform_to(each.support)(like.new_zeros(()))
 
 
 class FullNormal(dist.MultivariateNormal):

@@ -130,7 +130,7 @@ class VampPrior(Prior):
 
     Args:
         posterior: The posterior of the same VAE; not owned by this module.
-        data_shape: Shape of one datum.
+        data_shape: Shape of one input of the posterior.
         num_components: Number of pseudo-inputs C.
         data_range: Lowest and highest value of a pseudo-input; from the data if None.
 

@@ -12,7 +12,7 @@ from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_vae.arguments import as_rows, as_tensor, check_finite, check_whole
+from pyro_vae.arguments import as_rows, as_tensor, check_finite, check_whole, completed
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.memory import check_fits
 from pyro_vae.posteriors import Posterior
@@ -32,7 +32,10 @@ class VAE(nn.Module):
     Args:
         prior: () -> p(z).
         likelihood: z -> p(x | z).
-        posterior: x -> q(z | x).
+        posterior: x -> q(z | x); it sees `likelihood.inputs(x)`.
+        missing: Whether NaN in x stands for a missing entry. The model's site "x" is then the
+            density of what was observed, and its encoder sees x (0 where missing) joined with
+            the mask, of shape `likelihood.input_shape(data_shape, missing=True)`.
 
     Raises:
         ValueError: If the prior is made of another VAE's posterior.
@@ -45,7 +48,9 @@ class VAE(nn.Module):
 
     initialised: Tensor
 
-    def __init__(self, prior: Prior, likelihood: Likelihood, posterior: Posterior) -> None:
+    def __init__(
+        self, prior: Prior, likelihood: Likelihood, posterior: Posterior, missing: bool = False
+    ) -> None:
         super().__init__()
         if prior.posterior is not None and prior.posterior is not posterior:
             raise ValueError(
@@ -54,6 +59,7 @@ class VAE(nn.Module):
             )
         self.prior = prior
         self.likelihood = likelihood
+        self.likelihood.missing |= missing
         self.posterior = posterior
         self.declaration: dict[str, Any] | None = None  # what `build` built this from
         self.register_buffer("initialised", torch.tensor(False))
@@ -84,7 +90,8 @@ class VAE(nn.Module):
             self._check_sizes(prior, z)
             if is_validation_enabled():
                 self._check_latents(prior.support, z)
-            return pyro.sample("x", self.likelihood(z, y), obs=x)
+            p: Any = self.likelihood.observed(self.likelihood(z, y))
+            return pyro.sample("x", p, obs=x)
 
     def guide(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Pyro guide: z ~ q(z | x) for each datum of the plate "data".
@@ -103,7 +110,7 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
         """q(z | x, y), batch [B], event (D,); its mean is the usual embedding."""
-        return self.posterior(self._cast(x), self._condition(y))
+        return self.posterior(self.likelihood.inputs(self._cast(x)), self._condition(y))
 
     def reconstruct(
         self, x: Tensor, y: Tensor | None = None, num_samples: int | None = None
@@ -150,16 +157,22 @@ class VAE(nn.Module):
         Raises:
             ValueError: If the likelihood does not support the data.
         """
-        x = self._cast(as_rows("x", x))
+        x = self._cast(as_rows("x", x, self.missing))
         self.likelihood.check(x)
         if not self.initialised:
-            for part in (self.likelihood, self.posterior, self.prior):
-                part.initialise(x)
+            self.likelihood.initialise(completed(x))
+            for part in (self.posterior, self.prior):
+                part.initialise(self.likelihood.inputs(x))
             self.initialised.fill_(True)
+
+    @property
+    def missing(self) -> bool:
+        """Whether NaN in x stands for a missing entry."""
+        return self.likelihood.missing
 
     def _cast(self, x: Tensor) -> Tensor:
         """`x` in the type of the weights, as `fit` gives it: integers and doubles work too."""
-        x = _checked("x", x)
+        x = _checked("x", x, self.missing)
         parts = (self.posterior, self)
         return x.to(next((p.dtype for part in parts for p in part.parameters()), x.dtype))
 
@@ -203,11 +216,11 @@ class VAE(nn.Module):
             )
 
 
-def _checked(name: str, value: Any) -> Tensor:
+def _checked(name: str, value: Any, missing: bool | None = None) -> Tensor:
     """A tensor of rows; that all numbers are finite is looked at while Pyro checks."""
     value = as_tensor(name, value)
     if is_validation_enabled():
-        check_finite(name, value)
+        check_finite(name, value, missing)
     return value
 
 

@@ -52,16 +52,18 @@ def make(
     data_shape: tuple[int, ...] = (7,),
     latent_dim: int = 2,
     hidden: tuple[int, ...] = (5,),
+    missing: bool = False,
     **options: Any,
 ) -> VAE:
     """A VAE of three classes with no options; `options` are those of its dense networks."""
     channels, *rest = data_shape
-    encoder = networks.MLP(data_shape, posterior.num_params(latent_dim), hidden, **options)
+    in_shape = likelihood.input_shape(data_shape, missing=missing)
+    encoder = networks.MLP(in_shape, posterior.num_params(latent_dim), hidden, **options)
     out_shape = (likelihood.num_params() * channels, *rest)
     decoder = networks.MLP(latent_dim, out_shape, hidden, **options)
     q = posterior(encoder, latent_dim)
-    p = prior(**accepted(prior, latent_dim=latent_dim, posterior=q, data_shape=data_shape))
-    return VAE(p, likelihood(decoder, data_shape), q)
+    p = prior(**accepted(prior, latent_dim=latent_dim, posterior=q, data_shape=in_shape))
+    return VAE(p, likelihood(decoder, data_shape), q, missing)
 
 
 def network(cls: type, **options: Any) -> networks.Network:

@@ -32,7 +32,7 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
     def call(*args: Any, **options: Any) -> T:
         bound = signature.bind(*programs(args, options), **options)
         given = bound.arguments
-        x = given["x"] = as_rows("x", given["x"])
+        x = given["x"] = as_rows("x", given["x"], missing=True)  # the model refuses what it must
         if given.get("y") is not None:
             y = given["y"] = as_rows("y", given["y"])
             if len(y) != len(x):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_vae.arguments import as_shape
+from pyro_vae.distributions import Incomplete
 
 __all__ = ["Likelihood"]
 
@@ -29,6 +30,9 @@ class Likelihood(nn.Module):
     in `forward`, and says in `raw_start` which raw parameters give the average datum. Every
     option has a default. `Bernoulli` is the one to read.
 
+    `inputs` says what an encoder sees of the data, and `input_shape` of which shape that is.
+    Where `missing` is true, NaN in the data stands for a missing entry.
+
     Args:
         decoder: Network from z (and `y`) to raw parameters (num_params * C, *rest), where the
             datum has shape (C, *rest).
@@ -38,6 +42,7 @@ class Likelihood(nn.Module):
     support: constraints.Constraint = Finite()
     support_name = "finite numbers"
     remedy = "remove them"
+    missing = False
 
     def __init__(self, decoder: nn.Module, data_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -52,6 +57,28 @@ class Likelihood(nn.Module):
     @abstractmethod
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
         """p(x | z, y), batch *S, event *E."""
+
+    @classmethod
+    def input_shape(cls, data_shape: tuple[int, ...], missing: bool = False) -> tuple[int, ...]:
+        """Shape of what `inputs` gives of one datum of this shape."""
+        first, *rest = data_shape
+        return (2 * first if missing else first, *rest)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """What an encoder sees of `x` [*S, *E]: x, and if entries may be missing, which are not.
+
+        Missing entries become 0, and the mask (1 where observed) is joined to x along the first
+        dimension of a datum.
+        """
+        if not self.missing:
+            return x
+        observed = ~x.isnan()
+        filled = torch.where(observed, x, torch.zeros_like(x))
+        return torch.cat([filled, observed.to(x.dtype)], x.ndim - len(self.data_shape))
+
+    def observed(self, p: Distribution) -> Distribution:
+        """p(x | z), or its marginal of the entries that are not missing."""
+        return Incomplete(p) if self.missing else p
 
     @abstractmethod
     def raw_start(self, x: Tensor) -> Tensor:
@@ -78,10 +105,12 @@ class Likelihood(nn.Module):
                 f"likelihood {type(self).__name__} was built for data of shape "
                 f"{self.data_shape}; got {tuple(x.shape[1:])}"
             )
-        if not bool(self.support.check(x).all()):
+        good = self.support.check(x)
+        if not bool((good | x.isnan() if self.missing else good).all()):
+            seen = x[~x.isnan()] if self.missing else x
             raise ValueError(
                 f"likelihood {type(self).__name__} needs data in {self.support_name}; got values "
-                f"in [{x.min().item():g}, {x.max().item():g}]: {self.remedy}"
+                f"in [{seen.min().item():g}, {seen.max().item():g}]: {self.remedy}"
             )
 
     @torch.no_grad()

@@ -138,8 +138,9 @@ def fit(
     )  # fmt: skip
     objective = ELBO() if objective is None else objective
     _check(vae, objective, validation, patience, run, resume)
-    train = as_rows(data, "data")
-    held_out = None if validation is None else as_rows(validation, "validation")
+    missing = getattr(vae, "missing", True)  # programs of one's own may take NaN
+    train = as_rows(data, "data", missing)
+    held_out = None if validation is None else as_rows(validation, "validation", missing)
     engine = Engine(accelerator, devices, precision, loggers)
     threads = engine.threads(vae, batch_size * objective.num_particles)
     settings = replace(settings, threads=threads)

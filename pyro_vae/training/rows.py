@@ -84,16 +84,16 @@ class TensorRows:
         return sha.hexdigest()
 
 
-def as_rows(data: Any, name: str) -> Rows:
-    """Data in the form that `fit` works with.
+def as_rows(data: Any, name: str, missing: bool = False) -> Rows:
+    """Data in the form that `fit` works with; `missing` as in `check_finite`.
 
     Raises:
         ValueError: If they are of another kind, empty, unequal in length or not finite.
     """
     if _is_pair(data):
-        return _tensor_rows(name, *data)
+        return _tensor_rows(name, missing, *data)
     if is_rows(data):
-        return _tensor_rows(name, data)
+        return _tensor_rows(name, missing, data)
     if not isinstance(data, Rows):
         raise ValueError(
             f"{name} must be rows [N, *E] (a tensor, array, frame or list), a pair (x, y) of "
@@ -116,7 +116,7 @@ def _is_pair(data: Any) -> bool:
     )
 
 
-def _tensor_rows(name: str, x: Any, y: Any = None) -> TensorRows:
+def _tensor_rows(name: str, missing: bool, x: Any, y: Any = None) -> TensorRows:
     x = as_tensor(name, x)
     y = None if y is None else as_tensor(f"y of {name}", y)
     if x.ndim < 2 or len(x) < 1:
@@ -127,7 +127,7 @@ def _tensor_rows(name: str, x: Any, y: Any = None) -> TensorRows:
         raise ValueError(
             f"y of {name} must be of shape [{len(x)}, C], a row for each of x; got {list(y.shape)}"
         )
-    check_finite(name, x)
+    check_finite(name, x, missing)
     if y is not None:
         check_finite(f"y of {name}", y)
     return TensorRows(x, y)
