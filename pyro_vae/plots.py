@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "calibration",
     "columns",
     "curves",
     "factor_matrix",
@@ -208,6 +209,34 @@ def unit_kl(epochs: Tensor, kl: Tensor) -> Figure:
     for d in range(kl.shape[1]):
         ax.plot(epochs.tolist(), kl[:, d].tolist(), label=f"z{d}" if d in named else None)
     _over_epochs(ax, "KL of each latent dimension")
+    return figure
+
+
+def calibration(uniforms: Tensor, names: Sequence[str]) -> Figure:
+    """How often a guide's intervals hold the truth, over their mass, for each latent dimension.
+
+    On the diagonal the guide is right; below it, too sure of itself. The three curves furthest
+    from it are named. The band is where 95 % of the curves of an exact guide lie.
+
+    Args:
+        uniforms: Of `metrics.calibration` [N, D].
+        names: Of its columns.
+    """
+    figure, (ax,) = _axes(1, 1, 4)
+    levels = torch.linspace(0, 1, 101)
+    inside = (2 * uniforms.cpu() - 1).abs()
+    shares = (inside < levels[:, None, None]).double().mean(1)  # [101, D]
+    furthest = (shares - levels[:, None]).abs().amax(0).argsort(descending=True)[:3].tolist()
+    band = 1.36 / len(uniforms) ** 0.5  # the Kolmogorov-Smirnov distance of 5 %
+    ax.fill_between(levels, levels - band, levels + band, color="0.9", lw=0)
+    ax.plot([0, 1], [0, 1], "k--", lw=0.8)
+    for d in range(len(names)):
+        ax.plot(levels, shares[:, d], color="0.7", lw=0.8)
+    for d in furthest:
+        ax.plot(levels, shares[:, d], lw=1.6, label=names[d])
+    ax.legend(title="furthest off", loc="upper left", frameon=False)
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="mass of the guide's interval")
+    ax.set_ylabel("share of simulated data whose latent it holds")
     return figure
 
 

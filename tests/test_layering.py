@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
         *TABLES,
     },
     "metrics": {
-        *("torch", "pyro", "sklearn", "numpy", "densities", "marginals", "generators"),
+        *("torch", "pyro", "sklearn", "scipy", "numpy", "densities", "marginals", "generators"),
         "arguments",
     },
     "data": {"torch", "arguments", "torchvision", "sklearn", "PIL", *TABLES},

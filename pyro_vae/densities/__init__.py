@@ -1,10 +1,13 @@
 """(model, guide, x) -> log p(x|z), log p(z), log q(z|x), and the sites behind them."""
 
+from pyro_vae.densities.evaluating import evaluating
 from pyro_vae.densities.handlers import OwnParameters, Program, scale_latents
 from pyro_vae.densities.particles import folds, run_program
 from pyro_vae.densities.result import Densities, Latents, Site
 from pyro_vae.densities.run import (
+    NotSimulated,
     densities,
+    draw_data,
     draw_latents,
     log_joint,
     log_weights,
@@ -14,15 +17,18 @@ from pyro_vae.densities.run import (
 __all__ = [
     "Densities",
     "Latents",
+    "NotSimulated",
     "OwnParameters",
     "Program",
     "Site",
     "densities",
     "draw_latents",
+    "evaluating",
     "folds",
     "log_joint",
     "log_weights",
     "registered_densities",
     "run_program",
     "scale_latents",
+    "draw_data",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pyro
 import pyro.poutine as poutine
@@ -14,9 +15,21 @@ from pyro_vae.arguments import takes_vae
 from pyro_vae.densities.handlers import OwnParameters, Program
 from pyro_vae.densities.particles import folds, run_program
 from pyro_vae.densities.result import Densities, Latents, Site
-from pyro_vae.densities.sites import Sites, check_latents, sample_sites
+from pyro_vae.densities.sites import Sites, check_latents, is_random, program_args, sample_sites
 
-__all__ = ["densities", "draw_latents", "log_joint", "log_weights", "registered_densities"]
+__all__ = [
+    "NotSimulated",
+    "densities",
+    "draw_latents",
+    "log_joint",
+    "log_weights",
+    "registered_densities",
+    "draw_data",
+]
+
+
+class NotSimulated(ValueError):
+    """Data cannot be simulated from a model."""
 
 
 @takes_vae
@@ -152,6 +165,31 @@ def log_weights(
         with nullcontext() if start == 0 else pyro.validation_enabled(False):
             parts.append(joint(model, x, y, chunk))  # the first has checked the data
     return torch.cat(parts) - log_q
+
+
+def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Latents]:
+    """Data [B, *E] drawn from the model, and the latents by site [1, B, *event] that made them.
+
+    Args:
+        model: Pyro model whose one observed site is x.
+        x: Data [B, *E], of which only shape and type matter.
+        y: What is conditioned on [B, C], or None.
+
+    Raises:
+        NotSimulated: If the model observes anything but x.
+    """
+    with OwnParameters(), pyro.validation_enabled(False):
+        trace = poutine.trace(poutine.uncondition(model)).get_trace(*program_args(x, y))
+    nodes: Any = trace.nodes
+    sites = {n: s for n, s in nodes.items() if s["type"] == "sample" and is_random(s)}
+    observed = [name for name, site in sites.items() if "obs" in site["infer"]]
+    if len(observed) != 1 or not torch.equal(sites[observed[0]]["infer"]["obs"], x):
+        raise NotSimulated(
+            "data are simulated for models whose one observed site is x itself; this one "
+            f"observes {observed}"
+        )
+    new = sites.pop(observed[0])["value"].to(x.dtype)
+    return new, {name: site["value"].unsqueeze(0) for name, site in sites.items()}
 
 
 def _prior_weights(model: Program, x: Tensor, y: Tensor | None, num_particles: int) -> Tensor:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import pyro
-import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
-from pyro_vae.densities import Program
+from pyro_vae.densities import Program, draw_data
 from pyro_vae.estimators.annealed import Path, check_path
 from pyro_vae.estimators.batches import map_targets
 from pyro_vae.estimators.diagnostics import log_mean_exp
@@ -21,10 +18,6 @@ from pyro_vae.estimators.starts import make_start
 from pyro_vae.estimators.target import Target
 
 __all__ = ["Bracket", "bidirectional"]
-
-
-class NotSimulated(ValueError):
-    """Data cannot be simulated from a model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,23 +151,15 @@ def _bracket(
 
 def simulate(template: Target) -> tuple[Target, Tensor]:
     """Posteriors of data drawn from the model, and the latents [1, B, D] that made them."""
-    args = (template.x,) if template.y is None else (template.x, template.y)
-    with pyro.validation_enabled(False):
-        nodes: Any = poutine.trace(poutine.uncondition(template.model)).get_trace(*args).nodes
-    observed = [nodes[name] for name in template.observed]
-    if len(observed) != 1 or not torch.equal(observed[0]["infer"]["obs"], template.x):
-        raise NotSimulated(
-            f"data are simulated for models whose one observed site is x itself; this one "
-            f"observes {template.observed}"
-        )
+    x, latents = draw_data(template.model, template.x, template.y)
     target = Target(
         template.model,
         template.guide,
-        observed[0]["value"].to(template.x.dtype),
+        x,
         template.y,
         chunk_size=template.chunk_size,
         scale=template.scale,
         sites=template.sites,
     )
-    latents = {name: nodes[name]["value"].unsqueeze(0) for name in target.sites}
+    latents = {name: latents[name] for name in target.sites}
     return target, target.vector(latents)

@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_vae.densities import Program
+from pyro_vae.densities import NotSimulated, Program
 from pyro_vae.estimators.audit import Audit, kept_audit
 from pyro_vae.estimators.batches import map_targets
-from pyro_vae.estimators.bidirectional import NotSimulated
 from pyro_vae.estimators.escalating import escalate
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.given import estimator

@@ -1,0 +1,162 @@
+"""Whether a guide's uncertainty is right, by simulation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pyro
+import torch
+from torch import Tensor
+
+from pyro_vae.arguments import as_rows, check_real, check_whole, takes_vae
+from pyro_vae.densities import Program, draw_data, draw_latents, evaluating, log_joint
+
+__all__ = ["Calibration", "calibration"]
+
+ROWS = 10_000  # draws times data that the programs see at once
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Ranks of exact posterior draws among the guide's own; uniform if the guide is exact.
+
+    Attributes:
+        ranks: Of z* among the K draws, from 0 to K [N, D + 1]; the last column is that of
+            log p(x*, z*), which sees wrong correlations too.
+        names: Of the columns, such as "z 0".
+        num_draws: Draws K of the guide.
+        uniforms: The ranks as uniform numbers [N, D + 1], jittered within their steps.
+    """
+
+    ranks: Tensor
+    names: tuple[str, ...]
+    num_draws: int
+    uniforms: Tensor = field(repr=False)
+
+    def coverage(self, level: float = 0.9) -> Tensor:
+        """Share of exact draws inside the guide's central interval of mass `level` [D + 1].
+
+        Below `level` the guide is too sure of itself, above it not sure enough.
+
+        Raises:
+            ValueError: If `level` is not between 0 and 1.
+        """
+        check_real(above=0, level=level)
+        if level >= 1:
+            raise ValueError(f"level must be below 1; got {level}")
+        return ((self.uniforms - 0.5).abs() < level / 2).double().mean(0)
+
+    @property
+    def statistic(self) -> Tensor:
+        """Kolmogorov-Smirnov distances of the ranks from uniform [D + 1]."""
+        return self._tests()[0]
+
+    @property
+    def p_value(self) -> Tensor:
+        """Probabilities of distances as large, were the guide exact [D + 1]."""
+        return self._tests()[1]
+
+    @property
+    def worst(self) -> str:
+        """The column of the largest distance."""
+        return self.names[int(self.statistic.argmax())]
+
+    def _tests(self) -> tuple[Tensor, Tensor]:
+        from scipy.stats import kstest
+
+        found = [kstest(column, "uniform") for column in self.uniforms.T.numpy()]
+        tests = torch.tensor([(test.statistic, test.pvalue) for test in found])
+        return tests[:, 0], tests[:, 1]
+
+    def __repr__(self) -> str:
+        at = self.names.index(self.worst)
+        return (
+            f"Calibration({len(self.ranks)} simulated data: worst is {self.worst!r}, p = "
+            f"{self.p_value[at].item():.2g}, its 90 % intervals hold "
+            f"{100 * self.coverage()[at].item():.0f} %)"
+        )
+
+
+@takes_vae
+def calibration(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    num_data: int = 1000,
+    num_draws: int = 99,
+    seed: int = 0,
+) -> Calibration:
+    r"""Simulation-based calibration of a guide.
+
+    Data x* are simulated from the model with latents z*, so that z* is one exact draw of
+    p(z | x*). Among K draws of an exact guide its rank is uniform,
+
+    .. math:: z^*, x^* \sim p(x, z), \quad z_k \sim q(z \mid x^*), \quad
+        r_d = \#\{k : z_{kd} < z^*_d\} \sim \mathrm{Uniform}\{0, \dots, K\}
+
+    A guide that is too sure of itself has too many ranks at both ends. It costs K draws of the
+    guide and K densities of the model for each datum. It says nothing of data that the model
+    would not draw_data.
+
+    Args:
+        model: Pyro model, as in `log_evidence`; its one observed site must be x.
+        guide: Pyro guide.
+        x: Data [N, *E], of which the shape alone matters: the values are simulated.
+        y: What is conditioned on [N, C], or None.
+        num_data: Data to draw_data; the rows of `y` are used in turn.
+        num_draws: Draws K of the guide for each.
+        seed: Of the data and the draws.
+
+    Raises:
+        ValueError: If a number is not whole, or the model observes anything but x.
+
+    References:
+        Talts, Betancourt, Simpson, Vehtari and Gelman. Validating Bayesian inference algorithms
+        with simulation-based calibration. 2018.
+        Modrak et al. Simulation-based calibration checking for Bayesian computation: the choice
+        of test quantities shapes sensitivity. 2023 (the rank of the joint density).
+    """
+    check_whole(num_data=num_data, num_draws=num_draws)
+    check_whole(0, seed=seed)
+    x = as_rows("x", x)
+    rows = torch.arange(num_data) % len(x)
+    parts = []
+    with (
+        evaluating(model, guide, seed=seed, device=x.device),
+        pyro.validation_enabled(False),
+    ):
+        for index in rows.to(x.device).split(max(1, ROWS // num_draws)):
+            given = None if y is None else y[index]
+            names, *found = _ranks(model, guide, x[index], given, num_draws)
+            parts.append(found)
+    ranks, uniforms = (torch.cat(part).cpu() for part in zip(*parts))
+    return Calibration(ranks, names, num_draws, uniforms)
+
+
+def _ranks(
+    model: Program, guide: Program, x: Tensor, y: Tensor | None, num_draws: int
+) -> tuple[tuple[str, ...], Tensor, Tensor]:
+    """Names of the columns, ranks, and the ranks as uniform numbers, of new data."""
+    new, exact = draw_data(model, x, y)
+    draws, _ = draw_latents(guide, new, y, num_particles=num_draws)
+    columns = {name: _columns(draws[name], len(x)) for name in exact}
+    names = tuple(f"{name} {d}" for name, value in columns.items() for d in range(value.shape[-1]))
+    values, truth = (
+        torch.cat(
+            [_columns(of[name], len(x)) for name in exact]
+            + [log_joint(model, new, y, of).unsqueeze(-1)],
+            -1,
+        ).double()
+        for of in (draws, exact)
+    )
+    below, ties = (values < truth).sum(0), (values == truth).sum(0)
+    ranks = below + (torch.rand_like(truth[0]) * (ties + 1)).long()
+    uniforms = (ranks + torch.rand_like(truth[0])) / (num_draws + 1)
+    return (*names, "log p(x, z)"), ranks, uniforms
+
+
+def _columns(z: Tensor, num_data: int) -> Tensor:
+    """Draws [K, B, *event] as columns [K, B, D]."""
+    return z.reshape(len(z), num_data, -1)
