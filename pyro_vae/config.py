@@ -141,9 +141,19 @@ def load(run: str | os.PathLike[str], vae: VAE | None = None) -> VAE:
         if declaration is None:
             raise ValueError(f"{run}: the VAE was not made by build(): give it, load(run, vae)")
         with reading(Path(run) / "run.json"):
-            vae = build(**declaration)
+            vae = build(**_as_then(declaration))
     put_weights(vae, load_weights(run), run)
     return vae.eval()
+
+
+def _as_then(declaration: dict[str, Any]) -> dict[str, Any]:
+    """The declaration of a run, with what its options meant before they had names."""
+    named = declaration["likelihood"]
+    cls: Any = named_class("likelihood", named["class_path"])
+    return {
+        **declaration,
+        "likelihood": {**named, "init_args": {**cls.before, **named["init_args"]}},
+    }
 
 
 def components(family: str) -> dict[str, type]:

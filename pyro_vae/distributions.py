@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
@@ -23,6 +24,7 @@ __all__ = [
     "Incomplete",
     "Levels",
     "MixtureOfDiagonalNormals",
+    "OfTotal",
     "flow_family",
     "mixture",
 ]
@@ -258,6 +260,59 @@ def _inside(each: Any, like: Tensor) -> Tensor:
     if each.support.is_discrete:
         return like.new_zeros(()) + getattr(each.support, "lower_bound", 0)
     return transform_to(each.support)(like.new_zeros(()))
+
+
+class OfTotal(TorchDistribution):
+    r"""Counts x given their own total: p(x | sum of x), as a density of x.
+
+    .. math:: \log p(x) = \log p_{l}(x), \qquad l = \textstyle\sum_e x_e
+
+    Draws take a total of `total` first, which they need not sum to.
+
+    Args:
+        make: From totals [*S] to counts, batch \*S and event \*E.
+        total: Distribution of totals, batch \*S.
+    """
+
+    arg_constraints = {}
+    given_value = True  # the density is conditioned on a part of the value
+
+    def __init__(
+        self, make: Callable[[Tensor], Any], total: Any, validate_args: bool | None = None
+    ) -> None:
+        self.make, self.total = make, total
+        self.typical = make(total.mean)
+        shapes = self.typical.batch_shape, self.typical.event_shape
+        super().__init__(*shapes, validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """That of the counts."""
+        return self.typical.support
+
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> OfTotal:
+        """The same distribution over a larger batch."""
+        total = self.total.expand(Size(batch_shape))
+        return type(self)(self.make, total, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density in nats [*S] of counts [*S, *E] given their totals."""
+        total = value.flatten(value.ndim - len(self.event_shape)).sum(-1)
+        return self.make(total).log_prob(value)
+
+    def sample(self, sample_shape: Shape = Size()) -> Tensor:
+        """Counts of drawn totals."""
+        return self.make(self.total.sample(Size(sample_shape))).sample()
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean at the mean total."""
+        return self.typical.mean
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance at the mean total."""
+        return self.typical.variance
 
 
 class FullNormal(dist.MultivariateNormal):

@@ -90,7 +90,8 @@ class VAE(nn.Module):
             self._check_sizes(prior, z)
             if is_validation_enabled():
                 self._check_latents(prior.support, z)
-            p: Any = self.likelihood.observed(self.likelihood(z, y))
+            own = self._sampled(self.likelihood.latents())
+            p: Any = self.likelihood.observed(self.likelihood(z, y, **own))
             return pyro.sample("x", p, obs=x)
 
     def guide(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -106,7 +107,9 @@ class VAE(nn.Module):
         _register({"posterior": self.posterior})
         with pyro.plate("data", len(x), dim=-1):
             q: Any = self.encode(x, y)
-            return pyro.sample("z", q)
+            z = pyro.sample("z", q)
+            self._sampled(self.likelihood.propose(self._cast(x)))
+            return z
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
         """q(z | x, y), batch [B], event (D,); its mean is the usual embedding."""
@@ -128,10 +131,39 @@ class VAE(nn.Module):
         """
         check_whole(optional=True, num_samples=num_samples)
         y = self._condition(y)
-        q = self.encode(x, y)
+        q, own = self.encode(x, y), self.likelihood.propose(self._cast(x))
         if num_samples is None:
-            return self.likelihood(q.mean, y).mean
-        return self.likelihood(q.sample(torch.Size((num_samples,))), y).sample()
+            return self.likelihood(q.mean, y, **{n: d.mean for n, d in own.items()}).mean
+        count = torch.Size((num_samples,))
+        drawn = {name: d.sample(count) for name, d in own.items()}
+        return self.likelihood(q.sample(count), y, **drawn).sample()
+
+    def normalised(
+        self, x: Tensor, y: Tensor | None = None, num_samples: int = 100
+    ) -> tuple[Tensor, Tensor]:
+        """Shares of the counts in their total, as z explains them, under q(z | x, y).
+
+        Args:
+            x: Counts [B, *E].
+            y: What is conditioned on [B, C], or None.
+            num_samples: Draws of z for each datum.
+
+        Returns:
+            Their mean and standard deviation [B, *E].
+
+        Raises:
+            ValueError: If the likelihood is not one of counts.
+        """
+        check_whole(2, num_samples=num_samples)
+        shares = getattr(self.likelihood, "shares", None)
+        if shares is None:
+            raise ValueError(
+                "normalised counts need a likelihood of counts, Poisson or NegativeBinomial; "
+                f"got {type(self.likelihood).__name__}"
+            )
+        z = self.encode(x, y).sample(torch.Size((num_samples,)))
+        found = shares(z, self._condition(y))
+        return found.mean(0), found.std(0)
 
     def sample(self, size: int, y: Tensor | None = None, mean: bool = False) -> Tensor:
         """Draws of x [size, *E] from the model, or E[x | z] of drawn z if `mean`.
@@ -146,7 +178,8 @@ class VAE(nn.Module):
         check_fits(4 * size * prod(self.likelihood.data_shape), f"{size} draws")
         prior = self.prior(y)
         z = prior.sample(torch.Size(() if prior.batch_shape else (size,)))
-        p = self.likelihood(z, y)
+        own = {n: d.sample(torch.Size((size,))) for n, d in self.likelihood.latents().items()}
+        p = self.likelihood(z, y, **own)
         return p.mean if mean else p.sample()
 
     def initialise(self, x: Tensor) -> None:
@@ -169,6 +202,10 @@ class VAE(nn.Module):
     def missing(self) -> bool:
         """Whether NaN in x stands for a missing entry."""
         return self.likelihood.missing
+
+    def _sampled(self, latents: dict[str, Any]) -> dict[str, Tensor]:
+        """Sites of latents that the likelihood has besides z."""
+        return {name: pyro.sample(name, fn) for name, fn in latents.items()}
 
     def _cast(self, x: Tensor) -> Tensor:
         """`x` in the type of the weights, as `fit` gives it: integers and doubles work too."""

@@ -289,7 +289,7 @@ def test_degrees_of_freedom_stay_above_two() -> None:
 
 def test_negative_binomial_by_its_own_formula() -> None:
     raw = torch.randn(5, 2)
-    p = likelihoods.NegativeBinomial(Raw(), (1,), min_dispersion=0.1)(raw)
+    p = likelihoods.NegativeBinomial(Raw(), (1,), min_dispersion=0.1, dispersion="cell")(raw)
     m, r = raw[:, 0].exp(), 0.1 + raw[:, 1].exp().log1p()
     k = torch.arange(5.0)
     truth = torch.lgamma(k + r) - torch.lgamma(k + 1) - torch.lgamma(r)

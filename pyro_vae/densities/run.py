@@ -188,6 +188,8 @@ def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tenso
             "data are simulated for models whose one observed site is x itself; this one "
             f"observes {observed}"
         )
+    if getattr(sites[observed[0]]["fn"], "given_value", False):
+        raise NotSimulated("no data are simulated for a density that is given a part of x")
     new = sites.pop(observed[0])["value"].to(x.dtype)
     return new, {name: site["value"].unsqueeze(0) for name, site in sites.items()}
 

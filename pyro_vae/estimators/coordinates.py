@@ -341,9 +341,16 @@ def _table(along: Callable[[Tensor], Tensor], centre: Tensor, spread: Tensor) ->
 
 
 def _log_prior(where: Coordinates, fn: Distribution, v: Tensor) -> Tensor:
-    """log p(v) [S, B] of a site at unconstrained values [S, n], each of them for every datum."""
+    """log p(v) [S, B] of a site at unconstrained values [S, n], each of them for every datum.
+
+    Far out a value may round to the edge of the support, where there is no mass.
+    """
     value, log_det = where(v.unsqueeze(1))
-    return fn.log_prob(value).double() + log_det
+    inside = fn.support.check(value)
+    middle, _ = where(torch.zeros_like(v[:1]).unsqueeze(1))
+    masked = inside[(...,) + (None,) * len(fn.event_shape)]
+    log_prob = fn.log_prob(torch.where(masked, value, middle.to(value)))
+    return torch.where(inside, log_prob.double() + log_det, -torch.inf)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ class Likelihood(nn.Module):
     support_name = "finite numbers"
     remedy = "remove them"
     missing = False
+    before: ClassVar[dict[str, Any]] = {}  # options that older runs had without naming them
+    of = ""  # what log p(x) is conditioned on besides y
 
     def __init__(self, decoder: nn.Module, data_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -56,7 +59,7 @@ class Likelihood(nn.Module):
 
     @abstractmethod
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
-        """p(x | z, y), batch *S, event *E."""
+        """p(x | z, y), batch *S, event *E; draws of `latents` are given by name too."""
 
     @classmethod
     def input_shape(cls, data_shape: tuple[int, ...], missing: bool = False) -> tuple[int, ...]:
@@ -75,6 +78,14 @@ class Likelihood(nn.Module):
         observed = ~x.isnan()
         filled = torch.where(observed, x, torch.zeros_like(x))
         return torch.cat([filled, observed.to(x.dtype)], x.ndim - len(self.data_shape))
+
+    def latents(self) -> dict[str, Distribution]:
+        """Latents of each datum that this likelihood has besides z, by site: p of each."""
+        return {}
+
+    def propose(self, x: Tensor) -> dict[str, Distribution]:
+        """The guide of `latents`, batch [B], from data `x` [B, *E]."""
+        return {}
 
     def observed(self, p: Distribution) -> Distribution:
         """p(x | z), or its marginal of the entries that are not missing."""

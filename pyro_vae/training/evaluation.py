@@ -97,7 +97,7 @@ class Evaluator:
         with evaluating(*programs(self.vae), seed=self.seed, device=self.device):
             d = densities(*programs(self.vae), x, y)
             try:
-                means = [_mean(site)[0].flatten(1) for site in d.sites.values()]
+                means = [_mean(site)[0].reshape(len(x), -1) for site in d.sites.values()]
             except NotImplementedError:
                 return None
         active = torch.cat([mean.var(0) for mean in means]) > ACTIVE

@@ -1,0 +1,151 @@
+"""Counts: inflated zeros, dispersions, and totals that are given or integrated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyro.distributions as dist
+import pytest
+import torch
+from families import Raw
+from torch import Tensor
+
+import pyro_vae
+from pyro_vae import likelihoods
+from pyro_vae.estimators import bidirectional
+
+G, N = 5, 13
+COUNTS = [likelihoods.Poisson, likelihoods.NegativeBinomial]
+KINDS = [{"dispersion": kind} for kind in ("gene", "cell", "shared")]
+
+
+def counts(rows: int = N) -> Tensor:
+    torch.manual_seed(0)
+    size = torch.randn(rows, 1).exp() * 7 + 1
+    return torch.poisson(size * torch.rand(rows, G) * 3) + torch.eye(G)[torch.arange(rows) % G]
+
+
+def vae(x: Tensor, cls: str = "NegativeBinomial", **options: Any) -> pyro_vae.VAE:
+    """A VAE whose decoder ignores z."""
+    torch.manual_seed(0)
+    made = pyro_vae.build((G,), 2, likelihood={"class_path": cls, "init_args": options})
+    made.initialise(x)
+    torch.nn.init.zeros_(made.likelihood.decoder.output.weight)
+    return made
+
+
+def share(made: pyro_vae.VAE) -> Tensor:
+    return made.likelihood.shares(torch.zeros(1, 2).double()).detach()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("cls", "options"), [(COUNTS[0], {}), *((COUNTS[1], k) for k in KINDS)])
+def test_inflated_zeros(cls: Any, options: dict[str, str]) -> None:
+    likelihood = cls(Raw(), (1,), zero_inflated=True, **options)
+    plain = cls(Raw(), (1,), **options)
+    raw = 0.5 * torch.randn(7, cls.num_params(zero_inflated=True, **options))
+    p, q = likelihood(raw), plain(raw[:, :-1])
+    k = torch.arange(2000.0).view(-1, 1, 1).expand(-1, 7, 1)
+    torch.testing.assert_close(p.log_prob(k).exp().sum(0), torch.ones(7))
+    gate = raw[:, -1].sigmoid()
+    torch.testing.assert_close(p.log_prob(k[0]).exp(), gate + (1 - gate) * q.log_prob(k[0]).exp())
+    torch.testing.assert_close(p.log_prob(k[3]).exp(), (1 - gate) * q.log_prob(k[3]).exp())
+    torch.testing.assert_close(p.mean, (1 - gate).unsqueeze(-1) * q.mean)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_large_dispersion_is_poisson() -> None:
+    likelihood = likelihoods.NegativeBinomial(Raw(), (3,))
+    torch.nn.init.constant_(likelihood.raw_dispersion, 1e7)
+    raw, x = torch.randn(7, 3), torch.arange(21.0).view(7, 3)
+    truth = likelihoods.Poisson(Raw(), (3,))(raw).log_prob(x)
+    torch.testing.assert_close(likelihood(raw).log_prob(x), truth, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cls", ["Poisson", "NegativeBinomial"])
+def test_given_their_total(cls: str) -> None:
+    x = counts()
+    made = vae(x, cls, library="observed").double()
+    rate = x.sum(1, keepdim=True) * share(made)
+    if cls == "Poisson":
+        truth = dist.Poisson(rate).log_prob(x).sum(1)
+    else:
+        r = made.likelihood.min_dispersion + made.likelihood.raw_dispersion.exp().log1p()
+        truth = dist.NegativeBinomial(r, logits=rate.log() - r.log()).log_prob(x).sum(1)
+    found = pyro_vae.log_evidence(made, x)
+    assert ((found.log_prob - truth).abs() < 3 * found.stderr + 1e-4).all()
+    assert found.audit.startswith("none")
+    total = made.sample(20_011).sum(1)
+    truth = dist.LogNormal(*made.likelihood.log_total).mean
+    assert abs(total.mean() - truth) < 4 * total.std() / 20_011**0.5
+    with pytest.raises(ValueError, match="1 row\\(s\\) are all zero"):
+        made.initialise(torch.cat([x, torch.zeros(1, G)]))
+
+
+@pytest.mark.parametrize("cls", ["Poisson", "NegativeBinomial"])
+def test_a_latent_total_is_integrated(cls: str) -> None:
+    """log p(x) by one integral over the total."""
+    x = counts()
+    made, x = vae(x, cls, library="latent", zero_inflated=True).double(), x[:7]
+    mean, spread = made.likelihood.log_total.tolist()
+    t = torch.linspace(-9, 9, 4001, dtype=torch.float64)
+    total = (mean + spread * t).exp()
+    with torch.no_grad():
+        p = made.likelihood(torch.zeros(4001, 1, 2).double(), None, library=total.unsqueeze(1))
+        log_p = p.log_prob(x.double()) + dist.Normal(0.0, 1.0).log_prob(t).unsqueeze(1)
+    truth = log_p.logsumexp(0) + torch.tensor(18 / 4000).log()
+    found = pyro_vae.log_evidence(made, x)
+    assert found.verdict == ["reliable"] * 7
+    assert ((found.log_prob - truth).abs() < 3.5 * found.stderr + 1e-4).all()
+    assert abs((found.log_prob - truth).mean()) < 3 * found.mean_stderr()[0]
+    elbo = pyro_vae.importance_sampling(made, x, num_samples=20).log_prob
+    assert (elbo - truth).mean() < 0.05  # a bound
+    assert bidirectional(made, x, num_data=3, num_chains=8).mean()[2] < 1.0
+
+
+@pytest.mark.parametrize("objective", ["ELBO", "IWAE", "DReG"])
+def test_totals_train(objective: str) -> None:
+    x = counts(101)
+    made = vae(x, library="latent")
+    with torch.no_grad():
+        made.likelihood.decoder.output.weight.normal_(0, 0.1)
+    chosen = getattr(pyro_vae.objectives, objective)()
+    before = made.likelihood.raw_guide.detach().clone()
+    options = {"epochs": 7, "lr": 3e-3, "batch_size": 23, "progress": False, "accelerator": "cpu"}
+    rows = pyro_vae.fit(made, x, chosen, **options).rows
+    assert rows[-1]["elbo"] > rows[0]["elbo"]
+    assert not torch.equal(before, made.likelihood.raw_guide.detach())
+    mean, spread = made.normalised(x[:7])
+    torch.testing.assert_close(mean.sum(1), torch.ones(7))
+    assert (spread > 0).all()
+    assert made.reconstruct(x[:7]).shape == (7, G)
+    assert made.sample(11).shape == (11, G)
+
+
+def test_the_encoder_sees_logarithms() -> None:
+    x = counts()
+    torch.testing.assert_close(vae(x).likelihood.inputs(x), x.log1p())
+    torch.testing.assert_close(vae(x, log_inputs=False).likelihood.inputs(x), x)
+
+
+def test_runs_from_before_the_options_load_as_they_were(tmp_path: Path) -> None:
+    x = counts(101)
+    made = vae(x, dispersion="cell", log_inputs=False)
+    run = tmp_path / "run"
+    with pytest.warns(UserWarning, match="collapse"):
+        pyro_vae.fit(made, x, epochs=1, run=run, progress=False, accelerator="cpu")
+    record = json.loads((run / "run.json").read_text())
+    record["declaration"]["likelihood"]["init_args"] = {"min_dispersion": 1e-3}
+    (run / "run.json").write_text(json.dumps(record))
+    loaded = pyro_vae.load(run)
+    torch.testing.assert_close(loaded.encode(x).mean, made.eval().encode(x).mean)
+
+
+def test_names_of_options() -> None:
+    for key in ("library", "dispersion"):
+        with pytest.raises(ValueError, match=f"{key} must be one of .*; got 'x'"):
+            likelihoods.NegativeBinomial(Raw(), (3,), **{key: "x"})
+    with pytest.raises(ValueError, match="need a likelihood of counts"):
+        pyro_vae.build((3,), 2).normalised(torch.zeros(5, 3))
