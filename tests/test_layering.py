@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
         *("torch", "pyro", "sklearn", "scipy", "numpy", "densities", "marginals", "generators"),
         "arguments",
     },
-    "data": {"torch", "arguments", "torchvision", "sklearn", "PIL", *TABLES},
+    "data": {"torch", "arguments", "torchvision", "sklearn", "scipy", "anndata", "PIL", *TABLES},
     "training": {
         *("torch", "pyro", "densities", "objectives", "estimators", "compiling", "processes"),
         *("memory", "generators", "files", "arguments"),

@@ -236,6 +236,12 @@ def check_comparable(
         raise ValueError(
             f"{run} and {first_run} do not compare: one models binarised data, the other does not"
         )
+    given = {name: vae.likelihood.of for name, (vae, _) in loaded.items()}
+    if given[run] != given[first_run]:
+        what = ", ".join(
+            f"{name} log p(x{' | ' + of if of else ''})" for name, of in given.items()
+        )
+        raise ValueError(f"{run} and {first_run} do not compare: {what}")
     if masses[run] is not masses[first_run]:
         raise ValueError(
             f"{run} and {first_run} do not compare: one gives the probability of whole numbers, "

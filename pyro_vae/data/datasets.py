@@ -13,6 +13,7 @@ import torch
 from pyro_vae.arguments import check_real, check_whole
 from pyro_vae.data.arrays import read_arrays
 from pyro_vae.data.batches import spread
+from pyro_vae.data.cells import read_cells
 from pyro_vae.data.data import Data
 from pyro_vae.data.given import Given
 from pyro_vae.data.images import read_images
@@ -113,6 +114,8 @@ def _read(name: str | Path, root: str | Path) -> Given:
         raise ValueError(f"expected a file or folder at {path}, got none; check the path")
     if path.suffix == ".csv":
         return read_csv(path)
+    if path.suffix in (".h5ad", ".mtx"):
+        return read_cells(path)
     if path.suffix in (".npz", ".npy"):
         return read_arrays(path)
     raise ValueError(f"expected an .npz, .npy or .csv file or a folder of images, got {path}")

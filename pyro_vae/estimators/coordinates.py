@@ -340,7 +340,7 @@ def _table(along: Callable[[Tensor], Tensor], centre: Tensor, spread: Tensor) ->
     return tuple(torch.from_numpy(part).to(centre) for part in (value, slope))
 
 
-def _log_prior(where: Coordinates, fn: Distribution, v: Tensor) -> Tensor:
+def _log_prior(where: Coordinates, fn: Any, v: Tensor) -> Tensor:
     """log p(v) [S, B] of a site at unconstrained values [S, n], each of them for every datum.
 
     Far out a value may round to the edge of the support, where there is no mass.
