@@ -96,7 +96,7 @@ def main() -> None:
         reliable = found.verdict.count("reliable") / len(found)
         monte_carlo, data = found.mean_stderr()
         print(
-            f"| VAE, library={library!r} | {found.mean():.2f} +- {monte_carlo:.2f} | +- {data:.2f} "
+            f"| VAE, {library!r} total | {found.mean():.2f} +- {monte_carlo:.2f} | +- {data:.2f} "
             f"| {index:.2f} | {reliable:.2f} | {time.perf_counter() - start:.0f} |",
             flush=True,
         )
