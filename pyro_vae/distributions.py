@@ -24,6 +24,7 @@ __all__ = [
     "Incomplete",
     "Levels",
     "MixtureOfDiagonalNormals",
+    "MixtureOfLogistics",
     "OfTotal",
     "flow_family",
     "mixture",
@@ -164,6 +165,32 @@ class DiscretizedLogistic(TorchDistribution):
         for edge in range(1, self.levels):
             total = total + torch.sigmoid((self.loc - edge + 0.5) / self.scale)
         return total
+
+
+class MixtureOfLogistics(dist.MixtureSameFamily):
+    """A mixture of `DiscretizedLogistic`, whose last batch dimension is that of `logits`."""
+
+    def __init__(
+        self, logits: Tensor, each: DiscretizedLogistic, validate_args: bool | None = None
+    ) -> None:
+        super().__init__(dist.Categorical(logits=logits), each, validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Integers from 0 to levels - 1."""
+        return self.component_distribution.support
+
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> MixtureOfLogistics:
+        """The same distribution over a larger batch."""
+        each = self.component_distribution
+        shape = (*batch_shape, each.batch_shape[-1])
+        logits = self.mixture_distribution.logits.expand(shape)
+        return type(self)(logits, each.expand(shape), validate_args=False)
+
+    @property
+    def variance(self) -> Tensor:
+        """Not known in closed form."""
+        raise NotImplementedError
 
 
 class Levels(dist.Categorical):

@@ -198,6 +198,7 @@ OUTSIDE = {
     "ContinuousBernoulli": [-0.01, 1.01, 255.0],
     "Beta": [0.0, 1.0, 1.5],
     "DiscretizedLogistic": [-1.0, 256.0, 0.5],
+    "MixtureOfLogistics": [-1.0, 256.0, 0.5],
     "Categorical": [-1.0, 256.0, 0.5],
     "Poisson": [-1.0, 0.5, math.inf],
     "NegativeBinomial": [-1.0, 0.5, math.inf],
@@ -276,6 +277,13 @@ def test_levels_option(cls: type, levels: int) -> None:
     torch.testing.assert_close(p.log_prob(k).logsumexp(0), torch.zeros(5))
     with pytest.raises(ValueError, match=rf"\{{0, ..., {levels - 1}\}}"):
         likelihood.check(torch.full((5, 1), levels + 0.0))
+
+
+def test_a_mixture_of_one_logistic_is_the_logistic() -> None:
+    raw, k = torch.randn(11, 3), torch.arange(11.0).unsqueeze(1) * 25
+    p = likelihoods.MixtureOfLogistics(Raw(), (1,), components=1)(raw)
+    q = likelihoods.DiscretizedLogistic(Raw(), (1,))(raw[:, [0, 2]])
+    torch.testing.assert_close(p.log_prob(k), q.log_prob(k))
 
 
 def test_degrees_of_freedom_stay_above_two() -> None:

@@ -2,7 +2,7 @@
 
 from pyro_vae.likelihoods.base import Likelihood
 from pyro_vae.likelihoods.counts import NegativeBinomial, Poisson
-from pyro_vae.likelihoods.levels import Categorical, DiscretizedLogistic
+from pyro_vae.likelihoods.levels import Categorical, DiscretizedLogistic, MixtureOfLogistics
 from pyro_vae.likelihoods.real import Laplace, Normal, StudentT
 from pyro_vae.likelihoods.unit import Bernoulli, Beta, ContinuousBernoulli
 
@@ -14,6 +14,7 @@ __all__ = [
     "DiscretizedLogistic",
     "Laplace",
     "Likelihood",
+    "MixtureOfLogistics",
     "NegativeBinomial",
     "Normal",
     "Poisson",
