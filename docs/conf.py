@@ -43,10 +43,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def insert(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Puts what lies outside this folder where a page says {examples} or {results}."""
+    """Puts what lies outside this folder where a page says {examples}, {studies} or {results}."""
     if "{examples}" in source[0]:
-        files = sorted((ROOT / "examples").glob("*.py"))
-        source[0] = source[0].replace("{examples}", "\n\n".join(map(_example, files)))
+        for folder, mark in (("examples", "{examples}"), ("examples/studies", "{studies}")):
+            files = sorted((ROOT / folder).glob("*.py"))
+            source[0] = source[0].replace(mark, "\n\n".join(map(_example, files)))
     if "{results}" in source[0]:
         text = (ROOT / "results/README.md").read_text()
         source[0] = re.sub(r"\]\((?!https?:|#)", "](../results/", text)

@@ -41,18 +41,9 @@ def main(smoke: bool = False) -> list[dict[str, str]]:
         for prior in PRIORS:
             torch.manual_seed(0)
             vae = build(data.train.data_shape, 8, prior=prior, likelihood=likelihood)
-            fit(
-                vae,
-                data.train,
-                epochs=1 if smoke else 60,
-                batch_size=64,
-                lr=2e-3,
-                validation=data.validation,
-                progress=False,
-            )
-            evidence = importance_sampling(
-                vae.model, vae.guide, x, num_samples=50 if smoke else 1000
-            )
+            options = {"epochs": 1 if smoke else 60, "batch_size": 64, "lr": 2e-3}
+            fit(vae, data.train, validation=data.validation, progress=False, **options)
+            evidence = importance_sampling(vae, x, num_samples=50 if smoke else 1000)
             monte_carlo, over_data = evidence.mean_stderr()
             bits = data.test.bits_per_dim(evidence.log_prob).mean()
             rows.append(

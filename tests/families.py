@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from itertools import product
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -33,6 +35,15 @@ LIKELIHOODS = final(likelihoods.Likelihood)
 POSTERIORS = final(posteriors.Posterior)
 NETWORKS = final(networks.Network)
 OBJECTIVES = final(objectives.Objective)
+
+
+def triples(first: list[type], second: list[type], third: list[type]) -> list[Any]:
+    """A class of each family, the third the smallest; slow where its pairs occur elsewhere."""
+    found = []
+    for (i, a), (j, b), (k, c) in product(*map(enumerate, (first, second, third))):
+        marks = () if k == (i + j) % len(third) else pytest.mark.slow
+        found.append(pytest.param(a, b, c, id="-".join(map(name, (a, b, c))), marks=marks))
+    return found
 
 
 def name(cls: type) -> str:

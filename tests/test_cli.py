@@ -29,6 +29,9 @@ from pyro_vae.training import State, load_weights
 SMALL = ["--encoder.hidden=[11]", "--decoder.hidden=[11]", "--latent_dim=3", "--progress=false"]
 
 
+pytestmark = pytest.mark.xdist_group("cli")  # they share a run
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "digits"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from itertools import product
+from itertools import combinations, product
 
 import pyro
 import pytest
 import torch
-from families import LIKELIHOODS, POSTERIORS, PRIORS, draw, make
+from families import LIKELIHOODS, POSTERIORS, PRIORS, draw, make, triples
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
 from pyro_vae.objectives import ELBO
@@ -19,15 +19,20 @@ BOUNDS = {
     "sampled": ELBO(kl="sampled"),
     "auto": ELBO(num_particles=2),
 }
-TRIPLES = {
-    "-".join(cls.__name__ for cls in triple): triple
-    for triple in product(PRIORS, LIKELIHOODS, POSTERIORS)
-}
 
 
-@pytest.mark.parametrize("triple", TRIPLES.values(), ids=TRIPLES)
-def test_every_parameter_trains(triple: tuple[type, type, type]) -> None:
-    vae = make(*triple, data_shape=(3,), hidden=(2,))
+def test_pairs_of_classes_are_tried_by_default() -> None:
+    families = PRIORS, LIKELIHOODS, POSTERIORS
+    default = [case.values for case in triples(*families) if not case.marks]
+    tried = {pair for triple in default for pair in combinations(triple, 2)}
+    assert tried == {pair for two in combinations(families, 2) for pair in product(*two)}
+
+
+@pytest.mark.parametrize(
+    ("prior", "likelihood", "posterior"), triples(PRIORS, LIKELIHOODS, POSTERIORS)
+)
+def test_every_parameter_trains(prior: type, likelihood: type, posterior: type) -> None:
+    vae = make(prior, likelihood, posterior, data_shape=(3,), hidden=(2,))
     x = draw(vae, 5)
     vae.initialise(x)
     adam = pyro.optim.Adam({"lr": 1e-3, "foreach": False})

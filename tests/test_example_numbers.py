@@ -1,4 +1,4 @@
-"""What two examples compute by themselves, against exact values and repeated draws."""
+"""What two studies compute by themselves, against exact values and repeated draws."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from pyro_vae.data import Data
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parent.parent / "examples/studies"
 
 
 def example(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:

@@ -39,6 +39,9 @@ def trained(run: Path, epochs: int = 1, resume: bool = False, **options: Any) ->
 MLP = {"class_path": "MLP", "init_args": {"hidden": [7]}}
 
 
+pytestmark = pytest.mark.xdist_group("files")  # they share a run
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("whole") / "run"

@@ -19,6 +19,9 @@ SMALL = ["--encoder.hidden=[11]", "--decoder.hidden=[11]", "--latent_dim=3", "--
 QUICK = ["--limit=3", "--num_samples=101", "--elbo_samples=7", "--progress=false"]
 
 
+pytestmark = pytest.mark.xdist_group("hostile")  # they share a run
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of all files that the commands write."""

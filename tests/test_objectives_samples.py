@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from itertools import product
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from exact import LinearGaussian, two_sites
-from families import POSTERIORS, PRIORS, draw, make, name
+from families import POSTERIORS, PRIORS, draw, make, name, triples
 from pyro.infer import SVI, RenyiELBO
 from torch import Tensor, nn
 from torch.distributions import constraints, kl_divergence
@@ -672,12 +671,9 @@ def test_wrong_options_are_refused(make_it: Callable[[], Objective], message: st
         make_it()
 
 
-@pytest.mark.parametrize("cls", OURS, ids=name)
-@pytest.mark.parametrize(
-    "pair", list(product(PRIORS, POSTERIORS)), ids=lambda p: f"{p[0].__name__}-{p[1].__name__}"
-)
-def test_every_parameter_trains(cls: type, pair: tuple[type, type]) -> None:
-    vae = make(pair[0], posterior=pair[1], data_shape=(3,), hidden=(2,))
+@pytest.mark.parametrize(("cls", "prior", "posterior"), triples(OURS, PRIORS, POSTERIORS))
+def test_every_parameter_trains(cls: type, prior: type, posterior: type) -> None:
+    vae = make(prior, posterior=posterior, data_shape=(3,), hidden=(2,))
     x = draw(vae, 5)
     vae.initialise(x)
     start = {key: p.detach().clone() for key, p in vae.named_parameters()}

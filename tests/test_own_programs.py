@@ -253,6 +253,7 @@ def test_what_can_be_run_in_neither_way_runs_with_one_particle_and_says_what_to_
         densities(model, guide, x, num_particles=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Joined, TwoLayers])
 def test_a_compiled_step_of_a_folded_program_is_the_eager_one(kind: type[Program]) -> None:
     x, y = data(kind)

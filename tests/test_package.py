@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_package_and_its_typing_mark_alone(tmp_path: Path) -> None:
     if not (ROOT / "pyproject.toml").exists():
         pytest.skip("no source tree beside the tests")

@@ -65,13 +65,11 @@ def test_a_process_that_dies_is_one_line() -> None:
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.slow
 def test_an_error_of_a_process_is_the_callers() -> None:
     with pytest.raises(FloatingPointError, match="part 5"):
         in_processes(fails, [5], "cpu")
 
 
-@pytest.mark.slow
 def test_results_come_in_the_order_of_the_parts() -> None:
     found = in_processes(threads, [torch.tensor(2), torch.tensor(7)], "cpu")
     share = max(1, torch.get_num_threads() // 2)

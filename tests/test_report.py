@@ -21,6 +21,9 @@ from pyro_vae.estimators import Evidence
 NAME = "a <b> & 'c'"
 
 
+pytestmark = pytest.mark.xdist_group("report")  # they share a run
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / NAME

@@ -104,7 +104,6 @@ def test_what_cannot_be_compiled_is_run_and_said() -> None:
     )
 
 
-@pytest.mark.slow
 def test_the_gradient_is_that_of_whatever_is_made_of_the_density() -> None:
     world = LinearGaussian.draw()
     x, u, weight = torch.randn(3, 5), torch.randn(11, 3, 2), torch.rand(11, 3)

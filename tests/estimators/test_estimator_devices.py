@@ -60,7 +60,6 @@ def equal(first: Evidence, second: Evidence) -> None:
     assert first.extras.keys() == second.extras.keys()
 
 
-@pytest.mark.slow
 def test_two_processes_estimate_what_one_does() -> None:
     owner, x = Gaussian(), data()
     programs, y = (owner.model, owner.guide), data().flip(0) / 3

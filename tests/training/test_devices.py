@@ -137,10 +137,10 @@ def alike(group: Group, result: Result) -> None:
         assert {**row, "seconds": 0} == {**other, "seconds": 0}
 
 
-def everything(fabric: Any, group: Group, folder: Path) -> dict[str, Any]:
+def everything(fabric: Any, group: Group, folder: Path, compile: bool) -> dict[str, Any]:
     """All that two processes are to show, in one start of them."""
     where = fabric, group
-    found: dict[str, Any] = {"still": with_noise_handed_in(*where, compile=True)}
+    found: dict[str, Any] = {"still": with_noise_handed_in(*where, compile)}
     for result in found["still"].values():
         alike(group, result)
     first, again, other = (train(where, make_vae(), seed=seed) for seed in (0, 0, 1))
@@ -184,12 +184,12 @@ class Breaking(ELBO):
             raise ZeroDivisionError("at this step")
 
 
-@pytest.mark.slow
-def test_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes(tmp_path: Path, compile: bool) -> None:
     one = alone(lambda *where: train(where[:2], still_vae(), run=tmp_path / "one", epochs=1))
     more = alone(lambda *where: train(where[:2], still_vae(), epochs=3))
     assert one.step == 5
-    found = Engine("cpu", 2, "32-true").run(everything, tmp_path)
+    found = Engine("cpu", 2, "32-true").run(everything, tmp_path, compile)
     close(more.vae, found["more"].vae)
     assert found["more"].history["epoch"] == [1, 2, 3]
     one = alone(with_noise_handed_in)
@@ -222,7 +222,6 @@ class Note:
             state.stop()
 
 
-@pytest.mark.slow
 def test_fit_starts_processes_and_brings_back_what_they_made(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

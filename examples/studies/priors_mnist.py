@@ -1,9 +1,9 @@
 """Four priors of one VAE on binarised MNIST: what the prior alone adds to log p(x).
 
-python examples/priors_mnist.py --root data     # 20 epochs: half an hour on one core
-python examples/priors_mnist.py --root data --epochs 2000 --warm_up 100 --patience 50 \
+python examples/studies/priors_mnist.py --root data  # 20 epochs: half an hour on one core
+python examples/studies/priors_mnist.py --root data --epochs 2000 --warm_up 100 --patience 50 \
     --lr 5e-4 --images 10000                    # the published budget
-python examples/priors_mnist.py --smoke         # bundled digits, seconds
+python examples/studies/priors_mnist.py --smoke  # bundled digits, seconds
 
 784-300-300-40 with gated units, 500 components, batch 100, a warm-up of the KL, as published.
 Pixels are drawn anew from their grey values at every visit ("dynamic"), or drawn once from a seed

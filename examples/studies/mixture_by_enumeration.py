@@ -1,7 +1,7 @@
 """A Gaussian mixture as a latent-variable model, its discrete latent summed out in two ways.
 
-python examples/mixture_by_enumeration.py            # iris flowers, seconds; writes a figure
-python examples/mixture_by_enumeration.py --smoke
+python examples/studies/mixture_by_enumeration.py  # iris flowers, seconds; writes a figure
+python examples/studies/mixture_by_enumeration.py --smoke
 
 log p(x) = log sum_c p(c) p(x | c), by `TraceEnum_ELBO`, which sums over the latent c, and by
 `MixtureSameFamily`, which has none, in value and gradient; beside it the fit of scikit-learn's EM.

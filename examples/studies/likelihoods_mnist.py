@@ -1,8 +1,8 @@
 """Likelihoods for the grey values of MNIST, and which bound may be compared with which.
 
-python examples/likelihoods_mnist.py --root data              # 12 epochs: a quarter of an hour
-python examples/likelihoods_mnist.py --root data --epochs 100 --images 1000
-python examples/likelihoods_mnist.py --smoke                  # bundled digits, seconds
+python examples/studies/likelihoods_mnist.py --root data  # 12 epochs: a quarter of an hour
+python examples/studies/likelihoods_mnist.py --root data --epochs 100 --images 1000
+python examples/studies/likelihoods_mnist.py --smoke  # bundled digits, seconds
 
 log p(x) is one number, but of four different things:
 

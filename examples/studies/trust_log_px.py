@@ -1,8 +1,8 @@
 """How far an estimate of log p(x) can be trusted: what the encoder's weights say, and the truth.
 
-python examples/trust_log_px.py --run RUN --root data    # a run of pyro-vae train on MNIST
-python examples/trust_log_px.py                          # trains on bundled digits, two minutes
-python examples/trust_log_px.py --smoke
+python examples/studies/trust_log_px.py --run RUN --root data  # a run of pyro-vae train on MNIST
+python examples/studies/trust_log_px.py  # trains on bundled digits, two minutes
+python examples/studies/trust_log_px.py --smoke
 
 With the encoder as the proposal, an image's standard error and k-hat say little of how many nats
 are missing; with a proposal fitted to the image, they say it. One figure, four panels: the

@@ -1,9 +1,9 @@
 """The figures of "Auto-encoding variational Bayes" on a stated budget, beside its end values.
 
-python examples/aevb_bounds.py --root data                   # about 20 minutes on one core
-python examples/aevb_bounds.py --root data --epochs 2000     # the published number of samples
-python examples/aevb_bounds.py --root data --frey FREY.npz   # uint8 images x [1965, 28, 20]
-python examples/aevb_bounds.py --smoke                       # bundled digits, seconds
+python examples/studies/aevb_bounds.py --root data  # about 20 minutes on one core
+python examples/studies/aevb_bounds.py --root data --epochs 2000  # the published number of samples
+python examples/studies/aevb_bounds.py --root data --frey FREY.npz  # uint8 images x [1965, 28, 20]
+python examples/studies/aevb_bounds.py --smoke  # bundled digits, seconds
 
 1. The lower bound on MNIST against the training samples seen, for 3 to 200 latents and 500 hidden
    units (figure 2 of the paper).

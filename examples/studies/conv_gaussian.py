@@ -1,8 +1,8 @@
 """The sigma of a Gaussian decoder: a convolutional VAE of colour images, with five of them.
 
-python examples/conv_gaussian.py --data SVHN --limit 60000     # by torchvision
-python examples/conv_gaussian.py --data FOLDER                 # any images of one size
-python examples/conv_gaussian.py --smoke                       # drawn images, seconds
+python examples/studies/conv_gaussian.py --data SVHN --limit 60000  # by torchvision
+python examples/studies/conv_gaussian.py --data FOLDER  # any images of one size
+python examples/studies/conv_gaussian.py --smoke  # drawn images, seconds
 
 Convolutions of stride 2 with 32, 64 and 128 channels, a dense layer of 1024, and back by
 transposed convolutions to 128, 64 and 3. p(x | z) = N(x; mu(z), sigma^2) on x = (pixel + noise) /

@@ -1,8 +1,8 @@
 """VAE, IWAE and DReG with k draws on dynamically binarised MNIST, beside the published figures.
 
-python examples/iwae_mnist.py --root data                      # 10 epochs: a fraction of an hour
-python examples/iwae_mnist.py --root data --protocol --compile --only "VAE 1" --runs runs/iwae
-python examples/iwae_mnist.py --smoke                          # bundled digits, seconds
+python examples/studies/iwae_mnist.py --root data  # 10 epochs: a fraction of an hour
+python examples/studies/iwae_mnist.py --root data --protocol --compile --only "VAE 1" --runs runs
+python examples/studies/iwae_mnist.py --smoke  # bundled digits, seconds
 
 784-200-200-50, tanh, as in the paper, whose figures took 3280 epochs of batch 20, each for each
 row, with a learning rate that falls from 1e-3 to 1e-4: `--protocol`, for a GPU. Without it the

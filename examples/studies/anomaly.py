@@ -1,8 +1,8 @@
 """log p(x) as a detector of anomalies: where it works, and where it misleads.
 
-python examples/anomaly.py --root data --letters images_background_small1   # about 5 minutes
-python examples/anomaly.py --root data --letters FashionMNIST               # by torchvision
-python examples/anomaly.py --smoke                                          # bundled data, seconds
+python examples/studies/anomaly.py --root data --letters images_background_small1  # 5 minutes
+python examples/studies/anomaly.py --root data --letters FashionMNIST  # by torchvision
+python examples/studies/anomaly.py --smoke  # bundled data, seconds
 
 1. A VAE of thresholded MNIST without its ones scores held-out digits, letters, inverted digits,
    and the ones. Letters are a folder of images, such as a part of Omniglot, or a named data set.

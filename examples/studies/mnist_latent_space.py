@@ -1,7 +1,7 @@
 """What a VAE's latent space holds: samples, the manifold, classes, and ways between two images.
 
-python examples/mnist_latent_space.py --root data    # two trainings, a few minutes
-python examples/mnist_latent_space.py --smoke        # bundled digits, seconds
+python examples/studies/mnist_latent_space.py --root data  # two trainings, a few minutes
+python examples/studies/mnist_latent_space.py --smoke  # bundled digits, seconds
 
 With 2 latents everything can be seen at once: draws, E[x | z] on a grid through the prior's
 quantiles, and where each class lies. With 20 the images are better, and the study asks what lies

@@ -1,8 +1,8 @@
 """Adam, RMSprop, Adagrad and SGD with momentum: the same VAE, 150 epochs of thresholded MNIST.
 
-python examples/mnist_optimisers.py --root data     # 4 x 150 epochs: about 40 minutes on one core
-python examples/mnist_optimisers.py --root data --latent_dim 2
-python examples/mnist_optimisers.py --smoke         # bundled digits, seconds
+python examples/studies/mnist_optimisers.py --root data  # 4 x 150 epochs: 40 minutes on one core
+python examples/studies/mnist_optimisers.py --root data --latent_dim 2
+python examples/studies/mnist_optimisers.py --smoke  # bundled digits, seconds
 
 784-500-20, tanh, batch 250, one draw of z, the first 50,000 images of MNIST's training part to
 train on and its last 10,000 to validate, as in the published study. Ours are a learning rate that

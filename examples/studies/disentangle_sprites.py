@@ -1,7 +1,7 @@
 """Five objectives on drawn sprites, and what the measures of disentanglement say of each.
 
-python examples/disentangle_sprites.py            # three seeds, about a quarter of an hour
-python examples/disentangle_sprites.py --smoke
+python examples/studies/disentangle_sprites.py  # three seeds, about a quarter of an hour
+python examples/studies/disentangle_sprites.py --smoke
 
 Errors are standard errors over seeds. The measures are over all 3072 images; log p(x) is of 50
 test images.
