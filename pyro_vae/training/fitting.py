@@ -108,8 +108,7 @@ def fit(
         compile: Whether to trace the step once through Pyro's handlers and compile it: 5 to 20
             seconds once, each step then faster. The noise and, to rounding, the losses are
             those of the eager step. A shorter last batch runs eagerly, and so does a step that
-            cannot be compiled, after a warning that says why. On one GPU the whole update is
-            recorded as a CUDA graph and replayed, if the optimiser allows it.
+            cannot be compiled, after a warning that says why.
         seed: Of the order and of all noise.
         callbacks: Each is called with a `State` after each epoch, before its checkpoint: what
             they change is kept with it, and an epoch that was broken off is shown again.

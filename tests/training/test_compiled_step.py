@@ -36,7 +36,7 @@ from pyro_vae.compiling import CannotCompile, Traced, compiled
 from pyro_vae.objectives import ELBO, IWAE, Capacity, DReG, Linear, Objective
 from pyro_vae.training import fit
 from pyro_vae.training.rows import TensorRows
-from pyro_vae.training.step import CompiledStep, LossAndGradient, StepLoss
+from pyro_vae.training.step import LossAndGradient, StepLoss, compiled_gradient
 from pyro_vae.vae import VAE
 
 ONE_PLAYER = [cls for cls in OBJECTIVES if not cls.has_adversary]
@@ -294,7 +294,7 @@ def test_gradients_that_are_scaled_are_not_compiled() -> None:
     vae = make_vae()
     loss = StepLoss(vae, ELBO(), TensorRows(make_data()))
     with pytest.raises(CannotCompile, match="16-mixed"):
-        CompiledStep(fabric, loss, make_data()[:5])
+        compiled_gradient(fabric, loss, make_data()[:5])
 
 
 @pytest.mark.slow

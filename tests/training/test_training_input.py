@@ -17,7 +17,7 @@ from pyro_vae.objectives import ELBO
 from pyro_vae.training import State, fit, load_weights
 from pyro_vae.training.optimizers import make_optimizer, make_schedule
 from pyro_vae.training.rows import as_rows
-from pyro_vae.training.step import StepLoss, Watch
+from pyro_vae.training.step import Monitor, StepLoss
 
 
 @pytest.mark.parametrize(
@@ -119,13 +119,14 @@ def test_a_device_that_is_not_waited_for() -> None:
     vae = make_vae()
     module = StepLoss(vae, ELBO(), None)  # type: ignore[arg-type]
     module.observed, module.latent = ["x"], ["z"]
-    watch = Watch(module, torch.device("cpu"))
-    watch.at_once = False
+    monitor = Monitor(module, torch.device("cpu"))
+    monitor.every_step = False
     bad = torch.tensor(torch.nan)
-    for loss, kl in [(1.0, 2.0), (bad, bad), (bad, 3.0)]:
-        watch.see(torch.as_tensor(loss), torch.stack([bad, *map(torch.as_tensor, (1.0, kl))]))
+    for step, (loss, kl) in enumerate([(1.0, 2.0), (bad, bad), (bad, 3.0)]):
+        terms = torch.stack([bad, *map(torch.as_tensor, (1.0, kl))])
+        monitor.add(step, torch.as_tensor(loss), terms)
     with pytest.raises(FloatingPointError, match="step 1: the log density of site 'z'"):
-        watch.check()
+        monitor.raise_if_bad(2)
 
 
 @pytest.mark.parametrize(
