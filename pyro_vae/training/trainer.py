@@ -69,6 +69,7 @@ class Trainer:
         self.best: dict[str, Tensor] | None = None
         self.adversary: Adversary | None = None
         self.compiled: Gradient | None = None  # made when it is first needed
+        self.asked = True  # whether the user asked to compile: a failure is a warning
         self.num_batches = -(-len(train) // settings.batch_size)
         batch = torch.arange(min(settings.batch_size, len(train)))
         self.rows = len(group.share(batch)[0])  # of this process, in a whole batch
@@ -198,7 +199,8 @@ class Trainer:
             try:
                 self.compiled = compiled_gradient(self.fabric, self.loss, *batch)
             except CannotCompile as error:
-                warnings.warn(f"compile: the step runs eagerly, for {error}", stacklevel=2)
+                message = f"compile: the step runs eagerly, for {error}"
+                warnings.warn(message, stacklevel=2) if self.asked else bar.say(message)
                 self.compiled = self.eager
         return self.compiled
 
