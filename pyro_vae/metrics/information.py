@@ -46,7 +46,7 @@ def mig(
         posterior: q(z | x_n) of all data, batch [N], event (D,), a diagonal or full Normal.
         factors: Index of each factor's value [N, F].
         names: Of the factors.
-        without: Those, by name, that are left out; names that there are not count for nothing.
+        without: Those, by name, that are left out; unknown names are ignored.
         num_samples: Draws of z for each datum.
         num_rows: Data to draw from; all if None.
         seed: Of the draws.

@@ -30,7 +30,7 @@ def sap(
     An ordered factor is predicted by a straight line, and scored by its squared correlation; a
     categorical one by as many thresholds as it has values less one, fitted to half the rows and
     scored on the others by balanced accuracy, of which 1 / (values) is chance: such a factor
-    adds at most 1 less that.
+    contributes at most 1 - 1 / (values).
 
     Args:
         means: E[z | x_n] [N, D].

@@ -20,13 +20,13 @@ from pyro_vae.memory import keep_memory
 from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.training.callbacks import Callback
 from pyro_vae.training.checkpoint import load_state, read_run
+from pyro_vae.training.dataset import Dataset, as_dataset, describe
 from pyro_vae.training.engine import Engine, is_first_process
 from pyro_vae.training.evaluation import Evaluator
 from pyro_vae.training.group import Group
 from pyro_vae.training.history import History
 from pyro_vae.training.optimizers import OptimizerSpec, ScheduleSpec
 from pyro_vae.training.progress import Bar, make_bar
-from pyro_vae.training.rows import Rows, as_rows, describe
 from pyro_vae.training.runs import check_run, start_run
 from pyro_vae.training.settings import Settings
 from pyro_vae.training.step import worth_compiling
@@ -140,8 +140,8 @@ def fit(
     objective = ELBO() if objective is None else objective
     _check(vae, objective, validation, patience, run, resume)
     missing = getattr(vae, "missing", True)  # programs of one's own may take NaN
-    train = as_rows(data, "data", missing)
-    held_out = None if validation is None else as_rows(validation, "validation", missing)
+    train = as_dataset(data, "data", missing)
+    held_out = None if validation is None else as_dataset(validation, "validation", missing)
     engine = Engine(accelerator, devices, precision, loggers)
     threads = engine.threads(vae, batch_size * objective.num_particles)
     settings, said = replace(settings, threads=threads), None
@@ -192,8 +192,8 @@ class Task:
 
     vae: nn.Module
     objective: Objective
-    train: Rows
-    held_out: Rows | None
+    train: Dataset
+    held_out: Dataset | None
     settings: Settings
     run: PathLike | None
     record: dict[str, Any]
@@ -227,7 +227,7 @@ def _train_locked(fabric: Fabric, group: Group, task: Task) -> Result:
     vae, objective, settings, run = task.vae, task.objective, task.settings, task.run
     first, device = group.rank == 0, fabric.device
     state = load_state(run) if run is not None and task.resume and first else None
-    state = group.first(state)
+    state = group.broadcast(state)
     keep_memory()
     with _borrowed(vae, objective, device, settings):
         train = task.train.to(device)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from pyro_vae.compiling import CannotCompile, compiled
 from pyro_vae.densities import densities, folds
 from pyro_vae.objectives import Objective
+from pyro_vae.training.dataset import Dataset
 from pyro_vae.training.evaluation import cast, first_weight, programs
-from pyro_vae.training.rows import Rows
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -39,7 +39,7 @@ Gradient = Callable[..., Outcome]  # of a batch; leaves the gradient in the para
 class StepLoss(nn.Module):
     """From a batch of rows to its loss."""
 
-    def __init__(self, vae: nn.Module, objective: Objective, rows: Rows) -> None:
+    def __init__(self, vae: nn.Module, objective: Objective, rows: Dataset) -> None:
         super().__init__()
         self.vae, self.objective, self.rows = vae, objective, rows
         self.weight = (first_weight(vae),)  # in a tuple, for it is registered already

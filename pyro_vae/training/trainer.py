@@ -19,12 +19,12 @@ from pyro_vae.objectives import Objective
 from pyro_vae.training.adversary import Adversary, start
 from pyro_vae.training.callbacks import Callback, State
 from pyro_vae.training.checkpoint import load_weights, put_weights, save_checkpoint
+from pyro_vae.training.dataset import Dataset, epoch_order
 from pyro_vae.training.evaluation import Evaluator
 from pyro_vae.training.group import Group
 from pyro_vae.training.history import History
 from pyro_vae.training.optimizers import advance, make_optimizer, make_schedule, restore
 from pyro_vae.training.progress import Bar
-from pyro_vae.training.rows import Rows, epoch_order
 from pyro_vae.training.runs import write_metrics
 from pyro_vae.training.settings import Settings
 from pyro_vae.training.step import (
@@ -53,7 +53,7 @@ class Trainer:
         group: Group,
         vae: nn.Module,
         objective: Objective,
-        train: Rows,
+        train: Dataset,
         evaluator: Evaluator,
         settings: Settings,
         run: PathLike | None,
@@ -72,7 +72,7 @@ class Trainer:
         self.asked = True  # whether the user asked to compile: a failure is a warning
         self.num_batches = -(-len(train) // settings.batch_size)
         batch = torch.arange(min(settings.batch_size, len(train)))
-        self.rows = len(group.share(batch)[0])  # of this process, in a whole batch
+        self.rows = len(group.local_rows(batch)[0])  # of this process, in a whole batch
 
     def prepare(self, state: dict[str, Any] | None) -> None:
         """Initialises the vae, or goes back to a checkpoint; makes the optimiser."""
@@ -84,11 +84,11 @@ class Trainer:
                 put_weights(self.vae, load_weights(self.run, "last"), self.run)  # type: ignore[arg-type]
         elif callable(initialise := getattr(self.vae, "initialise", None)):
             initialise(self.evaluator.initial_data())
-        self.group.agree(self._variables())
+        self.group.broadcast_(self._variables())
         self._check_validation()
         if self.objective.has_adversary:
             start(self.vae, self.objective, self.train, self.settings.seed)
-            self.group.agree(self.objective.state_dict())
+            self.group.broadcast_(self.objective.state_dict())
         self.loss = StepLoss(self.vae, self.objective, self.train)
         self.monitor = Monitor(self.loss, self.fabric.device)
         options = self.settings
@@ -136,7 +136,7 @@ class Trainer:
         for callback in callbacks if self.group.rank == 0 else ():
             with forked(self.fabric.device):
                 callback(state)
-        return self.group.first(state.stopped)
+        return self.group.broadcast(state.stopped)
 
     def _check_validation(self) -> None:
         """Data that the vae does not take fail now, not after an epoch."""
@@ -167,7 +167,7 @@ class Trainer:
 
     def _step(self, index: Tensor, bar: Bar) -> None:
         self.objective.at(self.step)
-        share, weight = self.group.share(index)
+        share, weight = self.group.local_rows(index)
         try:
             with pyro.validation_enabled(self.step < VALIDATED):
                 batch = self.loss.batch(share)
@@ -176,7 +176,7 @@ class Trainer:
             raise ValueError(f"step {self.step}: {error}") from error
         if len(share) != len(index):
             terms = terms * (len(index) / len(share))
-        loss, terms = self.group.average(weight, self.parameters, loss, terms)
+        loss, terms = self.group.all_reduce_mean(weight, self.parameters, loss, terms)
         self.monitor.add(self.step, loss, terms)
         self._clip()
         self.optimizer.step()
@@ -235,7 +235,7 @@ class Trainer:
 
     def _end_epoch(self) -> dict[str, Any]:
         began = time.monotonic()
-        self.group.agree(dict(self.vae.named_buffers()))
+        self.group.broadcast_(dict(self.vae.named_buffers()))
         row: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step, "seconds": 0.0}
         row |= {"lr": float(self.optimizer.param_groups[0]["lr"]), **self._means()}
         row |= self.evaluator.bound()
@@ -262,7 +262,7 @@ class Trainer:
         if self.run is None:
             return
         self.monitor.raise_if_bad(self.step, self.parameters)
-        self.group.agree(dict(self.vae.named_buffers()))
+        self.group.broadcast_(dict(self.vae.named_buffers()))
         state = self._state()
         if self.group.rank == 0:
             self._check_folder()
@@ -316,7 +316,7 @@ class Trainer:
         self.history = History(**state["history"])
         if self.history.best_epoch is not None:
             first = self.group.rank == 0
-            self.best = self.group.first(load_weights(self.run, "best") if first else {})  # type: ignore[arg-type]
+            self.best = self.group.broadcast(load_weights(self.run, "best") if first else {})  # type: ignore[arg-type]
         if self.group.rank == 0:
             write_metrics(self.run, self.history.rows)  # type: ignore[arg-type]
         self._load_generators([state["rng"], *state.get("rng_of_others", [])])

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from training_cases import QUIET, make_data, make_vae
 
 from pyro_vae.training import fit, load_weights, step, trainer
+from pyro_vae.training.dataset import TensorDataset
 from pyro_vae.training.optimizers import make_optimizer, restore
-from pyro_vae.training.rows import TensorRows
 from pyro_vae.vae import VAE
 
 OPTIONS = {"batch_size": 11, **QUIET}
@@ -59,8 +59,8 @@ def test_the_first_bad_step_is_named() -> None:
 def test_a_bad_step_of_a_run_that_goes_on_is_named(tmp_path: Path) -> None:
     fit(make_vae(), make_data(), epochs=1, run=tmp_path, **OPTIONS)
     x = Spoilt(make_data(), 2)
-    x.digest = TensorRows(make_data()).digest  # type: ignore[attr-defined]
-    x.describe = TensorRows(make_data()).describe  # type: ignore[attr-defined]
+    x.digest = TensorDataset(make_data()).digest  # type: ignore[attr-defined]
+    x.describe = TensorDataset(make_data()).describe  # type: ignore[attr-defined]
     with pytest.raises(FloatingPointError, match="step 7: the log density of site 'x'"):
         fit(make_vae(), x, epochs=3, run=tmp_path, resume=True, **OPTIONS)
 
