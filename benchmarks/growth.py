@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pyro_vae import build, fit
 from pyro_vae.objectives import ELBO, IWAE
-from pyro_vae.training.rows import TensorRows
+from pyro_vae.training.dataset import TensorDataset
 
 STEPS, SKIPPED = 60, 10
 SERIES: dict[str, list[int]] = {
@@ -41,7 +41,7 @@ class Enough(Exception):
     """Ends a training."""
 
 
-class Timed(TensorRows):
+class Timed(TensorDataset):
     """Rows that note when a batch is asked for."""
 
     def attach(self, steps: float) -> Timed:

@@ -225,9 +225,9 @@ def pyro_vae(
     from pyro_vae import build, fit
     from pyro_vae.estimators import evidence_lower_bound
     from pyro_vae.objectives import ELBO, IWAE
-    from pyro_vae.training.rows import TensorRows
+    from pyro_vae.training.dataset import TensorDataset
 
-    class Waiting(TensorRows):
+    class Waiting(TensorDataset):
         def to(self, device: Any) -> Any:
             return self
 

@@ -27,8 +27,8 @@ class CannotCompile(RuntimeError):
 class Traced:
     """The tensor operations of a forward pass, without the Python around them.
 
-    Pyro's handlers, the modules and whatever gradients the pass takes have run once, on inputs
-    without numbers. Parameters and buffers are read at each call: weights that are moved, and
+    Pyro's handlers, the modules and the gradients that the pass takes are traced once, with fake
+    tensors. Parameters and buffers are read at each call: weights that are moved, and
     schedules, need no new trace, and buffers that the pass changes are changed. Noise is drawn
     at each call from torch's generators, in the order of the pass itself.
 
@@ -40,7 +40,7 @@ class Traced:
         graph: The operations, as a torch.fx module of parameters, buffers and inputs.
 
     Raises:
-        CannotCompile: If the pass reads a number from a tensor, or does what is no operation.
+        CannotCompile: If the pass reads a number from a tensor, or is not made of operations.
     """
 
     def __init__(self, module: nn.Module, *inputs: Tensor) -> None:

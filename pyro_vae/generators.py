@@ -20,7 +20,7 @@ def forked(device: torch.device, seed: int | None = None) -> Iterator[None]:
     """Puts torch's generators for the CPU and `device` back afterwards; seeds them if asked.
 
     Inside, this thread is `alone`.
-    Other devices are left alone: a generator that is only looked at takes memory of a GPU.
+    Other devices are left alone: reading a CUDA generator's state initialises its device.
     """
     with alone, torch.random.fork_rng([device] if device.type == "cuda" else []):
         if seed is not None:

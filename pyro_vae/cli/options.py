@@ -256,6 +256,7 @@ def _training_options(parser: ArgumentParser) -> None:
     add("--accelerator", type=str, default="auto")
     add("--precision", type=str, default="32-true")
     _speed_options(parser)
+    add("--compile", type=bool | None, default=None, help="compile the step; if training is long")
     add("--tensorboard", type=bool, default=False, help="also log for TensorBoard")
     add("--progress", type=bool, default=True, help="show a progress bar")
     add("--run", type=str | None, default=None, help="new folder of the run; runs/NAME-n")
@@ -265,7 +266,6 @@ def _training_options(parser: ArgumentParser) -> None:
 
 def _speed_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("--compile", type=bool, default=False, help="compile what runs again and again")
     add("--matmul", default="highest", choices=["highest", "high", "medium"],
         help="precision of float32 matrix products: the others may round to bfloat16")  # fmt: skip
     add("--threads", type=int | None, default=None, help="of each process; torch's own choice")
@@ -337,6 +337,7 @@ def _estimator_options(parser: ArgumentParser) -> None:
     add("--accelerator", default="auto", choices=["auto", "cpu", "cuda"],
         help="auto: a GPU where there is one")  # fmt: skip
     _speed_options(parser)
+    add("--compile", type=bool, default=False, help="compile what is repeated")
     add("--seed", type=int, default=0)
     add("--progress", type=bool, default=True, help="show a progress bar")
 

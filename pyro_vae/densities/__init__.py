@@ -3,7 +3,7 @@
 from pyro_vae.densities.evaluating import evaluating
 from pyro_vae.densities.handlers import OwnParameters, Program, scale_latents
 from pyro_vae.densities.particles import folds, run_program
-from pyro_vae.densities.result import Densities, Latents, Site
+from pyro_vae.densities.result import Densities, Latents, Site, check_kl, log_mean_exp
 from pyro_vae.densities.run import (
     NotSimulated,
     densities,
@@ -21,11 +21,13 @@ __all__ = [
     "OwnParameters",
     "Program",
     "Site",
+    "check_kl",
     "densities",
     "draw_latents",
     "evaluating",
     "folds",
     "log_joint",
+    "log_mean_exp",
     "log_weights",
     "registered_densities",
     "run_program",

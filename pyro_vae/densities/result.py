@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, kl_divergence
 
-__all__ = ["Densities", "Latents", "Site"]
+__all__ = ["Densities", "Latents", "Site", "check_kl", "log_mean_exp"]
 
 Latents = dict[str, Tensor]
 
@@ -115,8 +116,8 @@ class Densities:
         .. math:: \sum_i z_i^\top \, \mathrm{stop}\Big(\frac{\partial f}{\partial z_i}\Big)
 
         where the derivative with respect to one site holds the others, and all parameters,
-        fixed. `log_density` less it has the gradient with the draws held fixed. Its value means
-        nothing.
+        fixed. `log_density` less it has the gradient with the draws held fixed. Only its
+        gradient is meaningful.
 
         Args:
             log_density: f [K, B], an entry of which depends on the draws of that entry alone.
@@ -136,8 +137,7 @@ class Densities:
         Raises:
             ValueError: If "analytic" is asked for a pair that has no rule, which it names.
         """
-        if rule not in ("auto", "analytic", "sampled"):
-            raise ValueError(f"kl must be 'auto', 'analytic' or 'sampled'; got {rule!r}")
+        check_kl(rule)
         return {name: self._site_kl(name, site, rule) for name, site in self.sites.items()}
 
     def kl_by_dimension(self, rule: str = "auto") -> dict[str, Tensor]:
@@ -180,6 +180,18 @@ class Densities:
         total = sum(terms[1:], terms[0]) if terms else torch.zeros(())
         shape = (self.num_particles, self.num_data)
         return total if total.shape == shape else total.expand(shape)
+
+
+def check_kl(rule: str) -> str:
+    """`rule`, if it is one that `Densities.kl` knows."""
+    if rule not in ("auto", "analytic", "sampled"):
+        raise ValueError(f"kl must be 'auto', 'analytic' or 'sampled'; got {rule!r}")
+    return rule
+
+
+def log_mean_exp(log_weights: Tensor) -> Tensor:
+    """log of the mean weight [B], of log weights [K, B]."""
+    return log_weights.logsumexp(0) - math.log(len(log_weights))
 
 
 def _by_dimension(name: str, site: Site) -> Site:

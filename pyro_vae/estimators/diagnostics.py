@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_vae.densities import log_mean_exp
+
 __all__ = [
     "convergence",
     "effective_sample_size",
@@ -17,11 +19,6 @@ __all__ = [
 ]
 
 LARGEST = 16  # weights whose pairs are taken one by one
-
-
-def log_mean_exp(log_weights: Tensor) -> Tensor:
-    """log of the average weight [B], of log weights [K, B]."""
-    return log_weights.logsumexp(0) - math.log(len(log_weights))
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:

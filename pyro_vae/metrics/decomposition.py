@@ -1,4 +1,4 @@
-"""The KL of a model, in its parts, over all data."""
+"""The KL of a model in its parts, over all data, and the latent units that it uses."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-from pyro_vae.arguments import check_whole
+from pyro_vae.arguments import check_real, check_whole
 from pyro_vae.generators import forked
 from pyro_vae.marginals import marginals, pair_log_prob, pair_marginals
 
 __all__ = [
     "Decomposition",
     "Term",
+    "active_units",
     "check_posterior",
     "chunks",
     "draws_of",
@@ -218,3 +219,17 @@ def _term(values: Tensor) -> Term:
     R, num_samples = values.shape
     over_draws = (values.var(1).mean() / (R * num_samples)).sqrt().item()
     return Term(values.mean().item(), over_draws, values.mean(1).std().item() / R**0.5)
+
+
+def active_units(posterior_means: Tensor, threshold: float = 0.01) -> Tensor:
+    r"""Which dimensions are active [D]: :math:`\mathrm{Var}_x(E_q[z_d \mid x])` above `threshold`.
+
+    Args:
+        posterior_means: E_q[z | x] of N data [N, D].
+        threshold: Least variance of an active dimension.
+
+    References:
+        Burda, Grosse and Salakhutdinov. Importance weighted autoencoders. 2016.
+    """
+    check_real(0, threshold=threshold)
+    return torch.var(posterior_means, 0) > threshold

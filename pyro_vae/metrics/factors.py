@@ -1,8 +1,9 @@
-"""Codes and the factors they are held against: checks, discretisation, mutual information."""
+"""What measures of disentanglement share: checked codes and factors, and a score."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,7 +11,40 @@ from torch import Tensor
 
 from pyro_vae.arguments import as_rows, check_whole
 
-__all__ = ["check", "discretise", "entropy", "gap", "information_matrix"]
+__all__ = ["Score", "check", "discretise", "entropy", "gap", "information_matrix"]
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """A number between 0 and 1 (sampled ones may leave it by their error), and how it came about.
+
+    Scores of different variants, bins, or factors do not compare.
+
+    Attributes:
+        metric: Its name.
+        value: The score.
+        variant: Which published definition.
+        factors: Names of the factors that it is over.
+        num_data: Rows N that it saw.
+        seed: Of what was drawn or fitted, or None if nothing was.
+        bins: Bins of a code's histogram, or None.
+        num_samples: Draws or votes, or None.
+        per_factor: Its parts [F], where it is their mean.
+        matrix: What it was read off [F, D], such as mutual information in nats.
+        stderr: Standard error over draws, or None.
+    """
+
+    metric: str
+    value: float
+    variant: str
+    factors: tuple[str, ...]
+    num_data: int
+    seed: int | None = None
+    bins: int | None = None
+    num_samples: int | None = None
+    per_factor: Tensor | None = field(default=None, repr=False)
+    matrix: Tensor | None = field(default=None, repr=False)
+    stderr: float | None = None
 
 
 def check(

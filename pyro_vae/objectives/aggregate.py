@@ -1,4 +1,4 @@
-"""Minibatch estimates of the aggregate posterior q(z), which two objectives share."""
+"""Objectives that look at the aggregate posterior q(z), or at its moments, over a batch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ import torch
 from torch import Tensor
 
 from pyro_vae.densities import Densities
-from pyro_vae.marginals import pair_log_prob, pair_marginals
-from pyro_vae.objectives.base import Objective
-from pyro_vae.objectives.latent import draws, only_site
+from pyro_vae.marginals import marginals, pair_log_prob, pair_marginals
+from pyro_vae.objectives.base import Objective, check_kl, draws, only_site, total_kl
+from pyro_vae.objectives.schedules import Schedule
 
-__all__ = ["AggregateObjective", "estimator_weights"]
+__all__ = [
+    "DIP",
+    "AggregateObjective",
+    "BetaTC",
+    "HierarchicallyFactorized",
+    "InfoVAE",
+    "estimator_weights",
+    "mmd",
+]
 
 
 def estimator_weights(
@@ -104,3 +112,297 @@ class AggregateObjective(Objective):
                 "give the number of training data"
             )
         return size
+
+
+class BetaTC(AggregateObjective):
+    r"""ELBO with weights on mutual information, total correlation and dimension-wise KL.
+
+    .. math:: \log p(x \mid z) - \alpha \log \frac{q(z \mid x)}{q(z)}
+        - \beta \log \frac{q(z)}{\prod_d q(z_d)} - \gamma \log \frac{\prod_d q(z_d)}{p(z)}
+
+    averaged over draws of z, with q(z) estimated from the batch. With all weights one it is the
+    sampled ELBO, exactly, whatever the estimator. The three parts are biased as numbers (see
+    `estimator_weights`): read them off `metrics.elbo_decomposition`, not off this bound. Under
+    a prior that does not factorise the last part is the whole mismatch of q(z_1) ... q(z_D)
+    with p(z). Cost: B^2 D densities for each of K draws.
+
+    Args:
+        alpha: Weight of the mutual information of data and latents.
+        beta: Weight of the total correlation.
+        gamma: Weight of the dimension-wise KL.
+        estimator: "stratified", unbiased in q(z), or "weighted".
+        num_data: Rows of the training data; None: as `fit` says.
+        num_particles: Draws of z for each datum.
+
+    Raises:
+        ValueError: If a weight is negative, or as `AggregateObjective` says.
+
+    References:
+        Chen et al. Isolating sources of disentanglement in variational autoencoders. 2018.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+    gamma: Tensor
+
+    def __init__(
+        self,
+        alpha: float | Schedule = 1.0,
+        beta: float | Schedule = 6.0,
+        gamma: float | Schedule = 1.0,
+        estimator: str = "stratified",
+        num_data: int | None = None,
+        num_particles: int = 1,
+    ) -> None:
+        super().__init__(estimator, num_data, num_particles)
+        self.add_weight("alpha", alpha)
+        self.add_weight("beta", beta)
+        self.add_weight("gamma", gamma)
+
+    def bound(self, d: Densities) -> Tensor:
+        """Mean of the weighted terms over draws, [B]."""
+        joint, product = self.log_aggregate(d), self.log_marginals(d).sum(-1)
+        information = d.log_posterior - joint
+        correlation = joint - product
+        mismatch = product - d.log_prior
+        penalty = self.alpha * information + self.beta * correlation + self.gamma * mismatch
+        return (d.log_likelihood - penalty).mean(0)
+
+
+class HierarchicallyFactorized(AggregateObjective):
+    r"""ELBO with weights on the dependence between groups of latents and inside them.
+
+    .. math:: \log p(x \mid z) - \alpha \log \frac{q(z \mid x)}{q(z)}
+        - \beta \log \frac{q(z)}{\prod_G q(z_G)}
+        - \gamma \sum_G \log \frac{q(z_G)}{\prod_{d \in G} q(z_d)}
+        - \delta \log \frac{\prod_d q(z_d)}{p(z)}
+
+    averaged over draws of z, with q(z) estimated from the batch. With all weights one it is the
+    sampled ELBO, exactly. Without groups it is `BetaTC`. The paper's terms hold p(z) over its
+    own dimensions too; under a prior that factorises they are these. Cost: that of `BetaTC`,
+    and as much again for the groups.
+
+    Args:
+        groups: Dimensions of each group, such as [[0, 1], [2, 3, 4]]; one that is in no group
+            is a group of its own.
+        alpha: Weight of the mutual information of data and latents.
+        beta: Weight of the total correlation between groups.
+        gamma: Weight of the total correlation inside groups.
+        delta: Weight of the mismatch of the product of q(z_d) with the prior.
+        estimator: "stratified", unbiased in q(z), or "weighted".
+        num_data: Rows of the training data; None: as `fit` says.
+        num_particles: Draws of z for each datum.
+
+    Raises:
+        ValueError: If a weight is negative, a group is empty, or a dimension is in two; on use,
+            if a dimension is beyond the latent size, or as `AggregateObjective` says.
+
+    References:
+        Esmaeili et al. Structured disentangled representations. 2019.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+    gamma: Tensor
+    delta: Tensor
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[int]] = (),
+        alpha: float | Schedule = 1.0,
+        beta: float | Schedule = 6.0,
+        gamma: float | Schedule = 1.0,
+        delta: float | Schedule = 1.0,
+        estimator: str = "stratified",
+        num_data: int | None = None,
+        num_particles: int = 1,
+    ) -> None:
+        super().__init__(estimator, num_data, num_particles)
+        self.groups = [list(group) for group in groups]
+        _check(self.groups)
+        self.add_weight("alpha", alpha)
+        self.add_weight("beta", beta)
+        self.add_weight("gamma", gamma)
+        self.add_weight("delta", delta)
+
+    def bound(self, d: Densities) -> Tensor:
+        """Mean of the weighted terms over draws, [B]."""
+        joint, each = self.log_aggregate(d), self.log_marginals(d)
+        product = each.sum(-1)
+        grouped = self._grouped(d, each)
+        information = self.alpha * (d.log_posterior - joint)
+        between, inside = self.beta * (joint - grouped), self.gamma * (grouped - product)
+        mismatch = self.delta * (product - d.log_prior)
+        return (d.log_likelihood - information - between - inside - mismatch).mean(0)
+
+    def _grouped(self, d: Densities, each: Tensor) -> Tensor:
+        """Estimates of the sum over groups of log q(z_G) [K, B]."""
+        size = each.shape[-1]
+        inside = [dim for group in self.groups for dim in group]
+        if beyond := [dim for dim in inside if dim >= size]:
+            raise ValueError(
+                f"groups must hold dimensions from 0 to {size - 1}, the latent size less one; "
+                f"got {beyond}: give a larger latent size, or other groups"
+            )
+        alone = [dim for dim in range(size) if dim not in inside]
+        parts = [self.log_aggregate(d, group) for group in self.groups]
+        return torch.stack([*parts, *(each[..., dim] for dim in alone)]).sum(0)
+
+
+def _check(groups: list[list[int]]) -> None:
+    dims = [dim for group in groups for dim in group]
+    if any(not group for group in groups) or any(dim < 0 for dim in dims):
+        raise ValueError(f"groups must be lists of dimensions from 0, none empty; got {groups}")
+    if twice := sorted({dim for dim in dims if dims.count(dim) > 1}):
+        raise ValueError(f"a dimension must be in one group at most; {twice} is in several")
+
+
+class DIP(Objective):
+    r"""ELBO less the distance of the latents' covariance from the identity.
+
+    .. math:: \mathrm{ELBO} - \lambda_{od} \sum_{i \neq j} C_{ij}^2
+        - \lambda_d \sum_i (C_{ii} - 1)^2
+
+    with C the covariance over the batch (divisor B) of the posterior means in kind "I"; in kind
+    "II" that of z, which adds the mean of the posterior covariances. A batch estimates C with
+    an error of order 1 / sqrt(B), so the penalty is biased upwards. With both weights zero it
+    is the ELBO, exactly.
+
+    Args:
+        off_diagonal: Weight of the squared covariances.
+        diagonal: Weight of the squared distances of the variances from one; the paper takes
+            10 times the other weight for "I" and the same for "II".
+        kind: "I" or "II".
+        kl: As in `ELBO`.
+        num_particles: Draws of z for each datum.
+
+    Raises:
+        ValueError: If a weight is negative or `kind` unknown; on use, if there are several
+            latent sites or the moments of the guide are not known, as for a flow.
+
+    References:
+        Kumar, Sattigeri and Balakrishnan. Variational inference of disentangled latent concepts
+        from unlabeled observations. 2018.
+    """
+
+    batch_level = True
+    off_diagonal: Tensor
+    diagonal: Tensor
+
+    def __init__(
+        self,
+        off_diagonal: float | Schedule = 10.0,
+        diagonal: float | Schedule = 10.0,
+        kind: str = "II",
+        kl: str = "auto",
+        num_particles: int = 1,
+    ) -> None:
+        super().__init__(num_particles)
+        if kind not in ("I", "II"):
+            raise ValueError(f"kind must be 'I' or 'II'; got {kind!r}")
+        self.add_weight("off_diagonal", off_diagonal)
+        self.add_weight("diagonal", diagonal)
+        self.kind, self.kl = kind, check_kl(kl)
+
+    def bound(self, d: Densities) -> Tensor:
+        """The ELBO less the penalty, [B]."""
+        covariance = self.covariance(d)
+        variance = covariance.diagonal()
+        off = covariance.pow(2).sum() - variance.pow(2).sum()
+        penalty = self.off_diagonal * off + self.diagonal * (variance - 1).pow(2).sum()
+        return d.log_likelihood.mean(0) - total_kl(d, self.kl) - penalty
+
+    def covariance(self, d: Densities) -> Tensor:
+        """C [D, D] of the batch."""
+        q = only_site(d).guide
+        each = marginals(q)
+        means = each.loc.flatten(0, -2)
+        centred = means - means.mean(0)  # torch.cov looks at the values, which stops a trace
+        between = centred.T @ centred / len(means)
+        if self.kind == "I":
+            return between
+        full = getattr(q, "covariance_matrix", None)
+        inside = torch.diag_embed(each.variance) if full is None else full
+        return between + inside.flatten(0, -3).mean(0)
+
+
+class InfoVAE(Objective):
+    r"""Reconstruction, less a KL for each datum and a divergence of q(z) from p(z).
+
+    .. math:: E_q \log p(x \mid z) - (1 - \alpha) \, \mathrm{KL}(q(z \mid x) \| p(z))
+        - (\alpha + \lambda - 1) \, \mathrm{MMD}(q(z), p(z))
+
+    with the squared maximum mean discrepancy of a Gaussian kernel, between the draws of the
+    batch and as many of the prior, unbiased for any number of particles: two draws of one datum
+    are no pair of draws of q(z). With alpha = 0 and lambda = 1 it is the ELBO, exactly; with
+    alpha = 1 the MMD-VAE. A learned prior learns from the KL alone, for its draws carry no
+    gradient. Cost: (K B)^2 kernels, thrice.
+
+    Args:
+        alpha: From 0 to 1: what is taken off the KL's weight.
+        divergence: The lambda above, at least 1.
+        bandwidth: Standard deviation of the kernel; None: sqrt(D), for which prior draws of unit
+            variance have a kernel of about 1 / e.
+        kl: As in `ELBO`.
+        num_particles: Draws of z for each datum.
+
+    Raises:
+        ValueError: If an option is out of its range; on use, if there are several latent sites.
+
+    References:
+        Zhao, Song and Ermon. InfoVAE: balancing learning and inference in variational
+        autoencoders. 2019.
+        Gretton et al. A kernel two-sample test. 2012.
+    """
+
+    batch_level = True
+    alpha: Tensor
+    divergence: Tensor
+
+    def __init__(
+        self,
+        alpha: float | Schedule = 0.5,
+        divergence: float | Schedule = 100.0,
+        bandwidth: float | None = None,
+        kl: str = "auto",
+        num_particles: int = 1,
+    ) -> None:
+        super().__init__(num_particles)
+        if bandwidth is not None and not bandwidth > 0:
+            raise ValueError(f"bandwidth must be positive; got {bandwidth}")
+        self.add_weight("alpha", alpha, most=1.0)
+        self.add_weight("divergence", divergence, least=1.0)
+        self.bandwidth, self.kl = bandwidth, check_kl(kl)
+
+    def bound(self, d: Densities) -> Tensor:
+        """Reconstruction less both penalties, [B]."""
+        z = draws(d)
+        prior = only_site(d).model.sample().reshape(z.shape)
+        gap = mmd(z, prior, self.bandwidth or z.shape[-1] ** 0.5)
+        weight = self.alpha + self.divergence - 1
+        penalty = (1 - self.alpha) * total_kl(d, self.kl) + weight * gap
+        return d.log_likelihood.mean(0) - penalty
+
+
+def mmd(first: Tensor, second: Tensor, bandwidth: float) -> Tensor:
+    r"""Unbiased squared maximum mean discrepancy of two distributions, from draws [K, B, D].
+
+    .. math:: E[k(z, z')] + E[k(w, w')] - 2 E[k(z, w)], \quad
+        k(z, w) = \exp\big(-\|z - w\|^2 / (2 h^2)\big)
+
+    over pairs from different data, as only these are independent. Zero for a single datum,
+    which has no pair.
+    """
+    if first.shape[1] == 1:
+        return first.new_zeros(())
+    own = sum(_mean_kernel(part, part, bandwidth) for part in (first, second))
+    return own - 2 * _mean_kernel(first, second, bandwidth)
+
+
+def _mean_kernel(first: Tensor, second: Tensor, bandwidth: float) -> Tensor:
+    """The mean kernel of pairs from different data."""
+    K, B, _ = first.shape
+    pairs = first.flatten(0, 1).unsqueeze(1) - second.flatten(0, 1)
+    kernel = torch.exp(-pairs.pow(2).sum(-1) / (2 * bandwidth**2)).view(K, B, K, B)
+    same = kernel.diagonal(dim1=1, dim2=3)
+    return (kernel.sum() - same.sum()) / (K * K * B * (B - 1))

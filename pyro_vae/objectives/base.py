@@ -12,17 +12,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyro_vae.arguments import check_whole
-from pyro_vae.densities import Densities, OwnParameters, Program, registered_densities
+from pyro_vae.densities import (
+    Densities,
+    OwnParameters,
+    Program,
+    Site,
+    check_kl,
+    registered_densities,
+)
 from pyro_vae.objectives.schedules import Schedule
 
-__all__ = ["Objective", "check_kl", "total_kl"]
+__all__ = ["Objective", "check_kl", "draws", "only_site", "total_kl"]
 
 
 class Objective(pyro.infer.ELBO, nn.Module):
-    """A number per datum, in nats, to be made large.
+    """An objective to maximise: one value per datum, in nats.
 
-    A subclass says in `bound` what is reported and, where the two differ, in `surrogate` what
-    is differentiated; both see only `Densities`, so that they work with every model and guide
+    `bound` is the reported value; `surrogate` is what is differentiated, where the two differ.
+    Both see only `Densities`, so that they work with every model and guide
     whose sites are inside the plate "data". Its weights are declared by `add_weight`: numbers,
     or schedules that move them. `ELBO` is the one to read.
 
@@ -34,8 +41,8 @@ class Objective(pyro.infer.ELBO, nn.Module):
         num_particles: Draws of z for each datum, K; the guide runs once for all.
     """
 
-    batch_level = False  # True where the number needs the whole batch
-    has_adversary = False  # True where a second player is trained beside the model
+    batch_level = False  # True if the value of a datum depends on the rest of its batch
+    has_adversary = False  # True if a second player is trained beside the model
 
     def __init__(self, num_particles: int = 1) -> None:
         nn.Module.__init__(self)
@@ -48,7 +55,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
 
     @abstractmethod
     def bound(self, d: Densities) -> Tensor:
-        """The reported number for each datum [B], in nats, larger is better."""
+        """The reported value of each datum [B], in nats; larger is better."""
 
     def surrogate(self, d: Densities) -> Tensor:
         """What is differentiated [B]; the bound, unless a subclass says otherwise."""
@@ -78,7 +85,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
         self.register_buffer(name, torch.tensor(float(value), dtype=torch.float64))
 
     def prepare(self, num_data: int, steps_per_epoch: int) -> None:
-        """Tells how large the training data are, before the first step; `fit` calls it.
+        """Sets the size of the training data; `fit` calls it before the first step.
 
         Args:
             num_data: Rows N that training visits.
@@ -124,7 +131,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
         """Makes the second player, from the sizes of `d`; `fit` calls it before the first step."""
 
     def adversary_loss(self, d: Densities) -> Tensor:
-        """What the second player makes small, in its own parameters alone."""
+        """The loss of the second player, minimised over its own parameters alone."""
         raise NotImplementedError(f"{type(self).__name__} has no second player")
 
     def adversary_optimizer(self) -> Optimizer:
@@ -195,11 +202,24 @@ def total_kl(d: Densities, rule: str) -> Tensor:
     return sum(others, first)
 
 
-def check_kl(rule: str) -> str:
-    """`rule`, if it is one that `Densities.kl` knows."""
-    if rule not in ("auto", "analytic", "sampled"):
-        raise ValueError(f"kl must be 'auto', 'analytic' or 'sampled'; got {rule!r}")
-    return rule
+def only_site(d: Densities) -> Site:
+    """The latent site of `d`.
+
+    Raises:
+        ValueError: If there are several: q(z) of a hierarchy is not a mixture of q(z | x_n)
+            whose densities are known.
+    """
+    if len(d.sites) != 1:
+        raise ValueError(
+            "the aggregate posterior needs exactly one latent site; the model has "
+            f"{sorted(d.sites)}: use ELBO or another objective of single data"
+        )
+    return next(iter(d.sites.values()))
+
+
+def draws(d: Densities) -> Tensor:
+    """The draws of the one latent site, flattened to [K, B, D]."""
+    return only_site(d).value.reshape(d.num_particles, d.num_data, -1)
 
 
 def _interval(least: float, most: float) -> str:

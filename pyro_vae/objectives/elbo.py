@@ -1,14 +1,15 @@
-"""The evidence lower bound, with a weight on its KL."""
+"""The evidence lower bound, and what changes its KL or its gradient."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pyro_vae.densities import Densities
 from pyro_vae.objectives.base import Objective, check_kl, total_kl
 from pyro_vae.objectives.schedules import Schedule
 
-__all__ = ["ELBO"]
+__all__ = ["ELBO", "Capacity", "FreeBits", "StickingTheLanding"]
 
 
 class ELBO(Objective):
@@ -41,3 +42,163 @@ class ELBO(Objective):
     def bound(self, d: Densities) -> Tensor:
         """Mean reconstruction less beta times the KL, [B]."""
         return d.log_likelihood.mean(0) - self.beta * total_kl(d, self.kl)
+
+
+class Capacity(Objective):
+    r"""Holds the KL of each datum at a capacity, which usually grows.
+
+    .. math:: \frac1K \sum_{k=1}^K \log p(x \mid z_k)
+        - \gamma \, \big| \mathrm{KL}(q(z \mid x) \| p(z)) - C \big|
+
+    Near the capacity it is above the ELBO, and no lower bound. As published, it is
+    `Capacity(gamma=1000.0, capacity=Linear(end=25.0, length=100_000))`.
+
+    Args:
+        capacity: C in nats, zero or more; a number or a schedule.
+        gamma: Weight of the distance, zero or more; a number or a schedule.
+        kl: "analytic", "sampled" (the absolute value of a sampled KL is biased upwards), or
+            "auto": analytic where there is a rule for the pair.
+        num_particles: Draws of z for each datum, K.
+
+    Raises:
+        ValueError: If a weight is out of range; on first use, if `kl` is "analytic" without a
+            rule.
+
+    References:
+        Burgess et al. Understanding disentangling in beta-VAE. 2018.
+    """
+
+    capacity: Tensor
+    gamma: Tensor
+
+    def __init__(
+        self,
+        capacity: float | Schedule = 25.0,
+        gamma: float | Schedule = 1000.0,
+        kl: str = "auto",
+        num_particles: int = 1,
+    ) -> None:
+        super().__init__(num_particles)
+        self.add_weight("capacity", capacity)
+        self.add_weight("gamma", gamma)
+        self.kl = check_kl(kl)
+
+    def bound(self, d: Densities) -> Tensor:
+        """Mean reconstruction less gamma times the distance of the KL from C, [B]."""
+        distance = (total_kl(d, self.kl) - self.capacity).abs()
+        return d.log_likelihood.mean(0) - self.gamma * distance
+
+
+class FreeBits(Objective):
+    r"""Evidence lower bound whose KL costs at least a floor, so that falling below gains nothing.
+
+    For groups j of latent dimensions, with the average over the batch or without,
+
+    .. math:: \frac1K \sum_{k=1}^K \log p(x_b \mid z_{bk}) - \sum_j \max\Big(\lambda, \,
+        \frac1B \sum_{b'=1}^B \mathrm{KL}_{b'j} \Big) \quad\text{or}\quad
+        \dots - \sum_j \max(\lambda, \, \mathrm{KL}_{bj})
+
+    Args:
+        free_nats: Floor lambda of each group in nats, zero or more; a number or a schedule.
+        group_size: Dimensions that share a floor: 1 for each dimension of its own, None for
+            each latent site as a whole. Smaller groups than a site need a prior and a posterior
+            that factorise over dimensions, and a size that divides theirs.
+        on: What has the floor: the mean over the "batch" (as published; the number is then one
+            of the batch), or the KL of each "datum".
+        kl: "analytic", "sampled", or "auto": analytic where there is a rule for the pair.
+        num_particles: Draws of z for each datum, K.
+
+    Raises:
+        ValueError: If an argument is out of range; on first use, if `kl` is "analytic" without
+            a rule, or the latents cannot be grouped so.
+
+    References:
+        Kingma et al. Improved variational inference with inverse autoregressive flow. 2016.
+    """
+
+    free_nats: Tensor
+
+    def __init__(
+        self,
+        free_nats: float | Schedule = 1.0,
+        group_size: int | None = None,
+        on: str = "batch",
+        kl: str = "auto",
+        num_particles: int = 1,
+    ) -> None:
+        super().__init__(num_particles)
+        if group_size is not None and group_size < 1:
+            raise ValueError(f"group_size must be at least 1, or None; got {group_size}")
+        if on not in ("batch", "datum"):
+            raise ValueError(f"on must be 'batch' or 'datum'; got {on!r}")
+        self.add_weight("free_nats", free_nats)
+        self.group_size = group_size
+        self.on = on
+        self.kl = check_kl(kl)
+        self.batch_level = on == "batch"
+
+    def bound(self, d: Densities) -> Tensor:
+        """Mean reconstruction less the KL above its floors, [B]."""
+        kl = self._groups(d)
+        if self.on == "batch":
+            kl = kl.mean(0).expand_as(kl)
+        return d.log_likelihood.mean(0) - torch.maximum(kl, self.free_nats).sum(-1)
+
+    def _groups(self, d: Densities) -> Tensor:
+        """KL of each group [B, J]."""
+        if self.group_size is None:
+            return torch.stack(list(d.kl(self.kl).values()), -1)
+        sites = d.kl_by_dimension(self.kl)
+        return torch.cat([self._grouped(name, kl) for name, kl in sites.items()], -1)
+
+    def _grouped(self, name: str, kl: Tensor) -> Tensor:
+        assert self.group_size is not None
+        if kl.shape[-1] % self.group_size:
+            raise ValueError(
+                f"group_size must divide the {kl.shape[-1]} dimensions of site {name!r}; "
+                f"got {self.group_size}"
+            )
+        return kl.unflatten(-1, (-1, self.group_size)).sum(-1)
+
+
+class StickingTheLanding(Objective):
+    r"""The sampled ELBO, its gradient through the draws alone.
+
+    .. math:: \frac1K \sum_{k=1}^K \big[ \log p(x \mid z_k)
+        - \beta \, (\log q_{\mathrm{stop}(\phi)}(z_k \mid x) - \log p(z_k)) \big],
+        \qquad z_k \sim q_\phi(z \mid x)
+
+    What is left out of the gradient has expectation zero, so that it is unbiased; at beta = 1
+    and the exact posterior it is zero for every draw.
+
+    Args:
+        beta: Weight of the KL, zero or more; a number or a schedule.
+        num_particles: Draws of z for each datum, K.
+
+    Raises:
+        ValueError: If `beta` is negative; on first use, if a distribution of the guide cannot
+            score a point that it did not draw.
+
+    Cost: one more density of the latents; a flow is inverted for it.
+
+    References:
+        Roeder, Wu and Duvenaud. Sticking the landing: simple, lower-variance gradient
+        estimators for variational inference. 2017.
+    """
+
+    beta: Tensor
+
+    def __init__(self, beta: float | Schedule = 1.0, num_particles: int = 1) -> None:
+        super().__init__(num_particles)
+        self.add_weight("beta", beta)
+
+    def bound(self, d: Densities) -> Tensor:
+        """Mean reconstruction less beta times the sampled KL, [B]."""
+        return self._bound(d, d.log_posterior)
+
+    def surrogate(self, d: Densities) -> Tensor:
+        """The same, without the gradient of the guide's own parameters, [B]."""
+        return self._bound(d, d.log_posterior_detached)
+
+    def _bound(self, d: Densities, log_posterior: Tensor) -> Tensor:
+        return (d.log_likelihood - self.beta * (log_posterior - d.log_prior)).mean(0)

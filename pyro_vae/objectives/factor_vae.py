@@ -9,8 +9,7 @@ from torch.func import functional_call
 from torch.optim import Adam, Optimizer
 
 from pyro_vae.densities import Densities
-from pyro_vae.objectives.base import Objective, check_kl, total_kl
-from pyro_vae.objectives.latent import draws
+from pyro_vae.objectives.base import Objective, check_kl, draws, total_kl
 from pyro_vae.objectives.schedules import Schedule
 
 __all__ = ["FactorVAE", "permute_dimensions"]

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from pyro_vae.densities import densities
 from pyro_vae.densities.evaluating import evaluating
 from pyro_vae.objectives import Objective
+from pyro_vae.training.dataset import Dataset, evenly_spaced
 from pyro_vae.training.evaluation import cast, first_weight, programs
 from pyro_vae.training.group import Group
-from pyro_vae.training.rows import Rows, some_rows
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -21,10 +21,10 @@ __all__ = ["Adversary", "start"]
 FIRST_ROWS = 2  # that tell the second player the sizes
 
 
-def start(vae: nn.Module, objective: Objective, rows: Rows, seed: int) -> None:
+def start(vae: nn.Module, objective: Objective, rows: Dataset, seed: int) -> None:
     """Makes the objective's second player, anew, for the latents of `vae`."""
     weight = first_weight(vae)
-    index = some_rows(len(rows), FIRST_ROWS).to(weight.device)
+    index = evenly_spaced(len(rows), FIRST_ROWS).to(weight.device)
     with evaluating(*programs(vae), seed=seed, device=weight.device):
         d = densities(*programs(vae), *cast(rows.batch(index), weight))
     objective.start(d)
@@ -47,6 +47,6 @@ class Adversary:
             weight: Of the share in the batch's mean.
         """
         self.fabric.backward(loss)
-        self.group.average(weight, self.parameters)
+        self.group.all_reduce_mean(weight, self.parameters)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -11,8 +11,8 @@ from pyro_vae.densities import Program, Site, densities
 from pyro_vae.densities.evaluating import evaluating
 from pyro_vae.estimators.bound import lower_bound
 from pyro_vae.generators import forked
+from pyro_vae.training.dataset import Dataset, evenly_spaced
 from pyro_vae.training.group import Group
-from pyro_vae.training.rows import Rows, some_rows
 
 __all__ = ["Evaluator", "cast", "first_weight", "programs"]
 
@@ -51,7 +51,7 @@ class Evaluator:
     """
 
     def __init__(
-        self, vae: nn.Module, train: Rows, validation: Rows | None, seed: int, group: Group
+        self, vae: nn.Module, train: Dataset, validation: Dataset | None, seed: int, group: Group
     ) -> None:
         self.vae, self.seed, self.group = vae, seed, group
         self.device = first_weight(vae).device
@@ -74,12 +74,14 @@ class Evaluator:
         if self.validation is None:
             return {f"validation_{name}": None for name in names}
         values = torch.zeros(3, len(self.validation), dtype=torch.float64)
-        for i, rows in self.group.mine(list(enumerate(torch.arange(len(values[0])).split(CHUNK)))):
+        for i, rows in self.group.local_items(
+            list(enumerate(torch.arange(len(values[0])).split(CHUNK)))
+        ):
             batch = self.validation.batch(rows.to(self.device))
             x, y = cast(batch, first_weight(self.vae))
             bound = lower_bound(*programs(self.vae), x, y, seed=self.seed + i)
             values[:, rows] = torch.stack([getattr(bound, name) for name in names])
-        means = [value.mean().item() for value in self.group.sum(values)]
+        means = [value.mean().item() for value in self.group.all_reduce(values)]
         return {f"validation_{name}": mean for name, mean in zip(names, means)}
 
     def active_units(self) -> tuple[int, int] | None:
@@ -104,7 +106,7 @@ class Evaluator:
         return int(active.sum()), len(active)
 
     def _index(self, num_rows: int, at_most: int) -> Tensor:
-        return some_rows(num_rows, at_most).to(self.device)
+        return evenly_spaced(num_rows, at_most).to(self.device)
 
 
 def _mean(site: Site) -> Tensor:

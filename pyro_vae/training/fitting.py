@@ -20,15 +20,16 @@ from pyro_vae.memory import keep_memory
 from pyro_vae.objectives import ELBO, Objective
 from pyro_vae.training.callbacks import Callback
 from pyro_vae.training.checkpoint import load_state, read_run
+from pyro_vae.training.dataset import Dataset, as_dataset, describe
 from pyro_vae.training.engine import Engine, is_first_process
 from pyro_vae.training.evaluation import Evaluator
 from pyro_vae.training.group import Group
 from pyro_vae.training.history import History
 from pyro_vae.training.optimizers import OptimizerSpec, ScheduleSpec
 from pyro_vae.training.progress import Bar, make_bar
-from pyro_vae.training.rows import Rows, as_rows, describe
 from pyro_vae.training.runs import check_run, start_run
 from pyro_vae.training.settings import Settings
+from pyro_vae.training.step import worth_compiling
 from pyro_vae.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def fit(
     devices: int | list[int] = 1,
     accelerator: str = "auto",
     precision: str = "32-true",
-    compile: bool = False,
+    compile: bool | None = None,
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[Any] = (),
@@ -106,10 +107,10 @@ def fit(
         accelerator: "cpu", "cuda" or "auto": CUDA where there is one.
         precision: "32-true", "bf16-mixed", "16-mixed" or "64-true"; evaluation is never mixed.
         compile: Whether to trace the step once through Pyro's handlers and compile it: 5 to 20
-            seconds once, each step then faster. The noise and, to rounding, the losses are
-            those of the eager step. A shorter last batch runs eagerly, and so does a step that
-            cannot be compiled, after a warning that says why. On one GPU the whole update is
-            recorded as a CUDA graph and replayed, if the optimiser allows it.
+            seconds once, each step then faster. None: if 30,000 steps are planned and there is
+            a compiler; a run that is resumed goes on as it began. The noise and, to rounding,
+            the losses are those of the eager step. A shorter last batch runs eagerly, and so
+            does a step that cannot be compiled, after a warning that says why.
         seed: Of the order and of all noise.
         callbacks: Each is called with a `State` after each epoch, before its checkpoint: what
             they change is kept with it, and an epoch that was broken off is shown again.
@@ -134,16 +135,23 @@ def fit(
     """
     settings = Settings(
         epochs, batch_size, optimizer, lr, schedule, clip_norm, patience, precision, seed,
-        checkpoint_every, compile,
+        checkpoint_every, bool(compile),
     )  # fmt: skip
     objective = ELBO() if objective is None else objective
     _check(vae, objective, validation, patience, run, resume)
     missing = getattr(vae, "missing", True)  # programs of one's own may take NaN
-    train = as_rows(data, "data", missing)
-    held_out = None if validation is None else as_rows(validation, "validation", missing)
+    train = as_dataset(data, "data", missing)
+    held_out = None if validation is None else as_dataset(validation, "validation", missing)
     engine = Engine(accelerator, devices, precision, loggers)
     threads = engine.threads(vae, batch_size * objective.num_particles)
-    settings = replace(settings, threads=threads)
+    settings, said = replace(settings, threads=threads), None
+    if compile is None:
+        steps = epochs * -(-len(train) // batch_size)
+        choice = worth_compiling(steps, objective, precision, engine.on_cuda)
+        choice = _recorded(run if resume else None).get("compile", choice)
+        settings = replace(settings, compile=choice)
+        how = "is compiled" if choice else "runs eagerly"
+        said = f"compile: {steps} steps are planned, and the step {how}"
     if objective.batch_level and engine.size > 1:
         message = (
             f"{type(objective).__name__} looks at whole batches; on {engine.size} devices it sees "
@@ -161,8 +169,9 @@ def fit(
             check_run(run, record, resume)
             _say_threads(run, threads)
     task = Task(
-        vae, objective, train, held_out, settings, run, record, resume, tuple(callbacks), progress
-    )
+        vae, objective, train, held_out, settings, run, record, resume, tuple(callbacks),
+        progress, said,
+    )  # fmt: skip
     result = engine.run(_train, task)
     if engine.spawns:
         _take(result, vae, objective, precision)
@@ -183,14 +192,15 @@ class Task:
 
     vae: nn.Module
     objective: Objective
-    train: Rows
-    held_out: Rows | None
+    train: Dataset
+    held_out: Dataset | None
     settings: Settings
     run: PathLike | None
     record: dict[str, Any]
     resume: bool
     callbacks: Sequence[Callback]
     progress: bool
+    said: str | None = None  # on whether the step is compiled, if nobody asked
 
 
 @dataclass(frozen=True)
@@ -217,17 +227,20 @@ def _train_locked(fabric: Fabric, group: Group, task: Task) -> Result:
     vae, objective, settings, run = task.vae, task.objective, task.settings, task.run
     first, device = group.rank == 0, fabric.device
     state = load_state(run) if run is not None and task.resume and first else None
-    state = group.first(state)
+    state = group.broadcast(state)
     keep_memory()
     with _borrowed(vae, objective, device, settings):
         train = task.train.to(device)
         held_out = None if task.held_out is None else task.held_out.to(device)
         evaluator = Evaluator(vae, train, held_out, settings.seed, group)
         trainer = Trainer(fabric, group, vae, objective, train, evaluator, settings, run)
+        trainer.asked = task.said is None
         trainer.prepare(state)
         if run is not None and first:
             start_run(run, task.record)
         with make_bar(task.progress and first, settings.epochs, trainer.num_batches) as bar:
+            if task.said is not None:
+                bar.say(task.said)
             trainer.fit(bar, task.callbacks)
             collapsed = _report_units(trainer.history, bar)
     moving = objective.unsettled(trainer.step)
@@ -269,9 +282,15 @@ def _check(
         raise ValueError("resume=True needs the folder of the run: give run=")
 
 
+def _recorded(run: PathLike | None) -> dict[str, Any]:
+    """The settings of a run that has begun."""
+    began = run is not None and (Path(run) / "run.json").exists()
+    return {"compile": False, **(read_run(run)["training"] or {})} if began else {}  # type: ignore[arg-type]
+
+
 def _say_threads(run: PathLike, threads: int) -> None:
     """Warns that a run goes on with another number of threads, which round sums otherwise."""
-    before = (read_run(run).get("training") or {}) if (Path(run) / "run.json").exists() else {}
+    before = _recorded(run)
     if before.get("threads", threads) != threads:
         warnings.warn(
             f"{run} was trained on {before['threads']} threads and goes on with {threads}: its "

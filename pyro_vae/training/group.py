@@ -1,4 +1,4 @@
-"""The processes that train together."""
+"""The processes that train together, and their collectives."""
 
 from __future__ import annotations
 
@@ -17,47 +17,47 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Group:
-    """Processes that make each step together, and have the same weights after it; one by default.
+    """Processes that share each step and hold the same weights after it; one by default.
 
     Attributes:
-        rank: The number of this process; the first is 0.
-        size: How many there are.
-        device: Of this process.
+        rank: The number of this process, from 0.
+        size: The number of processes.
+        device: The device of this process.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
 
-    def share(self, index: Tensor) -> tuple[Tensor, float]:
-        """This process's rows of a batch, in its order, and their weight in its mean.
+    def local_rows(self, index: Tensor) -> tuple[Tensor, float]:
+        """This rank's rows of a batch, in order, and their weight in the mean of the batch.
 
-        A batch with fewer than two rows for each process is run whole by all of them.
+        Every rank takes a whole batch that has fewer than two rows for each.
         """
         if self.size == 1 or len(index) < 2 * self.size:
             return index, 1 / self.size
         rows = index.tensor_split(self.size)[self.rank]
         return rows, len(rows) / len(index)
 
-    def mine(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of things to do."""
+    def local_items(self, items: Sequence[T]) -> Sequence[T]:
+        """The items assigned to this rank."""
         return items[self.rank :: self.size]
 
     def seed(self, *numbers: int) -> int:
-        """A seed of this process's own."""
+        """A seed that differs between ranks."""
         return int(np.random.SeedSequence([*numbers, self.rank]).generate_state(1, np.uint64)[0])
 
-    def average(
+    def all_reduce_mean(
         self, weight: float, parameters: Sequence[nn.Parameter], *more: Tensor
     ) -> list[Tensor]:
-        """Gradients and other tensors become their weighted sums over the processes, all at once.
+        """Replaces gradients by their weighted sums over the ranks, in one all-reduce.
 
-        Where one got a gradient and another did not, none counts as zero.
+        A missing gradient counts as zero.
 
         Args:
-            weight: Of this process's.
-            parameters: Whose gradients are replaced.
-            more: Tensors of which the sums are returned.
+            weight: The weight of this rank.
+            parameters: The parameters whose gradients are replaced.
+            more: Other tensors, whose weighted sums are returned.
         """
         if self.size == 1:
             return list(more)
@@ -72,16 +72,16 @@ class Group:
             p.grad = gradient
         return sums[len(parameters) :]
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes."""
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks."""
         if self.size == 1:
             return tensor
         total = tensor.to(self.device, copy=True)
         distributed.all_reduce(total)
         return total.to(tensor.device)
 
-    def first(self, value: T) -> T:
-        """What the first process has."""
+    def broadcast(self, value: T) -> T:
+        """The value of rank 0."""
         if self.size == 1:
             return value
         values: list[Any] = [value]
@@ -89,17 +89,17 @@ class Group:
         return values[0]
 
     def gather(self, value: T) -> list[T]:
-        """What each process has."""
+        """The values of all ranks."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
             distributed.all_gather_object(values, value)
         return values
 
-    def agree(self, tensors: dict[str, Tensor]) -> None:
-        """Overwrites tensors, in place, with those of the first process."""
+    def broadcast_(self, tensors: dict[str, Tensor]) -> None:
+        """Overwrites tensors, in place, with those of rank 0."""
         if self.size == 1:
             return
-        theirs = self.first({name: tensor.cpu() for name, tensor in tensors.items()})
+        theirs = self.broadcast({name: tensor.cpu() for name, tensor in tensors.items()})
         with torch.no_grad():
             for name, tensor in tensors.items():
                 tensor.copy_(theirs[name])

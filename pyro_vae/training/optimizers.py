@@ -18,10 +18,8 @@ __all__ = [
     "ScheduleSpec",
     "make_optimizer",
     "make_schedule",
-    "numbers",
     "restore",
     "spec_name",
-    "why_no_graph",
 ]
 
 OptimizerSpec = str | dict[str, Any] | Callable[[list[nn.Parameter]], Optimizer]
@@ -44,16 +42,11 @@ SCHEDULES: dict[str, type[LRScheduler]] = {
 }
 
 
-WAYS = ("fused", "foreach", "differentiable", "capturable")  # of making the same step
+IMPLEMENTATIONS = ("fused", "foreach", "differentiable", "capturable")  # of the same step
 
 
 def make_optimizer(
-    spec: OptimizerSpec,
-    module: nn.Module,
-    lr: float,
-    *,
-    fused: bool = True,
-    capturable: bool = False,
+    spec: OptimizerSpec, module: nn.Module, lr: float, *, fused: bool = True
 ) -> Optimizer:
     """One optimiser of the parameters of `module` that require gradients.
 
@@ -63,7 +56,6 @@ def make_optimizer(
         module: What is trained.
         lr: The learning rate, unless `spec` says otherwise.
         fused: Whether to take torch's fused step where class and device have one.
-        capturable: Whether to take the one for a CUDA graph, where the class has one.
 
     Raises:
         ValueError: If nothing requires gradients, or the name or an option is unknown.
@@ -76,11 +68,8 @@ def make_optimizer(
     cls, options = _parse("optimizer", spec, OPTIMIZERS)
     options = {"lr": lr, **options}
     _check_options("optimizer", cls, (parameters,), options)
-    chosen = options.keys() & WAYS
-    known = inspect.signature(cls).parameters
-    if capturable and "capturable" in known and not chosen:
-        options["capturable"] = True
-    if fused and "fused" in known and not chosen:
+    chosen = options.keys() & IMPLEMENTATIONS
+    if fused and "fused" in inspect.signature(cls).parameters and not chosen:
         try:
             return cls(parameters, fused=True, **options)
         except RuntimeError:  # not on this device or for this type
@@ -89,10 +78,10 @@ def make_optimizer(
 
 
 def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Loads a state, which may have been made in another way, on another device."""
+    """Loads a state; the implementation stays that of `optimizer`, for its own device."""
     groups = [
-        loaded | {way: mine[way] for way in WAYS if way in mine}
-        for loaded, mine in zip(state["param_groups"], optimizer.param_groups, strict=True)
+        loaded | {name: own[name] for name in IMPLEMENTATIONS if name in own}
+        for loaded, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     optimizer.load_state_dict({**state, "param_groups": groups})
     for parameter, kept in optimizer.state.items():
@@ -100,17 +89,6 @@ def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
         for name, value in tensors.items():
             if torch.broadcast_shapes(value.shape, parameter.shape) != parameter.shape:
                 raise TypeError(f"{name} of the optimizer is {list(value.shape)}")
-
-
-def why_no_graph(optimizer: Optimizer, num_processes: int) -> str | None:
-    """What stands against a CUDA graph of its steps, if anything does."""
-    if num_processes > 1:
-        return f"{num_processes} processes exchange their gradients in it"
-    if type(optimizer) is torch.optim.SGD:  # counts no steps
-        return None
-    if all(group.get("capturable") for group in optimizer.param_groups):
-        return None
-    return f"{type(optimizer).__name__} is not made with capturable=True"
 
 
 def make_schedule(spec: ScheduleSpec | None, optimizer: Optimizer) -> LRScheduler | None:
@@ -130,14 +108,6 @@ def advance(schedule: LRScheduler, elbo: float) -> None:
         schedule.step(-elbo)
     else:
         schedule.step()
-
-
-def numbers(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The settings of each group of parameters, such as the learning rate, as they are now."""
-    return [
-        {name: value for name, value in group.items() if name != "params"}
-        for group in optimizer.param_groups
-    ]
 
 
 def spec_name(spec: Any) -> Any:

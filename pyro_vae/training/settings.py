@@ -1,4 +1,4 @@
-"""The numbers of a training."""
+"""The settings of a training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Settings", "describe_objective"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What `fit` was asked to do; checked when made."""
+    """The arguments of `fit` that a run records; checked when made."""
 
     epochs: int
     batch_size: int
@@ -50,7 +50,7 @@ class Settings:
 
 
 def describe_objective(objective: Objective) -> dict[str, Any]:
-    """Class and arguments, as far as attributes of the same names tell."""
+    """Class and arguments; these are read from attributes named like them."""
     objective.at(0)
     names = inspect.signature(type(objective)).parameters
     values = {name: getattr(objective, name) for name in names if hasattr(objective, name)}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,23 +19,21 @@ from pyro_vae.objectives import Objective
 from pyro_vae.training.adversary import Adversary, start
 from pyro_vae.training.callbacks import Callback, State
 from pyro_vae.training.checkpoint import load_weights, put_weights, save_checkpoint
+from pyro_vae.training.dataset import Dataset, epoch_order
 from pyro_vae.training.evaluation import Evaluator
-from pyro_vae.training.graph import Recorder, has_graphs
 from pyro_vae.training.group import Group
 from pyro_vae.training.history import History
-from pyro_vae.training.optimizers import (
-    advance,
-    make_optimizer,
-    make_schedule,
-    numbers,
-    restore,
-    why_no_graph,
-)
+from pyro_vae.training.optimizers import advance, make_optimizer, make_schedule, restore
 from pyro_vae.training.progress import Bar
-from pyro_vae.training.rows import Rows, epoch_order
 from pyro_vae.training.runs import write_metrics
 from pyro_vae.training.settings import Settings
-from pyro_vae.training.step import CompiledStep, EagerStep, StepLoss, Watch
+from pyro_vae.training.step import (
+    Gradient,
+    Monitor,
+    StepLoss,
+    compiled_gradient,
+    eager_gradient,
+)
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -49,7 +45,7 @@ INTERVAL = 0.5  # seconds between looks at the device
 
 
 class Trainer:
-    """Where a training is, and how it goes on."""
+    """The state of a training, and the loop over its epochs."""
 
     def __init__(
         self,
@@ -57,7 +53,7 @@ class Trainer:
         group: Group,
         vae: nn.Module,
         objective: Objective,
-        train: Rows,
+        train: Dataset,
         evaluator: Evaluator,
         settings: Settings,
         run: PathLike | None,
@@ -72,11 +68,11 @@ class Trainer:
         self.began: float | None = None  # ELBO of the first step
         self.best: dict[str, Tensor] | None = None
         self.adversary: Adversary | None = None
-        self.compiled: EagerStep | CompiledStep | None = None  # made when it is first needed
-        self.recorder: Recorder | None = None  # on a GPU
+        self.compiled: Gradient | None = None  # made when it is first needed
+        self.asked = True  # whether the user asked to compile: a failure is a warning
         self.num_batches = -(-len(train) // settings.batch_size)
         batch = torch.arange(min(settings.batch_size, len(train)))
-        self.rows = len(group.share(batch)[0])  # of this process, in a whole batch
+        self.rows = len(group.local_rows(batch)[0])  # of this process, in a whole batch
 
     def prepare(self, state: dict[str, Any] | None) -> None:
         """Initialises the vae, or goes back to a checkpoint; makes the optimiser."""
@@ -88,27 +84,22 @@ class Trainer:
                 put_weights(self.vae, load_weights(self.run, "last"), self.run)  # type: ignore[arg-type]
         elif callable(initialise := getattr(self.vae, "initialise", None)):
             initialise(self.evaluator.initial_data())
-        self.group.agree(self._variables())
+        self.group.broadcast_(self._variables())
         self._check_validation()
         if self.objective.has_adversary:
             start(self.vae, self.objective, self.train, self.settings.seed)
-            self.group.agree(self.objective.state_dict())
-        self.bare_loss = StepLoss(self.vae, self.objective, self.train)
-        self.watch = Watch(self.bare_loss, self.fabric.device)
+            self.group.broadcast_(self.objective.state_dict())
+        self.loss = StepLoss(self.vae, self.objective, self.train)
+        self.monitor = Monitor(self.loss, self.fabric.device)
         options = self.settings
         # 16-mixed unscales gradients before the step, which fused ones do inside
         fused = options.precision != "16-mixed"
-        graphs = options.compile and has_graphs(self.fabric.device)
-        optimizer = make_optimizer(
-            options.optimizer, self.vae, options.lr, fused=fused, capturable=graphs
-        )
-        if graphs:
-            self.recorder = Recorder(why_no_graph(optimizer, self.group.size))
+        optimizer = make_optimizer(options.optimizer, self.vae, options.lr, fused=fused)
         optimizer.zero_grad()
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.schedule = make_schedule(options.schedule, optimizer)
-        self.loss, self.optimizer = self.fabric.setup(self.bare_loss, optimizer)
-        self.eager = EagerStep(self.fabric, self.bare_loss)
+        self.wrapped, self.optimizer = self.fabric.setup(self.loss, optimizer)
+        self.eager = eager_gradient(self.fabric, self.loss)
         if self.objective.has_adversary:
             self.adversary = Adversary(self.fabric, self.group, self.objective)
         if state is not None:
@@ -140,15 +131,12 @@ class Trainer:
         """
         self.fabric.log_dict({k: v for k, v in row.items() if v is not None}, self.step)
         state = State(self.epoch, self.step, self.vae, dict(row))
-        before = self._addresses()
         if self.group.rank == 0:
             self._check_folder()  # before a callback misses it
         for callback in callbacks if self.group.rank == 0 else ():
             with forked(self.fabric.device):
                 callback(state)
-        if self.recorder is not None and self._addresses() != before:
-            self.recorder.forget()
-        return self.group.first(state.stopped)
+        return self.group.broadcast(state.stopped)
 
     def _check_validation(self) -> None:
         """Data that the vae does not take fail now, not after an epoch."""
@@ -179,39 +167,28 @@ class Trainer:
 
     def _step(self, index: Tensor, bar: Bar) -> None:
         self.objective.at(self.step)
-        share, weight = self.group.share(index)
+        share, weight = self.group.local_rows(index)
         try:
             with pyro.validation_enabled(self.step < VALIDATED):
-                batch = self.bare_loss.batch(share)
-                gradient = self._gradient(batch, bar)
-                update = partial(self._update, gradient, weight, len(index))
-                if self.recorder is None or not isinstance(gradient, CompiledStep):
-                    update(*batch)
-                else:
-                    self.recorder(update, *batch)
+                batch = self.loss.batch(share)
+                loss, terms, adversary_loss = self._gradient(batch, bar)(*batch)
         except ValueError as error:
             raise ValueError(f"step {self.step}: {error}") from error
-        self.step += 1
-        self.offset += 1
-
-    def _update(
-        self, gradient: EagerStep | CompiledStep, weight: float, size: int, *batch: Tensor
-    ) -> None:
-        """A move along the gradient of this process's share of a batch of this size."""
-        loss, terms, adversary_loss = gradient(*batch)
-        if len(batch[0]) != size:
-            terms = terms * (size / len(batch[0]))
-        loss, terms = self.group.average(weight, self.parameters, loss, terms)
-        self.watch.see(loss, terms)
+        if len(share) != len(index):
+            terms = terms * (len(index) / len(share))
+        loss, terms = self.group.all_reduce_mean(weight, self.parameters, loss, terms)
+        self.monitor.add(self.step, loss, terms)
         self._clip()
         self.optimizer.step()
         for parameter in self.parameters:
             parameter.grad = None
         if self.adversary is not None and adversary_loss is not None:
             self.adversary.step(adversary_loss, weight)
+        self.step += 1
+        self.offset += 1
 
-    def _gradient(self, batch: tuple[Tensor, ...], bar: Bar) -> EagerStep | CompiledStep:
-        """What makes this step: once its arguments are checked, compiled if that is asked for.
+    def _gradient(self, batch: tuple[Tensor, ...], bar: Bar) -> Gradient:
+        """The eager gradient; after the first, checked steps the compiled one if asked for.
 
         The last batch of an epoch, if it is shorter, is not worth a compilation.
         """
@@ -220,28 +197,28 @@ class Trainer:
         if self.compiled is None:
             bar.say("compiling the training step")
             try:
-                self.compiled = CompiledStep(self.fabric, self.bare_loss, *batch)
+                self.compiled = compiled_gradient(self.fabric, self.loss, *batch)
             except CannotCompile as error:
-                warnings.warn(f"compile: the step runs eagerly, for {error}", stacklevel=2)
+                message = f"compile: the step runs eagerly, for {error}"
+                warnings.warn(message, stacklevel=2) if self.asked else bar.say(message)
                 self.compiled = self.eager
         return self.compiled
 
     def _clip(self) -> None:
         """Clips the gradient; on a CPU, refuses one that is not finite."""
-        limit = self.settings.clip_norm
-        total: Tensor | float | None = None
+        limit, total = self.settings.clip_norm, None
         if limit is not None:
             total = self.fabric.clip_gradients(
-                self.loss, self.optimizer, max_norm=limit, error_if_nonfinite=False
+                self.wrapped, self.optimizer, max_norm=limit, error_if_nonfinite=False
             )
-        elif self.watch.at_once:
+        elif self.monitor.every_step:
             total = sum(p.grad.sum() for p in self.parameters if p.grad is not None)
-        if self.watch.at_once and total is not None and not math.isfinite(total):
-            raise self.watch.gradient_error(self.step)
+        if self.monitor.every_step and total is not None:
+            self.monitor.check_gradient(self.step, float(total))
 
     def _look(self, bar: Bar) -> None:
-        """Reads the device: whether all was finite, and the means for the bar."""
-        self.watch.check()
+        """Reads the device: raises if a loss was not finite, and shows the means."""
+        self.monitor.raise_if_bad(self.step)
         means = self._means()
         if self.began is None:
             self.began = means["elbo"]
@@ -250,15 +227,15 @@ class Trainer:
     def _means(self) -> dict[str, float]:
         """Of the data of this epoch so far, in nats."""
         count = min(self.offset * self.settings.batch_size, len(self.train))
-        assert self.watch.sums is not None
-        objective, reconstruction, *kls = (self.watch.sums / count).tolist()
+        assert self.monitor.sums is not None
+        objective, reconstruction, *kls = (self.monitor.sums / count).tolist()
         kl = sum(kls)
         elbo = reconstruction - kl
         return {"elbo": elbo, "reconstruction": reconstruction, "kl": kl, "objective": objective}
 
     def _end_epoch(self) -> dict[str, Any]:
         began = time.monotonic()
-        self.group.agree(dict(self.vae.named_buffers()))
+        self.group.broadcast_(dict(self.vae.named_buffers()))
         row: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step, "seconds": 0.0}
         row |= {"lr": float(self.optimizer.param_groups[0]["lr"]), **self._means()}
         row |= self.evaluator.bound()
@@ -268,12 +245,9 @@ class Trainer:
         self.history.rows.append(row)
         if self.schedule is not None:
             elbo = row["validation_elbo"]
-            before = numbers(self.optimizer)
             advance(self.schedule, row["elbo"] if elbo is None else elbo)
-            if self.recorder is not None and numbers(self.optimizer) != before:
-                self.recorder.forget()
         self.epoch, self.offset, self.seconds = self.epoch + 1, 0, 0.0
-        self.watch.begin()
+        self.monitor.sums = None
         return row
 
     def _out_of_patience(self) -> bool:
@@ -287,9 +261,8 @@ class Trainer:
     def _save(self, best: bool) -> None:
         if self.run is None:
             return
-        self.watch.check()
-        self._check_weights()
-        self.group.agree(dict(self.vae.named_buffers()))
+        self.monitor.raise_if_bad(self.step, self.parameters)
+        self.group.broadcast_(dict(self.vae.named_buffers()))
         state = self._state()
         if self.group.rank == 0:
             self._check_folder()
@@ -303,19 +276,6 @@ class Trainer:
                 "gone; train anew, and leave the folder where it is"
             )
 
-    def _check_weights(self) -> None:
-        """Off the CPU gradients are not watched, but what they did to the weights."""
-        if self.watch.at_once or all(bool(p.isfinite().all()) for p in self.parameters):
-            return
-        raise FloatingPointError(
-            f"step {self.step}: weights are not finite, though all losses were: a gradient was "
-            "not; lower lr, or look for a function whose derivative is infinite"
-        )
-
-    def _addresses(self) -> list[int]:
-        """Where the weights and buffers are: a graph goes on writing there."""
-        return [tensor.data_ptr() for tensor in self._variables().values()]
-
     def _variables(self) -> dict[str, Tensor]:
         return dict([*self.vae.named_parameters(), *self.vae.named_buffers()])
 
@@ -327,7 +287,7 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "offset": self.offset,
-            "sums": self.watch.sums,
+            "sums": self.monitor.sums,
             "seconds": self.seconds,
             "rng": generators[0],
             "rng_of_others": generators[1:],
@@ -344,7 +304,8 @@ class Trainer:
             setattr(self, name, state[name])
         if self.step != self.epoch * self.num_batches + self.offset:
             raise TypeError(f"step {self.step} is not in epoch {self.epoch}")
-        self.watch.begin(self.step, state["sums"])
+        if state["sums"] is not None:
+            self.monitor.sums = state["sums"].to(self.fabric.device)
         restore(self.optimizer, state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
@@ -355,7 +316,7 @@ class Trainer:
         self.history = History(**state["history"])
         if self.history.best_epoch is not None:
             first = self.group.rank == 0
-            self.best = self.group.first(load_weights(self.run, "best") if first else {})  # type: ignore[arg-type]
+            self.best = self.group.broadcast(load_weights(self.run, "best") if first else {})  # type: ignore[arg-type]
         if self.group.rank == 0:
             write_metrics(self.run, self.history.rows)  # type: ignore[arg-type]
         self._load_generators([state["rng"], *state.get("rng_of_others", [])])

@@ -40,8 +40,8 @@ from pyro_vae.objectives import (
     Objective,
 )
 from pyro_vae.training import fit, trainer
+from pyro_vae.training.dataset import TensorDataset
 from pyro_vae.training.engine import Engine
-from pyro_vae.training.rows import TensorRows
 from pyro_vae.training.step import LossAndGradient, StepLoss
 from pyro_vae.vae import VAE
 
@@ -65,7 +65,7 @@ def same(here: Any, there: Any) -> None:
 def step_of(vae: nn.Module, x: Tensor, objective: Objective) -> LossAndGradient:
     objective.prepare(2 * len(x), 3)
     objective.at(0)
-    return LossAndGradient(StepLoss(vae.train(), objective, TensorRows(x)))
+    return LossAndGradient(StepLoss(vae.train(), objective, TensorDataset(x)))
 
 
 def outcome(step: LossAndGradient, x: Tensor) -> list[Tensor]:
@@ -179,7 +179,7 @@ def test_fit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     here = fit(twin, x, objective(), accelerator="cpu", **options)
     monkeypatch.setattr(Engine, "_single", fabric)
     monkeypatch.setattr(trainer, "INTERVAL", float("inf"))
-    rows = Counted(TensorRows(x))
+    rows = Counted(TensorDataset(x))
     there = fit(vae, rows, objective(), **options)
     for part, weight in twin.state_dict().items():
         torch.testing.assert_close(vae.state_dict()[part], weight, rtol=1e-4, atol=1e-5)

@@ -33,10 +33,10 @@ from training_cases import QUIET, make_data, make_vae, noisy_data, same, weights
 
 from pyro_vae import likelihoods, networks, posteriors, priors
 from pyro_vae.compiling import CannotCompile, Traced, compiled
-from pyro_vae.objectives import ELBO, IWAE, Capacity, DReG, Linear, Objective
-from pyro_vae.training import fit
-from pyro_vae.training.rows import TensorRows
-from pyro_vae.training.step import CompiledStep, LossAndGradient, StepLoss
+from pyro_vae.objectives import ELBO, IWAE, Capacity, DReG, FactorVAE, Linear, Objective
+from pyro_vae.training import fit, read_run, step
+from pyro_vae.training.dataset import TensorDataset
+from pyro_vae.training.step import LossAndGradient, StepLoss, compiled_gradient, worth_compiling
 from pyro_vae.vae import VAE
 
 ONE_PLAYER = [cls for cls in OBJECTIVES if not cls.has_adversary]
@@ -46,7 +46,7 @@ def step_of(vae: nn.Module, x: Tensor, objective: Objective | None = None) -> Lo
     objective = objective or ELBO()
     objective.prepare(2 * len(x), 3)
     objective.at(0)
-    return LossAndGradient(StepLoss(vae.train(), objective, TensorRows(x)))
+    return LossAndGradient(StepLoss(vae.train(), objective, TensorDataset(x)))
 
 
 def outcome(step: Any, *inputs: Tensor) -> list[Tensor | None]:
@@ -273,7 +273,7 @@ def test_what_cannot_be_compiled_trains_eagerly_and_says_why() -> None:
 def test_no_compiler_is_said_in_one_line() -> None:
     code = """
 from training_cases import QUIET, make_data, make_vae
-from pyro_vae.training import fit
+from pyro_vae.training import fit, read_run, step
 fit(make_vae(), make_data(41), epochs=2, batch_size=10, compile=True, **QUIET)
 """
     # torch reads the compiler's name once, when it is imported: a process of its own
@@ -292,9 +292,9 @@ fit(make_vae(), make_data(41), epochs=2, batch_size=10, compile=True, **QUIET)
 def test_gradients_that_are_scaled_are_not_compiled() -> None:
     fabric = SimpleNamespace(strategy=SimpleNamespace(precision=SimpleNamespace(scaler=object())))
     vae = make_vae()
-    loss = StepLoss(vae, ELBO(), TensorRows(make_data()))
+    loss = StepLoss(vae, ELBO(), TensorDataset(make_data()))
     with pytest.raises(CannotCompile, match="16-mixed"):
-        CompiledStep(fabric, loss, make_data()[:5])
+        compiled_gradient(fabric, loss, make_data()[:5])
 
 
 @pytest.mark.slow
@@ -305,3 +305,40 @@ def test_precisions_compile(precision: str) -> None:
     tolerance = 1e-6 if precision == "64-true" else 0.02  # Adam magnifies rounding
     for eager, fast in zip(*rows):
         assert fast["elbo"] == pytest.approx(eager["elbo"], abs=tolerance)
+
+
+def test_a_long_training_is_worth_a_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", sys.executable)  # a program that is there
+    asked = {"objective": ELBO(), "precision": "32-true", "on_cuda": False}
+    assert worth_compiling(30_000, **asked)
+    assert not worth_compiling(29_999, **asked)
+    assert not worth_compiling(30_000, **{**asked, "objective": FactorVAE()})
+    assert not worth_compiling(30_000, **{**asked, "precision": "16-mixed"})
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert not worth_compiling(30_000, **asked)
+
+
+def test_what_was_decided_is_recorded_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(step, "compiled", lambda *a: made.append(a) or Traced(*a))
+    options = {"batch_size": 10, **QUIET}
+
+    def train(run: str, **more: Any) -> dict[str, Tensor]:
+        vae = make_vae()
+        fit(vae, make_data(), run=tmp_path / run, **options, **more)
+        return weights(vae)
+
+    train("short", epochs=1)
+    assert read_run(tmp_path / "short")["training"]["compile"] is False
+    monkeypatch.setattr(step, "which", lambda _: "a compiler")
+    monkeypatch.setattr(step, "LONG", 18)
+    whole = train("whole", epochs=3)
+    assert read_run(tmp_path / "whole")["training"]["compile"] is True
+    train("broken", epochs=3, callbacks=[lambda state: state.stop()])
+    monkeypatch.setattr(step, "LONG", 10_000)
+    assert same(whole, train("broken", epochs=3, resume=True))
+    train("short", epochs=3, resume=True)
+    assert len(made) == 3
+    assert read_run(tmp_path / "broken")["training"]["compile"] is True

@@ -23,10 +23,10 @@ from pyro_vae.objectives import ELBO, BetaTC, FactorVAE, Objective
 from pyro_vae.processes import in_processes
 from pyro_vae.training import State, evaluation, fit, load_weights
 from pyro_vae.training.checkpoint import load_state
+from pyro_vae.training.dataset import as_dataset
 from pyro_vae.training.engine import Engine
 from pyro_vae.training.fitting import Result, Task, _train
 from pyro_vae.training.group import Group
-from pyro_vae.training.rows import as_rows
 from pyro_vae.training.settings import Settings
 from pyro_vae.vae import VAE
 
@@ -92,8 +92,8 @@ def train(
         "checkpoint_every": None,
         **changed,
     }
-    rows = as_rows(make_data() if data is None else data, "data")
-    held_out = None if validation is None else as_rows(validation, "validation")
+    rows = as_dataset(make_data() if data is None else data, "data")
+    held_out = None if validation is None else as_dataset(validation, "validation")
     settings, objective = Settings(**options), objective or ELBO()
     task = Task(
         vae, objective, rows, held_out, settings, run, {}, resume, callbacks, progress=False
@@ -294,7 +294,7 @@ def test_batch_level_objectives_say_what_they_see(monkeypatch: pytest.MonkeyPatc
 def test_shares_of_a_batch() -> None:
     for rows in range(1, 12):
         index = torch.arange(rows) + 7
-        parts = [Group(rank, 3).share(index) for rank in range(3)]
+        parts = [Group(rank, 3).local_rows(index) for rank in range(3)]
         assert sum(weight for _, weight in parts) == pytest.approx(1)
         if rows < 6:
             assert all(torch.equal(part, index) for part, _ in parts)
@@ -303,7 +303,7 @@ def test_shares_of_a_batch() -> None:
             assert [weight * rows for _, weight in parts] == pytest.approx(
                 [len(p) for p, _ in parts]
             )
-    part, weight = Group().share(index)
+    part, weight = Group().local_rows(index)
     assert part is index
     assert weight == 1
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: its noise, its compiler, its graphs. Skipped where there is none."""
+"""What only a GPU can show: its noise and its compiler. Skipped where there is none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from training_cases import make_data, make_vae, same, weights
 from pyro_vae import cli, importance_sampling, log_evidence, priors
 from pyro_vae.objectives import ELBO, IWAE, BetaTC, Linear, Objective
 from pyro_vae.training import fit, trainer
-from pyro_vae.training.graph import CapturedUpdate
 
 DEVICE = os.environ.get("PYRO_VAE_TEST_DEVICE", "cuda")  # "cpu": to try the tests themselves
 pytestmark = [
@@ -32,20 +31,6 @@ OPTIONS: dict[str, Any] = {
     "accelerator": DEVICE,
     "progress": False,
 }
-
-
-@pytest.fixture
-def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One for each replay of a CUDA graph."""
-    seen: list[int] = []
-    replay = CapturedUpdate.__call__
-
-    def count(self: CapturedUpdate, *batch: Tensor) -> None:
-        seen.append(len(batch[0]))
-        replay(self, *batch)
-
-    monkeypatch.setattr(CapturedUpdate, "__call__", count)
-    return seen
 
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -63,9 +48,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("prior", [priors.StandardNormal, priors.VampPrior])
-def test_graphs_give_the_weights_of_the_eager_step(
-    case: str, prior: type, replays: list[int]
-) -> None:
+def test_compiled_steps_give_the_weights_of_the_eager_step(case: str, prior: type) -> None:
     objective, options = CASES[case]
     vae = make(prior, norm="batch")
     x, twin = draw(vae, 53), copy.deepcopy(vae)
@@ -77,20 +60,16 @@ def test_graphs_give_the_weights_of_the_eager_step(
     for mine, other in zip(eager.rows, compiled.rows, strict=True):
         for part in ("elbo", "kl", "objective", "lr"):
             assert other[part] == pytest.approx(mine[part], rel=1e-7)
-    if DEVICE == "cuda":
-        assert len(replays) == 8  # of 12 whole batches two are checked, and two are launched
 
 
 @pytest.mark.parametrize("cls", [cls for cls in OBJECTIVES if not cls.has_adversary])
-def test_every_objective_is_a_graph(cls: type[Objective], replays: list[int]) -> None:
+def test_every_objective_compiles(cls: type[Objective]) -> None:
     vae = make()
     x, twin = draw(vae, 23), copy.deepcopy(vae)
     fit(twin, x, cls(), **{**OPTIONS, "precision": "64-true"})
     fit(vae, x, cls(), compile=True, **{**OPTIONS, "precision": "64-true"})
     for name, weight in twin.state_dict().items():
         torch.testing.assert_close(vae.state_dict()[name], weight, rtol=1e-6, atol=1e-8)
-    if DEVICE == "cuda":
-        assert replays
 
 
 @pytest.mark.parametrize("compile", [False, True])

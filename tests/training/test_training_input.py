@@ -15,9 +15,9 @@ from training_cases import QUIET, make_data, make_vae, same, weights
 from pyro_vae import likelihoods
 from pyro_vae.objectives import ELBO
 from pyro_vae.training import State, fit, load_weights
+from pyro_vae.training.dataset import as_dataset
 from pyro_vae.training.optimizers import make_optimizer, make_schedule
-from pyro_vae.training.rows import as_rows
-from pyro_vae.training.step import StepLoss, Watch
+from pyro_vae.training.step import Monitor, StepLoss
 
 
 @pytest.mark.parametrize(
@@ -119,13 +119,14 @@ def test_a_device_that_is_not_waited_for() -> None:
     vae = make_vae()
     module = StepLoss(vae, ELBO(), None)  # type: ignore[arg-type]
     module.observed, module.latent = ["x"], ["z"]
-    watch = Watch(module, torch.device("cpu"))
-    watch.at_once = False
+    monitor = Monitor(module, torch.device("cpu"))
+    monitor.every_step = False
     bad = torch.tensor(torch.nan)
-    for loss, kl in [(1.0, 2.0), (bad, bad), (bad, 3.0)]:
-        watch.see(torch.as_tensor(loss), torch.stack([bad, *map(torch.as_tensor, (1.0, kl))]))
+    for step, (loss, kl) in enumerate([(1.0, 2.0), (bad, bad), (bad, 3.0)]):
+        terms = torch.stack([bad, *map(torch.as_tensor, (1.0, kl))])
+        monitor.add(step, torch.as_tensor(loss), terms)
     with pytest.raises(FloatingPointError, match="step 1: the log density of site 'z'"):
-        watch.check()
+        monitor.raise_if_bad(2)
 
 
 @pytest.mark.parametrize(
@@ -190,16 +191,16 @@ def test_y_that_nothing_looks_at_is_refused(validated: bool) -> None:
 def test_rows_and_pairs_of_other_kinds() -> None:
     x, y = make_data(), torch.randn(53, 2)
     for pair in ((x, y), [x, y], (x.numpy(), y.numpy()), (x.tolist(), y.tolist())):
-        rows = as_rows(pair, "data")
+        rows = as_dataset(pair, "data")
         assert torch.equal(rows.x, x)
         assert torch.equal(rows.y, y)
     for alone in (x, x.numpy(), x.tolist(), list(x), x[:2].tolist(), (x, None), x.numpy()[::-1]):
-        rows = as_rows(alone, "data")
+        rows = as_dataset(alone, "data")
         assert rows.y is None
         assert rows.x.shape[1:] == (7,)
     frame = pytest.importorskip("pandas").DataFrame
-    assert torch.equal(as_rows(frame(x.numpy()), "data").x, x)
-    assert torch.equal(as_rows((frame(x.numpy()), frame(y.numpy())), "data").y, y)
+    assert torch.equal(as_dataset(frame(x.numpy()), "data").x, x)
+    assert torch.equal(as_dataset((frame(x.numpy()), frame(y.numpy())), "data").y, y)
 
 
 @pytest.mark.parametrize("validated", [True, False])

@@ -28,8 +28,8 @@ from training_cases import (
 from pyro_vae.estimators import evidence_lower_bound
 from pyro_vae.objectives import ELBO
 from pyro_vae.training import History, State, fit
+from pyro_vae.training.dataset import epoch_order
 from pyro_vae.training.history import COLUMNS
-from pyro_vae.training.rows import epoch_order
 
 
 def by_hand(

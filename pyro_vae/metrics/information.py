@@ -1,4 +1,4 @@
-"""The mutual information gap, in its two published definitions."""
+"""Disentanglement as mutual information of latents and factors."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from pyro_vae.arguments import check_whole
 from pyro_vae.marginals import marginals, pair_marginals
 from pyro_vae.metrics.decomposition import check_posterior, chunks, draws_of, evenly, log_mean
 from pyro_vae.metrics.factors import (
+    Score,
     check,
     discretise,
     entropy,
     gap,
     information_matrix,
 )
-from pyro_vae.metrics.score import Score
 
-__all__ = ["factor_information", "mig", "mig_of_means"]
+__all__ = ["factor_information", "mig", "mig_of_means", "modularity"]
 
 
 def mig(
@@ -46,7 +46,7 @@ def mig(
         posterior: q(z | x_n) of all data, batch [N], event (D,), a diagonal or full Normal.
         factors: Index of each factor's value [N, F].
         names: Of the factors.
-        without: Those, by name, that are left out; names that there are not count for nothing.
+        without: Those, by name, that are left out; unknown names are ignored.
         num_samples: Draws of z for each datum.
         num_rows: Data to draw from; all if None.
         seed: Of the draws.
@@ -164,3 +164,45 @@ def _entropies(factors: Tensor) -> Tensor:
             f"expected factors that vary; column(s) {constant} have one value: leave them out"
         )
     return entropies
+
+
+def modularity(
+    means: Tensor, factors: Tensor, names: Sequence[str] | None = None, *, bins: int = 20
+) -> Score:
+    r"""One less the share of a dimension's squared information that is on other factors.
+
+    .. math:: \frac1D \sum_d \Big(1 - \frac{\sum_{f \neq f^*} I_{fd}^2}{(F - 1) I_{f^* d}^2}\Big)
+
+    with f* the factor of most information on dimension d, in nats, and bins as in
+    `mig_of_means`. A dimension that has no information on any factor counts as zero. A copied
+    dimension costs nothing.
+
+    Args:
+        means: E[z | x_n] [N, D].
+        factors: Index of each factor's value [N, F], two or more of them.
+        names: Of the factors.
+        bins: Bins of equal width over the range of each dimension.
+
+    Raises:
+        ValueError: If the shapes do not fit, or there is one factor.
+
+    References:
+        Ridgeway and Mozer. Learning deep disentangled embeddings with the F-statistic loss. 2018.
+    """
+    codes, values, labels = check(means, factors, names, bins=bins)
+    if len(labels) < 2:
+        raise ValueError("expected at least two factors: with one, every code is modular")
+    information = information_matrix(values, discretise(codes, bins))
+    square = information.pow(2)
+    highest = square.amax(0)
+    others = (square.sum(0) - highest) / (len(labels) - 1)
+    each = torch.where(highest > 1e-20, 1 - others / highest, 0.0)
+    return Score(
+        "modularity",
+        each.mean().item(),
+        "Ridgeway and Mozer 2018: histogram of posterior means",
+        labels,
+        len(codes),
+        bins=bins,
+        matrix=information,
+    )

@@ -1,4 +1,4 @@
-"""What `fit` takes as data."""
+"""Datasets, as `fit` takes them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from pyro_vae.arguments import as_tensor, check_finite, is_rows
 
-__all__ = ["Rows", "TensorRows", "as_rows", "describe", "epoch_order", "some_rows"]
+__all__ = ["Dataset", "TensorDataset", "as_dataset", "describe", "epoch_order", "evenly_spaced"]
 
 
 @runtime_checkable
-class Rows(Protocol):
-    """N rows that can be gathered by index; `describe()` and `digest()` are recorded if had."""
+class Dataset(Protocol):
+    """N rows that are gathered by index; `describe()` and `digest()` are recorded if defined."""
 
     def __len__(self) -> int:
         """The number of rows N."""
@@ -28,15 +28,15 @@ class Rows(Protocol):
         Noise that is drawn anew at each visit comes from torch's global generator.
         """
 
-    def fixed(self, seed: int) -> Rows:
+    def fixed(self, seed: int) -> Dataset:
         """The same rows with their noise drawn once, for evaluation."""
 
-    def to(self, device: torch.device) -> Rows:
+    def to(self, device: torch.device) -> Dataset:
         """The same rows on a device."""
 
 
 @dataclass(frozen=True, eq=False)
-class TensorRows:
+class TensorDataset:
     """Tensors as they are; values that are not floating point become so in a batch.
 
     Attributes:
@@ -56,13 +56,13 @@ class TensorRows:
         x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
         return x, None if self.y is None else self.y[index]
 
-    def fixed(self, seed: int) -> TensorRows:
+    def fixed(self, seed: int) -> TensorDataset:
         """These rows: they carry no noise."""
         return self
 
-    def to(self, device: torch.device) -> TensorRows:
+    def to(self, device: torch.device) -> TensorDataset:
         """The same rows on a device."""
-        return TensorRows(self.x.to(device), None if self.y is None else self.y.to(device))
+        return TensorDataset(self.x.to(device), None if self.y is None else self.y.to(device))
 
     def describe(self) -> dict[str, Any]:
         """Shapes and types."""
@@ -84,8 +84,8 @@ class TensorRows:
         return sha.hexdigest()
 
 
-def as_rows(data: Any, name: str, missing: bool = False) -> Rows:
-    """Data in the form that `fit` works with; `missing` as in `check_finite`.
+def as_dataset(data: Any, name: str, missing: bool = False) -> Dataset:
+    """`data` as a dataset; `missing` as in `check_finite`.
 
     Raises:
         ValueError: If they are of another kind, empty, unequal in length or not finite.
@@ -94,7 +94,7 @@ def as_rows(data: Any, name: str, missing: bool = False) -> Rows:
         return _tensor_rows(name, missing, *data)
     if is_rows(data):
         return _tensor_rows(name, missing, data)
-    if not isinstance(data, Rows):
+    if not isinstance(data, Dataset):
         raise ValueError(
             f"{name} must be rows [N, *E] (a tensor, array, frame or list), a pair (x, y) of "
             "them, or an object with __len__, batch, fixed and to, such as splits.train; got "
@@ -116,7 +116,7 @@ def _is_pair(data: Any) -> bool:
     )
 
 
-def _tensor_rows(name: str, missing: bool, x: Any, y: Any = None) -> TensorRows:
+def _tensor_rows(name: str, missing: bool, x: Any, y: Any = None) -> TensorDataset:
     x = as_tensor(name, x)
     y = None if y is None else as_tensor(f"y of {name}", y)
     if x.ndim < 2 or len(x) < 1:
@@ -130,11 +130,11 @@ def _tensor_rows(name: str, missing: bool, x: Any, y: Any = None) -> TensorRows:
     check_finite(name, x, missing)
     if y is not None:
         check_finite(f"y of {name}", y)
-    return TensorRows(x, y)
+    return TensorDataset(x, y)
 
 
-def describe(rows: Rows) -> dict[str, Any]:
-    """What a run records of its data: the number of rows, description and digest if had."""
+def describe(rows: Dataset) -> dict[str, Any]:
+    """What a run records of its data: number of rows, and description and digest if defined."""
     record: dict[str, Any] = {"rows": len(rows)}
     for name in ("describe", "digest"):
         if hasattr(rows, name):
@@ -147,6 +147,6 @@ def epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(num_rows))
 
 
-def some_rows(num_rows: int, at_most: int) -> Tensor:
-    """Indices of at most so many rows, evenly spaced."""
+def evenly_spaced(num_rows: int, at_most: int) -> Tensor:
+    """Indices of at most `at_most` of `num_rows` rows, evenly spaced."""
     return torch.linspace(0, num_rows - 1, min(num_rows, at_most), dtype=torch.float64).long()

@@ -1,0 +1,351 @@
+"""Disentanglement as how well factors are predicted from latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vae.arguments import check_whole
+from pyro_vae.metrics.factors import Score, check, gap
+
+__all__ = ["DCI", "beta_vae_score", "dci", "factor_vae_score", "sap"]
+
+PRUNED = 0.05  # least standard deviation of a posterior mean that has a vote
+
+
+def sap(
+    means: Tensor,
+    factors: Tensor,
+    names: Sequence[str] | None = None,
+    *,
+    categorical: Sequence[str] = ("shape",),
+    seed: int = 0,
+) -> Score:
+    """How much better the best single dimension predicts a factor than the next best.
+
+    An ordered factor is predicted by a straight line, and scored by its squared correlation; a
+    categorical one by as many thresholds as it has values less one, fitted to half the rows and
+    scored on the others by balanced accuracy, of which 1 / (values) is chance: such a factor
+    contributes at most 1 - 1 / (values).
+
+    Args:
+        means: E[z | x_n] [N, D].
+        factors: Index of each factor's value [N, F].
+        names: Of the factors.
+        categorical: Those, by name, whose values have no order.
+        seed: Of the halves.
+
+    Raises:
+        ValueError: If the shapes do not fit, or D is 1.
+
+    References:
+        Kumar, Sattigeri and Balakrishnan. Variational inference of disentangled latent concepts
+        from unlabeled observations. 2018.
+    """
+    codes, values, labels = check(means, factors, names, seed=seed)
+    rows = [
+        _by_thresholds(codes, v, seed) if label in categorical else _by_lines(codes, v.double())
+        for label, v in zip(labels, values.T)
+    ]
+    matrix = torch.stack(rows)
+    gaps = gap(matrix)
+    return Score(
+        "sap",
+        gaps.mean().item(),
+        "Kumar et al. 2018: squared correlation, thresholds for categorical factors",
+        labels,
+        len(codes),
+        seed=seed,
+        per_factor=gaps,
+        matrix=matrix,
+    )
+
+
+def _by_lines(codes: Tensor, factor: Tensor) -> Tensor:
+    """Squared correlation of each dimension with the factor [D]; zero for a constant one."""
+    centred, target = codes - codes.mean(0), factor - factor.mean()
+    covariance = target @ centred
+    scale = centred.pow(2).sum(0) * target.pow(2).sum()
+    return torch.where(scale > 0, covariance.pow(2) / scale, 0.0)
+
+
+def _by_thresholds(codes: Tensor, factor: Tensor, seed: int) -> Tensor:
+    """Balanced accuracy of thresholds on each dimension [D]."""
+    from sklearn.metrics import recall_score
+    from sklearn.tree import DecisionTreeClassifier
+
+    leaves = max(2, len(factor.unique()))
+    order = np.random.default_rng(seed).permutation(len(codes))
+    fitted, scored = np.array_split(order, 2)
+    x, v = codes.numpy(), factor.numpy()
+    scores = []
+    for column in x.T:
+        tree = DecisionTreeClassifier(
+            max_leaf_nodes=leaves, class_weight="balanced", random_state=seed
+        ).fit(column[fitted, None], v[fitted])
+        guess = tree.predict(column[scored, None])
+        scores.append(recall_score(v[scored], guess, average="macro", zero_division=0))
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class DCI:
+    """Three numbers between 0 and 1, and what they were read off.
+
+    Attributes:
+        disentanglement: Whether a dimension matters for one factor only.
+        completeness: Whether a factor needs one dimension only.
+        informativeness: Accuracy of the factors' prediction on rows that were not fitted to.
+        train_accuracy: The same on those that were.
+        importance: Of each dimension for each factor [D, F]; a column sums to one, or is zero
+            where nothing predicts.
+        variant: The predictor.
+        factors: Names of the factors.
+        num_train: Rows fitted to.
+        num_test: Rows scored.
+        seed: Of the split and of the trees.
+    """
+
+    disentanglement: float
+    completeness: float
+    informativeness: float
+    train_accuracy: float
+    importance: Tensor = field(repr=False)
+    variant: str
+    factors: tuple[str, ...]
+    num_train: int
+    num_test: int
+    seed: int
+
+
+def dci(
+    means: Tensor,
+    factors: Tensor,
+    names: Sequence[str] | None = None,
+    *,
+    num_train: int | None = None,
+    num_test: int | None = None,
+    num_trees: int = 100,
+    seed: int = 0,
+) -> DCI:
+    r"""Disentanglement, completeness and informativeness by gradient-boosted trees.
+
+    Trees predict each factor from the whole code; R is the importance of each dimension.
+
+    .. math:: \sum_d \rho_d \, (1 - H_F(R_{d \cdot})), \qquad
+        \sum_f \rho_f \, (1 - H_D(R_{\cdot f}))
+
+    with entropies of the normalised rows and columns, in units of their largest, and weights rho
+    their share of all importance. Cost: trees for each value of each factor, minutes for 10,000
+    rows of tens of values.
+
+    Args:
+        means: E[z | x_n] [N, D].
+        factors: Index of each factor's value [N, F].
+        names: Of the factors.
+        num_train: Rows fitted to; two thirds of them, 10,000 at most, if None.
+        num_test: Rows scored; what is left, 5,000 at most, if None.
+        num_trees: Rounds of boosting.
+        seed: Of the split and of the trees.
+
+    Raises:
+        ValueError: If the shapes do not fit, or the rows do not suffice.
+
+    References:
+        Eastwood and Williams. A framework for the quantitative evaluation of disentangled
+        representations. 2018.
+        Locatello et al. Challenging common assumptions in the unsupervised learning of
+        disentangled representations. 2019 (the predictor).
+    """
+    codes, values, labels = check(means, factors, names, num_trees=num_trees, seed=seed)
+    check_whole(optional=True, num_train=num_train, num_test=num_test)
+    N = len(codes)
+    num_train = min(10_000, 2 * N // 3) if num_train is None else num_train
+    num_test = min(5_000, N - num_train) if num_test is None else num_test
+    if min(num_train, num_test) < 1 or num_train + num_test > N:
+        raise ValueError(
+            f"expected at most {N} rows for training and test, at least one each; got {num_train} "
+            f"and {num_test}"
+        )
+    order = np.random.default_rng(seed).permutation(N)
+    fitted, scored = order[:num_train], order[num_train : num_train + num_test]
+    fits = [_boost(codes.numpy(), v.numpy(), fitted, scored, num_trees, seed) for v in values.T]
+    importance = torch.from_numpy(np.stack([fit[0] for fit in fits], 1))
+    train, test = np.mean([fit[1:] for fit in fits], 0)
+    return DCI(
+        _concentration(importance),
+        _concentration(importance.T),
+        float(test),
+        float(train),
+        importance,
+        f"gradient-boosted trees, {num_trees} rounds",
+        labels,
+        num_train,
+        num_test,
+        seed,
+    )
+
+
+def _boost(
+    x: np.ndarray, v: np.ndarray, fitted: np.ndarray, scored: np.ndarray, num_trees: int, seed: int
+) -> tuple[np.ndarray, float, float]:
+    """Importance [D], and accuracy on the rows fitted to and on the others."""
+    from sklearn.ensemble import GradientBoostingClassifier
+
+    if len(np.unique(v[fitted])) == 1:
+        known = v[fitted][0]
+        return np.zeros(x.shape[1]), 1.0, float((v[scored] == known).mean())
+    trees = GradientBoostingClassifier(n_estimators=num_trees, random_state=seed)
+    trees.fit(x[fitted], v[fitted])
+    scores = (trees.score(x[rows], v[rows]) for rows in (fitted, scored))
+    importance = trees.feature_importances_.clip(min=0)  # rounding leaves some below
+    return importance, *map(float, scores)  # type: ignore[return-value]
+
+
+def _concentration(importance: Tensor) -> float:
+    """Weighted mean over rows of one less their normalised entropy; zero without importance."""
+    total = importance.sum()
+    if total == 0 or importance.shape[1] < 2:
+        return float(total > 0)
+    share = importance / importance.sum(1, keepdim=True).clamp(min=1e-300)
+    entropy = torch.special.entr(share).sum(1) / np.log(importance.shape[1])
+    return (importance.sum(1) / total * (1 - entropy)).sum().item()
+
+
+def factor_vae_score(
+    means: Tensor,
+    factors: Tensor,
+    names: Sequence[str] | None = None,
+    *,
+    num_votes: int = 10_000,
+    num_test: int = 5_000,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Score:
+    """Accuracy of telling the fixed factor from the dimension that varies least.
+
+    A vote holds one factor, chosen at random, at one value, takes `batch_size` rows of it, and
+    notes the dimension of least variance over the variance over all data. Each dimension then
+    stands for the factor it was noted with most often. Dimensions of a standard deviation below
+    0.05 over all data have no vote, as in disentanglement_lib, which compares the root of the
+    variance with its `prune_dims.threshold` of 0.05; with none left the score is that of the
+    commonest factor.
+
+    Args:
+        means: E[z | x_n] [N, D].
+        factors: Index of each factor's value [N, F].
+        names: Of the factors.
+        num_votes: Votes that say what a dimension stands for; the paper takes 800.
+        num_test: Votes that are scored, as many as in Locatello et al. 2019.
+        batch_size: Rows of a vote, drawn with replacement.
+        seed: Of the votes.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+
+    References:
+        Kim and Mnih. Disentangling by factorising. 2018.
+        Locatello et al. Challenging common assumptions in the unsupervised learning of
+        disentangled representations. 2019. With disentanglement_lib.
+    """
+    numbers = {"num_votes": num_votes, "num_test": num_test, "batch_size": batch_size}
+    codes, values, labels = check(means, factors, names, seed=seed, **numbers)
+    F, variance = values.shape[1], codes.var(0)
+    alive = variance.sqrt() >= PRUNED
+    kinds, rows = _fixed(values, num_votes + num_test, batch_size, seed)
+    if alive.any():
+        noted = (codes[:, alive][rows].var(1) / variance[alive]).argmin(1)
+    else:
+        noted = torch.zeros(len(kinds), dtype=torch.long)
+    table = torch.zeros(int(noted.max()) + 1, F)
+    table.index_put_((noted[:num_votes], kinds[:num_votes]), torch.ones(()), accumulate=True)
+    right = table.argmax(1)[noted[num_votes:]] == kinds[num_votes:]
+    return Score(
+        "factor_vae_score",
+        right.double().mean().item(),
+        "Kim and Mnih 2018: majority vote of the dimension of least variance",
+        labels,
+        len(codes),
+        seed=seed,
+        num_samples=num_votes + num_test,
+        stderr=_stderr(right),
+    )
+
+
+def beta_vae_score(
+    means: Tensor,
+    factors: Tensor,
+    names: Sequence[str] | None = None,
+    *,
+    num_votes: int = 10_000,
+    num_test: int = 5_000,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Score:
+    """Accuracy of a linear classifier of the fixed factor, from differences of pairs.
+
+    A vote holds one factor at one value in both rows of each of `batch_size` pairs, and takes
+    the mean absolute difference of their means. The classifier is logistic regression. A
+    rotated code may score high: it need not align with the dimensions.
+
+    Args:
+        means: E[z | x_n] [N, D].
+        factors: Index of each factor's value [N, F].
+        names: Of the factors.
+        num_votes: Votes that the classifier is fitted to.
+        num_test: Votes that are scored.
+        batch_size: Pairs of a vote.
+        seed: Of the votes.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+
+    References:
+        Higgins et al. beta-VAE: learning basic visual concepts with a constrained variational
+        framework. 2017.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    numbers = {"num_votes": num_votes, "num_test": num_test, "batch_size": batch_size}
+    codes, values, labels = check(means, factors, names, seed=seed, **numbers)
+    kinds, rows = _fixed(values, num_votes + num_test, 2 * batch_size, seed)
+    pairs = codes[rows].unflatten(1, (batch_size, 2))
+    inputs = (pairs[:, :, 0] - pairs[:, :, 1]).abs().mean(1).numpy()
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=10_000))
+    classifier.fit(inputs[:num_votes], kinds[:num_votes].numpy())
+    right = torch.from_numpy(classifier.predict(inputs[num_votes:])) == kinds[num_votes:]
+    return Score(
+        "beta_vae_score",
+        right.double().mean().item(),
+        "Higgins et al. 2017: logistic regression on mean absolute differences",
+        labels,
+        len(codes),
+        seed=seed,
+        num_samples=num_votes + num_test,
+        stderr=_stderr(right),
+    )
+
+
+def _fixed(factors: Tensor, num_votes: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A factor for each vote [V], and rows that share a value of it [V, size]."""
+    generator = np.random.default_rng(seed)
+    kinds = generator.integers(factors.shape[1], size=num_votes)
+    rows = np.empty((num_votes, size), dtype=np.int64)
+    for f, values in enumerate(factors.T.numpy()):
+        order = np.argsort(values, kind="stable")
+        _, starts, counts = np.unique(values[order], return_index=True, return_counts=True)
+        mine = kinds == f
+        value = generator.integers(len(starts), size=mine.sum())
+        place = generator.random((len(value), size)) * counts[value, None]
+        rows[mine] = order[starts[value, None] + place.astype(np.int64)]
+    return torch.from_numpy(kinds), torch.from_numpy(rows)
+
+
+def _stderr(right: Tensor) -> float:
+    return (right.double().var() / len(right)).sqrt().item()

@@ -1,0 +1,229 @@
+"""Bounds made of importance weights, and gradients of them that suit many draws."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyro_vae.densities import Densities, log_mean_exp
+from pyro_vae.objectives.base import Objective
+from pyro_vae.objectives.schedules import Schedule
+
+__all__ = ["CIWAE", "DReG", "IWAE", "MIWAE", "PIWAE", "Renyi"]
+
+NEAR = 1e-6  # of alpha to 1, where the limit is taken
+
+
+class IWAE(Objective):
+    r"""Importance-weighted bound: tighter than the ELBO, and tighter with every draw.
+
+    .. math:: \log \frac1K \sum_{k=1}^K w_k, \qquad
+        w_k = \frac{p(x \mid z_k) \, p(z_k)}{q(z_k \mid x)}
+
+    One draw gives the sampled ELBO. Its gradient for the guide gets noisier, relative to its
+    size, as K grows; `DReG` and `PIWAE` are the remedies.
+
+    Args:
+        num_particles: Draws of z for each datum, K.
+
+    References:
+        Burda, Grosse and Salakhutdinov. Importance weighted autoencoders. 2016.
+        Rainforth et al. Tighter variational bounds are not necessarily better. 2018.
+    """
+
+    def __init__(self, num_particles: int = 5) -> None:
+        super().__init__(num_particles)
+
+    def bound(self, d: Densities) -> Tensor:
+        """Log of the mean weight, [B]."""
+        return log_mean_exp(d.log_weights)
+
+
+class DReG(IWAE):
+    r"""Importance-weighted bound; the guide learns from doubly reparameterised gradients.
+
+    With weights normalised over draws, :math:`\bar w_k = w_k / \sum_j w_j`, the gradients are
+
+    .. math:: \nabla_\phi = \sum_{k=1}^K \bar w_k^2 \,
+        \frac{\partial \log w_k}{\partial z_k} \frac{\partial z_k}{\partial \phi}, \qquad
+        \nabla_\theta = \sum_{k=1}^K \bar w_k \, \nabla_\theta \log p(x, z_k).
+
+    Both are unbiased for those of `IWAE`, and the first does not drown in noise as K grows.
+
+    Args:
+        num_particles: Draws of z for each datum, K, two or more.
+
+    Raises:
+        ValueError: If `num_particles` is below two; on first use, if a distribution of the
+            guide cannot score a point that it did not draw.
+
+    Cost: one more density of the latents, and one more backward pass through the decoder.
+
+    References:
+        Tucker et al. Doubly reparameterized gradient estimators for Monte Carlo objectives.
+        2019.
+    """
+
+    def __init__(self, num_particles: int = 5) -> None:
+        super().__init__(num_particles)
+        if num_particles == 1:
+            raise ValueError(
+                "DReG needs num_particles of at least 2; got 1, for which use StickingTheLanding"
+            )
+
+    def surrogate(self, d: Densities) -> Tensor:
+        """A number with the two gradients, [B]."""
+        log_joint = d.log_likelihood + d.log_prior
+        path = d.through_latents(log_joint)
+        weights = d.log_weights.detach().softmax(0)
+        model = weights * (log_joint - path)
+        guide = weights**2 * (path - d.log_posterior_detached)
+        return (model + guide).sum(0)
+
+
+class CIWAE(Objective):
+    r"""A combination of the ELBO and the importance-weighted bound, of the same draws.
+
+    .. math:: \frac{\beta}{K} \sum_{k=1}^K \log w_k
+        + (1 - \beta) \log \frac1K \sum_{k=1}^K w_k, \qquad
+        w_k = \frac{p(x \mid z_k) \, p(z_k)}{q(z_k \mid x)}
+
+    Args:
+        beta: Share of the ELBO, from 0 (`IWAE`) to 1; a number or a schedule.
+        num_particles: Draws of z for each datum, K.
+
+    Raises:
+        ValueError: If `beta` is outside [0, 1].
+
+    References:
+        Rainforth et al. Tighter variational bounds are not necessarily better. 2018.
+    """
+
+    beta: Tensor
+
+    def __init__(self, beta: float | Schedule = 0.5, num_particles: int = 5) -> None:
+        super().__init__(num_particles)
+        self.add_weight("beta", beta, most=1.0)
+
+    def bound(self, d: Densities) -> Tensor:
+        """The combination, [B]."""
+        log_w = d.log_weights
+        return self.beta * log_w.mean(0) + (1 - self.beta) * log_mean_exp(log_w)
+
+
+class MIWAE(Objective):
+    r"""The mean of M importance-weighted bounds, of L = K / M draws each.
+
+    .. math:: \frac1M \sum_{m=1}^M \log \frac1L \sum_{l=1}^L w_{ml}, \qquad
+        w = \frac{p(x \mid z) \, p(z)}{q(z \mid x)}
+
+    One group is `IWAE`; as many groups as draws are the sampled ELBO.
+
+    Args:
+        num_particles: Draws of z for each datum, K, in all groups together.
+        num_groups: M, a divisor of K.
+
+    Raises:
+        ValueError: If `num_groups` does not divide `num_particles`.
+
+    References:
+        Rainforth et al. Tighter variational bounds are not necessarily better. 2018.
+    """
+
+    def __init__(self, num_particles: int = 6, num_groups: int = 2) -> None:
+        super().__init__(num_particles)
+        self.num_groups = check_groups(num_groups, num_particles)
+
+    def bound(self, d: Densities) -> Tensor:
+        """The mean of the groups' bounds, [B]."""
+        return mean_bound(d.log_weights, self.num_groups)
+
+
+class PIWAE(IWAE):
+    r"""`IWAE` of all draws for the model, `MIWAE` of the same draws for the guide.
+
+    .. math:: \nabla_\theta \log \frac{1}{K} \sum_{k=1}^K w_k \qquad\text{and}\qquad
+        \nabla_\phi \frac1M \sum_{m=1}^M \log \frac1L \sum_{l=1}^L w_{ml}, \qquad K = M L
+
+    The tight bound suits the model, the looser one's gradient is less noisy for the guide.
+    What is reported is the tight one. Parameters of both count once in each.
+
+    Args:
+        num_particles: Draws of z for each datum, K, in all groups together.
+        num_groups: M, a divisor of K.
+
+    Raises:
+        ValueError: If `num_groups` does not divide `num_particles`.
+
+    Cost: one more backward pass through the decoder.
+
+    References:
+        Rainforth et al. Tighter variational bounds are not necessarily better. 2018.
+    """
+
+    def __init__(self, num_particles: int = 6, num_groups: int = 2) -> None:
+        super().__init__(num_particles)
+        self.num_groups = check_groups(num_groups, num_particles)
+
+    def surrogate(self, d: Densities) -> Tensor:
+        """A number with the two gradients, [B]."""
+        log_joint = d.log_likelihood + d.log_prior
+        path = d.through_latents(log_joint)
+        log_w = d.log_weights.detach()
+        model = (log_w.softmax(0) * (log_joint - path)).sum(0)
+        guide = path - d.log_posterior
+        return model + mean_bound(log_w + guide - guide.detach(), self.num_groups)
+
+
+class Renyi(Objective):
+    r"""Variational Renyi bound, between the importance-weighted bound and beyond the ELBO.
+
+    .. math:: \frac{1}{1 - \alpha} \log \frac1K \sum_{k=1}^K w_k^{1 - \alpha}, \qquad
+        w_k = \frac{p(x \mid z_k) \, p(z_k)}{q(z_k \mid x)}
+
+    At alpha = 0 it is `IWAE`, at 1 the sampled ELBO. It falls as alpha grows, and for
+    alpha < 0 it need not be below log p(x).
+
+    Args:
+        alpha: Order of the divergence; a number or a schedule.
+        num_particles: Draws of z for each datum, K.
+
+    Raises:
+        ValueError: If `alpha` is not finite.
+
+    References:
+        Li and Turner. Renyi divergence variational inference. 2016.
+    """
+
+    alpha: Tensor
+
+    def __init__(self, alpha: float | Schedule = 0.5, num_particles: int = 5) -> None:
+        super().__init__(num_particles)
+        self.add_weight("alpha", alpha, least=-math.inf)
+
+    def bound(self, d: Densities) -> Tensor:
+        """Log of the power mean of the weights, [B]."""
+        order = 1 - self.alpha
+        near = order.abs() < NEAR
+        order = torch.where(near, torch.ones_like(order), order)
+        log_w = d.log_weights.double()  # small orders cancel
+        power = log_mean_exp(order * log_w) / order
+        return torch.where(near, log_w.mean(0), power).to(d.log_weights.dtype)
+
+
+def mean_bound(log_weights: Tensor, num_groups: int) -> Tensor:
+    """Mean over groups of the importance-weighted bounds of `log_weights` [K, B], [B]."""
+    groups = log_weights.reshape(num_groups, -1, *log_weights.shape[1:])
+    return log_mean_exp(groups.transpose(0, 1)).mean(0)
+
+
+def check_groups(num_groups: int, num_particles: int) -> int:
+    """`num_groups`, if that many equal groups can be made of the particles."""
+    if num_groups < 1 or num_particles % num_groups:
+        raise ValueError(
+            f"num_groups must divide num_particles, all draws together: got {num_groups} "
+            f"groups of {num_particles} draws"
+        )
+    return num_groups
