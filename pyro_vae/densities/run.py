@@ -172,7 +172,8 @@ def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tenso
 
     Args:
         model: Pyro model whose one observed site is x.
-        x: Data [B, *E], of which only shape and type matter.
+        x: Data [B, *E], of which only shape and type matter, and which entries are NaN: these
+            are missing from the draws too.
         y: What is conditioned on [B, C], or None.
 
     Raises:
@@ -183,7 +184,7 @@ def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tenso
     nodes: Any = trace.nodes
     sites = {n: s for n, s in nodes.items() if s["type"] == "sample" and is_random(s)}
     observed = [name for name, site in sites.items() if "obs" in site["infer"]]
-    if len(observed) != 1 or not torch.equal(sites[observed[0]]["infer"]["obs"], x):
+    if len(observed) != 1 or not _is_same(sites[observed[0]]["infer"]["obs"], x):
         raise NotSimulated(
             "data are simulated for models whose one observed site is x itself; this one "
             f"observes {observed}"
@@ -191,7 +192,13 @@ def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tenso
     if getattr(sites[observed[0]]["fn"], "given_value", False):
         raise NotSimulated("no data are simulated for a density that is given a part of x")
     new = sites.pop(observed[0])["value"].to(x.dtype)
+    new = torch.where(x.isnan(), x, new)
     return new, {name: site["value"].unsqueeze(0) for name, site in sites.items()}
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same numbers, and NaN in the same places."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0), b.nan_to_num(0))
 
 
 def _prior_weights(model: Program, x: Tensor, y: Tensor | None, num_particles: int) -> Tensor:
