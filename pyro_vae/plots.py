@@ -88,7 +88,7 @@ def columns(data: Tensor, samples: Tensor, names: Sequence[str] | None = None) -
     Heights are shares of all rows, so that samples outside the data's range are missed.
 
     Args:
-        data: Rows of data.
+        data: Rows of data; NaN is left out.
         samples: Rows of the model.
         names: One for each column; their numbers from 0 if None.
     """
@@ -97,10 +97,12 @@ def columns(data: Tensor, samples: Tensor, names: Sequence[str] | None = None) -
     rows = int(shown**0.5)
     figure, axes = _axes(rows, -(-shown // rows), 2)
     for d, ax in enumerate(axes[:shown]):
-        bins = _bins(data[:, d])
-        for values, label, kind in ((data, "data", "stepfilled"), (samples, "samples", "step")):
+        known = data[:, d][~data[:, d].isnan()]
+        bins = _bins(known)
+        drawn = samples[:, d]
+        for values, label, kind in ((known, "data", "stepfilled"), (drawn, "samples", "step")):
             weights = [1 / len(values)] * len(values)
-            column, alpha = values[:, d].tolist(), 0.4 if kind == "stepfilled" else 1
+            column, alpha = values.tolist(), 0.4 if kind == "stepfilled" else 1
             ax.hist(column, bins, weights=weights, histtype=kind, alpha=alpha, label=label)
         ax.set_title(_short(names[d] if names else f"column {d}"), fontsize=9)
         ax.locator_params(axis="x", nbins=4, prune="both")
@@ -265,7 +267,7 @@ def _axes(rows: int, columns: int, size: float) -> tuple[Figure, list]:
 
 def _bins(column: Tensor) -> list[float]:
     """Edges of bins: about the root of the count of rows, or one for each of few integers."""
-    low, high = column.min().item(), column.max().item()
+    low, high = (column.min().item(), column.max().item()) if len(column) else (0.0, 1.0)
     if bool((column == column.round()).all()) and high - low < 40:
         return torch.arange(low - 0.5, high + 1).tolist()
     count = min(max(round(len(column) ** 0.5), 5), 40)
@@ -306,5 +308,6 @@ def _row(x: Tensor, count: int) -> Tensor:
 
 
 def _limits(x: Tensor) -> tuple[float, float]:
-    low, high = x.min().item(), x.max().item()
+    x = x[~x.isnan()]
+    low, high = (x.min().item(), x.max().item()) if len(x) else (0.0, 1.0)
     return (low, high) if high > low else (low, low + 1)

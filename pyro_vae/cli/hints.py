@@ -28,7 +28,7 @@ def hints(data: Data, likelihood: type) -> list[str]:
 
 
 def _totals(x: Tensor) -> list[str]:
-    low, high = x.sum(1).quantile(x.new_tensor([0.01, 0.99])).tolist()
+    low, high = x.nansum(1).quantile(x.new_tensor([0.01, 0.99])).tolist()
     if high < TENFOLD * max(low, 1.0):
         return []
     return [
@@ -39,8 +39,8 @@ def _totals(x: Tensor) -> list[str]:
 
 
 def _codes(x: Tensor, columns: tuple[str, ...] | None, likelihood: str) -> list[str]:
-    whole = (x == x.round()).all(0).nonzero().flatten().tolist()
-    counts = {d: len(x[:, d].unique()) for d in whole}
+    whole = ((x == x.round()) | x.isnan()).all(0).nonzero().flatten().tolist()
+    counts = {d: len(x[~x[:, d].isnan(), d].unique()) for d in whole}
     few = [d for d, count in counts.items() if count <= min(FEW, len(x) // 3)]
     if not few:
         return []

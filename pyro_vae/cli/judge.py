@@ -88,7 +88,7 @@ def evaluate(options: Namespace) -> None:
     units = (
         {}
         if not data.log_jacobian
-        else {"log p(x), data's units": with_errors(shifted(evidence, data.log_jacobian))}
+        else {"log p(x), data's units": with_errors(shifted(evidence, data))}
     )
     lines = {
         "log p(x)": with_errors(evidence),
@@ -150,7 +150,7 @@ def score(options: Namespace) -> None:
     vae = config.load(options.run)
     vae, data = placed(vae, own_rows(options.run, options.file, vae), options.accelerator)
     evidence = estimate(vae, data, options)
-    log_prob = evidence.log_prob + data.log_jacobian  # in the units of the file
+    log_prob = shifted(evidence, data).log_prob
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["row", "log_prob", "stderr", "verdict", "method"])
@@ -158,7 +158,7 @@ def score(options: Namespace) -> None:
         row = [i, f"{value:.6f}", f"{error:.6f}", evidence.verdict[i], evidence.method[i]]
         writer.writerow(row)
     write(out, text.getvalue())
-    whole = with_errors(shifted(evidence, data.log_jacobian))
+    whole = with_errors(shifted(evidence, data))
     print(f"log p(x) = {whole}, in the file's units; {counted(evidence)}; rows in {out}")
 
 
@@ -173,7 +173,7 @@ def compare(options: Namespace) -> None:
     for run, (vae, splits) in loaded.items():
         rows = held_out(splits, options.part, options.limit)
         vae, data = placed(vae, rows, options.accelerator)
-        found[run] = shifted(estimate(vae, data, options), data.log_jacobian)
+        found[run] = shifted(estimate(vae, data, options), data)
     title = f"nats per datum, of {rows_of(loaded[options.runs[0]][1], options.part, rows)}"
     runs = Table("run", "log p(x), in the units of the data", "verdict", title=title)
     for run, evidence in found.items():
@@ -231,7 +231,10 @@ def check_comparable(
         for name, (vae, splits) in loaded.items()
     }
     if data.digest() != first.digest():
-        raise ValueError(f"{run} and {first_run} have other rows: train both on the same split")
+        raise ValueError(
+            f"{run} and {first_run} have other rows, or other values missing: train both on the "
+            "same split"
+        )
     if data.transform.binary != first.transform.binary:
         raise ValueError(
             f"{run} and {first_run} do not compare: one models binarised data, the other does not"
@@ -249,9 +252,9 @@ def check_comparable(
         )
 
 
-def shifted(evidence: Evidence, log_jacobian: float) -> Evidence:
+def shifted(evidence: Evidence, data: Data) -> Evidence:
     """Evidence in the units of the data before their transform."""
-    return replace(evidence, log_prob=evidence.log_prob + log_jacobian)
+    return replace(evidence, log_prob=evidence.log_prob + data.log_jacobians)
 
 
 def paired(a: Evidence, b: Evidence) -> str:

@@ -15,7 +15,7 @@ from pyro_vae.cli.folder import declared_run, read_record, record
 from pyro_vae.cli.hints import hints
 from pyro_vae.cli.parts import KlParts
 from pyro_vae.cli.use import draw
-from pyro_vae.data import Data, Splits, load_data, locate
+from pyro_vae.data import Splits, load_data, locate
 from pyro_vae.files import locked
 from pyro_vae.objectives import Objective
 from pyro_vae.training import History, fit, is_first_process, read_run
@@ -51,7 +51,7 @@ def train(options: Namespace) -> Path:
     options.data = locate(options.data)
     options.data_root = os.path.abspath(options.data_root)
     splits = _splits(options)
-    vae = _build(options, splits.train)
+    vae = _build(options, splits)
     folder = _run_folder(options)
     objective, settings = config.component("objective", _declared(options.objective))
     vae.likelihood.check(splits.train.fixed().batch(torch.arange(len(splits.train)))[0])
@@ -119,6 +119,8 @@ def _described(splits: Splits, options: Namespace) -> str:
     why = f", which fits {likelihood}" if options.transform == "auto" else ""
     y = splits.train.y
     given = "" if y is None else f"; conditional on y of length {y.shape[1]}"
+    if splits.missing:
+        given += f"; {splits.train.x.isnan().float().mean():.1%} of the values are missing"
     return f"{options.data}: {rows} rows; transform {splits.transform}{why}{given}"
 
 
@@ -139,7 +141,8 @@ def _go_on(folder: Path, options: Namespace) -> str:
     return f"; go on with: pyro-vae train --resume {folder}{module}"
 
 
-def _build(options: Namespace, data: Data) -> VAE:
+def _build(options: Namespace, splits: Splits) -> VAE:
+    data = splits.train
     parts: dict[str, Any] = {name: _declared(options[name]) for name in MODEL[1:]}
     arguments = parts["likelihood"].setdefault("init_args", {})
     cls = config.named_class("likelihood", parts["likelihood"]["class_path"])
@@ -150,7 +153,11 @@ def _build(options: Namespace, data: Data) -> VAE:
     condition = 0 if data.y is None else data.y.shape[1]
     torch.manual_seed(options.seed)
     return config.build(
-        tuple(data.data_shape), options.latent_dim, **parts, condition_dim=condition
+        tuple(data.data_shape),
+        options.latent_dim,
+        **parts,
+        condition_dim=condition,
+        missing=splits.missing,
     )
 
 

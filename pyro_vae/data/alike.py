@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyro_vae.data.data import Data
 from pyro_vae.data.transforms import Threshold, Transform
@@ -24,7 +25,7 @@ def kind_of(rows: Data) -> dict[str, Any]:
         "levels": rows.levels,
         "columns": None if rows.columns is None else list(rows.columns),
         "dtype": str(rows.x.dtype).removeprefix("torch."),
-        "range": [rows.x.min().item(), rows.x.max().item()],
+        "range": list(_extremes(rows.x)),
     }
 
 
@@ -84,7 +85,7 @@ def _ordered(rows: Data, columns: list[str] | None) -> Data:
 
 def _grey(rows: Data, levels: int) -> Data:
     """The rows as grey values of so many levels, if they are such."""
-    low, high = rows.x.min().item(), rows.x.max().item()
+    low, high = _extremes(rows.x)
     whole = not rows.x.is_floating_point() and (rows.levels != 2 or levels == 2)
     if not whole or low < 0 or high > levels - 1:
         raise ValueError(
@@ -97,13 +98,20 @@ def _grey(rows: Data, levels: int) -> Data:
 
 def _check_units(rows: Data, known: float) -> None:
     """Warns of rows whose values are of another size than those of training."""
-    most = rows.x.abs().max().item()
-    if most > FACTOR * known or FACTOR * most < known:
+    most = max(map(abs, _extremes(rows.x)))
+    other = most > FACTOR * known or FACTOR * most < known
+    if other and not bool(rows.x.isnan().all()):
         message = (
             f"{rows.name}: values reach {most:g}, those that the run was trained on {known:g}: "
             "are they in the same units?"
         )
         warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _extremes(x: Tensor) -> tuple[float, float]:
+    """Lowest and highest value that is not missing; 0 of none."""
+    seen = x[~x.isnan()] if x.is_floating_point() else x
+    return (seen.min().item(), seen.max().item()) if len(seen) else (0.0, 0.0)
 
 
 def _levels(transform: Transform) -> int | None:

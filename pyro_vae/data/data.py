@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -37,8 +36,8 @@ class _Applied(Transform):
     def inverse(self, x: Tensor) -> Tensor:
         return self.of.inverse(x)
 
-    def log_jacobian(self, data_shape: Sequence[int]) -> float:
-        return self.of.log_jacobian(data_shape)
+    def log_slope(self) -> float | Tensor:
+        return self.of.log_slope()
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +46,7 @@ class Data:
 
     Args:
         x: The original values, [N, *E], in any dtype: uint8 for images, (C, H, W) each. Arrays,
-            frames and lists are taken too, as they are for y and labels.
+            frames and lists are taken too, as they are for y and labels. NaN is a missing value.
         y: What a model is conditioned on, float [N, C], or None.
         labels: The class of each row, int64 [N] from 0, or None.
         transform: From original to model values.
@@ -59,8 +58,8 @@ class Data:
         columns: The names of the values, for tables [N, D] that have them.
 
     Raises:
-        ValueError: If there is no row, lengths or the number of columns differ, a value is NaN or
-            infinite, or a grey value or a label is out of its range.
+        ValueError: If there is no row, lengths or the number of columns differ, a value is
+            infinite (or one of y NaN), or a grey value or a label is out of its range.
     """
 
     x: Tensor
@@ -140,7 +139,9 @@ class Data:
             if part is not None and part.is_complex():
                 raise ValueError(f"{self._title}: expected real numbers in {name}, got complex")
             if part is not None and part.is_floating_point():
-                self._check(part.isfinite(), f"finite values in {name}", "NaN or infinite ones")
+                good = part.isfinite() if part is self.y else ~part.isinf()
+                came = "NaN or infinite ones" if part is self.y else "infinite ones"
+                self._check(good, f"finite values in {name}", came)
         if self.labels is not None:
             if self.labels.is_floating_point() or self.labels.is_complex():
                 raise ValueError(
@@ -172,10 +173,25 @@ class Data:
         """The shape E of one datum."""
         return self.x.shape[1:]
 
+    @cached_property
+    def missing(self) -> bool:
+        """Whether a value is missing."""
+        return bool(self.x.isnan().any())
+
     @property
     def log_jacobian(self) -> float:
-        """The transform's log-Jacobian, in nats per datum."""
+        """The transform's log-Jacobian, in nats per datum; of an average row if values miss."""
+        if self.missing:
+            return self.log_jacobians.mean().item()
         return self.transform.log_jacobian(self.data_shape)
+
+    @property
+    def log_jacobians(self) -> Tensor:
+        """The transform's log-Jacobian of what is observed of each row, in nats, [N]."""
+        if not self.missing:
+            return torch.full((len(self),), self.log_jacobian, dtype=torch.float64)
+        slope = torch.as_tensor(self.transform.log_slope(), dtype=torch.float64)
+        return torch.where(self.x.isnan().cpu(), 0.0, slope).flatten(1).sum(1)
 
     def bits_per_dim(self, log_prob: Tensor) -> Tensor:
         r"""Bits per dimension in original units, :math:`-(\log p(T(x)) + J) / (D \log 2)`.
@@ -184,9 +200,13 @@ class Data:
             log_prob: The model's log density of the transformed data, nats per datum, any shape.
 
         Returns:
-            The bits per dimension, in the same shape; J is ``log_jacobian``.
+            The bits per dimension, in the same shape; J is ``log_jacobian``, and D counts what is
+            observed of an average row.
         """
-        return -(log_prob + self.log_jacobian) / (self.data_shape.numel() * math.log(2))
+        dimensions: float = self.data_shape.numel()
+        if self.missing:
+            dimensions = dimensions * (1 - self.x.isnan().double().mean().item())
+        return -(log_prob + self.log_jacobian) / (dimensions * math.log(2))
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """The rows of a batch as the model sees them, on the device where the data lie.

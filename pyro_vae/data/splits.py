@@ -47,6 +47,11 @@ class Splits:
         """How many rows each part has."""
         return {part: len(getattr(self, part)) for part in ("train", "validation", "test")}
 
+    @property
+    def missing(self) -> bool:
+        """Whether a value of some part is missing."""
+        return any(part.missing for part in (self.train, self.validation, self.test))
+
     def with_transform(self, name: str) -> Splits:
         """The same rows under the transform called ``name``, fitted to the training part."""
         made = make_transform(name, self.train.x, self.train.levels)

@@ -19,7 +19,8 @@ from pyro_vae.data.given import Given
 def read_csv(path: Path) -> Given:
     """Reads a table of numbers, comma separated, with or without a line of column names.
 
-    The values become float32. A column of the name ``label`` holds the labels.
+    The values become float32; an empty cell is NaN, a missing value. A column of the name
+    ``label`` holds the labels.
 
     Raises:
         ValueError: If the file is no table, or a cell is not a number; the message names the
@@ -75,6 +76,8 @@ def _values(path: Path, rows: Iterator[tuple[int, list[str]]], width: int) -> ar
                 f"{line}; give every line the same columns"
             )
         for column, cell in enumerate(row, start=1):
+            if not cell.strip():
+                cell = "nan"
             if not _is_number(cell):
                 raise ValueError(
                     f"{path}: expected numbers, got {cell!r} in line {line}, column {column} "

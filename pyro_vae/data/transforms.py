@@ -56,9 +56,16 @@ class Transform:
         """Maps model values [..., *E] back to the original units, as for pictures."""
         raise NotImplementedError
 
-    def log_jacobian(self, data_shape: Sequence[int]) -> float:
-        """The constant log-Jacobian of T, in nats per datum of shape ``data_shape``."""
+    def log_slope(self) -> float | Tensor:
+        """The constant log-derivative of T, in nats: of every entry, or of each one [*E]."""
         return 0.0
+
+    def log_jacobian(self, data_shape: Sequence[int]) -> float:
+        """The log-Jacobian of T, in nats per datum of shape ``data_shape``."""
+        slope = self.log_slope()
+        if isinstance(slope, float):
+            return math.prod(data_shape) * slope
+        return slope.expand(tuple(data_shape)).sum().item()
 
 
 @dataclass(frozen=True)
@@ -202,9 +209,9 @@ class Dequantise(_Grey):
         """Maps a value in (0, 1) to the grey level of its bin."""
         return (x * self.levels).floor().clamp(0, self.levels - 1)
 
-    def log_jacobian(self, data_shape: Sequence[int]) -> float:
+    def log_slope(self) -> float:
         """See ``Transform``."""
-        return -math.prod(data_shape) * math.log(self.levels)
+        return -math.log(self.levels)
 
 
 @dataclass(frozen=True)
@@ -227,9 +234,9 @@ class Rescale(_Grey):
         """See ``Transform``."""
         return x * (self.levels - 1)
 
-    def log_jacobian(self, data_shape: Sequence[int]) -> float:
+    def log_slope(self) -> float:
         """See ``Transform``."""
-        return -math.prod(data_shape) * math.log(self.levels - 1)
+        return -math.log(self.levels - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,28 +250,32 @@ class Standardise(Transform):
         std: The standard deviations s > 0, [*E].
 
     Raises:
-        ValueError: If a deviation is 0; the message names the columns.
+        ValueError: If a deviation is 0 or NaN; the message names the columns.
     """
 
     mean: Tensor
     std: Tensor
 
     def __post_init__(self) -> None:
-        flat = (self.std.flatten() <= 0).nonzero().flatten().tolist()
+        flat = (~(self.std.flatten() > 0)).nonzero().flatten().tolist()
         if flat:
             shown = ", ".join(map(str, flat[:10])) + (", ..." if len(flat) > 10 else "")
             raise ValueError(
-                f"expected every column to vary, got standard deviation 0 in {len(flat)} of "
-                f"{self.std.numel()}: {shown} (from 0); remove these columns"
+                f"expected every column to vary, got standard deviation 0, or no value, in "
+                f"{len(flat)} of {self.std.numel()}: {shown} (from 0); remove these columns"
             )
 
     @classmethod
     def fit(cls, x: Tensor) -> Standardise:
-        """The means and deviations (the divisor is N) of the rows ``x`` [N, *E]."""
+        """The means and deviations (the divisor is N) of the rows ``x`` [N, *E], without NaN."""
         x = x.double()
-        std, mean = torch.std_mean(x, 0, correction=0)
+        if bool(x.isnan().any()):
+            mean = x.nanmean(0)
+            std = (x - mean).square().nanmean(0).sqrt()
+        else:
+            std, mean = torch.std_mean(x, 0, correction=0)
         # A constant column can leave rounding noise in place of an exact 0.
-        constant = (x == x[:1]).all(0)
+        constant = x.nan_to_num(-math.inf).amax(0) == x.nan_to_num(math.inf).amin(0)
         return cls(mean.float(), std.masked_fill(constant, 0.0).float())
 
     def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
@@ -275,9 +286,9 @@ class Standardise(Transform):
         """See ``Transform``."""
         return x * self.std.to(x.device) + self.mean.to(x.device)
 
-    def log_jacobian(self, data_shape: Sequence[int]) -> float:
+    def log_slope(self) -> Tensor:
         """See ``Transform``."""
-        return -self.std.double().log().expand(tuple(data_shape)).sum().item()
+        return -self.std.double().log()
 
 
 def make_transform(name: str, x: Tensor, levels: int | None) -> Transform:

@@ -6,9 +6,11 @@ from pyro_vae.densities.particles import folds, run_program
 from pyro_vae.densities.result import Densities, Latents, Site, check_kl, log_mean_exp
 from pyro_vae.densities.run import (
     NotSimulated,
+    complete_data,
     densities,
     draw_data,
     draw_latents,
+    entry_log_prob,
     log_joint,
     log_weights,
     registered_densities,
@@ -22,8 +24,10 @@ __all__ = [
     "Program",
     "Site",
     "check_kl",
+    "complete_data",
     "densities",
     "draw_latents",
+    "entry_log_prob",
     "evaluating",
     "folds",
     "log_joint",

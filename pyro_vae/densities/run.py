@@ -10,6 +10,7 @@ import pyro
 import pyro.poutine as poutine
 import torch
 from torch import Tensor
+from torch.distributions import Independent
 
 from pyro_vae.arguments import takes_vae
 from pyro_vae.densities.handlers import OwnParameters, Program
@@ -19,8 +20,10 @@ from pyro_vae.densities.sites import Sites, check_latents, is_random, program_ar
 
 __all__ = [
     "NotSimulated",
+    "complete_data",
     "densities",
     "draw_latents",
+    "entry_log_prob",
     "log_joint",
     "log_weights",
     "registered_densities",
@@ -172,7 +175,8 @@ def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tenso
 
     Args:
         model: Pyro model whose one observed site is x.
-        x: Data [B, *E], of which only shape and type matter.
+        x: Data [B, *E], of which only shape and type matter, and which entries are NaN: these
+            are missing from the draws too.
         y: What is conditioned on [B, C], or None.
 
     Raises:
@@ -183,7 +187,7 @@ def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tenso
     nodes: Any = trace.nodes
     sites = {n: s for n, s in nodes.items() if s["type"] == "sample" and is_random(s)}
     observed = [name for name, site in sites.items() if "obs" in site["infer"]]
-    if len(observed) != 1 or not torch.equal(sites[observed[0]]["infer"]["obs"], x):
+    if len(observed) != 1 or not _is_same(sites[observed[0]]["infer"]["obs"], x):
         raise NotSimulated(
             "data are simulated for models whose one observed site is x itself; this one "
             f"observes {observed}"
@@ -191,7 +195,68 @@ def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tenso
     if getattr(sites[observed[0]]["fn"], "given_value", False):
         raise NotSimulated("no data are simulated for a density that is given a part of x")
     new = sites.pop(observed[0])["value"].to(x.dtype)
+    new = torch.where(x.isnan(), x, new)
     return new, {name: site["value"].unsqueeze(0) for name, site in sites.items()}
+
+
+def complete_data(model: Program, x: Tensor, y: Tensor | None, latents: Latents) -> Tensor:
+    """x [K, B, *E] with its missing entries (NaN) drawn from p(x | z) at given latents [K, B, *].
+
+    They are draws of the site that observes x. Where a latent site has its name and "_missing",
+    as in models of what goes missing, they are the values of that.
+
+    Raises:
+        ValueError: If no site of the model observes x.
+    """
+    name, sites = _site_of_data(model, x, y, latents)
+    values = latents.get(f"{name}_missing")
+    draws = sites[name]["fn"].sample() if values is None else values
+    return torch.where(x.isnan(), draws.to(x.dtype), x)
+
+
+def entry_log_prob(model: Program, x: Tensor, y: Tensor | None, latents: Latents) -> Tensor:
+    """log p(x_e | z) of each entry [K, B, *E] at given latents [K, B, *]; 0 where it is missing.
+
+    Raises:
+        ValueError: If the model observes anything but x, or its entries are not independent.
+    """
+    name, sites = _site_of_data(model, x, y, latents)
+    if others := sites.keys() - {name, *latents}:
+        raise ValueError(
+            f"densities of single entries are of models whose one observed site is x itself; "
+            f"this one observes {sorted(others)} too"
+        )
+    fn, value = sites[name]["fn"], sites[name]["value"]
+    if hasattr(fn, "entry_log_prob"):
+        return fn.entry_log_prob(value)
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    if fn.event_shape:
+        raise ValueError(
+            f"the entries of x are not independent under {type(fn).__name__}: densities of single "
+            "entries need a likelihood that factorises"
+        )
+    return fn.log_prob(value)
+
+
+def _site_of_data(
+    model: Program, x: Tensor, y: Tensor | None, latents: Latents
+) -> tuple[str, Sites]:
+    """The name of the site that observes x, and all sites of a run at given latents."""
+    num_particles = [len(z) for z in latents.values()]
+    trace = run_program(model, x, y, num_particles[0], poutine.condition(data=latents))
+    sites = sample_sites(trace, "model")
+    check_latents([n for n, s in sites.items() if not s["is_observed"] or n in latents], latents)
+    for name in sites.keys() - latents.keys():
+        value = sites[name]["value"]
+        if value.shape[-x.ndim :] == x.shape and _is_same(value.reshape(-1, *x.shape)[0], x):
+            return name, sites
+    raise ValueError("the model must have a site that observes x itself: pyro.sample(.., obs=x)")
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same numbers, and NaN in the same places."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0), b.nan_to_num(0))
 
 
 def _prior_weights(model: Program, x: Tensor, y: Tensor | None, num_particles: int) -> Tensor:

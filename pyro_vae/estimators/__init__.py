@@ -7,6 +7,7 @@ from pyro_vae.estimators.bound import Bound, evidence_lower_bound
 from pyro_vae.estimators.diagnostics import convergence, jackknife
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.importance import importance_sampling
+from pyro_vae.estimators.impute import Imputation, column_log_prob, impute, log_conditional
 from pyro_vae.estimators.log_evidence import log_evidence
 from pyro_vae.estimators.refined import refined_importance_sampling
 
@@ -15,13 +16,17 @@ __all__ = [
     "Bound",
     "Bracket",
     "Evidence",
+    "Imputation",
     "annealed_importance_sampling",
     "audit",
     "bidirectional",
+    "column_log_prob",
     "convergence",
     "evidence_lower_bound",
     "importance_sampling",
+    "impute",
     "jackknife",
+    "log_conditional",
     "log_evidence",
     "refined_importance_sampling",
 ]

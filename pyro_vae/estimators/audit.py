@@ -190,7 +190,7 @@ def kept_audit(
 def _digest(owner: nn.Module, x: Tensor, y: Tensor | None, options: dict[str, Any]) -> str:
     """Of all that an audit depends on but for its size."""
     names = ("tolerance", "budget", "seed")
-    parts = [*owner.state_dict().values(), *([] if y is None else [y])]
+    parts = [*owner.state_dict().values(), *([] if y is None else [y]), x.isnan()]
     digest = hashlib.sha256(repr((x.shape[1:], x.dtype, [options[n] for n in names])).encode())
     for part in parts:
         if isinstance(part, Tensor):

@@ -8,7 +8,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 
 import torch
@@ -99,6 +99,16 @@ class Evidence:
             extras={name: value[index] for name, value in self.extras.items()},
             audit=self.audit,
         )
+
+    def known(self, index: Tensor, log_prob: float) -> Evidence:
+        """The evidence with log p(x) of some of the data known without error."""
+        new = {name: getattr(self, name).clone() for name in TENSORS[:-1]}
+        for name, value in zip(new, (log_prob, 0.0, self.num_samples[index].double(), -math.inf)):
+            new[name][index] = torch.as_tensor(value, dtype=new[name].dtype)
+        method, verdict = list(self.method), list(self.verdict)
+        for i in index.tolist():
+            method[i], verdict[i] = "nothing observed", "reliable"
+        return replace(self, **new, method=method, verdict=verdict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file with its digest, all or nothing."""

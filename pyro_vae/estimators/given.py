@@ -8,9 +8,11 @@ from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyro
+from torch import Tensor
 
 from pyro_vae.arguments import TakesVAE, as_rows, check_real, check_whole, programs
-from pyro_vae.densities import Program
+from pyro_vae.densities import Program, densities, evaluating
+from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.generators import alone
 
 __all__ = ["estimator"]
@@ -40,9 +42,26 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
         for name, value in given.items():
             check_number(name, value, optional=signature.parameters[name].default is None)
         with alone, pyro.validation_enabled(True):
-            return function(*bound.args, **bound.kwargs)
+            found = function(*bound.args, **bound.kwargs)
+            if isinstance(found, Evidence) and "model" in given:
+                parts = given["model"], given["guide"], x, given.get("y")
+                return exact_without_data(found, *parts)  # type: ignore[return-value]
+            return found
 
     return call
+
+
+def exact_without_data(
+    evidence: Evidence, model: Program, guide: Program, x: Tensor, y: Tensor | None
+) -> Evidence:
+    """The evidence, where nothing of a datum was observed replaced by what is known: 0."""
+    rows = x.isnan().flatten(1).all(1).nonzero()[:, 0] if x.ndim > 1 else ()
+    if not len(rows):
+        return evidence
+    with evaluating(model, guide, seed=0, device=x.device):
+        d = densities(model, guide, x[rows], None if y is None else y[rows], num_particles=2)
+        rows = rows[(d.log_likelihood == 0).all(0)].cpu()  # models may observe something else
+    return evidence.known(rows, 0.0)
 
 
 def check_number(name: str, value: Any, optional: bool) -> None:

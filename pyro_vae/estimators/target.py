@@ -14,8 +14,10 @@ from torch import Tensor
 from pyro_vae.densities import (
     Densities,
     Program,
+    complete_data,
     densities,
     draw_latents,
+    entry_log_prob,
     log_joint,
     run_program,
 )
@@ -174,6 +176,16 @@ class Target:
         """u [K, B, D] of latents by site [K, B, *]."""
         free = [site.inverse(latents[name]) for name, site in self.sites.items()]
         return torch.cat(free, -1) / self.scale
+
+    def complete(self, u: Tensor) -> Tensor:
+        """The data [K, B, *E] with what is missing drawn from p(x | u)."""
+        with pyro.validation_enabled(False):
+            return complete_data(self.model, self.x, self.y, self._latents(u)[0])
+
+    def entry_log_prob(self, u: Tensor) -> Tensor:
+        """log p(x_e | u) of each entry [K, B, *E]."""
+        with pyro.validation_enabled(False):
+            return entry_log_prob(self.model, self.x, self.y, self._latents(u)[0])
 
     def run_log_joint(self, u: Tensor) -> Tensor:
         """log p(x, u) [K, B], of one chunk, by a run of the model."""

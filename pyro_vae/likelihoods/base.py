@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_vae.arguments import as_shape
+from pyro_vae.arguments import as_shape, check_finite
 from pyro_vae.distributions import Incomplete
 
 __all__ = ["Likelihood"]
@@ -116,6 +116,8 @@ class Likelihood(nn.Module):
                 f"likelihood {type(self).__name__} was built for data of shape "
                 f"{self.data_shape}; got {tuple(x.shape[1:])}"
             )
+        if not self.missing and bool(x.isnan().any()):
+            check_finite("data", x, self.missing)
         good = self.support.check(x)
         if not bool((good | x.isnan() if self.missing else good).all()):
             seen = x[~x.isnan()] if self.missing else x

@@ -180,7 +180,7 @@ def test_y_shape_and_dtype_change_the_digest() -> None:
         ({"x": torch.zeros(3, 2), "y": torch.zeros(3)}, "expected y of 2"),
         ({"x": torch.zeros(3, 2), "labels": torch.tensor([0, 1])}, "expected labels of 1"),
         ({"x": torch.zeros(3, 2), "rows": torch.tensor([0, 1])}, "expected rows of 1"),
-        ({"x": torch.tensor([[0.0], [torch.nan], [torch.inf]])}, r"2 row\(s\), the .* row 1 "),
+        ({"x": torch.tensor([[0.0], [torch.nan], [torch.inf]])}, r"1 row\(s\), the .* row 2 "),
         ({"x": torch.zeros(2, 1), "y": torch.tensor([[0.0], [torch.nan]])}, "values in y.* row 1"),
         ({"x": torch.tensor([[1], [17]]), "levels": 17}, "from 0 to 16.* row 1 "),
         ({"x": torch.zeros(2, 1), "labels": torch.tensor([0, -1])}, "expected labels from 0"),

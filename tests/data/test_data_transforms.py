@@ -203,3 +203,28 @@ def test_declared_transform_is_restored(name: str) -> None:
 def test_restoring_a_foreign_class_is_refused() -> None:
     with pytest.raises(ValueError, match="expected a transform of pyro_vae.data"):
         restore({"class": "os.system"})
+
+
+def test_standardise_counts_what_is_observed() -> None:
+    x = uniform(31, 3) * torch.tensor([2.0, 30.0, 0.5])
+    holes = x.masked_fill(uniform(31, 3, seed=1) < 0.4, torch.nan)
+    transform = Standardise.fit(holes)
+    for d in range(3):
+        seen = holes[:, d][~holes[:, d].isnan()]
+        exact = Standardise.fit(seen.unsqueeze(1))
+        torch.testing.assert_close(transform.mean[d], exact.mean[0])
+        torch.testing.assert_close(transform.std[d], exact.std[0])
+    with pytest.raises(ValueError, match=r"deviation 0, or no value, in 2 of 3: 1, 2 \(from 0\)"):
+        Standardise.fit(torch.tensor([[1.0, 5.0, torch.nan], [2.0, torch.nan, torch.nan]]))
+
+
+def test_log_jacobian_counts_what_is_observed() -> None:
+    x = uniform(7, 3).masked_fill(uniform(7, 3, seed=1) < 0.5, torch.nan)
+    transform = Standardise(torch.zeros(3), torch.tensor([2.0, 30.0, 0.5]))
+    exact = [sum(-math.log(s) for s, v in zip(transform.std, row) if v == v) for row in x]
+    for data in (Data(x, transform=transform), Data(x, transform=transform).fixed()):
+        torch.testing.assert_close(data.log_jacobians, torch.tensor(exact).double())
+        assert data.log_jacobian == pytest.approx(sum(exact) / 7)
+        bits = data.bits_per_dim(-data.log_jacobians + math.log(2)).mean().item()
+        assert bits == pytest.approx(-7 / (~x.isnan()).sum().item())
+    assert torch.equal(Data(x.nan_to_num()).log_jacobians, torch.zeros(7).double())

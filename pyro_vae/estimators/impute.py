@@ -1,0 +1,334 @@
+"""What is missing from data, given what was observed; densities of parts given the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vae.densities import Program
+from pyro_vae.estimators.batches import map_targets
+from pyro_vae.estimators.diagnostics import log_mean_exp, pareto_khat
+from pyro_vae.estimators.evidence import Evidence
+from pyro_vae.estimators.given import estimator, exact_without_data
+from pyro_vae.estimators.importance import summarise
+from pyro_vae.estimators.log_evidence import log_evidence
+from pyro_vae.estimators.refined import METHOD, Fit, fit_proposal
+from pyro_vae.estimators.target import Target
+from pyro_vae.memory import check_fits
+
+__all__ = ["Imputation", "column_log_prob", "impute", "log_conditional"]
+
+KHAT = 0.6  # of a column's weights, above which it gets a proposal of its own
+
+
+@dataclass(frozen=True, eq=False)
+class Imputation:
+    """N data with what is missing from them drawn; on the CPU. Observed entries are as given.
+
+    Attributes:
+        draws: Completed data [R, N, *E]; the missing entries of a datum are drawn jointly, from
+            their distribution given its observed ones.
+        mean: Means [N, *E] of that distribution.
+        stderr: Their Monte Carlo standard errors [N, *E]; 0 where observed.
+        evidence: log p of what was observed of each datum, with its errors and verdict.
+    """
+
+    draws: Tensor
+    mean: Tensor
+    stderr: Tensor
+    evidence: Evidence
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    @property
+    def median(self) -> Tensor:
+        """Medians [N, *E] of the draws."""
+        return self.quantile(0.5)
+
+    def quantile(self, q: float) -> Tensor:
+        """Quantiles [N, *E] of the draws, such as 0.05 and 0.95 for an interval of 90 %."""
+        return self.draws.double().quantile(q, 0).to(self.draws.dtype)
+
+    @property
+    def log_prob(self) -> Tensor:
+        """log p of what was observed [N], in nats."""
+        return self.evidence.log_prob
+
+    @property
+    def ess(self) -> Tensor:
+        """Effective number of the weighted draws behind each datum [N]."""
+        return self.evidence.ess
+
+    @property
+    def khat(self) -> Tensor:
+        """Shape of the Pareto tail of their weights [N]."""
+        return self.evidence.khat
+
+    @property
+    def verdict(self) -> list[str]:
+        """Whether each datum is "reliable" or "doubtful"."""
+        return self.evidence.verdict
+
+    @classmethod
+    def cat(cls, parts: Sequence[Imputation]) -> Imputation:
+        """The data of all `parts`, in order."""
+        return cls(
+            torch.cat([part.draws for part in parts], 1),
+            torch.cat([part.mean for part in parts]),
+            torch.cat([part.stderr for part in parts]),
+            Evidence.cat([part.evidence for part in parts]),
+        )
+
+    def __repr__(self) -> str:
+        good = self.verdict.count("reliable")
+        return f"Imputation({len(self.draws)} draws of {len(self)} data, {good} reliable)"
+
+
+@estimator
+def impute(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    num_draws: int = 100,
+    num_samples: int = 2000,
+    chunk_size: int | None = None,
+    compile: bool = False,
+    devices: int = 1,
+    seed: int | None = 0,
+    progress: bool = False,
+) -> Imputation:
+    r"""Draws of what is missing (NaN in x) from its distribution given what was observed.
+
+    .. math:: p(x_m \mid x_o) = \int p(x_m \mid z) \, p(z \mid x_o) \, dz
+
+    A proposal is fitted to the posterior of each datum and drawn from K times, as in
+    `refined_importance_sampling`. R of these draws are picked in proportion to their weights,
+    and the missing entries are drawn from p(x | z) there: independent draws, no chain, with the
+    diagnostics of importance sampling. The mean is the weighted one of all K. Valid if what is
+    missing depends only on what was observed ("at random"), or if the model says how it went
+    missing.
+
+    Args:
+        model: Pyro model of (x) or (x, y), as in `log_evidence`; or a VAE. A model of one's own
+            observes x as `distributions.Incomplete`. Where it has a latent site of the same name
+            and "_missing", the values of that are the missing entries.
+        guide: Pyro guide of the same arguments.
+        x: Data [N, *E], NaN where missing.
+        y: What is conditioned on [N, C], or None.
+        num_draws: Draws R of each datum.
+        num_samples: Weighted draws K behind them.
+        chunk_size: Draws times data that the model sees at once.
+        compile: As in `log_evidence`.
+        devices: Processes that share the data, as in `importance_sampling`.
+        seed: Of the draws.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Imputation of N data.
+
+    Raises:
+        ValueError: As `refined_importance_sampling`; if no site of the model observes x; if the
+            draws do not fit in memory.
+
+    References:
+        Rubin. Using the SIR algorithm to simulate posterior distributions. 1988.
+        Mattei and Frellsen. MIWAE: deep generative modelling and imputation of incomplete data
+        sets. 2019.
+    """
+    check_fits(x.element_size() * num_draws * x.numel(), f"{num_draws} draws of all data")
+    parts = map_targets(
+        partial(_imputed, num_draws=num_draws, num_samples=num_samples),
+        model,
+        guide,
+        x,
+        y,
+        chunk_size=chunk_size,
+        compile=compile,
+        seed=seed,
+        devices=devices,
+        progress=progress,
+    )
+    found = Imputation.cat(parts)
+    return replace(found, evidence=exact_without_data(found.evidence, model, guide, x, y))
+
+
+def _imputed(target: Target, num_draws: int, num_samples: int) -> Imputation:
+    fit, places, weights = _weighed(target, num_samples)
+    evidence = fit.judge(summarise(weights.cpu(), METHOD, "doubtful"), tolerance=0.1)
+    share = torch.softmax(weights, 0)
+    mean, stderr = _moments(target, places, share)
+    picked = torch.multinomial(share.T, num_draws, True).T.unsqueeze(-1)
+    places = places.gather(0, picked.expand(-1, -1, places.shape[-1]))
+    draws = [target.complete(u).cpu() for u in places.split(target.draws_at_once)]
+    return Imputation(torch.cat(draws), mean.cpu(), stderr.cpu(), evidence)
+
+
+def _weighed(target: Target, num_samples: int) -> tuple[Fit, Tensor, Tensor]:
+    """Fitted proposals, draws [K, B, D] of them and their log weights [K, B]."""
+    fit = fit_proposal(target)
+    return fit, *fit.draw_with_places(num_samples)
+
+
+def _moments(target: Target, places: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Means [B, *E] of the completed data, and their Monte Carlo standard errors."""
+    missing = target.x.isnan()
+    centre = target.complete(places[:1])[0].double()  # so that little cancels below
+    zero = torch.zeros_like(centre)
+    mean, square, cross = zero, zero, zero
+    squares = share.square().sum(0).view(-1, *[1] * (centre.ndim - 1))
+    for u, w in zip(places.split(target.draws_at_once), share.split(target.draws_at_once)):
+        w = w.view(*w.shape, *[1] * (centre.ndim - 1))
+        away = target.complete(u).double() - centre
+        mean = mean + (w * away).sum(0)
+        square = square + (w * away).square().sum(0)
+        cross = cross + (w.square() * away).sum(0)
+    variance = square - 2 * mean * cross + mean.square() * squares
+    mean = torch.where(missing, centre + mean, target.x.double())
+    error = torch.where(missing, variance.clamp(min=0).sqrt(), zero)
+    return mean.to(target.x.dtype), error.to(target.x.dtype)
+
+
+@estimator
+def log_conditional(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    given: Tensor,
+    y: Tensor | None = None,
+    **options: Any,
+) -> Evidence:
+    r"""log p(x[~given] | x[given]) of each datum: how probable were entries given others.
+
+    .. math:: \log p(x_m \mid x_o) = \log p(x_m, x_o) - \log p(x_o)
+
+    Args:
+        model: As in `log_evidence`, of a VAE with missing=True, or of one's own that observes x
+            as `distributions.Incomplete`.
+        guide: Pyro guide of the same arguments.
+        x: Data [N, *E]; NaN is missing from both.
+        given: Which entries are conditioned on, bool [*E] or [N, *E].
+        y: What is conditioned on [N, C], or None.
+        options: As in `log_evidence`: tolerance, budget, audit, seed and others.
+
+    Returns:
+        Evidence of the difference, its standard error from both; "reliable" where both are.
+
+    Raises:
+        ValueError: As `log_evidence`; if `given` is not of the data's shape.
+    """
+    given = torch.as_tensor(given, device=x.device)
+    if given.dtype != torch.bool or given.shape not in (x.shape, x.shape[1:]):
+        raise ValueError(
+            f"given must be bool, of shape {list(x.shape[1:])} or {list(x.shape)}; got "
+            f"{str(given.dtype)[6:]} {list(given.shape)}"
+        )
+    both = torch.cat([x, torch.where(given, x, torch.nan)])
+    twice = None if y is None else torch.cat([y, y])
+    found = log_evidence(model, guide, both, twice, **options)
+    rows = torch.arange(len(x))
+    return _less(found.rows(rows), found.rows(rows + len(x)))
+
+
+def _less(a: Evidence, b: Evidence) -> Evidence:
+    """The difference of two evidences of the same data, with the worse diagnostics of both."""
+    good = [{v, w} == {"reliable"} for v, w in zip(a.verdict, b.verdict)]
+    return Evidence(
+        log_prob=a.log_prob - b.log_prob,
+        stderr=torch.hypot(a.stderr, b.stderr),
+        ess=torch.minimum(a.ess, b.ess),
+        khat=torch.maximum(a.khat, b.khat),
+        num_samples=torch.minimum(a.num_samples, b.num_samples),
+        method=[f"{m} less {n}" for m, n in zip(a.method, b.method)],
+        verdict=["reliable" if both else "doubtful" for both in good],
+        audit=a.audit,
+    )
+
+
+@estimator
+def column_log_prob(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    num_samples: int = 2000,
+    chunk_size: int | None = None,
+    compile: bool = False,
+    devices: int = 1,
+    seed: int | None = 0,
+    progress: bool = False,
+) -> Tensor:
+    r"""log p(x_c | the other columns) of each value: which of them make a row odd.
+
+    .. math:: \log p(x_c \mid x_{-c}) = \log p(x) - \log p(x_{-c}), \qquad
+        p(x_{-c}) \approx \frac1K \sum_k \frac{w_k}{p(x_c \mid z_k)}
+
+    with the weighted draws that give log p(x). Where leaving a column out makes their k-hat
+    larger than 0.6, log p(x_{-c}) gets a proposal of its own, as in `log_conditional`.
+
+    Args:
+        model: As in `log_conditional`; its one observed site is x, its entries independent given
+            the latents.
+        guide: Pyro guide of the same arguments.
+        x: Data [N, *E].
+        y: What is conditioned on [N, C], or None.
+        num_samples: Weighted draws K.
+        chunk_size: Draws times data that the model sees at once.
+        compile: As in `log_evidence`.
+        devices: Processes that share the data, as in `importance_sampling`.
+        seed: Of the draws.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Nats [N, *E]; NaN where a value is missing.
+
+    Raises:
+        ValueError: As `refined_importance_sampling`; if the model observes anything but x, or the
+            entries are not independent given the latents.
+
+    References:
+        Vehtari, Gelman and Gabry. Practical Bayesian model evaluation using leave-one-out
+        cross-validation and WAIC. 2017.
+    """
+    options: dict[str, Any] = {
+        "chunk_size": chunk_size,
+        "compile": compile,
+        "seed": seed,
+        "devices": devices,
+        "progress": progress,
+    }
+    parts = map_targets(partial(_columns, num_samples=num_samples), model, guide, x, y, **options)
+    found, khat = (torch.cat(column) for column in zip(*parts))
+    hard = (khat > KHAT).nonzero()
+    if not len(hard):
+        return found
+    rows, entry = hard[:, 0].to(x.device), tuple(hard[:, 1:].T)
+    given = torch.ones(len(hard), *x.shape[1:], dtype=torch.bool)
+    given[(torch.arange(len(hard)), *entry)] = False
+    of = None if y is None else y[rows]
+    again = log_conditional(model, guide, x[rows], given, of, audit=False, **options)
+    found[tuple(hard.T)] = again.log_prob.to(found)
+    return found
+
+
+def _columns(target: Target, num_samples: int) -> tuple[Tensor, Tensor]:
+    """log p(x_c | the others) and the k-hat of its weights, each [B, *E]."""
+    _, places, weights = _weighed(target, num_samples)
+    parts = [target.entry_log_prob(u).double() for u in places.split(target.draws_at_once)]
+    without = weights.view(*weights.shape, *[1] * (target.x.ndim - 1)) - torch.cat(parts)
+    flat = without.flatten(1)
+    rest = log_mean_exp(flat).view(target.x.shape)
+    khat = pareto_khat(flat.cpu()).view(target.x.shape)
+    whole = log_mean_exp(weights).view(-1, *[1] * (target.x.ndim - 1))
+    missing = target.x.isnan()
+    found = torch.where(missing, math.nan, whole - rest).cpu()
+    return found, torch.where(missing.cpu(), -math.inf, khat)
