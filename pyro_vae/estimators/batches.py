@@ -24,7 +24,7 @@ from pyro_vae.processes import in_processes
 __all__ = ["check_support", "map_batches", "map_targets", "track"]
 
 T = TypeVar("T")
-DRAWS_AT_ONCE = 8  # draws of each datum that make up the rows that the model sees at once
+DRAWS_AT_ONCE = 4  # draws of each datum that make up the rows that the model sees at once
 NUMBERS = 5_000_000  # coordinates of a thousand draws of a batch
 
 
@@ -164,7 +164,7 @@ def map_targets(
     compile: bool = False,
 ) -> list[T]:
     """What `estimate` gives for the posteriors of each batch of data, as by `map_batches`."""
-    rows = 4 * ROWS if chunk_size is None else chunk_size
+    rows = 2 * ROWS if chunk_size is None else chunk_size
     check_support(model, guide, x, y, rows)
     with evaluating(model, guide, seed=seed, device=x.device):
         first = Target(model, guide, x[:4], None if y is None else y[:4], chunk_size=rows)

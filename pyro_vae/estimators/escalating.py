@@ -20,9 +20,10 @@ from pyro_vae.estimators.walks import walk, walk_cost
 __all__ = ["Result", "escalate"]
 
 PILOT = 400  # draws that choose the number of draws, and are not scored
-NUMBERS = (1000, 2000, 4000, 8000, 16_000)  # of draws
-HARD = 4000  # draws that have to be enough, or else the proposal gets more components
-CHAINS, TEMPERATURES, LEAPFROG = 256, 20, 3
+NUMBERS = (1000, 1500, 2000, 3000, 4000, 6000, 8000, 16_000, 32_000)  # of draws
+ENOUGH = 8000  # draws that have to be, or else the proposal gets more components
+AGAIN = 4000  # draws where the first ones were not enough, and of the pilot of a richer proposal
+CHAINS, TEMPERATURES, LEAPFROG = 384, 20, 3
 CHAINS_COST = (CHAINS + PILOT_CHAINS) * TEMPERATURES * LEAPFROG
 MARGIN = 0.8  # of the tolerance, that a pilot must promise
 TRUSTED = 0.6  # k-hat, near that at which the variance of the weights ends (0.5)
@@ -77,24 +78,25 @@ def escalate(
         )
     fit = fit_proposal(target)
     needed, visited = _pilot(fit, tolerance, PILOT)
-    after = left - NUMBERS[0] - HARD - components_cost(target.dim) - HARD - walk_cost()
-    if after < HARD:
+    after = left - ENOUGH - AGAIN - components_cost(target.dim) - AGAIN - walk_cost()
+    if after < AGAIN:
         return _by_need(fit, needed, tolerance, left, exact)
-    result = _by_need(fit, needed.clamp(max=HARD), tolerance, left, exact)
-    rows = (result.short(tolerance) & (needed <= HARD)).nonzero()[:, 0]
+    hard = needed > ENOUGH
+    result = _by_need(fit, needed.masked_fill(hard, 0), tolerance, left, exact)
+    rows = (result.short(tolerance) & ~hard).nonzero()[:, 0]
     if len(rows):
-        again = torch.full_like(needed[rows], HARD)
+        again = needed[rows].clamp(min=AGAIN)
         stars = None if exact is None else exact[:, rows]
         result = result.put(rows, _by_need(fit.rows(rows), again, tolerance, left, stars))
-    rows = (result.short(tolerance) | (needed > HARD)).nonzero()[:, 0]
+    rows = (result.short(tolerance) | hard).nonzero()[:, 0]
     if not len(rows):
         return result
     richer = fit.rows(rows)
     proposal = add_components(richer.target, richer.proposal, visited[:, rows])
     richer = replace(richer, proposal=proposal)
-    needed, _ = _pilot(richer, tolerance, HARD)
+    needed, _ = _pilot(richer, tolerance, AGAIN)
     exact = None if exact is None else exact[:, rows]
-    return result.put(rows, _by_need(richer, needed.clamp(min=HARD), tolerance, after, exact))
+    return result.put(rows, _by_need(richer, needed.clamp(min=AGAIN), tolerance, after, exact))
 
 
 def _pilot(fit: Fit, tolerance: float, number: int) -> tuple[Tensor, Tensor]:
@@ -118,7 +120,7 @@ def _pilot(fit: Fit, tolerance: float, number: int) -> tuple[Tensor, Tensor]:
     relative = (fit.log_weights(visited, NUMBERS[0]).cpu() - pilot.log_prob).exp()
     variance = torch.maximum(number * pilot.stderr.square(), relative.mean(0) - 1)
     needed = variance / (MARGIN * tolerance) ** 2
-    if number >= HARD:
+    if number >= AGAIN:
         needed = torch.where(pilot.khat < KHAT, needed, torch.inf)
     return needed, visited
 

@@ -25,6 +25,7 @@ MORE_STARTS, MOST_ROUNDS = 16, 8
 PATIENCE = 8  # starts without a new mode that end the search, for each mode that is known
 MOST_MODES = 24  # above which the search gives up
 LINES = 64  # units, and principal directions, that are walked along
+IDLE = 0.05  # by which the logarithm of a variance may differ from the prior's
 UNITS = 24  # most informed units that are exchanged
 WALK = (-2.5, -1.25, 0.0, 1.25, 2.5)  # from the prior's median
 STRIDES = (2.5, 4.5, 6.5, 8.5)  # from a mode, in its standard deviations
@@ -103,7 +104,7 @@ class _Search:
         climbed = _climb(target, first, None, FIRST_STEPS, FIRST_LR)
         highest = target.log_joint(climbed).argmax(0, keepdim=True)
         top, self.tril = laplace(target, _gather(climbed, highest)[0])
-        self.known, self.climbed = top.unsqueeze(0), climbed
+        self.known, self.lower = top.unsqueeze(0), _gather(climbed, 1 - highest)
         self.lines, self.pairs = _directions(self.tril)
         self.spread = torch.einsum("bij,rbi->rbj", self.tril, self.lines).norm(dim=-1)
 
@@ -148,7 +149,7 @@ class _Search:
         target = self.target.rows(rows)
         starts = self._starts(target, rows, known, number, origin % len(known))
         if origin == 0:
-            starts = torch.cat([starts, self.climbed[:, rows]])
+            starts = torch.cat([starts, self.lower[:, rows]])
         tril = self.tril[rows]
         more = _climb(target, starts, tril, STEPS, _far(tril, starts - known[0]))
         return _distinct(target, torch.cat([known, more]))
@@ -179,17 +180,27 @@ class _Search:
 def _directions(tril: Tensor) -> tuple[Tensor, Tensor]:
     """Unit vectors to walk along [R, B, D], and those between two units [P, B, D].
 
-    The first are the most informed units and the narrowest principal directions.
+    The lines are along the units and the principal directions whose spread differs most from the
+    prior's, and leave out what the data inform nowhere in the batch.
     """
     D = tril.shape[-1]
     covariance = tril @ tril.mT
-    units = covariance.diagonal(dim1=-2, dim2=-1).argsort(-1)[:, :LINES]
+    units, much = _informed(covariance.diagonal(dim1=-2, dim2=-1))
     axes = torch.eye(D, dtype=tril.dtype, device=tril.device)[units]
-    vectors = torch.linalg.eigh(covariance).eigenvectors.mT[:, :LINES]
+    variance, vectors = torch.linalg.eigh(covariance)
+    order, more = _informed(variance)
+    vectors = _gather(vectors.permute(2, 0, 1), order.T).transpose(0, 1)
     number = min(D, UNITS)
     a, b = torch.triu_indices(number, number, 1, device=tril.device)
     pairs = (axes[:, a] - axes[:, b]) / 2**0.5
-    return torch.cat([axes, vectors], 1).transpose(0, 1), pairs.transpose(0, 1)
+    lines = torch.cat([axes[:, :much], vectors[:, :more]], 1)
+    return lines.transpose(0, 1), pairs.transpose(0, 1)
+
+
+def _informed(variance: Tensor) -> tuple[Tensor, int]:
+    """The columns of variances [B, D], those least like 1 first, and how many to keep."""
+    size, order = variance.log().abs().sort(-1, descending=True)
+    return order, min(LINES, max(1, int((size > IDLE).sum(-1).max())))
 
 
 def _walk(

@@ -24,7 +24,7 @@ from pyro_vae.estimators.target import SCALE_DRAWS, Target
 __all__ = ["METHOD", "Fit", "fit_cost", "fit_proposal", "refined_importance_sampling"]
 
 METHOD = "importance sampling, refined"
-WIDER = 1.1  # the proposal's scale over the fitted one
+WIDER = 1.1  # the proposal's scale over the fitted one, where data inform
 DEFENSIVE_SHARE = 0.05  # of the draws, from the guide and from the prior
 LEAST_WEIGHT = 0.05  # of a component
 SURPRISE = 3.0  # standard errors by which draws of the prior may give more
@@ -210,7 +210,7 @@ def fit_proposal(target: Target, num_starts: int = 5) -> Fit:
     kept = mass > _highest(mass, modes.row) - NEGLIGIBLE
     row = modes.row[kept]
     loc, tril, bound = _by_batches(target, row, fit_gaussian, loc[kept], tril[kept])
-    proposal = _mixture(row, loc, tril * WIDER, bound)
+    proposal = _mixture(row, loc, _wider(tril), bound)
     return Fit(target, proposal, modes.simple, modes.complete)
 
 
@@ -222,6 +222,16 @@ def _by_batches(
     batches = zip(row.split(size), *(start.split(size) for start in starts))
     parts = [fit(target.rows(rows), *batch) for rows, *batch in batches]
     return [torch.cat(column) for column in zip(*parts)]
+
+
+def _wider(tril: Tensor) -> Tensor:
+    """Factors [M, D, D] of covariances that are wider where they are narrower than the prior's.
+
+    Where the data inform nothing the posterior is the prior, which a wider proposal would miss.
+    """
+    variance, vectors = torch.linalg.eigh(tril @ tril.mT)
+    variance = variance * (1 + (WIDER**2 - 1) * (1 - variance).clamp(0, 1))
+    return torch.linalg.cholesky((vectors * variance.unsqueeze(-2)) @ vectors.mT)
 
 
 def _laplace(target: Target, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -95,7 +95,10 @@ class Target:
             self.scale = x.new_ones(len(x), self.dim, dtype=torch.float64)
             mean, deviation = normal_units(self.sites, first, second)
             if scale is None:
-                scale = torch.where(deviation.isnan(), self._prior_scale(), deviation)
+                unknown = deviation.isnan()
+                scale = deviation
+                if unknown.any():
+                    scale = torch.where(unknown, self._prior_scale(), deviation)
             self.scale, self.prior_mean = scale, mean / scale
 
     def rows(self, index: Tensor) -> Target:
