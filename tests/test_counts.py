@@ -75,7 +75,8 @@ def test_given_their_total(cls: str) -> None:
         r = made.likelihood.min_dispersion + made.likelihood.raw_dispersion.exp().log1p()
         truth = dist.NegativeBinomial(r, logits=rate.log() - r.log()).log_prob(x).sum(1)
     found = pyro_vae.log_evidence(made, x)
-    assert ((found.log_prob - truth).abs() < 3 * found.stderr + 1e-4).all()
+    assert ((found.log_prob - truth).abs() < 4 * found.stderr + 1e-4).all()
+    assert abs((found.log_prob - truth).mean()) < 3 * found.mean_stderr()[0]
     assert found.audit.startswith("none")
     total = made.sample(20_011).sum(1)
     truth = dist.LogNormal(*made.likelihood.log_total).mean
@@ -98,7 +99,7 @@ def test_a_latent_total_is_integrated(cls: str) -> None:
     truth = log_p.logsumexp(0) + torch.tensor(18 / 4000).log()
     found = pyro_vae.log_evidence(made, x)
     assert found.verdict == ["reliable"] * 7
-    assert ((found.log_prob - truth).abs() < 3.5 * found.stderr + 1e-4).all()
+    assert ((found.log_prob - truth).abs() < 4 * found.stderr + 1e-4).all()
     assert abs((found.log_prob - truth).mean()) < 3 * found.mean_stderr()[0]
     elbo = pyro_vae.importance_sampling(made, x, num_samples=20).log_prob
     assert (elbo - truth).mean() < 0.05  # a bound
