@@ -542,3 +542,24 @@ def test_evidence_shows_its_two_errors() -> None:
     assert "(Monte Carlo)" in repr(e)
     assert f"{N} data" in repr(e)
     assert e._repr_html_().count("<tr>") == N + 1
+
+
+def test_evidence_is_indexed_as_a_vector() -> None:
+    exact = LinearGaussian.draw()
+    x = exact.vae.sample(7)
+    found = importance_sampling(exact.vae, x, num_samples=31)
+    mask = torch.arange(7) > 4
+    for index, rows in ((3, [3]), (slice(1, 6, 2), [1, 3, 5]), (mask, [5, 6]), (-1, [6])):
+        assert torch.equal(found[index].log_prob, found.log_prob[rows])
+        assert found[index].verdict == [found.verdict[i] for i in rows]
+    with pytest.raises(IndexError):
+        found[7]
+
+
+def test_evidence_as_a_frame() -> None:
+    pytest.importorskip("pandas")
+    exact = LinearGaussian.draw()
+    found = importance_sampling(exact.vae, exact.vae.sample(7), num_samples=31)
+    frame = found.to_frame()
+    assert frame.log_prob.tolist() == found.log_prob.tolist()
+    assert frame.verdict.tolist() == found.verdict

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,6 +100,18 @@ class Evidence:
             extras={name: value[index] for name, value in self.extras.items()},
             audit=self.audit,
         )
+
+    def __getitem__(self, index: Any) -> Evidence:
+        """The evidence of some of the data, by whatever indexes a vector: 3, a slice, a mask."""
+        return self.rows(torch.arange(len(self))[index].reshape(-1))
+
+    def to_frame(self) -> Any:
+        """A pandas frame with a row for each datum."""
+        import pandas as pd
+
+        tensors = {name: getattr(self, name) for name in TENSORS} | self.extras
+        columns = {name: value.numpy() for name, value in tensors.items()}
+        return pd.DataFrame({**columns, "method": self.method, "verdict": self.verdict})
 
     def known(self, index: Tensor, log_prob: float) -> Evidence:
         """The evidence with log p(x) of some of the data known without error."""

@@ -14,6 +14,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pyro_vae import objectives
 from pyro_vae.files import PathLike, locked
 from pyro_vae.generators import forked
 from pyro_vae.memory import keep_memory
@@ -43,7 +44,7 @@ FALL = 10.0  # times the first ELBO by which it may fall without a word
 def fit(
     vae: nn.Module,
     data: Any,
-    objective: Objective | None = None,
+    objective: Objective | str | None = None,
     *,
     run: PathLike | None = None,
     epochs: int = 20,
@@ -91,7 +92,8 @@ def fit(
         data: Rows [N, \*E] (a tensor, array, frame or list), a pair (x [N, \*E], y [N, C]) of
             them, or an object with `__len__`, `batch`, `fixed` and `to`, as the parts of
             `data.load_data`. Moved to the device once.
-        objective: What is maximised; ELBO() if None.
+        objective: What is maximised, or the name of one without options, such as "BetaTC"; ELBO()
+            if None.
         run: Folder for settings, metrics.csv and checkpoints; None keeps nothing.
         epochs: Passes over the data.
         batch_size: Rows of a step, on all devices together; the last batch of an epoch may be
@@ -137,7 +139,7 @@ def fit(
         epochs, batch_size, optimizer, lr, schedule, clip_norm, patience, precision, seed,
         checkpoint_every, bool(compile),
     )  # fmt: skip
-    objective = ELBO() if objective is None else objective
+    objective = _named(objective) if isinstance(objective, str) else objective or ELBO()
     _check(vae, objective, validation, patience, run, resume)
     missing = getattr(vae, "missing", True)  # programs of one's own may take NaN
     train = as_dataset(data, "data", missing)
@@ -247,6 +249,15 @@ def _train_locked(fabric: Fabric, group: Group, task: Task) -> Result:
     states = vae.state_dict(), objective.state_dict()
     fell = _fell(trainer.history, trainer.began)
     return Result(trainer.history, trainer.step, collapsed, fell, moving, *states)
+
+
+def _named(name: str) -> Objective:
+    """The objective of this name, with its usual options."""
+    classes = {n: getattr(objectives, n) for n in objectives.__all__ if n != "Objective"}
+    known = {n: cls for n, cls in classes.items() if issubclass(cls, Objective)}
+    if name not in known:
+        raise ValueError(f"objective {name!r} is unknown: choose one of {', '.join(known)}")
+    return known[name]()
 
 
 def _take(result: Result, vae: nn.Module, objective: Objective, precision: str) -> None:

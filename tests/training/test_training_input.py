@@ -31,6 +31,7 @@ from pyro_vae.training.step import Monitor, StepLoss
         ({"patience": 3}, "patience needs validation"),
         ({"precision": "8-true"}, "precision must be one of 32-true"),
         ({"objective": pyro.infer.Trace_ELBO()}, "objective must be"),
+        ({"objective": "Schedule"}, "objective 'Schedule' is unknown: choose one of BetaTC"),
         ({"data": [1, 2, 3]}, r"data must be of shape \[N, \*E\] .*; got \[3\]"),
         ({"data": {1, 2}}, "data must be rows .* such as splits.train; got set"),
         ({"data": torch.zeros(0, 7)}, "at least one row"),

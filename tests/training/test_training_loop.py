@@ -26,7 +26,7 @@ from training_cases import (
 )
 
 from pyro_vae.estimators import evidence_lower_bound
-from pyro_vae.objectives import ELBO
+from pyro_vae.objectives import ELBO, IWAE
 from pyro_vae.training import History, State, fit
 from pyro_vae.training.dataset import epoch_order
 from pyro_vae.training.history import COLUMNS
@@ -183,6 +183,14 @@ def test_schedules_step_once_an_epoch() -> None:
     plateau = {"class_path": "ReduceLROnPlateau", "init_args": never}
     history = fit(make_vae(), make_data(), epochs=3, batch_size=11, schedule=plateau, **QUIET)
     assert history["lr"] == pytest.approx([1e-3, 1e-3, 1e-4])
+
+
+def test_an_objective_by_its_name() -> None:
+    found = [
+        fit(make_vae(), make_data(), objective, epochs=1, **QUIET).rows[0]["objective"]
+        for objective in ("IWAE", IWAE())
+    ]
+    assert found[0] == found[1]
 
 
 def test_objectives_are_told_the_step() -> None:
