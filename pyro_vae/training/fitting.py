@@ -139,7 +139,8 @@ def fit(
         epochs, batch_size, optimizer, lr, schedule, clip_norm, patience, precision, seed,
         checkpoint_every, bool(compile),
     )  # fmt: skip
-    objective = _named(objective) if isinstance(objective, str) else objective or ELBO()
+    objective = _named(objective) if isinstance(objective, str) else objective
+    objective = ELBO() if objective is None else objective
     _check(vae, objective, validation, patience, run, resume)
     missing = getattr(vae, "missing", True)  # programs of one's own may take NaN
     train = as_dataset(data, "data", missing)
