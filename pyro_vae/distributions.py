@@ -532,7 +532,8 @@ class Joint(TorchDistribution):
             return given[name]
 
         self.draw(pick)
-        return sum(terms[1:], terms[0]).expand(self._lead(value.shape[:-1]))
+        lead = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        return sum(terms[1:], terms[0]).expand(lead)
 
     def rsample(self, sample_shape: Shape = Size()) -> Tensor:
         """Reparameterised draws [*sample, *batch, D1 + D2 + ...]."""
@@ -548,7 +549,7 @@ class Joint(TorchDistribution):
     @property
     def mean(self) -> Tensor:
         """Each vector's mean given the means of those before it."""
-        return self.draw(lambda _, fn: fn.mean).expand(self._extended_shape())
+        return self.draw(lambda _, fn: self._wide(fn, fn.mean))
 
     @property
     def variance(self) -> Tensor:
@@ -556,15 +557,14 @@ class Joint(TorchDistribution):
         found: dict[str, Tensor] = {}
 
         def pick(name: str, fn: Any) -> Tensor:
-            found[name] = fn.variance
-            return fn.mean
+            found[name] = self._wide(fn, fn.variance)
+            return self._wide(fn, fn.mean)
 
         self.draw(pick)
-        variances = torch.cat([found[name] for name in self.sizes], -1)
-        return variances.expand(self._extended_shape())
+        return torch.cat([found[name] for name in self.sizes], -1)
 
-    def _lead(self, lead: Size) -> Size:
-        return torch.broadcast_shapes(lead, self.batch_shape)
+    def _wide(self, fn: Any, value: Tensor) -> Tensor:
+        return value.expand(*self.batch_shape, *fn.event_shape)
 
 
 def _more(shape: Size, fn: Any) -> Size:

@@ -54,7 +54,7 @@ class Layers(nn.Module):
             for name, prior in downwards(self.layers):
                 z = draw(name, prior(beside(z, y)))
 
-        return Joint(program, named(sizes), top.batch_shape)
+        return Joint(program, named(sizes), top.batch_shape if y is None else y.shape[:-1])
 
     def initialise(self, x: Tensor) -> None:
         """Nothing: the order of inference knows what the top layer's posterior sees."""
