@@ -129,6 +129,12 @@ class VAE(nn.Module):
         """
         return self.posterior(self.likelihood.inputs(self._cast(x)), self._condition(y))
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of each layer of latents by its site, in the order in which z joins them."""
+        q: Any = self.posterior
+        return q.sizes if isinstance(q, Inference) else {"z": q.latent_dim}
+
     def reconstruct(
         self, x: Tensor, y: Tensor | None = None, num_samples: int | None = None
     ) -> Tensor:
