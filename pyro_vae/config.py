@@ -19,6 +19,7 @@ from torch.distributions import constraints
 from pyro_vae import likelihoods, networks, objectives, posteriors, priors
 from pyro_vae.arguments import as_shape, check_whole
 from pyro_vae.files import reading
+from pyro_vae.hierarchy import Inference, Layers, Lowest
 from pyro_vae.memory import parameters_that_fit
 from pyro_vae.training import load_weights, put_weights, read_run
 from pyro_vae.vae import VAE
@@ -45,19 +46,24 @@ BASES: dict[str, type] = {
     "prior": priors.Prior,
     "likelihood": likelihoods.Likelihood,
     "posterior": posteriors.Posterior,
+    "hierarchy": Inference,
     "encoder": networks.Network,
     "decoder": networks.Network,
     "objective": objectives.Objective,
     "schedule": objectives.Schedule,
 }
 PLAIN = (NoneType, bool, int, float, str, list, tuple, dict, EllipsisType, ...)
-INJECTED = {"latent_dim", "data_shape", "posterior", "encoder", "decoder", "in_shape", "out_shape"}
+INJECTED = {
+    *("latent_dim", "data_shape", "posterior", "posteriors", "prior", "encoder", "decoder"),
+    *("network", "in_shape", "out_shape"),
+}
+DENSE = (networks.MLP, networks.GatedMLP)  # networks that read vectors
 
 
 @parameters_that_fit()
 def build(
     data_shape: int | Iterable[int],
-    latent_dim: int,
+    latent_dim: int | Sequence[int],
     prior: Declared = "StandardNormal",
     likelihood: Declared = "Bernoulli",
     posterior: Declared = "DiagonalNormal",
@@ -65,6 +71,8 @@ def build(
     decoder: Declared = "MLP",
     condition_dim: int = 0,
     missing: bool = False,
+    hierarchy: Declared | None = None,
+    skip: bool = False,
 ) -> VAE:
     """A VAE from the names of its parts.
 
@@ -75,20 +83,27 @@ def build(
 
     Args:
         data_shape: Shape of one datum.
-        latent_dim: Latent size D.
-        prior: Name of a prior.
+        latent_dim: Latent size D; for a hierarchy that of each layer, from the data upwards.
+        prior: Name of a prior, in a hierarchy that of the top layer; those below are
+            `ConditionalNormal`, by a network of the decoder's class if that reads vectors,
+            else an MLP.
         likelihood: Name of a likelihood.
         posterior: Name of a posterior.
         encoder: Name of a network from data.
         decoder: Name of a network to data.
         condition_dim: Length of the vector `y` that both networks are conditioned on.
         missing: Whether NaN in the data stands for a missing entry; see `VAE`.
+        hierarchy: Name of the order of inference of several layers: "TopDown" (taken if
+            `latent_dim` has several sizes), "BottomUp" or "Ladder".
+        skip: Whether p(x | z) sees all layers of a hierarchy, or the one next to it alone.
 
     Raises:
         ValueError: If a name or option is unknown (with the closest known one), or an option has
-            the wrong type; if the parameters cannot fit in memory.
+            the wrong type; if `hierarchy` and `latent_dim` do not fit; if the parameters cannot
+            fit in memory.
     """
-    check_whole(latent_dim=latent_dim)
+    sizes = as_shape("latent_dim", latent_dim)
+    order = _order(latent_dim, hierarchy, skip)
     check_whole(0, condition_dim=condition_dim)
     shape = as_shape("data_shape", data_shape)
     declared = {
@@ -100,20 +115,22 @@ def build(
     }
     raw = _size(declared["likelihood"], "num_params")
     inputs = _size(declared["likelihood"], "input_shape", shape, missing=missing)
-    filled: dict[str, Any] = {"latent_dim": latent_dim, "data_shape": shape}
-    filled["decoder"] = _make(
-        declared["decoder"], {"in_shape": (latent_dim,), "out_shape": (raw * shape[0], *shape[1:])}
+    filled: dict[str, Any] = {"latent_dim": sizes[-1], "data_shape": shape}
+    seen = sum(sizes) if skip else sizes[0]
+    network = _make(
+        declared["decoder"], {"in_shape": (seen,), "out_shape": (raw * shape[0], *shape[1:])}
     )
+    filled["decoder"] = Lowest(network, seen) if seen < sum(sizes) else network
     made_likelihood = _make(declared["likelihood"], filled)
-    out = _size(declared["posterior"], "num_params", latent_dim)
-    filled["encoder"] = _make(declared["encoder"], {"in_shape": inputs, "out_shape": (out,)})
-    filled["posterior"] = _make(declared["posterior"], filled)
     filled["data_shape"] = inputs  # a prior's pseudo-inputs lie where the encoder reads
-    made_prior = _make(declared["prior"], filled)
-    vae = VAE(made_prior, made_likelihood, filled["posterior"], missing)
+    made_prior, made_posterior = _latents(declared, order, filled, sizes)
+    vae = VAE(made_prior, made_likelihood, made_posterior, missing)
+    if order is not None:
+        declared["hierarchy"] = order
     vae.declaration = {
         "data_shape": list(shape),
-        "latent_dim": latent_dim,
+        "latent_dim": sizes[0] if order is None else list(sizes),
+        **({} if order is None else {"skip": skip}),
         **({"missing": True} if missing else {}),
         **{
             family: {"class_path": _name(cls), "init_args": options}
@@ -121,6 +138,98 @@ def build(
         },
     }
     return vae
+
+
+def _order(
+    latent_dim: Any, hierarchy: Declared | None, skip: bool
+) -> tuple[type, dict[str, Any]] | None:
+    """The order of inference that is declared for several layers of latents; None for one."""
+    if not isinstance(skip, bool):
+        raise ValueError(f"skip must be True or False; got {skip!r}")
+    several = isinstance(latent_dim, tuple | list)
+    if several and len(latent_dim) > 1:
+        return component("hierarchy", "TopDown" if hierarchy is None else hierarchy)
+    if several or skip or hierarchy is not None:
+        raise ValueError(
+            "a hierarchy needs a latent_dim of two sizes or more, from the data upwards, such as "
+            f"[40, 40]; got {latent_dim!r}"
+        )
+    return None
+
+
+def _latents(
+    declared: dict[str, Any],
+    order: tuple[type, dict[str, Any]] | None,
+    filled: dict[str, Any],
+    sizes: tuple[int, ...],
+) -> tuple[Any, Any]:
+    """Prior and posterior, of one layer or of several."""
+    shape, encoder = filled["data_shape"], declared["encoder"]
+    reads = [(shape, 0)] if order is None else order[0].reads(shape, sizes)  # type: ignore[attr-defined]
+    posteriors = [
+        _posterior(declared, encoder if read[0] == shape else _dense(encoder), size, read)
+        for size, read in zip(sizes, reads)
+    ]
+    filled = {**filled, "posterior": posteriors[-1], "data_shape": reads[-1][0]}
+    prior = _prior(declared, filled)
+    if order is None:
+        return prior, posteriors[0]
+    lower, given = component("prior", "ConditionalNormal"), _condition_dim(declared)
+    below = [_given(declared, lower, size, up + given) for size, up in zip(sizes, sizes[1:])]
+    layers = Layers([*below, prior])
+    return layers, _make(order, {"posteriors": posteriors, "prior": layers})
+
+
+def _posterior(
+    declared: dict[str, Any],
+    encoder: tuple[type, dict[str, Any]],
+    latent_dim: int,
+    reads: tuple[tuple[int, ...], int],
+) -> Any:
+    """A posterior whose encoder reads an input of a shape, and so many latents beside `y`."""
+    (cls, options), (in_shape, latents) = encoder, reads
+    out = (_size(declared["posterior"], "num_params", latent_dim),)
+    if latents:
+        check_options("encoder", cls, ["condition_dim"])
+        options = {**options, "condition_dim": options["condition_dim"] + latents}
+    made = _make((cls, options), {"in_shape": in_shape, "out_shape": out})
+    return _make(declared["posterior"], {"latent_dim": latent_dim, "encoder": made})
+
+
+def _prior(declared: dict[str, Any], filled: dict[str, Any]) -> Any:
+    """The prior of the top layer, or of the only one."""
+    cls, options = declared["prior"]
+    if "network" in _parameters(cls):
+        if not (count := _condition_dim(declared)):
+            raise ValueError(
+                f"prior {cls.__name__} of the top layer has nothing above it but y: give "
+                "condition_dim, or another prior"
+            )
+        return _given(declared, declared["prior"], filled["latent_dim"], count)
+    return _make(declared["prior"], filled)
+
+
+def _given(
+    declared: dict[str, Any], prior: tuple[type, dict[str, Any]], latent_dim: int, above: int
+) -> Any:
+    """A prior given `above` numbers, by a network of the decoder's class if it reads vectors."""
+    cls, options = _dense(declared["decoder"])
+    shapes = {"in_shape": (above,), "out_shape": (_size(prior, "num_params", latent_dim),)}
+    network = _make((cls, {**options, "condition_dim": 0}), shapes)
+    return _make(prior, {"latent_dim": latent_dim, "network": network})
+
+
+def _dense(network: tuple[type, dict[str, Any]]) -> tuple[type, dict[str, Any]]:
+    """A declared network if it reads vectors, else an MLP on the same condition."""
+    cls, options = network
+    if cls in DENSE:
+        return network
+    given = {"condition_dim": options.get("condition_dim", 0)}
+    return component("encoder", {"class_path": "MLP", "init_args": given})
+
+
+def _condition_dim(declared: dict[str, Any]) -> int:
+    return declared["encoder"][1].get("condition_dim", 0)
 
 
 def load(run: str | os.PathLike[str], vae: VAE | None = None) -> VAE:

@@ -19,9 +19,11 @@ __all__ = [
     "Bernoulli",
     "ContinuousBernoulli",
     "DiscretizedLogistic",
+    "Draw",
     "Flow",
     "FullNormal",
     "Incomplete",
+    "Joint",
     "Levels",
     "MixtureOfDiagonalNormals",
     "MixtureOfLogistics",
@@ -32,6 +34,7 @@ __all__ = [
 
 
 Shape = Size | list[int] | tuple[int, ...]
+Draw = Callable[[str, Any], Tensor]  # of a name and a distribution
 
 
 class Bernoulli(dist.Bernoulli):
@@ -470,6 +473,103 @@ class Flow(TorchDistribution):
         base = getattr(self.flow, "base", self.flow)
         with forked(base.mean.device, 0), torch.no_grad():
             return self.flow.sample(Size((1000,))).mean(0)
+
+
+class Joint(TorchDistribution):
+    r"""Several vectors as one, each drawn given those before it: p(z1, z2) = p(z2) p(z1 | z2).
+
+    Its mean holds, for each vector, the mean given the means of the vectors before it. That is
+    E[z] where conditional means are affine, and an embedding in any case. Its variance is that
+    of each vector given the same.
+
+    Args:
+        program: Calls its argument `draw(name, distribution)` for one vector after another; it
+            returns the vector, for the distributions of later ones.
+        sizes: Length of each vector, in the order in which they are joined.
+        batch_shape: That of the first vector's distribution.
+    """
+
+    arg_constraints = {}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(
+        self,
+        program: Callable[[Draw], Any],
+        sizes: dict[str, int],
+        batch_shape: Shape = Size(),
+        validate_args: bool | None = None,
+    ) -> None:
+        self.program, self.sizes = program, sizes
+        event_shape = Size([sum(sizes.values())])
+        super().__init__(Size(batch_shape), event_shape, validate_args=validate_args)
+
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> Joint:
+        """The same distribution over a larger batch."""
+        return type(self)(self.program, self.sizes, Size(batch_shape), validate_args=False)
+
+    def draw(self, pick: Draw) -> Tensor:
+        """The vectors that `pick(name, distribution)` gives, one after another, joined."""
+        drawn: dict[str, Tensor] = {}
+
+        def keep(name: str, fn: Any) -> Tensor:
+            drawn[name] = pick(name, fn)
+            return drawn[name]
+
+        self.program(keep)
+        return torch.cat([drawn[name] for name in self.sizes], -1)
+
+    def split(self, value: Tensor) -> dict[str, Tensor]:
+        """The vectors [*S, D] of which `value` [*S, D1 + D2 + ...] is joined, by name."""
+        return dict(zip(self.sizes, value.split(list(self.sizes.values()), -1)))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of `value` in nats, the sum of those of the vectors."""
+        given, terms = self.split(value), []
+
+        def pick(name: str, fn: Any) -> Tensor:
+            terms.append(fn.log_prob(given[name]))
+            return given[name]
+
+        self.draw(pick)
+        lead = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        return sum(terms[1:], terms[0]).expand(lead)
+
+    def rsample(self, sample_shape: Shape = Size()) -> Tensor:
+        """Reparameterised draws [*sample, *batch, D1 + D2 + ...]."""
+        shape = Size(sample_shape) + self.batch_shape
+        return self.draw(lambda _, fn: fn.rsample(_more(shape, fn)))
+
+    def sample(self, sample_shape: Shape = Size()) -> Tensor:
+        """Draws, also of distributions that are not reparameterised."""
+        shape = Size(sample_shape) + self.batch_shape
+        with torch.no_grad():
+            return self.draw(lambda _, fn: fn.sample(_more(shape, fn)))
+
+    @property
+    def mean(self) -> Tensor:
+        """Each vector's mean given the means of those before it."""
+        return self.draw(lambda _, fn: self._wide(fn, fn.mean))
+
+    @property
+    def variance(self) -> Tensor:
+        """Each vector's variance given the means of those before it."""
+        found: dict[str, Tensor] = {}
+
+        def pick(name: str, fn: Any) -> Tensor:
+            found[name] = self._wide(fn, fn.variance)
+            return self._wide(fn, fn.mean)
+
+        self.draw(pick)
+        return torch.cat([found[name] for name in self.sizes], -1)
+
+    def _wide(self, fn: Any, value: Tensor) -> Tensor:
+        return value.expand(*self.batch_shape, *fn.event_shape)
+
+
+def _more(shape: Size, fn: Any) -> Size:
+    """The dimensions of `shape` that come before the batch of a distribution."""
+    return shape[: len(shape) - len(fn.batch_shape)]
 
 
 def flow_family(name: str) -> Any:

@@ -139,8 +139,16 @@ def curves(rows: Sequence[Mapping[str, float | None]]) -> Figure:
     return figure
 
 
-def latent(means: Tensor, labels: Tensor | None = None) -> Figure:
-    """Posterior means [N, D] in the two dimensions of largest variance, coloured by label."""
+def latent(
+    means: Tensor, labels: Tensor | None = None, names: Sequence[str] | None = None
+) -> Figure:
+    """Posterior means [N, D] in the two dimensions of largest variance, coloured by label.
+
+    Args:
+        means: Posterior means [N, D].
+        labels: Class of each of the N data, or None.
+        names: Names of the D dimensions; z0, z1, ... if None.
+    """
     pair = sorted(means.var(0).argsort(descending=True)[:2].tolist())
     first, second = pair if len(pair) == 2 else (pair[0], pair[0])
     figure, (ax,) = _axes(1, 1, 5)
@@ -150,8 +158,8 @@ def latent(means: Tensor, labels: Tensor | None = None) -> Figure:
     else:
         points = ax.scatter(x, y, c=labels.tolist(), s=6, cmap="tab10")
         ax.legend(*points.legend_elements(num=None), title="label", fontsize=8)
-    ax.set_xlabel(f"E[z{first} | x]")
-    ax.set_ylabel(f"E[z{second} | x]")
+    ax.set_xlabel(f"E[{_unit(first, names)} | x]")
+    ax.set_ylabel(f"E[{_unit(second, names)} | x]")
     chosen = ", the two dimensions of largest variance" if means.shape[1] > 2 else ""
     ax.set_title(f"posterior means{chosen}", fontsize=10)
     return figure
@@ -163,7 +171,7 @@ def traversals(
     values: Tensor | None = None,
     top: int | None = None,
     limits: tuple[float, float] | None = None,
-    dims: Sequence[int] | None = None,
+    dims: Sequence[int | str] | None = None,
 ) -> Figure:
     """What each latent dimension does: a row of images for each, of most KL first.
 
@@ -173,7 +181,7 @@ def traversals(
         values: The T values of a dimension, for the title.
         top: Rows shown; all if None.
         limits: As in `images`.
-        dims: Numbers of the D dimensions, where they are some of more.
+        dims: Numbers or names of the D dimensions, where they are some of more.
     """
     if decoded.ndim != 5 or len(decoded) != len(kl):
         raise ValueError(
@@ -181,7 +189,9 @@ def traversals(
             f"{list(kl.shape)}"
         )
     order = kl.argsort(descending=True)[:top].tolist()
-    names = [f"z{d if dims is None else dims[d]}, {kl[d]:.2f} nats" for d in order]
+    shown = [d if dims is None else dims[d] for d in order]
+    named = [name if isinstance(name, str) else f"z{name}" for name in shown]
+    names = [f"{name}, {kl[d]:.2f} nats" for name, d in zip(named, order)]
     title = "each latent dimension by itself"
     if values is not None:
         title += f", from {values.min():.1f} to {values.max():.1f}"
@@ -204,12 +214,18 @@ def factor_matrix(information: Tensor, names: Sequence[str]) -> Figure:
     return figure
 
 
-def unit_kl(epochs: Tensor, kl: Tensor) -> Figure:
-    """KL of each latent dimension [T, D] over epochs [T], in nats; the largest are named."""
+def unit_kl(epochs: Tensor, kl: Tensor, names: Sequence[str] | None = None) -> Figure:
+    """KL of each latent dimension [T, D] over epochs [T], in nats; the largest are named.
+
+    Args:
+        epochs: Epochs [T].
+        kl: KL of each dimension after each [T, D].
+        names: Names of the D dimensions; z0, z1, ... if None.
+    """
     figure, (ax,) = _axes(1, 1, 4)
     named = set(kl[-1].argsort(descending=True)[:10].tolist())
     for d in range(kl.shape[1]):
-        ax.plot(epochs.tolist(), kl[:, d].tolist(), label=f"z{d}" if d in named else None)
+        ax.plot(epochs.tolist(), kl[:, d].tolist(), label=_unit(d, names) if d in named else None)
     _over_epochs(ax, "KL of each latent dimension")
     return figure
 
@@ -256,6 +272,10 @@ def save(figure: Figure, path: str) -> None:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150, bbox_inches="tight")
     files.write(path, png.getvalue())
+
+
+def _unit(d: int, names: Sequence[str] | None) -> str:
+    return f"z{d}" if names is None else names[d]
 
 
 def _axes(rows: int, columns: int, size: float) -> tuple[Figure, list]:

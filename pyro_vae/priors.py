@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pyro.distributions as dist
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,6 +17,7 @@ from pyro_vae.arguments import check_real, check_whole
 from pyro_vae.distributions import Flow, flow_family, mixture
 
 __all__ = [
+    "ConditionalNormal",
     "FlowPrior",
     "Laplace",
     "MixtureOfGaussians",
@@ -89,6 +91,50 @@ class Normal(Prior):
     def forward(self, y: Tensor | None = None) -> Distribution:
         """N(mu, sigma^2)."""
         return dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
+
+
+class ConditionalNormal(Prior):
+    r"""Diagonal Normal given `y`, :math:`p(z \mid y) = \mathcal{N}(z; \mu(y), \sigma^2(y))`.
+
+    .. math:: \sigma = \texttt{min\_scale} + \mathrm{softplus}(s(y))
+
+    In a hierarchy `y` is the layer above, with the condition of the whole model if there is one.
+
+    Args:
+        network: Network from y to 2 D raw numbers, mean and s.
+        latent_dim: Latent size D.
+        min_scale: Floor of the standard deviation.
+
+    References:
+        Sohn, Lee and Yan. Learning structured output representation using deep conditional
+        generative models. 2015.
+    """
+
+    def __init__(self, network: nn.Module, latent_dim: int, min_scale: float = 1e-4) -> None:
+        super().__init__()
+        check_whole(latent_dim=latent_dim)
+        check_real(0, min_scale=min_scale)
+        self.network = network
+        self.latent_dim = latent_dim
+        self.min_scale = min_scale
+
+    @classmethod
+    def num_params(cls, latent_dim: int) -> int:
+        """Mean and scale of each dimension."""
+        return 2 * latent_dim
+
+    def forward(self, y: Tensor | None = None) -> Distribution:
+        """N(mu(y), sigma^2(y)).
+
+        Raises:
+            ValueError: If there is no `y`.
+        """
+        if y is None:
+            raise ValueError("prior ConditionalNormal is conditioned on y: give it; got none")
+        raw = self.network(y)
+        raw = raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw
+        loc, scale = raw.chunk(2, -1)
+        return dist.Normal(loc, self.min_scale + F.softplus(scale)).to_event(1)
 
 
 class MixtureOfGaussians(Prior):

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_vae.arguments import as_rows, as_tensor, check_finite, check_whole, completed
+from pyro_vae.distributions import Draw, Joint
+from pyro_vae.hierarchy import Inference, Layers
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.memory import check_fits
 from pyro_vae.posteriors import Posterior
@@ -27,18 +29,21 @@ class VAE(nn.Module):
     .. math:: p(x, z) = p(z) \, p(x \mid z), \qquad q(z \mid x) \approx p(z \mid x)
 
     `model` and `guide` are ordinary Pyro programs with one plate, "data", and the sites "z"
-    and "x": any of Pyro's inference algorithms can be given them.
+    and "x": any of Pyro's inference algorithms can be given them. A hierarchy has a site for
+    each layer of latents in place of "z"; elsewhere z is all layers joined.
 
     Args:
-        prior: () -> p(z).
+        prior: () -> p(z); `Layers` for a hierarchy.
         likelihood: z -> p(x | z).
-        posterior: x -> q(z | x); it sees `likelihood.inputs(x)`.
+        posterior: x -> q(z | x); it sees `likelihood.inputs(x)`. An order of inference, such as
+            `TopDown`, for a hierarchy.
         missing: Whether NaN in x stands for a missing entry. The model's site "x" is then the
             density of what was observed, and its encoder sees x (0 where missing) joined with
             the mask, of shape `likelihood.input_shape(data_shape, missing=True)`.
 
     Raises:
-        ValueError: If the prior is made of another VAE's posterior.
+        ValueError: If the prior is made of another VAE's posterior, or one of prior and
+            posterior is that of a hierarchy and the other is not.
 
     References:
         Kingma and Welling. Auto-encoding variational Bayes. 2013.
@@ -49,10 +54,21 @@ class VAE(nn.Module):
     initialised: Tensor
 
     def __init__(
-        self, prior: Prior, likelihood: Likelihood, posterior: Posterior, missing: bool = False
+        self,
+        prior: Prior | Layers,
+        likelihood: Likelihood,
+        posterior: Posterior | Inference,
+        missing: bool = False,
     ) -> None:
         super().__init__()
-        if prior.posterior is not None and prior.posterior is not posterior:
+        over = posterior.prior if isinstance(posterior, Inference) else None
+        if over is not (prior if isinstance(prior, Layers) else None):
+            raise ValueError(
+                "a hierarchy needs Layers and an order of inference over the same, such as "
+                f"TopDown(posteriors, prior); got {type(prior).__name__} and "
+                f"{type(posterior).__name__}"
+            )
+        if prior.posterior is not None and prior.posterior not in set(posterior.modules()):
             raise ValueError(
                 f"{type(prior).__name__} was built over another VAE's posterior: "
                 "build it over the posterior that is given to this VAE"
@@ -85,11 +101,7 @@ class VAE(nn.Module):
         elif y is not None:
             size = len(y)
         with pyro.plate("data", size, dim=-1):
-            prior: Any = self.prior(y)
-            z = pyro.sample("z", prior)
-            self._check_sizes(prior, z)
-            if is_validation_enabled():
-                self._check_latents(prior.support, z)
+            z = _drawn(self.prior(y), self._sample)
             own = self._sampled(self.likelihood.latents())
             p: Any = self.likelihood.observed(self.likelihood(z, y, **own))
             return pyro.sample("x", p, obs=x)
@@ -106,14 +118,22 @@ class VAE(nn.Module):
         """
         _register({"posterior": self.posterior})
         with pyro.plate("data", len(x), dim=-1):
-            q: Any = self.encode(x, y)
-            z = pyro.sample("z", q)
+            z = _drawn(self.encode(x, y), pyro.sample)
             self._sampled(self.likelihood.propose(self._cast(x)))
             return z
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
-        """q(z | x, y), batch [B], event (D,); its mean is the usual embedding."""
+        """q(z | x, y), batch [B], event (D,); its mean is the usual embedding.
+
+        That of a hierarchy is a `Joint` of all layers, event (D1 + D2 + ...,).
+        """
         return self.posterior(self.likelihood.inputs(self._cast(x)), self._condition(y))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of each layer of latents by its site, in the order in which z joins them."""
+        q: Any = self.posterior
+        return q.sizes if isinstance(q, Inference) else {"z": q.latent_dim}
 
     def reconstruct(
         self, x: Tensor, y: Tensor | None = None, num_samples: int | None = None
@@ -234,6 +254,14 @@ class VAE(nn.Module):
             )
         return y
 
+    def _sample(self, name: str, prior: Any) -> Tensor:
+        """A latent site of the model; what the guide has drawn for it must fit the prior."""
+        z = pyro.sample(name, prior)
+        self._check_sizes(prior, z)
+        if is_validation_enabled():
+            self._check_latents(prior.support, z)
+        return z
+
     def _check_sizes(self, prior: Distribution, z: Tensor) -> None:
         """Refuses latents of another size than the prior's, which would broadcast."""
         if z.shape[-1:] != prior.event_shape:
@@ -251,6 +279,11 @@ class VAE(nn.Module):
                 f"{type(self.posterior).__name__} draws: give a posterior that stays inside the "
                 "prior's support, or a prior on all real vectors"
             )
+
+
+def _drawn(z: Distribution, sample: Draw) -> Tensor:
+    """The latents: the site "z", or those of all layers, joined."""
+    return z.draw(sample) if isinstance(z, Joint) else sample("z", z)
 
 
 def _checked(name: str, value: Any, missing: bool | None = None) -> Tensor:

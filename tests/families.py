@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_vae import likelihoods, networks, objectives, posteriors, priors
+from pyro_vae.config import build
 from pyro_vae.distributions import Flow
+from pyro_vae.hierarchy import Inference
 from pyro_vae.vae import VAE
 
 
@@ -30,11 +32,13 @@ def final(base: type) -> list[type]:
     return sorted(found, key=lambda cls: cls.__name__)
 
 
-PRIORS = final(priors.Prior)
+CONDITIONAL = [c for c in final(priors.Prior) if "network" in inspect.signature(c).parameters]
+PRIORS = [cls for cls in final(priors.Prior) if cls not in CONDITIONAL]
 LIKELIHOODS = final(likelihoods.Likelihood)
 POSTERIORS = final(posteriors.Posterior)
 NETWORKS = final(networks.Network)
 OBJECTIVES = final(objectives.Objective)
+ORDERS = final(Inference)
 
 
 def triples(first: list[type], second: list[type], third: list[type]) -> list[Any]:
@@ -75,6 +79,13 @@ def make(
     q = posterior(encoder, latent_dim)
     p = prior(**accepted(prior, latent_dim=latent_dim, posterior=q, data_shape=in_shape))
     return VAE(p, likelihood(decoder, data_shape), q, missing)
+
+
+def layered(order: type, latent_dim: tuple[int, ...] = (2, 3), **declared: Any) -> VAE:
+    """A VAE of several layers of latents, from data of length 7 if nothing else is declared."""
+    small = {"class_path": "MLP", "init_args": {"hidden": [5]}}
+    given = {"data_shape": 7, "encoder": small, "decoder": small, **declared}
+    return build(latent_dim=latent_dim, hierarchy=order.__name__, **given)
 
 
 def network(cls: type, **options: Any) -> networks.Network:

@@ -22,6 +22,7 @@ from pyro_vae import build, importance_sampling, load, log_evidence, plots
 from pyro_vae.__main__ import main
 from pyro_vae.cli.judge import check_comparable
 from pyro_vae.cli.parts import KlParts
+from pyro_vae.cli.use import _followed
 from pyro_vae.data import Splits, load_data, spread
 from pyro_vae.metrics import elbo_decomposition
 from pyro_vae.training import State, load_weights
@@ -837,3 +838,48 @@ def test_what_a_table_will_teach_is_said(tmp_path: Path, capsys: pytest.CaptureF
         assert printed.count("note:") == bool(words)
     assert main(["evaluate", str(tmp_path / "x"), "--limit", "3", "--progress", "false"]) == 0
     assert "bits per dimension" not in capsys.readouterr().out
+
+
+def test_layers_are_trained_judged_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    options = ["--latent_dim=[3,2]", "--hierarchy=BottomUp", "--conditional=true", "--limit=53"]
+    small = [option for option in SMALL if "latent_dim" not in option]
+    objective = ["--objective=BetaTC", "--epochs=1", f"--run={tmp_path / 'refused'}"]
+    assert main(["train", *small, *options, *objective]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the model has ['z1', 'z2']: use one of ELBO, " in line
+    idle = "collapse: none of the 2 latent units of z2 varies"
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")  # so short a run leaves a layer idle
+        assert main(["train", *small, *options, "--epochs=2", f"--run={run}"]) == 0
+        assert main(["train", "--resume", str(run), "--epochs=3"]) == 0
+    assert capsys.readouterr().err.count(idle) == 2
+    head, *rows = (run / "parts.csv").read_text().splitlines()
+    assert head == "epoch,kl_z1[0],kl_z1[1],kl_z1[2],kl_z2[0],kl_z2[1]"
+    assert len(rows) == 3
+    assert {"traversals.png", "unit_kl.png"} <= {p.name for p in (run / "figures").iterdir()}
+    assert main(["evaluate", str(run), "--limit=3", "--num_samples=11", "--progress=false"]) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"z1 .* KL .* of 3 units active", table)
+    assert main(["report", str(run)]) == 0
+    assert "[3, 2]" in (run / "report.html").read_text()
+    vae = load(run)
+    assert vae.sizes == {"z1": 3, "z2": 2}
+    assert type(vae.posterior).__name__ == "BottomUp"
+
+
+def test_layers_below_a_moved_latent_follow_it() -> None:
+    vae = build(7, [2, 3, 4])
+    z = torch.randn(5, 9)
+    prior = vae.prior()
+    top, middle, lowest = (_followed(prior, z, unit) for unit in (5, 2, 0))
+    given = prior.split(z)
+    assert torch.equal(lowest, z)
+    assert torch.equal(middle[:, 2:], z[:, 2:])
+    assert torch.equal(middle[:, :2], vae.prior.layers[0](given["z2"]).mean)
+    assert torch.equal(top[:, 5:], z[:, 5:])
+    below = vae.prior.layers[1](given["z3"]).mean
+    assert torch.equal(top[:, 2:5], below)
+    assert torch.equal(top[:, :2], vae.prior.layers[0](below).mean)

@@ -8,16 +8,26 @@ from itertools import combinations, product
 import pyro
 import pytest
 import torch
-from families import LIKELIHOODS, POSTERIORS, PRIORS, draw, make, triples
+from families import LIKELIHOODS, ORDERS, POSTERIORS, PRIORS, draw, layered, make, triples
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
+from pyro_vae.hierarchy import Ladder
 from pyro_vae.objectives import ELBO
+from pyro_vae.posteriors import DiagonalNormal
+from pyro_vae.vae import VAE
 
 BOUNDS = {
     "Trace_ELBO": Trace_ELBO(),
     "TraceMeanField_ELBO": TraceMeanField_ELBO(),
     "sampled": ELBO(kl="sampled"),
     "auto": ELBO(num_particles=2),
+}
+
+
+ON_TOP = {
+    "-".join(cls.__name__ for cls in pair): pair
+    for pair in (*product(ORDERS, PRIORS), *product(ORDERS, POSTERIORS))
+    if pair[0] is not Ladder or pair[1] in (*PRIORS, DiagonalNormal)
 }
 
 
@@ -32,7 +42,17 @@ def test_pairs_of_classes_are_tried_by_default() -> None:
     ("prior", "likelihood", "posterior"), triples(PRIORS, LIKELIHOODS, POSTERIORS)
 )
 def test_every_parameter_trains(prior: type, likelihood: type, posterior: type) -> None:
-    vae = make(prior, likelihood, posterior, data_shape=(3,), hidden=(2,))
+    check_that_all_train(make(prior, likelihood, posterior, data_shape=(3,), hidden=(2,)))
+
+
+@pytest.mark.parametrize("pair", ON_TOP.values(), ids=ON_TOP)
+def test_every_parameter_of_layers_trains(pair: tuple[type, type]) -> None:
+    order, part = pair
+    family = "prior" if part in PRIORS else "posterior"
+    check_that_all_train(layered(order, data_shape=3, skip=True, **{family: part.__name__}))
+
+
+def check_that_all_train(vae: VAE) -> None:
     x = draw(vae, 5)
     vae.initialise(x)
     adam = pyro.optim.Adam({"lr": 1e-3, "foreach": False})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import CONDITIONAL
 
 from pyro_vae import config, likelihoods, networks, priors
 from pyro_vae.config import build
@@ -18,12 +19,13 @@ from pyro_vae.config import build
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_every_class_is_built_by_name_alone(family: str, cls: type) -> None:
-    vae = build((2, 3, 5), 3, **{family: cls.__name__})
+    given = 7 if cls in CONDITIONAL else 0
+    vae = build((2, 3, 5), 3, **{family: cls.__name__}, condition_dim=given)
     assert type(getattr(vae, family)) is cls
     again = build(**vae.declaration)
     assert again.declaration == vae.declaration
     assert again.load_state_dict(vae.state_dict())
-    assert vae.sample(7).shape == (7, 2, 3, 5)
+    assert vae.sample(11, torch.ones(11, 7) if given else None).shape == (11, 2, 3, 5)
 
 
 @pytest.mark.parametrize("encoder", ["MLP", "GatedMLP", "Conv", "ResNet"])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_vae import config
 from pyro_vae.cli.folder import load_run, own_rows, pairs, placed
-from pyro_vae.cli.parts import NAMES, decompose, shown_terms
+from pyro_vae.cli.parts import NAMES, decompose, layer_lines, shown_terms
 from pyro_vae.cli.use import destination
 from pyro_vae.data import Data, Splits, spread
 from pyro_vae.estimators import (
@@ -57,6 +57,7 @@ def evaluate(options: Namespace) -> None:
     evidence.save(Path(options.run) / "evidence.safetensors")
     with torch.no_grad():
         active = active_units(torch.cat([vae.encode(*pair).mean for pair in pairs(data)]))
+    layers = layer_lines(vae, data)
     parts = decompose(vae, getattr(splits, options.part).fixed(), num_rows=500)
     gap = evidence.log_prob - bound.elbo
     monte_carlo, over_data = evidence.mean_stderr()
@@ -80,6 +81,7 @@ def evaluate(options: Namespace) -> None:
         **errors({**vars(bound), "inference_gap": gap}),
         **parts_numbers(parts),
         "active_units": int(active.sum()),
+        **({"layers": layers} if layers else {}),
         "khat_below_threshold": evidence.share_below_threshold(),
         "bits_per_dim": data.bits_per_dim(evidence.log_prob).mean().item(),
         "of_one_unit": of_one_unit(data),
@@ -102,6 +104,7 @@ def evaluate(options: Namespace) -> None:
         "inference gap": with_error(gap) + ", log p(x) less ELBO",
         **parts_lines(parts),
         "active units": f"{numbers['active_units']} of {len(active)}",
+        **layers,
         "k-hat below threshold": f"{numbers['khat_below_threshold']:.1%} of data",
     }
     if of_one_unit(data):

@@ -210,7 +210,21 @@ def _train_parser() -> ArgumentParser:
     parser = _parser("train", "Trains a declared VAE.")
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these options")
     _data_options(parser)
-    parser.add_argument("--latent_dim", type=int, default=20, help="latent size D")
+    parser.add_argument(
+        "--latent_dim",
+        type=int | list[int],
+        default=20,
+        help="latent size D, or of each layer from the data upwards, [40,40]",
+    )
+    parser.add_argument(
+        "--hierarchy",
+        type=str | None,
+        default=None,
+        help="order of inference of several layers: TopDown, BottomUp or Ladder",
+    )
+    parser.add_argument(
+        "--skip", type=bool, default=False, help="let p(x | z) see all layers of several"
+    )
     for family, default in DEFAULTS.items():
         base = config.BASES[family]
         parser.add_subclass_arguments(

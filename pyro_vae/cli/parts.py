@@ -18,11 +18,20 @@ from pyro_vae.data import Data
 from pyro_vae.densities import densities
 from pyro_vae.files import reading, write
 from pyro_vae.generators import forked
-from pyro_vae.metrics import Decomposition, elbo_decomposition
+from pyro_vae.metrics import Decomposition, active_units, elbo_decomposition
 from pyro_vae.training import State
 from pyro_vae.vae import VAE
 
-__all__ = ["NAMES", "KlParts", "decompose", "draw_parts", "shown_terms", "unit_kl"]
+__all__ = [
+    "NAMES",
+    "KlParts",
+    "decompose",
+    "draw_parts",
+    "layer_lines",
+    "shown_terms",
+    "unit_kl",
+    "unit_names",
+]
 
 TERMS = ("mutual_information", "total_correlation", "dimension_wise_kl")
 NAMES = {
@@ -42,8 +51,10 @@ def decompose(vae: VAE, data: Data, num_rows: int) -> Decomposition | None:
     """Parts of the KL against the aggregate posterior of all `data`, drawn from `num_rows`.
 
     None where there are none: a posterior without densities of single dimensions, such as a
-    flow, or a prior that depends on `y`.
+    flow, a prior that depends on `y`, or several layers.
     """
+    if len(vae.sizes) > 1:
+        return None
     x, y = data.to(home(vae)).batch(torch.arange(len(data)))
     try:
         with torch.no_grad():
@@ -58,9 +69,33 @@ def unit_kl(vae: VAE, data: Data) -> Tensor | None:
     x, y = data.to(home(vae)).batch(torch.arange(len(data)))
     with forked(x.device, 0), torch.no_grad():
         try:
-            return densities(vae.model, vae.guide, x, y).kl_by_dimension()["z"].mean(0)
+            kl = densities(vae.model, vae.guide, x, y).kl_by_dimension()
         except ValueError:
             return None
+    return torch.cat([kl[site].mean(0) for site in vae.sizes])
+
+
+def unit_names(vae: VAE) -> list[str]:
+    """Names of all units: z0, z1, ..., or z1[0], ..., z2[0], ... in several layers."""
+    (first, size), *others = vae.sizes.items()
+    if not others:
+        return [f"{first}{d}" for d in range(size)]
+    return [f"{site}[{d}]" for site, size in vae.sizes.items() for d in range(size)]
+
+
+def layer_lines(vae: VAE, data: Data) -> dict[str, str]:
+    """KL and active units of each layer of several, for a table."""
+    if len(vae.sizes) == 1:
+        return {}
+    x, y = data.to(home(vae)).batch(torch.arange(len(data)))
+    with forked(x.device, 0), torch.no_grad():
+        kl = densities(vae.model, vae.guide, x, y).kl()
+        means = vae.encode(x, y).mean.split(list(vae.sizes.values()), -1)
+    return {
+        f"{site}": f"KL {kl[site].mean():.2f}, {int(active_units(mean).sum())} of "
+        f"{mean.shape[-1]} units active"
+        for site, mean in zip(vae.sizes, means)
+    }
 
 
 class KlParts:
@@ -86,11 +121,12 @@ class KlParts:
         parts = decompose(vae.eval(), self.data, num_rows=200)
         kl = unit_kl(vae, self.data)
         vae.train(training)
-        if parts is None:
+        if parts is None and (kl is None or len(vae.sizes) == 1):
             return
-        row = {"epoch": state.epoch, **{name: getattr(parts, name).value for name in TERMS}}
+        row = {"epoch": state.epoch}
+        row |= {} if parts is None else {name: getattr(parts, name).value for name in TERMS}
         each = [] if kl is None else kl.tolist()
-        row |= {f"kl_z{d}": value for d, value in enumerate(each)}
+        row |= {f"kl_{name}": value for name, value in zip(unit_names(vae), each)}
         # a resumed run measures the epochs after its checkpoint again
         self.rows = [*(old for old in self.rows if old["epoch"] < state.epoch), row]
         text = io.StringIO()
@@ -111,12 +147,14 @@ def draw_parts(folder: Path, vae: VAE, num_data: int) -> None:
     path = folder / "parts.csv"
     if not path.exists():
         return
-    with torch.no_grad():
-        prior = vae.prior()
-    factorises = isinstance(prior, Independent) and not prior.base_dist.event_shape
     with reading(path):
         rows = read_table(folder, path.name)
-        _draw_parts(rows, folder / "figures", factorises, math.log(num_data))
+        if len(vae.sizes) == 1:
+            with torch.no_grad():
+                prior = vae.prior()
+            factorises = isinstance(prior, Independent) and not prior.base_dist.event_shape
+            _draw_parts(rows, folder / "figures", factorises, math.log(num_data))
+        _draw_units(rows, folder / "figures")
 
 
 def _draw_parts(
@@ -128,7 +166,12 @@ def _draw_parts(
     shown = {NAMES[name]: parts[name] for name in shown_terms(factorises)}
     shown["log N, ceiling of the first"] = torch.full_like(epochs, ceiling)
     plots.save(plots.terms(epochs, shown), str(figures / "parts.png"))
+
+
+def _draw_units(rows: list[dict[str, float | None]], figures: Path) -> None:
     units = [key for key in rows[0] if key.startswith("kl_z")]
     if units:
+        epochs = torch.tensor([row["epoch"] for row in rows])
         kl = torch.tensor([[row[unit] for unit in units] for row in rows])
-        plots.save(plots.unit_kl(epochs, kl), str(figures / "unit_kl.png"))
+        names = [unit.removeprefix("kl_") for unit in units]
+        plots.save(plots.unit_kl(epochs, kl, names), str(figures / "unit_kl.png"))

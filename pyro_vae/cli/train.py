@@ -158,6 +158,8 @@ def _build(options: Namespace, splits: Splits) -> VAE:
         **parts,
         condition_dim=condition,
         missing=splits.missing,
+        hierarchy=options.hierarchy,
+        skip=options.skip,
     )
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from pyro_vae import config, plots
 from pyro_vae.arguments import check_whole
 from pyro_vae.cli.folder import load_run, own_rows, pairs, read_table
-from pyro_vae.cli.parts import draw_parts, unit_kl
+from pyro_vae.cli.parts import draw_parts, unit_kl, unit_names
 from pyro_vae.data import Data, Splits
+from pyro_vae.distributions import Joint
 from pyro_vae.files import write
 from pyro_vae.generators import forked
 from pyro_vae.vae import VAE
@@ -107,7 +108,7 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
         draws = {mean: vae.sample(100, classes, mean=mean) for mean in (False, True)}
         again = vae.reconstruct(x[:30], None if y is None else y[:30])
     plots.save(plots.curves(rows), str(figures / "curves.png"))
-    plots.save(plots.latent(means, data.labels), str(figures / "latent.png"))
+    plots.save(plots.latent(means, data.labels, unit_names(vae)), str(figures / "latent.png"))
     draw_parts(folder, vae, len(data))
     back = data.transform.inverse
     if x.ndim != 4:
@@ -143,15 +144,29 @@ def _columns(vae: VAE, data: Data) -> Figure:
 
 
 def traversal(vae: VAE, data: Data, kl: Tensor) -> Figure:
-    """What each latent does to the first image, from -3 to 3; at most ten, of most KL."""
+    """What each latent does to the first image, from -3 to 3; at most ten, of most KL.
+
+    Layers below that of a latent follow it, at their mean given it.
+    """
     x, y = data.batch(torch.zeros(1, dtype=torch.long))
     top, values = kl.argsort(descending=True)[:10], torch.linspace(-3, 3, 11)
     with torch.no_grad():
         z = vae.encode(x, y).mean.expand(len(top), len(values), -1).clone()
         z[torch.arange(len(top)), :, top] = values
+        z = torch.stack([_followed(vae.prior(y), *pair) for pair in zip(z, top.tolist())])
         again = None if y is None else y.expand(len(top), len(values), -1)
         images = data.transform.inverse(vae.likelihood(z, again).mean)
-    return plots.traversals(images, kl[top], values, limits=limits(data), dims=top.tolist())
+    names = [unit_names(vae)[unit] for unit in top]
+    return plots.traversals(images, kl[top], values, limits=limits(data), dims=names)
+
+
+def _followed(prior: Any, z: Tensor, unit: int) -> Tensor:
+    """`z` [T, D], the layers below that of `unit` at their mean given those above."""
+    if not isinstance(prior, Joint):
+        return z
+    given, ends = prior.split(z), torch.tensor(list(prior.sizes.values())).cumsum(0)
+    kept = list(prior.sizes)[int((unit >= ends).sum()) :]
+    return prior.draw(lambda name, fn: given[name] if name in kept else fn.mean)
 
 
 def condition(data: Data, size: int, label: int | None) -> Tensor | None:

@@ -24,6 +24,11 @@ from pyro_vae.objectives.schedules import Schedule
 
 __all__ = ["Objective", "check_kl", "draws", "only_site", "total_kl"]
 
+OF_SEVERAL_SITES = (
+    *("ELBO", "Capacity", "FreeBits", "StickingTheLanding", "IWAE", "DReG", "CIWAE", "MIWAE"),
+    *("PIWAE", "Renyi"),
+)
+
 
 class Objective(pyro.infer.ELBO, nn.Module):
     """An objective to maximise: one value per datum, in nats.
@@ -212,7 +217,7 @@ def only_site(d: Densities) -> Site:
     if len(d.sites) != 1:
         raise ValueError(
             "the aggregate posterior needs exactly one latent site; the model has "
-            f"{sorted(d.sites)}: use ELBO or another objective of single data"
+            f"{sorted(d.sites)}: use one of {', '.join(OF_SEVERAL_SITES)}"
         )
     return next(iter(d.sites.values()))
 

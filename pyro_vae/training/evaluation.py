@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_vae.densities import Program, Site, densities
+from pyro_vae.densities import OwnParameters, Program, run_program
 from pyro_vae.densities.evaluating import evaluating
+from pyro_vae.densities.sites import is_random
 from pyro_vae.estimators.bound import lower_bound
 from pyro_vae.generators import forked
 from pyro_vae.training.dataset import Dataset, evenly_spaced
@@ -85,10 +87,19 @@ class Evaluator:
         return {f"validation_{name}": mean for name, mean in zip(names, means)}
 
     def active_units(self) -> tuple[int, int] | None:
-        r"""How many latent units vary with x, and how many there are.
+        """How many latent units vary with x, and how many there are: of `active_by_site`."""
+        sites = self.active_by_site()
+        if sites is None:
+            return None
+        active, total = zip(*sites.values())
+        return sum(active), sum(total)
 
-        A unit is active where :math:`\mathrm{Var}_x(E_q[z_d \mid x]) > 0.01`, over 1000 rows.
-        None for fewer than two rows, or if a site's distribution in the guide has no mean.
+    def active_by_site(self) -> dict[str, tuple[int, int]] | None:
+        r"""How many units of each latent site vary with x, and how many it has.
+
+        A unit is active where :math:`\mathrm{Var}_x(E_q[z_d \mid x]) > 0.01`, over 1000 rows;
+        what a site is given of other sites is at its mean. None for fewer than two rows, or if
+        a site's distribution in the guide has no mean.
 
         References:
             Burda, Grosse and Salakhutdinov. Importance weighted autoencoders. 2016.
@@ -96,19 +107,30 @@ class Evaluator:
         x, y = cast(self.unit_rows, first_weight(self.vae))
         if len(x) < 2:
             return None
-        with evaluating(*programs(self.vae), seed=self.seed, device=self.device):
-            d = densities(*programs(self.vae), x, y)
+        at_means, (model, guide) = AtMeans(), programs(self.vae)
+        with evaluating(model, guide, seed=self.seed, device=self.device), OwnParameters():
             try:
-                means = [_mean(site)[0].reshape(len(x), -1) for site in d.sites.values()]
+                run_program(guide, x, y, 1, at_means)
             except NotImplementedError:
                 return None
-        active = torch.cat([mean.var(0) for mean in means]) > ACTIVE
-        return int(active.sum()), len(active)
+        means = {name: mean.reshape(len(x), -1) for name, mean in at_means.means.items()}
+        active = {name: mean.var(0) > ACTIVE for name, mean in means.items()}
+        return {name: (int(units.sum()), len(units)) for name, units in active.items()}
 
     def _index(self, num_rows: int, at_most: int) -> Tensor:
         return evenly_spaced(num_rows, at_most).to(self.device)
 
 
-def _mean(site: Site) -> Tensor:
-    distribution: Any = site.guide
-    return distribution.mean
+class AtMeans(Messenger):
+    """Gives each site of a guide its mean, [1, B, *event], and keeps it by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.means: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or not is_random(msg):
+            return
+        self.means[msg["name"]] = msg["fn"].mean
+        if msg["fn"].has_rsample:
+            msg["value"] = self.means[msg["name"]]

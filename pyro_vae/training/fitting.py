@@ -245,7 +245,7 @@ def _train_locked(fabric: Fabric, group: Group, task: Task) -> Result:
             if task.said is not None:
                 bar.say(task.said)
             trainer.fit(bar, task.callbacks)
-            collapsed = _report_units(trainer.history, bar)
+            collapsed = _report_units(trainer.history, evaluator, bar)
     moving = objective.unsettled(trainer.step)
     states = vae.state_dict(), objective.state_dict()
     fell = _fell(trainer.history, trainer.began)
@@ -363,15 +363,20 @@ def _fell(history: History, began: float | None) -> str | None:
     )
 
 
-def _report_units(history: History, bar: Bar) -> str | None:
-    """Says how many latent units are active if not all are; the warning if none is."""
+def _report_units(history: History, evaluator: Evaluator, bar: Bar) -> str | None:
+    """Says how many latent units are active if not all are; the warning if a site has none."""
     active, total = history.active_units, history.num_units
     if active is None or active == total:
         return None
-    if active == 0:
-        return (
-            f"posterior collapse: none of the {total} latent units varies with the data; try a "
-            "weight of the KL that grows from 0, free bits, or another seed"
-        )
-    bar.say(f"{active} of {total} latent units are active")
-    return None
+    sites = evaluator.active_by_site() or {}
+    each = ", ".join(f"{name} {a} of {n}" for name, (a, n) in sites.items())
+    bar.say(f"{active} of {total} latent units are active" + f" ({each})" * (len(sites) > 1))
+    idle = [name for name, (a, _) in sites.items() if a == 0]
+    if active and not idle:
+        return None
+    units = "" if active == 0 else f" of {' and '.join(idle)}"
+    count = total if active == 0 else sum(sites[name][1] for name in idle)
+    return (
+        f"posterior collapse: none of the {count} latent units{units} varies with the data; try "
+        "a weight of the KL that grows from 0, free bits, or another seed"
+    )

@@ -1,0 +1,302 @@
+"""Several layers of latents: a joint prior, and a joint posterior for each order of inference.
+
+Layers are counted from the data upwards: the sites are "z1", next to the data, "z2", ...
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from pyro.distributions import Independent, Normal
+from torch import Tensor, nn
+
+from pyro_vae.distributions import Draw, Joint
+from pyro_vae.posteriors import DiagonalNormal, Posterior
+from pyro_vae.priors import ConditionalNormal, Prior
+
+__all__ = ["BottomUp", "Inference", "Ladder", "Layers", "Lowest", "TopDown"]
+
+Reads = tuple[tuple[int, ...], int]
+
+
+class Layers(nn.Module):
+    r"""The prior of L layers, each given the one above it.
+
+    .. math:: p(z_1, \dots, z_L) = p(z_L) \prod_{l < L} p(z_l \mid z_{l+1})
+
+    Args:
+        priors: One for each layer, from the data upwards. The last is any prior; those below it
+            take the layer above (and `y`) as their condition and know their `latent_dim`, as
+            `priors.ConditionalNormal` does.
+    """
+
+    layers: Any
+
+    def __init__(self, priors: Sequence[Prior]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(priors)
+
+    @property
+    def posterior(self) -> nn.Module | None:
+        """The posterior that the top layer's prior is made of, if any."""
+        return self.layers[-1].posterior
+
+    def forward(self, y: Tensor | None = None) -> Joint:
+        """p(z1, ..., zL | y)."""
+        top = self.layers[-1](y)
+        sizes = [*(p.latent_dim for p in self.layers[:-1]), top.event_shape.numel()]
+
+        def program(draw: Draw) -> None:
+            z = draw(site(len(self.layers)), top)
+            for name, prior in downwards(self.layers):
+                z = draw(name, prior(beside(z, y)))
+
+        return Joint(program, named(sizes), top.batch_shape if y is None else y.shape[:-1])
+
+    def initialise(self, x: Tensor) -> None:
+        """Nothing: the order of inference knows what the top layer's posterior sees."""
+
+
+class Inference(nn.Module):
+    """The posterior of L layers, q(z1, ..., zL | x), in an order that the subclass says.
+
+    A subclass returns from `forward` a `Joint`, whose program draws one layer after another.
+    `TopDown` is the one to read.
+
+    Args:
+        posteriors: One for each layer, from the data upwards.
+        prior: The prior of the same layers; not owned by this module.
+
+    Raises:
+        ValueError: If there is not one posterior for each prior, or their sizes do not chain.
+    """
+
+    layers: Any
+
+    def __init__(self, posteriors: Sequence[Posterior], prior: Layers) -> None:
+        super().__init__()
+        self._prior = (prior,)  # in a tuple, so that only the VAE owns it
+        self.layers = nn.ModuleList(posteriors)
+        self.sizes = named([q.latent_dim for q in posteriors])
+        self._check()
+
+    @property
+    def prior(self) -> Layers:
+        """The prior of the same layers."""
+        return self._prior[0]
+
+    @property
+    def condition_dim(self) -> int:
+        """Length of the vector `y` that all layers are conditioned on; 0 for none."""
+        return getattr(self.layers[-1].encoder, "condition_dim", 1)
+
+    @classmethod
+    @abstractmethod
+    def reads(cls, in_shape: tuple[int, ...], sizes: Sequence[int]) -> list[Reads]:
+        """What the encoder of each layer reads: a shape, and how many latents as a condition.
+
+        Args:
+            in_shape: Shape of what encoders see of one datum.
+            sizes: Latent size of each layer.
+        """
+
+    @abstractmethod
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Joint:
+        """q(z1, ..., zL | x, y), batch *S, event (D1 + ... + DL,)."""
+
+    def initialise(self, x: Tensor) -> None:
+        """Lets posteriors and the top layer's prior measure training data `x` [N, *E]."""
+        for q in self.layers:
+            q.initialise(x)
+        self.prior.layers[-1].initialise(x)
+
+    def _check(self) -> None:
+        priors = self.prior.layers
+        if len(priors) != len(self.layers):
+            raise ValueError(
+                f"{type(self).__name__} needs one posterior for each prior; got "
+                f"{len(self.layers)} for {len(priors)}"
+            )
+        for (name, size), prior, above in zip(
+            self.sizes.items(), priors, list(self.sizes.values())[1:]
+        ):
+            takes = getattr(getattr(prior, "network", None), "in_shape", None)
+            needs = (above + self.condition_dim,)
+            if prior.latent_dim != size or takes not in (None, needs):
+                raise ValueError(
+                    f"the prior of {name} must map {needs[0]} numbers, those of the layer above "
+                    f"(and y), to {size} latents; got {takes} to {prior.latent_dim}: "
+                    "let neighbours have matching sizes"
+                )
+
+
+class TopDown(Inference):
+    r"""From the top layer down, in the order in which the model draws.
+
+    .. math:: q(z \mid x) = q(z_L \mid x) \prod_{l < L} q(z_l \mid x, z_{l+1})
+
+    The encoders below the top are conditioned on the layer above (joined with `y`).
+
+    References:
+        Tomczak and Welling. VAE with a VampPrior. 2018. (Its HVAE.)
+    """
+
+    @classmethod
+    def reads(cls, in_shape: tuple[int, ...], sizes: Sequence[int]) -> list[Reads]:
+        """Data, and the layer above."""
+        return [(in_shape, above) for above in [*sizes[1:], 0]]
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Joint:
+        """q(z_L | x), then each layer given x and the one above."""
+        top = self.layers[-1](x, y)
+
+        def program(draw: Draw) -> None:
+            z = draw(site(len(self.layers)), top)
+            for name, posterior in downwards(self.layers):
+                z = draw(name, posterior(x, beside(z, y)))
+
+        return Joint(program, self.sizes, top.batch_shape)
+
+
+class BottomUp(Inference):
+    r"""From the data up: each layer is seen through the one below it.
+
+    .. math:: q(z \mid x) = q(z_1 \mid x) \prod_{l > 1} q(z_l \mid z_{l-1})
+
+    The encoders above the first read the layer below in place of data.
+
+    References:
+        Burda, Grosse and Salakhutdinov. Importance weighted autoencoders. 2016.
+    """
+
+    @classmethod
+    def reads(cls, in_shape: tuple[int, ...], sizes: Sequence[int]) -> list[Reads]:
+        """Data, then the layer below."""
+        return [(in_shape, 0), *(((below,), 0) for below in sizes[:-1])]
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Joint:
+        """q(z1 | x), then each layer given the one below."""
+        first = self.layers[0](x, y)
+
+        def program(draw: Draw) -> None:
+            z = draw(site(1), first)
+            for number, posterior in enumerate(list(self.layers)[1:], 2):
+                z = draw(site(number), posterior(z, y))
+
+        return Joint(program, self.sizes, first.batch_shape)
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        """Gives the top layer's prior draws of the layer below it, which its posterior sees."""
+        self.layers[0].initialise(x)
+        y = x.new_zeros(len(x), self.condition_dim) if self.condition_dim else None
+        for posterior in self.layers[:-1]:
+            x = posterior(x, y).sample()
+        self.prior.layers[-1].initialise(x)
+
+
+class Ladder(Inference):
+    r"""From the top down, what x says of a layer merged with what the model expects of it.
+
+    The encoder of each layer gives a Normal from x alone, :math:`(\hat\mu_l, \hat\sigma_l)`. Below
+    the top it is multiplied by the model's own :math:`p(z_l \mid z_{l+1})`, of mean
+    :math:`\mu_l` and scale :math:`\sigma_l`:
+
+    .. math:: \sigma^2 = \frac{1}{\hat\sigma_l^{-2} + \sigma_l^{-2}}, \qquad
+        q(z_l \mid x, z_{l+1}) = \mathcal{N}\big(
+        (\hat\mu_l \hat\sigma_l^{-2} + \mu_l \sigma_l^{-2}) \, \sigma^2, \; \sigma^2 \big)
+
+    As published, the encoders share their first layers; here each has its own.
+
+    Raises:
+        ValueError: If a layer below the top has a posterior other than `DiagonalNormal` or a
+            prior other than `ConditionalNormal`.
+
+    References:
+        Sonderby, Raiko, Maaloe, Sonderby and Winther. Ladder variational autoencoders. 2016.
+    """
+
+    @classmethod
+    def reads(cls, in_shape: tuple[int, ...], sizes: Sequence[int]) -> list[Reads]:
+        """Data alone."""
+        return [(in_shape, 0) for _ in sizes]
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Joint:
+        """q(z_L | x), then each layer given x and, through the model, the one above."""
+        seen = {name: q(x, y) for name, q in zip(self.sizes, self.layers)}
+
+        def program(draw: Draw) -> None:
+            top = site(len(self.layers))
+            z = draw(top, seen[top])
+            for name, prior in downwards(self.prior.layers):
+                z = draw(name, merged(seen[name], prior(beside(z, y))))
+
+        return Joint(program, self.sizes, seen[site(1)].batch_shape)
+
+    def _check(self) -> None:
+        super()._check()
+        for q, p in list(zip(self.layers, self.prior.layers))[:-1]:
+            if not (isinstance(q, DiagonalNormal) and isinstance(p, ConditionalNormal)):
+                raise ValueError(
+                    "Ladder merges Normals: below the top it needs posterior DiagonalNormal and "
+                    f"prior ConditionalNormal; got {type(q).__name__} and {type(p).__name__}"
+                )
+
+
+class Lowest(nn.Module):
+    """A decoder that sees the layer next to the data alone, of all layers joined.
+
+    Args:
+        decoder: Network from z1 (and `y`).
+        latent_dim: Size D1 of that layer.
+    """
+
+    def __init__(self, decoder: nn.Module, latent_dim: int) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.latent_dim = latent_dim
+        self.condition_dim = getattr(decoder, "condition_dim", 1)
+
+    @property
+    def output_bias(self) -> Any:
+        """That of the decoder."""
+        return self.decoder.output_bias
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """Raw parameters of `z` [*S, D1 + ... + DL]."""
+        return self.decoder(z[..., : self.latent_dim], y)
+
+
+def site(number: int) -> str:
+    """Name of the site of a layer, counted from 1 at the data."""
+    return f"z{number}"
+
+
+def named(sizes: Sequence[int]) -> dict[str, int]:
+    """Sizes of the layers by their sites."""
+    return {site(number): size for number, size in enumerate(sizes, 1)}
+
+
+def downwards(layers: Any) -> Iterator[tuple[str, Any]]:
+    """The layers below the top with their sites, the highest first."""
+    for index in reversed(range(len(layers) - 1)):
+        yield site(index + 1), layers[index]
+
+
+def beside(z: Tensor, y: Tensor | None) -> Tensor:
+    """What a layer is conditioned on: the layer above [*S, D], joined with `y` [*S, C]."""
+    if y is None:
+        return z
+    lead = torch.broadcast_shapes(z.shape[:-1], y.shape[:-1])
+    return torch.cat([z.expand(*lead, -1), y.to(z.dtype).expand(*lead, -1)], -1)
+
+
+def merged(a: Any, b: Any) -> Independent:
+    """The normalised product of two diagonal Normals."""
+    p, q = (normal.base_dist.scale.pow(-2) for normal in (a, b))
+    variance = 1 / (p + q)
+    loc = variance * (p * a.base_dist.loc + q * b.base_dist.loc)
+    return Normal(loc, variance.sqrt()).to_event(1)
