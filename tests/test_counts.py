@@ -106,6 +106,7 @@ def test_a_latent_total_is_integrated(cls: str) -> None:
     assert bidirectional(made, x, num_data=3, num_chains=8).mean()[2] < 1.0
 
 
+@pytest.mark.filterwarnings("ignore:posterior collapse")
 @pytest.mark.parametrize("objective", ["ELBO", "IWAE", "DReG"])
 def test_totals_train(objective: str) -> None:
     x = counts(101)

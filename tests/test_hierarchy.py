@@ -29,7 +29,10 @@ from pyro_vae.priors import ConditionalNormal, StandardNormal
 from pyro_vae.training import fit
 from pyro_vae.vae import VAE
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore:posterior collapse"),
+]
 
 B, F, K = 7, 5, 3
 SIZES = (3, 2, 4)

@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "processes": {"torch"},
     "objectives": {"torch", "arguments", "pyro", "densities", "marginals"},
     "estimators": {
+        "pandas",
         "torch",
         "pyro",
         "densities",
