@@ -46,10 +46,7 @@ ALLOWED: dict[str, set[str]] = {
         *("torch", "pyro", "sklearn", "scipy", "numpy", "densities", "marginals", "generators"),
         "arguments",
     },
-    "data": {
-        *("torch", "arguments", "torchvision", "sklearn", "PIL", "numpy", "scipy"),
-        "anndata",
-    },
+    "data": {"torch", "arguments", "torchvision", "sklearn", "scipy", "anndata", "PIL", "numpy"},
     "training": {
         *("torch", "pyro", "densities", "objectives", "estimators", "compiling", "processes"),
         *("memory", "generators", "files", "arguments"),
