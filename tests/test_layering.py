@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
         "files",
         "arguments",
         "scipy",
+        "pandas",
         *TABLES,
     },
     "metrics": {
