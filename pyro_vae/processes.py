@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
-__all__ = ["Exchange", "check_processes", "in_processes"]
+__all__ = ["check_processes", "in_processes"]
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ class Exchange:
                 "use classes and functions from the top of a module, no lambdas"
             ) from error
 
-    def receive(self, name: str, device: str = "cpu") -> Any:
+    def receive(self, name: str, device: str | torch.device = "cpu") -> Any:
         """A value that was left, its tensors on a device."""
         return torch.load(self.folder / name, map_location=device, weights_only=False)
 
@@ -105,13 +105,19 @@ def check_processes(number: int, device: str) -> None:
         )
 
 
-def in_processes(function: Callable[..., T], parts: Sequence[Any], device: str) -> list[T]:
+def in_processes(
+    function: Callable[..., T],
+    parts: Sequence[Any],
+    device: str,
+    indices: Sequence[int] | None = None,
+) -> list[T]:
     """What `function` returns for each of `parts`, each in a process and on a device of its own.
 
     Args:
         function: From the top of a module.
         parts: Its argument in each process; their tensors are moved to its device.
-        device: "cpu", or "cuda" for the first GPUs.
+        device: "cpu" or "cuda".
+        indices: Of the GPUs; the first ones if None.
 
     Raises:
         ValueError: If there are more parts than devices, or something cannot be sent.
@@ -123,21 +129,25 @@ def in_processes(function: Callable[..., T], parts: Sequence[Any], device: str) 
     matmul = torch.get_float32_matmul_precision()
     with TemporaryDirectory() as folder:
         exchange = Exchange(folder)
+        exchange.send("function", function)
         for i, part in enumerate(parts):
-            exchange.send(f"part{i}", (function, part))
+            exchange.send(f"part{i}", part)
+        places = [
+            device if device == "cpu" else f"{device}:{i}" for i in indices or range(len(parts))
+        ]
         with exchange.waiting():
             start_processes(
-                _work, (exchange, device, threads, matmul), nprocs=len(parts), start_method="spawn"
+                _work, (exchange, places, threads, matmul), nprocs=len(parts), start_method="spawn"
             )
         return [exchange.receive(f"result{i}") for i in range(len(parts))]
 
 
-def _work(number: int, exchange: Exchange, device: str, threads: int, matmul: str) -> None:
+def _work(number: int, exchange: Exchange, places: list[str], threads: int, matmul: str) -> None:
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(matmul)
     with exchange.working():
-        if device == "cuda":
-            torch.cuda.set_device(number)
-        here = device if device == "cpu" else f"{device}:{number}"
-        function, part = exchange.receive(f"part{number}", here)
+        here = torch.device(places[number])
+        if here.type == "cuda":
+            torch.cuda.set_device(here)
+        function, part = exchange.receive("function"), exchange.receive(f"part{number}", here)
         exchange.send(f"result{number}", function(part))

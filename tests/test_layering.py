@@ -45,16 +45,14 @@ ALLOWED: dict[str, set[str]] = {
         "files",
         "arguments",
         "scipy",
+        "pandas",
         *TABLES,
     },
     "metrics": {
         *("torch", "pyro", "sklearn", "scipy", "numpy", "densities", "marginals", "generators"),
         "arguments",
     },
-    "data": {
-        *("torch", "arguments", "torchvision", "sklearn", "PIL", "numpy", "scipy"),
-        "anndata",
-    },
+    "data": {"torch", "arguments", "torchvision", "sklearn", "scipy", "anndata", "PIL", "numpy"},
     "training": {
         *("torch", "pyro", "densities", "objectives", "estimators", "compiling", "processes"),
         *("memory", "generators", "files", "arguments"),

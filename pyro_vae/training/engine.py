@@ -9,14 +9,15 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from pyro_vae.generators import alone
-from pyro_vae.processes import Exchange, check_processes
+from pyro_vae.processes import check_processes, in_processes
 from pyro_vae.training.group import Group
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ def is_first_process() -> bool:
 def _joins() -> bool:
     """Whether torchrun, or `fabric run`, started this process beside others."""
     return (
-        torch.distributed.is_available()
-        and torch.distributed.is_torchelastic_launched()
+        distributed.is_available()
+        and distributed.is_torchelastic_launched()
         and int(os.environ["WORLD_SIZE"]) > 1
     )
 
@@ -76,7 +77,7 @@ class Engine:
                 "devices must be their number, at least 1, or a list of their indices; "
                 f"got {self.devices!r}"
             )
-        check_processes(self._local, "cuda" if self.on_cuda else "cpu")
+        check_processes(self._local, self._kind)
         if _joins() and self._local not in (1, int(os.environ["LOCAL_WORLD_SIZE"])):
             raise ValueError(
                 f"devices={self.devices!r}, but {os.environ['LOCAL_WORLD_SIZE']} processes were "
@@ -135,81 +136,71 @@ class Engine:
             return self._spawn(function, task) if self.spawns else self._here(function, task)
 
     def _here(self, function: Function, task: Any) -> Any:
-        group, index = Group(), self.devices
-        if _joins():
-            host = int(os.environ["LOCAL_WORLD_SIZE"])
-            joined = self._fabric(strategy="ddp", devices=host, num_nodes=self.size // host)
-            with _untouched():
-                _hush()
-                joined.launch()
-            group, index = _group(joined), _index(joined.device)
+        if not _joins():
+            return function(self._fabric(Group(), self.devices), Group(), task)
+        if not distributed.is_initialized():
+            distributed.init_process_group(self._backend)
             atexit.register(_leave)
-        result = function(self._single(group, index), group, task)
-        if group.size > 1:
-            torch.distributed.barrier()  # nobody ends while another still uses the connection
+        return self._joined(function, task, int(os.environ["LOCAL_RANK"]))
+
+    def _spawn(self, function: Function, task: Any) -> Any:
+        indices = self.devices if isinstance(self.devices, list) else list(range(self.size))
+        work = partial(_in_process, self, function, task)
+        with TemporaryDirectory() as folder:
+            parts = [(f"file://{folder}/store", rank, i) for rank, i in enumerate(indices)]
+            return in_processes(work, parts, self._kind, indices if self.on_cuda else None)[0]
+
+    def _joined(self, function: Function, task: Any, index: int) -> Any:
+        """What `function` returns in this process of several, which are connected."""
+        device = torch.device("cuda", index) if self.on_cuda else torch.device("cpu")
+        if self.on_cuda:
+            torch.cuda.set_device(device)
+        group = Group(distributed.get_rank(), distributed.get_world_size(), device)
+        result = function(self._fabric(group, [index]), group, task)
+        distributed.barrier()  # nobody ends while another still uses the connection
         return result
 
-    def _single(self, group: Group, index: int | list[int]) -> Fabric:
-        """A Fabric of one device: gradients are reduced by the group, not by its hooks."""
-        loggers = list(self.loggers) if group.rank == 0 else []
-        return self._fabric(
-            devices=index if self.on_cuda else 1, precision=self.precision, loggers=loggers
-        )
+    @property
+    def _kind(self) -> str:
+        return "cuda" if self.on_cuda else "cpu"
 
-    def _fabric(self, **options: Any) -> Fabric:
+    @property
+    def _backend(self) -> str:
+        return "nccl" if self.on_cuda else "gloo"
+
+    def _fabric(self, group: Group, index: int | list[int]) -> Fabric:
+        """A Fabric of one device: gradients are reduced by the group, not by its hooks."""
         with _untouched():
             from lightning_fabric import Fabric
 
             _hush()
-            accelerator = "cuda" if self.on_cuda else self.accelerator
-            return Fabric(accelerator="cpu" if accelerator == "auto" else accelerator, **options)
-
-    def _spawn(self, function: Function, task: Any) -> Any:
-        from lightning_fabric.plugins.environments import LightningEnvironment
-
-        fabric = self._fabric(
-            strategy="ddp_spawn",
-            devices=self.devices if self.on_cuda else self._local,
-            plugins=LightningEnvironment(),
-        )
-        with TemporaryDirectory() as folder, _untouched():
-            exchange = Exchange(folder)
-            matmul = torch.get_float32_matmul_precision()
-            exchange.send("task", (self, function, task, matmul))
-            with exchange.waiting():
-                launcher: Any = fabric.strategy.launcher
-                launcher.launch(_in_process, fabric, exchange)
-            return exchange.receive("result")
+            accelerator = "cpu" if self.accelerator == "auto" else self.accelerator
+            options: dict[str, Any] = {
+                "accelerator": "cuda" if self.on_cuda else accelerator,
+                "devices": index if self.on_cuda else 1,
+                "precision": self.precision,
+                "loggers": list(self.loggers) if group.rank == 0 else [],
+            }
+            return Fabric(**options)
 
 
-def _in_process(fabric: Fabric, exchange: Exchange) -> None:
-    _hush()
-    if fabric.global_rank > 0:
+def _in_process(engine: Engine, function: Function, task: Any, part: tuple[str, int, int]) -> Any:
+    """The result of rank 0, in a process that was started for it."""
+    store, rank, index = part
+    if rank > 0:
         warnings.simplefilter("ignore")
-    with exchange.working():
-        fabric.strategy.setup_environment()
-        engine, function, task, matmul = exchange.receive("task")
-        torch.set_float32_matmul_precision(matmul)
-        group = _group(fabric)
-        result = function(engine._single(group, _index(fabric.device)), group, task)
-        if group.rank == 0:
-            exchange.send("result", result)
-        torch.distributed.barrier()  # nobody leaves while another still uses the connection
-        torch.distributed.destroy_process_group()  # spawned processes run no exit handlers
+    distributed.init_process_group(
+        engine._backend, init_method=store, rank=rank, world_size=engine.size
+    )
+    result = engine._joined(function, task, index)
+    distributed.destroy_process_group()  # spawned processes run no exit handlers
+    return result if rank == 0 else None
 
 
 def _leave() -> None:
     """Ends the connection of processes that torchrun started, before their threads are gone."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def _group(fabric: Fabric) -> Group:
-    return Group(fabric.global_rank, fabric.world_size, fabric.device)
-
-
-def _index(device: torch.device) -> list[int]:
-    return [device.index or 0]
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _hush() -> None:

@@ -137,9 +137,9 @@ def alike(group: Group, result: Result) -> None:
         assert {**row, "seconds": 0} == {**other, "seconds": 0}
 
 
-def everything(fabric: Any, group: Group, folder: Path, compile: bool) -> dict[str, Any]:
+def everything(fabric: Any, group: Group, task: tuple[Path, bool]) -> dict[str, Any]:
     """All that two processes are to show, in one start of them."""
-    where = fabric, group
+    where, (folder, compile) = (fabric, group), task
     found: dict[str, Any] = {"still": with_noise_handed_in(*where, compile)}
     for result in found["still"].values():
         alike(group, result)
@@ -189,7 +189,7 @@ def test_two_processes(tmp_path: Path, compile: bool) -> None:
     one = alone(lambda *where: train(where[:2], still_vae(), run=tmp_path / "one", epochs=1))
     more = alone(lambda *where: train(where[:2], still_vae(), epochs=3))
     assert one.step == 5
-    found = Engine("cpu", 2, "32-true").run(everything, tmp_path, compile)
+    found = Engine("cpu", 2, "32-true").run(everything, (tmp_path, compile))
     close(more.vae, found["more"].vae)
     assert found["more"].history["epoch"] == [1, 2, 3]
     one = alone(with_noise_handed_in)
