@@ -24,7 +24,7 @@ __all__ = ["Audit", "audit", "kept_audit"]
 
 REACH = 0.3  # nats by which one exact draw may raise the estimate of a reliable datum
 SLACK = 4.0  # times the variance that the tolerance allows, in what exact draws show of it
-FEWEST, MOST, SHARE = 16, 64, 5  # simulated data: N / 5 within these
+FEWEST, MOST, SHARE = 24, 64, 8  # simulated data: N / 8 within these
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from pyro_vae.estimators.walks import walk, walk_cost
 __all__ = ["Result", "escalate"]
 
 PILOT = 400  # draws that choose the number of draws, and are not scored
-NUMBERS = (1000, 1500, 2000, 3000, 4000, 6000, 8000, 16_000, 32_000)  # of draws
+NUMBERS = (1000, 1500, 2000, 3000, 4000, 6000, 8000, 16_000, 32_000, 64_000)
 ENOUGH = 8000  # draws that have to be, or else the proposal gets more components
 AGAIN = 4000  # draws where the first ones were not enough, and of the pilot of a richer proposal
 CHAINS, TEMPERATURES, LEAPFROG = 384, 20, 3

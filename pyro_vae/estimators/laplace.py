@@ -19,8 +19,8 @@ def laplace(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
     """Modes [B, D], polished by Newton's steps from `u`, and covariance factors [B, D, D].
 
     The covariance is the inverse of the exact negative Hessian, |eigenvalues| floored at 0.5:
-    a saddle or a flat direction still gets a finite width. Costs D backward passes of the
-    gradient for each round, of which there are at most three.
+    a saddle or a flat direction still gets a finite width. Each of at most three rounds costs
+    D gradients and their own gradients.
     """
     for _ in range(ROUNDS):
         slope, precision = curvature(target, u)
@@ -34,19 +34,23 @@ def laplace(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
 
 def curvature(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient [B, D] and negative Hessian [B, D, D] of log p(x, u) at `u` [B, D]."""
-    leaf = u.detach().requires_grad_()
+    columns = torch.arange(u.shape[1], device=u.device)
+    parts = [_rows(target, u, part) for part in columns.split(target.draws_at_once)]
+    hessian = torch.cat([rows for _, rows in parts]).transpose(0, 1)
+    return parts[0][0], -(hessian + hessian.mT) / 2
+
+
+def _rows(target: Target, u: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient [B, D], and the rows [R, B, D] of the Hessian of some columns, all at once."""
+    leaf = u.expand(len(columns), *u.shape).detach().requires_grad_()
     with torch.enable_grad():
-        value = target.log_joint(leaf.unsqueeze(0)).sum()
+        value = target.run_log_joint(leaf).sum()
         (slope,) = torch.autograd.grad(value, leaf, create_graph=True)
-        rows = [_slope(column, leaf) for column in slope.sum(0)]
-    hessian = torch.stack(rows, 1)
-    return slope.detach(), -(hessian + hessian.mT) / 2
-
-
-def _slope(value: Tensor, leaf: Tensor) -> Tensor:
-    if not value.requires_grad:  # linear in u
-        return torch.zeros_like(leaf)
-    return torch.autograd.grad(value, leaf, retain_graph=True, materialize_grads=True)[0]
+        column = slope.gather(-1, columns.view(-1, 1, 1).expand(-1, len(u), 1)).sum()
+    if not column.requires_grad:  # linear in u
+        return slope[0], torch.zeros_like(slope)
+    (rows,) = torch.autograd.grad(column, leaf, materialize_grads=True)
+    return slope[0].detach(), rows
 
 
 def factor(precision: Tensor) -> Tensor:

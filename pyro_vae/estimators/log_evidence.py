@@ -61,8 +61,8 @@ def log_evidence(
         budget: Most evaluations of the model, with or without gradient, for one datum; all that
             the steps above may need (about 50,000) if None. The fit and the first draws need
             some 5000. What further modes of a datum cost is not counted.
-        audit: An `Audit` of these programs; or whether to make one, of 16 to 64 simulated data,
-            a fifth of N in between. It is kept for the weights of a model and guide that are
+        audit: An `Audit` of these programs; or whether to make one, of 24 to 64 simulated data,
+            an eighth of N in between. It is kept for the weights of a model and guide that are
             methods of a torch module. A model that observes anything but x cannot be audited,
             which the result says.
         chunk_size: Draws times data that the model sees at once.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -184,19 +184,20 @@ class Fit:
 
     def draw(self, num_samples: int) -> Tensor:
         """Log weights [K, B] of fresh draws, on the CPU."""
-        return self.draw_with_places(num_samples)[1].cpu()
+        return torch.cat([weights for _, weights in self._draws(num_samples)]).cpu()
 
     def draw_with_places(self, num_samples: int) -> tuple[Tensor, Tensor]:
         """Fresh draws [K, B, D] and their log weights [K, B]."""
+        places, weights = zip(*self._draws(num_samples))
+        return torch.cat(places), torch.cat(weights)
+
+    def _draws(self, num_samples: int) -> Iterator[tuple[Tensor, Tensor]]:
         sources = self.proposal.draw, self.target.draw_guide, self._draw_prior
         step = self.target.draws_at_once
-        places = [
-            draw(min(step, number - done))
-            for draw, number in zip(sources, self._numbers(num_samples))
-            for done in range(0, number, step)
-        ]
-        weights = [self.log_weights(place, num_samples) for place in places]
-        return torch.cat(places), torch.cat(weights)
+        for draw, number in zip(sources, self._numbers(num_samples)):
+            for done in range(0, number, step):
+                places = draw(min(step, number - done))
+                yield places, self.log_weights(places, num_samples)
 
     def _draw_prior(self, num_draws: int) -> Tensor:
         return self.target.draw_prior(num_draws)[0]

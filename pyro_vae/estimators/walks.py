@@ -10,7 +10,7 @@ from pyro_vae.estimators.target import Target, gradients
 
 __all__ = ["walk", "walk_cost"]
 
-CHAINS, MOVES, LEAPFROG = 8, 8, 3
+CHAINS, MOVES, LEAPFROG = 8, 6, 3
 ACCEPTANCE, GAIN = 0.65, 0.7  # as in annealing: step sizes follow the acceptance
 
 
