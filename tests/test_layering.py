@@ -54,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
         *TABLES,
     },
     "plots": {"torch", "matplotlib", "numpy", "files"},
+    "explorer": {"torch"},
     "files": set(),
     "options": ANYTHING,
     "config": ANYTHING,
