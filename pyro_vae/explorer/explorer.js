@@ -3,7 +3,6 @@
 const $ = id => document.getElementById(id);
 const PALETTE = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c8c00", "#7f7f7f"];
 const RAMP = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
-const HOLES = [[0, 114, 178], [240, 240, 236], [213, 94, 0]];
 
 // ---- reading
 
@@ -161,31 +160,33 @@ function drawMap() {
   drawMarks(context);
 }
 
-// The range of colours of a quantity: of its middle values, or the same on both sides of zero.
-function spread(values, even) {
+// The range of colours of a quantity: of its middle values.
+function spread(values) {
   const sorted = [...values].filter(Number.isFinite).sort((a, b) => a - b);
-  const low = sorted[Math.floor(0.02 * sorted.length)], high = sorted[Math.ceil(0.98 * sorted.length) - 1];
-  const most = Math.max(Math.abs(low), Math.abs(high));
-  return even ? [-most, most] : [low, high];
+  return [sorted[Math.floor(0.02 * sorted.length)], sorted[Math.ceil(0.98 * sorted.length) - 1]];
 }
 
+// The colour and the strength of a place of the map; holes count where the prior or codes are.
 function grounded(ground) {
-  const { log_p, log_q } = held.grid;
-  if (ground !== "holes") return { values: ground === "prior" ? log_p.data : log_q.data, stops: RAMP };
-  const values = log_p.data.map((p, i) => p - log_q.data[i]);
-  return { values: values.map(v => Math.min(Math.max(v, -6), 6)), stops: HOLES, range: [-6, 6] };
+  const p = held.grid.log_p.data, q = held.grid.log_q.data;
+  if (ground !== "holes") {
+    const values = ground === "prior" ? p : q, top = Math.max(...values);
+    return i => [...ramp(RAMP, (values[i] - top) / 12 + 1), 220];
+  }
+  const [blue, orange] = [[0, 114, 178], [230, 110, 10]], tops = [Math.max(...p), Math.max(...q)];
+  return i => {
+    const excess = p[i] - q[i], near = 1 + Math.max(p[i] - tops[0], q[i] - tops[1]) / 8;
+    const strength = Math.min(1, Math.abs(excess) / 4) * Math.max(0, Math.min(1, 2 * near));
+    return [...(excess > 0 ? orange : blue), 230 * strength];
+  };
 }
 
 function drawGround(context, ground) {
-  const { values, stops, range } = grounded(ground), n = held.grid.side;
-  const top = Math.max(...values), [low, high] = range || [top - 12, top];
-  const image = new ImageData(n, n);
-  values.forEach((v, i) => image.data.set([...ramp(stops, (v - low) / (high - low)), 255], 4 * i));
+  const colour = grounded(ground), n = held.grid.side, image = new ImageData(n, n);
+  for (let i = 0; i < n * n; i++) image.data.set(colour(i), 4 * i);
   const small = document.createElement("canvas");
   paint(small, image);
-  context.globalAlpha = 0.85;
   context.drawImage(small, 0, 0, view.side, view.side);
-  context.globalAlpha = 1;
 }
 
 const manifold = { key: "", canvas: null };
@@ -288,7 +289,7 @@ function drawMarks(context) {
       context.beginPath(); context.ellipse(x, y, a, b, 0, 0, 7); context.stroke();
     }
   }
-  if (state.from >= 0 && state.to >= 0) drawPath(context);
+  if (state.path) drawPath(context);
   const [x, y] = state.axes.map((d, k) => toPixel(state.z[d], k));
   for (const [colour, width] of [[ink("--card"), 6], [ink("--ink"), 2.5]]) {
     context.strokeStyle = colour; context.lineWidth = width;
@@ -595,7 +596,7 @@ function legend() {
     none: "", decoded: "Ground: what the decoder makes of each place.",
     prior: "Ground: log p(z), bright where the prior draws most.",
     codes: "Ground: log q(z), bright where most codes are.",
-    holes: "Ground: orange where the prior draws and no codes are (holes), blue where codes are more than the prior draws; up to 6 nats.",
+    holes: "Ground: orange where the prior draws and no codes are (holes), blue where codes are denser than the prior says; strongest from 4 nats.",
   }[ground];
   const scale = low === undefined ? "" : ` Points: dark is ${low.toFixed(1)}, bright is ${high.toFixed(1)} nats${$("colour").value === "elbo" ? "" : "; rings are not estimated"}.`;
   const draws = $("show-draws").checked && held.draws.excess ? " Crosses: draws of the prior, orange where codes are fewest." : "";
@@ -728,10 +729,10 @@ function connect() {
   on("sort", "change", () => { offerRows(); pick(Number($("row").options[0].value)); });
   on("previous", "click", () => step(-1));
   on("next", "click", () => step(1));
-  const along = () => { drawFilm(); move(between(Number($("position").value)), held.rows.y && row(held.rows.y, state.from)); };
+  const along = () => { state.path = true; drawFilm(); move(between(Number($("position").value)), held.rows.y && row(held.rows.y, state.from)); };
   for (const id of ["from", "to"]) {
     on(id, "change", () => { state[id] = Number($(id).value); along(); });
-    on(`as-${id}`, "click", () => { state[id] = Math.max(0, state.row); $(id).value = state[id]; drawFilm(); refresh(); });
+    on(`as-${id}`, "click", () => { state[id] = Math.max(0, state.row); $(id).value = state[id]; state.path = true; drawFilm(); refresh(); });
   }
   on("position", "input", along);
   document.querySelectorAll("[name=path]").forEach(e => e.addEventListener("change", along));
@@ -756,7 +757,7 @@ async function start() {
   const top = held.kl.map((_, d) => d).sort((a, b) => held.kl[b] - held.kl[a]);
   const { y, means } = held.rows, last = means.shape[0] - 1;
   const axes = model.size === 2 ? [0, 1] : [top[0], top[1] ?? top[0]];
-  state = { axes, row: 0, from: 0, to: last, chosen: new Set(), sliders: [], component: 0, lasso: null, z: centre(), y: y ? Float32Array.from(row(y, 0)) : null };
+  state = { axes, row: 0, from: 0, to: last, path: false, chosen: new Set(), sliders: [], component: 0, lasso: null, z: centre(), y: y ? Float32Array.from(row(y, 0)) : null };
   document.querySelector("main").hidden = false;
   framed();
   makeSliders(Math.min(12, model.size));
@@ -766,7 +767,7 @@ async function start() {
   connect();
   told();
   offerRows();
-  pick(0);
+  pick(Math.max(0, held.rows.log_prob.data.findIndex(Number.isFinite)));
   drawFilm();
   drawChosen();
   legend();
