@@ -79,11 +79,13 @@ class Browser:
 
     def open(self, path: Path) -> None:
         """Shows a file, and waits until its scripts say that they are done."""
-        self.call("Page.navigate", url=path.resolve().as_uri())
-        waiting = """new Promise(done => { const look = () => {
+        self.call("Page.navigate", url=path.resolve(strict=True).as_uri())
+        waiting = """new Promise(done => { let left = 1500; const look = () => {
             const said = document.body && document.body.dataset;
             if (location.protocol === "file:" && said && (said.ready || said.failed))
-                done(said.failed || ""); else setTimeout(look, 20); }; look(); })"""
+                done(said.failed || "");
+            else if (left--) setTimeout(look, 20); else done("not ready after 30 s"); };
+            look(); })"""
         if failed := self.run(waiting):
             raise RuntimeError(failed)
 

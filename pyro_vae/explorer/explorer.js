@@ -262,7 +262,7 @@ function coloured() {
 }
 
 function drawPoints(context) {
-  const { means } = held.rows, { of, glyph } = coloured(), dense = means.shape[0] > 3000;
+  const { means } = held.rows, { of, glyph } = coloured(), dense = means.shape[0] > (view.side / 14) ** 2;
   context.font = "600 11px system-ui, sans-serif";
   context.textAlign = "center";
   for (let n = 0; n < means.shape[0]; n++) {
@@ -755,9 +755,10 @@ function timed() {
 async function start() {
   prepared(await opened());
   const top = held.kl.map((_, d) => d).sort((a, b) => held.kl[b] - held.kl[a]);
-  const { y, means } = held.rows, last = means.shape[0] - 1;
+  const { y, means, labels } = held.rows, last = means.shape[0] - 1;
+  const other = labels ? labels.data.findIndex(label => label !== labels.data[0]) : last;
   const axes = model.size === 2 ? [0, 1] : [top[0], top[1] ?? top[0]];
-  state = { axes, row: 0, from: 0, to: last, path: false, chosen: new Set(), sliders: [], component: 0, lasso: null, z: centre(), y: y ? Float32Array.from(row(y, 0)) : null };
+  state = { axes, row: 0, from: 0, to: other < 0 ? last : other, path: false, chosen: new Set(), sliders: [], component: 0, lasso: null, z: centre(), y: y ? Float32Array.from(row(y, 0)) : null };
   document.querySelector("main").hidden = false;
   framed();
   makeSliders(Math.min(12, model.size));
