@@ -7,15 +7,25 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"),
     "--remote-debugging-pipe",
 )
+# Chromium reads commands from descriptor 3 and answers at 4.
+CONNECTED = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+os.dup2(ends[0], 3), os.dup2(ends[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -31,8 +41,8 @@ class Browser:
     def __init__(self, folder: Path) -> None:
         theirs, self.writing = os.pipe()
         self.reading, answers = os.pipe()
-        redirected = f'exec "$@" 3<&{theirs} 4>&{answers}'
-        command = ["sh", "-c", redirected, "sh", str(CHROMIUM), *FLAGS, f"--user-data-dir={folder}"]
+        command = [sys.executable, "-c", CONNECTED, str(theirs), str(answers)]
+        command += [str(CHROMIUM), *FLAGS, f"--user-data-dir={folder}"]
         self.process = subprocess.Popen(
             command, pass_fds=(theirs, answers), stderr=subprocess.DEVNULL
         )
@@ -40,11 +50,11 @@ class Browser:
         self.buffer, self.count, self.session = b"", 0, ""
         self.messages: list[str] = []
         self.addresses: list[str] = []
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
-        self.session = attached["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
+        try:
+            self._connect()
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> Browser:
         return self
@@ -109,6 +119,13 @@ class Browser:
         self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(shot["data"]))
+
+    def _connect(self) -> None:
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self.buffer:

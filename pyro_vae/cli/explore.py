@@ -23,11 +23,11 @@ from pyro_vae.explorer import Content, Rows, page
 from pyro_vae.files import reading, write
 from pyro_vae.vae import VAE
 
-__all__ = ["explore"]
+__all__ = ["evaluated", "explore"]
 
 
 class Mean(nn.Module):
-    """E[x | z] in the units of the data before their transform."""
+    """E[x | z] in the units of the data before their transform, at means of other latents."""
 
     def __init__(self, vae: VAE, transform: Transform) -> None:
         super().__init__()
@@ -36,7 +36,8 @@ class Mean(nn.Module):
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """[B, *E] for z [B, D] and y [B, C]."""
         with pyro.validation_enabled(False):
-            return self.transform.inverse(self.vae.likelihood(z, y).mean)
+            own = {n: d.mean for n, d in self.vae.likelihood.latents().items()}
+            return self.transform.inverse(self.vae.likelihood(z, y, **own).mean)
 
 
 def explore(options: Namespace) -> None:
@@ -91,7 +92,7 @@ def _known(vae: VAE, splits: Splits, data: Data, options: Namespace) -> dict[str
     x, y = data.batch(torch.arange(len(data)))
     elbo = evidence_lower_bound(vae.model, vae.guide, x, y, num_samples=100).elbo
     where = rows_of(splits, options.part, data)
-    found = _evaluated(Path(options.run), where, elbo.mean().item())
+    found = evaluated(Path(options.run), where, elbo.mean().item())
     some = torch.arange(len(data))
     if found is None:
         some = spread(len(data), min(options.judged, len(data)) or 1, splits.seed)
@@ -106,7 +107,7 @@ def _known(vae: VAE, splits: Splits, data: Data, options: Namespace) -> dict[str
     return {"elbo": elbo, "log_prob": log_prob, "stderr": stderr, "verdict": verdict}
 
 
-def _evaluated(folder: Path, where: str, elbo: float) -> Evidence | None:
+def evaluated(folder: Path, where: str, elbo: float) -> Evidence | None:
     """What evaluate wrote, if it was of these rows and of these weights."""
     path = folder / "evaluation.json"
     if not path.exists() or not (folder / "evidence.safetensors").exists():
@@ -135,6 +136,6 @@ def _limits(x: Tensor, data: Data) -> tuple[Tensor, Tensor]:
     if data.levels is not None:
         return torch.tensor(0.0), torch.tensor(float(data.levels - 1))
     if x.ndim == 4:
-        return x.amin(), x.amax()
-    low, high = x.float().quantile(torch.tensor([0.01, 0.99]), 0)
+        return x[~x.isnan()].amin(), x[~x.isnan()].amax()
+    low, high = x.float().nanquantile(torch.tensor([0.01, 0.99]), 0).nan_to_num(0)
     return low, torch.where(high > low, high, low + 1)

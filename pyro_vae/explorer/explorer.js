@@ -206,6 +206,7 @@ function drawManifold(context) {
     }
     Object.assign(manifold, { key, canvas: small });
   }
+  context.imageSmoothingEnabled = manifold.canvas.width > view.side;
   context.drawImage(manifold.canvas, 0, 0, view.side, view.side);
 }
 
@@ -355,6 +356,7 @@ function makeColumns() {
     name.textContent = name.title = columns[i] || `x${i}`;
     return { fill: added(bar, "i"), mark: added(bar, "b"), value };
   });
+  added($("columns"), "p", "soft").textContent = `Bars: E[x | z], from the 1st to the 99th percentile of the rows.${held.rows.shown ? " Marks: the picked row." : ""}`;
   if (most < count(shape)) added($("columns"), "p", "soft").textContent = `The first ${most} of ${count(shape)} columns.`;
 }
 
@@ -363,8 +365,8 @@ function drawColumns(x) {
   const part = v => `${Math.min(100, Math.max(0, 100 * v))}%`;
   bars.forEach(({ fill, mark, value }, i) => {
     fill.style.width = part(unit[i]);
-    mark.hidden = !own;
-    if (own) mark.style.left = part(own[i]);
+    mark.hidden = !own || !Number.isFinite(own[i]);
+    if (!mark.hidden) mark.style.left = part(own[i]);
     value.textContent = Number(x[i].toPrecision(4)).toLocaleString();
   });
 }

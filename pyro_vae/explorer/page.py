@@ -250,7 +250,7 @@ def _written(content: Content, decoder: Any, draws: tuple[Tensor, ...]) -> str:
     }
     text = json.dumps(header, allow_nan=False).encode()
     text += b" " * (-len(text) % 4)
-    blob = zlib.compress(struct.pack("<I", len(text)) + text + b"".join(store.parts), 9)
+    blob = zlib.compress(struct.pack("<I", len(text)) + text + b"".join(store.parts))
     return _filled(content.name, base64.b64encode(blob).decode())
 
 
@@ -327,6 +327,7 @@ def _shown(x: Tensor, content: Content) -> Tensor:
     if x.ndim != 4:
         return x
     low, high = (end.to(x) for end in content.limits)
+    x = x.where(~x.isnan(), low)
     return ((x - low) / (high - low) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -339,7 +340,13 @@ def _filled(name: str, data: str) -> str:
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
         "base-uri 'none'; form-action 'none'"
     )
-    parts = {"NAME": escape(name), "POLICY": policy, "STYLE": style, "SCRIPT": script, "DATA": data}
+    parts = {
+        "NAME": escape(name),
+        "POLICY": policy,
+        "STYLE": style,
+        "SCRIPT": script,
+        "DATA": data,
+    }
     text = (here / "explorer.html").read_text("utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], text)
 

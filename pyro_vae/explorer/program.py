@@ -70,7 +70,11 @@ class Program:
     def declare(self) -> dict[str, Any]:
         """Steps for JSON: name, arguments, keywords."""
         steps = [
-            [_name(target), _plain(arguments), {k: keywords[k] for k in KEYWORDS & keywords.keys()}]
+            [
+                _name(target),
+                _plain(arguments),
+                {k: keywords[k] for k in KEYWORDS & keywords.keys()},
+            ]
             for target, arguments, keywords in self.steps
         ]
         return {"inputs": self.inputs, "steps": steps, "output": self.output}
@@ -163,7 +167,9 @@ def _check(node: Node) -> None:
     if strange := node.kwargs.keys() - KEYWORDS - PLACES:
         raise CannotRun(f"the page has no option {sorted(strange)} of {name!r}")
     made = node.meta.get("val")
-    if isinstance(made, torch.Tensor) and not (made.is_floating_point() or made.dtype == torch.bool):
+    if isinstance(made, torch.Tensor) and not (
+        made.is_floating_point() or made.dtype == torch.bool
+    ):
         raise CannotRun(f"{name!r} gives whole numbers, which the page does not compute")
     if name == "convolution" and made is not None and made.ndim != 4:
         raise CannotRun("the page has convolutions of images only")
@@ -178,8 +184,9 @@ def _name(target: Any) -> str:
 def _stored(constant: Tensor) -> Tensor:
     """Matrices and kernels in half precision, where they fit; what is small as it is."""
     constant = _single(constant)
-    fits = constant.ndim > 1 and bool((constant.abs() < LARGEST_HALF).all())
-    return constant.half() if fits and constant.dtype == torch.float32 else constant
+    if constant.ndim < 2 or constant.dtype == torch.bool:
+        return constant
+    return constant.half() if bool((constant.abs() < LARGEST_HALF).all()) else constant
 
 
 def _single(constant: Tensor) -> Tensor:
