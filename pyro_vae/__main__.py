@@ -14,6 +14,7 @@ COMMANDS = {
     "encode": "posterior means and scales of a file's rows, as .npz or .csv",
     "plot": "the figures of a run again",
     "report": "one HTML page of a run, with all of the above, that opens from disk",
+    "explore": "one HTML page that runs a run's decoder: move in its latent space, pick data",
 }
 
 

@@ -60,6 +60,7 @@ ALLOWED: dict[str, set[str]] = {
         *TABLES,
     },
     "plots": {"torch", "matplotlib", "files"},
+    "explorer": {"torch"},
     "files": set(),
     "options": ANYTHING,
     "config": ANYTHING,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, Namespace
 
+from pyro_vae.cli.explore import explore
 from pyro_vae.cli.judge import compare, evaluate, score
 from pyro_vae.cli.options import (
     PARSERS,
@@ -61,6 +62,7 @@ def run(argv: list[str]) -> int:
         "encode": encode,
         "plot": plot,
         "report": report,
+        "explore": explore,
     }
     name, *rest = argv
     try:
@@ -84,6 +86,7 @@ def demo(options: Namespace) -> None:
 
 
 def _parse(command: str, argv: list[str]) -> Namespace:
+    argv = [_named(argument) for argument in argv]
     if command == "train":
         argv = _resumed(argv)
     parser = PARSERS[command]()
@@ -92,6 +95,13 @@ def _parse(command: str, argv: list[str]) -> Namespace:
     argv = with_configs(argv, parser)
     check_names(argv)
     return parser.parse_args(argv)
+
+
+def _named(argument: str) -> str:
+    """An option with its words joined by `_`, which may be given with `-`."""
+    name, equals, value = argument.partition("=")
+    known = name.startswith("--") and len(name) > 2
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if known else argument
 
 
 def _resumed(argv: list[str]) -> list[str]:

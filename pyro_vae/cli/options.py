@@ -384,6 +384,18 @@ def _report_parser() -> ArgumentParser:
     return parser
 
 
+def _explore_parser() -> ArgumentParser:
+    parser = _run_parser("explore", "One HTML page that runs a run's decoder.")
+    add = parser.add_argument
+    add("--out", type=str | None, default=None, help=".html file; RUN/explore.html")
+    add("--no_data", action="store_true", help="leave the rows themselves out")
+    add("--judged", type=int, default=50, help="rows whose log p(x) is estimated where evaluate "
+        "has not done so")  # fmt: skip
+    _part_options(parser)
+    _estimator_options(parser)
+    return parser
+
+
 PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     "demo": _demo_parser,
     "train": _train_parser,
@@ -394,4 +406,5 @@ PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     "encode": _encode_parser,
     "plot": _plot_parser,
     "report": _report_parser,
+    "explore": _explore_parser,
 }

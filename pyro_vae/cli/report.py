@@ -80,6 +80,7 @@ def report(options: Namespace) -> None:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    out = Path(options.out or folder / "report.html")
     drawn = figures(folder)
     template = environment.from_string(Path(__file__).with_suffix(".html").read_text("utf-8"))
     with reading(folder / "run.json"):
@@ -90,6 +91,7 @@ def report(options: Namespace) -> None:
         name=folder.resolve().name,
         command=lambda name: f"pyro-vae {name} {shlex.quote(str(folder))}",
         version=version,
+        explorer=(folder / "explore.html").exists() and out.resolve().parent == folder.resolve(),
         declaration=shown,
         yaml=_text(folder / "config.yaml"),
         training=training(folder),
@@ -99,7 +101,6 @@ def report(options: Namespace) -> None:
         figures=drawn.values(),
         programs=sites,
     )
-    out = Path(options.out or folder / "report.html")
     write(out, page.encode("ascii", "xmlcharrefreplace"))
     print(f"report in {out}")
 
