@@ -45,7 +45,6 @@ ALLOWED: dict[str, set[str]] = {
         "files",
         "arguments",
         "scipy",
-        "pandas",
         *TABLES,
     },
     "metrics": {
