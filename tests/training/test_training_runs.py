@@ -206,7 +206,7 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_mistake_does_not_take_the_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="did you mean Adam"):
+    with pytest.raises(ValueError, match="did you mean 'Adam'"):
         fit(make_vae(), make_data(), run=tmp_path / "run", **{**OPTIONS, "optimizer": "adam"})
     assert not (tmp_path / "run").exists()
 
