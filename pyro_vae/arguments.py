@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from functools import wraps
 from numbers import Integral, Real
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
@@ -21,6 +22,7 @@ __all__ = [
     "check_finite",
     "check_real",
     "check_whole",
+    "closest",
     "completed",
     "is_rows",
     "programs",
@@ -85,6 +87,13 @@ def check_real(
             if not real or not math.isfinite(value):
                 bounds.insert(0, "a finite number")
             raise ValueError(f"{name} must be {', '.join(bounds)}; got {_shown(value)}")
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """A hint at the known name that is most like `name`, in whatever case."""
+    names = {k.lower(): k for k in known}
+    close = get_close_matches(name.lower(), names, 1, 0.5)
+    return f", did you mean {names[close[0]]!r}?" if close else ""
 
 
 def as_shape(name: str, value: Any) -> tuple[int, ...]:

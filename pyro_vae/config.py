@@ -6,7 +6,6 @@ import inspect
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from types import EllipsisType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vae import likelihoods, networks, objectives, posteriors, priors
-from pyro_vae.arguments import as_shape, check_whole
+from pyro_vae.arguments import as_shape, check_whole, closest
 from pyro_vae.files import reading
 from pyro_vae.hierarchy import Inference, Layers, Lowest
 from pyro_vae.memory import parameters_that_fit
@@ -432,12 +431,6 @@ def _conditioned(family: str, declared: Declared, condition_dim: int) -> Declare
 
 def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
-
-
-def closest(name: str, known: Iterable[str]) -> str:
-    """A hint at the known name that is most like `name`."""
-    close = get_close_matches(name, list(known), 1, 0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def short_names(family: str, declared: Mapping[str, Any]) -> dict[str, Any]:

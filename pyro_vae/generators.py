@@ -1,4 +1,4 @@
-"""torch's generators of random numbers, borrowed by one thread at a time, and put back."""
+"""torch's generators of random numbers, borrowed by one thread at a time, and put back; orders."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import RLock
 
+import numpy as np
 import torch
+from torch import Tensor
 
-__all__ = ["alone", "forked", "seed_generators"]
+from pyro_vae.arguments import check_whole
+
+__all__ = ["alone", "epoch_order", "forked", "seed_generators"]
 
 # held by what borrows the state of a process, torch's generators and Pyro's handlers: fit and
 # the estimators, so that of several threads the others wait
@@ -34,3 +38,23 @@ def seed_generators(device: torch.device, seed: int) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
+
+
+def epoch_order(num_data: int, seed: int, epoch: int) -> Tensor:
+    """The order in which an epoch visits the rows.
+
+    It depends on the three arguments only, so a resumed run needs no saved state.
+
+    Args:
+        num_data: The number of rows N.
+        seed: The seed of the run, 0 or more.
+        epoch: The number of the epoch, 0 or more.
+
+    Returns:
+        A permutation of 0, ..., N - 1, int64 [N].
+
+    Raises:
+        ValueError: If the seed or the epoch is negative.
+    """
+    check_whole(0, seed=seed, epoch=epoch)
+    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(num_data))

@@ -41,6 +41,17 @@ OBJECTIVES = final(objectives.Objective)
 ORDERS = final(Inference)
 
 
+def each_once(*families: list[type]) -> list[Any]:
+    """One class of each family, in so few cases that each class occurs; slow are all others."""
+    found = []
+    for classes in product(*families):
+        places = [family.index(cls) for family, cls in zip(families, classes, strict=True)]
+        once = all(i == max(places) % len(family) for i, family in zip(places, families))
+        marks = () if once else pytest.mark.slow
+        found.append(pytest.param(*classes, id="-".join(map(name, classes)), marks=marks))
+    return found
+
+
 def triples(first: list[type], second: list[type], third: list[type]) -> list[Any]:
     """A class of each family, the third the smallest; slow where its pairs occur elsewhere."""
     found = []

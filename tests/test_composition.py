@@ -8,7 +8,17 @@ from itertools import combinations, product
 import pyro
 import pytest
 import torch
-from families import LIKELIHOODS, ORDERS, POSTERIORS, PRIORS, draw, layered, make, triples
+from families import (
+    LIKELIHOODS,
+    ORDERS,
+    POSTERIORS,
+    PRIORS,
+    draw,
+    each_once,
+    layered,
+    make,
+    triples,
+)
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
 from pyro_vae.hierarchy import Ladder
@@ -36,6 +46,8 @@ def test_pairs_of_classes_are_tried_by_default() -> None:
     default = [case.values for case in triples(*families) if not case.marks]
     tried = {pair for triple in default for pair in combinations(triple, 2)}
     assert tried == {pair for two in combinations(families, 2) for pair in product(*two)}
+    single = {cls for case in each_once(*families) if not case.marks for cls in case.values}
+    assert single == {cls for family in families for cls in family}
 
 
 @pytest.mark.parametrize(

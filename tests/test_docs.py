@@ -41,7 +41,15 @@ def objective(found: dict[str, Any]) -> None:
 CLAIMS = {"trust.md": trust, "objective.md": objective}
 
 
-@pytest.mark.parametrize("page", [p.name for p in PAGES if "```python" in p.read_text()])
+SLOW = {"speed.md"}  # it compiles
+TESTED = [
+    pytest.param(p.name, marks=pytest.mark.slow if p.name in SLOW else ())
+    for p in PAGES
+    if "```python" in p.read_text()
+]
+
+
+@pytest.mark.parametrize("page", TESTED)
 def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     module = ModuleType("my_module")

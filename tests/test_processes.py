@@ -65,6 +65,7 @@ def test_a_process_that_dies_is_one_line() -> None:
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_an_error_of_a_process_is_the_callers() -> None:
     with pytest.raises(FloatingPointError, match="part 5"):
         in_processes(fails, [5], "cpu")

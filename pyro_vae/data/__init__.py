@@ -1,7 +1,7 @@
 """Data sets, their three parts, and the transforms between the file and the model."""
 
 from pyro_vae.data.alike import alike, kind_of
-from pyro_vae.data.batches import batches, epoch_order, spread
+from pyro_vae.data.batches import batches, spread
 from pyro_vae.data.data import Data
 from pyro_vae.data.datasets import load_data, locate, read_rows
 from pyro_vae.data.splits import Splits
@@ -18,6 +18,7 @@ from pyro_vae.data.transforms import (
     make_transform,
     restore,
 )
+from pyro_vae.generators import epoch_order
 
 __all__ = [
     "Binarise",

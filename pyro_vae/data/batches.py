@@ -7,28 +7,6 @@ import torch
 from torch import Tensor
 
 from pyro_vae.arguments import check_whole
-from pyro_vae.data.noise import check_seed
-
-
-def epoch_order(num_data: int, seed: int, epoch: int) -> Tensor:
-    """The order in which an epoch visits the rows.
-
-    It depends on the three arguments only, so a resumed run needs no saved state.
-
-    Args:
-        num_data: The number of rows N.
-        seed: The seed of the run, 0 or more.
-        epoch: The number of the epoch, 0 or more.
-
-    Returns:
-        A permutation of 0, ..., N - 1, int64 [N].
-
-    Raises:
-        ValueError: If the seed or the epoch is negative.
-    """
-    if epoch < 0:
-        raise ValueError(f"expected an epoch of 0 or more, got {epoch}")
-    return torch.from_numpy(np.random.default_rng([check_seed(seed), epoch]).permutation(num_data))
 
 
 def spread(num_data: int, limit: int | None, seed: int) -> Tensor:

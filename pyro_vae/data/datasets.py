@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pyro_vae.arguments import check_real, check_whole
+from pyro_vae.arguments import check_real, check_whole, closest
 from pyro_vae.data.arrays import read_arrays
 from pyro_vae.data.batches import spread
 from pyro_vae.data.cells import read_cells
@@ -122,12 +121,9 @@ def _read(name: str | Path, root: str | Path) -> Given:
 
 
 def _unknown(name: str) -> str:
-    close = get_close_matches(name.lower(), [known.lower() for known in NAMED], n=1)
-    known = next((known for known in NAMED if close == [known.lower()]), "")
-    hint = f"; did you mean {known!r}?" if known else ""
     return (
         f"expected one of {', '.join(NAMED)}, or the path of an .npz, .npy or .csv file or of a "
-        f"folder of images, got {name!r}{hint}"
+        f"folder of images, got {name!r}{closest(name, NAMED)}"
     )
 
 

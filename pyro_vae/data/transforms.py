@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pyro_vae.arguments import closest
 
 NAMES = ("none", "threshold", "static", "dynamic", "dequantise", "rescale", "standardise")
 
@@ -304,8 +305,7 @@ def make_transform(name: str, x: Tensor, levels: int | None) -> Transform:
         ValueError: If the name is unknown, or needs grey levels and there are none.
     """
     if name not in NAMES:
-        close = get_close_matches(name, NAMES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = closest(name, NAMES)
         raise ValueError(f"expected a transform among {', '.join(NAMES)}, got {name!r}{hint}")
     if name == "none":
         return Identity()

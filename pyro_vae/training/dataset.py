@@ -6,13 +6,12 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_vae.arguments import as_tensor, check_finite, is_rows
 
-__all__ = ["Dataset", "TensorDataset", "as_dataset", "describe", "epoch_order", "evenly_spaced"]
+__all__ = ["Dataset", "TensorDataset", "as_dataset", "describe", "evenly_spaced"]
 
 
 @runtime_checkable
@@ -140,11 +139,6 @@ def describe(rows: Dataset) -> dict[str, Any]:
         if hasattr(rows, name):
             record[name] = getattr(rows, name)()
     return record
-
-
-def epoch_order(num_rows: int, seed: int, epoch: int) -> Tensor:
-    """The order [N] of an epoch (from 0): it depends on these three numbers only."""
-    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(num_rows))
 
 
 def evenly_spaced(num_rows: int, at_most: int) -> Tensor:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from difflib import get_close_matches
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from pyro_vae.arguments import closest
 
 __all__ = [
     "advance",
@@ -130,7 +131,9 @@ def _parse(what: str, spec: Any, known: dict[str, type]) -> tuple[type, dict[str
         )
     name = str(spec["class_path"]).rsplit(".", 1)[-1]
     if name not in known:
-        raise ValueError(f"unknown {what} {name!r}: {_closest(name, known)}")
+        raise ValueError(
+            f"{what} {name!r} is unknown{closest(name, known)}: choose one of {', '.join(known)}"
+        )
     return known[name], dict(spec.get("init_args") or {})
 
 
@@ -139,18 +142,13 @@ def _check_options(what: str, cls: type, args: tuple[Any, ...], options: dict[st
     for option in options.keys() - signature.parameters.keys():
         known = list(signature.parameters)[len(args) :]
         raise ValueError(
-            f"{what} {cls.__name__} has no option {option!r}: {_closest(option, known)}"
+            f"{what} {cls.__name__} has no option {option!r}{closest(option, known)}: it has "
+            f"{', '.join(known)}"
         )
     try:
         signature.bind(*args, **options)
     except TypeError as error:
         raise ValueError(f"{what} {cls.__name__}: {error}; give it in init_args") from None
-
-
-def _closest(name: str, known: Iterable[str]) -> str:
-    lower = {k.lower(): k for k in known}
-    close = [lower[k] for k in get_close_matches(name.lower(), lower)]
-    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(known)}"
 
 
 def _made(result: Any, cls: type, what: str) -> Any:

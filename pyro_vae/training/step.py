@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from shutil import which
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from pyro_vae.compiling import CannotCompile, compiled
-from pyro_vae.densities import densities, folds
+from pyro_vae.densities import OwnParameters, folds, registered_densities
 from pyro_vae.objectives import Objective
 from pyro_vae.training.dataset import Dataset
 from pyro_vae.training.evaluation import cast, first_weight, programs
@@ -64,7 +64,9 @@ class StepLoss(nn.Module):
             of the objective's second player, or None.
         """
         K = self.objective.num_particles
-        d = densities(*programs(self.vae), x, y, num_particles=K)
+        vae: Any = self.vae
+        with OwnParameters():  # as `densities`, whose checks of arguments no step needs
+            d = registered_densities(vae.model, vae.guide, x, y, num_particles=K)
         loss = self.objective.reduce(d) / (d.scale * len(x))
         with torch.no_grad():
             sums = [-loss * len(x), d.log_likelihood.mean(0).sum()]

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from pyro_vae.compiling import CannotCompile
 from pyro_vae.files import PathLike, reading
-from pyro_vae.generators import forked, seed_generators
+from pyro_vae.generators import epoch_order, forked, seed_generators
 from pyro_vae.objectives import Objective
 from pyro_vae.training.adversary import Adversary, start
 from pyro_vae.training.callbacks import Callback, State
 from pyro_vae.training.checkpoint import load_weights, put_weights, save_checkpoint
-from pyro_vae.training.dataset import Dataset, epoch_order
+from pyro_vae.training.dataset import Dataset
 from pyro_vae.training.evaluation import Evaluator
 from pyro_vae.training.group import Group
 from pyro_vae.training.history import History

@@ -222,7 +222,7 @@ def test_batches_cover_the_rows_with_a_shorter_last_one() -> None:
 def test_bad_numbers_of_batches_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1 row"):
         batches(N, 0)
-    with pytest.raises(ValueError, match="epoch of 0"):
+    with pytest.raises(ValueError, match="epoch must be at least 0"):
         epoch_order(N, 0, -1)
     with pytest.raises(ValueError, match="seed must be at least 0"):
         epoch_order(N, -1, 0)

@@ -22,10 +22,10 @@ from families import (
     PRIORS,
     accepted,
     draw,
+    each_once,
     make,
     name,
     network,
-    triples,
 )
 from pyro.nn import PyroModule
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ def agree(
 
 
 @pytest.mark.parametrize(
-    ("prior", "likelihood", "posterior"), triples(PRIORS, LIKELIHOODS, POSTERIORS)
+    ("prior", "likelihood", "posterior"), each_once(PRIORS, LIKELIHOODS, POSTERIORS)
 )
 def test_the_traced_step_of_every_composition(
     prior: type, likelihood: type, posterior: type
@@ -217,13 +217,8 @@ def test_a_parameter_outside_the_module_is_refused() -> None:
 # --- the compiler itself, for a set that covers each kind of composition ------------------------
 
 
-ROUNDS = [
-    i if cls is DReG else pytest.param(i, marks=pytest.mark.slow)
-    for i, cls in enumerate(ONE_PLAYER)
-]
-
-
-@pytest.mark.parametrize("i", ROUNDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("i", range(len(ONE_PLAYER)))
 def test_the_compiled_step_of_each_class_once(i: int) -> None:
     families = (PRIORS, LIKELIHOODS, POSTERIORS, ONE_PLAYER)
     *triple, objective = [family[i % len(family)] for family in families]

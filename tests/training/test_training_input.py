@@ -133,8 +133,11 @@ def test_a_device_that_is_not_waited_for() -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("adam", "unknown optimizer 'adam': did you mean Adam"),
-        ({"class_path": "Adam", "init_args": {"beta": 1}}, "no option 'beta': did you mean betas"),
+        ("adam", "optimizer 'adam' is unknown, did you mean 'Adam'"),
+        (
+            {"class_path": "Adam", "init_args": {"beta": 1}},
+            "no option 'beta', did you mean 'betas'",
+        ),
         ({"class_path": "Adam", "args": {}}, "optimizer must be a name"),
         (lambda parameters: "Adam", "must return a torch Optimizer; got str"),
     ],
@@ -147,7 +150,7 @@ def test_bad_optimizers(spec: Any, words: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("StepL", "unknown schedule 'StepL': did you mean StepLR"),
+        ("StepL", "schedule 'StepL' is unknown, did you mean 'StepLR'"),
         ("CosineAnnealingLR", "missing a required argument: 'T_max'"),
         (lambda optimizer: None, "must return a torch LRScheduler"),
     ],

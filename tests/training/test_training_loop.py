@@ -26,9 +26,9 @@ from training_cases import (
 )
 
 from pyro_vae.estimators import evidence_lower_bound
+from pyro_vae.generators import epoch_order
 from pyro_vae.objectives import ELBO, IWAE
 from pyro_vae.training import History, State, fit
-from pyro_vae.training.dataset import epoch_order
 from pyro_vae.training.history import COLUMNS
 
 

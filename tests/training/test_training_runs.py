@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, get_num_threads
 from training_cases import QUIET, Stop, make_data, make_vae, noisy_data, same, weights
 
-from pyro_vae import build, files
-from pyro_vae.objectives import ELBO
+from pyro_vae import build, files, load
+from pyro_vae.objectives import ELBO, Linear
 from pyro_vae.training import State, fit, load_weights, read_run, trainer
 
 OPTIONS: dict[str, Any] = {
@@ -206,7 +208,7 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_mistake_does_not_take_the_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="did you mean Adam"):
+    with pytest.raises(ValueError, match="did you mean 'Adam'"):
         fit(make_vae(), make_data(), run=tmp_path / "run", **{**OPTIONS, "optimizer": "adam"})
     assert not (tmp_path / "run").exists()
 
@@ -353,3 +355,18 @@ def test_killed_at_any_moment() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1: killed in a write, 16 steps kept: same" in done.stdout
     assert "4 of 4 resumed runs end as the unbroken one" in done.stdout
+
+
+def test_a_run_of_an_earlier_version_loads_and_goes_on(tmp_path: Path) -> None:
+    """Two epochs under a schedule, made before the objectives had their present modules."""
+    earlier = Path(__file__).parent / "earlier"
+    run = Path(shutil.copytree(earlier / "run", tmp_path / "run"))
+    x = torch.bernoulli(torch.full((53, 5), 0.5), generator=torch.Generator().manual_seed(0))
+    vae = load(run)
+    beta = ELBO(beta=Linear(length=7))
+    options = {"batch_size": 11, "validation": x[:13], **QUIET}
+    history = fit(vae, x, beta, run=run, epochs=3, resume=True, **options)
+    assert history["epoch"] == [1, 2, 3]
+    expected = load_file(earlier / "third_epoch.safetensors")
+    for name, weight in load_weights(run, "last").items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6)
