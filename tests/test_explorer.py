@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pyro_vae import build, load
 from pyro_vae.__main__ import main
-from pyro_vae.cli.explore import Mean, evaluated
+from pyro_vae.cli.explore import Follow, Mean, evaluated
 from pyro_vae.data import load_data
 from pyro_vae.data.transforms import Identity, Standardise
 from pyro_vae.estimators import Evidence
@@ -78,7 +78,8 @@ def vae(
     **options: Any,
 ) -> Any:
     torch.manual_seed(2)
-    return randomised(build(SHAPE, D, likelihood=likelihood, decoder=decoder, **options))
+    given = {"latent_dim": D, "likelihood": likelihood, "decoder": decoder, **options}
+    return randomised(build(SHAPE, **given))
 
 
 class Held:
@@ -257,6 +258,17 @@ def test_rows_of_a_run_and_their_evidence(run: Path, capsys: pytest.CaptureFixtu
     assert "explore.html: open it in a browser" in capsys.readouterr().out
     assert main(["report", str(run)]) == 0
     assert 'href="explore.html"' in (run / "report.html").read_text()
+
+
+def test_layers_below_follow() -> None:
+    model = vae(latent_dim=[5, D])
+    z = torch.randn(1, 5 + D)
+    with torch.no_grad():
+        above = z[:, 5:]
+        exact = model.prior().draw(lambda name, fn: above if name == "z2" else fn.mean)
+    found = trace(Follow(model, 5), torch.zeros_like(z)).single()(z)
+    torch.testing.assert_close(found, exact)
+    assert (found[:, :5] != z[:, :5]).all()
 
 
 def test_what_evaluate_found_is_used_if_it_is_of_these_rows_and_weights(tmp_path: Path) -> None:

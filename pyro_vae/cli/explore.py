@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pyro
 import torch
@@ -14,8 +16,8 @@ from torch import Tensor, nn
 from pyro_vae.arguments import check_whole
 from pyro_vae.cli.folder import load_run, placed
 from pyro_vae.cli.judge import estimate, rows_of
-from pyro_vae.cli.parts import unit_kl
-from pyro_vae.cli.use import destination
+from pyro_vae.cli.parts import unit_kl, unit_names
+from pyro_vae.cli.use import destination, followed
 from pyro_vae.data import Data, Splits, spread
 from pyro_vae.data.transforms import Transform
 from pyro_vae.estimators import Evidence, evidence_lower_bound
@@ -40,6 +42,19 @@ class Mean(nn.Module):
             return self.transform.inverse(self.vae.likelihood(z, y, **own).mean)
 
 
+class Follow(nn.Module):
+    """z [B, D] with the layers below that of a unit at their means given those above."""
+
+    def __init__(self, vae: VAE, unit: int) -> None:
+        super().__init__()
+        self.vae, self.unit = vae, unit
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """[B, D] for z [B, D] and y [B, C]."""
+        with pyro.validation_enabled(False):
+            return followed(self.vae.prior(y), z, self.unit)
+
+
 def explore(options: Namespace) -> None:
     """Writes the page; it opens from disk and asks for nothing else."""
     check_whole(0, judged=options.judged)
@@ -59,7 +74,8 @@ def _content(vae: VAE, splits: Splits, data: Data, index: Tensor, options: Names
     prior, codes = vae.prior(y), vae.encode(x, y)
     back = data.transform.inverse
     inputs = getattr(vae.prior, "inputs", None)
-    own = inputs is not None and inputs.shape[1:] == x.shape[1:] and not options.no_data
+    if inputs is not None and (options.no_data or inputs.shape[1:] != x.shape[1:]):
+        inputs = None
     kl = unit_kl(vae, data)
     known = _known(vae, splits, data, options)
     where = rows_of(splits, options.part, data)
@@ -80,13 +96,16 @@ def _content(vae: VAE, splits: Splits, data: Data, index: Tensor, options: Names
         limits=_limits(back(x), data),
         kl=codes.mean.var(0, correction=0) if kl is None else kl,
         order="the variance of its codes" if kl is None else "its KL",
+        names=unit_names(vae),
+        layers=list(vae.sizes.values()),
+        follow=[Follow(vae, end).eval() for end in accumulate(list(vae.sizes.values())[:-1])],
         columns=data.columns,
         classes=one_hot,
-        inputs=back(inputs) if own else None,
+        inputs=None if inputs is None else back(inputs),
     )
 
 
-def _known(vae: VAE, splits: Splits, data: Data, options: Namespace) -> dict[str, object]:
+def _known(vae: VAE, splits: Splits, data: Data, options: Namespace) -> dict[str, Any]:
     """ELBO of each row, and log p(x): what evaluate found, or of some rows now."""
     vae, data = placed(vae, data, options.accelerator)
     x, y = data.batch(torch.arange(len(data)))
@@ -121,11 +140,13 @@ def evaluated(folder: Path, where: str, elbo: float) -> Evidence | None:
 
 
 def _about(vae: VAE, where: str, with_data: bool) -> list[str]:
-    parts = {"prior": vae.prior, "likelihood": vae.likelihood, "posterior": vae.posterior}
+    top = getattr(vae.prior, "layers", [vae.prior])[-1]
+    parts = {"prior": top, "likelihood": vae.likelihood, "posterior": vae.posterior}
     named = ", ".join(f"{role} {type(part).__name__}" for role, part in parts.items())
+    sizes = " + ".join(map(str, vae.sizes.values()))
     held = "the rows themselves" if with_data else "not the rows themselves"
     return [
-        f"A variational autoencoder of {vae.posterior.latent_dim} latents: {named}.",
+        f"A variational autoencoder of {sizes} latents: {named}.",
         f"Codes are those of {where}.",
         f"This file holds the decoder's weights, the codes of these rows, and {held}.",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from pyro_vae.vae import VAE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["destination", "draw", "encode", "plot", "sample"]
+__all__ = ["destination", "draw", "encode", "followed", "plot", "sample"]
 
 
 def sample(options: Namespace) -> None:
@@ -153,19 +154,19 @@ def traversal(vae: VAE, data: Data, kl: Tensor) -> Figure:
     with torch.no_grad():
         z = vae.encode(x, y).mean.expand(len(top), len(values), -1).clone()
         z[torch.arange(len(top)), :, top] = values
-        z = torch.stack([_followed(vae.prior(y), *pair) for pair in zip(z, top.tolist())])
+        z = torch.stack([followed(vae.prior(y), *pair) for pair in zip(z, top.tolist())])
         again = None if y is None else y.expand(len(top), len(values), -1)
         images = data.transform.inverse(vae.likelihood(z, again).mean)
     names = [unit_names(vae)[unit] for unit in top]
     return plots.traversals(images, kl[top], values, limits=limits(data), dims=names)
 
 
-def _followed(prior: Any, z: Tensor, unit: int) -> Tensor:
+def followed(prior: Any, z: Tensor, unit: int) -> Tensor:
     """`z` [T, D], the layers below that of `unit` at their mean given those above."""
     if not isinstance(prior, Joint):
         return z
-    given, ends = prior.split(z), torch.tensor(list(prior.sizes.values())).cumsum(0)
-    kept = list(prior.sizes)[int((unit >= ends).sum()) :]
+    given, ends = prior.split(z), accumulate(prior.sizes.values())
+    kept = list(prior.sizes)[sum(unit >= end for end in ends) :]
     return prior.draw(lambda name, fn: given[name] if name in kept else fn.mean)
 
 

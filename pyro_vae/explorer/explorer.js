@@ -45,6 +45,7 @@ function prepared({ header, tensor }) {
     width: channels ? shape[2] : 0,
     height: channels ? (channels === 3 ? shape[1] : shape[0] * shape[1]) : 0,
     decode: decoder.program ? program(decoder, tensor) : atlas(all(decoder)),
+    follow: header.follow.map(part => program(part, tensor)),
   };
 }
 
@@ -104,7 +105,7 @@ function paint(canvas, image) {
 function tiled(canvas, images, across) {
   const { width, height } = model;
   canvas.hidden = !images.length;
-  canvas.width = Math.min(across, images.length || 1) * (width + 1);
+  canvas.width = across * (width + 1);
   canvas.height = Math.ceil(images.length / across) * (height + 1);
   const context = canvas.getContext("2d");
   images.forEach((image, i) => context.putImageData(image, (i % across) * (width + 1), Math.floor(i / across) * (height + 1)));
@@ -202,7 +203,7 @@ function drawManifold(context) {
     for (let i = 0; i < n; i++) for (let j = 0; j < n; j++) {
       z[state.axes[0]] = toLatent((j + 0.5) / n * view.side, 0);
       z[state.axes[1]] = toLatent((i + 0.5) / n * view.side, 1);
-      small.getContext("2d").putImageData(pixels(levels(decoded(z))), j * model.width, i * model.height);
+      small.getContext("2d").putImageData(pixels(levels(decoded(followed(z, Math.max(...state.axes))))), j * model.width, i * model.height);
     }
     Object.assign(manifold, { key, canvas: small });
   }
@@ -221,7 +222,7 @@ function drawTicks(context) {
     context.fillStyle = ink("--soft");
     context.fillText(words, x, y);
   };
-  const name = d => `z${state.axes[d]}`, end = v => v.toFixed(1);
+  const name = d => held.names[state.axes[d]], end = v => v.toFixed(1);
   text(end(view.low[0]), 4, view.side - 5, "left");
   text(`${end(view.high[0])}  ${name(0)}`, view.side - 5, view.side - 5, "right");
   text(`${end(view.high[1])}  ${name(1)}`, 4, 14, "left");
@@ -430,6 +431,15 @@ function move(z, y) {
   refresh();
 }
 
+// A code with the layers below that of a latent at their means given it.
+function followed(z, d) {
+  let layer = 0;
+  for (let end = held.layers[0]; d >= end; end += held.layers[++layer]);
+  return layer && model.follow.length && $("follow").checked ? Float32Array.from(model.follow[layer - 1](z, state.y)) : z;
+}
+
+const follow = d => { state.z = followed(state.z, d); };
+
 function pick(n) {
   state.row = n;
   $("row").value = n;
@@ -538,9 +548,9 @@ function makeSliders(most) {
     const name = added($("sliders"), "label"), slider = added($("sliders"), "input");
     const value = added($("sliders"), "output"), note = added($("sliders"), "span", "soft");
     Object.assign(slider, { type: "range", id: `z${d}`, min: -4, max: 4, step: 0.01 });
-    Object.assign(name, { htmlFor: slider.id, textContent: `z${d}` });
+    Object.assign(name, { htmlFor: slider.id, textContent: held.names[d] });
     note.textContent = held.kl[d].toFixed(2);
-    slider.addEventListener("input", () => { state.z[d] = Number(slider.value); refresh(); });
+    slider.addEventListener("input", () => { state.z[d] = Number(slider.value); follow(d); refresh(); });
     return { d, slider, value };
   });
   $("more").hidden = most >= model.size;
@@ -612,13 +622,14 @@ function makeChoices() {
   if (grid) $("ground").value = "holes";
   const told = rows.log_prob.data.some(Number.isFinite);
   offer($("colour"), [...(rows.labels ? [["class", "class"]] : []), ...(told ? [["log_prob", "log p(x)"], ["gap", "inference gap"]] : []), ["elbo", "ELBO"], ["none", "none"]]);
-  const latents = held.kl.map((_, d) => [d, `z${d}`]);
+  const latents = held.names.map((name, d) => [d, name]);
   offer($("across"), latents);
   offer($("up"), latents);
   [$("across").value, $("up").value] = state.axes;
   document.querySelectorAll(".axes").forEach(e => { e.hidden = two || model.size < 2; });
   document.querySelectorAll(".mixture").forEach(e => { e.hidden = !prior.loc || prior.loc.shape[0] < 2; });
   if (prior.loc) $("component").max = prior.loc.shape[0] - 1;
+  $("follow").parentNode.hidden = !model.follow.length;
   $("hole").hidden = !held.draws.excess;
   offer($("sort"), [["row", "row number"], ...(told ? [["low", "lowest log p(x)"], ["high", "highest log p(x)"], ["gap", "largest gap"]] : []), ["elbo", "lowest ELBO"]]);
   const all = [...rows.numbers.data.keys()].map(n => [n, rowName(n)]);
@@ -654,6 +665,7 @@ function moveTo([x, y]) {
   const z = Float32Array.from(state.z);
   state.axes.forEach((d, k) => { z[d] = toLatent([x, y][k], k); });
   move(z);
+  follow(Math.max(...state.axes));
 }
 
 function onMap() {
@@ -703,8 +715,9 @@ function keyed(event) {
   const arrows = { ArrowLeft: [0, -by], ArrowRight: [0, by], ArrowDown: [1, -by], ArrowUp: [1, by] };
   if (event.key in arrows) {
     const [k, change] = arrows[event.key], z = Float32Array.from(state.z);
-    if (state.axes.length > k) z[state.axes[k]] += change;
+    z[state.axes[k]] += change;
     move(z);
+    follow(state.axes[k]);
   } else if (event.key === "Enter") pick(nearest(state.z));
   else if (event.key === " ") {
     const n = nearest(state.z);

@@ -8,6 +8,7 @@ import json
 import re
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -70,6 +71,10 @@ class Content:
         limits: Values shown as black and white, or ends of the bars of columns.
         kl: KL of each latent [D], or the variance of its means, by which latents are ordered.
         order: What `kl` is, in words.
+        names: Names of the latents; z0, z1, ... if empty.
+        layers: Lengths of the layers of latents, from the data upwards; one layer if empty.
+        follow: For each layer but the lowest, the map of z [B, D] (and y) to z with the layers
+            below it at their means given it.
         columns: Names of the values of a table.
         classes: The number of classes, if y is one of them.
         inputs: Pseudo-inputs of the prior's components in the data's units [C, *E], or None.
@@ -83,6 +88,9 @@ class Content:
     limits: tuple[Tensor, Tensor]
     kl: Tensor
     order: str
+    names: Sequence[str] = ()
+    layers: Sequence[int] = ()
+    follow: Sequence[nn.Module] = ()
     columns: tuple[str, ...] | None = None
     classes: int | None = None
     inputs: Tensor | None = None
@@ -245,6 +253,9 @@ def _written(content: Content, decoder: Any, draws: tuple[Tensor, ...]) -> str:
         "rows": _rows(rows, content, store),
         "kl": content.kl.tolist(),
         "order": content.order,
+        "names": list(content.names) or [f"z{d}" for d in range(len(content.kl))],
+        "layers": list(content.layers),
+        "follow": _follow(content, store, draws),
         "classes": content.classes,
         "grid": _ground(content, store),
     }
@@ -252,6 +263,18 @@ def _written(content: Content, decoder: Any, draws: tuple[Tensor, ...]) -> str:
     text += b" " * (-len(text) % 4)
     blob = zlib.compress(struct.pack("<I", len(text)) + text + b"".join(store.parts))
     return _filled(content.name, base64.b64encode(blob).decode())
+
+
+def _follow(content: Content, store: _Store, draws: tuple[Tensor, ...]) -> list[dict[str, Any]]:
+    """Programs of the layers above the lowest; none where one of them cannot run in the page."""
+    try:
+        programs = [trace(module, *(part[:1] for part in draws)) for module in content.follow]
+    except CannotRun:
+        return []
+    return [
+        {"program": p.declare(), "constants": [store.add(constant) for constant in p.constants]}
+        for p in programs
+    ]
 
 
 def _output(content: Content, store: _Store) -> dict[str, Any]:
@@ -272,7 +295,8 @@ def _first(y: Tensor | None) -> tuple[Tensor, ...]:
 
 def _prior(content: Content, store: _Store) -> dict[str, Any]:
     """Weights, means and scales of a prior that is Normal, or a mixture of diagonal Normals."""
-    prior, found = content.prior, {}
+    prior: Any = content.prior
+    found: dict[str, Tensor] = {}
     normal = getattr(prior, "base_dist", prior)
     if not prior.batch_shape and isinstance(normal, torch.distributions.Normal):
         found = {"weights": torch.ones(1), "loc": normal.loc[None], "scale": normal.scale[None]}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ class Program:
     inputs: int
     constants: list[Tensor]
     exact: list[Tensor]
-    steps: list[tuple[Callable[..., Any], list[Any], dict[str, Any]]]
+    steps: list[tuple[Any, list[Any], dict[str, Any]]]
     output: int
 
     def __call__(self, *inputs: Tensor) -> Tensor:
