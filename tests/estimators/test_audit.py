@@ -55,7 +55,7 @@ def test_two_mirrored_modes_are_both_found_in_many_dimensions() -> None:
     error = (e.log_prob - world.truth).abs()
     assert (error < 5 * e.stderr + 1e-3).all()
     assert e.verdict.count("reliable") >= 16
-    assert e.audit.startswith("passed: of 16 simulated data")
+    assert e.audit.startswith("passed: of 24 simulated data")
 
 
 def test_what_misses_a_mode_is_not_called_reliable(monkeypatch: pytest.MonkeyPatch) -> None:
