@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "calibration",
+    "audit",
     "columns",
     "curves",
     "factor_matrix",
@@ -264,6 +265,28 @@ def terms(epochs: Tensor, parts: Mapping[str, Tensor]) -> Figure:
     for name, values in parts.items():
         ax.plot(epochs.tolist(), values.tolist(), label=name.replace("_", " "))
     _over_epochs(ax, "parts of the KL")
+    return figure
+
+
+def audit(gap: Tensor, reliable: Tensor, reach: float) -> Figure:
+    """What an exact draw adds to the estimate of each simulated datum, in order.
+
+    Args:
+        gap: Upper less lower bound [N], in nats.
+        reliable: Whether the estimate is called reliable [N].
+        reach: The gap beyond which a reliable datum fails the audit.
+    """
+    figure, (ax,) = _axes(1, 1, 4)
+    gap, order = gap.sort()
+    for name, which in (("reliable", reliable[order]), ("doubtful", ~reliable[order])):
+        (place,) = which.nonzero(as_tuple=True)
+        ax.plot(place.tolist(), gap[place].tolist(), ".", label=f"{name}: {len(place)}")
+    ax.axhline(reach, color="grey", linewidth=1, linestyle="--")
+    ax.set_yscale("symlog", linthresh=reach)
+    ax.set_xlabel("simulated data, by gap")
+    ax.set_ylabel("gap of the bounds, nats")
+    ax.set_title("audit: what an exact draw adds", fontsize=10)
+    ax.legend(frameon=False)
     return figure
 
 

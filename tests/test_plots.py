@@ -114,3 +114,17 @@ def test_what_does_not_fit_is_refused() -> None:
         plots.image_rows(torch.zeros(2, 5, 1, 3, 3), ["one"])
     with pytest.raises(ValueError, match=r"a matrix \[F, D\] and F names"):
         plots.factor_matrix(torch.zeros(2, 3), ["x"])
+
+
+def test_an_audit_shows_every_gap_and_the_reach() -> None:
+    gap, reliable = torch.tensor([0.02, 7.0, -0.01, 0.4, 0.1]), torch.tensor([1, 1, 1, 0, 0]) > 0
+    (ax,) = plots.audit(gap, reliable, 0.3).axes
+    good, doubtful, line = ax.lines
+    assert list(good.get_xdata()) == [0, 1, 4]
+    assert list(good.get_ydata()) == pytest.approx([-0.01, 0.02, 7.0])
+    assert list(doubtful.get_ydata()) == pytest.approx([0.1, 0.4])
+    assert list(line.get_ydata()) == [0.3, 0.3]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "reliable: 3",
+        "doubtful: 2",
+    ]

@@ -80,6 +80,12 @@ def test_every_figure_of_the_run_is_shown(run: Path, page: str) -> None:
     assert ("Not drawn" in page) is (drawings == 0)
 
 
+def test_the_audit_behind_the_verdicts_is_drawn(run: Path, page: str) -> None:
+    assert json.loads((run / "evaluation.json").read_text())["audit"].startswith("passed")
+    assert (run / "figures" / "audit.png").exists()
+    assert "What an exact draw adds" in words(page)
+
+
 def test_evaluation_is_that_of_the_file(run: Path, page: str) -> None:
     numbers = json.loads((run / "evaluation.json").read_text())
     errors = (

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pyro_vae import config
+from pyro_vae import config, plots
 from pyro_vae.cli.folder import load_run, own_rows, pairs, placed
 from pyro_vae.cli.parts import NAMES, decompose, layer_lines, shown_terms
 from pyro_vae.cli.use import destination
@@ -28,6 +28,7 @@ from pyro_vae.estimators import (
     importance_sampling,
     log_evidence,
 )
+from pyro_vae.estimators.audit import REACH, kept_audit
 from pyro_vae.files import write
 from pyro_vae.metrics import Decomposition, active_units
 from pyro_vae.vae import VAE
@@ -55,6 +56,7 @@ def evaluate(options: Namespace) -> None:
     )
     evidence = estimate(vae, data, options)
     evidence.save(Path(options.run) / "evidence.safetensors")
+    draw_audit(vae, data, evidence, options)
     with torch.no_grad():
         active = active_units(torch.cat([vae.encode(*pair).mean for pair in pairs(data)]))
     layers = layer_lines(vae, data)
@@ -203,6 +205,19 @@ def estimate(vae: VAE, data: Data, options: Namespace) -> Evidence:
         seed=options.seed,
         progress=options.progress,
     )
+
+
+def draw_audit(vae: VAE, data: Data, evidence: Evidence, options: Namespace) -> None:
+    """The figure of the audit behind the verdicts, if there was one: it was kept."""
+    if not evidence.audit or evidence.audit.startswith("none"):
+        return
+    x, y = data.batch(torch.arange(len(data)))
+    names = ("tolerance", "chunk_size", "devices", "seed", "progress")
+    given = {name: getattr(options, name) for name in names}
+    found = kept_audit(vae.model, vae.guide, x, y, budget=None, **given)
+    figures = Path(options.run) / "figures"
+    figures.mkdir(exist_ok=True)
+    plots.save(plots.audit(found.gap, found.reliable, REACH), str(figures / "audit.png"))
 
 
 def held_out(splits: Splits, part: str, limit: int | None) -> Data:

@@ -38,6 +38,7 @@ CAPTIONS = {
     "manifold": "What the decoder makes of z on a grid.",
     "traversals": "What the decoder makes of one datum as each latent moves by itself.",
     "latent": "Posterior means of held-out data.",
+    "audit": "What an exact draw adds to log p(x) of simulated data: little where reliable.",
     "parts": "Parts of the KL of validation data after each epoch.",
     "unit_kl": "KL of each latent dimension, of validation data, after each epoch.",
 }

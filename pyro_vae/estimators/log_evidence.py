@@ -40,9 +40,9 @@ def log_evidence(
 
     A proposal is fitted to each datum's posterior (`refined_importance_sampling`). A pilot of
     400 draws, and short walks through the posterior, say how many fresh draws the tolerance
-    needs, 1000 to 4000. Where these are not enough, the proposal gets up to 24 more components,
-    and up to 16,000 draws; where that is not enough, annealed importance sampling starts from
-    it with 256 chains. No draw that chose the number of draws is scored.
+    needs, 1000 to 8000. Where these are not enough, the proposal gets up to 24 more components,
+    and up to 64,000 draws; where that is not enough, annealed importance sampling starts from
+    it with 384 chains. No draw that chose the number of draws is scored.
 
     "reliable" means: a standard error below the tolerance, a k-hat below 0.6 (and below its
     published threshold), a search for modes that ended, no part of the posterior that draws of
@@ -59,7 +59,7 @@ def log_evidence(
         y: What is conditioned on [N, C], or None.
         tolerance: Largest standard error, in nats.
         budget: Most evaluations of the model, with or without gradient, for one datum; all that
-            the steps above may need (about 50,000) if None. The fit and the first draws need
+            the steps above may need (about 100,000) if None. The fit and the first draws need
             some 5000. What further modes of a datum cost is not counted.
         audit: An `Audit` of these programs; or whether to make one, of 24 to 64 simulated data,
             an eighth of N in between. It is kept for the weights of a model and guide that are

@@ -85,8 +85,9 @@ def search_cost(dim: int, num_starts: int) -> int:
     """Evaluations of the model for one datum of one mode."""
     lines, units = 2 * min(dim, LINES), min(dim, UNITS)
     walks = lines * (len(WALK) + 2 * len(STRIDES)) + units * (units - 1) // 2 + MORE_STARTS
-    climbs = 2 * FIRST_STEPS + ROUNDS * (dim + 6) + num_starts * (STEPS + 3)
-    return PRIOR_DRAWS + climbs + walks + 3 * num_starts * (num_starts + 1) // 2
+    number = num_starts + 1
+    climbs = 2 * FIRST_STEPS + ROUNDS * (dim + 6) + number * (STEPS + 3)
+    return PRIOR_DRAWS + climbs + walks + 3 * number * (number + 1) // 2
 
 
 class _Search:

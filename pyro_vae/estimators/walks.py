@@ -47,7 +47,7 @@ def walk(target: Target, draws: Tensor, log_weights: Tensor, scale_tril: Tensor)
 
 def walk_cost() -> int:
     """Evaluations of the model for one datum."""
-    return CHAINS * MOVES * (LEAPFROG + 1)
+    return CHAINS * (1 + MOVES * (LEAPFROG + 1))
 
 
 def _at(target: Target, u: Tensor) -> Point:

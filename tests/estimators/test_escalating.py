@@ -1,0 +1,214 @@
+"""Walks, components and pilots: what makes draws enough, held to exact posteriors."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from worlds import World, data, linear, misses, quadrature, square
+
+from pyro_vae.densities.evaluating import evaluating
+from pyro_vae.estimators import escalating, log_evidence, refined_importance_sampling, walks
+from pyro_vae.estimators.components import add_components
+from pyro_vae.estimators.importance import summarise
+from pyro_vae.estimators.laplace import laplace
+from pyro_vae.estimators.proposal import Proposal
+from pyro_vae.estimators.refined import Fit
+from pyro_vae.estimators.target import Target
+
+pytestmark = pytest.mark.usefixtures("float64")
+CPU = torch.device("cpu")
+
+
+def target_of(world: World) -> Target:
+    return Target(world.model, world.guide, world.x, chunk_size=30_000)
+
+
+def one(loc: Tensor, tril: Tensor) -> Proposal:
+    return Proposal(torch.zeros(1, len(loc)), loc.unsqueeze(0), tril.unsqueeze(0))
+
+
+def fit_of(target: Target, proposal: Proposal) -> Fit:
+    weights = target.draw_prior(500)[2]
+    complete = torch.ones(target.num_data, dtype=torch.bool)
+    return Fit(target, proposal, summarise(weights, "prior", "lower bound"), complete)
+
+
+def test_walks_stay_in_the_posterior() -> None:
+    """From exact draws every point of a walk is one."""
+    with evaluating(seed=0, device=CPU):
+        target = target_of(linear(num_data=401))
+        loc, tril = laplace(target, target.draw_guide(1)[0])
+        exact = loc + torch.einsum("bij,kbj->kbi", tril, torch.randn(97, *loc.shape))
+        points = walks.walk(target, exact, torch.zeros(97, 401), tril)
+        white = torch.linalg.solve_triangular(tril, (points - loc).permute(1, 2, 0), upper=False)
+    assert points.shape == (walks.CHAINS * walks.MOVES, 401, 3)
+    last = white[..., -walks.CHAINS :]
+    assert abs(last.mean()) < 5 * last.numel() ** -0.5
+    assert abs(last.var() - 1) < 5 * (2 / last.numel()) ** 0.5
+    assert ((points[-walks.CHAINS :] - points[: walks.CHAINS]).abs() > 1e-6).double().mean() > 0.9
+
+
+def test_walks_start_where_the_weights_are_and_leave() -> None:
+    """One draw has all of the weight; where there is no weight there may be no number."""
+    with evaluating(seed=0, device=CPU):
+        target = target_of(linear(num_data=53))
+        loc, tril = laplace(target, target.draw_guide(1)[0])
+        draws = torch.stack([torch.full_like(loc, torch.nan), loc])
+        weights = torch.tensor([[-torch.inf], [0.0]]).expand(2, 53)
+        points = walks.walk(target, draws, weights, tril)
+    assert points.isfinite().all()
+    white = torch.linalg.solve_triangular(tril, (points - loc).permute(1, 2, 0), upper=False)
+    assert white[..., -walks.CHAINS :].var() > 0.8
+
+
+def test_the_cost_of_walks_is_what_they_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    with evaluating(seed=0, device=CPU):
+        target = target_of(linear(num_data=5))
+        loc, tril = laplace(target, target.draw_guide(1)[0])
+        fit = fit_of(target, one(loc, tril))
+        run = target.run_log_joint
+        monkeypatch.setattr(target, "run_log_joint", lambda u: (seen.append(len(u)), run(u))[1])
+        points = walks.walk(target, loc.expand(3, 5, 3), torch.zeros(3, 5), tril)
+        fit.log_weights(points, 1000)
+    assert sum(seen) + len(points) == walks.walk_cost()
+
+
+def mirrored() -> tuple[Target, Proposal, World]:
+    """Two modes in one dimension, of which the proposal has the upper."""
+    world = square(num_data=11)
+    world = World(world.model, world.guide, world.x[5:], world.truth[5:])
+    target = target_of(world)
+    loc, tril = laplace(target, world.x.sqrt())
+    return target, one(loc, tril), world
+
+
+def test_components_are_added_where_weights_are_largest() -> None:
+    with evaluating(seed=0, device=CPU):
+        target, proposal, world = mirrored()
+        few = fit_of(target, proposal).importance_sampling(4000, 0.05)
+        visited = -proposal.loc.expand(3, -1, -1)
+        richer = add_components(target, proposal, visited)
+        evidence = fit_of(target, richer).importance_sampling(4000, 0.05)
+        lower = torch.where(richer.loc[..., 0] < 0, richer.log_weight.exp(), 0.0).sum(0)
+        grid = torch.linspace(-4, 4, 4001)
+        density = richer.log_prob(grid.view(-1, 1, 1).expand(-1, len(world.x), 1)).exp()
+    assert (few.khat > 0.7).any() or (few.stderr > 0.05).any()
+    assert misses(evidence.log_prob, evidence.stderr, world.truth) < 4
+    assert (evidence.stderr < 0.03).all()
+    assert ((lower - 0.5).abs() < 0.25).all()
+    torch.testing.assert_close(
+        density.sum(0) * (grid[1] - grid[0]), torch.ones(len(world.x)), atol=2e-3, rtol=0
+    )
+
+
+def test_a_proposal_that_fits_gets_no_component() -> None:
+    with evaluating(seed=0, device=CPU):
+        target = target_of(linear())
+        loc, tril = laplace(target, target.draw_guide(1)[0])
+        proposal = one(loc, 1.1 * tril)
+        richer = add_components(target, proposal, loc.expand(2, -1, -1))
+    assert richer.loc.shape == (1, *loc.shape)
+    torch.testing.assert_close(richer.log_weight, proposal.log_weight)
+
+
+def test_a_pilot_sees_the_variance_that_its_draws_do_not() -> None:
+    """Half of the posterior is where the proposal is not: the draws agree, a walk does not."""
+    with evaluating(seed=0, device=CPU):
+        target = target_of(linear(num_data=7))
+        loc, tril = laplace(target, target.draw_guide(1)[0])
+        good, _ = escalating._pilot(fit_of(target, one(loc, 1.1 * tril)), 0.05, 400)
+        narrow, visited = escalating._pilot(fit_of(target, one(loc, 0.4 * tril)), 0.05, 400)
+    assert visited.shape == (walks.CHAINS * walks.MOVES, 7, 3)
+    assert (good > 10).all()
+    assert (good < 1000).all()
+    assert (narrow > 2000).all()
+
+
+def test_the_variance_of_a_pilot_is_exact_on_average() -> None:
+    """One dimension, where the variance of the weights is an integral."""
+    with evaluating(seed=0, device=CPU):
+        world = linear(num_data=1)
+        rows = world.x.expand(17, -1)
+        target = Target(world.model, world.guide, rows, chunk_size=30_000)
+        loc, tril = laplace(target, target.draw_guide(1)[0])
+        fit = fit_of(target, one(loc, 1.4 * tril))
+        needed, _ = escalating._pilot(fit, 0.05, 400)
+        weights = fit.draw(3000).exp()
+    variance = (weights.var() / weights.mean() ** 2).item()
+    found = needed.median().item() * (escalating.MARGIN * 0.05) ** 2
+    assert variance < found < 1.6 * variance  # the larger of two estimates
+
+
+def test_draws_follow_the_need_and_rows_stay_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(escalating, "NUMBERS", (1000, 2000))
+    monkeypatch.setattr(escalating, "CHAINS", 31)
+    with evaluating(seed=0, device=CPU):
+        world = linear(num_data=5)
+        target = target_of(world)
+        loc, tril = laplace(target, target.draw_guide(1)[0])
+        fit = fit_of(target, one(loc, 1.1 * tril))
+        needed = torch.tensor([1500.0, torch.inf, 0.0, 2000.0, 2001.0])
+        exact = loc.unsqueeze(0)
+        result = escalating._by_need(fit, needed, 0.05, math.inf, exact)
+        poor = escalating._by_need(fit, needed, 0.05, 1999, exact)
+    assert result.evidence.num_samples.tolist() == [2000, 31, 1000, 2000, 31]
+    assert poor.evidence.num_samples.tolist() == [1000] * 5
+    error = (result.evidence.log_prob - world.truth).abs()
+    assert (error < 5 * result.evidence.stderr + 1e-3).all()
+    expected = fit.log_weights(exact, 1000)[0][[2]]
+    torch.testing.assert_close(result.log_weight[[2]], expected)
+    assert result.log_weight.isfinite().all()
+
+
+def test_results_are_short_of_a_tolerance_or_of_a_khat() -> None:
+    weights = torch.stack([torch.randn(1000) / 10, torch.randn(1000), torch.randn(1000) / 10], 1)
+    evidence = summarise(weights, "draws", "doubtful")
+    evidence.khat[2] = 0.61
+    result = escalating.Result(evidence, torch.arange(3.0))
+    assert result.short(0.02).tolist() == [False, True, True]
+    other = escalating.Result(evidence.rows(torch.tensor([0])), torch.tensor([7.0]))
+    put = result.put(torch.tensor([2]), other)
+    assert put.log_weight.tolist() == [0.0, 1.0, 7.0]
+    assert put.evidence.log_prob[2] == evidence.log_prob[0]
+    assert put.short(0.02).tolist() == [False, True, False]
+
+
+def banana(num_data: int) -> World:
+    """x = z_1 + z_2^2 + noise, the same datum again and again."""
+    x = torch.full((num_data, 1), 2.0)
+
+    def model(x: Tensor) -> None:
+        with data(len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            loc = (z[..., 0] + z[..., 1].square()).unsqueeze(-1)
+            pyro.sample("x", dist.Normal(loc, 0.2).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with data(len(x)):
+            pyro.sample("z", dist.Normal(x.expand(-1, 2) / 2, 1.0).to_event(1))
+
+    def log_density(z: Tensor) -> Tensor:
+        noise = dist.Normal(z.square(), 1.04**0.5)
+        return (dist.Normal(0.0, 1.0).log_prob(z) + noise.log_prob(x[:1])).T
+
+    return World(model, guide, x, quadrature(log_density, -8.0, 8.0).expand(num_data))
+
+
+@pytest.mark.parametrize("repeats", [37, pytest.param(241, marks=pytest.mark.slow)])
+def test_choosing_the_number_of_draws_costs_no_coverage(repeats: int) -> None:
+    """Over repeats of one datum: as often within two standard errors as a fixed number."""
+    world = banana(repeats)
+    e = log_evidence(world.model, world.guide, world.x, audit=False)
+    fixed = refined_importance_sampling(world.model, world.guide, world.x)
+    covered, usual = (
+        ((r.log_prob - world.truth).abs() < 2 * r.stderr).double().mean() for r in (e, fixed)
+    )
+    assert covered > min(usual, 0.95) - 3 * (0.05 / repeats) ** 0.5
+    ratio = (e.log_prob - world.truth).exp()
+    assert abs(ratio.mean() - 1) < 4 * ratio.std() / repeats**0.5

@@ -1,0 +1,181 @@
+"""The parts of the search for modes, on densities whose modes are known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from worlds import World, data, linear
+
+from pyro_vae.densities.evaluating import evaluating
+from pyro_vae.estimators import modes
+from pyro_vae.estimators.evidence import Evidence
+from pyro_vae.estimators.proposal import Proposal
+from pyro_vae.estimators.refined import WIDER, Fit, _wider
+from pyro_vae.estimators.target import Target
+
+pytestmark = pytest.mark.usefixtures("float64")
+CPU = torch.device("cpu")
+
+
+def symmetric(rows: int = 3) -> World:
+    """x = (z_1 + z_2, z_1 z_2, z_3) + noise: the same if z_1 and z_2 are exchanged."""
+
+    def loc(z: Tensor) -> Tensor:
+        return torch.stack([z[..., 0] + z[..., 1], z[..., 0] * z[..., 1], z[..., 2]], -1)
+
+    def model(x: Tensor) -> None:
+        with data(len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(loc(z), 0.1).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with data(len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(len(x), 3), 1.0).to_event(1))
+
+    z = torch.tensor([1.3, -0.7, 0.4])
+    return World(model, guide, loc(z).expand(rows, -1), torch.zeros(rows))
+
+
+@pytest.fixture
+def pair() -> tuple[Target, Tensor, Tensor]:
+    """A target, one mode [B, D] of it, and the factor of the covariance there."""
+    world = symmetric()
+    with evaluating(seed=0, device=CPU):
+        target = Target(world.model, world.guide, world.x)
+        mode, tril = modes.laplace(target, torch.tensor([[1.3, -0.7, 0.4]]).expand(3, -1))
+    return target, mode, tril
+
+
+def test_exchanged_units_are_found_beyond_their_valley(pair: tuple) -> None:
+    target, mode, tril = pair
+    _, pairs = modes._directions(tril)
+    assert len(pairs) == 3
+    points, height = modes._exchange(target, mode, pairs, torch.zeros_like(mode))
+    best = height.argmax(0)
+    found = points[best, torch.arange(3)]
+    torch.testing.assert_close(found, mode[:, [1, 0, 2]])
+    torch.testing.assert_close(height.amax(0), target.log_joint(mode[None])[0])
+    assert (height > -torch.inf).sum(0).tolist() == [1, 1, 1]
+
+
+def test_lines_lead_beyond_a_valley(pair: tuple) -> None:
+    target, mode, tril = pair
+    lines, _ = modes._directions(tril)
+    across = torch.tensor([-1.0, 1.0, 0.0]).expand(1, 3, 3) / 2**0.5
+    spread = torch.full((1, 3), 0.4)
+    points, reach = modes._walk(target, mode, across, spread, torch.zeros_like(mode))
+    assert (reach > target.log_joint(mode[None])[0] - 60).all()
+    other = mode[:, [1, 0, 2]]
+    assert ((points[0] - other).norm(dim=-1) < (points[0] - mode).norm(dim=-1)).all()
+    along = torch.tensor([0.0, 0.0, 1.0]).expand(1, 3, 3)  # one mode: no valley
+    assert (
+        modes._walk(target, mode, along, spread, torch.zeros_like(mode))[1] == -torch.inf
+    ).all()
+    assert lines.shape == (6, 3, 3)
+
+
+def test_a_valley_tells_modes_apart(pair: tuple) -> None:
+    target, mode, tril = pair
+    other, near = mode[:, [1, 0, 2]], mode + 0.02
+    far = mode + torch.tensor([0.0, 0.0, 2.0])
+    u, keep = modes._distinct(target, torch.stack([near, far, other, mode]))
+    assert keep.tolist() == [[True] * 3, [True] * 3, [False] * 3, [False] * 3]
+    assert {round(v, 3) for v in u[:2, 0, 0].tolist()} == {
+        round(mode[0, 0].item(), 3),
+        round(mode[0, 1].item(), 3),
+    }
+    height = target.log_joint(torch.stack([near, other]))
+    apart = modes._apart(target, mode[None], torch.stack([near, other]), height)
+    assert apart.tolist() == [[False] * 3, [True] * 3]
+
+
+def test_climbs_reach_the_mode_and_never_end_lower(pair: tuple) -> None:
+    target, mode, tril = pair
+    starts = torch.stack([mode + 0.1, mode])
+    climbed = modes._climb(target, starts, tril, modes.STEPS, 1.0)
+    torch.testing.assert_close(climbed[0], mode, atol=0.02, rtol=0)
+    assert (target.log_joint(climbed) >= target.log_joint(starts)).all()
+    torch.testing.assert_close(modes._climb(target, starts, tril, 1, 1e6), starts)
+
+
+def test_lines_leave_out_what_data_do_not_inform() -> None:
+    variance = torch.tensor([[1.0, 0.2, 1.02, 0.9], [1.0, 1.0, 1.0, 0.01]])
+    order, number = modes._informed(variance)
+    assert number == 2
+    assert order[:, 0].tolist() == [1, 3]
+    assert modes._informed(torch.ones(2, 3))[1] == 1
+
+
+class Scripted(modes._Search):
+    """A search whose rounds find what a script says: modes known after each round."""
+
+    def __init__(self, script: list[int]) -> None:
+        self.target = None
+        self.known, self.tril = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
+        self.centre, self.script, self.rounds = torch.zeros(1, 1), script, 0
+
+    def _extend(self, rows: Tensor, known: Tensor, number: int, origin: int) -> tuple:
+        found = self.script[min(self.rounds, len(self.script) - 1)]
+        self.rounds += 1
+        keep = torch.arange(found + 2).unsqueeze(-1) < found
+        return torch.arange(found + 2.0).view(-1, 1, 1), keep
+
+    def _polished(self, row: Tensor, u: Tensor) -> Tensor:
+        return u
+
+
+@pytest.mark.parametrize(
+    ("script", "rounds", "complete"),
+    [
+        ([1], 1, True),  # one mode: the first round is all
+        ([2, 2], 2, True),  # 16 starts without a third end the search
+        ([3, 3, 3], 3, True),  # 24 need two rounds
+        ([3, 3, 4, 4, 4], 5, True),  # a fourth starts the count again
+        ([2, 3, 4, 5, 6, 7, 8, 9, 10], 9, False),  # always more
+        ([25], 1, False),  # too many
+    ],
+)
+def test_the_search_ends_when_nothing_new_is_found(
+    script: list[int], rounds: int, complete: bool
+) -> None:
+    search = Scripted(script)
+    row, u, ended = search.run(5)
+    assert search.rounds == rounds
+    assert ended.tolist() == [complete]
+    assert len(row) == script[-1]
+    assert sorted(u[:, 0].tolist()) == list(range(script[-1]))
+
+
+def test_what_draws_of_the_prior_show_and_the_estimate_misses_is_doubtful() -> None:
+    ones, zeros = torch.ones(2), torch.zeros(2)
+    method, bound = ["prior"] * 2, ["lower bound"] * 2
+    simple = Evidence(torch.tensor([0.0, 0.6]), 0.1 * ones, ones, zeros, ones, method, bound)
+    estimate = replace(simple, log_prob=zeros, stderr=0.01 * ones)
+    estimate = replace(estimate, num_samples=torch.tensor([1000, 1000]))
+    proposal = Proposal(zeros[None], zeros[None, :, None], ones.view(1, 2, 1, 1))
+    for complete, verdicts in ((True, ["reliable", "doubtful"]), (False, ["doubtful"] * 2)):
+        fit = Fit(None, proposal, simple, torch.tensor([complete] * 2))  # type: ignore[arg-type]
+        assert fit.judge(estimate, 0.05).verdict == verdicts
+    assert fit.judge(estimate, 0.005).verdict == ["doubtful"] * 2
+
+
+def test_proposals_are_wider_where_data_inform() -> None:
+    rotation = torch.linalg.qr(torch.randn(3, 3)).Q
+    covariance = (rotation * torch.tensor([0.01, 1.0, 1.7])) @ rotation.T
+    wider = _wider(torch.linalg.cholesky(covariance)[None])[0]
+    variance = torch.linalg.eigvalsh(wider @ wider.T)
+    expected = torch.tensor([0.01 * (1 + (WIDER**2 - 1) * 0.99), 1.0, 1.7])
+    torch.testing.assert_close(variance, expected)
+
+
+def test_a_posterior_of_one_mode_is_searched_once() -> None:
+    world = linear(num_data=3)
+    with evaluating(seed=0, device=CPU):
+        found = modes.find_modes(Target(world.model, world.guide, world.x), 5)
+    assert found.row.tolist() == [0, 1, 2]
+    assert found.complete.all()
