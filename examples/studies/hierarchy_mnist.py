@@ -3,7 +3,7 @@
 python examples/studies/hierarchy_mnist.py --root data    # 6 short epochs, minutes on one core
 python examples/studies/hierarchy_mnist.py --root data --epochs 2000 --components 500 \
     --warm_up 100 --patience 50 --lr 5e-4 --images 10000   # the published budget
-python examples/studies/hierarchy_mnist.py --smoke                 # bundled digits, seconds
+python examples/studies/hierarchy_mnist.py --smoke        # bundled digits, seconds
 
 784-300-300-40 with gated units; two layers of 40 with the inference of the HVAE, top-down, and
 p(x | z1, z2), which sees both. Beside `log_evidence` stand the encoder's own bounds of 100 and of
