@@ -42,7 +42,7 @@ def main(options: argparse.Namespace) -> None:
         torch.manual_seed(0)
         vae = declared(name, data.train.data_shape, options.components)
         row = trained(vae, name, data, options)
-        evidence = log_evidence(vae, x, compile=not options.smoke)
+        evidence = log_evidence(vae, x)
         log_prob[name] = evidence.log_prob
         for K in (100, 1000):
             row[f"encoder, K = {K}"] = importance_sampling(vae, x, num_samples=K).mean()
