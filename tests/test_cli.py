@@ -863,6 +863,7 @@ def test_layers_are_trained_judged_and_drawn(
     assert {"traversals.png", "unit_kl.png"} <= {p.name for p in (run / "figures").iterdir()}
     assert main(["report", str(run)]) == 0
     assert "[3, 2]" in (run / "report.html").read_text()
+    assert main(["explore", str(run), "--judged=0", "--limit=7"]) == 0
     vae = load(run)
     lines = layer_lines(vae, load_run(str(run), None)[1].test.fixed())
     assert re.fullmatch(r"KL [0-9.]+, 0 of 2 units active", lines["z2"])

@@ -125,7 +125,7 @@ def _about(vae: VAE, where: str, with_data: bool) -> list[str]:
     named = ", ".join(f"{role} {type(part).__name__}" for role, part in parts.items())
     held = "the rows themselves" if with_data else "not the rows themselves"
     return [
-        f"A variational autoencoder of {vae.posterior.latent_dim} latents: {named}.",
+        f"A variational autoencoder of {sum(vae.sizes.values())} latents: {named}.",
         f"Codes are those of {where}.",
         f"This file holds the decoder's weights, the codes of these rows, and {held}.",
     ]
