@@ -3,8 +3,9 @@
 python benchmarks/steps.py [WORKLOAD ...] [--threads 2] [--turns 5] [--device cuda] [--out F]
 
 Workloads: mlp-100 and mlp-512 (784-500 tanh-20, Bernoulli, of that batch), iwae (50 draws, batch
-20), vamp (500 components), conv (32 x 32 x 3, Gaussian decoder). Every candidate trains on the
-same drawn data with Adam at 1e-3 for the same number of steps, and must end at the same loss.
+20), vamp (500 components), layers (two of 20, top-down), conv (32 x 32 x 3, Gaussian decoder).
+Every candidate trains on the same drawn data with Adam at 1e-3 for the same number of steps, and
+must end at the same loss.
 Peers that are not installed (extra `benchmarks`) are left out. On a GPU (`--device cuda`, better
 with `--steps 1000`) no candidate reads its loss at every step, and a step by hand in a CUDA graph
 is one of them.
@@ -33,6 +34,7 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     "mlp-512": {"shape": (784,), "batch": 512},
     "iwae": {"shape": (784,), "batch": 20, "draws": 50},
     "vamp": {"shape": (784,), "batch": 100, "components": 500},
+    "layers": {"shape": (784,), "batch": 100, "layers": 2},
     "conv": {"shape": (3, 32, 32), "batch": 100},
 }
 D = 20
@@ -109,6 +111,27 @@ def make_loss(workload: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]]:
         log_p = parts.sum(-1).logsumexp(-1) - math.log(len(inputs))
         return -(log_likelihood(z, x) + log_p - log_q).mean()
 
+    def normal(out: Any) -> tuple[Any, Any]:
+        loc, raw = out.chunk(2, -1)
+        return loc, 1e-4 + F.softplus(raw)
+
+    def layers(x: Any) -> Any:
+        loc2, scale2 = normal(encoder(x))
+        z2 = loc2 + scale2 * torch.randn_like(scale2)
+        loc1, scale1 = normal(lower(torch.cat([x, z2], -1)))
+        z1 = loc1 + scale1 * torch.randn_like(scale1)
+        loc, scale = normal(between(z2))
+        kl2 = (0.5 * (loc2**2 + scale2**2 - 1) - scale2.log()).sum(-1)
+        ratio = scale1 / scale
+        kl1 = 0.5 * (((loc1 - loc) / scale) ** 2 + ratio**2 - 1) - ratio.log()
+        return -(log_likelihood(z1, x) - kl2 - kl1.sum(-1)).mean()
+
+    if "layers" in workload:
+        lower, between = (
+            nn.Sequential(nn.Linear(size, 500), nn.Tanh(), nn.Linear(500, 2 * D))
+            for size in (784 + D, D)
+        )
+        return modules.extend([lower, between]), layers
     if "components" in workload:
         inputs = nn.Parameter(torch.randn(workload["components"], 784))
         modules.register_parameter("inputs", inputs)
@@ -246,7 +269,7 @@ def pyro_vae(
     network = "Conv" if images else {"class_path": "MLP", "init_args": {"hidden": [500]}}
     vae = build(
         workload["shape"],
-        D,
+        [D] * workload["layers"] if "layers" in workload else D,
         prior=prior,
         likelihood="Normal" if images else "Bernoulli",
         encoder=network,

@@ -20,8 +20,9 @@ import yaml
 
 from pyro_vae import build, importance_sampling, load, log_evidence, plots
 from pyro_vae.__main__ import main
+from pyro_vae.cli.folder import load_run
 from pyro_vae.cli.judge import check_comparable
-from pyro_vae.cli.parts import KlParts
+from pyro_vae.cli.parts import KlParts, layer_lines
 from pyro_vae.cli.use import _followed
 from pyro_vae.data import Splits, load_data, spread
 from pyro_vae.metrics import elbo_decomposition
@@ -860,12 +861,12 @@ def test_layers_are_trained_judged_and_drawn(
     assert head == "epoch,kl_z1[0],kl_z1[1],kl_z1[2],kl_z2[0],kl_z2[1]"
     assert len(rows) == 3
     assert {"traversals.png", "unit_kl.png"} <= {p.name for p in (run / "figures").iterdir()}
-    assert main(["evaluate", str(run), "--limit=3", "--num_samples=11", "--progress=false"]) == 0
-    table = capsys.readouterr().out
-    assert re.search(r"z1 .* KL .* of 3 units active", table)
     assert main(["report", str(run)]) == 0
     assert "[3, 2]" in (run / "report.html").read_text()
+    assert main(["explore", str(run), "--judged=0", "--limit=7"]) == 0
     vae = load(run)
+    lines = layer_lines(vae, load_run(str(run), None)[1].test.fixed())
+    assert re.fullmatch(r"KL [0-9.]+, 0 of 2 units active", lines["z2"])
     assert vae.sizes == {"z1": 3, "z2": 2}
     assert type(vae.posterior).__name__ == "BottomUp"
 

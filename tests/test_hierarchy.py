@@ -31,7 +31,7 @@ from pyro_vae.vae import VAE
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
-    pytest.mark.filterwarnings("ignore:posterior collapse"),
+    pytest.mark.filterwarnings("ignore:posterior collapse"),  # of trainings of an epoch
 ]
 
 B, F, K = 7, 5, 3
@@ -136,7 +136,7 @@ def test_an_exact_posterior_has_weights_without_spread(order: type) -> None:
 # --- a nonlinear model of two scalar layers, summed on a grid -----------------------------------
 
 
-def grid(points: int = 151, reach: float = 14.0) -> tuple[Tensor, float]:
+def grid(points: int = 101, reach: float = 14.0) -> tuple[Tensor, float]:
     """Points [points^2, 2] of both latents, and the log area of each."""
     line = torch.linspace(-reach, reach, points)
     return torch.cartesian_prod(line, line), 2 * math.log((2 * reach) / (points - 1))
@@ -303,11 +303,11 @@ def test_kl_and_active_units_are_those_of_all_layers(order: type) -> None:
 def test_the_lower_kl_is_analytic_and_right(order: type) -> None:
     vae = layered(order, (1, 2))
     x = draw(vae, 3)
-    d = densities(vae, x, num_particles=50_021)
+    d = densities(vae, x, num_particles=20_011)
     assert d.kl_rules == {"z1": "analytic", "z2": "analytic"}
     for site in d.sites.values():
         sampled = site.log_posterior - site.log_prior
-        error = (sampled - site.analytic_kl).std(0) / 50_021**0.5
+        error = (sampled - site.analytic_kl).std(0) / 20_011**0.5
         assert ((sampled.mean(0) - site.analytic_kl).abs() < 5 * error).all()
 
 
