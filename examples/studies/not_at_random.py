@@ -1,6 +1,6 @@
 """Values that are missing because they are large: a model of what goes missing, by hand.
 
-python examples/studies/not_at_random.py  # 2 minutes
+python examples/studies/not_at_random.py
 python examples/studies/not_at_random.py --smoke
 
 In two columns of five every value above the mean is missing. A VAE of the observed entries takes
