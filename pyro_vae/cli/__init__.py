@@ -12,6 +12,7 @@ from pathlib import Path
 from jsonargparse import ArgumentError, Namespace
 
 from pyro_vae.cli.explore import explore
+from pyro_vae.cli.impute import impute
 from pyro_vae.cli.judge import compare, evaluate, score
 from pyro_vae.cli.options import (
     PARSERS,
@@ -60,6 +61,7 @@ def run(argv: list[str]) -> int:
         "compare": compare,
         "sample": sample,
         "encode": encode,
+        "impute": impute,
         "plot": plot,
         "report": report,
         "explore": explore,

@@ -345,6 +345,11 @@ def _part_options(parser: ArgumentParser) -> None:
 def _estimator_options(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--tolerance", type=float, default=0.05, help="largest standard error, nats")
+    _work_options(parser)
+
+
+def _work_options(parser: ArgumentParser) -> None:
+    add = parser.add_argument
     add("--chunk_size", type=int | None, default=None, help="draws times rows that the model "
         "sees at once; null: 1000, for the cache of a CPU")  # fmt: skip
     add("--devices", type=int, default=1, help="GPUs, or processes, that share the rows")
@@ -371,6 +376,15 @@ def _encode_parser() -> ArgumentParser:
     parser = _run_parser("encode", "Posterior means and scales of a file's rows.")
     parser.add_argument("file", help=".npz, .npy or .csv file, or a folder of images")
     parser.add_argument("--out", type=str | None, default=None, help=".npz or .csv file")
+    return parser
+
+
+def _impute_parser() -> ArgumentParser:
+    parser = _run_parser("impute", "A file with its missing values filled in, and draws of them.")
+    parser.add_argument("file", help=".npz, .npy or .csv file")
+    parser.add_argument("--out", type=str | None, default=None, help="file of the same kind")
+    parser.add_argument("--draws", type=int, default=20, help="files of draws beside it; 0: none")
+    _work_options(parser)
     return parser
 
 
@@ -404,6 +418,7 @@ PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     "compare": _compare_parser,
     "sample": _sample_parser,
     "encode": _encode_parser,
+    "impute": _impute_parser,
     "plot": _plot_parser,
     "report": _report_parser,
     "explore": _explore_parser,

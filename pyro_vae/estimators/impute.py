@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_vae.densities import Program
 from pyro_vae.estimators.batches import map_targets
+from pyro_vae.estimators.components import add_components
 from pyro_vae.estimators.diagnostics import log_mean_exp, pareto_khat
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.given import estimator, exact_without_data
@@ -20,10 +21,12 @@ from pyro_vae.estimators.importance import summarise
 from pyro_vae.estimators.log_evidence import log_evidence
 from pyro_vae.estimators.refined import METHOD, Fit, fit_proposal
 from pyro_vae.estimators.target import Target
+from pyro_vae.estimators.walks import walk
 from pyro_vae.memory import check_fits
 
 __all__ = ["Imputation", "column_log_prob", "impute", "log_conditional"]
 
+TOLERANCE = 0.1  # nats: largest standard error of what is called reliable
 KHAT = 0.6  # of a column's weights, above which it gets a proposal of its own
 
 
@@ -86,6 +89,11 @@ class Imputation:
             Evidence.cat([part.evidence for part in parts]),
         )
 
+    def rows(self, index: Tensor) -> Imputation:
+        """The imputations of some of the data, by their indices."""
+        parts = self.draws[:, index], self.mean[index], self.stderr[index]
+        return Imputation(*parts, self.evidence.rows(index))
+
     def __repr__(self) -> str:
         good = self.verdict.count("reliable")
         return f"Imputation({len(self.draws)} draws of {len(self)} data, {good} reliable)"
@@ -111,11 +119,11 @@ def impute(
     .. math:: p(x_m \mid x_o) = \int p(x_m \mid z) \, p(z \mid x_o) \, dz
 
     A proposal is fitted to the posterior of each datum and drawn from K times, as in
-    `refined_importance_sampling`. R of these draws are picked in proportion to their weights,
-    and the missing entries are drawn from p(x | z) there: independent draws, no chain, with the
-    diagnostics of importance sampling. The mean is the weighted one of all K. Valid if what is
-    missing depends only on what was observed ("at random"), or if the model says how it went
-    missing.
+    `refined_importance_sampling`, with more components where these are not enough. R of these
+    draws are picked in proportion to their weights, and the missing entries are drawn from
+    p(x | z) there: independent draws, no chain, with the diagnostics of importance sampling. The
+    mean is the weighted one of all K. Valid if what is missing depends only on what was observed
+    ("at random"), or if the model says how it went missing.
 
     Args:
         model: Pyro model of (x) or (x, y), as in `log_evidence`; or a VAE. A model of one's own
@@ -125,7 +133,7 @@ def impute(
         x: Data [N, *E], NaN where missing.
         y: What is conditioned on [N, C], or None.
         num_draws: Draws R of each datum.
-        num_samples: Weighted draws K behind them.
+        num_samples: Weighted draws K behind them; 4 K where K are not enough.
         chunk_size: Draws times data that the model sees at once.
         compile: As in `log_evidence`.
         devices: Processes that share the data, as in `importance_sampling`.
@@ -162,20 +170,34 @@ def impute(
 
 
 def _imputed(target: Target, num_draws: int, num_samples: int) -> Imputation:
-    fit, places, weights = _weighed(target, num_samples)
-    evidence = fit.judge(summarise(weights.cpu(), METHOD, "doubtful"), tolerance=0.1)
+    """Imputations of B data; where not reliable, from more components and four times the draws."""
+    fit = fit_proposal(target)
+    found, places, weights = _drawn(fit, num_draws, num_samples)
+    short = [i for i, verdict in enumerate(found.verdict) if verdict != "reliable"]
+    if not short:
+        return found
+    rows = torch.tensor(short, device=target.x.device)
+    poor = fit.rows(rows)
+    start = places[:, rows], weights[:, rows]
+    visited = walk(poor.target, *start, scale_tril=poor.proposal.scale_tril)
+    rich = replace(poor, proposal=add_components(poor.target, poor.proposal, visited))
+    again, *_ = _drawn(rich, num_draws, 4 * num_samples)
+    index = torch.arange(len(found))
+    index[short] = len(found) + torch.arange(len(short))
+    return Imputation.cat([found, again]).rows(index)
+
+
+def _drawn(fit: Fit, num_draws: int, num_samples: int) -> tuple[Imputation, Tensor, Tensor]:
+    """Imputations, and the draws [K, B, D] and log weights [K, B] that they are from."""
+    target = fit.target
+    places, weights = fit.draw_with_places(num_samples)
+    evidence = fit.judge(summarise(weights.cpu(), METHOD, "doubtful"), TOLERANCE)
     share = torch.softmax(weights, 0)
     mean, stderr = _moments(target, places, share)
     picked = torch.multinomial(share.T, num_draws, True).T.unsqueeze(-1)
-    places = places.gather(0, picked.expand(-1, -1, places.shape[-1]))
-    draws = [target.complete(u).cpu() for u in places.split(target.draws_at_once)]
-    return Imputation(torch.cat(draws), mean.cpu(), stderr.cpu(), evidence)
-
-
-def _weighed(target: Target, num_samples: int) -> tuple[Fit, Tensor, Tensor]:
-    """Fitted proposals, draws [K, B, D] of them and their log weights [K, B]."""
-    fit = fit_proposal(target)
-    return fit, *fit.draw_with_places(num_samples)
+    chosen = places.gather(0, picked.expand(-1, -1, places.shape[-1]))
+    draws = torch.cat([target.complete(u).cpu() for u in chosen.split(target.draws_at_once)])
+    return Imputation(draws, mean.cpu(), stderr.cpu(), evidence), places, weights
 
 
 def _moments(target: Target, places: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
@@ -322,7 +344,7 @@ def column_log_prob(
 
 def _columns(target: Target, num_samples: int) -> tuple[Tensor, Tensor]:
     """log p(x_c | the others) and the k-hat of its weights, each [B, *E]."""
-    _, places, weights = _weighed(target, num_samples)
+    places, weights = fit_proposal(target).draw_with_places(num_samples)
     parts = [target.entry_log_prob(u).double() for u in places.split(target.draws_at_once)]
     without = weights.view(*weights.shape, *[1] * (target.x.ndim - 1)) - torch.cat(parts)
     flat = without.flatten(1)

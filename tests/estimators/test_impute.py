@@ -71,7 +71,8 @@ def z_scores(found: Tensor, exact: Tensor, stderr: Tensor) -> float:
 
 def test_log_prob_mean_and_covariance_are_exact() -> None:
     world = ppca(31)
-    x, world.x[3] = world.x, NAN
+    x = world.x
+    x[3] = NAN
     found = impute(world.vae, x, num_draws=3000)
     exact = torch.stack([world.log_prob(i, world.observed(i)[0]) for i in range(31)])
     rest = ~x.isnan().all(1)
@@ -240,9 +241,8 @@ def test_not_missing_at_random() -> None:
     assert abs(found.log_prob[0] - torch.tensor(0.5).log()) < 4 * found.evidence.stderr[0]
     exact = 2 * 1.25 / (2 * torch.pi * (1 + 1.25)) ** 0.5
     assert abs(found.mean[0, 0] - exact) < 4 * found.stderr[0, 0]
-    seen = (
-        dist.Normal(0.0, 1.25**0.5).log_prob(x[1, 0]) + dist.Normal(0.0, 1.0).cdf(-x[1, 0]).log()
-    )
+    value, unit = x[1, 0], dist.Normal(0.0, 1.0)
+    seen = dist.Normal(0.0, 1.25**0.5).log_prob(value) + unit.cdf(-value).log()
     assert abs(found.log_prob[1] - seen) < 4 * found.evidence.stderr[1]
 
 
