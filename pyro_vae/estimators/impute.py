@@ -19,7 +19,7 @@ from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.given import estimator, exact_without_data
 from pyro_vae.estimators.importance import summarise
 from pyro_vae.estimators.log_evidence import log_evidence
-from pyro_vae.estimators.refined import METHOD, Fit, fit_proposal
+from pyro_vae.estimators.refined import METHOD, fit_proposal
 from pyro_vae.estimators.target import Target
 from pyro_vae.estimators.walks import walk
 from pyro_vae.memory import check_fits
@@ -76,7 +76,7 @@ class Imputation:
 
     @property
     def verdict(self) -> list[str]:
-        """Whether each datum is "reliable" or "doubtful"."""
+        """Whether each datum is "reliable", "doubtful" or, from the guide, a "lower bound"."""
         return self.evidence.verdict
 
     @classmethod
@@ -108,6 +108,7 @@ def impute(
     *,
     num_draws: int = 100,
     num_samples: int = 2000,
+    proposal: str = "refined",
     chunk_size: int | None = None,
     compile: bool = False,
     devices: int = 1,
@@ -134,6 +135,7 @@ def impute(
         y: What is conditioned on [N, C], or None.
         num_draws: Draws R of each datum.
         num_samples: Weighted draws K behind them; 4 K where K are not enough.
+        proposal: "refined", or "guide" to draw from the guide alone: faster, and never "reliable".
         chunk_size: Draws times data that the model sees at once.
         compile: As in `log_evidence`.
         devices: Processes that share the data, as in `importance_sampling`.
@@ -152,9 +154,12 @@ def impute(
         Mattei and Frellsen. MIWAE: deep generative modelling and imputation of incomplete data
         sets. 2019.
     """
+    if proposal not in ("refined", "guide"):
+        raise ValueError(f"proposal must be 'refined' or 'guide'; got {proposal!r}")
+    estimate = _imputed if proposal == "refined" else _guided
     check_fits(x.element_size() * num_draws * x.numel(), f"{num_draws} draws of all data")
     parts = map_targets(
-        partial(_imputed, num_draws=num_draws, num_samples=num_samples),
+        partial(estimate, num_draws=num_draws, num_samples=num_samples),
         model,
         guide,
         x,
@@ -172,7 +177,9 @@ def impute(
 def _imputed(target: Target, num_draws: int, num_samples: int) -> Imputation:
     """Imputations of B data; where not reliable, from more components and four times the draws."""
     fit = fit_proposal(target)
-    found, places, weights = _drawn(fit, num_draws, num_samples)
+    places, weights = fit.draw_with_places(num_samples)
+    evidence = fit.judge(summarise(weights.cpu(), METHOD, "doubtful"), TOLERANCE)
+    found = _picked(target, places, weights, evidence, num_draws)
     short = [i for i, verdict in enumerate(found.verdict) if verdict != "reliable"]
     if not short:
         return found
@@ -181,23 +188,32 @@ def _imputed(target: Target, num_draws: int, num_samples: int) -> Imputation:
     start = places[:, rows], weights[:, rows]
     visited = walk(poor.target, *start, scale_tril=poor.proposal.scale_tril)
     rich = replace(poor, proposal=add_components(poor.target, poor.proposal, visited))
-    again, *_ = _drawn(rich, num_draws, 4 * num_samples)
+    drawn = rich.draw_with_places(4 * num_samples)
+    evidence = rich.judge(summarise(drawn[1].cpu(), METHOD, "doubtful"), TOLERANCE)
+    again = _picked(rich.target, *drawn, evidence, num_draws)
     index = torch.arange(len(found))
     index[short] = len(found) + torch.arange(len(short))
     return Imputation.cat([found, again]).rows(index)
 
 
-def _drawn(fit: Fit, num_draws: int, num_samples: int) -> tuple[Imputation, Tensor, Tensor]:
-    """Imputations, and the draws [K, B, D] and log weights [K, B] that they are from."""
-    target = fit.target
-    places, weights = fit.draw_with_places(num_samples)
-    evidence = fit.judge(summarise(weights.cpu(), METHOD, "doubtful"), TOLERANCE)
+def _guided(target: Target, num_draws: int, num_samples: int) -> Imputation:
+    """Imputations of B data from draws of the guide."""
+    places = target.draw_guide(num_samples)
+    weights = target.log_joint(places) - target.log_guide(places)
+    evidence = summarise(weights.cpu(), "importance sampling, guide", "lower bound")
+    return _picked(target, places, weights, evidence, num_draws)
+
+
+def _picked(
+    target: Target, places: Tensor, weights: Tensor, evidence: Evidence, num_draws: int
+) -> Imputation:
+    """Imputations from draws [K, B, D] and their log weights [K, B]."""
     share = torch.softmax(weights, 0)
     mean, stderr = _moments(target, places, share)
     picked = torch.multinomial(share.T, num_draws, True).T.unsqueeze(-1)
     chosen = places.gather(0, picked.expand(-1, -1, places.shape[-1]))
     draws = torch.cat([target.complete(u).cpu() for u in chosen.split(target.draws_at_once)])
-    return Imputation(draws, mean.cpu(), stderr.cpu(), evidence), places, weights
+    return Imputation(draws, mean.cpu(), stderr.cpu(), evidence)
 
 
 def _moments(target: Target, places: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
