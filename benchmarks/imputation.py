@@ -62,7 +62,7 @@ def table(root: Path, name: str) -> Tensor:
     return torch.tensor((x - x.mean(0)) / x.std(0), dtype=torch.float32)
 
 
-def gaussian_em(x: Tensor, iterations: int = 300) -> Tensor:
+def gaussian_em(x: Tensor, iterations: int = 100) -> Tensor:
     """E[x_m | x_o] under one Gaussian with a full covariance, fitted by EM."""
     x = x.double()
     missing = x.isnan()
@@ -82,7 +82,7 @@ def gaussian_em(x: Tensor, iterations: int = 300) -> Tensor:
             spread[index[:, None], index] += len(rows) * rest
         mean = filled.mean(0)
         covariance = ((filled - mean).T @ (filled - mean) + spread) / len(x)
-        if (covariance - before).abs().max() < 1e-5:
+        if (covariance - before).abs().max() < 1e-4:
             break
     return filled.float()
 
