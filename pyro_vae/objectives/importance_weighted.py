@@ -119,7 +119,8 @@ class MIWAE(Objective):
     .. math:: \frac1M \sum_{m=1}^M \log \frac1L \sum_{l=1}^L w_{ml}, \qquad
         w = \frac{p(x \mid z) \, p(z)}{q(z \mid x)}
 
-    One group is `IWAE`; as many groups as draws are the sampled ELBO.
+    One group is `IWAE`; as many groups as draws are the sampled ELBO. What Mattei and Frellsen
+    (2019) call MIWAE is another thing: `IWAE` on rows with missing entries.
 
     Args:
         num_particles: Draws of z for each datum, K, in all groups together.
