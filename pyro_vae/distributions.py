@@ -321,7 +321,7 @@ class Product(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density of each entry of `value` [*S, C] in nats."""
         pairs = zip(self.parts, self.columns)
-        return self._joined([p.log_prob(value[..., columns]) for p, columns in pairs])
+        return self._joined([p.log_prob(value[..., _run(columns)]) for p, columns in pairs])
 
     def sample(self, sample_shape: Shape = Size()) -> Tensor:
         """Draws of each column."""
@@ -334,7 +334,8 @@ class Product(TorchDistribution):
         return self._joined([m.to(means[0].dtype) for m in means])
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts, -1)[..., self.order]
+        joined = torch.cat(parts, -1)
+        return joined if self.order == sorted(self.order) else joined[..., self.order]
 
 
 class Rows(constraints.Constraint):
@@ -355,6 +356,12 @@ class Rows(constraints.Constraint):
         """Whether each entry is in the support of its column."""
         pairs = zip(self.parts, self.columns)
         return torch.cat([p.check(value[..., c]) for p, c in pairs], -1)[..., self.order]
+
+
+def _run(numbers: Sequence[int]) -> Sequence[int] | slice:
+    """Numbers as a slice, where they rise one by one."""
+    whole = slice(numbers[0], numbers[-1] + 1)
+    return whole if list(numbers) == list(range(whole.start, whole.stop)) else numbers
 
 
 def _inverse(order: Sequence[int]) -> list[int]:
