@@ -12,7 +12,7 @@ COMMANDS = {
     "compare": "runs on the same data: paired differences of log p(x) with their errors",
     "sample": "draws of a run's model, as a picture and an .npz file",
     "encode": "posterior means and scales of a file's rows, as .npz or .csv",
-    "impute": "a file with its missing values filled in, and draws of them beside it",
+    "impute": "a file with its missing values filled in, and files of draws of them",
     "plot": "the figures of a run again",
     "report": "one HTML page of a run, with all of the above, that opens from disk",
     "explore": "one HTML page that runs a run's decoder: move in its latent space, pick data",

@@ -112,13 +112,12 @@ def build(
         "encoder": component("encoder", _conditioned("encoder", encoder, condition_dim)),
         "decoder": component("decoder", _conditioned("decoder", decoder, condition_dim)),
     }
-    raw = _size(declared["likelihood"], "num_params")
+    likelihood_class, options = declared["likelihood"]
     inputs = _size(declared["likelihood"], "input_shape", shape, missing=missing)
     filled: dict[str, Any] = {"latent_dim": sizes[-1], "data_shape": shape}
     seen = sum(sizes) if skip else sizes[0]
-    network = _make(
-        declared["decoder"], {"in_shape": (seen,), "out_shape": (raw * shape[0], *shape[1:])}
-    )
+    raw = likelihood_class.out_shape(shape, **options)  # type: ignore[attr-defined]
+    network = _make(declared["decoder"], {"in_shape": (seen,), "out_shape": raw})
     filled["decoder"] = Lowest(network, seen) if seen < sum(sizes) else network
     made_likelihood = _make(declared["likelihood"], filled)
     filled["data_shape"] = inputs  # a prior's pseudo-inputs lie where the encoder reads
@@ -449,6 +448,8 @@ def short_names(family: str, declared: Mapping[str, Any]) -> dict[str, Any]:
 
 def default_transform(likelihood: type, levels: int | None, x: Tensor) -> str:
     """Name of the transform that fits raw data `x` to the support of a likelihood."""
+    if issubclass(likelihood, likelihoods.Columns):
+        return "none"
     support: constraints.Constraint = likelihood.support  # type: ignore[attr-defined]
     if support is constraints.boolean and levels not in (2, None):
         return "threshold"

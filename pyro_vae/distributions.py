@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -23,11 +23,14 @@ __all__ = [
     "Flow",
     "FullNormal",
     "Incomplete",
+    "Interval",
     "Joint",
     "Levels",
     "MixtureOfDiagonalNormals",
     "MixtureOfLogistics",
     "OfTotal",
+    "Product",
+    "Rows",
     "flow_family",
     "mixture",
 ]
@@ -210,6 +213,162 @@ class Levels(dist.Categorical):
         return self.probs @ k
 
 
+class Interval(TorchDistribution):
+    r"""Probability of the interval of a given width around a value.
+
+    .. math:: P(x) = F(x + w / 2) - F(x - w / 2)
+
+    The masses of the multiples of the width sum to one, so that nothing here can exceed 0 nats,
+    however often a value is repeated. They are taken in float64 and in the nearer tail, where the
+    difference is exact. Draws are multiples of the width; `mean` is that before rounding.
+
+    Args:
+        base: Normal, Laplace or LogNormal; of the last, what lies below 0 is left out.
+        width: Width w of an interval, which broadcasts to the batch.
+
+    Raises:
+        ValueError: If `base` is of another family.
+    """
+
+    arg_constraints = {}
+
+    def __init__(
+        self, base: Any, width: float | Tensor, validate_args: bool | None = None
+    ) -> None:
+        if not isinstance(base, dist.Normal | dist.Laplace | dist.LogNormal):
+            raise ValueError(
+                f"Interval needs a Normal, Laplace or LogNormal; got {type(base).__name__}"
+            )
+        self.base, self.width = base, width
+        super().__init__(base.batch_shape, validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """That of the base, 0 included where values are positive."""
+        positive = isinstance(self.base, dist.LogNormal)
+        return constraints.nonnegative if positive else constraints.real
+
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> Interval:
+        """The same distribution over a larger batch."""
+        return type(self)(self.base.expand(Size(batch_shape)), self.width, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log probability in nats of the interval around `value`."""
+        centre = value.double()
+        low, high = self._score(centre - self.width / 2), self._score(centre + self.width / 2)
+        upper = low + high > 0  # there both ends are mirrored into the lower tail
+        low, high = torch.where(upper, -high, low), torch.where(upper, -low, high)
+        below, above = self._log_cdf(low), self._log_cdf(high)
+        gap = (above - below).clamp(min=1e-30)
+        return (above + torch.log(-torch.expm1(-gap))).to(self.base.loc.dtype)
+
+    def sample(self, sample_shape: Shape = Size()) -> Tensor:
+        """Draws, rounded to multiples of the width."""
+        return (self.base.sample(Size(sample_shape)) / self.width).round() * self.width
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean before rounding."""
+        return self.base.mean
+
+    def _score(self, x: Tensor) -> Tensor:
+        x = x.clamp(min=1e-300).log() if isinstance(self.base, dist.LogNormal) else x
+        return (x - self.base.loc.double()) / self.base.scale.double()
+
+    def _log_cdf(self, score: Tensor) -> Tensor:
+        if not isinstance(self.base, dist.Laplace):
+            return torch.special.log_ndtr(score)
+        down = score.clamp(max=0) - math.log(2)
+        return torch.where(score < 0, down, torch.log1p(-0.5 * torch.exp(-score.clamp(min=0))))
+
+
+class Product(TorchDistribution):
+    r"""Independent columns of several families, one column an entry of the batch [*S, C].
+
+    .. math:: \log p(x) = \sum_c \log p_c(x_c)
+
+    `to_event(1)` makes it a distribution of rows. As the mean of levels their mode is taken,
+    for codes of categories have none.
+
+    Args:
+        parts: Scalar distributions, of batch [*S, C_k] each.
+        columns: For each part, the numbers of its C_k columns.
+    """
+
+    arg_constraints = {}
+
+    def __init__(
+        self,
+        parts: Sequence[Any],
+        columns: Sequence[Sequence[int]],
+        validate_args: bool | None = None,
+    ) -> None:
+        self.parts, self.columns = parts, columns
+        self.order = _inverse([c for part in columns for c in part])
+        batch = Size((*parts[0].batch_shape[:-1], len(self.order)))
+        super().__init__(batch, validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Rows of numbers, each column within the support of its part."""
+        return Rows([p.support for p in self.parts], self.columns)
+
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> Product:
+        """The same distribution over a larger batch."""
+        parts = [p.expand((*batch_shape[:-1], p.batch_shape[-1])) for p in self.parts]
+        return type(self)(parts, self.columns, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of each entry of `value` [*S, C] in nats."""
+        pairs = zip(self.parts, self.columns)
+        return self._joined([p.log_prob(value[..., _run(columns)]) for p, columns in pairs])
+
+    def sample(self, sample_shape: Shape = Size()) -> Tensor:
+        """Draws of each column."""
+        return self._joined([p.sample(Size(sample_shape)) for p in self.parts])
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each column, or mode of levels."""
+        means = [p.mode if isinstance(p, Levels) else p.mean for p in self.parts]
+        return self._joined([m.to(means[0].dtype) for m in means])
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        joined = torch.cat(parts, -1)
+        return joined if self.order == sorted(self.order) else joined[..., self.order]
+
+
+class Rows(constraints.Constraint):
+    """Rows whose columns are each within their own support; arguments as in `Product`."""
+
+    def __init__(
+        self, parts: Sequence[constraints.Constraint], columns: Sequence[Sequence[int]]
+    ) -> None:
+        self.parts, self.columns = parts, columns
+        self.order = _inverse([c for part in columns for c in part])
+
+    @property
+    def is_discrete(self) -> bool:  # type: ignore[override]
+        """Whether every column is."""
+        return all(part.is_discrete for part in self.parts)
+
+    def check(self, value: Tensor) -> Tensor:
+        """Whether each entry is in the support of its column."""
+        pairs = zip(self.parts, self.columns)
+        return torch.cat([p.check(value[..., c]) for p, c in pairs], -1)[..., self.order]
+
+
+def _run(numbers: Sequence[int]) -> Sequence[int] | slice:
+    """Numbers as a slice, where they rise one by one."""
+    whole = slice(numbers[0], numbers[-1] + 1)
+    return whole if list(numbers) == list(range(whole.start, whole.stop)) else numbers
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    """Where each number of a permutation stands."""
+    return sorted(range(len(order)), key=lambda i: order[i])
+
+
 class Incomplete(TorchDistribution):
     r"""The marginal density of the entries that are not NaN; NaN declares a missing one.
 
@@ -287,6 +446,9 @@ class Incomplete(TorchDistribution):
 
 def _inside(each: Any, like: Tensor) -> Tensor:
     """A point of the support of scalar distributions, in the type of `like`."""
+    if isinstance(each, Product):
+        pairs = zip(each.parts, each.columns)
+        return torch.stack([_inside(p, like) for p, c in pairs for _ in c])[each.order]
     if each.support.is_discrete:
         return like.new_zeros(()) + getattr(each.support, "lower_bound", 0)
     return transform_to(each.support)(like.new_zeros(()))

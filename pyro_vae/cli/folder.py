@@ -15,7 +15,17 @@ from torch import Tensor
 
 from pyro_vae import config
 from pyro_vae.cli.options import data_options
-from pyro_vae.data import Data, Splits, alike, declare, kind_of, load_data, read_rows, restore
+from pyro_vae.data import (
+    Data,
+    Schema,
+    Splits,
+    alike,
+    declare,
+    kind_of,
+    load_data,
+    read_rows,
+    restore,
+)
 from pyro_vae.files import reading, write
 from pyro_vae.training import read_run
 from pyro_vae.training.engine import uses_cuda
@@ -108,6 +118,7 @@ def load_run(run: str, data_root: str | None) -> tuple[VAE, Splits]:
             conditional=declared.conditional,
             limit=declared.limit,
             even=known["description"].get("even", False),
+            schema=declared.schema,
         )
     except ValueError as error:
         raise ValueError(
@@ -122,7 +133,10 @@ def load_run(run: str, data_root: str | None) -> tuple[VAE, Splits]:
 def own_rows(run: str, file: str, vae: VAE) -> Data:
     """The rows of a user's file, transformed as the run's data were, and checked."""
     known = read_record(run)
-    rows = read_rows(file)
+    schema = known.get("rows", {}).get("schema")
+    with reading(Path(run) / "data.json"):
+        known_columns = None if schema is None else Schema.restore(schema)
+    rows = read_rows(file, known_columns)
     with reading(Path(run) / "data.json"):
         transform = restore(known["transform"])
     rows = alike(rows, known.get("rows", {}), transform, vae.likelihood.data_shape)

@@ -17,7 +17,7 @@ FEW = 10  # values of a column that looks like codes
 
 def hints(data: Data, likelihood: type) -> list[str]:
     """One line each on what a table will make a model learn that nobody asked for."""
-    if len(data.data_shape) != 1 or data.levels is not None:
+    if len(data.data_shape) != 1 or data.levels is not None or data.schema is not None:
         return []
     x = data.x[spread(len(data), ROWS, 0)].double()
     support: constraints.Constraint = likelihood.support  # type: ignore[attr-defined]

@@ -31,18 +31,20 @@ def impute(options: Namespace) -> None:
     """
     check_whole(0, draws=options.draws)
     source = Path(options.file)
-    default = source.with_suffix(f".imputed{source.suffix}")
-    out = destination(options.out, default, (source.suffix,), options.file)
-    if source.suffix not in (".csv", ".npy", ".npz"):
-        raise ValueError(f"expected a .csv, .npy or .npz file to impute; got {source}")
-    vae, given = config.load(options.run), read_rows(source)
+    vae = config.load(options.run)
     vae, rows = placed(vae, own_rows(options.run, options.file, vae), options.accelerator)
+    suffix = source.suffix if rows.schema is None else ".csv"
+    default = source.with_suffix(f".imputed{suffix}")
+    out = destination(options.out, default, (suffix,), options.file)
+    if suffix not in (".csv", ".npy", ".npz"):
+        raise ValueError(f"expected a .csv, .npy or .npz file to impute; got {source}")
+    given = read_rows(source) if rows.schema is None else rows
     x, y = rows.batch(torch.arange(len(rows)))
     found = estimators.impute(
         vae,
         x,
         y,
-        num_draws=max(options.draws, 1 if not _whole(vae) else 100),
+        num_draws=max(options.draws, 100 if _whole(vae) or rows.schema is not None else 1),
         **{name: options[name] for name in ("chunk_size", "compile", "devices", "seed")},
         progress=options.progress,
     )
@@ -50,6 +52,8 @@ def impute(options: Namespace) -> None:
         path = out.with_name(f"{out.stem}-{i:0{len(str(options.draws))}d}{out.suffix}")
         write(path, _content(given, rows, draw, out.suffix))
     best = found.median if _whole(vae) else found.mean
+    if rows.schema is not None:
+        best = rows.schema.centre(found.draws, found.mean)
     write(out, _content(given, rows, best, out.suffix))
     verdicts = ", ".join(f"{n} {word}" for word, n in Counter(found.verdict).items())
     share = x.isnan().double().mean().item()
@@ -67,7 +71,10 @@ def _content(given: Data, rows: Data, values: Tensor, suffix: str) -> str | byte
     filled = rows.transform.inverse(values.cpu())
     if given.columns is not None and rows.columns is not None:
         filled = filled[:, [rows.columns.index(name) for name in given.columns]]
-    x = torch.where(given.x.isnan(), filled.to(given.x.dtype), given.x).numpy()
+    complete = torch.where(given.x.isnan(), filled.to(given.x.dtype), given.x)
+    if rows.schema is not None:
+        return rows.schema.csv(complete)
+    x = complete.numpy()
     if suffix == ".csv":
         return _table(given, x)
     file = io.BytesIO()

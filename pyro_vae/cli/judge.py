@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_vae import config, plots
 from pyro_vae.cli.folder import load_run, own_rows, pairs, placed
+from pyro_vae.cli.odd import by_column, missing_columns, odd_rows
 from pyro_vae.cli.parts import NAMES, decompose, layer_lines, shown_terms
 from pyro_vae.cli.use import destination
 from pyro_vae.data import Data, Splits, spread
@@ -87,6 +88,8 @@ def evaluate(options: Namespace) -> None:
         "khat_below_threshold": evidence.share_below_threshold(),
         "bits_per_dim": data.bits_per_dim(evidence.log_prob).mean().item(),
         "of_one_unit": of_one_unit(data),
+        "odd_rows": odd_rows(vae, data, evidence),
+        "missing": missing_columns(data),
     }
     write(Path(options.run) / "evaluation.json", json.dumps(numbers, indent=1))
     units = (
@@ -148,20 +151,28 @@ def parts_numbers(parts: Decomposition | None) -> dict[str, Any]:
 
 
 def score(options: Namespace) -> None:
-    """log p(x), standard error and verdict of each row of a file, as CSV."""
+    """log p(x), standard error and verdict of each row of a file, as CSV.
+
+    With `--columns true` also log p of each value given the others of its row.
+    """
     out = destination(
         options.out, Path(options.file).with_suffix(".scores.csv"), (".csv",), options.file
     )
     vae = config.load(options.run)
     vae, data = placed(vae, own_rows(options.run, options.file, vae), options.accelerator)
+    names = ("chunk_size", "compile", "devices", "seed", "progress")
+    columns = by_column(vae, data, **{n: options[n] for n in names}) if options.columns else None
     evidence = estimate(vae, data, options)
     log_prob = shifted(evidence, data).log_prob
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["row", "log_prob", "stderr", "verdict", "method"])
+    each = data.columns or range(data.data_shape.numel())
+    heads = [f"log_prob of {name}" for name in each] if options.columns else []
+    writer.writerow(["row", "log_prob", "stderr", "verdict", "method", *heads])
     for i, (value, error) in enumerate(zip(log_prob.tolist(), evidence.stderr.tolist())):
         row = [i, f"{value:.6f}", f"{error:.6f}", evidence.verdict[i], evidence.method[i]]
-        writer.writerow(row)
+        parts = [] if columns is None else columns[i].tolist()
+        writer.writerow([*row, *("" if part != part else f"{part:.6f}" for part in parts)])
     write(out, text.getvalue())
     whole = with_errors(shifted(evidence, data))
     print(f"log p(x) = {whole}, in the file's units; {counted(evidence)}; rows in {out}")
@@ -245,7 +256,7 @@ def check_comparable(
     """Refuses runs whose log p(x) are of different things."""
     first, data = (getattr(loaded[name][1], part) for name in (first_run, run))
     masses = {
-        name: vae.likelihood.support.is_discrete or splits.transform == "dequantise"
+        name: vae.likelihood.measure if splits.transform != "dequantise" else [True]
         for name, (vae, splits) in loaded.items()
     }
     if data.digest() != first.digest():
@@ -263,10 +274,13 @@ def check_comparable(
             f"{name} log p(x{' | ' + of if of else ''})" for name, of in given.items()
         )
         raise ValueError(f"{run} and {first_run} do not compare: {what}")
-    if masses[run] is not masses[first_run]:
+    size = data.data_shape.numel()
+    a, b = (masses[name] * (size // len(masses[name])) for name in (run, first_run))
+    if a != b:
         raise ValueError(
-            f"{run} and {first_run} do not compare: one gives the probability of whole numbers, "
-            "the other a density; train the second on dequantised data"
+            f"{run} and {first_run} do not compare: one gives the probability of whole numbers "
+            "or intervals, the other a density; train the second on dequantised data, or give "
+            "columns the same resolution"
         )
 
 

@@ -248,6 +248,7 @@ def _data_options(parser: ArgumentParser) -> None:
     add("--validation", type=int | float | None, default=None, help="rows or share held out")
     add("--split_seed", type=int, default=0, help="of the split and of fixed noise")
     add("--conditional", type=bool, default=False, help="condition on labels or on y")
+    add("--schema", type=dict | None, default=None, help="kinds of columns of a table, by name")
     add(
         "--limit",
         type=int | None,
@@ -320,8 +321,14 @@ def _evaluate_parser() -> ArgumentParser:
 
 def _score_parser() -> ArgumentParser:
     parser = _run_parser("score", "log p(x) of each row of a file, with error and verdict.")
-    parser.add_argument("file", help=".npz, .npy or .csv file, or a folder of images")
+    parser.add_argument("file", help="table, .npz or .npy file, or a folder of images")
     parser.add_argument("--out", type=str | None, default=None, help=".csv file")
+    parser.add_argument(
+        "--columns",
+        type=bool,
+        default=False,
+        help="also log p of each value, given the others",
+    )
     _estimator_options(parser)
     return parser
 
@@ -368,13 +375,13 @@ def _sample_parser() -> ArgumentParser:
     add("--mean", type=bool, default=False, help="E[x | z] of drawn z instead of draws of x")
     add("--label", type=int | None, default=None, help="class, for a conditional model")
     add("--seed", type=int, default=0)
-    add("--out", type=str | None, default=None, help=".npz file; RUN/samples.npz")
+    add("--out", type=str | None, default=None, help=".npz file, RUN/samples.npz; .csv of tables")
     return parser
 
 
 def _encode_parser() -> ArgumentParser:
     parser = _run_parser("encode", "Posterior means and scales of a file's rows.")
-    parser.add_argument("file", help=".npz, .npy or .csv file, or a folder of images")
+    parser.add_argument("file", help="table, .npz or .npy file, or a folder of images")
     parser.add_argument("--out", type=str | None, default=None, help=".npz or .csv file")
     return parser
 

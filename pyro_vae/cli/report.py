@@ -21,6 +21,7 @@ from pyro_vae import config, plots
 from pyro_vae.cli.folder import read_table
 from pyro_vae.estimators import Evidence
 from pyro_vae.files import reading, write
+from pyro_vae.generators import forked
 from pyro_vae.training import read_run
 from pyro_vae.vae import VAE
 
@@ -192,7 +193,15 @@ def _evaluated(found: dict[str, Any]) -> dict[str, Any]:
                 remark += ", at its ceiling, the logarithm of their number"
             lines.append((name, f"{found[key]:{form}}", shown, remark))
     first = f"the first {found['rows']} rows of the {found['part']} part"  # before 0.2
-    return {"rows": found.get("rows_of", first), "lines": lines}
+    odd = [
+        (str(row["row"]), f"{row['log_prob']:.2f}", row["column"], row["cell"],
+         f"{row['column_log_prob']:.2f}")
+        for row in found.get("odd_rows", [])
+    ]  # fmt: skip
+    missing = {name: f"{share:.1%}" for name, share in found.get("missing", {}).items()}
+    return {
+        "rows": found.get("rows_of", first), "lines": lines, "odd": odd, "missing": missing
+    }  # fmt: skip
 
 
 def hidden(found: dict[str, Any]) -> set[str]:
@@ -254,8 +263,9 @@ def programs(vae: VAE, declared: dict[str, Any]) -> dict[str, dict[str, Any]]:
     The drawing is None where Graphviz, or its Python package, is missing.
     """
     conditions = declared["encoder"].get("init_args", {}).get("condition_dim", 0)
-    x = torch.zeros(2, *vae.likelihood.data_shape)
-    arguments = (x, torch.zeros(2, conditions) if conditions else None)
+    y = torch.zeros(2, conditions) if conditions else None
+    with forked(torch.device("cpu"), 0), torch.no_grad():
+        arguments = (vae.sample(2, y), y)
     return {name: _program(getattr(vae, name), arguments) for name in ("model", "guide")}
 
 

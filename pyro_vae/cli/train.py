@@ -15,8 +15,9 @@ from pyro_vae.cli.folder import declared_run, read_record, record
 from pyro_vae.cli.hints import hints
 from pyro_vae.cli.parts import KlParts
 from pyro_vae.cli.use import draw
-from pyro_vae.data import Splits, load_data, locate
+from pyro_vae.data import Data, Schema, Splits, load_data, locate
 from pyro_vae.files import locked
+from pyro_vae.likelihoods import Bernoulli, Columns
 from pyro_vae.objectives import Objective
 from pyro_vae.training import History, fit, is_first_process, read_run
 from pyro_vae.vae import VAE
@@ -60,6 +61,8 @@ def train(options: Namespace) -> Path:
         _fit(*arguments)
         return folder
     print(_described(splits, options))
+    if splits.train.schema is not None:
+        print(splits.train.schema)
     likelihood = config.named_class("likelihood", options.likelihood["class_path"])
     for hint in hints(splits.train, likelihood):
         print(f"note: {hint}")
@@ -104,12 +107,46 @@ def _splits(options: Namespace) -> Splits:
         conditional=options.conditional,
         limit=options.limit,
         even=known.get("description", {"even": True}).get("even", False),
+        schema=options.schema or _schema(options),
     )
+    _declare_table(options, splits.train)
     name = options.transform
     if name == "auto":
         likelihood = config.named_class("likelihood", options.likelihood["class_path"])
         name = config.default_transform(likelihood, splits.train.levels, splits.train.x)
     return splits.with_transform(name)
+
+
+def _schema(options: Namespace) -> dict[str, Any] | None:
+    """What makes `load_data` infer the columns of any table, where they are asked for."""
+    cls = config.named_class("likelihood", options.likelihood["class_path"])
+    return {} if cls is Columns and Path(options.data).is_file() else None
+
+
+def _declare_table(options: Namespace, data: Data) -> None:
+    """Makes the likelihood of a table that of its columns, but for those that are declared."""
+    if data.schema is None:
+        return
+    options.schema = data.schema.plain
+    declared = _declared(options.likelihood)
+    cls = config.named_class("likelihood", declared["class_path"])
+    if cls not in (Columns, Bernoulli):
+        raise ValueError(
+            f"{options.data} is read as a table of several kinds, which the likelihood Columns is "
+            f"for; got {cls.__name__}: leave the likelihood out"
+        )
+    given = (declared.get("init_args") or {}).get("columns") or {}
+    options.likelihood = {"class_path": "Columns", "init_args": {"columns": given}}
+
+
+def _of_columns(given: Any, schema: Schema) -> dict[str, Any] | list[Any]:
+    """The declared columns, those that are not declared from the schema."""
+    if not isinstance(given, dict):
+        return list(given)
+    columns: dict[str, Any] = schema.likelihood["init_args"]["columns"]
+    if unknown := [name for name in given if name not in columns]:
+        raise ValueError(f"there is no column {unknown[0]!r}{config.closest(unknown[0], columns)}")
+    return {**columns, **given}
 
 
 def _described(splits: Splits, options: Namespace) -> str:
@@ -144,12 +181,15 @@ def _go_on(folder: Path, options: Namespace) -> str:
 def _build(options: Namespace, splits: Splits) -> VAE:
     data = splits.train
     parts: dict[str, Any] = {name: _declared(options[name]) for name in MODEL[1:]}
-    arguments = parts["likelihood"].setdefault("init_args", {})
+    arguments = dict(parts["likelihood"].get("init_args") or {})
+    parts["likelihood"]["init_args"] = arguments
     cls = config.named_class("likelihood", parts["likelihood"]["class_path"])
     if "levels" in config.option_names(cls) and data.levels is not None:
         default = inspect.signature(cls).parameters["levels"].default
         if arguments.get("levels", default) == default:
             arguments["levels"] = data.levels
+    if data.schema is not None:
+        arguments["columns"] = _of_columns(arguments["columns"], data.schema)
     condition = 0 if data.y is None else data.y.shape[1]
     torch.manual_seed(options.seed)
     return config.build(

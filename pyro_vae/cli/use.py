@@ -32,12 +32,14 @@ def sample(options: Namespace) -> None:
     """Draws of a run's model: an .npz file, and a picture where they are images."""
     check_whole(size=options.size)
     check_whole(0, seed=options.seed)
-    out = destination(options.out, Path(options.run) / "samples.npz", (".npz",))
     vae, splits = load_run(options.run, options.data_root)
+    schema = splits.train.schema
+    ending = ".npz" if schema is None else ".csv"
+    out = destination(options.out, Path(options.run) / f"samples{ending}", (ending,))
     y = condition(splits.train, options.size, options.label)
     with forked(torch.device("cpu"), options.seed), torch.no_grad():
         x = splits.train.transform.inverse(vae.sample(options.size, y, mean=options.mean))
-    write(out, _archive(x=x.numpy()))
+    write(out, _archive(x=x.numpy()) if schema is None else schema.csv(x))
     if x.ndim == 4:
         plots.save(plots.images(x, limits=limits(splits.train)), str(out.with_suffix(".png")))
     print(f"{len(x)} samples in {out}")

@@ -4,6 +4,8 @@ from pyro_vae.data.alike import alike, kind_of
 from pyro_vae.data.batches import batches, spread
 from pyro_vae.data.data import Data
 from pyro_vae.data.datasets import load_data, locate, read_rows
+from pyro_vae.data.frames import read_table
+from pyro_vae.data.schema import Column, Schema
 from pyro_vae.data.splits import Splits
 from pyro_vae.data.sprites import Sprites, read_dsprites
 from pyro_vae.data.transforms import (
@@ -22,10 +24,12 @@ from pyro_vae.generators import epoch_order
 
 __all__ = [
     "Binarise",
+    "Column",
     "Data",
     "Dequantise",
     "Identity",
     "Rescale",
+    "Schema",
     "Splits",
     "Sprites",
     "Standardise",
@@ -41,6 +45,7 @@ __all__ = [
     "make_transform",
     "read_dsprites",
     "read_rows",
+    "read_table",
     "restore",
     "spread",
 ]

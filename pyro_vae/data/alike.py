@@ -24,6 +24,7 @@ def kind_of(rows: Data) -> dict[str, Any]:
     return {
         "levels": rows.levels,
         "columns": None if rows.columns is None else list(rows.columns),
+        **({} if rows.schema is None else {"schema": rows.schema.plain}),
         "dtype": str(rows.x.dtype).removeprefix("torch."),
         "range": list(_extremes(rows.x)),
     }
@@ -61,7 +62,7 @@ def alike(
                 "floats in these units"
             )
         rows = replace(rows, levels=None)
-    if levels is None and known:
+    if levels is None and known and rows.schema is None:
         _check_units(rows, max(map(abs, known["range"])))
     return rows
 

@@ -14,6 +14,7 @@ from torch.nn.functional import one_hot
 
 from pyro_vae.arguments import as_tensor
 from pyro_vae.data.noise import check_seed, row_noise
+from pyro_vae.data.schema import Schema
 from pyro_vae.data.transforms import Identity, Transform, declare
 
 _CHUNK = 1024
@@ -56,6 +57,7 @@ class Data:
         seed: What keys the noise of the rows, with their ids.
         classes: The number of classes; the largest label and 1 if None.
         columns: The names of the values, for tables [N, D] that have them.
+        schema: What these columns hold, for tables that `read_table` reads.
 
     Raises:
         ValueError: If there is no row, lengths or the number of columns differ, a value is
@@ -72,6 +74,7 @@ class Data:
     seed: int = 0
     classes: int | None = None
     columns: tuple[str, ...] | None = None
+    schema: Schema | None = None
 
     def __post_init__(self) -> None:
         for name in ("x", "y", "labels"):

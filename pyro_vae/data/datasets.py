@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +16,13 @@ from pyro_vae.data.arrays import read_arrays
 from pyro_vae.data.batches import spread
 from pyro_vae.data.cells import read_cells
 from pyro_vae.data.data import Data
+from pyro_vae.data.frames import read_given
 from pyro_vae.data.given import Given
 from pyro_vae.data.images import read_images
 from pyro_vae.data.named import NAMED, read_named
 from pyro_vae.data.noise import check_seed
+from pyro_vae.data.schema import Schema
+from pyro_vae.data.sources import TABLES, is_mixed
 from pyro_vae.data.splits import Splits
 from pyro_vae.data.tables import read_csv
 from pyro_vae.data.transforms import make_transform
@@ -33,6 +38,7 @@ def load_data(
     conditional: bool = False,
     limit: int | None = None,
     even: bool = True,
+    schema: Mapping[str, Any] | None = None,
 ) -> Splits:
     """Loads a data set in three parts.
 
@@ -45,8 +51,8 @@ def load_data(
         name: "digits" (8 x 8, 17 levels, bundled with scikit-learn), "sprites" (32 x 32, binary,
             drawn: `Sprites(3, 3, 8, 8, 8, size=32)`), "MNIST", "FashionMNIST",
             "KMNIST", "EMNIST" (the balanced split, upright), "Omniglot" (105 x 105, ink is 1,
-            no labels), "SVHN" or "CIFAR10", in any case; or the path of an .npz, .npy or .csv
-            file or of a folder of images.
+            no labels), "SVHN" or "CIFAR10", in any case; or the path of a table
+            (.csv, .tsv, .parquet), an .npz or .npy file or a folder of images.
         root: The folder where torchvision finds or puts the named data sets.
         transform: "none", "threshold", "static", "dynamic", "dequantise", "rescale" or
             "standardise" (with the means and deviations of the training part).
@@ -57,6 +63,8 @@ def load_data(
         limit: Keeps at most this many rows of each part, for quick tries.
         even: Whether the limit keeps rows from all over a part, a seeded choice; its first rows
             if False, as in version 0.1.
+        schema: For tables, what is known of their columns, as `read_table` takes; {} to have it
+            all inferred. Without one a .csv file of numbers alone is read as numbers.
 
     Raises:
         ValueError: If the name is unknown, files are missing or cannot be used, or an argument
@@ -64,7 +72,7 @@ def load_data(
     """
     check_seed(seed)
     check_whole(optional=True, limit=limit)
-    given = _numbered(_read(name, root))
+    given = _numbered(_read(name, root, schema))
     split = _split(given, validation, seed)
     parts = [
         part.subset(spread(len(part), limit, seed) if even else torch.arange(len(part))[:limit])
@@ -78,16 +86,17 @@ def load_data(
     return Splits(train, held, test, str(name), transform, rows, seed, conditional, limit, even)
 
 
-def read_rows(path: str | Path) -> Data:
+def read_rows(path: str | Path, schema: Schema | None = None) -> Data:
     """All rows of a file or folder as one part, untransformed.
 
     Args:
-        path: An .npz, .npy or .csv file or a folder of images.
+        path: A file or folder, as `load_data` takes.
+        schema: That which the rows must fit, for tables that have one.
 
     Raises:
         ValueError: If there is none, or it cannot be used.
     """
-    return _read(Path(path), ".").train
+    return _read(Path(path), ".", schema).train
 
 
 def locate(name: str) -> str:
@@ -100,7 +109,9 @@ def _named(name: str | Path) -> str | None:
     return None if isinstance(name, Path) else known.get(name.lower())
 
 
-def _read(name: str | Path, root: str | Path) -> Given:
+def _read(
+    name: str | Path, root: str | Path, schema: Schema | Mapping[str, Any] | None = None
+) -> Given:
     named = _named(name)
     if named is not None:
         return read_named(named, root)
@@ -111,19 +122,23 @@ def _read(name: str | Path, root: str | Path) -> Given:
         raise ValueError(_unknown(str(name)))
     if not path.is_file():
         raise ValueError(f"expected a file or folder at {path}, got none; check the path")
+    if path.suffix in TABLES and (schema is not None or is_mixed(path)):
+        return read_given(path, schema)
     if path.suffix == ".csv":
         return read_csv(path)
     if path.suffix in (".h5ad", ".mtx"):
         return read_cells(path)
     if path.suffix in (".npz", ".npy"):
         return read_arrays(path)
-    raise ValueError(f"expected an .npz, .npy or .csv file or a folder of images, got {path}")
+    raise ValueError(
+        f"expected an .npz, .npy, .csv, .tsv or .parquet file or a folder of images, got {path}"
+    )
 
 
 def _unknown(name: str) -> str:
     return (
-        f"expected one of {', '.join(NAMED)}, or the path of an .npz, .npy or .csv file or of a "
-        f"folder of images, got {name!r}{closest(name, NAMED)}"
+        f"expected one of {', '.join(NAMED)}, or the path of a table, of an .npz or .npy file or "
+        f"of a folder of images, got {name!r}{closest(name, NAMED)}"
     )
 
 

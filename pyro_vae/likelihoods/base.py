@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from typing import Any, ClassVar
 
@@ -57,6 +58,13 @@ class Likelihood(nn.Module):
     def num_params(cls) -> int:
         """Raw parameters per channel."""
 
+    @classmethod
+    def out_shape(cls, data_shape: tuple[int, ...], **options: Any) -> tuple[int, ...]:
+        """Shape of what the decoder gives for a datum of this shape."""
+        taken = inspect.signature(cls.num_params).parameters
+        count = cls.num_params(**{k: v for k, v in options.items() if k in taken})
+        return (count * data_shape[0], *data_shape[1:])
+
     @abstractmethod
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
         """p(x | z, y), batch *S, event *E; draws of `latents` are given by name too."""
@@ -86,6 +94,11 @@ class Likelihood(nn.Module):
     def propose(self, x: Tensor) -> dict[str, Distribution]:
         """The guide of `latents`, batch [B], from data `x` [B, *E]."""
         return {}
+
+    @property
+    def measure(self) -> list[bool | float]:
+        """What log p is of: True of a mass, False of a density, or the width of an interval."""
+        return [getattr(self, "resolution", None) or bool(self.support.is_discrete)]
 
     def observed(self, p: Distribution) -> Distribution:
         """p(x | z), or its marginal of the entries that are not missing."""

@@ -11,7 +11,9 @@ from pyro_vae import distributions
 from pyro_vae.arguments import check_real, check_whole
 from pyro_vae.likelihoods.base import Likelihood
 
-__all__ = ["Categorical", "DiscretizedLogistic", "MixtureOfLogistics"]
+__all__ = ["Categorical", "DiscretizedLogistic", "MixtureOfLogistics", "Ordinal"]
+
+MIN_GAP = 1e-3  # between neighbouring thresholds
 
 
 class DiscretizedLogistic(Likelihood):
@@ -140,3 +142,82 @@ class Categorical(Likelihood):
         """Log frequency of each level, one pseudo-count spread over them."""
         counts = torch.stack([(x == k).sum(0) for k in range(self.levels)]).to(x.dtype)
         return torch.log((counts + 1 / self.levels) / (len(x) + 1)).flatten(0, 1)
+
+
+class Ordinal(Likelihood):
+    r"""Ordered levels 0 to levels - 1, by a cumulative logit with thresholds of each channel.
+
+    .. math:: P(x \le k \mid z) = \sigma(\theta_k - f(z)), \qquad
+        \theta_0 < \theta_1 < \dots < \theta_{\mathrm{levels} - 2}
+
+    Args:
+        decoder: Network to the location f.
+        data_shape: Shape of one datum.
+        levels: Number of levels.
+
+    References:
+        McCullagh. Regression models for ordinal data. 1980.
+    """
+
+    support: constraints.Constraint = constraints.nonnegative_integer  # below `levels`
+
+    def __init__(self, decoder: nn.Module, data_shape: tuple[int, ...], levels: int = 256) -> None:
+        super().__init__(decoder, data_shape)
+        check_whole(2, levels=levels)
+        self.levels = levels
+        self.support = constraints.integer_interval(0, levels - 1)
+        self.support_name = f"{{0, ..., {levels - 1}}}"
+        self.remedy = "use raw integer levels and set `levels`"
+        self.raw_thresholds = nn.Parameter(torch.empty(self.data_shape[0], levels - 1))
+        cumulative = torch.arange(1, levels) / levels
+        self._set_thresholds(torch.logit(cumulative).expand_as(self.raw_thresholds))
+
+    @classmethod
+    def num_params(cls) -> int:
+        """The location."""
+        return 1
+
+    @property
+    def thresholds(self) -> Tensor:
+        """Thresholds of each channel, rising, [C, levels - 1]."""
+        first, rest = self.raw_thresholds[:, :1], self.raw_thresholds[:, 1:]
+        return torch.cat([first, MIN_GAP + F.softplus(rest)], -1).cumsum(-1)
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
+        """Levels by the differences of neighbouring cumulative probabilities."""
+        location = self.raw(z, y).squeeze(0).unsqueeze(-1)
+        rest = (1,) * (len(self.data_shape) - 1)
+        edges = self.thresholds.unflatten(0, (-1, *rest)) - location
+        below, above = F.logsigmoid(edges), F.logsigmoid(-edges)
+        # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b))
+        width = torch.log(-torch.expm1(-edges.diff(dim=-1)))
+        inside = below[..., 1:] + above[..., :-1] + width
+        logits = torch.cat([below[..., :1], inside, above[..., -1:]], -1)
+        return distributions.Levels(logits=logits).to_event(len(self.data_shape))
+
+    def raw_start(self, x: Tensor) -> Tensor:
+        """The location of each position: its mean distance from its channel's thresholds."""
+        cumulative = self._cumulative(x)
+        thresholds = self.thresholds.T.unflatten(1, (-1, *(1,) * (x.ndim - 2)))
+        distance = thresholds.to(cumulative) - torch.logit(cumulative)
+        weight = cumulative * (1 - cumulative)  # inverse variance of a logit
+        return (weight * distance).sum(0) / weight.sum(0)
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        """The thresholds of each channel are those of its frequencies."""
+        channels = x.movedim(1, -1).flatten(0, -2)
+        self._set_thresholds(torch.logit(self._cumulative(channels)).T)
+        super().initialise(x)
+
+    @torch.no_grad()
+    def _set_thresholds(self, thresholds: Tensor) -> None:
+        gaps = (thresholds.diff(dim=-1) - MIN_GAP).clamp(min=1e-3)
+        raw = gaps + torch.log(-torch.expm1(-gaps))
+        self.raw_thresholds.copy_(torch.cat([thresholds[:, :1], raw], -1))
+
+    def _cumulative(self, x: Tensor) -> Tensor:
+        """Share of `x` up to each level but the last, one pseudo-count spread over all."""
+        steps = torch.arange(1, self.levels, device=x.device) / self.levels
+        counts = torch.stack([(x <= k).sum(0) for k in range(self.levels - 1)])
+        return (counts + steps.view(-1, *(1,) * (x.ndim - 1))) / (len(x) + 1)

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, constraints
 
+from pyro_vae import distributions
 from pyro_vae.arguments import check_real
 from pyro_vae.likelihoods.base import Likelihood
 
-__all__ = ["Laplace", "LocationScale", "Normal", "StudentT"]
+__all__ = ["Laplace", "LocationScale", "LogNormal", "Normal", "StudentT"]
 
 LARGE = 10.0  # deviation of data that a decoder takes long to reach
 ScaleOption = float | Literal["learned", "per_dimension", "predicted"]
@@ -24,7 +25,7 @@ MeanOption = Literal["identity", "sigmoid", "tanh"]
 
 
 class LocationScale(Likelihood):
-    """What Normal, Laplace and StudentT share: a mean and a scale with a floor.
+    """What Normal, Laplace, StudentT and LogNormal share: a mean and a scale with a floor.
 
     Args:
         decoder: Network to the mean, and to the scale if that is "predicted".
@@ -34,9 +35,15 @@ class LocationScale(Likelihood):
         mean: How raw parameters become means: "identity", "sigmoid" into (0, 1) or "tanh"
             into (-1, 1).
         min_scale: Floor of a scale that is not fixed: without one the density is unbounded.
+        standardise: Whether the mean and the scale are in units of the data: `initialise` then
+            measures the mean and deviation of each dimension, and these units change no density.
+        resolution: Width of the interval around x whose probability is taken in place of a
+            density, in the units of x, for values that are rounded or repeated; None for none.
     """
 
     fixed_scale: Tensor
+    centre: Tensor
+    spread: Tensor
 
     def __init__(
         self,
@@ -45,8 +52,11 @@ class LocationScale(Likelihood):
         scale: ScaleOption = 1.0,
         mean: MeanOption = "identity",
         min_scale: float = 0.01,
+        standardise: bool = False,
+        resolution: float | None = None,
     ) -> None:
         super().__init__(decoder, data_shape)
+        check_real(above=0, optional=True, resolution=resolution)
         options = ("learned", "per_dimension", "predicted")
         if isinstance(scale, str) and scale not in options:
             raise ValueError(f"scale must be a positive number or one of {options}; got {scale!r}")
@@ -56,6 +66,10 @@ class LocationScale(Likelihood):
         if mean not in ("identity", "sigmoid", "tanh"):
             raise ValueError(f"mean must be 'identity', 'sigmoid' or 'tanh'; got {mean!r}")
         self.scale_option, self.mean_option, self.min_scale = scale, mean, min_scale
+        self.standardise, self.resolution = standardise, resolution
+        if standardise:
+            self.register_buffer("centre", torch.zeros(self.data_shape))
+            self.register_buffer("spread", torch.ones(self.data_shape))
         if isinstance(scale, int | float):
             self.register_buffer("fixed_scale", torch.tensor(float(scale)))
         elif scale != "predicted":
@@ -76,13 +90,21 @@ class LocationScale(Likelihood):
         raw = self.raw(z, y, self.num_params(self.scale_option))
         links = {"identity": lambda m: m, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
         mean, predicted = raw if len(raw) == 2 else (raw.squeeze(0), None)
-        scale = self._scale(predicted).expand(mean.shape)
-        each = self.distribution(links[self.mean_option](mean), scale)
+        mean, scale = links[self.mean_option](mean), self._scale(predicted).expand(mean.shape)
+        if self.standardise:
+            mean, scale = self.centre + self.spread * mean, self.spread * scale
+        each = self.distribution(mean, scale)
+        if self.resolution is not None:
+            each = distributions.Interval(each, self.resolution)
         return each.to_event(len(self.data_shape))
+
+    def line(self, x: Tensor) -> Tensor:
+        """The values whose mean and scale these are, on the real line."""
+        return x
 
     def raw_start(self, x: Tensor) -> Tensor:
         """The mean of the data, through the inverse of its link."""
-        mean = x.mean(0)
+        mean = torch.zeros_like(x[0]) if self.standardise else self.line(x).mean(0)
         if self.mean_option == "sigmoid":
             return torch.logit(mean.clamp(0.001, 0.999))
         return torch.atanh(mean.clamp(-0.999, 0.999)) if self.mean_option == "tanh" else mean
@@ -91,14 +113,20 @@ class LocationScale(Likelihood):
     def initialise(self, x: Tensor) -> None:
         """The decoder's start as for every likelihood; a learned scale is the data's deviation."""
         super().initialise(x)
-        if (widest := x.std(0, correction=0).max().item()) > LARGE:
+        deviation, mean = torch.std_mean(self.line(x), 0, correction=0)
+        if self.standardise:
+            deviation = torch.where(deviation > 0, deviation, 1.0)
+            self.centre.copy_(mean)
+            self.spread.copy_(deviation)
+            deviation = deviation / self.spread
+        if (widest := deviation.max().item()) > LARGE:
             message = (
                 f"values deviate by up to {widest:.3g} from their mean, where a decoder's outputs "
                 "start near 1: standardise the data, or divide them by their scale"
             )
             warnings.warn(message, UserWarning, stacklevel=2)
         if hasattr(self, "raw_scale"):
-            variance = x.var(0, correction=0)
+            variance = deviation.pow(2)
             one = self.scale_option == "learned"
             excess = ((variance.mean() if one else variance).sqrt() - self.min_scale).clamp(1e-3)
             self.raw_scale.copy_(excess + torch.log(-torch.expm1(-excess)))
@@ -136,6 +164,44 @@ class Laplace(LocationScale):
         return dist.Laplace(mean, scale)
 
 
+class LogNormal(LocationScale):
+    r"""Log-normal, :math:`p(\log x \mid z) = \mathcal{N}(\log x; \mu(z), \sigma^2)`.
+
+    With a `resolution` 0 is data too: it stands for the interval from 0 to half of that.
+
+    Args: see `LocationScale`; mean and scale are those of the logarithm.
+
+    References:
+        Nazabal et al. Handling incomplete heterogeneous data using VAEs. 2020.
+    """
+
+    support = constraints.interval(2.0**-126, 2.0**127)
+    support_name = "positive numbers"
+    remedy = "shift them, or choose Normal; for zeros give a resolution"
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        data_shape: tuple[int, ...],
+        scale: ScaleOption = 1.0,
+        mean: MeanOption = "identity",
+        min_scale: float = 0.01,
+        standardise: bool = False,
+        resolution: float | None = None,
+    ) -> None:
+        super().__init__(decoder, data_shape, scale, mean, min_scale, standardise, resolution)
+        if resolution is not None:
+            self.support = constraints.interval(0.0, 2.0**127)
+
+    def line(self, x: Tensor) -> Tensor:
+        """log x, or that of half of the resolution where x is below it."""
+        return x.clamp(min=2.0**-126 if self.resolution is None else self.resolution / 2).log()
+
+    def distribution(self, mean: Tensor, scale: Tensor) -> TorchDistribution:
+        """exp of N(mean, scale^2)."""
+        return dist.LogNormal(mean, scale)
+
+
 class StudentT(LocationScale):
     """Student's t with a learned number of degrees of freedom, above 2; robust to outliers.
 
@@ -152,8 +218,9 @@ class StudentT(LocationScale):
         scale: ScaleOption = 1.0,
         mean: MeanOption = "identity",
         min_scale: float = 0.01,
+        standardise: bool = False,
     ) -> None:
-        super().__init__(decoder, data_shape, scale, mean, min_scale)
+        super().__init__(decoder, data_shape, scale, mean, min_scale, standardise)
         self.raw_df = nn.Parameter(torch.tensor(3.0))
 
     def distribution(self, mean: Tensor, scale: Tensor) -> TorchDistribution:

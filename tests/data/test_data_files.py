@@ -173,7 +173,7 @@ def test_a_truncated_archive_is_refused(tmp_path: Path) -> None:
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("1,2\n")
-    with pytest.raises(ValueError, match="expected an .npz, .npy or .csv file"):
+    with pytest.raises(ValueError, match="expected an .npz, .npy, .csv, .tsv or .parquet file"):
         load_data(tmp_path / "x.txt")
 
 

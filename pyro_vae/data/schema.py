@@ -1,0 +1,220 @@
+"""What the columns of a table hold, and their cells as numbers and back."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+__all__ = ["CODED", "Cells", "Column", "KINDS", "Schema", "as_name", "as_number", "shortened"]
+
+KINDS = {
+    "real": "Normal",
+    "positive": "LogNormal",
+    "count": "NegativeBinomial",
+    "binary": "Bernoulli",
+    "category": "Categorical",
+    "ordinal": "Ordinal",
+}
+CODED = ("binary", "category", "ordinal")
+Cells = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class Column:
+    """What one column of a table holds.
+
+    Args:
+        kind: "real", "positive", "count", "binary", "category" or "ordinal", or the name of a
+            scalar likelihood of numbers.
+        categories: For the last three of these kinds, what the codes 0, 1, ... stand for.
+        resolution: For numbers, the width of the interval around each whose probability is
+            taken in place of a density; None for a density.
+
+    Raises:
+        ValueError: If the kind is unknown, or categories are missing, repeated or superfluous.
+    """
+
+    kind: str
+    categories: tuple[str | float, ...] = ()
+    resolution: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS and not self.kind[:1].isupper():
+            raise ValueError(
+                f"kind must be one of {', '.join(KINDS)}, or the name of a likelihood; got "
+                f"{self.kind!r}"
+            )
+        coded, count = self.kind in CODED, len(self.categories)
+        if len(set(self.categories)) != count or coded != (count > 1):
+            wanted = "two different categories or more" if coded else "no categories"
+            raise ValueError(f"kind {self.kind} needs {wanted}; got {list(self.categories)}")
+
+    @property
+    def likelihood(self) -> str | dict[str, Any]:
+        """The declaration of its likelihood, for `likelihoods.Columns`."""
+        name = KINDS.get(self.kind, self.kind)
+        levels = {"levels": len(self.categories)} if self.kind in ("category", "ordinal") else {}
+        width = {} if self.resolution is None else {"resolution": self.resolution}
+        options = {**levels, **width}
+        return {"class_path": name, "init_args": options} if options else name
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """For YAML and JSON."""
+        codes = {"categories": list(self.categories)} if self.categories else {}
+        width = {} if self.resolution is None else {"resolution": self.resolution}
+        return {"kind": self.kind, **codes, **width}
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The columns of a table by name, in order: what `read_table` inferred, or was told.
+
+    Args:
+        columns: A `Column` for each name.
+    """
+
+    columns: Mapping[str, Column]
+
+    @classmethod
+    def restore(cls, plain: Mapping[str, Any]) -> Schema:
+        """The schema that `plain` describes; a kind alone stands for itself.
+
+        Raises:
+            ValueError: If an entry is wrong; the message names the column.
+        """
+        return cls({str(name): _restored(str(name), entry) for name, entry in plain.items()})
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """For JSON and for `read_table(..., schema=...)`."""
+        return {name: column.plain for name, column in self.columns.items()}
+
+    @property
+    def likelihood(self) -> dict[str, Any]:
+        """The declaration of the likelihood for `build`."""
+        columns = {name: column.likelihood for name, column in self.columns.items()}
+        return {"class_path": "Columns", "init_args": {"columns": columns}}
+
+    def __str__(self) -> str:
+        return yaml.safe_dump(self.plain, sort_keys=False, default_flow_style=None, width=99)
+
+    def encode(self, cells: Cells, name: str = "table") -> Tensor:
+        """Rows [N, C], float32, of cells by column: codes for categories, NaN for missing ones.
+
+        Raises:
+            ValueError: If columns are missing or others, or a cell is not what its column holds.
+        """
+        missing, other = set(self.columns) - set(cells), set(cells) - set(self.columns)
+        parts = {"missing": missing, "unknown": other}
+        words = "; ".join(f"{w}: {', '.join(sorted(n))}" for w, n in parts.items() if n)
+        if words:
+            raise ValueError(
+                f"{name}: expected the columns of the schema, got others ({words}): give the "
+                "table these columns"
+            )
+        each = [_numbers(name, key, c, cells[key]) for key, c in self.columns.items()]
+        return torch.from_numpy(np.stack(each, 1).astype(np.float32))
+
+    def decode(self, rows: Tensor) -> Cells:
+        """Cells by column of rows [N, C]: categories for codes, None for NaN."""
+        pairs = zip(self.columns.items(), rows.double().T.tolist())
+        return {name: [_cell(column, v) for v in values] for (name, column), values in pairs}
+
+    def centre(self, draws: Tensor, mean: Tensor) -> Tensor:
+        """One row for each of N: of draws [R, N, C] the commonest category and middle count.
+
+        The mean [N, C] is taken of other numbers.
+        """
+        common = {"binary": 0, "category": 0, "ordinal": 1, "count": 1}
+        middle = draws.median(0).values
+        best = [draws.mode(0).values, middle, mean]
+        kinds = [common.get(column.kind, 2) for column in self.columns.values()]
+        return torch.stack([best[kind][:, c] for c, kind in enumerate(kinds)], 1)
+
+    def csv(self, rows: Tensor) -> str:
+        """Rows [N, C] as the text of a .csv file, in the table's own names and units."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows(zip(*self.decode(rows).values()))
+        return text.getvalue()
+
+
+def _restored(name: str, entry: Any) -> Column:
+    given = {"kind": entry} if isinstance(entry, str) else entry
+    keys = set(given) if isinstance(given, Mapping) else set()
+    if not {"kind"} <= keys <= {"kind", "categories", "resolution"}:
+        raise ValueError(
+            f"schema of column {name!r} must be a kind, or a mapping of kind, categories and "
+            f"resolution; got {entry!r}"
+        )
+    width: Any = given.get("resolution")
+    categories = given.get("categories") or ()
+    number = isinstance(width, int | float) and not isinstance(width, bool)
+    if width is not None and not (number and math.isfinite(width) and width > 0):
+        raise ValueError(f"schema of column {name!r}: resolution must be positive; got {width!r}")
+    if not isinstance(categories, list | tuple):
+        raise ValueError(f"schema of column {name!r}: categories must be a list")
+    try:
+        return Column(str(given["kind"]), tuple(map(shortened, categories)), width)
+    except ValueError as error:
+        raise ValueError(f"schema of column {name!r}: {error}") from None
+
+
+def _numbers(name: str, key: str, column: Column, cells: Sequence[Any]) -> np.ndarray:
+    """The cells of one column as numbers, NaN where they are empty."""
+    codes: dict[Any, int] = {category: code for code, category in enumerate(column.categories)}
+    values = np.full(len(cells), np.nan)
+    for row, cell in enumerate(cells):
+        if cell is None:
+            continue
+        number = as_number(cell)
+        value = codes.get(as_name(cell), codes.get(number)) if codes else number
+        if value is None or not math.isfinite(value):
+            known = ", ".join(map(str, column.categories[:5]))
+            more = ", ..." if len(column.categories) > 5 else ""
+            wanted = f"one of the categories {known}{more}" if codes else "a finite number"
+            raise ValueError(
+                f"{name}: column {key!r}: expected {wanted}, got {cell!r} in row {row} (from 0): "
+                "correct the cell, or leave it empty"
+            )
+        values[row] = value
+    return values
+
+
+def _cell(column: Column, value: float) -> str | float | None:
+    if math.isnan(value):
+        return None
+    if column.categories:
+        return column.categories[min(max(round(value), 0), len(column.categories) - 1)]
+    return shortened(float(str(np.float32(value))))  # the shortest that float32 tells apart
+
+
+def as_number(cell: Any) -> float | None:
+    """The number that a cell holds, or None."""
+    if isinstance(cell, bool) or (isinstance(cell, str) and "_" in cell):
+        return None
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return None
+
+
+def as_name(cell: Any) -> str:
+    """The category that a cell names."""
+    return cell if isinstance(cell, str) else str(shortened(cell))
+
+
+def shortened(value: Any) -> Any:
+    """A whole number without its decimal point; other values as they are."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value

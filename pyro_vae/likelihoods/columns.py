@@ -1,0 +1,279 @@
+"""Tables: a likelihood of its own for each column."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyro_vae.distributions import Product, Rows
+from pyro_vae.likelihoods.base import Likelihood
+from pyro_vae.likelihoods.levels import Categorical
+from pyro_vae.likelihoods.real import LocationScale
+
+__all__ = ["Columns"]
+
+OFTEN = 0.1  # share of rows that hold one number, from which a density says little
+DEFAULTS = {"scale": "predicted", "standardise": True}  # of a column whose class has them
+
+
+class Kind(NamedTuple):
+    """A column's likelihood, and how many numbers the decoder gives and the encoder takes."""
+
+    cls: type[Likelihood]
+    options: dict[str, Any]
+    alone: bool
+    num_params: int
+    num_inputs: int
+
+
+class Given(nn.Module):
+    """The decoder of one column: its part of the output of the one decoder."""
+
+    def forward(self, raw: Tensor, y: Tensor | None = None) -> Tensor:
+        """The raw parameters themselves."""
+        return raw
+
+
+class Columns(Likelihood):
+    r"""A row of a table [C], each column with a likelihood of its own.
+
+    .. math:: \log p(x \mid z) = \sum_c \log p_c(x_c \mid z)
+
+    Any scalar likelihood is a kind of column, by its name. One decoder gives the parameters of
+    all columns. Columns that share kind and options are computed as one. Data are in the table's
+    own units, and log p of a row too: a location and scale are in units that `initialise`
+    measures for each column, and these units change no density. A density is bounded by
+    `min_scale`, in deviations of its column; for columns of rounded or repeated numbers give a
+    `resolution`, and their log p is a log probability.
+
+    Args:
+        decoder: Network to raw parameters of shape `out_shape(data_shape, columns)`.
+        data_shape: Number of columns, (C,).
+        columns: For each column, in order, a likelihood: its name, or `{"class_path": name,
+            "init_args": {option: value}}`. A mapping from the columns' names, or a list. A scale
+            is "predicted" and `standardise` is true unless given. All Normal if None.
+
+    Raises:
+        ValueError: If there is not one likelihood for each column, or one is unknown.
+
+    References:
+        Nazabal et al. Handling incomplete heterogeneous data using VAEs. 2020.
+    """
+
+    support_name = "the supports of its columns"
+    input_loc: Tensor
+    input_scale: Tensor
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        data_shape: tuple[int, ...],
+        columns: dict | list | None = None,
+    ) -> None:
+        super().__init__(decoder, data_shape)
+        named = _resolved(columns, self.data_shape)
+        kinds, self.names = list(named.values()), list(named)
+        self.columns = _grouped(kinds)
+        first = [(kinds[group[0]], len(group)) for group in self.columns]
+        self.parts = nn.ModuleList(k.cls(Given(), (n,), **k.options) for k, n in first)
+        self.sizes = [kind.num_params * count for kind, count in first]
+        self.support = Rows([part.support for part, _ in self._pairs()], self.columns)
+        numbers = sum(len(g) for p, g in self._pairs() if not isinstance(p, Categorical))
+        self.register_buffer("input_loc", torch.zeros(numbers))
+        self.register_buffer("input_scale", torch.ones(numbers))
+
+    @classmethod
+    def num_params(cls) -> int:
+        """Those of a Normal with its scale, the default of every column."""
+        return 2
+
+    @classmethod
+    def out_shape(
+        cls, data_shape: tuple[int, ...], columns: dict | list | None = None, **options: Any
+    ) -> tuple[int, ...]:
+        """Raw parameters of all columns."""
+        return (sum(kind.num_params for kind in _resolved(columns, data_shape).values()),)
+
+    @classmethod
+    def input_shape(
+        cls,
+        data_shape: tuple[int, ...],
+        missing: bool = False,
+        columns: dict | list | None = None,
+    ) -> tuple[int, ...]:
+        """Levels of categories, 1 of each other column, and 1 of each column for the mask."""
+        kinds = _resolved(columns, data_shape).values()
+        return (sum(kind.num_inputs for kind in kinds) + (len(kinds) if missing else 0),)
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
+        """The product of the columns."""
+        raw = self.decoder(z, y)
+        raw = raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw
+        if raw.shape[-1] != sum(self.sizes):
+            raise ValueError(
+                f"decoder gives {raw.shape[-1]} numbers, which does not fit the columns: its "
+                f"out_shape must be ({sum(self.sizes)},)"
+            )
+        pieces = zip(self.parts, raw.split(self.sizes, -1))
+        return Product([part(piece).base_dist for part, piece in pieces], self.columns).to_event(1)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Categories one-hot, other columns scaled, and the mask where entries may be missing.
+
+        Logarithms are taken of positive columns and of counts (and 1); missing entries are 0.
+        """
+        numbers = (self._numbers(x) - self.input_loc) / self.input_scale
+        parts = [numbers.nan_to_num(0.0) if self.missing else numbers]
+        parts += [
+            (x[..., group, None] == torch.arange(part.levels, device=x.device)).flatten(-2)
+            for part, group in self._pairs()
+            if isinstance(part, Categorical)
+        ]
+        parts += [~x.isnan()] if self.missing else []
+        return torch.cat([part.to(x.dtype) for part in parts], -1)
+
+    @property
+    def measure(self) -> list[bool | float]:
+        """Of each column: True of a mass, False of a density, or the width of an interval."""
+        measures = [part.measure[0] for part, group in self._pairs() for _ in group]
+        order = [column for _, group in self._pairs() for column in group]
+        return [measures[order.index(column)] for column in range(len(order))]
+
+    def raw_start(self, x: Tensor) -> Tensor:
+        """Raw parameters of the average row; those that a column does not start are 0."""
+        pieces = [part.raw_start(x[:, group]).flatten() for part, group in self._pairs()]
+        rest = [x.new_zeros(size - len(piece)) for piece, size in zip(pieces, self.sizes)]
+        return torch.cat([part for pair in zip(pieces, rest) for part in pair])
+
+    def check(self, x: Tensor) -> None:
+        """Raises a ValueError that names the column if `x` is outside the support."""
+        if x.shape[-1] != len(self.names):
+            raise ValueError(f"the table has {len(self.names)} columns; got {x.shape[-1]}")
+        for part, group in self._pairs():
+            values = x[..., group]
+            good = part.support.check(values)
+            bad = (~(good | values.isnan() if self.missing else good)).flatten(0, -2).any(0)
+            for i in bad.nonzero().flatten().tolist():
+                column = values[..., i][~values[..., i].isnan()]
+                seen = [column.min().item(), column.max().item()] if len(column) else ["NaN"]
+                raise ValueError(
+                    f"column {self.names[group[i]]!r}, {type(part).__name__}, needs data in "
+                    f"{part.support_name}; got values in {seen}: {part.remedy}"
+                )
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        """Measures each column's units, starts and inputs on training rows `x` [N, C]."""
+        for part, group in self._pairs():
+            part.initialise(x[:, group])
+            self._check_repeats(part, x, group)
+        deviation, mean = torch.std_mean(self._numbers(x), 0, correction=0)
+        self.input_loc.copy_(mean)
+        self.input_scale.copy_(torch.where(deviation > 0, deviation, 1.0))
+        super().initialise(x)
+
+    def _pairs(self) -> Iterable[tuple[Any, list[int]]]:
+        """Each part and the numbers of its columns."""
+        return zip(self.parts, self.columns)
+
+    def _numbers(self, x: Tensor) -> Tensor:
+        """The columns that are no categories, on the scale of an encoder's input."""
+        parts = [
+            _line(part, x[..., group])
+            for part, group in self._pairs()
+            if not isinstance(part, Categorical)
+        ]
+        return torch.cat([x[..., :0], *parts], -1)
+
+    def _check_repeats(self, part: Likelihood, x: Tensor, group: list[int]) -> None:
+        if part.support.is_discrete or getattr(part, "resolution", None) is not None:
+            return
+        for column in group:
+            value, counts = x[:, column].unique(return_counts=True)
+            if counts.max() > max(OFTEN * len(x), 2 * counts.min()):
+                message = (
+                    f"column {self.names[column]!r}: {counts.max() / len(x):.0%} of rows hold "
+                    f"{value[counts.argmax()]:g}, where a density is bounded by min_scale alone: "
+                    "give the column a resolution"
+                )
+                warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _resolved(columns: Mapping | list | None, data_shape: tuple[int, ...]) -> dict[str, Kind]:
+    """The kind of each column, by name."""
+    if len(data_shape) != 1:
+        raise ValueError(f"Columns is for tables, of shape (columns,); got {tuple(data_shape)}")
+    listed = ["Normal"] * data_shape[0] if columns is None else columns
+    given = listed if isinstance(listed, Mapping) else dict(enumerate(listed))
+    if len(given) != data_shape[0]:
+        raise ValueError(
+            f"columns must give one likelihood for each of the {data_shape[0]} columns; got "
+            f"{len(given)}"
+        )
+    return {str(name): _kind(str(name), declared) for name, declared in given.items()}
+
+
+def _kind(name: str, declared: Any) -> Kind:
+    """The kind that is declared for the column `name`."""
+    given: Any = {"class_path": declared} if isinstance(declared, str) else declared
+    keys = set(given) if isinstance(given, Mapping) else set()
+    if not {"class_path"} <= keys <= {"class_path", "init_args"}:
+        raise ValueError(
+            f"column {name!r} must be the name of a likelihood, or a mapping of class_path and "
+            f"init_args; got {declared!r}"
+        )
+    known = {cls.__name__: cls for cls in _final(Likelihood) if cls is not Columns}
+    cls = known.get(given["class_path"])
+    if cls is None:
+        raise ValueError(
+            f"column {name!r}: likelihood {given['class_path']!r} is unknown: choose one of "
+            f"{', '.join(sorted(known))}"
+        )
+    return _checked(name, cls, dict(given.get("init_args") or {}))
+
+
+def _checked(name: str, cls: type[Likelihood], options: dict[str, Any]) -> Kind:
+    taken = [n for n in list(inspect.signature(cls).parameters)[2:] if n != "library"]
+    for option in options:
+        if option not in taken:
+            raise ValueError(
+                f"column {name!r}: {cls.__name__} has no option {option!r}: it has "
+                f"{', '.join(taken) or 'none'}"
+            )
+    options = {**{k: v for k, v in DEFAULTS.items() if k in taken}, **options}
+    try:
+        part = cls(Given(), (1,), **options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"column {name!r}: {error}") from error
+    alone = next(part.parameters(), None) is not None
+    inputs = part.levels if isinstance(part, Categorical) else 1
+    return Kind(cls, options, alone, cls.out_shape((1,), **options)[0], inputs)
+
+
+def _grouped(kinds: list[Kind]) -> list[list[int]]:
+    """Numbers of columns that are computed as one: of one kind without parameters of its own."""
+    groups: dict[str, list[int]] = {}
+    for column, kind in enumerate(kinds):
+        options = sorted(kind.options.items(), key=str)
+        key = f"{kind.cls.__name__}, {options}, {column if kind.alone else 'shared'}"
+        groups.setdefault(key, []).append(column)
+    return list(groups.values())
+
+
+def _line(part: Likelihood, x: Tensor) -> Tensor:
+    """Numbers on a scale on which their deviation says most of them."""
+    return part.line(x) if isinstance(part, LocationScale) else part.inputs(x)
+
+
+def _final(cls: type) -> set[type]:
+    """Classes from `cls` down that have no abstract method left."""
+    children: set[type] = set().union(*map(_final, cls.__subclasses__()))
+    names = (getattr(cls, name, None) for name in dir(cls))
+    abstract = any(getattr(value, "__isabstractmethod__", False) for value in names)
+    return children if abstract else {*children, cls}

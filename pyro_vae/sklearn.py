@@ -1,0 +1,239 @@
+"""A VAE as an estimator of scikit-learn: arrays and frames in, codes, scores and outliers out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import (
+    BaseEstimator,
+    ClassNamePrefixFeaturesOutMixin,
+    DensityMixin,
+    OutlierMixin,
+    TransformerMixin,
+)
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_array, check_is_fitted, validate_data
+from torch import Tensor
+
+from pyro_vae.arguments import check_real
+from pyro_vae.config import build, component
+from pyro_vae.data import read_table, spread
+from pyro_vae.data.frames import read_numbers
+from pyro_vae.estimators import impute, log_evidence
+from pyro_vae.generators import forked
+from pyro_vae.training import fit
+
+__all__ = ["VariationalAutoencoder"]
+
+SCORED = 500  # training rows, at most, whose log p says what an outlier is
+Array = NDArray[np.float64]
+
+
+class VariationalAutoencoder(  # type: ignore[misc]
+    ClassNamePrefixFeaturesOutMixin, TransformerMixin, OutlierMixin, DensityMixin, BaseEstimator
+):
+    """A VAE of the rows of a table: codes, log p(x) of each row, draws and outliers.
+
+    Columns of an array are real numbers unless `schema` says otherwise; those of a frame are what
+    `read_table` infers, text included. NaN is a missing entry: the model is of what was observed.
+    Everything is in the table's own units.
+
+    Args:
+        n_components: Latent size D.
+        schema: Kinds of columns by name, as `read_table` takes; of an array the names are "x0",
+            "x1" and so on.
+        hidden: Widths of the hidden layers of encoder and decoder.
+        prior: Name of a prior, as in `build`.
+        posterior: Name of a posterior.
+        objective: Name of an objective.
+        epochs: Passes over the data.
+        batch_size: Rows of one step.
+        lr: Learning rate of Adam.
+        contamination: Share of outliers in the training data, up to 1/2: `predict` calls a row -1
+            if its log p is below that share of 500 training rows.
+        tolerance: Largest standard error of log p, in nats.
+        budget: Most evaluations of the model for log p of one row, as in `log_evidence`.
+        random_state: Seed of weights, training and draws.
+
+    Attributes:
+        vae_: The VAE, in double precision.
+        schema_: The columns.
+        history_: What `fit` returned.
+        offset_: The log p below which a row is an outlier, in nats.
+        n_features_in_: Number of columns.
+        feature_names_in_: Their names, where `fit` was given a frame.
+
+    References:
+        Kingma and Welling. Auto-encoding variational Bayes. 2013.
+    """
+
+    def __init__(
+        self,
+        n_components: int = 2,
+        *,
+        schema: Mapping[str, Any] | None = None,
+        hidden: Sequence[int] = (100,),
+        prior: str | Mapping[str, Any] = "StandardNormal",
+        posterior: str | Mapping[str, Any] = "DiagonalNormal",
+        objective: str | Mapping[str, Any] = "ELBO",
+        epochs: int = 100,
+        batch_size: int = 100,
+        lr: float = 1e-3,
+        contamination: float = 0.1,
+        tolerance: float = 0.05,
+        budget: int | None = None,
+        random_state: Any = None,
+    ) -> None:
+        self.n_components = n_components
+        self.schema = schema
+        self.hidden = hidden
+        self.prior = prior
+        self.posterior = posterior
+        self.objective = objective
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.contamination = contamination
+        self.tolerance = tolerance
+        self.budget = budget
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any = None) -> VariationalAutoencoder:
+        """Trains on the rows X [N, C]; y is not looked at."""
+        check_real(above=0, contamination=self.contamination)
+        if self.contamination > 0.5:
+            raise ValueError(f"contamination must be at most 0.5; got {self.contamination}")
+        rows = self._first_rows(X)
+        self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        network = {"class_path": "MLP", "init_args": {"hidden": list(self.hidden)}}
+        with forked(torch.device("cpu"), self._seed):
+            self.vae_ = build(
+                len(self.schema_.columns),
+                self.n_components,
+                prior=self.prior,
+                likelihood=self.schema_.likelihood,
+                posterior=self.posterior,
+                encoder=network,
+                decoder=network,
+                missing=True,
+            )
+        objective, options = component("objective", self.objective)
+        self.history_ = fit(
+            self.vae_,
+            rows,
+            objective(**options),
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            seed=self._seed,
+            progress=False,
+        )
+        self.vae_.double().eval()
+        self._n_features_out = self.n_components
+        scored = self._scores(rows[spread(len(rows), SCORED, self._seed)])
+        self.offset_ = float(np.quantile(scored, self.contamination))
+        return self
+
+    def transform(self, X: Any) -> Array:
+        """Posterior means [N, D] of rows."""
+        rows = self._rows(X)
+        with torch.no_grad():
+            return self.vae_.encode(rows).mean.numpy()
+
+    def inverse_transform(self, X: Any) -> Any:
+        """Rows at codes [N, D]: the mean of each number, the likeliest of each category."""
+        check_is_fitted(self)
+        codes = check_array(X, dtype=np.float64, input_name="X")
+        with torch.no_grad():
+            return self._given(self.vae_.likelihood(torch.from_numpy(codes)).mean)
+
+    def impute(self, X: Any, num_draws: int = 100) -> Any:
+        """Rows with their missing entries filled in, given what was observed of each.
+
+        By the mean of real and positive numbers, the median of counts and ordered levels, and
+        the commonest category of `num_draws` draws.
+        """
+        rows = self._rows(X)
+        found = impute(self.vae_, rows, num_draws=num_draws, seed=self._seed)
+        return self._given(self.schema_.centre(found.draws, found.mean))
+
+    def score_samples(self, X: Any) -> Array:
+        """log p(x) of each row in nats, in the table's own units; of what was observed of it."""
+        return self._scores(self._rows(X))
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Mean log p(x) of rows."""
+        return float(self.score_samples(X).mean())
+
+    def decision_function(self, X: Any) -> Array:
+        """log p(x) of each row above `offset_`: negative for outliers."""
+        return self.score_samples(X) - self.offset_
+
+    def predict(self, X: Any) -> NDArray[np.int64]:
+        """-1 for outliers, 1 for others."""
+        return np.where(self.decision_function(X) < 0, -1, 1)
+
+    def sample(self, n_samples: int = 1, random_state: Any = 0) -> Any:
+        """Rows drawn from the model, an array, or a frame where `fit` was given one."""
+        check_is_fitted(self)
+        seed = int(check_random_state(random_state).randint(2**31 - 1))
+        with forked(torch.device("cpu"), seed), torch.no_grad():
+            return self._given(self.vae_.sample(n_samples))
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        tags.non_deterministic = True  # an estimate depends on the rows that are scored with it
+        return tags
+
+    def _scores(self, rows: Tensor) -> Array:
+        evidence = log_evidence(
+            self.vae_,
+            rows.double(),
+            tolerance=self.tolerance,
+            budget=self.budget,
+            audit=False,
+            seed=self._seed,
+        )
+        return evidence.log_prob.double().numpy()
+
+    def _first_rows(self, X: Any) -> Tensor:
+        """Training rows [N, C], float32; learns the schema."""
+        self._is_frame = hasattr(X, "columns")
+        if self._is_frame:
+            validate_data(self, X, skip_check_array=True)
+            rows, self.schema_ = read_table(X, self.schema)
+        else:
+            rows, self.schema_ = read_numbers(self._array(X, reset=True), self.schema)
+        return rows
+
+    def _rows(self, X: Any) -> Tensor:
+        """Rows [N, C] in double precision, with the codes of the schema."""
+        check_is_fitted(self)
+        if self._is_frame and hasattr(X, "columns"):
+            validate_data(self, X, reset=False, skip_check_array=True)
+            return read_table(X, self.schema_)[0].double()
+        return torch.from_numpy(np.array(self._array(X, reset=False)))  # a copy may be written
+
+    def _array(self, X: Any, reset: bool) -> Array:
+        least = 2 if reset else 1
+        return validate_data(
+            self,
+            X,
+            reset=reset,
+            dtype=np.float64,
+            ensure_all_finite="allow-nan",
+            ensure_min_samples=least,
+        )
+
+    def _given(self, rows: Tensor) -> Any:
+        """Rows as `fit` was given them."""
+        if not self._is_frame:
+            return rows.numpy()
+        import pandas
+
+        return pandas.DataFrame(self.schema_.decode(rows))

@@ -1,0 +1,222 @@
+"""Tables with text and empty cells, and their schema."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pyro_vae import build
+from pyro_vae.data import Schema, read_table
+
+PEOPLE = """age,job,pay,grade,visits,member
+23,baker,1200.5,2,0,yes
+,clerk,812.25,1,3,no
+41,,120000.75,3,14,no
+67,baker,3100.5,1,1,
+33,pilot,41000.25,3,,yes
+29,clerk,650.75,2,7,no
+"""
+
+
+def people(rows: int = 4) -> str:
+    """A small table, its rows repeated with other ages and pays."""
+    head, *lines = PEOPLE.strip().splitlines()
+    more = [line.replace(".", f"{i}.") for i in range(rows) for line in lines]
+    return "\n".join([head, *more]) + "\n"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "people.csv"
+    path.write_text(people())
+    return path
+
+
+def test_kinds_are_inferred_and_print_as_yaml(file: Path) -> None:
+    rows, schema = read_table(file)
+    assert rows.shape == (24, 6)
+    assert rows.dtype == torch.float32
+    kinds = {name: column.kind for name, column in schema.columns.items()}
+    assert kinds == {
+        "age": "ordinal", "job": "category", "pay": "positive", "grade": "ordinal",
+        "visits": "ordinal", "member": "binary",
+    }  # fmt: skip
+    assert schema.columns["job"].categories == ("baker", "clerk", "pilot")
+    assert rows[1, 0].isnan()
+    assert rows[:3, 1].nan_to_num(-1).tolist() == [0, 1, -1]
+    assert rows[0, 5] == 1
+    assert Schema.restore(yaml.safe_load(str(schema))) == schema
+    again, edited = read_table(file, {**schema.plain, "age": {"kind": "StudentT"}})
+    assert edited.columns["age"].likelihood == "StudentT"
+    assert again[:3, 0].nan_to_num(-1).tolist() == [23, -1, 41]
+
+
+@pytest.mark.parametrize(
+    ("cells", "kind", "resolution"),
+    [
+        ([0.1 * i + 0.013 * i**2 for i in range(1, 50)], "positive", None),
+        ([20 + math.sin(i) for i in range(50)], "real", None),
+        ([20 + round(math.sin(i), 1) for i in range(50)], "real", 0.1),
+        ([round(math.exp(i % 17 / 2), 1) for i in range(50)], "positive", 0.6),
+        ([1990 + i % 20 for i in range(50)], "real", 1.0),
+        ([(i * i) % 97 for i in range(50)], "count", None),
+        ([i % 5 for i in range(50)], "ordinal", None),
+        ([i % 2 for i in range(50)], "binary", None),
+        ([7.5 if i % 2 else -1 for i in range(50)], "binary", None),
+        ([0.0] * 20 + [2.5 * i for i in range(1, 31)], "positive", 2.5),
+        ([-(i % 30) for i in range(50)], "real", 1.0),
+    ],
+)
+def test_kinds_of_numbers(
+    cells: list, kind: str, resolution: float | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "t.tsv"
+    path.write_text("\n".join(["a\tb", *(f"{cell}\t{i}" for i, cell in enumerate(cells))]))
+    column = read_table(path)[1].columns["a"]
+    assert column.kind == kind
+    assert column.resolution == pytest.approx(resolution)
+
+
+def test_a_table_is_written_as_it_was_read(file: Path) -> None:
+    rows, schema = read_table(file)
+    written = file.with_name("again.csv")
+    written.write_text(schema.csv(rows))
+    again, _ = read_table(written, schema)
+    assert torch.equal(again.nan_to_num(-1), rows.nan_to_num(-1))
+    assert schema.csv(rows).splitlines()[2] == "," + people().splitlines()[2][1:]
+
+
+def test_semicolons_with_decimal_commas_and_other_orders_of_columns(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("b;a\n1,5;x\n2,25;y\n-3;z\n")
+    rows, schema = read_table(path)
+    assert rows[:2, 0].tolist() == [1.5, 2.25]
+    path.write_text("a,b\ny,7\n")
+    other, _ = read_table(path, schema)
+    assert other.tolist() == [[7.0, 1.0]]
+
+
+@pytest.mark.parametrize("form", ["pandas", "parquet", "pyarrow"])
+def test_frames(form: str, tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    pyarrow = pytest.importorskip("pyarrow")
+    frame = pandas.DataFrame(
+        {
+            "size": pandas.Categorical(
+                ["lo", "hi", "mid", None], ["lo", "mid", "hi"], ordered=True
+            ),
+            "job": ["a", "b", None, "c"],
+            "old": [True, False, True, None],
+            "pay": [1.5, math.nan, 2.25, 800.0],
+        },
+        index=[3, 5, 7, 11],
+    )
+    source = {"pandas": frame, "pyarrow": pyarrow.Table.from_pandas(frame)}.get(form)
+    if source is None:
+        source = tmp_path / "t.parquet"
+        frame.to_parquet(source)
+    rows, schema = read_table(source)
+    assert list(schema.columns) == ["size", "job", "old", "pay"]
+    assert schema.columns["size"].categories == ("lo", "mid", "hi")
+    assert schema.columns["size"].kind == "ordinal"
+    assert rows.nan_to_num(-1).tolist() == [
+        [0, 0, 1, 1.5], [2, 1, 0, -1], [1, -1, 1, 2.25], [-1, 2, -1, 800]
+    ]  # fmt: skip
+
+
+BAD = {
+    "": "expected a line of names and rows below it, got 0 lines",
+    "a,b\n1,2,3\n4,5,6\n": "expected 2 columns as in the first line, got 3 in row 2",
+    "a,b\n,2\n,3\n": "column 'a' is empty in all rows: leave it out",
+    "a,b\n7,x\n7,y\n": "column 'a' holds 7 in all rows: leave it out",
+    "a,b\nx,1\nx,2\n": "column 'a' holds 'x' in all rows: leave it out",
+    "a,b\n1,1\n2,2\nx,3\n": "column 'a' holds 2 numbers beside text such as 'x'",
+    "a,b\ninf,1\n2,2\n": "column 'a' holds infinite values",
+    "a,b\n2020-01-31,1\n2021-02-03,2\n": "column 'a' holds dates, such as '2020-01-31'",
+    "a,b\n31.1.2020,1\n3.2.2021,2\n": "column 'a' holds dates",
+    "a,1.5\nx,1\ny,2\n": "expected a line of names first, got '1.5' for column 2",
+    "a,a\nx,1\ny,2\n": "expected different names, got 'a' twice",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BAD.items(), ids=range(len(BAD)))
+def test_what_is_no_table_to_learn_from(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as refused:
+        read_table(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_names_and_ids_are_no_categories(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("a,b\n" + "".join(f"name{i},{i % 7}\n" for i in range(100_000)))
+    with pytest.raises(ValueError, match="column 'a' holds 100000 different texts in 100000 rows"):
+        read_table(path)
+
+
+def test_a_file_of_bytes_is_no_table(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(bytes(range(128, 256)))
+    with pytest.raises(ValueError, match="expected a table in UTF-8"):
+        read_table(path)
+    with pytest.raises(ValueError, match="expected a file at"):
+        read_table(tmp_path / "none.csv")
+    path = tmp_path / "t.parquet"
+    path.write_bytes(b"none")
+    pytest.importorskip("pyarrow")
+    with pytest.raises(ValueError, match="expected a table with one kind of values"):
+        read_table(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("baker", "diver", "column 'job': expected one of the categories baker, clerk, pilot, got "
+         "'diver' in row 0 .* correct the cell, or leave it empty"),
+        ("1200", "plenty", "column 'pay': expected a finite number, got 'plenty0.5' in row 0"),
+        ("1200", "inf", "column 'pay': expected a finite number, got 'inf0.5' in row 0"),
+        ("pay", "wage", r"others \(missing: pay; unknown: wage\): give the table these columns"),
+        (",member", "", "expected 5 columns as in the first line, got 6"),
+    ],
+)  # fmt: skip
+def test_later_rows_must_fit_the_schema(old: str, new: str, message: str, file: Path) -> None:
+    _, schema = read_table(file)
+    file.write_text(people().replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        read_table(file, schema)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("reel", "column 'age': kind must be one of real, .* got 'reel'"),
+        ({"kind": "category"}, "column 'age': kind category needs two different categories"),
+        ({"kind": "real", "categories": ["a", "b"]}, "kind real needs no categories"),
+        ({"kind": "real", "resolution": -1}, "column 'age': resolution must be positive; got -1"),
+        ({"kind": "real", "width": 1}, "must be a kind, or a mapping of kind, categories and"),
+        (3, "must be a kind, or a mapping"),
+    ],
+)
+def test_wrong_schemas(entry: object, message: str, file: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_table(file, {"age": entry})
+    with pytest.raises(ValueError, match="the schema names columns that are not there: old"):
+        read_table(file, {"old": "real"})
+
+
+def test_a_schema_declares_the_likelihood(file: Path) -> None:
+    rows, schema = read_table(file, {"age": {"kind": "real", "resolution": 1}})
+    vae = build((6,), 2, likelihood=schema.likelihood, missing=True)
+    vae.initialise(rows)
+    assert vae.likelihood.names == list(schema.columns)
+    assert (
+        vae.likelihood.observed(vae.likelihood(torch.zeros(24, 2))).log_prob(rows).isfinite().all()
+    )
+    drawn = schema.csv(vae.sample(5)).splitlines()
+    assert drawn[0] == "age,job,pay,grade,visits,member"
+    assert drawn[1].split(",")[1] in ("baker", "clerk", "pilot")

@@ -1,0 +1,191 @@
+"""Tables with text and empty cells on the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pyro_vae import column_log_prob, load
+from pyro_vae.__main__ import main
+from pyro_vae.data import Schema, read_table
+
+JOBS = ["baker", "clerk", "pilot"]
+SMALL = [
+    *("--encoder.hidden=[7]", "--decoder.hidden=[7]", "--latent_dim=2", "--progress=false"),
+    "--epochs=3",
+]
+
+
+def people(rows: int = 101) -> list[list[object]]:
+    """Rows of a small table, a tenth of its cells empty."""
+    torch.manual_seed(0)
+    table = []
+    for t in torch.randn(rows).tolist():
+        job = JOBS[min(max(round(1 + t), 0), 2)]
+        row = [round(40 + 10 * t, 1), job, round(math.exp(7 + 2 * t), 2), min(max(round(t), 0), 2)]
+        table.append([cell if torch.rand(()) > 0.1 else "" for cell in row])
+    return table
+
+
+def written(path: Path, rows: list, names: str = "age,job,pay,edu.num") -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([names.split(","), *rows])
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tables")
+    data = written(folder / "people.csv", people())
+    schema = "{age: {kind: real, resolution: 0.1}}"
+    assert main(["train", *SMALL, "--data", str(data), "--run", str(folder / "run"),
+                 "--schema", schema]) == 0  # fmt: skip
+    return folder / "run"
+
+
+def test_a_run_holds_the_schema(run: Path) -> None:
+    declared = yaml.safe_load((run / "config.yaml").read_text())
+    schema = Schema.restore(declared["schema"])
+    assert schema.columns["age"].resolution == 0.1
+    assert schema.columns["job"].categories == tuple(JOBS)
+    assert Schema.restore(json.loads((run / "data.json").read_text())["rows"]["schema"]) == schema
+    vae = load(run)
+    assert vae.missing
+    assert vae.likelihood.names == ["age", "job", "pay", "edu.num"]
+    rows, _ = read_table(run.parent / "people.csv", schema)
+    assert torch.equal(vae.likelihood.input_scale > 0, torch.ones(3, dtype=torch.bool))
+    assert vae.likelihood.observed(vae.likelihood(torch.zeros(101, 2))).log_prob(rows).max() < 0
+
+
+def test_train_prints_the_schema_and_its_config_trains_again(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = ["--config", str(run / "config.yaml"), "--run", str(tmp_path / "again")]
+    assert main(["train", *options, "--epochs", "1", "--progress", "false",
+                 "--likelihood.columns", "{age: StudentT}"]) == 0  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "age: {kind: real, resolution: 0.1}" in printed
+    assert "categories: [baker, clerk, pilot]" in printed
+    kinds = [type(part).__name__ for part in load(tmp_path / "again").likelihood.parts]
+    assert kinds == ["StudentT", "Categorical", "LogNormal", "Ordinal"]
+
+
+def test_samples_are_written_as_the_table_is(run: Path) -> None:
+    assert main(["sample", str(run), "--size", "31"]) == 0
+    rows, _ = read_table(run / "samples.csv", Schema.restore(yaml.safe_load(
+        (run / "config.yaml").read_text())["schema"]))  # fmt: skip
+    assert rows.shape == (31, 4)
+    assert not rows.isnan().any()
+    lines = (run / "samples.csv").read_text().splitlines()
+    assert {line.split(",")[1] for line in lines[1:]} <= set(JOBS)
+
+
+def test_score_matches_columns_by_name_and_says_which_is_odd(run: Path, tmp_path: Path) -> None:
+    rows = people()[:5]
+    plain = written(tmp_path / "a.csv", rows)
+    other = written(tmp_path / "b.csv", [row[::-1] for row in rows], "edu.num,pay,job,age")
+    for file in (plain, other):
+        assert main(["score", str(run), str(file), "--columns", "true", "--progress=false"]) == 0
+    first, second = (
+        list(csv.DictReader((tmp_path / f"{n}.scores.csv").read_text().splitlines()))
+        for n in ("a", "b")
+    )
+    assert first == second
+    x, _ = read_table(plain, Schema.restore(yaml.safe_load(
+        (run / "config.yaml").read_text())["schema"]))  # fmt: skip
+    truth = column_log_prob(load(run), x)
+    for row, values in zip(first, truth.tolist()):
+        cells = [row[f"log_prob of {name}"] for name in ("age", "job", "pay", "edu.num")]
+        found = [float(cell or "nan") for cell in cells]
+        assert found == pytest.approx(values, abs=1e-5, nan_ok=True)
+
+
+def test_impute_fills_the_holes_of_a_table_and_leaves_the_rest(run: Path, tmp_path: Path) -> None:
+    rows = people()[:17]
+    file = written(tmp_path / "a.csv", rows)
+    assert main(["impute", str(run), str(file), "--draws", "2", "--progress=false"]) == 0
+    for name in ("a.imputed.csv", "a.imputed-1.csv", "a.imputed-2.csv"):
+        names, *found = list(csv.reader((tmp_path / name).read_text().splitlines()))
+        assert names == ["age", "job", "pay", "edu.num"]
+        for row, filled in zip(rows, found, strict=True):
+            for cell, value in zip(row, filled, strict=True):
+                same = value in JOBS if isinstance(cell, str) else float(value) == cell
+                assert value != "" if cell == "" else value == cell or same, (row, filled)
+
+
+def test_evaluate_and_report_say_what_is_missing_and_odd(run: Path) -> None:
+    assert main(["evaluate", str(run), "--progress=false", "--num_samples", "101"]) == 0
+    numbers = json.loads((run / "evaluation.json").read_text())
+    assert len(numbers["odd_rows"]) == 5
+    lowest = [row["log_prob"] for row in numbers["odd_rows"]]
+    assert lowest == sorted(lowest)
+    assert set(numbers["missing"]) <= {"age", "job", "pay", "edu.num"}
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "The oddest rows, and why" in page
+    assert "Share of rows that lack a value" in page
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("pilot", "diver", "expected one of the categories baker, clerk, pilot, got 'diver'"),
+        ("pay", "wage", "missing: pay; unknown: wage"),
+        ("clerk", "7", "expected one of the categories baker, clerk, pilot, got '7'"),
+        ("age,job", "age;job", "expected"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(
+    old: str, new: str, message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = written(tmp_path / "t.csv", people())
+    file.write_text(file.read_text().replace(old, new))
+    assert main(["score", str(run), str(file)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--likelihood", "Normal"], "which the likelihood Columns is for; got Normal"),
+        (["--schema", "{ages: real}"], "the schema names columns that are not there: ages"),
+        (["--likelihood", "Columns", "--likelihood.columns", "{ages: Normal}"],
+         "there is no column 'ages', did you mean 'age'?"),
+        (["--schema", "{job: real}"], "column 'job': expected a finite number, got '"),
+        (["--schema", "{age: reel}"], "kind must be one of real"),
+    ],
+)  # fmt: skip
+def test_wrong_declarations_of_tables_write_nothing(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = written(tmp_path / "t.csv", people())
+    out = ["--run", str(tmp_path / "run")]
+    assert main(["train", *SMALL, "--data", str(file), *out, *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+
+
+@pytest.mark.filterwarnings("ignore:posterior collapse")
+def test_numbers_alone_are_read_as_before_unless_columns_are_asked_for(tmp_path: Path) -> None:
+    rows = [[cell for cell in row if cell not in JOBS] for row in people()]
+    rows = [row for row in rows if len(row) == 3 and "" not in row]
+    file = written(tmp_path / "t.csv", rows, "age,pay,edu")
+    out = tmp_path / "run"
+    assert main(["train", *SMALL, "--data", str(file), "--run", str(out), "--likelihood",
+                 "Columns"]) == 0  # fmt: skip
+    kinds = [type(part).__name__ for part in load(out).likelihood.parts]
+    assert kinds == ["Normal", "LogNormal", "Ordinal"]
+    assert main(["train", *SMALL, "--data", str(file), "--run", str(tmp_path / "plain"),
+                 "--likelihood", "Normal"]) == 0  # fmt: skip
+    assert "schema" not in json.loads((tmp_path / "plain" / "data.json").read_text())["rows"]

@@ -1,0 +1,106 @@
+"""The estimator of scikit-learn's interface."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pandas
+import pytest
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from pyro_vae import log_evidence
+from pyro_vae.data import read_table
+from pyro_vae.sklearn import VariationalAutoencoder
+
+SMALL = {"hidden": (5,), "epochs": 2, "tolerance": 1.0, "budget": 6000}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:posterior collapse")
+@parametrize_with_checks([VariationalAutoencoder(**SMALL)])
+def test_scikit_learn_takes_it_for_an_estimator(estimator: object, check: object) -> None:
+    check(estimator)
+
+
+def frame(rows: int = 41) -> pandas.DataFrame:
+    """A small table of numbers, text and missing cells."""
+    noise = np.random.default_rng(0)
+    size = noise.normal(size=rows)
+    job = np.where(size > 0, "clerk", "baker").astype(object)
+    job[:3] = "pilot"
+    job[5] = None
+    pay = np.exp(7 + size)
+    pay[7] = np.nan
+    return pandas.DataFrame({"size": size, "job": job, "pay": pay})
+
+
+@pytest.mark.filterwarnings("ignore:posterior collapse")
+def test_frames_come_in_and_go_out_with_their_categories() -> None:
+    x = frame()
+    model = VariationalAutoencoder(2, **SMALL, random_state=3).fit(x)
+    assert list(model.feature_names_in_) == ["size", "job", "pay"]
+    rows, schema = read_table(x)
+    assert schema == model.schema_
+    truth = log_evidence(
+        model.vae_, rows[:7].double(), tolerance=1.0, budget=6000, audit=False, seed=model._seed
+    )
+    np.testing.assert_allclose(model.score_samples(x[:7]), truth.log_prob)
+    full = model.impute(x, num_draws=20)
+    assert full.notna().all().all()
+    assert full["job"][5] in ("baker", "clerk", "pilot")
+    kept = x["pay"].notna()
+    np.testing.assert_allclose(full["pay"][kept], x["pay"][kept], rtol=1e-6)
+    assert list(model.sample(3).columns) == ["size", "job", "pay"]
+    assert model.inverse_transform(model.transform(x)).shape == (41, 3)
+    with pytest.raises(ValueError, match="expected one of the categories baker, clerk, pilot"):
+        model.transform(x.assign(job="diver"))
+
+
+@pytest.mark.filterwarnings("ignore:posterior collapse")
+def test_a_pipeline_a_search_and_named_outputs() -> None:
+    x = np.random.default_rng(0).normal(size=(30, 3))
+    x[4, 1] = np.nan
+    model = VariationalAutoencoder(2, **SMALL, random_state=3)
+    piped = make_pipeline(StandardScaler(), model).set_output(transform="pandas")
+    names = ["variationalautoencoder0", "variationalautoencoder1"]
+    assert list(piped.fit_transform(x).columns) == names
+    search = GridSearchCV(model, {"n_components": [1, 2]}, cv=2).fit(x)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    fitted = search.best_estimator_
+    assert np.array_equal(pickle.loads(pickle.dumps(fitted)).transform(x), fitted.transform(x))
+    odd = fitted.fit(x).score_samples(x) < fitted.offset_
+    assert odd.sum() == 3
+    assert np.array_equal(fitted.predict(x) == -1, odd)
+
+
+@pytest.mark.filterwarnings("ignore:posterior collapse")
+def test_units_change_scores_by_their_logarithm() -> None:
+    x = np.random.default_rng(0).normal(size=(30, 2))
+    first, second = (
+        VariationalAutoencoder(2, **SMALL, random_state=3).fit(scale * x)
+        for scale in (1.0, 1000.0)
+    )
+    shift = first.score_samples(x) - second.score_samples(1000 * x)
+    np.testing.assert_allclose(shift, 2 * np.log(1000), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"contamination": 0.7}, "contamination must be at most 0.5"),
+        ({"contamination": 0}, "contamination must be positive"),
+        (
+            {"schema": {"x7": "real"}},
+            "names columns that are not there: x7; those of an array",
+        ),
+        ({"prior": "None"}, "prior 'None' is unknown"),
+        ({"n_components": 0}, "latent_dim must be at least 1"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VariationalAutoencoder(**options).fit(np.random.default_rng(0).normal(size=(11, 2)))
