@@ -274,17 +274,18 @@ def _apart(
 
 def _label_term(p: Sites, log_p: dict[str, Tensor], log_q: dict[str, Tensor]) -> Tensor | None:
     """Sum over sites with infer={"label_weight": w} of w log p(label | x) [B], or None."""
-    weighted = {
-        n: s["infer"]["label_weight"] for n, s in p.items() if s["infer"].get("label_weight")
-    }
+    found = {n: s["infer"].get("label_weight") for n, s in p.items()}
+    weighted = {name: weight for name, weight in found.items() if weight}
     if not weighted:
         return None
-    rest = sum(v for n, v in log_p.items() if n not in weighted) - sum(log_q.values())
+    rest = _total({n: v for n, v in log_p.items() if n not in weighted}) - _total(log_q)
     whole = rest.flatten(0, 1).logsumexp(0)
-    return sum(
-        weight * ((rest + log_p[name]).flatten(0, 1).logsumexp(0) - whole)
-        for name, weight in weighted.items()
-    )
+    terms = {n: (rest + log_p[n]).flatten(0, 1).logsumexp(0) - whole for n in weighted}
+    return _total({n: weight * terms[n] for n, weight in weighted.items()})
+
+
+def _total(terms: dict[str, Tensor]) -> Tensor:
+    return sum(terms.values(), torch.zeros(()))
 
 
 def _terms(fn: Any, value: Tensor, like: Tensor) -> Tensor:
