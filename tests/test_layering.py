@@ -20,6 +20,10 @@ ALLOWED: dict[str, set[str]] = {
     "likelihoods": {"torch", "arguments", "pyro", "distributions"},
     "posteriors": {"torch", "arguments", "pyro", "distributions"},
     "hierarchy": {"torch", "pyro", "distributions", "priors", "posteriors"},
+    "classes": {
+        *("torch", "arguments", "pyro", "distributions"),
+        *("priors", "likelihoods", "posteriors", "vae"),
+    },
     "vae": {
         *("torch", "arguments", "pyro", "distributions", "memory"),
         *("priors", "likelihoods", "posteriors", "hierarchy"),

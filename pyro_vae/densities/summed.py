@@ -188,9 +188,11 @@ def summed_densities(
     C, K = len(next(iter(values.values()))), num_particles
     others = _latents(model, x, y).keys() - values
     own = bool(values.keys() & _latents(guide, x, y).keys()) or not others
-    blocks, rows = (C * K if own else K), C * K
-    traced = run_program(guide, x, y, blocks, Given(values, {}), fold=folds(guide, x, y, blocks))
-    q = {n: s for n, s in sample_sites(traced, "guide").items() if n not in values}
+    q_all = _guide_sites(guide, x, y, C * K if own else K, values)
+    if not own and values.keys() & q_all.keys():  # the look at one row failed
+        own, q_all = True, _guide_sites(guide, x, y, C * K, values)
+    q = {n: s for n, s in q_all.items() if n not in values}
+    rows = C * K
     draws = {n: s["value"] for n, s in q.items()}
     repeated = draws if own else {n: z.repeat(C, *(1,) * (z.ndim - 1)) for n, z in draws.items()}
     traced = run_program(model, x, y, rows, Given(values, repeated), fold=folds(model, x, y, rows))
@@ -217,6 +219,15 @@ def summed_densities(
         each=_apart(p, q, values, C * K, fields) if own else None,
         label_term=_label_term(p, log_p, log_q),
     )
+
+
+def _guide_sites(
+    guide: Program, x: Tensor, y: Tensor | None, num_particles: int, values: Values
+) -> Sites:
+    own = num_particles % len(next(iter(values.values()))) == 0
+    fold = folds(guide, x, y, num_particles)
+    given = Given(values if own else {}, {})
+    return sample_sites(run_program(guide, x, y, num_particles, given, fold=fold), "guide")
 
 
 def _mixtures(
