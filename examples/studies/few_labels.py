@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def main(
         vae = build(
             data.train.data_shape, 20, encoder=wide, decoder=wide, classes=10, label_weight=weight
         )
-        train = data.train.with_labels(few(data.train.labels, per_class))
+        train = replace(data.train, labels=few(data.train.labels, per_class)).one_hot()
         start = time.perf_counter()
         fit(vae, train, epochs=2 if smoke else epochs, batch_size=100, progress=False)
         seconds = time.perf_counter() - start

@@ -102,7 +102,7 @@ def test_classes_are_counted_over_all_parts(tmp_path: Path) -> None:
             {"x": np.ones((3, 2)), "y": np.arange(3), "labels": np.arange(3)},
             "y of integers .* and labels .* keep one, or store y as floating point",
         ),
-        ({"x": np.ones((3, 2)), "y": np.array([0, 1, -1])}, "labels from 0, got negative ones"),
+        ({"x": np.ones((3, 2)), "y": np.array([0, 1, -2])}, "or -1 where unknown, got negative"),
         ({"X": np.ones((3, 2))}, "'y' .* and 'labels' .* got X"),
         ({"x": np.array([[1.0], [np.inf], [np.nan]])}, r"1 row\(s\), the first one row 1 "),
         ({"x": np.array([[1.0], [1e300], [1.0]])}, "row 1 "),
