@@ -12,6 +12,7 @@ COMMANDS = {
     "compare": "runs on the same data: paired differences of log p(x) with their errors",
     "sample": "draws of a run's model, as a picture and an .npz file",
     "encode": "posterior means and scales of a file's rows, as .npz or .csv",
+    "classify": "class of each row of a file, with probabilities, as .csv",
     "plot": "the figures of a run again",
     "report": "one HTML page of a run, with all of the above, that opens from disk",
     "explore": "one HTML page that runs a run's decoder: move in its latent space, pick data",

@@ -12,7 +12,7 @@ from pathlib import Path
 from jsonargparse import ArgumentError, Namespace
 
 from pyro_vae.cli.explore import explore
-from pyro_vae.cli.judge import compare, evaluate, score
+from pyro_vae.cli.judge import classify, compare, evaluate, score
 from pyro_vae.cli.options import (
     PARSERS,
     check_names,
@@ -60,6 +60,7 @@ def run(argv: list[str]) -> int:
         "compare": compare,
         "sample": sample,
         "encode": encode,
+        "classify": classify,
         "plot": plot,
         "report": report,
         "explore": explore,
