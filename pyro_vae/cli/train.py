@@ -16,7 +16,7 @@ from pyro_vae.cli.folder import declared_run, read_record, record
 from pyro_vae.cli.hints import hints
 from pyro_vae.cli.parts import KlParts
 from pyro_vae.cli.use import draw
-from pyro_vae.data import Splits, load_data, locate
+from pyro_vae.data import Data, Splits, load_data, locate
 from pyro_vae.files import locked
 from pyro_vae.objectives import Objective
 from pyro_vae.training import History, fit, is_first_process, read_run

@@ -118,6 +118,7 @@ def _check_names(path: Path, names: list[str]) -> None:
 
 
 def _labels(path: Path, column: Tensor) -> Tensor:
+    column = column.nan_to_num(nan=-1.0)  # an empty cell
     bad = (column != column.round()).nonzero()
     if len(bad):
         row = int(bad[0])

@@ -191,6 +191,19 @@ def test_csv_tables(tmp_path: Path, head: str) -> None:
     assert splits.train.columns == splits.test.fixed().columns == names
 
 
+def test_labels_that_are_unknown_are_minus_one(tmp_path: Path) -> None:
+    path = tmp_path / "few.csv"
+    path.write_text("a,label\n" + "".join(f"{i}.5,{i % 2 if i < 4 else ''}\n" for i in range(31)))
+    train = load_data(path).train
+    assert torch.equal(train.labels, torch.where(train.rows < 4, train.rows % 2, -1))
+    arrays = tmp_path / "few.npz"
+    np.savez(arrays, x=np.ones((31, 2)), labels=np.where(np.arange(31) < 4, 1.0, np.nan))
+    train = load_data(arrays).train
+    assert torch.equal(train.labels, torch.where(train.rows < 4, 1, -1))
+    known = (train.labels >= 0).float()
+    assert torch.equal(train.one_hot().y, torch.stack([0 * known, known], 1))
+
+
 def test_a_csv_column_of_labels(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text("a,b,label\n" + "".join(f"{i}.5,1e-3,{i % 3}\n" for i in range(11)))
