@@ -187,11 +187,8 @@ def summed_densities(
     """
     C, K = len(next(iter(values.values()))), num_particles
     others = _latents(model, x, y).keys() - values
-    own = bool(values.keys() & _latents(guide, x, y).keys()) or not others
-    q_all = _guide_sites(guide, x, y, C * K if own else K, values)
-    if not own and values.keys() & q_all.keys():  # the look at one row failed
-        own, q_all = True, _guide_sites(guide, x, y, C * K, values)
-    q = {n: s for n, s in q_all.items() if n not in values}
+    q, own = _guided(guide, x, y, K, values)
+    own = own or not others
     rows = C * K
     draws = {n: s["value"] for n, s in q.items()}
     repeated = draws if own else {n: z.repeat(C, *(1,) * (z.ndim - 1)) for n, z in draws.items()}
@@ -221,13 +218,20 @@ def summed_densities(
     )
 
 
-def _guide_sites(
+def _guided(
     guide: Program, x: Tensor, y: Tensor | None, num_particles: int, values: Values
-) -> Sites:
-    own = num_particles % len(next(iter(values.values()))) == 0
-    fold = folds(guide, x, y, num_particles)
-    given = Given(values if own else {}, {})
-    return sample_sites(run_program(guide, x, y, num_particles, given, fold=fold), "guide")
+) -> tuple[Sites, bool]:
+    """Sites of a guide, and whether it has those of `values`, and so draws for each of them."""
+    own = bool(values.keys() & _latents(guide, x, y).keys())
+    rows = num_particles * (len(next(iter(values.values()))) if own else 1)
+    given, fold = Given(values if own else {}, {}), folds(guide, x, y, rows)
+    sites = sample_sites(run_program(guide, x, y, rows, given, fold=fold), "guide")
+    if values.keys() & sites.keys() and not own:
+        raise ValueError(
+            f"guide site {sorted(values)} was not seen in a run on one row: let the guide take "
+            "any number of rows"
+        )
+    return {name: site for name, site in sites.items() if name not in values}, own
 
 
 def _mixtures(
