@@ -13,6 +13,7 @@ COMMANDS = {
     "sample": "draws of a run's model, as a picture and an .npz file",
     "encode": "posterior means and scales of a file's rows, as .npz or .csv",
     "impute": "a file with its missing values filled in, and files of draws of them",
+    "classify": "class of each row of a file, with probabilities, as .csv",
     "plot": "the figures of a run again",
     "report": "one HTML page of a run, with all of the above, that opens from disk",
     "explore": "one HTML page that runs a run's decoder: move in its latent space, pick data",

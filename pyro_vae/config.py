@@ -17,6 +17,7 @@ from torch.distributions import constraints
 
 from pyro_vae import likelihoods, networks, objectives, posteriors, priors
 from pyro_vae.arguments import as_shape, check_whole, closest
+from pyro_vae.classes import ClassVAE
 from pyro_vae.files import reading
 from pyro_vae.hierarchy import Inference, Layers, Lowest
 from pyro_vae.memory import parameters_that_fit
@@ -54,7 +55,7 @@ BASES: dict[str, type] = {
 PLAIN = (NoneType, bool, int, float, str, list, tuple, dict, EllipsisType, ...)
 INJECTED = {
     *("latent_dim", "data_shape", "posterior", "posteriors", "prior", "encoder", "decoder"),
-    *("network", "in_shape", "out_shape"),
+    *("network", "in_shape", "out_shape", "classes"),
 }
 DENSE = (networks.MLP, networks.GatedMLP)  # networks that read vectors
 
@@ -72,6 +73,8 @@ def build(
     missing: bool = False,
     hierarchy: Declared | None = None,
     skip: bool = False,
+    classes: int = 0,
+    label_weight: float = 0.0,
 ) -> VAE:
     """A VAE from the names of its parts.
 
@@ -95,6 +98,9 @@ def build(
         hierarchy: Name of the order of inference of several layers: "TopDown" (taken if
             `latent_dim` has several sizes), "BottomUp" or "Ladder".
         skip: Whether p(x | z) sees all layers of a hierarchy, or the one next to it alone.
+        classes: Number of classes, known for some data or none, which makes a `ClassVAE`; 0 for
+            none. Both networks are conditioned on the class.
+        label_weight: What each known label adds to objectives: this times log p(y | x).
 
     Raises:
         ValueError: If a name or option is unknown (with the closest known one), or an option has
@@ -103,7 +109,8 @@ def build(
     """
     sizes = as_shape("latent_dim", latent_dim)
     order = _order(latent_dim, hierarchy, skip)
-    check_whole(0, condition_dim=condition_dim)
+    labelled = _labelled(classes, label_weight, condition_dim, order is not None)
+    condition_dim = condition_dim or classes
     shape = as_shape("data_shape", data_shape)
     declared = {
         "prior": component("prior", prior),
@@ -115,6 +122,7 @@ def build(
     likelihood_class, options = declared["likelihood"]
     inputs = _size(declared["likelihood"], "input_shape", shape, missing=missing)
     filled: dict[str, Any] = {"latent_dim": sizes[-1], "data_shape": shape}
+    filled |= {"classes": classes} if classes else {}
     seen = sum(sizes) if skip else sizes[0]
     raw = likelihood_class.out_shape(shape, **options)  # type: ignore[attr-defined]
     network = _make(declared["decoder"], {"in_shape": (seen,), "out_shape": raw})
@@ -122,7 +130,8 @@ def build(
     made_likelihood = _make(declared["likelihood"], filled)
     filled["data_shape"] = inputs  # a prior's pseudo-inputs lie where the encoder reads
     made_prior, made_posterior = _latents(declared, order, filled, sizes)
-    vae = VAE(made_prior, made_likelihood, made_posterior, missing)
+    kind: Any = ClassVAE if classes else VAE
+    vae: VAE = kind(made_prior, made_likelihood, made_posterior, missing, **labelled)
     if order is not None:
         declared["hierarchy"] = order
     vae.declaration = {
@@ -130,12 +139,27 @@ def build(
         "latent_dim": sizes[0] if order is None else list(sizes),
         **({} if order is None else {"skip": skip}),
         **({"missing": True} if missing else {}),
+        **labelled,
         **{
             family: {"class_path": _name(cls), "init_args": options}
             for family, (cls, options) in declared.items()
         },
     }
     return vae
+
+
+def _labelled(
+    classes: int, label_weight: float, condition_dim: int, several: bool
+) -> dict[str, Any]:
+    """What is declared of classes; empty if there are none."""
+    check_whole(0, condition_dim=condition_dim, classes=classes)
+    if (condition_dim or several) and classes or label_weight and not classes:
+        raise ValueError(
+            "classes go with condition_dim=0 and one layer of latents, and label_weight with "
+            f"classes; got classes={classes}, condition_dim={condition_dim}, "
+            f"label_weight={label_weight}"
+        )
+    return {"classes": classes, "label_weight": label_weight} if classes else {}
 
 
 def _order(

@@ -25,6 +25,7 @@ __all__ = [
     "Incomplete",
     "Interval",
     "Joint",
+    "Label",
     "Levels",
     "MixtureOfDiagonalNormals",
     "MixtureOfLogistics",
@@ -581,6 +582,38 @@ class MixtureOfDiagonalNormals(TorchDistribution):
     def mean(self) -> Tensor:
         """Weighted mean of the components, [*batch, D]."""
         return (torch.softmax(self.logits, -1) @ self.loc).expand(self._extended_shape())
+
+
+class Label(TorchDistribution):
+    """What is said of a class: its number, or -1 where nothing is said; log mass 0 or -inf.
+
+    Args:
+        classes: One-hot vectors of the classes [*S, C].
+    """
+
+    arg_constraints = {}
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self) -> Any:
+        """Numbers of classes, and -1."""
+        return constraints.integer_interval(-1, self.classes.shape[-1] - 1)
+
+    def __init__(self, classes: Tensor, validate_args: bool | None = None) -> None:
+        self.classes = classes
+        super().__init__(classes.shape[:-1], validate_args=validate_args)
+
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> Label:
+        """The same for a larger batch."""
+        return Label(self.classes.expand(*batch_shape, -1), validate_args=False)
+
+    def sample(self, sample_shape: Shape = ()) -> Tensor:
+        """The class."""
+        return self.classes.argmax(-1).expand(*sample_shape, *self.batch_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Whether the class is `value`, in nats."""
+        fits = (self.classes.argmax(-1) == value) | (value < 0)
+        return fits.to(self.classes.dtype).log()
 
 
 def mixture(logits: Tensor, components: Distribution) -> Distribution:

@@ -22,6 +22,7 @@ __all__ = [
     "Laplace",
     "MixtureOfGaussians",
     "Normal",
+    "NormalPerClass",
     "Prior",
     "StandardNormal",
     "StudentT",
@@ -162,6 +163,38 @@ class MixtureOfGaussians(Prior):
     def forward(self, y: Tensor | None = None) -> Distribution:
         """The mixture."""
         return mixture(self.logits, dist.Normal(self.loc, self.log_scale.exp()).to_event(1))
+
+
+class NormalPerClass(Prior):
+    r"""A diagonal Normal for each class, with learned means and scales.
+
+    .. math:: p(z \mid y) = \mathcal{N}(z; \mu_y, \mathrm{diag}(\sigma_y^2))
+
+    Without `y`, or for one of another length, the mixture of all with equal weights. The means
+    start as draws of N(0, I).
+
+    Args:
+        latent_dim: Latent size D.
+        classes: Number of classes C, that of the VAE.
+
+    References:
+        Jiang, Zheng, Tan, Tang and Zhou. Variational deep embedding: an unsupervised and
+        generative approach to clustering. 2017.
+    """
+
+    def __init__(self, latent_dim: int, classes: int = 10) -> None:
+        super().__init__()
+        check_whole(latent_dim=latent_dim, classes=classes)
+        self.loc = nn.Parameter(torch.randn(classes, latent_dim))
+        self.log_scale = nn.Parameter(torch.zeros(classes, latent_dim))
+
+    def forward(self, y: Tensor | None = None) -> Distribution:
+        """The mixture, or the Normals of the one-hot classes `y` [*S, C]."""
+        if y is None or y.shape[-1] != len(self.loc):
+            components = dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
+            return mixture(torch.zeros_like(self.loc[:, 0]), components)
+        y = y.to(self.loc.dtype)
+        return dist.Normal(y @ self.loc, (y @ self.log_scale).exp()).to_event(1)
 
 
 class VampPrior(Prior):

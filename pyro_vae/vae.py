@@ -20,7 +20,7 @@ from pyro_vae.memory import check_fits
 from pyro_vae.posteriors import Posterior
 from pyro_vae.priors import Prior
 
-__all__ = ["VAE"]
+__all__ = ["VAE", "register"]
 
 
 class VAE(nn.Module):
@@ -91,20 +91,22 @@ class VAE(nn.Module):
         Returns:
             The data, [*K, B, *E].
         """
-        _register({"prior": self.prior, "likelihood": self.likelihood})
+        register({"prior": self.prior, "likelihood": self.likelihood})
         y = self._condition(y)
         if x is not None:
-            x = self._cast(x)
-            if is_validation_enabled():
-                self.likelihood.check(x)
+            x = self._data(x)
             size = len(x)
         elif y is not None:
             size = len(y)
         with pyro.plate("data", size, dim=-1):
-            z = _drawn(self.prior(y), self._sample)
-            own = self._sampled(self.likelihood.latents())
-            p: Any = self.likelihood.observed(self.likelihood(z, y, **own))
-            return pyro.sample("x", p, obs=x)
+            return self._joint(x, y)
+
+    def _joint(self, x: Tensor | None, y: Tensor | None) -> Tensor:
+        """The sites of one datum, inside the plate."""
+        z = _drawn(self.prior(y), self._sample)
+        own = self._sampled(self.likelihood.latents())
+        p: Any = self.likelihood.observed(self.likelihood(z, y, **own))
+        return pyro.sample("x", p, obs=x)
 
     def guide(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Pyro guide: z ~ q(z | x) for each datum of the plate "data".
@@ -116,11 +118,15 @@ class VAE(nn.Module):
         Returns:
             The latents, [*K, B, D].
         """
-        _register({"posterior": self.posterior})
+        register({"posterior": self.posterior})
         with pyro.plate("data", len(x), dim=-1):
-            z = _drawn(self.encode(x, y), pyro.sample)
-            self._sampled(self.likelihood.propose(self._cast(x)))
-            return z
+            return self._proposed(x, self.encode(x, y))
+
+    def _proposed(self, x: Tensor, q: Distribution) -> Tensor:
+        """The latents of one datum, inside the plate."""
+        z = _drawn(q, pyro.sample)
+        self._sampled(self.likelihood.propose(self._cast(x)))
+        return z
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
         """q(z | x, y), batch [B], event (D,); its mean is the usual embedding.
@@ -227,6 +233,13 @@ class VAE(nn.Module):
         """Sites of latents that the likelihood has besides z."""
         return {name: pyro.sample(name, fn) for name, fn in latents.items()}
 
+    def _data(self, x: Tensor) -> Tensor:
+        """`x` in the type of the weights, refused where the likelihood has no density."""
+        x = self._cast(x)
+        if is_validation_enabled():
+            self.likelihood.check(x)
+        return x
+
     def _cast(self, x: Tensor) -> Tensor:
         """`x` in the type of the weights, as `fit` gives it: integers and doubles work too."""
         x = _checked("x", x, self.missing)
@@ -299,7 +312,7 @@ def _is_own(part: nn.Module | None) -> bool:
     return not type(part).__module__.startswith("pyro_vae.")
 
 
-def _register(parts: dict[str, nn.Module]) -> None:
+def register(parts: dict[str, nn.Module]) -> None:
     """Registers the parameters of `parts` with Pyro's store, if a handler is listening.
 
     As `pyro.module` does, with one difference: what is in the store afterwards, and so what is

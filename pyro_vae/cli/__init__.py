@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError, Namespace
 
 from pyro_vae.cli.explore import explore
 from pyro_vae.cli.impute import impute
-from pyro_vae.cli.judge import compare, evaluate, score
+from pyro_vae.cli.judge import classify, compare, evaluate, score
 from pyro_vae.cli.options import (
     PARSERS,
     check_names,
@@ -62,6 +62,7 @@ def run(argv: list[str]) -> int:
         "sample": sample,
         "encode": encode,
         "impute": impute,
+        "classify": classify,
         "plot": plot,
         "report": report,
         "explore": explore,

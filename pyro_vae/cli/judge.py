@@ -18,6 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from pyro_vae import config, plots
+from pyro_vae.classes import ClassVAE
 from pyro_vae.cli.folder import load_run, own_rows, pairs, placed
 from pyro_vae.cli.odd import by_column, missing_columns, odd_rows
 from pyro_vae.cli.parts import NAMES, decompose, layer_lines, shown_terms
@@ -25,6 +26,7 @@ from pyro_vae.cli.use import destination
 from pyro_vae.data import Data, Splits, spread
 from pyro_vae.estimators import (
     Evidence,
+    class_probabilities,
     evidence_lower_bound,
     importance_sampling,
     log_evidence,
@@ -34,7 +36,7 @@ from pyro_vae.files import write
 from pyro_vae.metrics import Decomposition, active_units
 from pyro_vae.vae import VAE
 
-__all__ = ["compare", "evaluate", "score"]
+__all__ = ["classify", "compare", "evaluate", "score"]
 
 
 def evaluate(options: Namespace) -> None:
@@ -176,6 +178,41 @@ def score(options: Namespace) -> None:
     write(out, text.getvalue())
     whole = with_errors(shifted(evidence, data))
     print(f"log p(x) = {whole}, in the file's units; {counted(evidence)}; rows in {out}")
+
+
+def classify(options: Namespace) -> None:
+    """The class of each row of a file, probabilities, standard error and verdict, as CSV."""
+    out = destination(
+        options.out, Path(options.file).with_suffix(".classes.csv"), (".csv",), options.file
+    )
+    vae = config.load(options.run)
+    if not isinstance(vae, ClassVAE):
+        raise ValueError(f"{options.run} has no classes: train with --classes, a number of them")
+    x, _ = (data := own_rows(options.run, options.file, vae)).batch(torch.arange(len(data)))
+    way: dict[str, Any] = {"seed": options.seed, "progress": options.progress}
+    if options.num_samples is not None:
+        way |= {"estimator": importance_sampling, "num_samples": options.num_samples}
+    found = class_probabilities(vae, x, **way)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [f"p{c}" for c in range(vae.classes)]
+    writer.writerow(["row", "class", *names, "stderr", "verdict"])
+    best = found.probabilities.argmax(1)
+    errors = found.stderr.gather(1, best.unsqueeze(1))[:, 0]
+    for n, share in enumerate(found.probabilities.tolist()):
+        shares = [f"{p:.6f}" for p in share]
+        writer.writerow([n, int(best[n]), *shares, f"{errors[n]:.6f}", found.verdict[n]])
+    write(out, text.getvalue())
+    print(f"classes of {len(x)} rows in {out}, {_right(best, data.labels)}")
+
+
+def _right(found: Tensor, labels: Tensor | None) -> str:
+    """How many of the known labels were found."""
+    if labels is None or not bool((labels >= 0).any()):
+        return "no label known"
+    known = labels >= 0
+    share = (found == labels)[known].double().mean()
+    return f"{share:.1%} of {int(known.sum())} known labels found"
 
 
 def compare(options: Namespace) -> None:

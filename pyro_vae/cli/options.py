@@ -225,6 +225,10 @@ def _train_parser() -> ArgumentParser:
     parser.add_argument(
         "--skip", type=bool, default=False, help="let p(x | z) see all layers of several"
     )
+    parser.add_argument("--classes", type=int, default=0, help="number of classes, of which "
+        "labels are known for some rows (-1 elsewhere) or none; 0: no classes")  # fmt: skip
+    parser.add_argument("--label_weight", type=float, default=0.0, help="weight of the gradient "
+        "of log p(label | x)")  # fmt: skip
     for family, default in DEFAULTS.items():
         base = config.BASES[family]
         parser.add_subclass_arguments(
@@ -395,6 +399,18 @@ def _impute_parser() -> ArgumentParser:
     return parser
 
 
+def _classify_parser() -> ArgumentParser:
+    parser = _run_parser("classify", "The class of each row of a file, with probabilities.")
+    add = parser.add_argument
+    add("file", help=".npz, .npy or .csv file, or a folder of images")
+    add("--num_samples", type=int | None, default=100, help="draws of the encoder for each row "
+        "and class; null: log_evidence, which is slower and judged")  # fmt: skip
+    add("--seed", type=int, default=0)
+    add("--progress", type=bool, default=True, help="show a progress bar")
+    add("--out", type=str | None, default=None, help=".csv file; FILE.classes.csv")
+    return parser
+
+
 def _plot_parser() -> ArgumentParser:
     return _run_parser("plot", "The figures of a run again.")
 
@@ -426,6 +442,7 @@ PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     "sample": _sample_parser,
     "encode": _encode_parser,
     "impute": _impute_parser,
+    "classify": _classify_parser,
     "plot": _plot_parser,
     "report": _report_parser,
     "explore": _explore_parser,

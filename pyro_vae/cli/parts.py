@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_vae import plots
+from pyro_vae.classes import ClassVAE
 from pyro_vae.cli.folder import home, read_table
 from pyro_vae.data import Data
 from pyro_vae.densities import densities
@@ -51,9 +52,9 @@ def decompose(vae: VAE, data: Data, num_rows: int) -> Decomposition | None:
     """Parts of the KL against the aggregate posterior of all `data`, drawn from `num_rows`.
 
     None where there are none: a posterior without densities of single dimensions, such as a
-    flow, a prior that depends on `y`, or several layers.
+    flow, a prior that depends on `y`, several layers, or a class that is summed out.
     """
-    if len(vae.sizes) > 1:
+    if len(vae.sizes) > 1 or isinstance(vae, ClassVAE):
         return None
     x, y = data.to(home(vae)).batch(torch.arange(len(data)))
     try:

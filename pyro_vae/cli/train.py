@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def _fit(
     try:
         return fit(
             vae,
-            splits.train,
+            _labelled(splits.train, options.classes),
             objective,
             run=folder,
             validation=splits.validation,
@@ -95,6 +96,13 @@ def _fit(
         raise KeyboardInterrupt(_go_on(folder, options)) from None
     except OSError as error:
         raise OSError(f"{error}{_go_on(folder, options)}") from error
+
+
+def _labelled(data: Data, classes: int) -> Data:
+    """Rows with y = their labels one-hot, for a model that sums classes out; as they are else."""
+    if not classes or data.labels is None:
+        return data
+    return replace(data, classes=classes).one_hot()
 
 
 def _splits(options: Namespace) -> Splits:
@@ -191,6 +199,8 @@ def _build(options: Namespace, splits: Splits) -> VAE:
     if data.schema is not None:
         arguments["columns"] = _of_columns(arguments["columns"], data.schema)
     condition = 0 if data.y is None else data.y.shape[1]
+    if options.conditional and data.labels is not None and bool((data.labels < 0).any()):
+        raise ValueError("--conditional needs a label in every row: for few labels use --classes")
     torch.manual_seed(options.seed)
     return config.build(
         tuple(data.data_shape),
@@ -200,6 +210,8 @@ def _build(options: Namespace, splits: Splits) -> VAE:
         missing=splits.missing,
         hierarchy=options.hierarchy,
         skip=options.skip,
+        classes=options.classes,
+        label_weight=options.label_weight,
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_vae import config, plots
 from pyro_vae.arguments import check_whole
+from pyro_vae.classes import ClassVAE
 from pyro_vae.cli.folder import load_run, own_rows, pairs, read_table
 from pyro_vae.cli.parts import draw_parts, unit_kl, unit_names
 from pyro_vae.data import Data, Splits
@@ -36,7 +37,7 @@ def sample(options: Namespace) -> None:
     schema = splits.train.schema
     ending = ".npz" if schema is None else ".csv"
     out = destination(options.out, Path(options.run) / f"samples{ending}", (ending,))
-    y = condition(splits.train, options.size, options.label)
+    y = condition(splits.train, options.size, options.label, vae)
     with forked(torch.device("cpu"), options.seed), torch.no_grad():
         x = splits.train.transform.inverse(vae.sample(options.size, y, mean=options.mean))
     write(out, _archive(x=x.numpy()) if schema is None else schema.csv(x))
@@ -107,7 +108,7 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
     x, y = data.batch(torch.arange(len(data)))
     with forked(torch.device("cpu"), 0), torch.no_grad():
         means = torch.cat([vae.encode(*pair).mean for pair in pairs(data)])
-        classes = condition(splits.train, 100, None)
+        classes = condition(splits.train, 100, None, vae)
         draws = {mean: vae.sample(100, classes, mean=mean) for mean in (False, True)}
         again = vae.reconstruct(x[:30], None if y is None else y[:30])
     plots.save(plots.curves(rows), str(figures / "curves.png"))
@@ -122,6 +123,8 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
         "sample_means": plots.images(back(draws[True]), "E[x | z] of drawn z", limits(data)),
         "reconstructions": plots.reconstructions(back(x[:30]), back(again), limits(data)),
     }
+    if isinstance(vae, ClassVAE):
+        shown["classes"] = _of_each_class(vae, data)
     kl = unit_kl(vae, data)
     if kl is not None:
         shown["traversals"] = traversal(vae, data, kl)
@@ -140,7 +143,7 @@ def _columns(vae: VAE, data: Data) -> Figure:
     """Columns of rows of a table beside those of as many draws, in the units of the file."""
     data = data.subset(torch.arange(min(len(data), 2000))).fixed()
     with forked(torch.device("cpu"), 0), torch.no_grad():
-        draws = vae.sample(len(data), condition(data, len(data), None))
+        draws = vae.sample(len(data), condition(data, len(data), None, vae))
     back = data.transform.inverse
     rows = data.batch(torch.arange(len(data)))[0]
     return plots.columns(back(rows).flatten(1), back(draws).flatten(1), data.columns)
@@ -172,8 +175,11 @@ def followed(prior: Any, z: Tensor, unit: int) -> Tensor:
     return prior.draw(lambda name, fn: given[name] if name in kept else fn.mean)
 
 
-def condition(data: Data, size: int, label: int | None) -> Tensor | None:
+def condition(data: Data, size: int, label: int | None, vae: VAE) -> Tensor | None:
     """`y` of `size` draws: of one class, of all in turn, or of the first rows of the data."""
+    if isinstance(vae, ClassVAE):
+        vae.check_labels(y := torch.full((size,), -1 if label is None else label))
+        return y
     if data.y is None:
         if label is not None:
             raise ValueError("label needs a conditional model: train with --conditional true")
@@ -184,6 +190,15 @@ def condition(data: Data, size: int, label: int | None) -> Tensor | None:
         raise ValueError(f"label must be from 0 to {data.classes - 1}; got {label}")
     labels = torch.arange(size) % data.classes if label is None else torch.full((size,), label)
     return torch.eye(data.classes)[labels]
+
+
+def _of_each_class(vae: ClassVAE, data: Data) -> Figure:
+    """Ten images of each class in a row."""
+    y = torch.arange(vae.classes).repeat_interleave(10)
+    with forked(torch.device("cpu"), 0), torch.no_grad():
+        means = data.transform.inverse(vae.sample(len(y), y, mean=True))
+    names = [f"class {c}" for c in range(vae.classes)]
+    return plots.image_rows(means.unflatten(0, (-1, 10)), names, "", limits(data))
 
 
 def limits(data: Data) -> tuple[float, float] | None:

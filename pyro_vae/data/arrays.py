@@ -20,7 +20,8 @@ _LEVELS = {"bool": 2, "uint8": 256}
 def read_arrays(path: Path) -> Given:
     """Reads an .npz file, or the one array ``x`` of an .npy file.
 
-    The arrays are ``x`` [N, *E], ``labels`` [N] (classes, integers from 0) and ``y`` [N, C] or
+    The arrays are ``x`` [N, *E], ``labels`` [N] (classes, integers from 0, -1
+    or NaN where unknown) and ``y`` [N, C] or
     [N] (numbers to condition on), the last two optional, and the same with ``_validation`` and
     ``_test`` for these parts. Integers or booleans [N] called ``y`` are classes, and so labels.
     Floating point becomes float32. uint8 is taken for grey values 0..255 and bool for 0 and 1,
@@ -108,6 +109,9 @@ def _numbers(path: Path, x: np.ndarray) -> Tensor:
 
 
 def _labels(path: Path, labels: np.ndarray) -> Tensor:
+    if labels.dtype.kind == "f" and np.isnan(labels).any():
+        labels = np.where(np.isnan(labels), -1, labels)
+        labels = labels.astype(np.int64) if (labels == labels.round()).all() else labels
     if labels.dtype.kind not in "iu":
         raise ValueError(
             f"{path}: expected labels that are integers from 0, got dtype {labels.dtype}"

@@ -49,7 +49,7 @@ class Data:
         x: The original values, [N, *E], in any dtype: uint8 for images, (C, H, W) each. Arrays,
             frames and lists are taken too, as they are for y and labels. NaN is a missing value.
         y: What a model is conditioned on, float [N, C], or None.
-        labels: The class of each row, int64 [N] from 0, or None.
+        labels: The class of each row, int64 [N] from 0, or -1 where unknown; or None.
         transform: From original to model values.
         rows: The id of each row, int64 [N], which keys its noise; 0, ..., N - 1 if None.
         levels: The number of grey levels, for values 0, ..., levels - 1; None for others.
@@ -151,7 +151,8 @@ class Data:
                     f"{self._title}: expected labels that are integers, got "
                     f"{str(self.labels.dtype)[6:]}; give labels.long()"
                 )
-            self._check(self.labels >= 0, "labels from 0", "negative ones")
+            good = self.labels >= -1
+            self._check(good, "labels from 0, or -1 where unknown", "negative ones")
             self._check(self.labels < MOST_CLASSES, f"labels below {MOST_CLASSES}", "others")
         if self.labels is not None and self.classes is not None:
             good = self.labels < self.classes
@@ -267,7 +268,7 @@ class Data:
         return replace(self, transform=transform)
 
     def one_hot(self) -> Data:
-        """The same rows with y = their labels one-hot, float32 [N, classes].
+        """The same rows with y = their labels one-hot, float32 [N, classes]; 0 where unknown.
 
         Raises:
             ValueError: If the rows have no labels.
@@ -276,7 +277,8 @@ class Data:
             raise ValueError(
                 f"{self._title}: expected labels to condition on, got none; give labels or y"
             )
-        return replace(self, y=one_hot(self.labels, self.classes).float())
+        known = one_hot(self.labels.clamp(min=0), self.classes).float()
+        return replace(self, y=known * (self.labels >= 0).unsqueeze(1))
 
     def subset(self, index: Tensor) -> Data:
         """The rows at these positions, int64 [M], with the ids and noise they had."""

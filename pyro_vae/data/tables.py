@@ -20,7 +20,7 @@ def read_csv(path: Path) -> Given:
     """Reads a table of numbers, comma separated, with or without a line of column names.
 
     The values become float32; an empty cell is NaN, a missing value. A column of the name
-    ``label`` holds the labels.
+    ``label`` holds the labels, an empty cell or -1 where unknown.
 
     Raises:
         ValueError: If the file is no table, or a cell is not a number; the message names the
@@ -118,6 +118,7 @@ def _check_names(path: Path, names: list[str]) -> None:
 
 
 def _labels(path: Path, column: Tensor) -> Tensor:
+    column = column.nan_to_num(nan=-1.0)  # an empty cell
     bad = (column != column.round()).nonzero()
     if len(bad):
         row = int(bad[0])

@@ -15,6 +15,7 @@ from pyro_vae.densities.run import (
     log_weights,
     registered_densities,
 )
+from pyro_vae.densities.summed import summed_values
 
 __all__ = [
     "Densities",
@@ -37,4 +38,5 @@ __all__ = [
     "run_program",
     "scale_latents",
     "draw_data",
+    "summed_values",
 ]

@@ -80,6 +80,7 @@ class ParticlePlate(IndepMessenger):
         super()._process_message(msg)
         fn = msg["fn"]
         if isinstance(fn, TorchDistributionMixin) and fn.batch_shape[:-1] != (self.size,):
+            msg["infer"]["constant"] = fn  # it is the same for every particle
             BroadcastMessenger._pyro_sample(msg)
 
 

@@ -64,6 +64,10 @@ class Densities:
         site_scales: Site and factor on its log density, subsampling included, in both programs.
         same_order: Whether model and guide draw the sites in the same order, without which a
             site's conditional KL is not a term of the bound.
+        each: Where discrete latents are summed and each of their values has draws of its own:
+            the same with every draw of every value as a particle.
+        label_term: What objectives add for sites with infer={"label_weight": w}, the sum of
+            w log p(label | x) [B], or None.
     """
 
     sites: dict[str, Site]
@@ -73,6 +77,8 @@ class Densities:
     scale: float
     site_scales: list[tuple[str, float | Tensor]]
     same_order: bool
+    each: Densities | None = None
+    label_term: Tensor | None = None
 
     @cached_property
     def log_likelihood(self) -> Tensor:
@@ -121,7 +127,15 @@ class Densities:
 
         Args:
             log_density: f [K, B], an entry of which depends on the draws of that entry alone.
+
+        Raises:
+            ValueError: If each value of a summed latent has draws of its own: see `each`.
         """
+        if self.each is not None:
+            raise ValueError(
+                "the guide draws latents for each value of a site that is summed out, whose "
+                "gradients this objective cannot take apart: use DReG, IWAE or ELBO"
+            )
         latents = {n: s.value for n, s in self.sites.items() if s.value.requires_grad}
         slopes = _slopes(log_density, latents)
         shape = (self.num_particles, self.num_data, -1)

@@ -17,6 +17,7 @@ from pyro_vae.densities.handlers import OwnParameters, Program
 from pyro_vae.densities.particles import folds, run_program
 from pyro_vae.densities.result import Densities, Latents, Site
 from pyro_vae.densities.sites import Sites, check_latents, is_random, program_args, sample_sites
+from pyro_vae.densities.summed import summed_densities, summed_values
 
 __all__ = [
     "NotSimulated",
@@ -45,6 +46,10 @@ def densities(
     "data" draws them together, so that an encoder runs once. Pyro's parameter store is left
     alone: parameters are those of the modules.
 
+    A discrete latent of the model with Pyro's `infer={"enumerate": "parallel"}` is summed out:
+    the model runs on its C values as on C * K particles. The guide need not have it; where it
+    does, its value alone counts, and each value has draws of its own.
+
     Args:
         model: Pyro model of (x) or (x, y), all its sites inside one plate "data" at dim -1; or
             a VAE, which stands for its model and guide: densities(vae, x).
@@ -55,7 +60,8 @@ def densities(
 
     Raises:
         ValueError: If a site lies outside the plate "data" or inside another, is masked or a
-            `pyro.factor`, or is latent in only one of the programs.
+            `pyro.factor`, or is latent in only one of the programs; if more than 10,000 joint
+            values would be summed.
     """
     with OwnParameters():
         return registered_densities(model, guide, x, y, num_particles=num_particles)
@@ -65,6 +71,9 @@ def registered_densities(
     model: Program, guide: Program, x: Tensor, y: Tensor | None = None, *, num_particles: int = 1
 ) -> Densities:
     """As `densities`, for `pyro.infer.SVI`: parameters are registered as the programs ask."""
+    values = summed_values(model, x, y)
+    if values:
+        return summed_densities(model, guide, x, y, num_particles, values)
     fold = [folds(program, x, y, num_particles) for program in (guide, model)]  # before SVI looks
     guide_trace = run_program(guide, x, y, num_particles, fold=fold[0])
     guide_sites = sample_sites(guide_trace, "guide")

@@ -4,6 +4,8 @@ from pyro_vae.estimators.annealed import annealed_importance_sampling
 from pyro_vae.estimators.audit import Audit, audit
 from pyro_vae.estimators.bidirectional import Bracket, bidirectional
 from pyro_vae.estimators.bound import Bound, evidence_lower_bound
+from pyro_vae.estimators.class_probabilities import class_probabilities
+from pyro_vae.estimators.classes import ClassProbabilities
 from pyro_vae.estimators.diagnostics import convergence, jackknife
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.importance import importance_sampling
@@ -15,11 +17,13 @@ __all__ = [
     "Audit",
     "Bound",
     "Bracket",
+    "ClassProbabilities",
     "Evidence",
     "Imputation",
     "annealed_importance_sampling",
     "audit",
     "bidirectional",
+    "class_probabilities",
     "column_log_prob",
     "convergence",
     "evidence_lower_bound",

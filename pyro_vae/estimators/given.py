@@ -11,12 +11,20 @@ import pyro
 from torch import Tensor
 
 from pyro_vae.arguments import TakesVAE, as_rows, check_real, check_whole, programs
-from pyro_vae.densities import Program, densities, evaluating
+from pyro_vae.densities import Program, densities, evaluating, summed_values
+from pyro_vae.estimators.classes import over_values
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.generators import alone
 
 __all__ = ["estimator"]
 
+SUMMED = {  # estimators of log p(x), whose results are summed over the values of a latent
+    "importance_sampling",
+    "refined_importance_sampling",
+    "annealed_importance_sampling",
+    "log_evidence",
+}
+REFUSED = {"audit", "bidirectional"}
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -27,6 +35,9 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
     x and y may be tensors, arrays, frames or lists; they and the numbers are checked, by name.
     Pyro's own checks are on, whatever flags are set: a density of data that are impossible is no
     number to report. They are flags of the process, so that other threads wait.
+
+    An estimator of log p(x) of a model with discrete latents to be summed out is run for each
+    of their values.
     """
     signature = inspect.signature(function)
 
@@ -42,13 +53,30 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
         for name, value in given.items():
             check_number(name, value, optional=signature.parameters[name].default is None)
         with alone, pyro.validation_enabled(True):
-            found = function(*bound.args, **bound.kwargs)
+            found = _found(function, bound)
             if isinstance(found, Evidence) and "model" in given:
                 parts = given["model"], given["guide"], x, given.get("y")
                 return exact_without_data(found, *parts)  # type: ignore[return-value]
             return found
 
     return call
+
+
+def _found(function: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+    """What a function gives; an estimate of log p(x) for each value of summed latents, summed."""
+    given = bound.arguments
+    if function.__name__ not in SUMMED | REFUSED:
+        return function(*bound.args, **bound.kwargs)
+    values = summed_values(given["model"], given["x"], given.get("y"))
+    if not values:
+        return function(*bound.args, **bound.kwargs)
+    if function.__name__ in REFUSED:
+        raise ValueError(
+            f"{function.__name__} takes no model with discrete latents to be summed out, here "
+            f"{sorted(values)}: give it one at a value, by pyro.condition"
+        )
+    bound.apply_defaults()
+    return over_values(function, bound.arguments, values)
 
 
 def exact_without_data(

@@ -148,6 +148,8 @@ class Objective(pyro.infer.ELBO, nn.Module):
         self._check_scales(d)
         self._check_draws(d)
         surrogate = self.surrogate(d)
+        if d.label_term is not None:  # moves the parameters, not the reported number
+            surrogate = surrogate + (d.label_term - d.label_term.detach())
         if type(self).surrogate is Objective.surrogate:
             return surrogate.sum() * -d.scale
         return (self.bound(d).detach() + surrogate - surrogate.detach()).sum() * -d.scale

@@ -75,6 +75,7 @@ class DReG(IWAE):
 
     def surrogate(self, d: Densities) -> Tensor:
         """A number with the two gradients, [B]."""
+        d = d.each or d
         log_joint = d.log_likelihood + d.log_prior
         path = d.through_latents(log_joint)
         weights = d.log_weights.detach().softmax(0)

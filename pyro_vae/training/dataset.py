@@ -122,6 +122,8 @@ def _tensor_rows(name: str, missing: bool, x: Any, y: Any = None) -> TensorDatas
         raise ValueError(
             f"{name} must be of shape [N, *E] with at least one row; got {list(x.shape)}"
         )
+    if y is not None and y.ndim == 1:  # labels, or one number to condition on
+        y = y.unsqueeze(1)
     if y is not None and (y.ndim != 2 or len(y) != len(x)):
         raise ValueError(
             f"y of {name} must be of shape [{len(x)}, C], a row for each of x; got {list(y.shape)}"

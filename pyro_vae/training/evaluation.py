@@ -129,7 +129,8 @@ class AtMeans(Messenger):
         self.means: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or not is_random(msg):
+        summed = msg["infer"].get("enumerate") == "parallel"  # it has no units
+        if msg["is_observed"] or not is_random(msg) or summed:
             return
         self.means[msg["name"]] = msg["fn"].mean
         if msg["fn"].has_rsample:

@@ -145,6 +145,9 @@ def fit(
     missing = getattr(vae, "missing", True)  # programs of one's own may take NaN
     train = as_dataset(data, "data", missing)
     held_out = None if validation is None else as_dataset(validation, "validation", missing)
+    if callable(check := getattr(vae, "check_labels", None)):
+        for rows in (train, held_out):
+            check(getattr(rows, "y", None))
     engine = Engine(accelerator, devices, precision, loggers)
     threads = engine.threads(vae, batch_size * objective.num_particles)
     settings, said = replace(settings, threads=threads), None

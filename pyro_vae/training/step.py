@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.compiling import CannotCompile, compiled
-from pyro_vae.densities import OwnParameters, folds, registered_densities
+from pyro_vae.densities import OwnParameters, folds, registered_densities, summed_values
 from pyro_vae.objectives import Objective
 from pyro_vae.training.dataset import Dataset
 from pyro_vae.training.evaluation import cast, first_weight, programs
@@ -105,7 +105,8 @@ def compiled_gradient(fabric: Fabric, loss: StepLoss, *batch: Tensor) -> Gradien
     if getattr(fabric.strategy.precision, "scaler", None) is not None:
         raise CannotCompile("precision 16-mixed scales its gradients")
     for program in programs(loss.vae):
-        folds(program, batch[0], batch[1] if len(batch) > 1 else None)  # while it can be tried
+        for look in (folds, summed_values):  # while it can be tried
+            look(program, batch[0], batch[1] if len(batch) > 1 else None)
     parameters = [p for p in loss.vae.parameters() if p.requires_grad]
     with fabric.autocast():
         step = compiled(LossAndGradient(loss), *batch)

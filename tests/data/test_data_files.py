@@ -102,7 +102,7 @@ def test_classes_are_counted_over_all_parts(tmp_path: Path) -> None:
             {"x": np.ones((3, 2)), "y": np.arange(3), "labels": np.arange(3)},
             "y of integers .* and labels .* keep one, or store y as floating point",
         ),
-        ({"x": np.ones((3, 2)), "y": np.array([0, 1, -1])}, "labels from 0, got negative ones"),
+        ({"x": np.ones((3, 2)), "y": np.array([0, 1, -2])}, "or -1 where unknown, got negative"),
         ({"X": np.ones((3, 2))}, "'y' .* and 'labels' .* got X"),
         ({"x": np.array([[1.0], [np.inf], [np.nan]])}, r"1 row\(s\), the first one row 1 "),
         ({"x": np.array([[1.0], [1e300], [1.0]])}, "row 1 "),
@@ -191,6 +191,19 @@ def test_csv_tables(tmp_path: Path, head: str) -> None:
     assert splits.train.columns == splits.test.fixed().columns == names
 
 
+def test_labels_that_are_unknown_are_minus_one(tmp_path: Path) -> None:
+    path = tmp_path / "few.csv"
+    path.write_text("a,label\n" + "".join(f"{i}.5,{i % 2 if i < 4 else ''}\n" for i in range(31)))
+    train = load_data(path).train
+    assert torch.equal(train.labels, torch.where(train.rows < 4, train.rows % 2, -1))
+    arrays = tmp_path / "few.npz"
+    np.savez(arrays, x=np.ones((31, 2)), labels=np.where(np.arange(31) < 4, 1.0, np.nan))
+    train = load_data(arrays).train
+    assert torch.equal(train.labels, torch.where(train.rows < 4, 1, -1))
+    known = (train.labels >= 0).float()
+    assert torch.equal(train.one_hot().y, torch.stack([0 * known, known], 1))
+
+
 def test_a_csv_column_of_labels(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_text("a,b,label\n" + "".join(f"{i}.5,1e-3,{i % 3}\n" for i in range(11)))
@@ -222,7 +235,6 @@ def test_a_csv_column_of_labels(tmp_path: Path) -> None:
         ("a,label\n1,0\n2,1e18\n3,1\n", "labels below 1000000, got others in 1 row"),
         ("1,2\n3\n", "expected 2 columns as in the first line, got 1 in line 2"),
         ("a,label\n1,0\n2,0.5\n3,1\n", "labels that are integers from 0, got 0.5 in row 1"),
-        ("a,label\n1,0\n2,nan\n3,1\n", "labels that are integers from 0, got nan in row 1"),
         ("1,2\n3,inf\n5,\n", r"infinite ones in 1 row\(s\), the first one row 1 "),
     ],
 )

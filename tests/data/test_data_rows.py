@@ -183,7 +183,7 @@ def test_y_shape_and_dtype_change_the_digest() -> None:
         ({"x": torch.tensor([[0.0], [torch.nan], [torch.inf]])}, r"1 row\(s\), the .* row 2 "),
         ({"x": torch.zeros(2, 1), "y": torch.tensor([[0.0], [torch.nan]])}, "values in y.* row 1"),
         ({"x": torch.tensor([[1], [17]]), "levels": 17}, "from 0 to 16.* row 1 "),
-        ({"x": torch.zeros(2, 1), "labels": torch.tensor([0, -1])}, "expected labels from 0"),
+        ({"x": torch.zeros(2, 1), "labels": torch.tensor([0, -2])}, "expected labels from 0"),
         (
             {"x": torch.zeros(2, 1), "labels": torch.tensor([0, 5]), "classes": 5},
             "labels below 5",

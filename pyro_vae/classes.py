@@ -1,0 +1,199 @@
+"""A VAE with a class: few labels, or none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import is_validation_enabled
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from torch.nn.functional import one_hot
+
+from pyro_vae.arguments import as_tensor, check_real, check_whole
+from pyro_vae.distributions import Label, mixture
+from pyro_vae.likelihoods import Likelihood
+from pyro_vae.posteriors import Posterior
+from pyro_vae.priors import Prior
+from pyro_vae.vae import VAE, register
+
+__all__ = ["ClassVAE"]
+
+SUMMED: Any = {"enumerate": "parallel"}
+
+
+class ClassWeights(nn.Module):
+    """p(y) of classes, with learned weights that start equal."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        check_whole(2, classes=classes)
+        self.logits = nn.Parameter(torch.zeros(classes))
+
+    def forward(self) -> Any:
+        """One-hot classes, batch (), event (C,)."""
+        return dist.OneHotCategorical(logits=self.logits)
+
+
+class ClassVAE(VAE):
+    r"""A VAE whose data have a class, known for all, some or none of them.
+
+    .. math:: p(x, y, z) = p(y) \, p(z \mid y) \, p(x \mid z, y), \qquad q(z \mid x, y)
+
+    The class is summed out wherever it is not known, so that there is no classifier network:
+    p(y | x) is the model's own, by `class_probabilities`. Labels are numbers from 0, -1 where
+    unknown. log p(x, y) is that of data with the labels given: log p(x) where they are not.
+
+    Sites are "y", "z" and "x", and "label" where labels are given. Each pass runs the networks
+    on all C classes.
+
+    Args:
+        prior: y -> p(z | y), or p(z) for a prior that does not look at y.
+        likelihood: z, y -> p(x | z, y).
+        posterior: x, y -> q(z | x, y); both networks are conditioned on one-hot classes.
+        missing: As in `VAE`.
+        classes: Number of classes C.
+        label_weight: What objectives add for each known label: this times the gradient of the
+            model's own log p(y | x). The reported bound is without it.
+
+    References:
+        Kingma, Rezende, Mohamed and Welling. Semi-supervised learning with deep generative
+        models. 2014.
+    """
+
+    def __init__(
+        self,
+        prior: Prior,
+        likelihood: Likelihood,
+        posterior: Posterior,
+        missing: bool = False,
+        *,
+        classes: int,
+        label_weight: float = 0.0,
+    ) -> None:
+        super().__init__(prior, likelihood, posterior, missing)
+        self.class_weights = ClassWeights(classes)
+        check_real(0, label_weight=label_weight)
+        self.classes, self.label_weight = classes, label_weight
+
+    def model(self, x: Tensor | None = None, y: Tensor | None = None, size: int = 1) -> Tensor:
+        """Pyro model: y ~ p(y), z ~ p(z | y), x ~ p(x | z, y), and what is said of y.
+
+        Args:
+            x: Data [B, *E] to condition on; drawn if None.
+            y: Labels [B] or [B, 1], -1 where unknown; or one-hot rows [B, C], zero where unknown.
+            size: Number of data to draw if neither `x` nor `y` is given.
+        """
+        register(
+            {
+                "classes": self.class_weights,
+                "prior": self.prior,
+                "likelihood": self.likelihood,
+            }
+        )
+        labels = self._labels(y)
+        if is_validation_enabled():
+            self.check_labels(y)
+        if x is not None:
+            x = self._data(x)
+        size = next((len(part) for part in (x, labels) if part is not None), size)
+        with pyro.plate("data", size, dim=-1):
+            c = pyro.sample("y", self.class_weights(), infer=SUMMED)
+            if labels is not None:
+                weighted: Any = {"label_weight": self.label_weight}
+                pyro.sample("label", Label(c), obs=labels, infer=weighted)
+            return self._joint(x, c)
+
+    def guide(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Pyro guide: z ~ q(z | x, y) at each class, of which the value alone counts."""
+        register({"classes": self.class_weights, "posterior": self.posterior})
+        with pyro.plate("data", len(x), dim=-1):
+            c = pyro.sample("y", self.class_weights(), infer=SUMMED)
+            return self._proposed(x, super().encode(x, c))
+
+    def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
+        """q(z | x), batch [B], event (D,): the classes' q(z | x, y), mixed.
+
+        The weights of classes whose labels are not given are those at the means of q(z | x, y);
+        see `class_probabilities` for estimates with an error.
+        """
+        logits, q = self._weighed(x, y)
+        return mixture(logits, q)
+
+    def reconstruct(
+        self, x: Tensor, y: Tensor | None = None, num_samples: int | None = None
+    ) -> Tensor:
+        """Data seen through the latent, at the label or the class of most weight.
+
+        Args:
+            x: Data [B, *E].
+            y: Labels as in `model`, or None.
+            num_samples: None for E[x | z, y] at the posterior's mean; else how many draws of x,
+                each at a class and latents of its own.
+        """
+        check_whole(optional=True, num_samples=num_samples)
+        logits, _ = self._weighed(x, y)
+        if num_samples is None:
+            c = one_hot(logits.argmax(-1), self.classes).to(logits.dtype)
+            return super().reconstruct(x, c)
+        drawn = dist.OneHotCategorical(logits=logits).sample(torch.Size((num_samples,)))
+        again = super().reconstruct
+        return torch.cat([again(x, c, 1) for c in drawn])
+
+    def sample(self, size: int, y: Tensor | None = None, mean: bool = False) -> Tensor:
+        """Draws of x [size, *E], of the classes `y` [size] where these are known."""
+        check_whole(size=size)
+        c = self.class_weights().sample(torch.Size((size,)))
+        labels = self._labels(y)
+        if labels is not None:
+            if len(labels) != size:
+                raise ValueError(f"y must have one row per draw: {size}; got {len(labels)}")
+            given = one_hot(labels.clamp(min=0), self.classes).to(c)
+            c = torch.where(labels.unsqueeze(1) < 0, c, given)
+        return super().sample(size, c, mean)
+
+    def check_labels(self, y: Tensor | None) -> None:
+        """Refuses labels that are no class.
+
+        Raises:
+            ValueError: If a label is not a whole number from -1 to C - 1.
+        """
+        labels = self._labels(y)
+        if labels is None:
+            return
+        bad = (labels < -1) | (labels >= self.classes)
+        whole = y is None or not y.is_floating_point() or bool((y == y.round()).all())
+        if bool(bad.any()) or not whole:
+            raise ValueError(
+                f"labels must be from 0 to {self.classes - 1}, for {self.classes} classes, or -1 "
+                f"where unknown; got {sorted({*y.flatten().tolist()})[-1]:g}"  # type: ignore[union-attr]
+            )
+
+    def _labels(self, y: Tensor | None) -> Tensor | None:
+        """Labels [B], -1 where unknown."""
+        if y is None:
+            return None
+        y = as_tensor("y", y)
+        if y.ndim == 2 and y.shape[1] == self.classes:
+            return torch.where(y.sum(1) > 0, y.argmax(1), -1)
+        if y.ndim != 1 and y.shape[1:] != (1,):
+            raise ValueError(
+                f"y must be labels [B] or [B, 1], or one-hot rows [B, {self.classes}]; "
+                f"got shape {list(y.shape)}"
+            )
+        return y.flatten().long()
+
+    def _weighed(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Any]:
+        """Log weights of the classes [B, C], at the means of q(z | x, y), batch [B, C]."""
+        x = self._cast(x).unsqueeze(1)
+        c = torch.eye(self.classes).to(self.class_weights.logits)
+        q: Any = super().encode(x, c)
+        z, prior = q.mean, self.prior(c)
+        own = {name: fn.mean for name, fn in self.likelihood.propose(x).items()}
+        p: Any = self.likelihood.observed(self.likelihood(z, c, **own))
+        logits = self.class_weights().logits + p.log_prob(x)
+        logits = logits + prior.log_prob(z) - q.log_prob(z)
+        labels = self._labels(y)
+        return logits if labels is None else logits + Label(c).log_prob(labels.unsqueeze(1)), q

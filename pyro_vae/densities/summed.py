@@ -1,0 +1,312 @@
+"""Discrete sites of a model summed out: each joint value is one more block of particles."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor, nn
+
+from pyro_vae.densities.evaluating import evaluating
+from pyro_vae.densities.handlers import Program
+from pyro_vae.densities.particles import folds, run_program
+from pyro_vae.densities.result import Densities, Latents, Site
+from pyro_vae.densities.sites import Sites, check_latents, is_random, sample_sites
+
+__all__ = ["summed_densities", "summed_values"]
+
+MOST = 10_000  # joint values
+Values = dict[str, Tensor]
+_known: WeakKeyDictionary[Any, dict[Any, dict[str, Tensor | None]]] = WeakKeyDictionary()
+
+
+def summed_values(model: Program, x: Tensor, y: Tensor | None = None) -> Values:
+    """The joint values [C, *event] of the latent sites marked `infer={"enumerate": "parallel"}`.
+
+    They are found by one run on one row, once for each program; empty without such a site.
+
+    Raises:
+        ValueError: If there are more than 10,000 joint values.
+    """
+    marked = {name: v for name, v in _latents(model, x, y).items() if v is not None}
+    if not marked:
+        return {}
+    sizes = [len(support) for support in marked.values()]
+    if prod(sizes) > MOST:
+        raise ValueError(
+            f"the discrete sites {sorted(marked)} have {prod(sizes)} joint values, more than "
+            f"{MOST} to sum over: leave infer={{'enumerate': 'parallel'}} out of some"
+        )
+    index = torch.cartesian_prod(*map(torch.arange, sizes)).reshape(-1, len(sizes))
+    return {name: v[index[:, i].to(v.device)] for i, (name, v) in enumerate(marked.items())}
+
+
+def _latents(program: Program, x: Tensor, y: Tensor | None) -> dict[str, Tensor | None]:
+    """The latent sites of a program; the support [C, *event] of one marked to be summed."""
+    owner, kind = getattr(program, "__self__", program), getattr(program, "__func__", None)
+    key = kind, y is None, x.dtype, x.device
+    try:
+        known = _known.setdefault(owner, {})
+    except TypeError:  # it takes no weak references
+        known = {}
+    if key not in known:
+        if type(x) not in (Tensor, nn.Parameter):  # that of a tracer, without numbers
+            return {}
+        known[key] = _look(program, x[:1], None if y is None else y[:1])
+    return known[key]
+
+
+def _look(program: Program, x: Tensor, y: Tensor | None) -> dict[str, Tensor | None]:
+    with poutine.block(), evaluating(program, seed=None, device=x.device):
+        try:
+            nodes: Any = run_program(program, x, y, 1, fold=folds(program, x, y)).nodes
+        except Exception:  # which the run itself will show
+            return {}
+    latents = {
+        name: site["fn"]
+        for name, site in nodes.items()
+        if site["type"] == "sample" and is_random(site) and not site["is_observed"]
+    }
+    return {name: _support(nodes[name]["infer"], fn) for name, fn in latents.items()}
+
+
+def _support(infer: dict[str, Any], fn: Any) -> Tensor | None:
+    if infer.get("enumerate") != "parallel" or not fn.has_enumerate_support:
+        return None
+    support = fn.enumerate_support(expand=False).detach()
+    return support.reshape(len(support), *fn.event_shape)
+
+
+class Given(Messenger):
+    """Gives sites the joint values, each to a block of K particles, and latents their draws."""
+
+    def __init__(self, values: Values, latents: Latents) -> None:
+        super().__init__()
+        self.values, self.latents = values, latents
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if msg["is_observed"] or name not in self.values | self.latents:
+            return
+        msg["value"], msg["done"] = self.latents.get(name), True
+        if name in self.values:
+            value, batch = self.values[name], msg["fn"].batch_shape
+            blocks = value.repeat_interleave(batch[0] // len(value), 0).unsqueeze(1)
+            msg["value"] = blocks.expand(*batch, *value.shape[1:])
+
+
+class OverValues(dist.TorchDistribution):
+    """Distributions of the C joint values, a batch [C * K, B], as one of batch [K, B].
+
+    Args:
+        base: The distribution of batch [C * K, B].
+        log_weights: Of the values [C, K, B].
+        scored: A value, and its log densities under each of the C [C, K, B].
+    """
+
+    arg_constraints = {}
+
+    def __init__(self, base: Any, log_weights: Tensor, scored: tuple[Tensor, Tensor]) -> None:
+        super().__init__(log_weights.shape[1:], base.event_shape, validate_args=False)
+        self.base_dist, self.log_weights, self.scored = base, log_weights, scored
+
+    @property
+    def support(self) -> Any:
+        return self.base_dist.support
+
+    @property
+    def mean(self) -> Tensor:
+        means = self.base_dist.mean.unflatten(0, self.log_weights.shape[:2])
+        weights = self.log_weights.exp().reshape(means.shape[:3] + (1,) * (means.ndim - 3))
+        return (weights * means).sum(0)
+
+    def terms(self, value: Tensor) -> Tensor:
+        """Log densities under each of the C [C, K, B]."""
+        known, terms = self.scored
+        return terms if value is known else _terms(self.base_dist, value, self.log_weights)
+
+
+class Mixture(OverValues):
+    """p(value) with a discrete latent summed out."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return (self.log_weights + self.terms(value)).logsumexp(0)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        rows = self.base_dist.sample(sample_shape)
+        rows = rows.unflatten(len(sample_shape), self.log_weights.shape[:2])
+        chosen = dist.Categorical(logits=self.log_weights.movedim(0, -1)).sample(sample_shape)
+        index = chosen.unsqueeze(len(sample_shape))
+        index = index.reshape(index.shape + (1,) * len(self.event_shape))
+        return rows.take_along_dim(index, len(sample_shape)).squeeze(len(sample_shape))
+
+
+class Average(OverValues):
+    """Log densities averaged over a discrete latent: of draws that depend on its value."""
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        return self.base_dist.has_rsample
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        weights = self.log_weights.exp()
+        return (weights * self.terms(value).masked_fill(weights == 0, 0.0)).sum(0)
+
+
+class Posterior(Average):
+    """p(value | x, draws) of the discrete latent itself, which the weights are."""
+
+    has_rsample = True  # type: ignore[assignment]
+
+    @property
+    def mean(self) -> Tensor:
+        return self.log_weights.new_empty(*self.batch_shape, 0)  # it has no units
+
+
+def summed_densities(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    y: Tensor | None,
+    num_particles: int,
+    values: Values,
+) -> Densities:
+    r"""Densities with discrete latents c of the model summed out.
+
+    .. math:: \log w_k = \log \sum_c \frac{p(x, c, z_{kc})}{q(z_{kc} \mid x, c)}
+
+    Where the guide has no site c its draws serve every value, and what depends on c becomes a
+    mixture: all terms are those of the model without c. Where it has one, of which the value
+    alone counts, each value has draws of its own. Then c stays a site, whose distribution in
+    the guide is p(c | x, z), and all else is averaged over it; every KL is sampled.
+    """
+    C, K = len(next(iter(values.values()))), num_particles
+    others = _latents(model, x, y).keys() - values
+    q, own = _guided(guide, x, y, K, values)
+    own = own or not others
+    rows = C * K
+    draws = {n: s["value"] for n, s in q.items()}
+    repeated = draws if own else {n: z.repeat(C, *(1,) * (z.ndim - 1)) for n, z in draws.items()}
+    traced = run_program(model, x, y, rows, Given(values, repeated), fold=folds(model, x, y, rows))
+    p = sample_sites(traced, "model")
+    latent = [n for n, s in p.items() if not s["is_observed"] and n not in values]
+    if latent or q:
+        check_latents(latent, list(q))
+    frames = {f.name: f for f in p[next(iter(values))]["cond_indep_stack"]}
+    size = frames["data"].size
+    shape = torch.zeros(()).expand(C, K, size)
+    log_p = {n: _terms(s["fn"], s["value"], shape) for n, s in p.items()}
+    log_q = {n: _terms(s["fn"], s["value"], shape if own else shape[:1]) for n, s in q.items()}
+    fields: dict[str, Any] = {
+        "num_data": size,
+        "scale": (frames["data"].full_size or size) / size,
+        "site_scales": [(n, s["scale"]) for sites in (p, q) for n, s in sites.items()],
+        "same_order": latent == list(q),
+    }
+    parts = _averages(p, q, log_p, log_q, values) if own else _mixtures(p, q, log_p, values)
+    return Densities(
+        *parts,
+        K,
+        **fields,
+        each=_apart(p, q, values, C * K, fields) if own else None,
+        label_term=_label_term(p, log_p, log_q),
+    )
+
+
+def _guided(
+    guide: Program, x: Tensor, y: Tensor | None, num_particles: int, values: Values
+) -> tuple[Sites, bool]:
+    """Sites of a guide, and whether it has those of `values`, and so draws for each of them."""
+    own = bool(values.keys() & _latents(guide, x, y).keys())
+    rows = num_particles * (len(next(iter(values.values()))) if own else 1)
+    given, fold = Given(values if own else {}, {}), folds(guide, x, y, rows)
+    sites = sample_sites(run_program(guide, x, y, rows, given, fold=fold), "guide")
+    if values.keys() & sites.keys() and not own:
+        raise ValueError(
+            f"guide site {sorted(values)} was not seen in a run on one row: let the guide take "
+            "any number of rows"
+        )
+    return {name: site for name, site in sites.items() if name not in values}, own
+
+
+def _mixtures(
+    p: Sites, q: Sites, log_p: dict[str, Tensor], values: Values
+) -> tuple[dict[str, Site], dict[str, tuple[Any, Tensor]]]:
+    """Sites of a model without c: each given those before it, with c summed out."""
+    latents, observed = {}, {}
+    joint = torch.zeros_like(next(iter(log_p.values())))  # log p(c, sites so far) [C, K, B]
+    for name, site in p.items():
+        constant, value = site["infer"].get("constant"), site["value"]
+        if name not in values:
+            value = q[name]["value"] if name in q else value
+            if constant is not None:
+                fn = constant.expand(joint.shape[1:])
+            else:
+                fn = Mixture(site["fn"], joint - joint.logsumexp(0), (value, log_p[name]))
+            if name in q:
+                latents[name] = Site(value, q[name]["fn"], fn)
+            else:
+                observed[name] = fn, value
+        if name in values or constant is None:
+            joint = joint + log_p[name]
+    return latents, observed
+
+
+def _averages(
+    p: Sites, q: Sites, log_p: dict[str, Tensor], log_q: dict[str, Tensor], values: Values
+) -> tuple[dict[str, Site], dict[str, tuple[Any, Tensor]]]:
+    """Sites given c, averaged over p(c | x, draws), and c itself."""
+    weights = (_total(log_p) - _total(log_q)).log_softmax(0)
+    latents, observed = {}, {}
+    first = next(iter(values))
+    for name, site in p.items():
+        fn, value = site["fn"], site["value"]
+        of_model = Average(fn, weights, (value, log_p[name]))
+        if name in q:
+            of_guide = Average(q[name]["fn"], weights, (value, log_q[name]))
+            latents[name] = Site(value, of_guide, of_model)
+        elif name in values:  # all of them are one joint latent
+            log_posterior = weights if name == first else torch.zeros_like(weights)
+            latents[name] = Site(value, Posterior(fn, weights, (value, log_posterior)), of_model)
+        else:
+            observed[name] = of_model, value
+    return latents, observed
+
+
+def _apart(
+    p: Sites, q: Sites, values: Values, num_particles: int, fields: dict[str, Any]
+) -> Densities:
+    """Each draw of each value as a particle, its value as though it were observed."""
+    sites = {n: Site(s["value"], q[n]["fn"], s["fn"]) for n, s in p.items() if n in q}
+    observed = {n: (s["fn"], s["value"]) for n, s in p.items() if n not in q}
+    return Densities(sites, observed, num_particles, **fields)
+
+
+def _label_term(p: Sites, log_p: dict[str, Tensor], log_q: dict[str, Tensor]) -> Tensor | None:
+    """Sum over sites with infer={"label_weight": w} of w log p(label | x) [B], or None."""
+    found = {n: s["infer"].get("label_weight") for n, s in p.items()}
+    weighted = {name: weight for name, weight in found.items() if weight}
+    if not weighted:
+        return None
+    rest = _total({n: v for n, v in log_p.items() if n not in weighted}) - _total(log_q)
+    whole = rest.flatten(0, 1).logsumexp(0)
+    terms = {n: (rest + log_p[n]).flatten(0, 1).logsumexp(0) - whole for n in weighted}
+    return _total({n: weight * terms[n] for n, weight in weighted.items()})
+
+
+def _total(terms: dict[str, Tensor]) -> Tensor:
+    return sum(terms.values(), torch.zeros(()))
+
+
+def _terms(fn: Any, value: Tensor, like: Tensor) -> Tensor:
+    """Log densities [C, K, B] of a value [*K, B, *event] under a batch [C * K, B]."""
+    C, K = like.shape[:2]
+    dim = value.ndim - len(fn.event_shape) - 2
+    if dim >= 0 and value.shape[dim] == K:
+        value = value.repeat(*(1,) * dim, C, *(1,) * (value.ndim - dim - 1))
+    return fn.log_prob(value).unflatten(0, (C, K)).expand(like.shape)

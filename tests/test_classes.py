@@ -1,0 +1,201 @@
+"""VAEs with a class: few labels, or none."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyro_vae import build, class_probabilities, fit, load
+from pyro_vae.classes import ClassVAE
+from pyro_vae.cli import run
+from pyro_vae.densities import densities
+from pyro_vae.distributions import Label
+from pyro_vae.estimators import importance_sampling
+from pyro_vae.objectives import ELBO, IWAE
+
+B, C, D, F = 7, 3, 2, 5
+SMALL: Any = {"class_path": "MLP", "init_args": {"hidden": [6]}}
+LINEAR: Any = {"class_path": "MLP", "init_args": {"hidden": []}}
+
+
+def made(prior: str = "StandardNormal", decoder: Any = SMALL, **options: Any) -> ClassVAE:
+    likelihood = {"class_path": "Normal", "init_args": {"scale": 0.7}}
+    vae = build(
+        F, D, prior, likelihood, encoder=SMALL, decoder=decoder, classes=C, **options
+    )  # fmt: skip
+    assert isinstance(vae, ClassVAE)
+    for parameter in (*vae.prior.parameters(), vae.class_weights.logits):
+        nn.init.normal_(parameter, std=0.3)
+    return vae
+
+
+def joint(vae: ClassVAE, x: Tensor) -> Tensor:
+    """log p(x, y) [B, C] of a linear decoder."""
+    linear: Any = vae.likelihood.decoder.output  # type: ignore[union-attr]
+    W, offset = linear.weight[:, :D], linear.weight[:, D:].T + linear.bias
+    prior: Any = vae.prior(torch.eye(C))
+    scale = prior.stddev.expand(C, D)
+    noise = 0.7**2 * torch.eye(F)
+    covariance = W @ scale.square().diag_embed() @ W.T + noise
+    loc = prior.mean.expand(C, D) @ W.T + offset
+    given = dist.MultivariateNormal(loc, covariance).log_prob(x.unsqueeze(1))
+    return (vae.class_weights.logits.log_softmax(0) + given).detach()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("prior", ["StandardNormal", "NormalPerClass"])
+def test_evidence_is_that_of_the_mixture_and_labels_are_observed(prior: str) -> None:
+    vae, x = made(prior, LINEAR), torch.randn(B, F)
+    truth = joint(vae, x)
+    way: Any = {"num_samples": 199, "proposal": "prior"}  # of bounded weights
+    found = importance_sampling(vae, x, **way)
+    assert ((found.log_prob - truth.logsumexp(1)).abs() < 4.5 * found.stderr).all()
+    labels = torch.tensor([0, 1, 2, -1, 1, -1, 0])
+    known = truth.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    wanted = torch.where(labels < 0, truth.logsumexp(1), known)
+    found = importance_sampling(vae, x, labels, **way)
+    assert ((found.log_prob - wanted).abs() < 4.5 * found.stderr).all()
+    one_hot = torch.eye(C)[labels] * (labels >= 0)[:, None]
+    again = importance_sampling(vae, x, one_hot, **way)
+    assert torch.equal(again.log_prob, found.log_prob)
+    share, stderr, _ = class_probabilities(vae, x, estimator=importance_sampling, **way)
+    assert ((share - truth.softmax(1)).abs() < 4.5 * stderr + 1e-9).all()
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_label_weight_moves_gradients_by_log_p_of_the_label_alone() -> None:
+    x, labels = torch.randn(B, F), torch.tensor([0, 1, 2, -1, 1, -1, 0])
+    vae = made(label_weight=13.0)
+    parameters = list(vae.parameters())
+    for objective in (ELBO(), IWAE(3)):
+        slopes, values = [], []
+        for weight in (13.0, 0.0):
+            vae.label_weight = weight
+            torch.manual_seed(5)
+            loss = objective.differentiable_loss(vae.model, vae.guide, x, labels)
+            values.append(loss.detach())
+            slopes.append(torch.autograd.grad(loss, parameters, materialize_grads=True))
+        K = objective.num_particles
+        torch.manual_seed(5)
+        d = densities(vae.model, vae.guide, x, num_particles=K)
+        assert d.each is not None
+        weights = d.each.log_weights.unflatten(0, (C, K)).logsumexp(1)  # [C, B]
+        shares = weights.log_softmax(0).T.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        term = -13.0 * shares[labels >= 0].sum()
+        wanted = torch.autograd.grad(term, parameters, materialize_grads=True)
+        assert values[0] == values[1]
+        for with_it, without, part in zip(*slopes, wanted):
+            torch.testing.assert_close(with_it - without, part, rtol=1e-8, atol=1e-10)
+
+
+def test_codes_draws_and_reconstructions_have_their_shapes_and_follow_the_label() -> None:
+    vae, x = made("NormalPerClass"), torch.randn(B, F)
+    y = torch.arange(B) % C
+    assert vae.encode(x).mean.shape == (B, D)
+    given = vae.posterior(x, torch.eye(C)[y]).mean
+    torch.testing.assert_close(vae.encode(x, y).mean, given)
+    assert vae.reconstruct(x).shape == (B, F)
+    assert vae.reconstruct(x, y, num_samples=2).shape == (2, B, F)
+    assert vae.sample(B, torch.where(y == 0, -1, y), mean=True).shape == (B, F)
+    nn.init.constant_(vae.class_weights.logits, 0.0)
+    with torch.no_grad():
+        vae.class_weights.logits[1] = 50.0
+    torch.manual_seed(1)
+    drawn = vae.sample(B, mean=True)
+    torch.manual_seed(1)
+    torch.testing.assert_close(vae.sample(B, torch.full((B,), 1), mean=True), drawn)
+
+
+def clusters(num: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(7)
+    y = torch.arange(num) % C
+    return 4 * torch.eye(C, F)[y] + 0.7 * torch.randn(num, F), y
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_few_labels_name_the_clusters(tmp_path: Path, compile: bool) -> None:
+    x, y = clusters(210)
+    labels = torch.where(torch.arange(210) < 15, y, -1)
+    vae = made("NormalPerClass", label_weight=5.0)
+    options: Any = {"lr": 0.02, "batch_size": 30, "progress": False, "compile": compile}
+    fit(vae, (x, labels), epochs=12, run=tmp_path / "run", **options)
+    share, _, _ = class_probabilities(vae, x, estimator=importance_sampling, num_samples=11)
+    assert (share.argmax(1) == y).double().mean() > 0.95
+    again = load(tmp_path / "run")
+    assert isinstance(again, ClassVAE)
+    assert (again.classes, again.label_weight) == (C, 5.0)
+    for name, value in vae.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_a_resumed_run_is_an_unbroken_one(tmp_path: Path) -> None:
+    x, y = clusters(60)
+    data, weights = (x, torch.where(y == 1, y, -1)), []
+    for epochs in ((4,), (2, 4)):
+        torch.manual_seed(3)
+        vae = made()
+        folder = tmp_path / str(len(epochs))
+        for number in epochs:
+            fit(vae, data, epochs=number, run=folder, resume=True, progress=False)
+        weights.append(vae.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_file_of_few_labels_is_trained_and_classified(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    x, y = clusters(120)
+    labels = np.where(np.arange(120) < 20, y.numpy(), np.nan)
+    np.savez("few.npz", x=x.numpy(), labels=labels)
+    np.savez("new.npz", x=x[:11].numpy(), labels=y[:11].numpy())
+    train = ["train", "--data=few.npz", "--likelihood=Normal", "--transform=none", "--run=run"]
+    small = ["--latent_dim=2", "--encoder.hidden=[6]", "--decoder.hidden=[6]", "--epochs=2"]
+    assert run([*train, *small, "--classes=3", "--label_weight=5", "--progress=false"]) == 0
+    judge = ["--num_samples=7", "--progress=false"]
+    assert run(["classify", "run", "new.npz", *judge]) == 0
+    assert "of 11 known labels found" in capsys.readouterr().out
+    rows = list(csv.DictReader(Path("new.classes.csv").read_text().splitlines()))
+    shares = np.array([[float(row[f"p{c}"]) for c in range(C)] for row in rows])
+    assert shares.shape == (11, C)
+    np.testing.assert_allclose(shares.sum(1), 1, atol=1e-5)
+    assert [int(row["class"]) for row in rows] == shares.argmax(1).tolist()
+    assert run(["sample", "run", "--size=3", "--label=7"]) == 2
+    assert "labels must be from 0 to 2" in capsys.readouterr().err
+    assert run([*train[:-1], "--run=two", *small, "--classes=2"]) == 2
+    assert "labels below 2, the number of classes" in capsys.readouterr().err
+    assert run([*train[:-1], "--run=two", *small, "--conditional=true"]) == 2
+    assert "for few labels use --classes" in capsys.readouterr().err
+
+
+def test_what_cannot_be_is_refused_in_one_line() -> None:
+    vae, x = made(), torch.randn(B, F)
+    for labels in (torch.full((B,), C), torch.full((B,), -2), torch.full((B,), 0.5)):
+        with pytest.raises(ValueError, match="labels must be from 0 to 2, for 3 classes, or -1"):
+            fit(vae, (x, labels), progress=False)
+        with pytest.raises(ValueError, match="labels must be from 0 to 2"):
+            vae.model(x, labels)
+    with pytest.raises(ValueError, match=r"y must be labels \[B\]"):
+        vae.model(x, torch.zeros(B, 2))
+    with pytest.raises(ValueError, match="classes go with condition_dim=0"):
+        build(F, D, classes=C, condition_dim=2)
+    with pytest.raises(ValueError, match="label_weight with classes"):
+        build(F, D, label_weight=1.0)
+    with pytest.raises(ValueError, match="classes must be at least 2"):
+        build(F, D, classes=1)
+
+
+def test_a_label_says_its_class_or_nothing() -> None:
+    label = Label(torch.eye(C))
+    assert torch.equal(label.log_prob(torch.full((C,), -1)), torch.zeros(C))
+    inf = torch.inf
+    assert label.log_prob(torch.tensor([0, 0, 2])).tolist() == [0.0, -inf, 0.0]
+    assert label.sample().tolist() == [0, 1, 2]
+    assert label.expand(torch.Size((2, C))).batch_shape == (2, C)
