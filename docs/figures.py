@@ -1,11 +1,14 @@
 """Draws the figures of the pages, from models of bundled digits with two latents.
 
-python docs/figures.py      # two minutes; writes posterior.png and priors.png beside this file
+python docs/figures.py              # two minutes; posterior.png and priors.png too
+python docs/figures.py --evidence   # evidence.png alone, from results/evidence.json
 """
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -86,6 +89,42 @@ def priors(models: dict[str, VAE]) -> Figure:
     return _labelled(figure)
 
 
+def evidence() -> Figure:
+    """Error of log p(x) against its cost, of one of the models of the results."""
+    rows = json.loads((HERE.parent / "results/evidence.json").read_text())
+    rows = [row for row in rows if row["run"].endswith("500-20")]
+    families = {
+        "encoder": ("#c1440e", "{} draws of\nthe encoder"),
+        "AIS": ("#7a8594", "annealed from\nthe {}"),
+        "log_evidence": ("#1f4e9e", "{}"),
+    }
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    ax = figure.subplots()
+    for family, (colour, label) in families.items():
+        mine = [row for row in rows if row["method"].startswith(family)]
+        seconds, error = ([row[name] for row in mine] for name in ("seconds", "rms"))
+        style = {"encoder": "-o", "AIS": "o", "log_evidence": "*"}[family]
+        ax.loglog(seconds, error, style, color=colour, ms=11 if family == "log_evidence" else 6)
+        for row in mine:
+            name = row["method"].removeprefix(f"{family}, ").replace("K = ", "")
+            name = label.format(name.replace("refined", "fitted proposal"))
+            ax.annotate(
+                name,
+                (row["seconds"], row["rms"]),
+                xytext=(9, -4) if family == "log_evidence" else (0, 7),
+                textcoords="offset points",
+                ha="left" if family == "log_evidence" else "center",
+                fontsize=9,
+                color=colour,
+            )
+    ax.set(xlabel="seconds for 200 images", ylabel="error of log p(x) of an image, nats")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
+    ax.margins(x=0.2, y=0.15)
+    ax.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def _labelled(figure: Figure) -> Figure:
     figure.supxlabel("$z_1$")
     figure.supylabel("$z_2$")
@@ -93,6 +132,9 @@ def _labelled(figure: Figure) -> Figure:
 
 
 if __name__ == "__main__":
+    plots.save(evidence(), str(HERE / "evidence.png"))
+    if "--evidence" in sys.argv:
+        sys.exit()
     models = {prior: trained(prior) for prior in PRIORS}
     plots.save(
         posteriors(models["StandardNormal"], torch.tensor([0, 3, 11, 40])),
