@@ -49,7 +49,9 @@ def insert(app: Sphinx, docname: str, source: list[str]) -> None:
             files = sorted((ROOT / folder).glob("*.py"))
             source[0] = source[0].replace(mark, "\n\n".join(map(_example, files)))
     if "{results}" in source[0]:
-        text = (ROOT / "results/README.md").read_text()
+        first, *others = sorted((ROOT / "results").glob("*.md"))  # README.md is the first
+        below = [re.sub(r"(?m)^(#+ )", r"#\1", page.read_text()) for page in others]
+        text = "\n\n".join([first.read_text(), *below])
         source[0] = re.sub(r"\]\((?!https?:|#)", "](../results/", text)
 
 
