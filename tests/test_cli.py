@@ -22,8 +22,13 @@ from pyro_vae import build, importance_sampling, load, log_evidence, plots
 from pyro_vae.__main__ import main
 from pyro_vae.cli.folder import load_run
 from pyro_vae.cli.judge import check_comparable
+<<<<<<< HEAD
 from pyro_vae.cli.parts import KlParts, layer_lines
 from pyro_vae.cli.use import _followed
+=======
+from pyro_vae.cli.parts import KlParts
+from pyro_vae.cli.use import followed
+>>>>>>> 823c21e (Take options with - or _ and flags without a value; JSON from evaluate and compare; help of at most 50 lines with examples)
 from pyro_vae.data import Splits, load_data, spread
 from pyro_vae.metrics import elbo_decomposition
 from pyro_vae.training import State, load_weights
@@ -875,7 +880,7 @@ def test_layers_below_a_moved_latent_follow_it() -> None:
     vae = build(7, [2, 3, 4])
     z = torch.randn(5, 9)
     prior = vae.prior()
-    top, middle, lowest = (_followed(prior, z, unit) for unit in (5, 2, 0))
+    top, middle, lowest = (followed(prior, z, unit) for unit in (5, 2, 0))
     given = prior.split(z)
     assert torch.equal(lowest, z)
     assert torch.equal(middle[:, 2:], z[:, 2:])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, Namespace
 
+from pyro_vae.cli.conventions import spelled, train_help
 from pyro_vae.cli.explore import explore
 from pyro_vae.cli.impute import impute
 from pyro_vae.cli.judge import classify, compare, evaluate, score
@@ -89,7 +90,11 @@ def demo(options: Namespace) -> None:
 
 
 def _parse(command: str, argv: list[str]) -> Namespace:
-    argv = [_named(argument) for argument in argv]
+    argv = spelled(argv)
+    if command == "train" and {"-h", "--help"} & set(argv):
+        print(train_help(), end="")
+        raise SystemExit(0)
+    argv = ["--help" if argument == "--help_all" else argument for argument in argv]
     if command == "train":
         argv = _resumed(argv)
     parser = PARSERS[command]()
@@ -98,13 +103,6 @@ def _parse(command: str, argv: list[str]) -> Namespace:
     argv = with_configs(argv, parser)
     check_names(argv)
     return parser.parse_args(argv)
-
-
-def _named(argument: str) -> str:
-    """An option with its words joined by `_`, which may be given with `-`."""
-    name, equals, value = argument.partition("=")
-    known = name.startswith("--") and len(name) > 2
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if known else argument
 
 
 def _resumed(argv: list[str]) -> list[str]:

@@ -36,7 +36,11 @@ from pyro_vae.files import write
 from pyro_vae.metrics import Decomposition, active_units
 from pyro_vae.vae import VAE
 
+<<<<<<< HEAD
 __all__ = ["classify", "compare", "evaluate", "score"]
+=======
+__all__ = ["compare", "compared", "evaluate", "score"]
+>>>>>>> 823c21e (Take options with - or _ and flags without a value; JSON from evaluate and compare; help of at most 50 lines with examples)
 
 
 def evaluate(options: Namespace) -> None:
@@ -55,7 +59,7 @@ def evaluate(options: Namespace) -> None:
         compile=options.compile,
         devices=options.devices,
         seed=options.seed,
-        progress=options.progress,
+        progress=options.progress and not options.get("json"),
     )
     evidence = estimate(vae, data, options)
     evidence.save(Path(options.run) / "evidence.safetensors")
@@ -93,7 +97,11 @@ def evaluate(options: Namespace) -> None:
         "odd_rows": odd_rows(vae, data, evidence),
         "missing": missing_columns(data),
     }
-    write(Path(options.run) / "evaluation.json", json.dumps(numbers, indent=1))
+    text = json.dumps(numbers, indent=1)
+    write(Path(options.run) / "evaluation.json", text)
+    if options.json:
+        print(text)
+        return
     units = (
         {}
         if not data.log_jacobian
@@ -227,7 +235,11 @@ def compare(options: Namespace) -> None:
         rows = held_out(splits, options.part, options.limit)
         vae, data = placed(vae, rows, options.accelerator)
         found[run] = shifted(estimate(vae, data, options), data)
-    title = f"nats per datum, of {rows_of(loaded[options.runs[0]][1], options.part, rows)}"
+    where = rows_of(loaded[options.runs[0]][1], options.part, rows)
+    if options.json:
+        print(json.dumps(compared(found, where), indent=1))
+        return
+    title = f"nats per datum, of {where}"
     runs = Table("run", "log p(x), in the units of the data", "verdict", title=title)
     for run, evidence in found.items():
         runs.add_row(run, with_errors(evidence), counted(evidence))
@@ -236,6 +248,24 @@ def compare(options: Namespace) -> None:
         differences.add_row(f"{a} - {b}", paired(found[a], found[b]))
     Console().print(runs)
     Console().print(differences)
+
+
+def compared(found: dict[str, Evidence], where: str) -> dict[str, Any]:
+    """What `compare` prints, for JSON."""
+    runs = {
+        run: {
+            "log_prob": evidence.mean(),
+            **dict(zip(("stderr_monte_carlo", "stderr_data"), evidence.mean_stderr())),
+            "verdicts": dict(Counter(evidence.verdict)),
+        }
+        for run, evidence in found.items()
+    }
+    differences = [
+        {"first": a, "second": b, **dict(zip(("difference", "stderr"), difference(*both)))}
+        for a, b in combinations(found, 2)
+        for both in [(found[a], found[b])]
+    ]
+    return {"rows_of": where, "runs": runs, "differences": differences}
 
 
 def estimate(vae: VAE, data: Data, options: Namespace) -> Evidence:
@@ -251,7 +281,7 @@ def estimate(vae: VAE, data: Data, options: Namespace) -> Evidence:
         compile=options.compile,
         devices=options.devices,
         seed=options.seed,
-        progress=options.progress,
+        progress=options.progress and not options.get("json"),
     )
 
 
@@ -327,10 +357,15 @@ def shifted(evidence: Evidence, data: Data) -> Evidence:
 
 
 def paired(a: Evidence, b: Evidence) -> str:
+    """Mean difference with its standard error, in words."""
+    mean, error = difference(a, b)
+    return f"{mean:.3f} +- {error:.3f}"
+
+
+def difference(a: Evidence, b: Evidence) -> tuple[float, float]:
     """Mean difference with its standard error over data, Monte Carlo error included."""
-    difference = a.log_prob - b.log_prob
-    error = difference.std().item() / len(difference) ** 0.5
-    return f"{difference.mean().item():.3f} +- {error:.3f}"
+    each = a.log_prob - b.log_prob
+    return each.mean().item(), each.std().item() / len(each) ** 0.5
 
 
 def with_errors(evidence: Evidence) -> str:

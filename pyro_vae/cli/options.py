@@ -34,6 +34,16 @@ DEFAULTS = {
     "decoder": "MLP",
     "objective": "ELBO",
 }
+USAGES = {"train": "", "demo": "", "score": "RUN FILE", "encode": "RUN FILE", "compare": "RUN RUN"}
+EXAMPLES = {
+    "evaluate": "runs/mnist-1 --limit 200 --json",
+    "score": "runs/mnist-1 new.npz --out scores.csv",
+    "compare": "runs/mnist-1 runs/mnist-2 --limit 200",
+    "sample": "runs/mnist-1 --size 64 --mean",
+    "encode": "runs/mnist-1 new.npz --out codes.csv",
+    "report": "runs/mnist-1 --out report.html",
+    "explore": "runs/mnist-1 --out explore.html --no-data",
+}
 LARGEST = 10_000  # values of a configuration
 NOT_IN_FILES = ("config", "run", "resume", "import")
 
@@ -169,7 +179,12 @@ def _loaded(text: str) -> Any:
 
 def _parser(name: str, description: str) -> ArgumentParser:
     return ArgumentParser(
-        prog=f"pyro-vae {name}", description=description, exit_on_error=False, allow_abbrev=False
+        prog=f"pyro-vae {name}",
+        usage=f"pyro-vae {name} {USAGES.get(name, 'RUN')} [options]",
+        epilog=f"example: pyro-vae {name} {EXAMPLES[name]}" if name in EXAMPLES else None,
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
     )
 
 
@@ -315,6 +330,7 @@ def _demo_parser() -> ArgumentParser:
 
 def _evaluate_parser() -> ArgumentParser:
     parser = _run_parser("evaluate", "log p(x) of held-out data, with its error.")
+    _json_option(parser)
     _part_options(parser)
     _estimator_options(parser)
     add = parser.add_argument
@@ -340,11 +356,16 @@ def _score_parser() -> ArgumentParser:
 def _compare_parser() -> ArgumentParser:
     parser = _parser("compare", "log p(x) of runs on the same rows, and differences.")
     parser.add_argument("runs", nargs="+", help="folders of two runs or more")
+    _json_option(parser)
     _root_option(parser)
     parser.add_argument("--import", type=str | None, default=None)
     _part_options(parser)
     _estimator_options(parser)
     return parser
+
+
+def _json_option(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON, and no progress")
 
 
 def _part_options(parser: ArgumentParser) -> None:

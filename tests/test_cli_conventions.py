@@ -1,0 +1,92 @@
+"""How options may be written, help that fits a screen, and JSON on demand."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyro_vae.__main__ import main
+from pyro_vae.cli.conventions import spelled
+from pyro_vae.cli.judge import compared
+from pyro_vae.cli.options import PARSERS
+from pyro_vae.config import BASES, components
+from pyro_vae.estimators import Evidence
+
+
+@pytest.mark.parametrize(
+    ("written", "known"),
+    [
+        (["--latent-dim", "3"], ["--latent_dim", "3"]),
+        (["--prior.num-components=3"], ["--prior.num_components=3"]),
+        (["--data=my-file_1.csv"], ["--data=my-file_1.csv"]),
+        (["a-b", "-h", "--"], ["a-b", "-h", "--"]),
+        (["--compile", "--no-progress", "run"], ["--compile=true", "--progress=false", "run"]),
+        (["--compile", "false", "--mean=true"], ["--compile", "false", "--mean=true"]),
+        (["--no-data"], ["--no_data"]),
+    ],
+)
+def test_options_are_taken_as_people_write_them(written: list[str], known: list[str]) -> None:
+    assert spelled(written) == known
+
+
+@pytest.mark.parametrize("command", PARSERS)
+def test_help_fits_a_screen(
+    command: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 80
+
+
+def test_help_of_train_names_what_there_is(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "-h"])
+    text = capsys.readouterr().out
+    for family in set(BASES) - {"schedule"}:
+        assert all(name in text for name in components(family)), family
+    defaults = PARSERS["train"]().get_defaults()
+    known = {key.partition(".")[0] for key in defaults.keys()} | {"help_all", "print_config"}
+    for option in re.findall(r"(?<![\w-])--([a-z-]+)", text):
+        assert option.replace("-", "_").removeprefix("no_") in known, option
+    for default, option in re.findall(r"--([a-z-]+) [^[\n]*\[([\w.]+)\]", text):
+        found = defaults[default.replace("-", "_")]
+        assert str(found) == option, default
+    with pytest.raises(SystemExit):
+        main(["train", "--help-all"])
+    assert len(capsys.readouterr().out) > 2 * len(text)
+
+
+@pytest.mark.slow
+def test_evaluate_prints_its_file_as_json(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    small = ["--encoder.hidden=[11]", "--decoder.hidden=[11]", "--latent-dim=3", "--limit=211"]
+    run = str(tmp_path / "run")
+    assert main(["train", *small, "--epochs=1", "--no-progress", f"--run={run}"]) == 0
+    capsys.readouterr()
+    few = ["--limit=7", "--num-samples=101", "--json"]
+    assert main(["evaluate", run, *few]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((Path(run) / "evaluation.json").read_text())
+    assert printed["rows"] == 7
+
+
+def test_compare_for_json_is_paired() -> None:
+    def evidence(values: list[float]) -> Evidence:
+        found = torch.tensor(values)
+        rest = (torch.full((3,), i / 10) for i in range(1, 5))
+        return Evidence(found, *rest, ["AIS"] * 3, ["reliable", "reliable", "doubtful"])
+
+    found = {"a": evidence([-3.0, -5.0, -7.0]), "b": evidence([-4.0, -7.0, -10.0])}
+    printed = compared(found, "all 3 rows")
+    assert printed["runs"]["a"]["log_prob"] == pytest.approx(-5)
+    assert printed["runs"]["b"]["verdicts"] == {"reliable": 2, "doubtful": 1}
+    (difference,) = printed["differences"]
+    assert (difference["first"], difference["second"]) == ("a", "b")
+    assert difference["difference"] == pytest.approx(2)
+    assert difference["stderr"] == pytest.approx(1 / 3**0.5)
