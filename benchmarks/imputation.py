@@ -139,7 +139,9 @@ def mnar(name: str, full: Tensor, seed: int, arguments: argparse.Namespace) -> N
     start = time.process_time()
     program = study["SelfMasking"](study["linear"](full.shape[1], full.shape[1] - 1),
                                    x.isnan().any(0))  # fmt: skip
-    found = squared(study["imputed"](program, x, epochs, seed), full, x) ** 0.5
+    found = (
+        squared(study["imputed"](program, x, epochs, arguments.linear_lr, seed), full, x) ** 0.5
+    )
     seconds = time.process_time() - start
     em = squared(gaussian_em(x), full, x) ** 0.5
     print(f"| {name} | mnar, seed {seed} | {em:.3f} | {found:.3f} ({seconds:.0f} s) |", flush=True)
@@ -154,6 +156,7 @@ def main() -> None:
     add("--masks", type=int, default=1)
     add("--steps", type=int, default=6000)
     add("--linear_steps", type=int, default=3000)
+    add("--linear_lr", type=float, default=1e-2)
     add("--batch_size", type=int, default=64)
     add("--particles", type=int, default=20)
     add("--samples", type=int, default=1000)

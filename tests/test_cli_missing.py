@@ -101,8 +101,8 @@ def test_impute_fills_arrays(folder: Path, suffix: str) -> None:
     [
         ("a,b\n1,inf\n", [], "infinite ones in 1 row"),
         ("a,c\n1,\n", [], "expected the columns of the run"),
-        ("a,b\n1,\n", ["--out=x.npz"], "out must end in .csv"),
-        ("a,b\n1,\n", ["--draws=-1"], "draws must be at least 0"),
+        ("a,b\n9,\n", ["--out=x.npz"], "out must end in .csv"),
+        ("a,b\n9,\n", ["--draws=-1"], "draws must be at least 0"),
     ],
 )
 def test_bad_input_of_impute(

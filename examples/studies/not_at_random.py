@@ -83,9 +83,9 @@ def error(found: Tensor, full: Tensor, x: Tensor) -> float:
     return (found - full)[x.isnan()].square().mean().sqrt().item()
 
 
-def imputed(program: nn.Module, x: Tensor, epochs: int, seed: int = 0) -> Tensor:
+def imputed(program: nn.Module, x: Tensor, epochs: int, lr: float = 1e-2, seed: int = 0) -> Tensor:
     """Means of the missing values after training by IWAE."""
-    options = {"epochs": epochs, "batch_size": 100, "lr": 3e-3, "progress": False, "seed": seed}
+    options = {"epochs": epochs, "batch_size": 100, "lr": lr, "progress": False, "seed": seed}
     decay = {"class_path": "CosineAnnealingLR", "init_args": {"T_max": epochs}}
     fit(program, x, IWAE(num_particles=20), schedule=decay, **options)
     return impute(program, x, num_draws=1, num_samples=2000, proposal="guide").mean
