@@ -209,7 +209,7 @@ def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tenso
 
 
 def complete_data(model: Program, x: Tensor, y: Tensor | None, latents: Latents) -> Tensor:
-    """x [K, B, *E] with its missing entries (NaN) drawn from p(x | z) at given latents [K, B, *].
+    """x [K, B, *E], its missing entries (NaN) drawn from p(x | z) at latents [K, B, *event].
 
     They are draws of the site that observes x. Where a latent site has its name and "_missing",
     as in models of what goes missing, they are the values of that.
@@ -224,7 +224,7 @@ def complete_data(model: Program, x: Tensor, y: Tensor | None, latents: Latents)
 
 
 def entry_log_prob(model: Program, x: Tensor, y: Tensor | None, latents: Latents) -> Tensor:
-    """log p(x_e | z) of each entry [K, B, *E] at given latents [K, B, *]; 0 where it is missing.
+    """log p(x_e | z) of each entry [K, B, *E] at latents [K, B, *event]; 0 where missing.
 
     Raises:
         ValueError: If the model observes anything but x, or its entries are not independent.
