@@ -152,7 +152,7 @@ class Counted:
 
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Engine, "_single", fabric)
+    monkeypatch.setattr(Engine, "_fabric", fabric)
     monkeypatch.setattr(trainer, "INTERVAL", float("inf"))
 
 
@@ -177,7 +177,7 @@ def test_fit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "progress": False,
     }
     here = fit(twin, x, objective(), accelerator="cpu", **options)
-    monkeypatch.setattr(Engine, "_single", fabric)
+    monkeypatch.setattr(Engine, "_fabric", fabric)
     monkeypatch.setattr(trainer, "INTERVAL", float("inf"))
     rows = Counted(TensorDataset(x))
     there = fit(vae, rows, objective(), **options)
