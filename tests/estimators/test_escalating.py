@@ -200,11 +200,13 @@ def banana(num_data: int) -> World:
     return World(model, guide, x, quadrature(log_density, -8.0, 8.0).expand(num_data))
 
 
-@pytest.mark.parametrize("repeats", [37, pytest.param(241, marks=pytest.mark.slow)])
-def test_choosing_the_number_of_draws_costs_no_coverage(repeats: int) -> None:
+@pytest.mark.parametrize(
+    ("repeats", "tolerance"), [(37, 0.15), pytest.param(241, 0.05, marks=pytest.mark.slow)]
+)
+def test_choosing_the_number_of_draws_costs_no_coverage(repeats: int, tolerance: float) -> None:
     """Over repeats of one datum: as often within two standard errors as a fixed number."""
     world = banana(repeats)
-    e = log_evidence(world.model, world.guide, world.x, audit=False)
+    e = log_evidence(world.model, world.guide, world.x, tolerance=tolerance, audit=False)
     fixed = refined_importance_sampling(world.model, world.guide, world.x)
     covered, usual = (
         ((r.log_prob - world.truth).abs() < 2 * r.stderr).double().mean() for r in (e, fixed)
