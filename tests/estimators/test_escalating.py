@@ -107,6 +107,18 @@ def test_components_are_added_where_weights_are_largest() -> None:
     )
 
 
+def test_components_take_over_from_a_proposal_that_is_elsewhere() -> None:
+    with evaluating(seed=0, device=CPU):
+        target = target_of(linear())
+        loc, tril = laplace(target, target.draw_guide(1)[0])
+        astray = one(loc + 8 * tril[..., 0], 0.5 * tril)
+        richer = add_components(target, astray, loc.expand(2, -1, -1))
+    share = richer.log_weight.exp()
+    assert (share[0] < 0.1).all()
+    assert len(share) < 8  # draws of the first proposal count as its own
+    torch.testing.assert_close(share.sum(0), torch.ones(13))
+
+
 def test_a_proposal_that_fits_gets_no_component() -> None:
     with evaluating(seed=0, device=CPU):
         target = target_of(linear())
@@ -128,6 +140,23 @@ def test_a_pilot_sees_the_variance_that_its_draws_do_not() -> None:
     assert (good > 10).all()
     assert (good < 1000).all()
     assert (narrow > 2000).all()
+
+
+def test_where_a_walk_leads_counts_in_a_pilot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The average weight over points of the posterior is one more than the variance."""
+    with evaluating(seed=0, device=CPU):
+        world = linear(sigma=0.02, num_data=3, shift=9.0)
+        target = target_of(world)
+        loc, tril = laplace(target, world.x.new_zeros(3, 3))
+        fit = fit_of(target, one(loc, 0.6 * tril))
+        points = torch.stack([loc, loc + 4 * tril[..., 0]])
+        monkeypatch.setattr(escalating, "walk", lambda *args: points)
+        needed, visited = escalating._pilot(fit, 0.05, 400)
+        relative = (fit.log_weights(points, 1000) - world.truth).exp()
+    assert visited is points
+    assert (relative[1] > 20).all()
+    expected = (relative.mean(0) - 1) / (escalating.MARGIN * 0.05) ** 2
+    torch.testing.assert_close(needed, expected, rtol=0.5, atol=0)
 
 
 def test_the_variance_of_a_pilot_is_exact_on_average() -> None:
@@ -200,11 +229,13 @@ def banana(num_data: int) -> World:
     return World(model, guide, x, quadrature(log_density, -8.0, 8.0).expand(num_data))
 
 
-@pytest.mark.parametrize("repeats", [37, pytest.param(241, marks=pytest.mark.slow)])
-def test_choosing_the_number_of_draws_costs_no_coverage(repeats: int) -> None:
+@pytest.mark.parametrize(
+    ("repeats", "tolerance"), [(37, 0.15), pytest.param(241, 0.05, marks=pytest.mark.slow)]
+)
+def test_choosing_the_number_of_draws_costs_no_coverage(repeats: int, tolerance: float) -> None:
     """Over repeats of one datum: as often within two standard errors as a fixed number."""
     world = banana(repeats)
-    e = log_evidence(world.model, world.guide, world.x, audit=False)
+    e = log_evidence(world.model, world.guide, world.x, tolerance=tolerance, audit=False)
     fixed = refined_importance_sampling(world.model, world.guide, world.x)
     covered, usual = (
         ((r.log_prob - world.truth).abs() < 2 * r.stderr).double().mean() for r in (e, fixed)

@@ -94,6 +94,21 @@ def test_a_valley_tells_modes_apart(pair: tuple) -> None:
     assert apart.tolist() == [[False] * 3, [True] * 3]
 
 
+class Peaks:
+    """Peaks of unit width at 0, 5 and -20, the second 3 nats lower and the third 25."""
+
+    def log_joint(self, u: Tensor) -> Tensor:
+        place, height = torch.tensor([0.0, 5.0, -20.0]), torch.tensor([0.0, -3.0, -25.0])
+        return (height - (u - place).square() / 2).logsumexp(-1)
+
+
+def test_a_lower_mode_counts_unless_it_is_negligible() -> None:
+    u = torch.tensor([-20.0, 5.0, 0.0, 0.3]).view(4, 1, 1)
+    found, keep = modes._distinct(Peaks(), u)  # type: ignore[arg-type]
+    assert found[:2].flatten().tolist() == [0.0, 5.0]
+    assert keep.flatten().tolist() == [True, True, False, False]
+
+
 def test_climbs_reach_the_mode_and_never_end_lower(pair: tuple) -> None:
     target, mode, tril = pair
     starts = torch.stack([mode + 0.1, mode])
