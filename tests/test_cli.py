@@ -22,13 +22,8 @@ from pyro_vae import build, importance_sampling, load, log_evidence, plots
 from pyro_vae.__main__ import main
 from pyro_vae.cli.folder import load_run
 from pyro_vae.cli.judge import check_comparable
-<<<<<<< HEAD
 from pyro_vae.cli.parts import KlParts, layer_lines
-from pyro_vae.cli.use import _followed
-=======
-from pyro_vae.cli.parts import KlParts
 from pyro_vae.cli.use import followed
->>>>>>> 823c21e (Take options with - or _ and flags without a value; JSON from evaluate and compare; help of at most 50 lines with examples)
 from pyro_vae.data import Splits, load_data, spread
 from pyro_vae.metrics import elbo_decomposition
 from pyro_vae.training import State, load_weights

@@ -36,11 +36,7 @@ from pyro_vae.files import write
 from pyro_vae.metrics import Decomposition, active_units
 from pyro_vae.vae import VAE
 
-<<<<<<< HEAD
-__all__ = ["classify", "compare", "evaluate", "score"]
-=======
-__all__ = ["compare", "compared", "evaluate", "score"]
->>>>>>> 823c21e (Take options with - or _ and flags without a value; JSON from evaluate and compare; help of at most 50 lines with examples)
+__all__ = ["classify", "compare", "compared", "evaluate", "score"]
 
 
 def evaluate(options: Namespace) -> None:
