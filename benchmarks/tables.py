@@ -39,18 +39,20 @@ def load(folder: Path, share: int) -> tuple[Tensor, Tensor, Schema, list[str]]:
     with (folder / "data_types.csv").open() as file:
         types = [row["type"] for row in csv.DictReader(file)]
     hidden = torch.zeros(len(lines), len(types), dtype=torch.bool)
-    cells = np.loadtxt(folder / f"Missing{share}_1.csv", delimiter=",", dtype=int)
-    hidden[cells[:, 0] - 1, cells[:, 1] - 1] = True
-    columns = {f"c{d}": [line[d] for line in lines] for d in range(len(types))}
+    places = np.loadtxt(folder / f"Missing{share}_1.csv", delimiter=",", dtype=int)
+    hidden[places[:, 0] - 1, places[:, 1] - 1] = True
+    cells = [[None if cell.lower() in ("", "nan") else cell for cell in line] for line in lines]
+    columns = {f"c{d}": [line[d] for line in cells] for d in range(len(types))}
     schema = Schema({n: kind(n, t, columns[n]) for (n, t) in zip(columns, types)})
-    return schema.encode(columns), hidden, schema, types
+    rows = schema.encode(columns)
+    return rows, hidden & ~rows.isnan(), schema, types
 
 
-def kind(name: str, declared: str, cells: list[str]) -> Column:
+def kind(name: str, declared: str, cells: list[str | None]) -> Column:
     """The type that the table declares; of numbers, what pyro_vae infers."""
     if declared in NUMBERS:
         return inferred(name, cells)
-    levels = tuple(map(int, sorted({float(cell) for cell in cells})))
+    levels = tuple(map(int, sorted({float(cell) for cell in cells if cell})))
     coded = "ordinal" if declared == "ordinal" else "binary" if len(levels) == 2 else "category"
     return Column(coded, levels)
 
@@ -63,7 +65,8 @@ def errors(
     for d, (declared, column) in enumerate(zip(types, schema.columns.values())):
         a, b = found[hidden[:, d], d].double(), truth[hidden[:, d], d].double()
         if declared in NUMBERS:
-            error = (a - b).square().mean().sqrt() / (truth[:, d].max() - truth[:, d].min())
+            seen = truth[~truth[:, d].isnan(), d]
+            error = (a - b).square().mean().sqrt() / (seen.max() - seen.min())
             sorts["number"].append(error.item())
         elif declared == "cat":
             sorts["category"].append((a.round() != b).double().mean().item())
