@@ -9,7 +9,7 @@ import torch
 from families import LIKELIHOODS, Raw, name
 from torch import Tensor
 
-from pyro_vae import build, distributions, likelihoods
+from pyro_vae import build, distributions, likelihoods, log_evidence
 from pyro_vae.likelihoods import Columns
 from pyro_vae.likelihoods.real import LocationScale
 from pyro_vae.networks import MLP
@@ -264,3 +264,24 @@ def test_a_declared_table_comes_back_from_its_declaration() -> None:
     again = build(**vae.declaration)
     assert again.likelihood.names == [*KINDS, "education.num"]
     again.load_state_dict(vae.state_dict())
+
+
+def test_two_classes_whose_decoder_ignores_z_are_an_exact_mixture() -> None:
+    x = table(7)
+    x[2, 3] = math.nan
+    vae = made(classes=2, missing=True)
+    vae.initialise(table())
+    with torch.no_grad():
+        vae.likelihood.decoder.hidden[0].weight[:, :2] = 0.0
+        for weights in vae.class_weights.parameters():
+            weights.copy_(torch.randn_like(weights))
+    shares = vae.class_weights().log_prob(torch.eye(2))
+    each = [
+        vae.likelihood.observed(vae.likelihood(torch.zeros(7, 2), hot.expand(7, 2))).log_prob(x)
+        for hot in torch.eye(2)
+    ]
+    truth = (torch.stack(each) + shares.unsqueeze(-1)).logsumexp(0)
+    assert (each[0] - each[1]).abs().min() > 1e-3
+    found = log_evidence(vae, x, tolerance=0.01)
+    assert ((found.log_prob - truth).abs() < 5 * found.stderr + 1e-6).all()
+    assert found.stderr.max() < 0.01
