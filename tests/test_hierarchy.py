@@ -390,3 +390,15 @@ def test_lists_that_do_not_fit_are_refused() -> None:
             VAE(p, decoder, q)
     with pytest.raises(ValueError, match="prior ConditionalNormal is conditioned on y"):
         lower()
+
+
+@pytest.mark.slow
+def test_compiled_losses_are_those_of_the_eager_step() -> None:
+    x = draw(layered(Ladder), 23)
+    options = {"epochs": 3, "batch_size": 11, "precision": "64-true", **QUIET}
+    elbos = []
+    for compiled in (False, True):
+        torch.manual_seed(3)
+        vae = layered(Ladder, skip=True, prior="VampPrior")
+        elbos.append(fit(vae, x, ELBO(), compile=compiled, **options)["elbo"])
+    assert elbos[1] == pytest.approx(elbos[0], rel=1e-9)
