@@ -1,6 +1,7 @@
 """Digits with few labels: the class summed out, with and without a weight on the labels.
 
 python examples/studies/few_labels.py --root data       # MNIST, 100 labels; writes a picture
+python examples/studies/few_labels.py --data digits --epochs 60    # minutes
 python examples/studies/few_labels.py --smoke           # bundled digits, seconds
 
 One model of p(x, y), whose classifier is its own p(y | x): there is no network for it. Rows are
@@ -31,6 +32,7 @@ def few(labels: Tensor, per_class: int) -> Tensor:
 
 def main(
     smoke: bool = False,
+    data: str = "MNIST",
     root: str = "data",
     rows: int = 10_000,
     per_class: int = 10,
@@ -39,17 +41,17 @@ def main(
     out: str = "few_labels.png",
 ) -> float:
     """Trains a model for each weight; returns the accuracy of the last on test data."""
-    limit = 200 if smoke else rows
-    data = load_data("digits" if smoke else "MNIST", root=root, transform="dynamic", limit=limit)
-    test = data.test.subset(torch.arange(20 if smoke else 1000)).fixed()
+    limit, name = (200, "digits") if smoke else (rows, data)
+    parts = load_data(name, root=root, transform="dynamic", limit=limit)
+    test = parts.test.subset(torch.arange(min(1000, len(parts.test)))).fixed()
     x, truth = test.batch(torch.arange(len(test)))[0], test.labels
     wide: Any = {"class_path": "MLP", "init_args": {"hidden": [200], "activation": "softplus"}}
     for weight in weights:
         torch.manual_seed(0)
         vae = build(
-            data.train.data_shape, 20, encoder=wide, decoder=wide, classes=10, label_weight=weight
+            parts.train.data_shape, 20, encoder=wide, decoder=wide, classes=10, label_weight=weight
         )
-        train = replace(data.train, labels=few(data.train.labels, per_class)).one_hot()
+        train = replace(parts.train, labels=few(parts.train.labels, per_class)).one_hot()
         start = time.perf_counter()
         fit(vae, train, epochs=2 if smoke else epochs, batch_size=100, progress=False)
         seconds = time.perf_counter() - start
@@ -75,6 +77,7 @@ def main(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="few rows and epochs")
+    parser.add_argument("--data", default="MNIST", help="name of a data set with ten classes")
     parser.add_argument("--root", default="data", help="folder of MNIST")
     parser.add_argument("--rows", type=int, default=10_000, help="training rows")
     parser.add_argument("--per_class", type=int, default=10, help="labels of each class")
