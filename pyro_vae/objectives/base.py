@@ -195,8 +195,8 @@ class Objective(pyro.infer.ELBO, nn.Module):
             if torch.is_grad_enabled() and not site.guide.has_rsample:
                 raise ValueError(
                     f"site {name!r} is drawn by the guide from {type(site.guide).__name__}, "
-                    "through which no gradient passes: use a reparameterised distribution, or "
-                    "Pyro's Trace_ELBO"
+                    "through which no gradient passes: use a reparameterised distribution, "
+                    "infer={'enumerate': 'parallel'} in the model to sum it out, or Pyro's Trace_ELBO"
                 )
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
