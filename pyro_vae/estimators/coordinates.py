@@ -244,7 +244,7 @@ def _transform(name: str, site: Site) -> Transform:
     if any(_is_discrete(fn) for fn in (site.model, site.guide)):
         raise ValueError(
             f"latent site {name!r} is discrete ({kind}), where gradients are needed: sum it out "
-            "(infer={'enumerate': 'parallel'} at the model's site, or a mixture as a distribution), "
+            "(infer={'enumerate': 'parallel'} in the model, or a mixture as a distribution), "
             "or use importance_sampling"
         )
     support = _whole(site.model.support)

@@ -196,7 +196,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
                 raise ValueError(
                     f"site {name!r} is drawn by the guide from {type(site.guide).__name__}, "
                     "through which no gradient passes: use a reparameterised distribution, "
-                    "infer={'enumerate': 'parallel'} in the model to sum it out, or Pyro's Trace_ELBO"
+                    "infer={'enumerate': 'parallel'} to sum it out, or Pyro's Trace_ELBO"
                 )
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
