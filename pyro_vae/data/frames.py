@@ -131,11 +131,12 @@ def inferred(where: str, cells: Sequence[Any], order: Sequence[Any] | None = Non
 
 
 def _labels(where: str, cells: Sequence[Any]) -> Tensor:
-    """Classes of rows, numbered by their names in order."""
-    if None in cells:
-        raise ValueError(f"{where} is empty in row {cells.index(None)} (from 0): fill it")
-    codes = {name: code for code, name in enumerate(sorted(set(cells), key=_order))}
-    return torch.tensor([codes[cell] for cell in cells])
+    """Classes of rows, numbered by their names in order; -1 where a cell is empty or -1."""
+    known = sorted({cell for cell in cells if cell not in (None, -1)}, key=_order)
+    if not known:
+        raise ValueError(f"{where} is empty: fill some cells, or leave the column out")
+    codes = {name: code for code, name in enumerate(known)}
+    return torch.tensor([codes.get(cell, -1) for cell in cells])
 
 
 def _textual(where: str, seen: list[str], order: Sequence[Any] | None) -> Column:

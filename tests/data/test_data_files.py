@@ -196,6 +196,11 @@ def test_labels_that_are_unknown_are_minus_one(tmp_path: Path) -> None:
     path.write_text("a,label\n" + "".join(f"{i}.5,{i % 2 if i < 4 else ''}\n" for i in range(31)))
     train = load_data(path).train
     assert torch.equal(train.labels, torch.where(train.rows < 4, train.rows % 2, -1))
+    words = ["cat", "dog", "", ""]
+    path.write_text("a,b,label\n" + "".join(f"{i}.5,u{i % 2},{words[i % 4]}\n" for i in range(31)))
+    train = load_data(path).train
+    names = train.rows % 4
+    assert torch.equal(train.labels, torch.where(names < 2, names, -1))
     arrays = tmp_path / "few.npz"
     np.savez(arrays, x=np.ones((31, 2)), labels=np.where(np.arange(31) < 4, 1.0, np.nan))
     train = load_data(arrays).train
