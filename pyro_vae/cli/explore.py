@@ -14,13 +14,19 @@ from jsonargparse import Namespace
 from torch import Tensor, nn
 
 from pyro_vae.arguments import check_whole
+from pyro_vae.classes import ClassVAE
 from pyro_vae.cli.folder import load_run, placed
 from pyro_vae.cli.judge import estimate, rows_of
 from pyro_vae.cli.parts import unit_kl, unit_names
 from pyro_vae.cli.use import destination, followed
 from pyro_vae.data import Data, Splits, spread
 from pyro_vae.data.transforms import Transform
-from pyro_vae.estimators import Evidence, evidence_lower_bound
+from pyro_vae.estimators import (
+    Evidence,
+    class_probabilities,
+    evidence_lower_bound,
+    importance_sampling,
+)
 from pyro_vae.explorer import Content, Rows, page
 from pyro_vae.files import reading, write
 from pyro_vae.vae import VAE
@@ -71,15 +77,20 @@ def explore(options: Namespace) -> None:
 
 def _content(vae: VAE, splits: Splits, data: Data, index: Tensor, options: Namespace) -> Content:
     x, y = data.batch(torch.arange(len(data)))
-    prior, codes = vae.prior(y), vae.encode(x, y)
+    c = y
+    if isinstance(vae, ClassVAE):  # of the class of most weight, or that of the label
+        few: dict[str, Any] = {"estimator": importance_sampling, "num_samples": 10}
+        likely = class_probabilities(vae, x, y, **few).probabilities.argmax(-1)
+        c = torch.eye(vae.classes)[likely]
+    prior, codes = vae.prior(c), VAE.encode(vae, x, c)
     back = data.transform.inverse
     inputs = getattr(vae.prior, "inputs", None)
     if inputs is not None and (options.no_data or inputs.shape[1:] != x.shape[1:]):
         inputs = None
-    kl = unit_kl(vae, data)
+    kl = None if isinstance(vae, ClassVAE) else unit_kl(vae, data)
     known = _known(vae, splits, data, options)
     where = rows_of(splits, options.part, data)
-    one_hot = data.classes if y is not None and y.shape[1] == data.classes else None
+    one_hot = c is not None and c.shape[1] == data.classes
     return Content(
         name=Path(options.run).resolve().name,
         about=_about(vae, where, not options.no_data),
@@ -89,7 +100,7 @@ def _content(vae: VAE, splits: Splits, data: Data, index: Tensor, options: Names
             numbers=index,
             codes=codes,
             shown=None if options.no_data else back(x).float(),
-            y=y,
+            y=c,
             labels=data.labels,
             **known,
         ),
@@ -100,7 +111,7 @@ def _content(vae: VAE, splits: Splits, data: Data, index: Tensor, options: Names
         layers=list(vae.sizes.values()),
         follow=[Follow(vae, end).eval() for end in accumulate(list(vae.sizes.values())[:-1])],
         columns=data.columns,
-        classes=one_hot,
+        classes=data.classes if one_hot else None,
         inputs=None if inputs is None else back(inputs),
     )
 

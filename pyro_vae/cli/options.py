@@ -34,7 +34,9 @@ DEFAULTS = {
     "decoder": "MLP",
     "objective": "ELBO",
 }
-USAGES = {"train": "", "demo": "", "score": "RUN FILE", "encode": "RUN FILE", "compare": "RUN RUN"}
+USAGES = {"train": "", "demo": "", "compare": "RUN RUN"} | dict.fromkeys(
+    ("score", "encode", "impute", "classify"), "RUN FILE"
+)
 EXAMPLES = {
     "evaluate": "runs/mnist-1 --limit 200 --json",
     "score": "runs/mnist-1 new.npz --out scores.csv",

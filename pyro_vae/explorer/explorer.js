@@ -195,7 +195,7 @@ const manifold = { key: "", canvas: null };
 // What the decoder makes of a grid of codes; the other latents stay where they are.
 function drawManifold(context) {
   const most = Math.floor(Math.sqrt(1500 / state.ms)); // a second and a half in all
-  const n = Math.max(4, Math.min(20, most, Math.floor(view.side / Math.max(28, model.width / 2))));
+  const n = Math.max(4, Math.min(20, most, Math.floor(view.side / Math.max(36, model.width / 2))));
   const rest = [...state.z].map((v, d) => (state.axes.includes(d) ? 0 : v.toFixed(3)));
   const key = [n, ...rest, ...(state.y || []), ...state.axes].join();
   if (key !== manifold.key) {
