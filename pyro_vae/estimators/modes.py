@@ -57,7 +57,8 @@ def find_modes(target: Target, num_starts: int) -> Modes:
     The first mode is climbed to from the guide's mean and from the best of 500 draws of the
     prior. Its covariance is the metric of all later climbs. Half of these start beyond a valley
     of the density: on straight lines from a known mode along the most informed units and along
-    the principal directions of its covariance, or where two units are exchanged. The others
+    the principal directions of its covariance, its mirror image among them, or where two units
+    are exchanged. The others
     start from likely draws of the prior, the farthest first. Data of which these found more
     than one mode are searched again, sixteen starts a round, each round from another mode,
     until eight starts for each known mode have found nothing new: a mode of equal share is then
@@ -84,7 +85,7 @@ def find_modes(target: Target, num_starts: int) -> Modes:
 def search_cost(dim: int, num_starts: int) -> int:
     """Evaluations of the model for one datum of one mode."""
     lines, units = 2 * min(dim, LINES), min(dim, UNITS)
-    walks = lines * (len(WALK) + 2 * len(STRIDES)) + units * (units - 1) // 2 + MORE_STARTS
+    walks = lines * (len(WALK) + 1 + 2 * len(STRIDES)) + units * (units - 1) // 2 + MORE_STARTS
     number = num_starts + 1
     climbs = 2 * FIRST_STEPS + ROUNDS * (dim + 6) + number * (STEPS + 3)
     return PRIOR_DRAWS + climbs + walks + 3 * number * (number + 1) // 2
@@ -213,7 +214,8 @@ def _walk(
     """
     here = ((mode - centre) * lines).sum(-1)  # [R, B]
     strides = mode.new_tensor([*(-s for s in STRIDES), *STRIDES]).view(-1, 1, 1) * spread
-    steps = torch.cat([mode.new_tensor(WALK).view(-1, 1, 1) - here, strides]).sort(0).values
+    fixed = mode.new_tensor(WALK).view(-1, 1, 1) - here
+    steps = torch.cat([fixed, -2 * here.unsqueeze(0), strides]).sort(0).values  # and the mirror's
     points = mode + steps.unsqueeze(-1) * lines
     height = target.log_joint(points.flatten(0, 1)).view(steps.shape)
     ahead = torch.where(steps > 0, height, torch.inf).cummin(0).values
