@@ -98,7 +98,7 @@ def test_batches_are_estimated_alike_wherever_they_are(
     monkeypatch.setattr("pyro_vae.estimators.batches.in_processes", here)
     owner, x = Gaussian(), data(11)
     results = [
-        estimate(owner.model, owner.guide, x, chunk_size=56, devices=devices, **options)
+        estimate(owner.model, owner.guide, x, chunk_size=28, devices=devices, **options)
         for devices in (1, 3)
     ]
     assert parts == [2 if estimate is not importance_sampling else 3]
