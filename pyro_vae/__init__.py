@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         log_evidence,
         refined_importance_sampling,
     )
+    from pyro_vae.scoring import Scorer
     from pyro_vae.training import fit
     from pyro_vae.vae import VAE
 
@@ -45,6 +46,7 @@ _NAMES = {
     "VAE": "pyro_vae.vae",
     "build": "pyro_vae.config",
     "load": "pyro_vae.config",
+    "Scorer": "pyro_vae.scoring",
     "fit": "pyro_vae.training",
     "scale_latents": "pyro_vae.densities",
     "Audit": "pyro_vae.estimators",
@@ -80,6 +82,7 @@ __all__ = [
     "Audit",
     "Evidence",
     "Imputation",
+    "Scorer",
     "annealed_importance_sampling",
     "audit",
     "bidirectional",

@@ -132,11 +132,19 @@ def load_run(run: str, data_root: str | None) -> tuple[VAE, Splits]:
 
 def own_rows(run: str, file: str, vae: VAE) -> Data:
     """The rows of a user's file, transformed as the run's data were, and checked."""
-    known = read_record(run)
-    schema = known.get("rows", {}).get("schema")
+    return as_trained(run, read_rows(file, schema_of(run)), vae)
+
+
+def schema_of(run: str) -> Schema | None:
+    """What the columns of a run's table hold; None for runs of other data."""
+    schema = read_record(run).get("rows", {}).get("schema")
     with reading(Path(run) / "data.json"):
-        known_columns = None if schema is None else Schema.restore(schema)
-    rows = read_rows(file, known_columns)
+        return None if schema is None else Schema.restore(schema)
+
+
+def as_trained(run: str, rows: Data, vae: VAE) -> Data:
+    """A user's rows, transformed as the run's data were, and checked."""
+    known = read_record(run)
     with reading(Path(run) / "data.json"):
         transform = restore(known["transform"])
     rows = alike(rows, known.get("rows", {}), transform, vae.likelihood.data_shape)

@@ -1,0 +1,85 @@
+"""log p(x) of batches of rows, for engines that share them among machines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyro_vae import config
+from pyro_vae.cli.folder import as_trained, read_record, schema_of
+from pyro_vae.data import Data, read_table
+from pyro_vae.estimators import log_evidence
+from pyro_vae.vae import VAE
+
+__all__ = ["Scorer"]
+
+
+class Scorer:
+    """A function from a batch of rows to the batch with log p(x) of each row beside it.
+
+    It is what Ray Data's `map_batches`, Dask's `map_partitions` and Spark's `mapInPandas` take:
+    small to send, for it holds the path of the run alone and loads it once in each process. A
+    row's noise depends on its place in the batch; its log p(x) does so within its standard error.
+
+    Args:
+        run: A run folder of `pyro-vae train`, which every machine can read.
+        options: Of `log_evidence`, such as `tolerance`.
+
+    Raises:
+        ValueError: If the folder holds no run.
+    """
+
+    def __init__(self, run: str | os.PathLike[str], **options: Any) -> None:
+        self.run, self.options = os.path.abspath(run), options
+        self._vae: VAE | None = None
+        read_record(self.run)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_vae": None}
+
+    def __call__(self, batch: Any) -> Any:
+        """Adds the columns "log_prob" (nats, in the data's own units), "stderr" and "verdict".
+
+        Args:
+            batch: A pandas frame, or a mapping of arrays: of "x" [N, *E] (and "y" [N, C]), or of
+                the columns of a table by name.
+
+        Raises:
+            ValueError: If the rows are not of the kind that the run was trained on.
+        """
+        if self._vae is None:
+            self._vae = config.load(self.run)
+        rows = as_trained(self.run, self._rows(batch), self._vae)
+        evidence = log_evidence(self._vae, *rows.batch(torch.arange(len(rows))), **self.options)
+        found = {
+            "log_prob": (evidence.log_prob + rows.log_jacobians).numpy(),
+            "stderr": evidence.stderr.numpy(),
+            "verdict": np.array(evidence.verdict),
+        }
+        return {**batch, **found} if isinstance(batch, Mapping) else batch.assign(**found)
+
+    def _rows(self, batch: Any) -> Data:
+        """The batch as rows, untransformed."""
+        if not isinstance(batch, Mapping) and not hasattr(batch, "assign"):
+            raise ValueError(
+                "a batch must be a pandas frame or a mapping of arrays; got "
+                f"{type(batch).__name__}"
+            )
+        if isinstance(batch, Mapping) and "x" in batch:
+            return Data(batch["x"], batch.get("y"), name="the batch")
+        names = tuple(map(str, batch))
+        schema = schema_of(self.run)
+        if schema is None:
+            columns = [np.asarray(batch[name], dtype=np.float32) for name in batch]
+            rows = torch.from_numpy(np.stack(columns, 1))
+            return Data(rows, name="the batch", columns=names)
+        if isinstance(batch, Mapping):
+            import pandas as pd
+
+            batch = pd.DataFrame(dict(batch))
+        rows, _ = read_table(batch, schema)
+        return Data(rows, name="the batch", columns=tuple(schema.columns), schema=schema)

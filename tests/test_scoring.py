@@ -1,0 +1,72 @@
+"""Batches scored as files are."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pyro_vae import Scorer
+from pyro_vae.__main__ import main
+
+pytestmark = pytest.mark.filterwarnings("ignore:posterior collapse")
+SMALL = ["--encoder.hidden=[5]", "--decoder.hidden=[5]", "--latent_dim=2", "--epochs=1"]
+N, F = 53, 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of an array and of a table, with what `score` says of them."""
+    folder = tmp_path_factory.mktemp("scoring")
+    random = np.random.default_rng(0)
+    np.savez(folder / "x.npz", x=random.normal(size=(N, F)).astype(np.float32))
+    kinds = random.choice(["red", "green", "blue"], N)
+    lines = [f"{kind},{value:.3f}" for kind, value in zip(kinds, random.normal(size=N))]
+    lines[3] = ",0.5"
+    (folder / "table.csv").write_text("\n".join(["colour,size", *lines]) + "\n")
+    for name in ("x.npz", "table.csv"):
+        run, out = folder / Path(name).stem, folder / f"{Path(name).stem}.scores"
+        train = ["train", "--data", str(folder / name), "--run", str(run), *SMALL]
+        train += ["--likelihood=Normal"] if name == "x.npz" else []
+        assert main([*train, "--progress=false"]) == 0
+        score = ["score", str(run), str(folder / name), "--progress=false"]
+        assert main([*score, "--out", f"{out}.csv"]) == 0
+    return folder
+
+
+def scores(path: Path) -> np.ndarray:
+    return np.loadtxt(path, delimiter=",", skiprows=1, usecols=1)
+
+
+def test_arrays(folder: Path) -> None:
+    x = np.load(folder / "x.npz")["x"]
+    scorer = pickle.loads(pickle.dumps(Scorer(folder / "x")))
+    found = scorer({"x": x, "id": np.arange(N)})
+    np.testing.assert_allclose(found["log_prob"], scores(folder / "x.scores.csv"), atol=1e-5)
+    assert set(found) == {"x", "id", "log_prob", "stderr", "verdict"}
+    again = pickle.loads(pickle.dumps(scorer))({"x": torch.from_numpy(x[:5])})
+    close = 5 * (again["stderr"] + found["stderr"][:5])
+    assert (abs(again["log_prob"] - found["log_prob"][:5]) < close + 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", ["frame", "mapping"])
+def test_tables(kind: str, folder: Path) -> None:
+    frame = pytest.importorskip("pandas").read_csv(folder / "table.csv")[["size", "colour"]]
+    batch: Any = frame if kind == "frame" else {name: frame[name].to_numpy() for name in frame}
+    found = Scorer(folder / "table")(batch)
+    log_prob = np.asarray(found["log_prob"])
+    np.testing.assert_allclose(log_prob, scores(folder / "table.scores.csv"), atol=1e-5)
+    assert list(found)[:2] == ["size", "colour"]
+
+
+def test_what_is_no_batch_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="a batch must be a pandas frame or a mapping"):
+        Scorer(folder / "x")([1, 2])
+    with pytest.raises(ValueError, match="missing"):
+        Scorer(folder)
+    with pytest.raises(ValueError, match="rows of shape"):
+        Scorer(folder / "x")({"x": np.zeros((2, F + 1), np.float32)})
