@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyro_vae.densities import Program, log_weights
 from pyro_vae.densities.evaluating import evaluating
+from pyro_vae.estimators.batches import track
 from pyro_vae.estimators.evidence import TENSORS, Evidence
 
 __all__ = ["ClassProbabilities", "for_each_value", "over_values", "probabilities"]
@@ -122,12 +123,13 @@ def for_each_value(
         given: Its arguments, by name.
         values: Joint values [C, *event] of each site.
     """
-    parts = []
-    for c in range(len(next(iter(values.values())))):
+    parts, count = [], len(next(iter(values.values())))
+    for c in track(range(count), f"{count} values", bool(given.get("progress"))):
         one = OneValue(given["model"], given["guide"], {n: v[c] for n, v in values.items()})
         seed = given.get("seed")
         own = {"model": one.model, "guide": one.guide, "seed": None if seed is None else seed + c}
-        parts.append(_where_possible(function, given | own))
+        quiet = {"progress": False} if "progress" in given else {}
+        parts.append(_where_possible(function, given | own | quiet))
     return parts
 
 
