@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from exact import LinearGaussian
 from torch import Tensor, nn
 from worlds import WORLDS, data, linear, misses, square
 
@@ -41,6 +42,18 @@ def test_what_is_reliable_is_right(name: str) -> None:
     reliable = torch.tensor([verdict == "reliable" for verdict in e.verdict])
     assert (e.stderr[reliable] < 0.05).all()
     assert (e.khat[reliable] < e.khat_threshold[reliable]).all()
+
+
+def test_the_regret_is_the_distance_of_the_guide() -> None:
+    exact = LinearGaussian.draw(2, 5)
+    x = exact.vae.sample(101)
+    found = log_evidence(exact.vae, x, audit=False).extras["regret"]
+    q = exact.vae.encode(x)
+    q = dist.MultivariateNormal(q.mean, scale_tril=q.stddev.diag_embed())
+    truth = dist.kl.kl_divergence(q, exact.posterior(x)).detach()
+    error = found - truth
+    assert abs(error.mean()) < 3 * error.std() / 101**0.5
+    assert error.std() < 0.5 * truth.std()
 
 
 def test_work_goes_where_it_is_needed() -> None:
