@@ -92,4 +92,4 @@ def _labels(obs: Any) -> Tensor | None:
     if len(named) != 1:
         return None
     codes = obs[named[0]].astype("category").cat.codes.to_numpy()
-    return None if (codes < 0).any() else torch.from_numpy(codes.astype(np.int64))
+    return torch.from_numpy(codes.astype(np.int64))  # -1 where it is not known

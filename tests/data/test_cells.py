@@ -47,6 +47,16 @@ def test_h5ad(kind: str, tmp_path: Path) -> None:
     assert len(load_data(path).test) == 3
 
 
+def test_a_missing_label_is_unknown(tmp_path: Path) -> None:
+    path = tmp_path / "cells.h5ad"
+    given = table()
+    given.obs.loc["c4", "kind"] = None
+    given.write_h5ad(path)
+    labels = read_rows(path).labels
+    assert labels is not None
+    assert (labels < 0).nonzero().tolist() == [[4]]
+
+
 def test_matrix_market(tmp_path: Path) -> None:
     path = tmp_path / "cells.mtx"
     scipy.io.mmwrite(path, scipy.sparse.coo_matrix(X))
