@@ -119,6 +119,8 @@ def test_what_cannot_be_simulated_is_refused() -> None:
     _, guide = world()
     with pytest.raises(ValueError, match="one observed site is x itself"):
         calibration(model, guide, torch.zeros(7, 5))
+    with pytest.raises(ValueError, match="latents that are summed out"):
+        calibration(pyro_vae.build((5,), 2, classes=3), torch.zeros(7, 5))
     with pytest.raises(ValueError, match="level must be below 1"):
         run(num_draws=3).coverage(1.0)
 

@@ -17,7 +17,7 @@ from pyro_vae.classes import ClassVAE
 from pyro_vae.cli import run
 from pyro_vae.densities import densities
 from pyro_vae.distributions import Label
-from pyro_vae.estimators import importance_sampling
+from pyro_vae.estimators import importance_sampling, log_evidence
 from pyro_vae.objectives import ELBO, IWAE
 
 B, C, D, F = 7, 3, 2, 5
@@ -199,3 +199,13 @@ def test_a_label_says_its_class_or_nothing() -> None:
     assert label.log_prob(torch.tensor([0, 0, 2])).tolist() == [0.0, -inf, 0.0]
     assert label.sample().tolist() == [0, 1, 2]
     assert label.expand(torch.Size((2, C))).batch_shape == (2, C)
+
+
+def test_each_class_is_audited() -> None:
+    torch.manual_seed(0)
+    vae = made(decoder=LINEAR)
+    x = vae.sample(5)
+    found = log_evidence(vae, x)
+    assert found.audit.startswith("passed: of 24 simulated data")
+    assert found.audit.endswith("(0 of 3 values failed)")
+    assert set(found.verdict) == {"reliable"}

@@ -183,7 +183,8 @@ def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tenso
     """Data [B, *E] drawn from the model, and the latents by site [1, B, *event] that made them.
 
     Args:
-        model: Pyro model whose one observed site is x.
+        model: Pyro model whose one observed site is x, but for discrete ones that would be summed
+            out, which stay at their values.
         x: Data [B, *E], of which only shape and type matter, and which entries are NaN: these
             are missing from the draws too.
         y: What is conditioned on [B, C], or None.
@@ -191,10 +192,15 @@ def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tenso
     Raises:
         NotSimulated: If the model observes anything but x.
     """
+    args = program_args(x, y)
     with OwnParameters(), pyro.validation_enabled(False):
-        trace = poutine.trace(poutine.uncondition(model)).get_trace(*program_args(x, y))
+        given = _summed_values_given(poutine.trace(model).get_trace(*args))
+        free = poutine.condition(poutine.uncondition(model), data=given)
+        trace = poutine.trace(free).get_trace(*args)
     nodes: Any = trace.nodes
-    sites = {n: s for n, s in nodes.items() if s["type"] == "sample" and is_random(s)}
+    sites = {
+        n: s for n, s in nodes.items() if s["type"] == "sample" and is_random(s) and n not in given
+    }
     observed = [name for name, site in sites.items() if "obs" in site["infer"]]
     if len(observed) != 1 or not _is_same(sites[observed[0]]["infer"]["obs"], x):
         raise NotSimulated(
@@ -206,6 +212,18 @@ def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tenso
     new = sites.pop(observed[0])["value"].to(x.dtype)
     new = torch.where(x.isnan(), x, new)
     return new, {name: site["value"].unsqueeze(0) for name, site in sites.items()}
+
+
+def _summed_values_given(trace: poutine.Trace) -> Latents:
+    """The values of observed sites that would be summed out were they latent."""
+    nodes: Any = trace.nodes
+    return {
+        name: site["value"]
+        for name, site in nodes.items()
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and (site["infer"] or {}).get("enumerate") == "parallel"
+    }
 
 
 def complete_data(model: Program, x: Tensor, y: Tensor | None, latents: Latents) -> Tensor:

@@ -93,7 +93,7 @@ def over_values(
         num_samples=torch.stack([part.num_samples for part in parts]).sum(0),
         method=[f"{parts[c].method[n]}, sum of {len(parts)}" for n, c in enumerate(best)],
         verdict=_worst(parts, share),
-        audit="; ".join(dict.fromkeys(part.audit for part in parts if part.audit)),
+        audit=_audits([part.audit for part in parts if part.audit]),
     )
 
 
@@ -166,6 +166,14 @@ def _possible(model: Program, guide: Program, x: Tensor, y: Tensor) -> Tensor:
             for pair in zip(x.split(1000), y.split(1000))
         ]
     return torch.cat(parts) > -torch.inf
+
+
+def _audits(found: list[str]) -> str:
+    """One line of the audits of all values: how many there are, and one that failed if any did."""
+    if len(set(found)) < 2:
+        return "".join(found[:1])
+    failed = [audit for audit in found if audit.startswith("FAILED")]
+    return f"{(failed or found)[0]} ({len(failed)} of {len(found)} values failed)"
 
 
 def _worst(parts: list[Evidence], share: Tensor) -> list[str]:

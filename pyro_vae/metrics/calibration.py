@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from pyro_vae.arguments import as_rows, check_real, check_whole, takes_vae
-from pyro_vae.densities import Program, draw_data, draw_latents, evaluating, log_joint
+from pyro_vae.densities import (
+    Program,
+    draw_data,
+    draw_latents,
+    evaluating,
+    log_joint,
+    summed_values,
+)
 
 __all__ = ["Calibration", "calibration"]
 
@@ -121,6 +128,8 @@ def calibration(
     check_whole(num_data=num_data, num_draws=num_draws)
     check_whole(0, seed=seed)
     x = as_rows("x", x)
+    if summed := list(summed_values(model, x[:1], None if y is None else y[:1])):
+        raise ValueError(f"calibration takes no model with latents that are summed out: {summed}")
     rows = torch.arange(num_data) % len(x)
     parts = []
     with (
