@@ -20,7 +20,8 @@ def test_wheel_holds_the_package_and_its_typing_mark_alone(tmp_path: Path) -> No
     subprocess.run([*command, str(tmp_path), str(ROOT)], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    files = [p for kind in ("*.py", "*.html") for p in (ROOT / "pyro_vae").rglob(kind)]
+    kinds = ("*.py", "*.html", "*.css", "*.js")
+    files = [path for kind in kinds for path in (ROOT / "pyro_vae").rglob(kind)]
     sources = [str(p.relative_to(ROOT)) for p in files]
     package = [name for name in names if not name.split("/")[0].endswith(".dist-info")]
     assert sorted(package) == sorted([*sources, "pyro_vae/py.typed"])

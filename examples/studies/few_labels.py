@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +42,8 @@ def main(
     out: str = "few_labels.png",
 ) -> float:
     """Trains a model for each weight; returns the accuracy of the last on test data."""
+    if smoke:
+        warnings.filterwarnings("ignore", message="posterior collapse")  # so few epochs
     limit, name = (200, "digits") if smoke else (rows, data)
     parts = load_data(name, root=root, transform="dynamic", limit=limit)
     test = parts.test.subset(torch.arange(min(1000, len(parts.test)))).fixed()
