@@ -96,7 +96,7 @@ def put_weights(module: nn.Module, weights: dict[str, Tensor], run: PathLike) ->
     if _is_double(run):
         module.double()
     own = module.state_dict()
-    for name in own.keys() & weights.keys():
+    for name in (name for name in own if name in weights):
         was, now = weights[name].dtype, own[name].dtype
         if was != now:
             raise ValueError(f"the weights of run {run} do not fit: {name} is {was}, not {now}")
