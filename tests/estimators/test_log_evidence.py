@@ -47,13 +47,17 @@ def test_what_is_reliable_is_right(name: str) -> None:
 def test_the_regret_is_the_distance_of_the_guide() -> None:
     exact = LinearGaussian.draw(2, 5)
     x = exact.vae.sample(101)
-    found = log_evidence(exact.vae, x, audit=False).extras["regret"]
-    q = exact.vae.encode(x)
-    q = dist.MultivariateNormal(q.mean, scale_tril=q.stddev.diag_embed())
+
+    def guide(x: Tensor) -> Tensor:
+        with pyro.plate("data", len(x), dim=-1):
+            return pyro.sample("z", exact.proposal(x, shift=0.3, width=1.2))
+
+    found = log_evidence(exact.vae.model, guide, x, audit=False).extras["regret"]
+    q = exact.proposal(x, shift=0.3, width=1.2)
     truth = dist.kl.kl_divergence(q, exact.posterior(x)).detach()
     error = found - truth
-    assert abs(error.mean()) < 3 * error.std() / 101**0.5
-    assert error.std() < 0.5 * truth.std()
+    assert abs(error.mean()) < 3.5 * error.std() / 101**0.5
+    assert error.std() < 1
 
 
 def test_work_goes_where_it_is_needed() -> None:
