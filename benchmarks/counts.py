@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import NegativeBinomial, Poisson
 
 import pyro_vae
-from pyro_vae.data.datasets import read_rows
+from pyro_vae.data.splits import read_rows
 
 
 def independent(train: Tensor, test: Tensor, given: bool) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_vae.arguments import check_real
 from pyro_vae.config import build, component
 from pyro_vae.data import read_table, spread
-from pyro_vae.data.frames import read_numbers
+from pyro_vae.data.tables import read_numbers
 from pyro_vae.estimators import impute, log_evidence
 from pyro_vae.generators import forked
 from pyro_vae.training import fit

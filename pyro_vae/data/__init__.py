@@ -1,13 +1,11 @@
 """Data sets, their three parts, and the transforms between the file and the model."""
 
 from pyro_vae.data.alike import alike, kind_of
-from pyro_vae.data.batches import batches, spread
 from pyro_vae.data.data import Data
-from pyro_vae.data.datasets import load_data, locate, read_rows
-from pyro_vae.data.frames import read_table
+from pyro_vae.data.named import Sprites, read_dsprites
 from pyro_vae.data.schema import Column, Schema
-from pyro_vae.data.splits import Splits
-from pyro_vae.data.sprites import Sprites, read_dsprites
+from pyro_vae.data.splits import Splits, batches, load_data, locate, read_rows, spread
+from pyro_vae.data.tables import read_table
 from pyro_vae.data.transforms import (
     Binarise,
     Dequantise,

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from pyro_vae.arguments import as_tensor
-from pyro_vae.data.noise import check_seed, row_noise
+from pyro_vae.arguments import as_tensor, check_whole
 from pyro_vae.data.schema import Schema
-from pyro_vae.data.transforms import Identity, Transform, declare
+from pyro_vae.data.transforms import Identity, Transform, declare, row_noise
 
 _CHUNK = 1024
 MOST_CLASSES = 1_000_000  # a greater label is no number of a class
@@ -92,7 +91,7 @@ class Data:
         self._check_values()
         if self.labels is not None and self.classes is None:
             object.__setattr__(self, "classes", int(self.labels.max()) + 1)
-        check_seed(self.seed)
+        check_whole(0, seed=self.seed)
 
     def __repr__(self) -> str:
         name = [repr(self.name)] if self.name else []
@@ -307,3 +306,7 @@ class Data:
                 sha.update(f"{part.dtype}{list(part.shape)}".encode())
                 sha.update(part.cpu().contiguous().numpy().data)
         return sha.hexdigest()
+
+
+Parts = tuple[Data, Data | None, Data | None]
+"""The training rows of a source (or all), and its validation and test part where it has them."""

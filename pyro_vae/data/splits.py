@@ -1,13 +1,26 @@
-"""The three parts of a data set."""
+"""Data sets by name or path, split into training, validation and test part."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from pyro_vae.data.data import Data
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vae.arguments import check_real, check_whole, closest
+from pyro_vae.data.data import Data, Parts
+from pyro_vae.data.named import NAMED, read_named
+from pyro_vae.data.readers import read_arrays, read_cells, read_images
+from pyro_vae.data.schema import Schema
+from pyro_vae.data.tables import TABLES, is_mixed, read_csv, read_rows_of_table
 from pyro_vae.data.transforms import make_transform
+
+__all__ = ["Splits", "batches", "load_data", "locate", "read_rows", "spread"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,3 +117,221 @@ class Splits:
                     f"{description['digests'][part][:12]}... and has {digest[:12]}...; "
                     "restore the files and options of the run"
                 )
+
+
+def load_data(
+    name: str | Path,
+    *,
+    root: str | Path = "data",
+    transform: str = "none",
+    validation: int | float | None = None,
+    seed: int = 0,
+    conditional: bool = False,
+    limit: int | None = None,
+    even: bool = True,
+    schema: Mapping[str, Any] | None = None,
+) -> Splits:
+    """Loads a data set in three parts.
+
+    Sources that come in one part are split 80 / 10 / 10 per cent. Where the source has its own
+    test part, a validation part of a sixth is taken from the training part: 10,000 of MNIST's
+    60,000. Both are choices of rows that depend on the seed only. Rows from one source keep
+    their ids, and the rows of a validation or test part of the source are numbered on.
+
+    Args:
+        name: "digits" (8 x 8, 17 levels, bundled with scikit-learn), "sprites" (32 x 32, binary,
+            drawn: `Sprites(3, 3, 8, 8, 8, size=32)`), "MNIST", "FashionMNIST",
+            "KMNIST", "EMNIST" (the balanced split, upright), "Omniglot" (105 x 105, ink is 1,
+            no labels), "SVHN" or "CIFAR10", in any case; or the path of a table
+            (.csv, .tsv, .parquet), an .npz or .npy file or a folder of images.
+        root: The folder where torchvision finds or puts the named data sets.
+        transform: "none", "threshold", "static", "dynamic", "dequantise", "rescale" or
+            "standardise" (with the means and deviations of the training part).
+        validation: The rows of the validation part, as a number or as a fraction of the rows
+            that the source gives for training; for sources in one part, of all rows.
+        seed: The seed of the split and of the noise of the rows, 0 or more.
+        conditional: Whether the parts carry y: the source's own, otherwise one-hot labels.
+        limit: Keeps at most this many rows of each part, for quick tries.
+        even: Whether the limit keeps rows from all over a part, a seeded choice; its first rows
+            if False, as in version 0.1.
+        schema: For tables, what is known of their columns, as `read_table` takes; {} to have it
+            all inferred. Without one a .csv file of numbers alone is read as numbers.
+
+    Raises:
+        ValueError: If the name is unknown, files are missing or cannot be used, or an argument
+            does not fit the data.
+    """
+    check_whole(0, seed=seed)
+    check_whole(optional=True, limit=limit)
+    source = _numbered(_read(name, root, schema))
+    split = _split(source, validation, seed)
+    parts = [
+        part.subset(spread(len(part), limit, seed) if even else torch.arange(len(part))[:limit])
+        for part in split
+    ]
+    made = make_transform(transform, parts[0].x, parts[0].levels)
+    train, held, test = (
+        _condition(replace(part, transform=made, seed=seed), conditional) for part in parts
+    )
+    rows = len(split[1]) if source[1] is None else None
+    return Splits(train, held, test, str(name), transform, rows, seed, conditional, limit, even)
+
+
+def read_rows(path: str | Path, schema: Schema | None = None) -> Data:
+    """All rows of a file or folder as one part, untransformed.
+
+    Args:
+        path: A file or folder, as `load_data` takes.
+        schema: That which the rows must fit, for tables that have one.
+
+    Raises:
+        ValueError: If there is none, or it cannot be used.
+    """
+    return _read(Path(path), ".", schema)[0]
+
+
+def locate(name: str) -> str:
+    """`name` itself if it is that of a data set, else the path made absolute, if there is one."""
+    return os.path.abspath(name) if _named(name) is None and os.path.exists(name) else name
+
+
+def _named(name: str | Path) -> str | None:
+    known = {known.lower(): known for known in NAMED}
+    return None if isinstance(name, Path) else known.get(name.lower())
+
+
+def _read(
+    name: str | Path, root: str | Path, schema: Schema | Mapping[str, Any] | None = None
+) -> Parts:
+    named = _named(name)
+    if named is not None:
+        return read_named(named, root)
+    path = Path(name)
+    if path.is_dir():
+        return read_images(path)
+    if not path.suffix and not path.exists():
+        raise ValueError(_unknown(str(name)))
+    if not path.is_file():
+        raise ValueError(f"expected a file or folder at {path}, got none; check the path")
+    if path.suffix in TABLES and (schema is not None or is_mixed(path)):
+        return read_rows_of_table(path, schema), None, None
+    if path.suffix == ".csv":
+        return read_csv(path), None, None
+    if path.suffix in (".h5ad", ".mtx"):
+        return read_cells(path), None, None
+    if path.suffix in (".npz", ".npy"):
+        return read_arrays(path)
+    raise ValueError(
+        f"expected an .npz, .npy, .csv, .tsv or .parquet file or a folder of images, got {path}"
+    )
+
+
+def _unknown(name: str) -> str:
+    return (
+        f"expected one of {', '.join(NAMED)}, or the path of a table, of an .npz or .npy file or "
+        f"of a folder of images, got {name!r}{closest(name, NAMED)}"
+    )
+
+
+def _numbered(source: Parts) -> Parts:
+    """Gives all parts one numbering of rows and one number of classes.
+
+    Raises:
+        ValueError: If the parts differ in the shape or grey levels of a datum or the width of y.
+    """
+    parts = [part for part in source if part is not None]
+    for part in parts:
+        if _kind(part) != _kind(parts[0]):
+            raise ValueError(
+                f"expected parts of one kind, got {parts[0].name} with {_kind(parts[0])} and "
+                f"{part.name} with {_kind(part)}; make them alike"
+            )
+    classes = max(part.classes or 0 for part in parts) or None
+    starts = np.cumsum([0, *map(len, parts)]).tolist()
+    numbered = iter([replace(p, rows=p.rows + n, classes=classes) for p, n in zip(parts, starts)])
+    _, held, test = source
+    return next(numbered), held and next(numbered), test and next(numbered)
+
+
+def _kind(part: Data) -> str:
+    width = "no" if part.y is None else part.y.shape[1]
+    levels = "no" if part.levels is None else part.levels
+    return f"data of shape {list(part.data_shape)}, {levels} grey levels and {width} columns of y"
+
+
+def _split(source: Parts, validation: int | float | None, seed: int) -> tuple[Data, Data, Data]:
+    all_rows, own_held, own_test = source
+    rows = len(all_rows)
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(rows))
+    test = held = 0
+    if own_test is None:
+        test = max(1, round(rows / 10))
+    if own_held is None:
+        held = _count(validation, rows, 1 / 10 if own_test is None else 1 / 6)
+    elif validation is not None:
+        raise ValueError(
+            f"{all_rows.name}: expected no validation size, since the source has a validation "
+            f"part, got {validation}; leave it out"
+        )
+    if held + test >= rows:
+        raise ValueError(
+            f"{all_rows.name}: expected rows left for training, got {rows} rows for {held} of "
+            f"validation and {test} of test; choose a smaller validation part or give more rows"
+        )
+    return (
+        all_rows.subset(order[held + test :]),
+        own_held or all_rows.subset(order[test : held + test]),
+        own_test or all_rows.subset(order[:test]),
+    )
+
+
+def _count(validation: int | float | None, rows: int, default: float) -> int:
+    if validation is None:
+        return max(1, round(rows * default))
+    check_real(validation=validation)
+    if validation <= 0 or (isinstance(validation, float) and validation >= 1):
+        raise ValueError(
+            "expected the validation part as a number of rows of at least 1 or as a fraction "
+            f"between 0 and 1, got {validation}"
+        )
+    return validation if isinstance(validation, int) else max(1, round(rows * validation))
+
+
+def _condition(part: Data, conditional: bool) -> Data:
+    if not conditional:
+        return replace(part, y=None)
+    return part if part.y is not None else part.one_hot()
+
+
+def spread(num_data: int, limit: int | None, seed: int) -> Tensor:
+    """Rows that stand for all: one drawn from each of `limit` stretches of equal length.
+
+    Args:
+        num_data: The number of rows N.
+        limit: The most rows; None for all.
+        seed: Of the draws, 0 or more.
+
+    Returns:
+        Indices in order, int64 [min(N, limit)].
+
+    Raises:
+        ValueError: If the limit is below one.
+    """
+    check_whole(optional=True, limit=limit)
+    if limit is None or limit >= num_data:
+        return torch.arange(num_data)
+    edges = np.linspace(0, num_data, limit + 1).round().astype(np.int64)
+    return torch.from_numpy(np.random.default_rng(seed).integers(edges[:-1], edges[1:]))
+
+
+def batches(num: int, size: int) -> tuple[Tensor, ...]:
+    """The indices 0, ..., num - 1 in chunks of ``size``, the last one shorter if need be.
+
+    ``epoch_order(num, seed, epoch).split(size)`` gives the same chunks of a shuffled epoch.
+
+    Raises:
+        ValueError: If either number is below 1.
+    """
+    if num < 1 or size < 1:
+        raise ValueError(f"expected at least 1 row and a batch size of 1, got {num} and {size}")
+    return torch.arange(num).split(size)

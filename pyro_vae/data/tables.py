@@ -1,22 +1,331 @@
-"""Tables from .csv files."""
+"""Tables as people have them: names, numbers, text and empty cells; and what their columns are."""
 
 from __future__ import annotations
 
 import csv
+import math
+import re
 from array import array
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_vae.data.data import Data
-from pyro_vae.data.given import Given
+from pyro_vae.data.schema import Cells, Column, Schema, as_name, as_number, shortened
+
+__all__ = ["TABLES", "inferred", "is_mixed", "read_csv", "read_numbers", "read_table"]
+
+TABLES = (".csv", ".tsv", ".parquet")
+EMPTY = {"", "na", "n/a", "nan", "null", "<na>"}
+DELIMITERS = ",;\t"
+LOOKED_AT = 1000  # lines, to see whether a file holds text
+DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
+MOST_LEVELS = 1000  # of a category: more are names or ids
+FEW = 10  # whole numbers that are taken for levels
+SKEWED = 0.7  # deviation of the logarithm from which positive numbers are taken for LogNormal
+OFTEN = 0.9  # share of different numbers below which they are taken for rounded ones
+DATE = re.compile(r"\d{4}-\d\d?-\d\d?([T ].*)?|\d\d?[/.]\d\d?[/.]\d{2,4}( .*)?|\d\d?:\d\d(:\d\d)?")
 
 
-def read_csv(path: Path) -> Given:
+def read_table(
+    source: Any, schema: Schema | Mapping[str, Any] | None = None
+) -> tuple[Tensor, Schema]:
+    """Rows of a table and its schema.
+
+    Numbers are read as they are, categories as codes 0, 1, ..., empty cells (and NA, NaN, null)
+    as NaN. Kinds that the schema does not give are inferred: two values are binary, text is a
+    category, at most 10 whole numbers are ordinal, other whole numbers are counts if their
+    variance is above their mean, positive numbers are positive if their logarithm deviates by
+    0.7 or more, and the rest is real. Numbers that repeat get a resolution: the smallest
+    distance between two of them.
+
+    Args:
+        source: A text file (UTF-8, a line of names, separated by commas, semicolons or tabs), a
+            .parquet file, or a frame of pandas, polars or pyarrow.
+        schema: A schema that these rows must fit, whatever the order of their columns; or a
+            mapping of what is known of some columns: a kind, or what `Column` takes.
+
+    Returns:
+        Rows, float32 [N, C], and the schema, which prints as YAML.
+
+    Raises:
+        ValueError: If it is no table, or a column cannot be modelled; the message names it.
+    """
+    name = str(source) if isinstance(source, str | Path) else "table"
+    return _table(name, *_cells(source), schema)
+
+
+def read_rows_of_table(path: Path, schema: Schema | Mapping[str, Any] | None) -> Data:
+    """As `read_table`, for `load_data`; a column of the name ``label`` holds labels."""
+    cells, orders = _cells(path)
+    names = [key for key in cells if key.lower() == "label" and len(cells) > 1]
+    labels = [_labels(f"{path}: column {key!r}", cells.pop(key)) for key in names[:1]]
+    rows, found = _table(str(path), cells, orders, schema)
+    return Data(
+        rows,
+        labels=labels[0] if labels else None,
+        name=str(path),
+        columns=tuple(found.columns),
+        schema=found,
+    )
+
+
+def read_numbers(
+    values: np.ndarray, schema: Mapping[str, Any] | None = None
+) -> tuple[Tensor, Schema]:
+    """As `read_table` of an array [N, C] whose columns "x0", "x1", ... are real unless given.
+
+    Numbers that repeat get a resolution here too, and those of a constant column one of 1.
+    """
+    names = [f"x{i}" for i in range(values.shape[1])]
+    given = Schema.restore(schema or {})
+    if unknown := [key for key in given.columns if key not in names]:
+        raise ValueError(
+            f"the schema names columns that are not there: {', '.join(unknown)}; those of an "
+            f"array are x0 to {names[-1]}"
+        )
+    columns = {
+        name: given.columns.get(name) or _real(column) for name, column in zip(names, values.T)
+    }
+    return torch.from_numpy(values.astype(np.float32)), Schema(columns)
+
+
+def _table(
+    name: str,
+    cells: Cells,
+    orders: Mapping[str, list[Any]],
+    schema: Schema | Mapping[str, Any] | None,
+) -> tuple[Tensor, Schema]:
+    if isinstance(schema, Schema):
+        return schema.encode(cells, name), schema
+    given = Schema.restore(schema or {})
+    if unknown := [key for key in given.columns if key not in cells]:
+        raise ValueError(
+            f"{name}: the schema names columns that are not there: {', '.join(unknown)}; there "
+            f"are {', '.join(cells)}"
+        )
+    columns = {
+        key: given.columns.get(key) or inferred(f"{name}: column {key!r}", values, orders.get(key))
+        for key, values in cells.items()
+    }
+    found = Schema(columns)
+    return found.encode(cells, name), found
+
+
+def inferred(where: str, cells: Sequence[Any], order: Sequence[Any] | None = None) -> Column:
+    """What a column holds, by its cells; `order` is that of its categories, where one is known."""
+    seen = [cell for cell in cells if cell is not None]
+    if not seen:
+        raise ValueError(f"{where} is empty in all rows: leave it out")
+    numbers = [as_number(cell) for cell in seen]
+    texts = [cell for cell, number in zip(seen, numbers) if number is None]
+    if not texts and order is None:
+        return _numeric(where, np.array(numbers, dtype=np.float64))
+    if order is None and len(texts) < len(seen):
+        raise ValueError(
+            f"{where} holds {len(seen) - len(texts)} numbers beside text such as {texts[0]!r}: "
+            "repair the cells, or give it the kind category in the schema"
+        )
+    return _textual(where, list(map(as_name, seen)), order)
+
+
+def _labels(where: str, cells: Sequence[Any]) -> Tensor:
+    """Classes of rows, numbered by their names in order; -1 where a cell is empty or -1."""
+    known = sorted({cell for cell in cells if cell not in (None, -1)}, key=_order)
+    if not known:
+        raise ValueError(f"{where} is empty: fill some cells, or leave the column out")
+    codes = {name: code for code, name in enumerate(known)}
+    return torch.tensor([codes.get(cell, -1) for cell in cells])
+
+
+def _textual(where: str, seen: list[str], order: Sequence[Any] | None) -> Column:
+    if all(DATE.fullmatch(cell) for cell in seen):
+        raise ValueError(
+            f"{where} holds dates, such as {seen[0]!r}: write them as numbers, of days or years"
+        )
+    found = sorted(set(seen))
+    if len(found) > MOST_LEVELS or len(found) == len(seen) > 2 * FEW:
+        raise ValueError(
+            f"{where} holds {len(found)} different texts in {len(seen)} rows, as names or ids: "
+            f"leave it out, or join them to at most {MOST_LEVELS} categories"
+        )
+    categories = (
+        found if order is None else [name for name in map(as_name, order) if name in found]
+    )
+    if len(categories) < 2:
+        raise ValueError(f"{where} holds {seen[0]!r} in all rows: leave it out")
+    kind = "binary" if len(categories) == 2 else "category" if order is None else "ordinal"
+    return Column(kind, tuple(categories))
+
+
+def _numeric(where: str, values: np.ndarray) -> Column:
+    if not np.isfinite(values).all():
+        raise ValueError(f"{where} holds infinite values: repair or empty these cells")
+    different = np.unique(values)
+    if len(different) < 2:
+        raise ValueError(f"{where} holds {values[0]:g} in all rows: leave it out")
+    whole = bool((values == values.round()).all())
+    if len(different) == 2 or (whole and len(different) <= min(FEW, len(values) // 3)):
+        kind = "binary" if len(different) == 2 else "ordinal"
+        return Column(kind, tuple(map(shortened, np.unique(values).tolist())))
+    if whole and values.min() >= 0 and values.var() >= values.mean():
+        return Column("count")
+    rounded = whole or len(different) < OFTEN * len(values)
+    above = values[values > 0]
+    spread = float(np.log(above).std()) if len(above) else 0.0
+    zeros = 0.0 if rounded else math.nextafter(0.0, 1.0)
+    positive = values.min() >= zeros and spread > SKEWED
+    return Column("positive" if positive else "real", (), _gap(different) if rounded else None)
+
+
+def _real(values: np.ndarray) -> Column:
+    seen = values[~np.isnan(values)]
+    different = np.unique(seen)
+    if len(different) >= OFTEN * len(seen):
+        return Column("real")
+    return Column("real", (), _gap(different) if len(different) > 1 else 1.0)
+
+
+def _gap(different: np.ndarray) -> float:
+    """The smallest distance of two of these numbers that is no rounding error."""
+    gaps = np.diff(different)
+    least = 1e-6 * float(np.abs(different).max())
+    return float(f"{gaps[gaps > least].min(initial=gaps.max()):.4g}")
+
+
+def _order(cell: Any) -> tuple[float, str]:
+    number = as_number(cell)
+    return (math.inf if number is None else number, str(cell))
+
+
+def _cells(source: Any) -> tuple[Cells, dict[str, list[Any]]]:
+    """The cells of a table by column, and the orders of those columns that declare one."""
+    if not isinstance(source, str | Path):
+        return _arrow_cells("table", source)
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"expected a file at {path}, got none; check the path")
+    if path.suffix == ".parquet":
+        return _arrow_cells(str(path), path)
+    return _text_cells(path), {}
+
+
+def is_mixed(path: Path) -> bool:
+    """Whether a file is a table that `read_table` alone can read: with a column of text."""
+    if path.suffix != ".csv":
+        return path.suffix in TABLES
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            first = file.readline()
+            file.seek(0)
+            names, *rows = islice(csv.reader(file), LOOKED_AT)
+    except (UnicodeDecodeError, csv.Error, OSError, ValueError):
+        return False
+    if "," not in first and any(delimiter in first for delimiter in DELIMITERS):
+        return True
+    columns = [[_text(cell, False) for cell in column] for column in zip(*rows)]
+    texts = [[cell for cell in column if cell is not None] for column in columns]
+    words = any(
+        column and not any(as_number(cell) is not None for cell in column) for column in texts
+    )
+    return words and not any(as_number(name) is not None for name in names)
+
+
+def _text_cells(path: Path) -> Cells:
+    """The cells of a text file by column, None where they are empty."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            first = file.readline()
+            delimiter = max(DELIMITERS, key=first.count)
+            file.seek(0)
+            rows = [row for row in csv.reader(file, delimiter=delimiter) if row]
+    except (UnicodeDecodeError, csv.Error, OSError) as error:
+        raise ValueError(
+            f"{path}: expected a table in UTF-8, of commas, semicolons or tabs, got: {error}; "
+            "write it again"
+        ) from error
+    if len(rows) < 2:
+        raise ValueError(
+            f"{path}: expected a line of names and rows below it, got {len(rows)} lines"
+        )
+    names = [name.strip() for name in rows[0]]
+    _check_names(str(path), names, is_text=True)
+    for line, row in enumerate(rows[1:], start=2):
+        if len(row) != len(names):
+            raise ValueError(
+                f"{path}: expected {len(names)} columns as in the first line, got {len(row)} in "
+                f"row {line} (from 1); give every row the same columns"
+            )
+    comma = delimiter == ";"
+    return {
+        name: [_text(cell, comma) for cell in column]
+        for name, column in zip(names, zip(*rows[1:]))
+    }
+
+
+def _text(cell: str, comma: bool) -> str | None:
+    cell = cell.strip()
+    if cell.lower() in EMPTY:
+        return None
+    return cell.replace(",", ".") if comma and DECIMAL_COMMA.fullmatch(cell) else cell
+
+
+def _check_names(source: str, names: Iterable[str], is_text: bool) -> None:
+    """Refuses a first line that holds no names, as pandas writes its index, or one twice."""
+    names = list(names)
+    for column, name in enumerate(names, start=1):
+        if not name or name.startswith("Unnamed:") or (is_text and as_number(name) is not None):
+            raise ValueError(
+                f"{source}: expected a line of names first, got {name!r} for column {column} "
+                "(from 1): name the columns; if it is the index of a pandas frame, write the file "
+                "with index=False"
+            )
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ValueError(f"{source}: expected different names, got {twice[0]!r} twice; rename one")
+
+
+def _arrow_cells(source: str, table: Any) -> tuple[Cells, dict[str, list[Any]]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            "frames and .parquet need pyarrow: pip install 'pyro-vae[tables]'"
+        ) from error
+    try:
+        found = (
+            pyarrow.parquet.read_table(table) if isinstance(table, Path) else pyarrow.table(table)
+        )
+    except (pyarrow.ArrowException, TypeError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{source}: expected a table with one kind of values in each column, got: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+    found = found.select([n for n in found.column_names if not n.startswith("__index_level_")])
+    _check_names(source, found.column_names, is_text=False)
+    types = pyarrow.types
+    orders: dict[str, list[Any]] = {}
+    for field in found.schema:
+        if types.is_temporal(field.type):
+            raise ValueError(
+                f"{source}: column {field.name!r} holds dates: write them as numbers, of days or "
+                "years"
+            )
+        if types.is_dictionary(field.type) and field.type.ordered:
+            orders[field.name] = found[field.name].chunk(0).dictionary.to_pylist()
+    cells = {
+        name: [None if cell is None or cell != cell else cell for cell in column]
+        for name, column in found.to_pydict().items()
+    }
+    return cells, orders
+
+
+def read_csv(path: Path) -> Data:
     """Reads a table of numbers, comma separated, with or without a line of column names.
 
     The values become float32; an empty cell is NaN, a missing value. A column of the name
@@ -33,16 +342,14 @@ def read_csv(path: Path) -> Given:
             f"{path}: expected a comma-separated table in UTF-8, got: {error}; write it again"
         ) from error
     names = [name.strip() for name in header]
-    _check_names(path, names)
+    _check_header(path, names)
     label = next((d for d, name in enumerate(names) if name.lower() == "label"), None)
     values = [d for d in range(table.shape[1]) if d != label]
-    return Given(
-        Data(
-            table[:, values].float(),
-            labels=None if label is None else _labels(path, table[:, label]),
-            name=str(path),
-            columns=tuple(names[d] for d in values) if names else None,
-        )
+    return Data(
+        table[:, values].float(),
+        labels=None if label is None else _label_numbers(path, table[:, label]),
+        name=str(path),
+        columns=tuple(names[d] for d in values) if names else None,
     )
 
 
@@ -51,7 +358,7 @@ def _read(path: Path) -> tuple[list[str], Tensor]:
         reader = csv.reader(file)
         lines = ((reader.line_num, row) for row in reader if row)
         start, first = next(lines, (1, []))
-        named = bool(first) and not any(map(_is_number, first))
+        named = bool(first) and all(as_number(cell) is None for cell in first)
         rows = lines if named else chain([(start, first)], lines)
         values = _values(path, rows, len(first))
     if not values:
@@ -78,21 +385,13 @@ def _values(path: Path, rows: Iterator[tuple[int, list[str]]], width: int) -> ar
         for column, cell in enumerate(row, start=1):
             if not cell.strip():
                 cell = "nan"
-            if not _is_number(cell):
+            if as_number(cell) is None:
                 raise ValueError(
                     f"{path}: expected numbers, got {cell!r} in line {line}, column {column} "
                     "(from 1); replace or remove it"
                 )
             values.append(float(cell))
     return values
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return "_" not in cell
 
 
 def _counts_up(table: Tensor) -> Tensor:
@@ -104,7 +403,7 @@ def _counts_up(table: Tensor) -> Tensor:
     return whole & (steps > 0).all(1) & (steps == steps[:, :1]).all(1)
 
 
-def _check_names(path: Path, names: list[str]) -> None:
+def _check_header(path: Path, names: list[str]) -> None:
     """Refuses a column without a name, as pandas writes its index, and two of labels."""
     for column, name in enumerate(names, start=1):
         if not name or name.startswith("Unnamed:"):
@@ -117,7 +416,7 @@ def _check_names(path: Path, names: list[str]) -> None:
         raise ValueError(f"{path}: expected one column 'label', got {count}; rename the others")
 
 
-def _labels(path: Path, column: Tensor) -> Tensor:
+def _label_numbers(path: Path, column: Tensor) -> Tensor:
     column = column.nan_to_num(nan=-1.0)  # an empty cell
     bad = (column != column.round()).nonzero()
     if len(bad):

@@ -7,10 +7,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.arguments import closest
+from pyro_vae.arguments import check_whole, closest
+
+__all__ = [
+    "Binarise",
+    "Dequantise",
+    "Identity",
+    "Rescale",
+    "Standardise",
+    "Threshold",
+    "Transform",
+    "declare",
+    "make_transform",
+    "restore",
+    "row_noise",
+]
 
 NAMES = ("none", "threshold", "static", "dynamic", "dequantise", "rescale", "standardise")
 
@@ -351,3 +366,27 @@ def restore(declaration: Mapping[str, Any]) -> Transform:
             tensors = {k: torch.tensor(v) for k, v in values.items() if isinstance(v, list)}
             return cls(**{**values, **tensors})
     raise ValueError(f"expected a transform of pyro_vae.data, got {declaration.get('class')!r}")
+
+
+def row_noise(rows: Tensor, shape: Sequence[int], seed: int) -> Tensor:
+    """Uniform noise in [0, 1) that depends on the seed and the row's id only.
+
+    Each row has its own stream of the counter-based generator Philox, with (seed, id) for a key,
+    so the order, the subset and the batch that a row comes in change nothing.
+
+    Source: J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+
+    Args:
+        rows: The ids of the rows, int64 [N].
+        shape: The shape of one datum.
+        seed: The seed, 0 or more.
+
+    Returns:
+        The noise, float32 [N, *shape], on the device of ``rows``.
+    """
+    check_whole(0, seed=seed)
+    noise = np.empty((len(rows), *shape), dtype=np.float32)
+    for row, out in zip(rows.tolist(), noise):
+        key = np.array([seed, row], dtype=np.uint64)
+        out[...] = np.random.Generator(np.random.Philox(key=key)).random(shape, np.float32)
+    return torch.from_numpy(noise).to(rows.device)

@@ -12,7 +12,7 @@ import scipy.sparse
 import torch
 
 from pyro_vae.data import load_data
-from pyro_vae.data.datasets import read_rows
+from pyro_vae.data.splits import read_rows
 
 anndata = pytest.importorskip("anndata")
 pytestmark = pytest.mark.filterwarnings("default")
