@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from pyro_vae import build, fit
-from pyro_vae.cli.parts import KlParts
+from pyro_vae.cli.figures import KlParts
 from pyro_vae.data import load_data
 from pyro_vae.training import checkpoint
 

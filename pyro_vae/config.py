@@ -1,62 +1,39 @@
-"""Declarations, names with options, to objects and back."""
+"""From declarations to a VAE, made anew or loaded from a run."""
 
 from __future__ import annotations
 
-import inspect
 import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import EllipsisType, NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_vae import likelihoods, networks, objectives, posteriors, priors
-from pyro_vae.arguments import as_shape, check_whole, closest
+from pyro_vae import likelihoods, networks
+from pyro_vae.arguments import as_shape, check_whole
 from pyro_vae.classes import ClassVAE
+from pyro_vae.declarations import (
+    BASES,
+    Declared,
+    check_options,
+    component,
+    components,
+    make,
+    named_class,
+    parameters,
+    short_name,
+    size_of,
+)
 from pyro_vae.files import reading
-from pyro_vae.hierarchy import Inference, Layers, Lowest
+from pyro_vae.hierarchy import Layers, Lowest
 from pyro_vae.memory import parameters_that_fit
 from pyro_vae.training import load_weights, put_weights, read_run
 from pyro_vae.vae import VAE
 
-__all__ = [
-    "BASES",
-    "INJECTED",
-    "build",
-    "check_options",
-    "check_value",
-    "closest",
-    "component",
-    "components",
-    "default_transform",
-    "load",
-    "named_class",
-    "option_names",
-    "short_names",
-]
+__all__ = ["BASES", "build", "component", "components", "default_transform", "load"]
 
-Declared = str | Mapping[str, Any]
-
-BASES: dict[str, type] = {
-    "prior": priors.Prior,
-    "likelihood": likelihoods.Likelihood,
-    "posterior": posteriors.Posterior,
-    "hierarchy": Inference,
-    "encoder": networks.Network,
-    "decoder": networks.Network,
-    "objective": objectives.Objective,
-    "schedule": objectives.Schedule,
-}
-PLAIN = (NoneType, bool, int, float, str, list, tuple, dict, EllipsisType, ...)
-INJECTED = {
-    *("latent_dim", "data_shape", "posterior", "posteriors", "prior", "encoder", "decoder"),
-    *("network", "in_shape", "out_shape", "classes"),
-}
 DENSE = (networks.MLP, networks.GatedMLP)  # networks that read vectors
 
 
@@ -120,14 +97,14 @@ def build(
         "decoder": component("decoder", _conditioned("decoder", decoder, condition_dim)),
     }
     likelihood_class, options = declared["likelihood"]
-    inputs = _size(declared["likelihood"], "input_shape", shape, missing=missing)
+    inputs = size_of(declared["likelihood"], "input_shape", shape, missing=missing)
     filled: dict[str, Any] = {"latent_dim": sizes[-1], "data_shape": shape}
     filled |= {"classes": classes} if classes else {}
     seen = sum(sizes) if skip else sizes[0]
     raw = likelihood_class.out_shape(shape, **options)  # type: ignore[attr-defined]
-    network = _make(declared["decoder"], {"in_shape": (seen,), "out_shape": raw})
+    network = make(declared["decoder"], {"in_shape": (seen,), "out_shape": raw})
     filled["decoder"] = Lowest(network, seen) if seen < sum(sizes) else network
-    made_likelihood = _make(declared["likelihood"], filled)
+    made_likelihood = make(declared["likelihood"], filled)
     filled["data_shape"] = inputs  # a prior's pseudo-inputs lie where the encoder reads
     made_prior, made_posterior = _latents(declared, order, filled, sizes)
     kind: Any = ClassVAE if classes else VAE
@@ -141,7 +118,7 @@ def build(
         **({"missing": True} if missing else {}),
         **labelled,
         **{
-            family: {"class_path": _name(cls), "init_args": options}
+            family: {"class_path": short_name(cls), "init_args": options}
             for family, (cls, options) in declared.items()
         },
     }
@@ -199,7 +176,7 @@ def _latents(
     lower, given = component("prior", "ConditionalNormal"), _condition_dim(declared)
     below = [_given(declared, lower, size, up + given) for size, up in zip(sizes, sizes[1:])]
     layers = Layers([*below, prior])
-    return layers, _make(order, {"posteriors": posteriors, "prior": layers})
+    return layers, make(order, {"posteriors": posteriors, "prior": layers})
 
 
 def _posterior(
@@ -210,25 +187,25 @@ def _posterior(
 ) -> Any:
     """A posterior whose encoder reads an input of a shape, and so many latents beside `y`."""
     (cls, options), (in_shape, latents) = encoder, reads
-    out = (_size(declared["posterior"], "num_params", latent_dim),)
+    out = (size_of(declared["posterior"], "num_params", latent_dim),)
     if latents:
         check_options("encoder", cls, ["condition_dim"])
         options = {**options, "condition_dim": options["condition_dim"] + latents}
-    made = _make((cls, options), {"in_shape": in_shape, "out_shape": out})
-    return _make(declared["posterior"], {"latent_dim": latent_dim, "encoder": made})
+    made = make((cls, options), {"in_shape": in_shape, "out_shape": out})
+    return make(declared["posterior"], {"latent_dim": latent_dim, "encoder": made})
 
 
 def _prior(declared: dict[str, Any], filled: dict[str, Any]) -> Any:
     """The prior of the top layer, or of the only one."""
     cls, options = declared["prior"]
-    if "network" in _parameters(cls):
+    if "network" in parameters(cls):
         if not (count := _condition_dim(declared)):
             raise ValueError(
                 f"prior {cls.__name__} of the top layer has nothing above it but y: give "
                 "condition_dim, or another prior"
             )
         return _given(declared, declared["prior"], filled["latent_dim"], count)
-    return _make(declared["prior"], filled)
+    return make(declared["prior"], filled)
 
 
 def _given(
@@ -236,9 +213,9 @@ def _given(
 ) -> Any:
     """A prior given `above` numbers, by a network of the decoder's class if it reads vectors."""
     cls, options = _dense(declared["decoder"])
-    shapes = {"in_shape": (above,), "out_shape": (_size(prior, "num_params", latent_dim),)}
-    network = _make((cls, {**options, "condition_dim": 0}), shapes)
-    return _make(prior, {"latent_dim": latent_dim, "network": network})
+    shapes = {"in_shape": (above,), "out_shape": (size_of(prior, "num_params", latent_dim),)}
+    network = make((cls, {**options, "condition_dim": 0}), shapes)
+    return make(prior, {"latent_dim": latent_dim, "network": network})
 
 
 def _dense(network: tuple[type, dict[str, Any]]) -> tuple[type, dict[str, Any]]:
@@ -287,162 +264,6 @@ def _as_then(declaration: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def components(family: str) -> dict[str, type]:
-    """The known classes of a family, by name: ours, and those of modules already imported."""
-    found = sorted(
-        _final_subclasses(BASES[family]), key=lambda cls: (_is_ours(cls), cls.__name__)
-    )  # ours last: they win a shared name
-    return {cls.__name__: cls for cls in found}
-
-
-def component(family: str, declared: Declared) -> tuple[type, dict[str, Any]]:
-    """The class that `declared` names, and its options, checked and complete.
-
-    An option that takes a schedule may be declared in the same way; it comes back made.
-    """
-    if isinstance(declared, str):
-        declared = {"class_path": declared}
-    if not isinstance(declared, Mapping) or not (
-        {"class_path"} <= set(declared) <= {"class_path", "init_args"}
-        and isinstance(declared.get("init_args"), Mapping | None)
-    ):
-        raise ValueError(
-            f"{family} must be a class name or a mapping of class_path and init_args; "
-            f"got {declared!r}"
-        )
-    cls = named_class(family, declared["class_path"])
-    options = dict(declared.get("init_args") or {})
-    check_options(family, cls, options)
-    for name, value in options.items():
-        check_value(cls, name, value)
-    options = {name: _made_schedule(cls, name, value) for name, value in options.items()}
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, family, skip=INJECTED & set(_parameters(cls)))
-    try:
-        checked = parser.parse_object({family: options} if options else {})
-    except ArgumentError as error:
-        raise ValueError(f"{family} {cls.__name__}: {error}") from error
-    return cls, {key: _plain(checked[family][key]) for key in option_names(cls)}
-
-
-def named_class(family: str, name: Any) -> type:
-    """The known class called `name`, or by its full path."""
-    known = components(family)
-    name = str(name)
-    module, _, last = name.rpartition(".")
-    for cls in known.values():
-        if name in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}"):
-            return cls
-        if getattr(sys.modules.get(module), last, None) is cls:  # a re-export of it
-            return cls
-    raise ValueError(
-        f"{family} {name!r} is unknown{closest(name, known)}: choose one of "
-        f"{', '.join(sorted(known))}, or import the module of your own class first"
-    )
-
-
-def check_options(family: str, cls: type, options: Iterable[str]) -> None:
-    """Refuses options that `cls` does not have."""
-    names = option_names(cls)
-    for option in options:
-        if option not in names:
-            raise ValueError(
-                f"{family} {cls.__name__} has no option {option!r}{closest(option, names)}: "
-                f"it has {', '.join(names) or 'none'}"
-            )
-
-
-def check_value(cls: type, option: str, declared: Any) -> None:
-    """Refuses classes for an option of `cls`, but for known schedules: nothing is imported."""
-    if _declares_schedule(cls, option, declared):
-        component("schedule", declared)
-    elif not _is_plain(get_type_hints(cls.__init__).get(option)):  # type: ignore[misc]
-        for name in _class_paths(declared):
-            raise ValueError(
-                f"{cls.__name__}: {option} cannot be {name!r}: a declaration holds numbers, "
-                "texts and lists; make other objects inside your class"
-            )
-
-
-def option_names(cls: type) -> list[str]:
-    """Names of the arguments of `cls` that a user sets."""
-    return [name for name in _parameters(cls) if name not in INJECTED]
-
-
-def _made_schedule(cls: type, option: str, declared: Any) -> Any:
-    """The schedule that is declared for an option of `cls`; any other value as it is."""
-    if not _declares_schedule(cls, option, declared):
-        return declared
-    schedule, settings = component("schedule", declared)
-    return schedule(**settings)
-
-
-def _declares_schedule(cls: type, option: str, declared: Any) -> bool:
-    hints = get_args(get_type_hints(cls.__init__).get(option))  # type: ignore[misc]
-    if objectives.Schedule not in hints or not isinstance(declared, str | Mapping):
-        return False
-    return isinstance(declared, Mapping) or not _is_number(declared)
-
-
-def _is_plain(hint: Any) -> bool:
-    """Whether text for an option of this type can name nothing that a parser would import."""
-    parts = get_args(hint)
-    if get_origin(hint) is Literal or hint in PLAIN:
-        return True
-    return get_origin(hint) in (*PLAIN, Union, UnionType, Sequence) and all(map(_is_plain, parts))
-
-
-def _class_paths(value: Any) -> Iterator[str]:
-    """Texts that may be paths of classes or functions, at any depth."""
-    if isinstance(value, Mapping | list | tuple):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _class_paths(part)
-    elif isinstance(value, str) and "." in value:
-        yield value
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _final_subclasses(cls: type) -> set[type]:
-    children: set[type] = set().union(*map(_final_subclasses, cls.__subclasses__()))
-    abstract = any(
-        getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in dir(cls)
-    )
-    return children | (set() if abstract else {cls})
-
-
-def _is_ours(cls: type) -> bool:
-    return cls.__module__.startswith("pyro_vae.")
-
-
-def _name(cls: type) -> str:
-    return cls.__name__ if _is_ours(cls) else f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _parameters(function: Any) -> list[str]:
-    return list(inspect.signature(function).parameters)
-
-
-def _size(declared: tuple[type, dict[str, Any]], name: str, *args: Any, **more: Any) -> Any:
-    """What the class method `name` gives, with those of its class's options that it takes."""
-    cls, options = declared
-    method = getattr(cls, name)
-    taken = set(_parameters(method))
-    return method(*args, **{k: v for k, v in {**options, **more}.items() if k in taken})
-
-
-def _make(declared: tuple[type, dict[str, Any]], filled: dict[str, Any]) -> Any:
-    cls, options = declared
-    taken = set(_parameters(cls))
-    return cls(**{k: v for k, v in filled.items() if k in taken}, **options)
-
-
 def _conditioned(family: str, declared: Declared, condition_dim: int) -> Declared:
     if not condition_dim:
         return declared
@@ -450,24 +271,6 @@ def _conditioned(family: str, declared: Declared, condition_dim: int) -> Declare
     options = dict(declared.get("init_args") or {})
     given = options.get("condition_dim") or condition_dim  # 0 is the default, filled in by parsers
     return {**declared, "init_args": {**options, "condition_dim": given}}
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
-
-
-def short_names(family: str, declared: Mapping[str, Any]) -> dict[str, Any]:
-    """`declared` with our classes by their short names, so that moved classes keep old runs."""
-    cls = named_class(family, declared["class_path"])
-    short = {**declared, "class_path": _name(cls)}
-    if declared.get("init_args"):
-        short["init_args"] = {
-            name: short_names("schedule", value)
-            if isinstance(value, Mapping) and _declares_schedule(cls, name, value)
-            else value
-            for name, value in declared["init_args"].items()
-        }
-    return short
 
 
 def default_transform(likelihood: type, levels: int | None, x: Tensor) -> str:

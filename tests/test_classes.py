@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyro_vae import build, class_probabilities, fit, load
 from pyro_vae.classes import ClassVAE
-from pyro_vae.cli import run
+from pyro_vae.cli.parsing import run
 from pyro_vae.densities import densities
 from pyro_vae.distributions import Label
 from pyro_vae.estimators import importance_sampling, log_evidence

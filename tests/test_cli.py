@@ -20,10 +20,9 @@ import yaml
 
 from pyro_vae import build, importance_sampling, load, log_evidence, plots
 from pyro_vae.__main__ import main
+from pyro_vae.cli.figures import KlParts, followed, layer_lines
 from pyro_vae.cli.folder import load_run
 from pyro_vae.cli.judge import check_comparable
-from pyro_vae.cli.parts import KlParts, layer_lines
-from pyro_vae.cli.use import followed
 from pyro_vae.data import Splits, load_data, spread
 from pyro_vae.metrics import elbo_decomposition
 from pyro_vae.training import State, load_weights
@@ -452,7 +451,7 @@ def test_a_warning_is_one_line(
         warnings.warn("of two\nlines", UserWarning, stacklevel=1)
 
     before = warnings.showwarning
-    monkeypatch.setattr("pyro_vae.cli.plot", warn)
+    monkeypatch.setattr("pyro_vae.cli.figures.plot", warn)
     assert main(["plot", str(run)]) == 0
     assert capsys.readouterr().err == "warning: of two lines\n"
     assert warnings.showwarning is before

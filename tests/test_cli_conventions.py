@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from pyro_vae.__main__ import main
-from pyro_vae.cli.conventions import spelled
+from pyro_vae.cli import COMMANDS
 from pyro_vae.cli.judge import compared
-from pyro_vae.cli.options import PARSERS
+from pyro_vae.cli.parsing import make_parser, spelled
 from pyro_vae.config import BASES, components
 from pyro_vae.estimators import Evidence
 
@@ -33,7 +33,7 @@ def test_options_are_taken_as_people_write_them(written: list[str], known: list[
     assert spelled(written) == known
 
 
-@pytest.mark.parametrize("command", PARSERS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_a_screen(
     command: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,7 +51,7 @@ def test_help_of_train_names_what_there_is(capsys: pytest.CaptureFixture) -> Non
     text = capsys.readouterr().out
     for family in set(BASES) - {"schedule"}:
         assert all(name in text for name in components(family)), family
-    defaults = PARSERS["train"]().get_defaults()
+    defaults = make_parser("train").get_defaults()
     known = {key.partition(".")[0] for key in defaults.keys()} | {"help_all", "print_config"}
     for option in re.findall(r"(?<![\w-])--([a-z-]+)", text):
         assert option.replace("-", "_").removeprefix("no_") in known, option

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pyro_vae.cli.options import PARSERS, check_names
+from pyro_vae.cli.parsing import check_names, make_parser
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -61,4 +61,4 @@ def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         if line.startswith("pyro-vae"):
             _, command, *options = shlex.split(line)
             check_names(options)
-            PARSERS[command]().parse_args(options)
+            make_parser(command).parse_args(options)

@@ -70,6 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": set(),
     "options": ANYTHING,
     "config": ANYTHING,
+    "declarations": ANYTHING,
     "cli": ANYTHING,
     "scoring": ANYTHING,
     "sklearn": ANYTHING,

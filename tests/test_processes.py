@@ -13,7 +13,7 @@ from typing import NoReturn
 import pytest
 import torch
 
-from pyro_vae.cli import ERRORS
+from pyro_vae.cli.parsing import ERRORS
 from pyro_vae.processes import in_processes
 
 

@@ -1,156 +1,305 @@
-"""The command line: options to run folders, tables and figures."""
+"""The command line: a table of commands, and the options of each. Nothing is loaded here."""
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from jsonargparse import ArgumentError, Namespace
+__all__ = ["COMMANDS", "DATA", "FAMILIES", "TRAIN_HELP", "Command"]
 
-from pyro_vae.cli.conventions import spelled, train_help
-from pyro_vae.cli.explore import explore
-from pyro_vae.cli.impute import impute
-from pyro_vae.cli.judge import classify, compare, evaluate, score
-from pyro_vae.cli.options import (
-    PARSERS,
-    check_names,
-    check_options,
-    import_modules,
-    values,
-    with_configs,
-)
-from pyro_vae.cli.report import report
-from pyro_vae.cli.train import train
-from pyro_vae.cli.use import encode, plot, sample
-from pyro_vae.config import closest
-from pyro_vae.files import check_folder
+Options = dict[str, dict[str, Any]]
 
-__all__ = ["run"]
 
-ERRORS = (
-    ArgumentError,
-    ValueError,
-    OSError,
-    FloatingPointError,
-    NotImplementedError,
-    ImportError,
-)
-DEMO = {
-    "data": "digits",
-    "transform": "dynamic",
-    "latent_dim": 10,
-    "encoder.hidden": [400],
-    "decoder.hidden": [400],
-    "epochs": 400,
-    "patience": 40,
-    "batch_size": 64,
-    "lr": 0.002,
+def option(type: Any, default: Any, help: str = "") -> dict[str, Any]:
+    """What `ArgumentParser.add_argument` takes of an option."""
+    return {"type": type, "default": default, "help": help}
+
+
+FAMILIES = {
+    "prior": "StandardNormal",
+    "likelihood": "Bernoulli",
+    "posterior": "DiagonalNormal",
+    "encoder": "MLP",
+    "decoder": "MLP",
+    "objective": "ELBO",
+}
+"""What `train` composes, each a class and its options, with its default."""
+
+DATA: Options = {
+    "--data": option(str, "digits", "name of a data set, or path of a file or image folder"),
+    "--data_root": option(str, "data", "folder of the named data sets"),
+    "--transform": option(
+        str,
+        "auto",
+        "none, threshold, static, dynamic, dequantise, rescale or standardise; auto fits the "
+        "likelihood",
+    ),
+    "--validation": option(int | float | None, None, "rows or share held out"),
+    "--split_seed": option(int, 0, "of the split and of fixed noise"),
+    "--conditional": option(bool, False, "condition on labels or on y"),
+    "--schema": option(dict | None, None, "kinds of columns of a table, by name"),
+    "--limit": option(int | None, None, "at most this many rows of each part, spread over it"),
+}
+MODEL: Options = {
+    "--latent_dim": option(
+        int | list[int], 20, "latent size D, or of each layer from the data upwards, [40,40]"
+    ),
+    "--hierarchy": option(
+        str | None, None, "order of inference of several layers: TopDown, BottomUp or Ladder"
+    ),
+    "--skip": option(bool, False, "let p(x | z) see all layers of several"),
+    "--classes": option(
+        int,
+        0,
+        "number of classes, of which labels are known for some rows (-1 elsewhere) or none; 0: "
+        "no classes",
+    ),
+    "--label_weight": option(float, 0.0, "weight of the gradient of log p(label | x)"),
+}
+SPEED: Options = {
+    "--matmul": option(
+        Literal["highest", "high", "medium"],
+        "highest",
+        "precision of float32 matrix products: the others may round to bfloat16",
+    ),
+    "--threads": option(int | None, None, "of each process; torch's own choice"),
+}
+IMPORT: Options = {
+    "--import": option(str | None, None, "module that defines classes of yours"),
+}
+TRAINING: Options = {
+    "--epochs": option(int, 100, "passes over the training part"),
+    "--batch_size": option(int, 100),
+    "--optimizer": option(str | dict, "Adam", "of torch.optim, by name"),
+    "--lr": option(float, 1e-3, "learning rate"),
+    "--schedule": option(str | dict | None, None, "of torch.optim.lr_scheduler"),
+    "--clip_norm": option(float | None, None, "greatest norm of all gradients"),
+    "--patience": option(int | None, None, "epochs without a better bound"),
+    "--seed": option(int, 0),
+    "--devices": option(int, 1, "GPUs, or processes where there is none"),
+    "--accelerator": option(str, "auto"),
+    "--precision": option(str, "32-true"),
+    **SPEED,
+    "--compile": option(bool | None, None, "compile the step; if training is long"),
+    "--tensorboard": option(bool, False, "also log for TensorBoard"),
+    "--progress": option(bool, True, "show a progress bar"),
+    "--run": option(str | None, None, "new folder of the run; runs/NAME-n"),
+    "--resume": option(str | None, None, "folder of a run to go on with"),
+    **IMPORT,
+}
+ROOT: Options = {
+    "--data_root": option(str | None, None, "folder of the named data sets; the run's"),
+    **IMPORT,
+}
+RUN: Options = {"run": {"help": "folder of a run"}, **ROOT}
+FILE: Options = {**RUN, "file": {"help": "table, .npz or .npy file, or a folder of images"}}
+JSON: Options = {"--json": {"action": "store_true", "help": "print JSON, and no progress"}}
+PART: Options = {
+    "--part": option(Literal["test", "validation", "train"], "test"),
+    "--limit": option(int | None, 1000, "rows, spread over the part; null for all"),
+}
+SEEDED: Options = {
+    "--seed": option(int, 0),
+    "--progress": option(bool, True, "show a progress bar"),
+}
+WORK: Options = {
+    "--chunk_size": option(
+        int | None,
+        None,
+        "draws times rows that the model sees at once; null: 1000, for the cache of a CPU",
+    ),
+    "--devices": option(int, 1, "GPUs, or processes, that share the rows"),
+    "--accelerator": option(
+        Literal["auto", "cpu", "cuda"], "auto", "auto: a GPU where there is one"
+    ),
+    **SPEED,
+    "--compile": option(bool, False, "compile what is repeated"),
+    **SEEDED,
+}
+ESTIMATE: Options = {
+    "--tolerance": option(float, 0.05, "largest standard error, nats"),
+    **WORK,
 }
 
 
-def run(argv: list[str]) -> int:
-    """Runs a command; wrong input is one line, not a traceback."""
-    commands = {
-        "demo": demo,
-        "train": train,
-        "evaluate": evaluate,
-        "score": score,
-        "compare": compare,
-        "sample": sample,
-        "encode": encode,
-        "impute": impute,
-        "classify": classify,
-        "plot": plot,
-        "report": report,
-        "explore": explore,
-    }
-    name, *rest = argv
-    try:
-        if name not in commands:
-            raise ValueError(f"unknown command{closest(name, commands)}")
-        options = _parse(name, rest)
-        with _short_warnings(), _matrix_products(options):
-            commands[name](options)
-    except ERRORS as error:
-        print(f"pyro-vae {name}: {_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+def out(help: str) -> Options:
+    """The option that names the file to write."""
+    return {"--out": option(str | None, None, help)}
 
 
-def demo(options: Namespace) -> None:
-    """Trains on the bundled digits, evaluates and draws."""
-    arguments = [f"--{key}={value}" for key, value in DEMO.items()]
-    arguments += [f"--run={options.run}"] if options.run else []
-    folder = train(_parse("train", arguments))
-    evaluate(_parse("evaluate", [str(folder)]))
+class Command(NamedTuple):
+    """A command of `pyro-vae`.
+
+    Args:
+        function: The module of this package and the function in it that runs the command.
+        help: What it does, in a line.
+        options: The arguments of its parser.
+        usage: What its arguments are called.
+        example: Arguments that one may give.
+    """
+
+    function: str
+    help: str
+    options: Options
+    usage: str = "RUN"
+    example: str = ""
 
 
-def _parse(command: str, argv: list[str]) -> Namespace:
-    argv = spelled(argv)
-    if command == "train" and {"-h", "--help"} & set(argv):
-        print(train_help(), end="")
-        raise SystemExit(0)
-    argv = ["--help" if argument == "--help_all" else argument for argument in argv]
-    if command == "train":
-        argv = _resumed(argv)
-    parser = PARSERS[command]()
-    check_options(parser, argv)
-    import_modules(argv)
-    argv = with_configs(argv, parser)
-    check_names(argv)
-    return parser.parse_args(argv)
+COMMANDS = {
+    "demo": Command(
+        "train.demo",
+        "train on bundled digits, evaluate, draw figures: three minutes, no options needed",
+        {"--run": option(str | None, None, "new folder of the run")},
+        usage="",
+    ),
+    "train": Command(
+        "train.train",
+        "train a VAE on a data set, file or folder of images; leaves a run folder",
+        {**DATA, **MODEL, **TRAINING},
+        usage="",
+    ),
+    "evaluate": Command(
+        "judge.evaluate",
+        "log p(x) with its error, ELBO, KL, active units of a run",
+        {
+            **RUN,
+            **JSON,
+            **PART,
+            **ESTIMATE,
+            "--num_samples": option(int, 5000, "draws K of the encoder's own bound"),
+            "--elbo_samples": option(int, 100, "draws for the ELBO"),
+        },
+        example="runs/mnist-1 --limit 200 --json",
+    ),
+    "score": Command(
+        "judge.score",
+        "log p(x), error and verdict of each row of a file, as CSV",
+        {
+            **FILE,
+            **out(".csv file"),
+            "--columns": option(bool, False, "also log p of each value, given the others"),
+            **ESTIMATE,
+        },
+        usage="RUN FILE",
+        example="runs/mnist-1 new.npz --out scores.csv",
+    ),
+    "compare": Command(
+        "judge.compare",
+        "runs on the same data: paired differences of log p(x) with their errors",
+        {
+            "runs": {"nargs": "+", "help": "folders of two runs or more"},
+            **JSON,
+            **ROOT,
+            **PART,
+            **ESTIMATE,
+        },
+        usage="RUN RUN",
+        example="runs/mnist-1 runs/mnist-2 --limit 200",
+    ),
+    "sample": Command(
+        "use.sample",
+        "draws of a run's model, as a picture and an .npz file",
+        {
+            **RUN,
+            "--size": option(int, 100),
+            "--mean": option(bool, False, "E[x | z] of drawn z instead of draws of x"),
+            "--label": option(int | None, None, "class, for a conditional model"),
+            "--seed": option(int, 0),
+            **out(".npz file, RUN/samples.npz; .csv of tables"),
+        },
+        example="runs/mnist-1 --size 64 --mean",
+    ),
+    "encode": Command(
+        "use.encode",
+        "posterior means and scales of a file's rows, as .npz or .csv",
+        {**FILE, **out(".npz or .csv file")},
+        usage="RUN FILE",
+        example="runs/mnist-1 new.npz --out codes.csv",
+    ),
+    "impute": Command(
+        "use.impute",
+        "a file with its missing values filled in, and files of draws of them",
+        {
+            **RUN,
+            "file": {"help": ".npz, .npy or .csv file"},
+            **out("file of the same kind"),
+            "--draws": option(int, 20, "files of draws beside it; 0: none"),
+            **WORK,
+        },
+        usage="RUN FILE",
+    ),
+    "classify": Command(
+        "use.classify",
+        "class of each row of a file, with probabilities, as .csv",
+        {
+            **FILE,
+            "--num_samples": option(
+                int | None,
+                100,
+                "draws of the encoder for each row and class; null: log_evidence, which is "
+                "slower and judged",
+            ),
+            **SEEDED,
+            **out(".csv file; FILE.classes.csv"),
+        },
+        usage="RUN FILE",
+    ),
+    "plot": Command("figures.plot", "the figures of a run again", RUN),
+    "report": Command(
+        "report.report",
+        "one HTML page of a run, with all of the above, that opens from disk",
+        {**RUN, **out(".html file; RUN/report.html")},
+        example="runs/mnist-1 --out report.html",
+    ),
+    "explore": Command(
+        "explore.explore",
+        "one HTML page that runs a run's decoder: move in its latent space, pick data",
+        {
+            **RUN,
+            **out(".html file; RUN/explore.html"),
+            "--no_data": {"action": "store_true", "help": "leave the rows themselves out"},
+            "--judged": option(
+                int, 50, "rows whose log p(x) is estimated where evaluate has not done so"
+            ),
+            **PART,
+            **ESTIMATE,
+        },
+        example="runs/mnist-1 --out explore.html --no-data",
+    ),
+}
 
+TRAIN_HELP = """\
+usage: pyro-vae train [options]
 
-def _resumed(argv: list[str]) -> list[str]:
-    """With `--resume RUN`, the options of that run come first."""
-    for folder in values(argv, "--resume"):
-        check_folder(folder)
-        declaration = Path(folder) / "config.yaml"
-        if not declaration.exists():
-            raise ValueError(
-                f"{folder} cannot be resumed: it has no config.yaml, which pyro-vae train writes; "
-                "give the folder of a run that it began"
-            )
-        return ["--config", str(declaration), "--run", folder, *argv]
-    return argv
+Trains a declared VAE and leaves a run folder.
 
+examples:
+  pyro-vae train --data mnist --prior VampPrior --prior.num-components 500
+  pyro-vae train --data wine.csv --likelihood Normal --likelihood.scale learned
+  pyro-vae train --resume runs/mnist-1 --epochs 200
 
-@contextmanager
-def _matrix_products(options: Namespace) -> Iterator[None]:
-    """The precision of matrix products and the threads that a command asks for."""
-    import torch
+data:
+  --data NAME or PATH   digits, mnist, ..., a file or image folder [digits]
+  --transform NAME      how values are prepared; chosen to fit the likelihood
+  --validation N        rows, or share, held out
+  --limit N             at most this many rows of each part
+  --conditional         condition on labels or on y
 
-    before = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    if options.get("threads") is not None:
-        most = os.cpu_count() or 1
-        if not 1 <= options.threads <= most:
-            raise ValueError(
-                f"threads must be from 1 to {most}, the processors of this machine; "
-                f"got {options.threads}"
-            )
-        torch.set_num_threads(options.threads)
-    torch.set_float32_matmul_precision(options.get("matmul", before[0]))
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.set_num_threads(before[1])
+model: a class each, and its options as --prior.OPTION (--prior.help CLASS)
+{families}
+  --latent-dim N        latent size, or of several layers, "[40,40]" [20]
 
+training:
+  --epochs N            [100]           --lr X             learning rate [0.001]
+  --batch-size N        [100]           --optimizer NAME   of torch.optim [Adam]
+  --patience N          end after N epochs without a better validation bound
+  --seed N              [0]             --devices N        GPUs or processes [1]
+  --compile             compile the step; --no-compile: never
 
-@contextmanager
-def _short_warnings() -> Iterator[None]:
-    """Warnings as one line, without the place in the source that gave them."""
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(
-            f"warning: {' '.join(str(message).split())}", file=sys.stderr
-        )
-        yield
+run:
+  --run FOLDER          new folder of the run [runs/NAME-n]
+  --resume FOLDER       go on with a run
+  --config FILE         options from YAML; --print-config writes them
+  --no-progress         no progress bar
 
-
-def _line(error: Exception) -> str:
-    """An error as one line, without the shapes of all sites, which Pyro adds."""
-    return " ".join(str(error).partition("\nTrace Shapes:")[0].split())
+Options may be written with - or _. All of them: pyro-vae train --help-all
+"""

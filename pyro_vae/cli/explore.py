@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from pyro_vae.arguments import check_whole
 from pyro_vae.classes import ClassVAE
-from pyro_vae.cli.folder import load_run, placed
+from pyro_vae.cli.figures import followed, unit_kl, unit_names
+from pyro_vae.cli.folder import destination, load_run, placed
 from pyro_vae.cli.judge import estimate, rows_of
-from pyro_vae.cli.parts import unit_kl, unit_names
-from pyro_vae.cli.use import destination, followed
 from pyro_vae.data import Data, Splits, spread
 from pyro_vae.data.transforms import Transform
 from pyro_vae.estimators import (

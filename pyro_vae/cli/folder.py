@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from pyro_vae import config
-from pyro_vae.cli.options import data_options
+from pyro_vae.cli.parsing import data_options
 from pyro_vae.data import (
     Data,
     Schema,
@@ -33,6 +33,7 @@ from pyro_vae.vae import VAE
 
 __all__ = [
     "declared_run",
+    "destination",
     "home",
     "load_run",
     "own_rows",
@@ -221,6 +222,30 @@ def placed(vae: VAE, data: Data, accelerator: str) -> tuple[VAE, Data]:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("accelerator cuda was asked for; this machine has no GPU that torch sees")
     return vae.to(device), data.to(device)
+
+
+def destination(
+    out: str | None, default: Path, suffixes: tuple[str, ...], source: str | None = None
+) -> Path:
+    """The file that a command writes, known to be one before there is anything to write.
+
+    Args:
+        out: What was asked for, or None.
+        default: What is taken then.
+        suffixes: Endings that it may have.
+        source: What the command reads.
+
+    Raises:
+        ValueError: If the ending is another, its folder is missing, or it is the source itself.
+    """
+    path = default if out is None else Path(out)
+    if path.suffix not in suffixes:
+        raise ValueError(f"out must end in {' or '.join(suffixes)}; got {out!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"out must be in a folder that exists; there is no {path.parent}")
+    if source is not None and path.exists() and path.samefile(source):
+        raise ValueError(f"out must not be the input; {path} would be overwritten: name another")
+    return path
 
 
 def _check_types(known: dict[str, Any], kinds: dict[str, tuple[type, ...]]) -> None:

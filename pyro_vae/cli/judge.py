@@ -18,15 +18,12 @@ from rich.table import Table
 from torch import Tensor
 
 from pyro_vae import config, plots
-from pyro_vae.classes import ClassVAE
-from pyro_vae.cli.folder import load_run, own_rows, pairs, placed
-from pyro_vae.cli.odd import by_column, missing_columns, odd_rows
-from pyro_vae.cli.parts import NAMES, decompose, layer_lines, shown_terms
-from pyro_vae.cli.use import destination
+from pyro_vae.cli.figures import NAMES, decompose, layer_lines, shown_terms
+from pyro_vae.cli.folder import destination, load_run, own_rows, pairs, placed
 from pyro_vae.data import Data, Splits, spread
 from pyro_vae.estimators import (
     Evidence,
-    class_probabilities,
+    column_log_prob,
     evidence_lower_bound,
     importance_sampling,
     log_evidence,
@@ -36,7 +33,9 @@ from pyro_vae.files import write
 from pyro_vae.metrics import Decomposition, active_units
 from pyro_vae.vae import VAE
 
-__all__ = ["classify", "compare", "compared", "evaluate", "score"]
+__all__ = ["compare", "compared", "evaluate", "score"]
+
+ODD, OTHERS = 5, 100  # rows that are shown, and those that say what is usual
 
 
 def evaluate(options: Namespace) -> None:
@@ -184,39 +183,48 @@ def score(options: Namespace) -> None:
     print(f"log p(x) = {whole}, in the file's units; {counted(evidence)}; rows in {out}")
 
 
-def classify(options: Namespace) -> None:
-    """The class of each row of a file, probabilities, standard error and verdict, as CSV."""
-    out = destination(
-        options.out, Path(options.file).with_suffix(".classes.csv"), (".csv",), options.file
-    )
-    vae = config.load(options.run)
-    if not isinstance(vae, ClassVAE):
-        raise ValueError(f"{options.run} has no classes: train with --classes, a number of them")
-    x, _ = (data := own_rows(options.run, options.file, vae)).batch(torch.arange(len(data)))
-    way: dict[str, Any] = {"seed": options.seed, "progress": options.progress}
-    if options.num_samples is not None:
-        way |= {"estimator": importance_sampling, "num_samples": options.num_samples}
-    found = class_probabilities(vae, x, **way)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    names = [f"p{c}" for c in range(vae.classes)]
-    writer.writerow(["row", "class", *names, "stderr", "verdict"])
-    best = found.probabilities.argmax(1)
-    errors = found.stderr.gather(1, best.unsqueeze(1))[:, 0]
-    for n, share in enumerate(found.probabilities.tolist()):
-        shares = [f"{p:.6f}" for p in share]
-        writer.writerow([n, int(best[n]), *shares, f"{errors[n]:.6f}", found.verdict[n]])
-    write(out, text.getvalue())
-    print(f"classes of {len(x)} rows in {out}, {_right(best, data.labels)}")
+def by_column(vae: VAE, data: Data, **options: Any) -> Tensor:
+    """log p(x_c | the other columns) [N, C] in the units of the data; NaN where one is missing.
+
+    Raises:
+        ValueError: If the data are no table.
+    """
+    if len(data.data_shape) != 1:
+        raise ValueError("columns are those of tables: leave --columns out")
+    x, y = data.batch(torch.arange(len(data)))
+    found = column_log_prob(vae, x, y, **options)
+    return found + torch.as_tensor(data.transform.log_slope()).to(found)
 
 
-def _right(found: Tensor, labels: Tensor | None) -> str:
-    """How many of the known labels were found."""
-    if labels is None or not bool((labels >= 0).any()):
-        return "no label known"
-    known = labels >= 0
-    share = (found == labels)[known].double().mean()
-    return f"{share:.1%} of {int(known.sum())} known labels found"
+def odd_rows(vae: VAE, data: Data, evidence: Evidence) -> list[dict[str, Any]]:
+    """The rows of least log p(x), and the column that is farthest below its usual log p."""
+    if data.schema is None:
+        return []
+    lowest = evidence.log_prob.argsort()[:ODD]
+    shown = torch.cat([lowest, spread(len(data), OTHERS, 0)])
+    each = by_column(vae, data.subset(shown))
+    below = (each - each.nanmedian(0).values)[: len(lowest)].nan_to_num(torch.inf)
+    cells = data.schema.decode(data.transform.inverse(data.x[lowest].float()))
+    columns = below.argmin(1).tolist()
+    names = list(data.schema.columns)
+    return [
+        {
+            "row": data.rows[row].item(),
+            "log_prob": evidence.log_prob[row].item(),
+            "column": names[column],
+            "cell": str(cells[names[column]][i]),
+            "column_log_prob": each[i, column].item(),
+        }
+        for i, (row, column) in enumerate(zip(lowest.tolist(), columns))
+    ]
+
+
+def missing_columns(data: Data) -> dict[str, float]:
+    """The share of rows that lack each column, where some do."""
+    if data.columns is None or not data.missing:
+        return {}
+    shares = data.x.isnan().double().mean(0).tolist()
+    return {name: share for name, share in zip(data.columns, shares) if share}
 
 
 def compare(options: Namespace) -> None:

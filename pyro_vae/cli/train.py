@@ -10,20 +10,23 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from torch import Tensor
+from torch.distributions import constraints
 
-from pyro_vae import config
+from pyro_vae import config, declarations
+from pyro_vae.arguments import closest
+from pyro_vae.cli.figures import KlParts, draw
 from pyro_vae.cli.folder import declared_run, read_record, record
-from pyro_vae.cli.hints import hints
-from pyro_vae.cli.parts import KlParts
-from pyro_vae.cli.use import draw
-from pyro_vae.data import Data, Schema, Splits, load_data, locate
+from pyro_vae.cli.judge import evaluate
+from pyro_vae.cli.parsing import parse
+from pyro_vae.data import Data, Schema, Splits, load_data, locate, spread
 from pyro_vae.files import locked
 from pyro_vae.likelihoods import Bernoulli, Columns
 from pyro_vae.objectives import Objective
 from pyro_vae.training import History, fit, is_first_process, read_run
 from pyro_vae.vae import VAE
 
-__all__ = ["train"]
+__all__ = ["demo", "hints", "train"]
 
 MODEL = ("latent_dim", "prior", "likelihood", "posterior", "encoder", "decoder")
 TRAINING = (
@@ -42,6 +45,28 @@ TRAINING = (
     "progress",
 )
 NOT_DECLARED = ("config", "run", "resume", "progress", "import")
+DEMO = {
+    "data": "digits",
+    "transform": "dynamic",
+    "latent_dim": 10,
+    "encoder.hidden": [400],
+    "decoder.hidden": [400],
+    "epochs": 400,
+    "patience": 40,
+    "batch_size": 64,
+    "lr": 0.002,
+}
+ROWS = 10_000  # that are looked at
+TENFOLD = 10.0  # totals of rows, between their first and last per cent
+FEW = 10  # values of a column that looks like codes
+
+
+def demo(options: Namespace) -> None:
+    """Trains on the bundled digits, evaluates and draws."""
+    arguments = [f"--{key}={value}" for key, value in DEMO.items()]
+    arguments += [f"--run={options.run}"] if options.run else []
+    folder = train(parse("train", arguments))
+    evaluate(parse("evaluate", [str(folder)]))
 
 
 def train(options: Namespace) -> Path:
@@ -55,7 +80,7 @@ def train(options: Namespace) -> Path:
     splits = _splits(options)
     vae = _build(options, splits)
     folder = _run_folder(options)
-    objective, settings = config.component("objective", _declared(options.objective))
+    objective, settings = declarations.component("objective", _declared(options.objective))
     vae.likelihood.check(splits.train.fixed().batch(torch.arange(len(splits.train)))[0])
     arguments = (options, vae, splits, folder, objective(**settings))
     if not first:
@@ -64,7 +89,7 @@ def train(options: Namespace) -> Path:
     print(_described(splits, options))
     if splits.train.schema is not None:
         print(splits.train.schema)
-    likelihood = config.named_class("likelihood", options.likelihood["class_path"])
+    likelihood = declarations.named_class("likelihood", options.likelihood["class_path"])
     for hint in hints(splits.train, likelihood):
         print(f"note: {hint}")
     with locked(folder / "train.lock"):
@@ -120,14 +145,14 @@ def _splits(options: Namespace) -> Splits:
     _declare_table(options, splits.train)
     name = options.transform
     if name == "auto":
-        likelihood = config.named_class("likelihood", options.likelihood["class_path"])
+        likelihood = declarations.named_class("likelihood", options.likelihood["class_path"])
         name = config.default_transform(likelihood, splits.train.levels, splits.train.x)
     return splits.with_transform(name)
 
 
 def _schema(options: Namespace) -> dict[str, Any] | None:
     """What makes `load_data` infer the columns of any table, where they are asked for."""
-    cls = config.named_class("likelihood", options.likelihood["class_path"])
+    cls = declarations.named_class("likelihood", options.likelihood["class_path"])
     return {} if cls is Columns and Path(options.data).is_file() else None
 
 
@@ -137,7 +162,7 @@ def _declare_table(options: Namespace, data: Data) -> None:
         return
     options.schema = data.schema.plain
     declared = _declared(options.likelihood)
-    cls = config.named_class("likelihood", declared["class_path"])
+    cls = declarations.named_class("likelihood", declared["class_path"])
     if cls not in (Columns, Bernoulli):
         raise ValueError(
             f"{options.data} is read as a table of several kinds, which the likelihood Columns is "
@@ -153,7 +178,7 @@ def _of_columns(given: Any, schema: Schema) -> dict[str, Any] | list[Any]:
         return list(given)
     columns: dict[str, Any] = schema.likelihood["init_args"]["columns"]
     if unknown := [name for name in given if name not in columns]:
-        raise ValueError(f"there is no column {unknown[0]!r}{config.closest(unknown[0], columns)}")
+        raise ValueError(f"there is no column {unknown[0]!r}{closest(unknown[0], columns)}")
     return {**columns, **given}
 
 
@@ -191,8 +216,8 @@ def _build(options: Namespace, splits: Splits) -> VAE:
     parts: dict[str, Any] = {name: _declared(options[name]) for name in MODEL[1:]}
     arguments = dict(parts["likelihood"].get("init_args") or {})
     parts["likelihood"]["init_args"] = arguments
-    cls = config.named_class("likelihood", parts["likelihood"]["class_path"])
-    if "levels" in config.option_names(cls) and data.levels is not None:
+    cls = declarations.named_class("likelihood", parts["likelihood"]["class_path"])
+    if "levels" in declarations.option_names(cls) and data.levels is not None:
         default = inspect.signature(cls).parameters["levels"].default
         if arguments.get("levels", default) == default:
             arguments["levels"] = data.levels
@@ -235,7 +260,7 @@ def _declaration(options: Namespace, splits: Splits) -> dict[str, Any]:
     plain = options.clone().as_dict()
     declared = {key: value for key, value in plain.items() if key not in NOT_DECLARED}
     for family in (*MODEL[1:], "objective"):
-        declared[family] = config.short_names(family, declared[family])
+        declared[family] = declarations.short_names(family, declared[family])
     return {**declared, "transform": splits.transform}
 
 
@@ -249,3 +274,43 @@ def _loggers(options: Namespace, folder: Path) -> list[Any]:
 
 def _declared(value: Any) -> dict[str, Any]:
     return value.as_dict() if isinstance(value, Namespace) else dict(value)
+
+
+def hints(data: Data, likelihood: type) -> list[str]:
+    """One line each on what a table will make a model learn that nobody asked for."""
+    if len(data.data_shape) != 1 or data.levels is not None or data.schema is not None:
+        return []
+    x = data.x[spread(len(data), ROWS, 0)].double()
+    support: constraints.Constraint = likelihood.support  # type: ignore[attr-defined]
+    if support is constraints.nonnegative_integer and "levels" not in declarations.option_names(
+        likelihood
+    ):
+        return _totals(x) if data.y is None else []
+    whole_line = bool(support.check(x.new_tensor([-10.0, 10.0])).all())
+    return _codes(x, data.columns, likelihood.__name__) if whole_line else []
+
+
+def _totals(x: Tensor) -> list[str]:
+    low, high = x.nansum(1).quantile(x.new_tensor([0.01, 0.99])).tolist()
+    if high < TENFOLD * max(low, 1.0):
+        return []
+    return [
+        f"the sums of rows go from {low:.0f} to {high:.0f}: the latents will tell large rows from "
+        "small before kinds of rows; to set size aside give its logarithm as y, and --conditional "
+        "true"
+    ]
+
+
+def _codes(x: Tensor, columns: tuple[str, ...] | None, likelihood: str) -> list[str]:
+    whole = ((x == x.round()) | x.isnan()).all(0).nonzero().flatten().tolist()
+    counts = {d: len(x[~x[:, d].isnan(), d].unique()) for d in whole}
+    few = [d for d, count in counts.items() if count <= min(FEW, len(x) // 3)]
+    if not few:
+        return []
+    names = ", ".join(columns[d] if columns else f"number {d} (from 0)" for d in few[:5])
+    names += ", ..." if len(few) > 5 else ""
+    return [
+        f"{len(few)} column(s) hold at most {FEW} whole numbers, as codes do ({names}): under "
+        f"{likelihood} their density, and log p(x), can grow without bound; leave them out, or "
+        "give them as y"
+    ]

@@ -1,32 +1,29 @@
-"""Commands that use a finished run: figures, samples, codes."""
+"""Commands that use a finished run: draws, codes, missing values, classes."""
 
 from __future__ import annotations
 
+import csv
 import io
-from itertools import accumulate
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from jsonargparse import Namespace
 from torch import Tensor
 
-from pyro_vae import config, plots
+from pyro_vae import config, estimators, plots
 from pyro_vae.arguments import check_whole
 from pyro_vae.classes import ClassVAE
-from pyro_vae.cli.folder import load_run, own_rows, pairs, read_table
-from pyro_vae.cli.parts import draw_parts, unit_kl, unit_names
-from pyro_vae.data import Data, Splits
-from pyro_vae.distributions import Joint
+from pyro_vae.cli.figures import condition, limits
+from pyro_vae.cli.folder import destination, load_run, own_rows, pairs, placed
+from pyro_vae.data import Data, read_rows
 from pyro_vae.files import write
 from pyro_vae.generators import forked
 from pyro_vae.vae import VAE
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-__all__ = ["destination", "draw", "encode", "followed", "plot", "sample"]
+__all__ = ["classify", "encode", "impute", "sample"]
 
 
 def sample(options: Namespace) -> None:
@@ -68,68 +65,114 @@ def encode(options: Namespace) -> None:
     print(f"means and scales of {len(rows)} rows in {out}")
 
 
-def destination(
-    out: str | None, default: Path, suffixes: tuple[str, ...], source: str | None = None
-) -> Path:
-    """The file that a command writes, known to be one before there is anything to write.
+def impute(options: Namespace) -> None:
+    """The file with what is missing filled in: by its mean (median of whole numbers), and draws.
 
-    Args:
-        out: What was asked for, or None.
-        default: What is taken then.
-        suffixes: Endings that it may have.
-        source: What the command reads.
-
-    Raises:
-        ValueError: If the ending is another, its folder is missing, or it is the source itself.
+    Observed values are those of the file; the others are in its units.
     """
-    path = default if out is None else Path(out)
-    if path.suffix not in suffixes:
-        raise ValueError(f"out must end in {' or '.join(suffixes)}; got {out!r}")
-    if not path.parent.is_dir():
-        raise ValueError(f"out must be in a folder that exists; there is no {path.parent}")
-    if source is not None and path.exists() and path.samefile(source):
-        raise ValueError(f"out must not be the input; {path} would be overwritten: name another")
-    return path
+    check_whole(0, draws=options.draws)
+    source = Path(options.file)
+    vae = config.load(options.run)
+    vae, rows = placed(vae, own_rows(options.run, options.file, vae), options.accelerator)
+    suffix = source.suffix if rows.schema is None else ".csv"
+    default = source.with_suffix(f".imputed{suffix}")
+    out = destination(options.out, default, (suffix,), options.file)
+    if suffix not in (".csv", ".npy", ".npz"):
+        raise ValueError(f"expected a .csv, .npy or .npz file to impute; got {source}")
+    given = read_rows(source) if rows.schema is None else rows
+    x, y = rows.batch(torch.arange(len(rows)))
+    found = estimators.impute(
+        vae,
+        x,
+        y,
+        num_draws=max(options.draws, 100 if _whole(vae) or rows.schema is not None else 1),
+        **{name: options[name] for name in ("chunk_size", "compile", "devices", "seed")},
+        progress=options.progress,
+    )
+    for i, draw in enumerate(found.draws[: options.draws], start=1):
+        path = out.with_name(f"{out.stem}-{i:0{len(str(options.draws))}d}{out.suffix}")
+        write(path, _content(given, rows, draw, out.suffix))
+    best = found.median if _whole(vae) else found.mean
+    if rows.schema is not None:
+        best = rows.schema.centre(found.draws, found.mean)
+    write(out, _content(given, rows, best, out.suffix))
+    verdicts = ", ".join(f"{n} {word}" for word, n in Counter(found.verdict).items())
+    share = x.isnan().double().mean().item()
+    beside = f" and {options.draws} files of draws beside it" if options.draws else ""
+    print(f"{share:.1%} of the values of {len(rows)} rows filled in ({verdicts}): {out}{beside}")
 
 
-def plot(options: Namespace) -> None:
-    """The figures of a run again."""
-    vae, splits = load_run(options.run, options.data_root)
-    draw(Path(options.run), vae, splits, read_table(options.run, "metrics.csv"))
-    print(f"figures in {Path(options.run) / 'figures'}")
+def classify(options: Namespace) -> None:
+    """The class of each row of a file, probabilities, standard error and verdict, as CSV."""
+    out = destination(
+        options.out, Path(options.file).with_suffix(".classes.csv"), (".csv",), options.file
+    )
+    vae = config.load(options.run)
+    if not isinstance(vae, ClassVAE):
+        raise ValueError(f"{options.run} has no classes: train with --classes, a number of them")
+    x, _ = (data := own_rows(options.run, options.file, vae)).batch(torch.arange(len(data)))
+    way: dict[str, Any] = {"seed": options.seed, "progress": options.progress}
+    if options.num_samples is not None:
+        way |= {"estimator": estimators.importance_sampling, "num_samples": options.num_samples}
+    found = estimators.class_probabilities(vae, x, **way)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [f"p{c}" for c in range(vae.classes)]
+    writer.writerow(["row", "class", *names, "stderr", "verdict"])
+    best = found.probabilities.argmax(1)
+    errors = found.stderr.gather(1, best.unsqueeze(1))[:, 0]
+    for n, share in enumerate(found.probabilities.tolist()):
+        shares = [f"{p:.6f}" for p in share]
+        writer.writerow([n, int(best[n]), *shares, f"{errors[n]:.6f}", found.verdict[n]])
+    write(out, text.getvalue())
+    print(f"classes of {len(x)} rows in {out}, {_right(best, data.labels)}")
 
 
-def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
-    """Curves, latent scatter, samples and reconstructions, of validation data."""
-    figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
-    data = splits.validation
-    data = data.subset(torch.arange(min(len(data), 2000))).fixed()
-    x, y = data.batch(torch.arange(len(data)))
-    with forked(torch.device("cpu"), 0), torch.no_grad():
-        means = torch.cat([vae.encode(*pair).mean for pair in pairs(data)])
-        classes = condition(splits.train, 100, None, vae)
-        draws = {mean: vae.sample(100, classes, mean=mean) for mean in (False, True)}
-        again = vae.reconstruct(x[:30], None if y is None else y[:30])
-    plots.save(plots.curves(rows), str(figures / "curves.png"))
-    plots.save(plots.latent(means, data.labels, unit_names(vae)), str(figures / "latent.png"))
-    draw_parts(folder, vae, len(data))
-    back = data.transform.inverse
-    if x.ndim != 4:
-        plots.save(_columns(vae, splits.train), str(figures / "samples.png"))
-        return
-    shown = {
-        "samples": plots.images(back(draws[False]), "draws of x", limits(data)),
-        "sample_means": plots.images(back(draws[True]), "E[x | z] of drawn z", limits(data)),
-        "reconstructions": plots.reconstructions(back(x[:30]), back(again), limits(data)),
-    }
-    if isinstance(vae, ClassVAE):
-        shown["classes"] = _of_each_class(vae, data)
-    kl = unit_kl(vae, data)
-    if kl is not None:
-        shown["traversals"] = traversal(vae, data, kl)
-    for name, figure in shown.items():
-        plots.save(figure, str(figures / f"{name}.png"))
+def _whole(vae: VAE) -> bool:
+    """Whether its data are whole numbers, of which a mean is none."""
+    return vae.likelihood.support.is_discrete
+
+
+def _content(given: Data, rows: Data, values: Tensor, suffix: str) -> str | bytes:
+    """A file like `given`, what is missing from it filled in from `values` of `rows`."""
+    filled = rows.transform.inverse(values.cpu())
+    if given.columns is not None and rows.columns is not None:
+        filled = filled[:, [rows.columns.index(name) for name in given.columns]]
+    complete = torch.where(given.x.isnan(), filled.to(given.x.dtype), given.x)
+    if rows.schema is not None:
+        return rows.schema.csv(complete)
+    x = complete.numpy()
+    if suffix == ".csv":
+        return _table(given, x)
+    file = io.BytesIO()
+    parts: dict[str, Any] = {"x": x, "y": given.y, "labels": given.labels}
+    if suffix == ".npy":
+        np.save(file, x)
+    else:
+        np.savez(file, **{name: part for name, part in parts.items() if part is not None})
+    return file.getvalue()
+
+
+def _table(given: Data, x: np.ndarray) -> str:
+    """Rows as a table with the names of its columns; labels, if there are any, in the last."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    rows = [[str(value) for value in row] for row in x]  # the fewest digits that give it again
+    if given.columns is not None:
+        writer.writerow([*given.columns, *([] if given.labels is None else ["label"])])
+    if given.labels is not None:
+        rows = [[*row, str(label)] for row, label in zip(rows, given.labels.tolist())]
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _right(found: Tensor, labels: Tensor | None) -> str:
+    """How many of the known labels were found."""
+    if labels is None or not bool((labels >= 0).any()):
+        return "no label known"
+    known = labels >= 0
+    share = (found == labels)[known].double().mean()
+    return f"{share:.1%} of {int(known.sum())} known labels found"
 
 
 def _archive(**arrays: Any) -> bytes:
@@ -137,70 +180,3 @@ def _archive(**arrays: Any) -> bytes:
     file = io.BytesIO()
     np.savez(file, **arrays)
     return file.getvalue()
-
-
-def _columns(vae: VAE, data: Data) -> Figure:
-    """Columns of rows of a table beside those of as many draws, in the units of the file."""
-    data = data.subset(torch.arange(min(len(data), 2000))).fixed()
-    with forked(torch.device("cpu"), 0), torch.no_grad():
-        draws = vae.sample(len(data), condition(data, len(data), None, vae))
-    back = data.transform.inverse
-    rows = data.batch(torch.arange(len(data)))[0]
-    return plots.columns(back(rows).flatten(1), back(draws).flatten(1), data.columns)
-
-
-def traversal(vae: VAE, data: Data, kl: Tensor) -> Figure:
-    """What each latent does to the first image, from -3 to 3; at most ten, of most KL.
-
-    Layers below that of a latent follow it, at their mean given it.
-    """
-    x, y = data.batch(torch.zeros(1, dtype=torch.long))
-    top, values = kl.argsort(descending=True)[:10], torch.linspace(-3, 3, 11)
-    with torch.no_grad():
-        z = vae.encode(x, y).mean.expand(len(top), len(values), -1).clone()
-        z[torch.arange(len(top)), :, top] = values
-        z = torch.stack([followed(vae.prior(y), *pair) for pair in zip(z, top.tolist())])
-        again = None if y is None else y.expand(len(top), len(values), -1)
-        images = data.transform.inverse(vae.likelihood(z, again).mean)
-    names = [unit_names(vae)[unit] for unit in top]
-    return plots.traversals(images, kl[top], values, limits=limits(data), dims=names)
-
-
-def followed(prior: Any, z: Tensor, unit: int) -> Tensor:
-    """`z` [T, D], the layers below that of `unit` at their mean given those above."""
-    if not isinstance(prior, Joint):
-        return z
-    given, ends = prior.split(z), accumulate(prior.sizes.values())
-    kept = list(prior.sizes)[sum(unit >= end for end in ends) :]
-    return prior.draw(lambda name, fn: given[name] if name in kept else fn.mean)
-
-
-def condition(data: Data, size: int, label: int | None, vae: VAE) -> Tensor | None:
-    """`y` of `size` draws: of one class, of all in turn, or of the first rows of the data."""
-    if isinstance(vae, ClassVAE):
-        vae.check_labels(y := torch.full((size,), -1 if label is None else label))
-        return y
-    if data.y is None:
-        if label is not None:
-            raise ValueError("label needs a conditional model: train with --conditional true")
-        return None
-    if data.classes is None or data.y.shape[1] != data.classes:
-        return data.y[torch.arange(size) % len(data)]
-    if label is not None and not 0 <= label < data.classes:
-        raise ValueError(f"label must be from 0 to {data.classes - 1}; got {label}")
-    labels = torch.arange(size) % data.classes if label is None else torch.full((size,), label)
-    return torch.eye(data.classes)[labels]
-
-
-def _of_each_class(vae: ClassVAE, data: Data) -> Figure:
-    """Ten images of each class in a row."""
-    y = torch.arange(vae.classes).repeat_interleave(10)
-    with forked(torch.device("cpu"), 0), torch.no_grad():
-        means = data.transform.inverse(vae.sample(len(y), y, mean=True))
-    names = [f"class {c}" for c in range(vae.classes)]
-    return plots.image_rows(means.unflatten(0, (-1, 10)), names, "", limits(data))
-
-
-def limits(data: Data) -> tuple[float, float] | None:
-    """Values shown as black and white."""
-    return None if data.levels is None else (0.0, float(data.levels - 1))

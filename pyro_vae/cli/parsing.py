@@ -1,0 +1,351 @@
+"""From what is typed to the options of a command, each name checked before it is imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+
+from pyro_vae import declarations
+from pyro_vae.arguments import closest
+from pyro_vae.cli import COMMANDS, DATA, FAMILIES, TRAIN_HELP
+from pyro_vae.files import check_folder, reading
+
+__all__ = [
+    "ERRORS",
+    "check_names",
+    "data_options",
+    "make_parser",
+    "parse",
+    "run",
+    "spelled",
+    "with_configs",
+]
+
+ERRORS = (
+    ArgumentError,
+    ValueError,
+    OSError,
+    FloatingPointError,
+    NotImplementedError,
+    ImportError,
+)
+FLAGS = {
+    key[2:]
+    for command in COMMANDS.values()
+    for key, settings in command.options.items()
+    if settings.get("type") in (bool, bool | None)
+}
+LARGEST = 10_000  # values of a configuration
+NOT_IN_FILES = ("config", "run", "resume", "import")
+
+
+def run(argv: list[str]) -> int:
+    """Runs a command; wrong input is one line, not a traceback."""
+    name, *rest = argv
+    try:
+        if name not in COMMANDS:
+            raise ValueError(f"unknown command{closest(name, COMMANDS)}")
+        options = parse(name, rest)
+        module, _, function = COMMANDS[name].function.partition(".")
+        with _short_warnings(), _matrix_products(options):
+            getattr(import_module(f"pyro_vae.cli.{module}"), function)(options)
+    except ERRORS as error:
+        line = " ".join(str(error).partition("\nTrace Shapes:")[0].split())  # which Pyro adds
+        print(f"pyro-vae {name}: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(command: str, argv: list[str]) -> Namespace:
+    """The options of a command; `--help` prints and exits.
+
+    Raises:
+        ValueError: If a name is unknown, with the closest known one, or a value does not fit.
+    """
+    argv = spelled(argv)
+    if command == "train" and {"-h", "--help"} & set(argv):
+        print(_train_help(), end="")
+        raise SystemExit(0)
+    argv = ["--help" if argument == "--help_all" else argument for argument in argv]
+    if command == "train":
+        argv = _resumed(argv)
+    parser = make_parser(command)
+    _check_options(parser, argv)
+    for name in _values(argv, "--import"):
+        if os.getcwd() not in sys.path:  # a console script does not look where it is started
+            sys.path.insert(0, os.getcwd())
+        import_module(name)
+    argv = with_configs(argv, parser)
+    check_names(argv)
+    return parser.parse_args(argv)
+
+
+def spelled(argv: list[str]) -> list[str]:
+    """Options as the parsers know them: words joined by `_`, flags with a value.
+
+    `--latent-dim 3` is `--latent_dim 3`, `--compile` is `--compile=true` and `--no-compile` is
+    `--compile=false`.
+    """
+    done = []
+    for argument, following in zip(argv, [*argv[1:], ""]):
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--") or len(name) == 2:
+            done.append(argument)
+            continue
+        key = name[2:].replace("-", "_")
+        off = key.removeprefix("no_")
+        if not equals and off != key and off in FLAGS:
+            done.append(f"--{off}=false")
+        elif not equals and key in FLAGS and following.lower() not in ("true", "false", "null"):
+            done.append(f"--{key}=true")
+        else:
+            done.append(f"--{key}{equals}{value}")
+    return done
+
+
+def make_parser(name: str) -> ArgumentParser:
+    """The parser of a command, from its entry in `COMMANDS`."""
+    command = COMMANDS[name]
+    parser = _parser(name, command.options)
+    if name == "train":
+        parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these options")
+        for family, default in FAMILIES.items():
+            base, skip = declarations.BASES[family], declarations.INJECTED
+            parser.add_subclass_arguments(
+                base, family, skip=skip, default={"class_path": default}, required=False
+            )
+    return parser
+
+
+def _parser(name: str, options: dict[str, dict[str, Any]]) -> ArgumentParser:
+    command = COMMANDS[name]
+    parser = ArgumentParser(
+        prog=f"pyro-vae {name}",
+        usage=f"pyro-vae {name} {command.usage} [options]",
+        epilog=f"example: pyro-vae {name} {command.example}" if command.example else None,
+        description=f"{command.help[0].upper()}{command.help[1:]}.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    for key, settings in options.items():
+        parser.add_argument(key, **settings)
+    return parser
+
+
+def _train_help() -> str:
+    """At most 50 lines of 80 columns: what is needed most, with examples."""
+    lines = []
+    for family in ("prior", "likelihood", "posterior", "encoder", "objective", "hierarchy"):
+        names = ", ".join(sorted(declarations.components(family)))
+        head = "  --encoder, --decoder" if family == "encoder" else f"  --{family} CLASS"
+        lines.append(fill(names, 80, initial_indent=head.ljust(24), subsequent_indent=" " * 24))
+    return TRAIN_HELP.format(families="\n".join(lines))
+
+
+def _resumed(argv: list[str]) -> list[str]:
+    """With `--resume RUN`, the options of that run come first."""
+    for folder in _values(argv, "--resume"):
+        check_folder(folder)
+        declaration = Path(folder) / "config.yaml"
+        if not declaration.exists():
+            raise ValueError(
+                f"{folder} cannot be resumed: it has no config.yaml, which pyro-vae train writes; "
+                "give the folder of a run that it began"
+            )
+        return ["--config", str(declaration), "--run", folder, *argv]
+    return argv
+
+
+def with_configs(argv: list[str], parser: ArgumentParser) -> list[str]:
+    """The arguments, with the content of configuration files before all others, which then win."""
+    first: list[str] = []
+    rest: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        given = [path] if equals else list(islice(arguments, name == "--config"))
+        if name == "--config" and given:
+            first += [name, yaml.safe_dump(_read_config(given[0], parser))]
+        else:
+            rest.append(argument)
+    return [*first, *rest]
+
+
+def _read_config(path: str, parser: ArgumentParser) -> dict[str, Any]:
+    """The options of a configuration file, each known, its classes too."""
+    content, known = _read_yaml(path), _known(parser)
+    for key in content:
+        if key not in known or (key in NOT_IN_FILES and content[key] is not None):
+            raise ValueError(
+                f"configuration {path} cannot set {key!r}{closest(str(key), known)}: "
+                f"see {parser.prog} --help"
+            )
+    with reading(path):
+        for family in FAMILIES.keys() & content.keys():
+            declarations.component(family, content[family])
+    _typed(path, content, parser)
+    return content
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    """What a configuration file says.
+
+    Raises:
+        ValueError: If it cannot be read, or does not hold options.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"configuration {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"configuration {path} cannot be read: {error}") from error
+    if not isinstance(content, dict | None):
+        raise ValueError(
+            f"configuration {path} must hold lines of option: value; got a "
+            f"{type(content).__name__}"
+        )
+    if not _is_small(content):
+        raise ValueError(f"configuration {path} holds more than {LARGEST} values, or itself")
+    return content or {}
+
+
+def _is_small(content: Any) -> bool:
+    """Whether a parser can walk through it: an alias in YAML may stand for billions of values."""
+    count, left = 0, [content]
+    while left and count < LARGEST:
+        value = left.pop()
+        count += 1
+        if isinstance(value, dict | list):
+            left += value.values() if isinstance(value, dict) else value
+    return not left
+
+
+def data_options(path: Path) -> Namespace:
+    """The options of the data in a run's configuration, of their types."""
+    parser = _parser("train", DATA)
+    content = _read_yaml(path)
+    return _typed(path, {k: v for k, v in content.items() if k in _known(parser)}, parser)
+
+
+def _typed(path: str | Path, content: dict[str, Any], parser: ArgumentParser) -> Namespace:
+    """The options of a file, each of its type; jsonargparse itself takes null for any."""
+    defaults = parser.get_defaults()
+    with reading(path):
+        for key, value in content.items():
+            if value is None and defaults[key] is not None:
+                raise ValueError(f"{key} cannot be null: leave it out for {defaults[key]!r}")
+        try:
+            return parser.parse_object(content)
+        except ArgumentError as error:
+            raise ValueError(str(error)) from error
+
+
+def _known(parser: ArgumentParser) -> set[str]:
+    return {key.partition(".")[0] for key in parser.get_defaults().keys()}
+
+
+def _check_options(parser: ArgumentParser, argv: list[str]) -> None:
+    """Refuses options that the command does not have, with the closest that it has."""
+    known = _known(parser) | {"help", "config", "print_config"}
+    for argument in argv:
+        name = argument.partition("=")[0].partition(".")[0]
+        if name.startswith("--") and name[2:] not in known:
+            options = [f"--{option}" for option in known]
+            raise ValueError(
+                f"there is no option {name}{closest(name, options)}: see {parser.prog} --help"
+            )
+
+
+def check_names(argv: list[str]) -> None:
+    """Refuses unknown classes and options, with the closest known ones.
+
+    jsonargparse imports a class path before it refuses it, so that only names of classes that
+    are known reach it, from the checked configurations and from the other arguments.
+
+    Raises:
+        ValueError: If a name on the command line is unknown.
+    """
+    declared: dict[str, Any] = dict(FAMILIES)
+    for text in _values(argv, "--config"):
+        declared |= yaml.safe_load(text)
+    for family in FAMILIES:
+        given = declared[family]
+        named = [given if isinstance(given, str) else given["class_path"]]
+        keys = [f"--{family}{key}" for key in ("", ".class_path", ".help")]
+        for name in [*named, *(name for key in keys for name in _values(argv, key))]:
+            cls = declarations.named_class(family, name)
+        for key in {a.partition("=")[0] for a in argv if a.startswith(f"--{family}.")}:
+            for value in _values(argv, key) if key not in keys else ():
+                _check_option(family, cls, key, value)
+
+
+def _values(argv: list[str], option: str) -> list[str]:
+    """What an option is set to on the command line, each time."""
+    pairs = [argument.partition("=") for argument in argv]
+    return [
+        value if equals else argv[i + 1]
+        for i, (key, equals, value) in enumerate(pairs)
+        if key == option and (equals or i + 1 < len(argv))
+    ]
+
+
+def _check_option(family: str, cls: type, key: str, text: str) -> None:
+    """Whether a class has the option of a key such as --prior.num_components, or part of it."""
+    option, *rest = key.removeprefix(f"--{family}.").removeprefix("init_args.").split(".")
+    declarations.check_options(family, cls, [option])
+    if not rest:
+        declarations.check_value(cls, option, _loaded(text))
+    elif rest in (["class_path"], ["help"]):
+        declarations.check_value(cls, option, text)
+    elif rest[:-1] not in ([], ["init_args"]) or rest[-1] in ("class_path", "help"):
+        raise ValueError(f"there is no option {key}: see pyro-vae train --help")
+
+
+def _loaded(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+@contextmanager
+def _matrix_products(options: Namespace) -> Iterator[None]:
+    """The precision of matrix products and the threads that a command asks for."""
+    import torch
+
+    before = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    if options.get("threads") is not None:
+        most = os.cpu_count() or 1
+        if not 1 <= options.threads <= most:
+            raise ValueError(
+                f"threads must be from 1 to {most}, the processors of this machine; "
+                f"got {options.threads}"
+            )
+        torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision(options.get("matmul", before[0]))
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.set_num_threads(before[1])
+
+
+@contextmanager
+def _short_warnings() -> Iterator[None]:
+    """Warnings as one line, without the place in the source that gave them."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(
+            f"warning: {' '.join(str(message).split())}", file=sys.stderr
+        )
+        yield

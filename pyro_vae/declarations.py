@@ -1,0 +1,227 @@
+"""The grammar of declarations: names of classes, with options, checked before anything is made."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import EllipsisType, NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from pyro_vae import likelihoods, networks, objectives, posteriors, priors
+from pyro_vae.arguments import closest
+from pyro_vae.hierarchy import Inference
+
+__all__ = [
+    "BASES",
+    "INJECTED",
+    "Declared",
+    "check_options",
+    "check_value",
+    "component",
+    "components",
+    "make",
+    "named_class",
+    "option_names",
+    "parameters",
+    "short_name",
+    "short_names",
+    "size_of",
+]
+
+Declared = str | Mapping[str, Any]
+
+BASES: dict[str, type] = {
+    "prior": priors.Prior,
+    "likelihood": likelihoods.Likelihood,
+    "posterior": posteriors.Posterior,
+    "hierarchy": Inference,
+    "encoder": networks.Network,
+    "decoder": networks.Network,
+    "objective": objectives.Objective,
+    "schedule": objectives.Schedule,
+}
+PLAIN = (NoneType, bool, int, float, str, list, tuple, dict, EllipsisType, ...)
+INJECTED = {
+    *("latent_dim", "data_shape", "posterior", "posteriors", "prior", "encoder", "decoder"),
+    *("network", "in_shape", "out_shape", "classes"),
+}
+
+
+def components(family: str) -> dict[str, type]:
+    """The known classes of a family, by name: ours, and those of modules already imported."""
+    found = sorted(
+        _final_subclasses(BASES[family]), key=lambda cls: (_is_ours(cls), cls.__name__)
+    )  # ours last: they win a shared name
+    return {cls.__name__: cls for cls in found}
+
+
+def component(family: str, declared: Declared) -> tuple[type, dict[str, Any]]:
+    """The class that `declared` names, and its options, checked and complete.
+
+    An option that takes a schedule may be declared in the same way; it comes back made.
+    """
+    if isinstance(declared, str):
+        declared = {"class_path": declared}
+    if not isinstance(declared, Mapping) or not (
+        {"class_path"} <= set(declared) <= {"class_path", "init_args"}
+        and isinstance(declared.get("init_args"), Mapping | None)
+    ):
+        raise ValueError(
+            f"{family} must be a class name or a mapping of class_path and init_args; "
+            f"got {declared!r}"
+        )
+    cls = named_class(family, declared["class_path"])
+    options = dict(declared.get("init_args") or {})
+    check_options(family, cls, options)
+    for name, value in options.items():
+        check_value(cls, name, value)
+    options = {name: _made_schedule(cls, name, value) for name, value in options.items()}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, family, skip=INJECTED & set(parameters(cls)))
+    try:
+        checked = parser.parse_object({family: options} if options else {})
+    except ArgumentError as error:
+        raise ValueError(f"{family} {cls.__name__}: {error}") from error
+    return cls, {key: _plain(checked[family][key]) for key in option_names(cls)}
+
+
+def named_class(family: str, name: Any) -> type:
+    """The known class called `name`, or by its full path."""
+    known = components(family)
+    name = str(name)
+    module, _, last = name.rpartition(".")
+    for cls in known.values():
+        if name in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}"):
+            return cls
+        if getattr(sys.modules.get(module), last, None) is cls:  # a re-export of it
+            return cls
+    raise ValueError(
+        f"{family} {name!r} is unknown{closest(name, known)}: choose one of "
+        f"{', '.join(sorted(known))}, or import the module of your own class first"
+    )
+
+
+def check_options(family: str, cls: type, options: Iterable[str]) -> None:
+    """Refuses options that `cls` does not have."""
+    names = option_names(cls)
+    for option in options:
+        if option not in names:
+            raise ValueError(
+                f"{family} {cls.__name__} has no option {option!r}{closest(option, names)}: "
+                f"it has {', '.join(names) or 'none'}"
+            )
+
+
+def check_value(cls: type, option: str, declared: Any) -> None:
+    """Refuses classes for an option of `cls`, but for known schedules: nothing is imported."""
+    if _declares_schedule(cls, option, declared):
+        component("schedule", declared)
+    elif not _is_plain(get_type_hints(cls.__init__).get(option)):  # type: ignore[misc]
+        for name in _class_paths(declared):
+            raise ValueError(
+                f"{cls.__name__}: {option} cannot be {name!r}: a declaration holds numbers, "
+                "texts and lists; make other objects inside your class"
+            )
+
+
+def option_names(cls: type) -> list[str]:
+    """Names of the arguments of `cls` that a user sets."""
+    return [name for name in parameters(cls) if name not in INJECTED]
+
+
+def short_names(family: str, declared: Mapping[str, Any]) -> dict[str, Any]:
+    """`declared` with our classes by their short names, so that moved classes keep old runs."""
+    cls = named_class(family, declared["class_path"])
+    short = {**declared, "class_path": short_name(cls)}
+    if declared.get("init_args"):
+        short["init_args"] = {
+            name: short_names("schedule", value)
+            if isinstance(value, Mapping) and _declares_schedule(cls, name, value)
+            else value
+            for name, value in declared["init_args"].items()
+        }
+    return short
+
+
+def _made_schedule(cls: type, option: str, declared: Any) -> Any:
+    """The schedule that is declared for an option of `cls`; any other value as it is."""
+    if not _declares_schedule(cls, option, declared):
+        return declared
+    schedule, settings = component("schedule", declared)
+    return schedule(**settings)
+
+
+def _declares_schedule(cls: type, option: str, declared: Any) -> bool:
+    hints = get_args(get_type_hints(cls.__init__).get(option))  # type: ignore[misc]
+    if objectives.Schedule not in hints or not isinstance(declared, str | Mapping):
+        return False
+    return isinstance(declared, Mapping) or not _is_number(declared)
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether text for an option of this type can name nothing that a parser would import."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal or hint in PLAIN:
+        return True
+    return get_origin(hint) in (*PLAIN, Union, UnionType, Sequence) and all(map(_is_plain, parts))
+
+
+def _class_paths(value: Any) -> Iterator[str]:
+    """Texts that may be paths of classes or functions, at any depth."""
+    if isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _class_paths(part)
+    elif isinstance(value, str) and "." in value:
+        yield value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _final_subclasses(cls: type) -> set[type]:
+    children: set[type] = set().union(*map(_final_subclasses, cls.__subclasses__()))
+    abstract = any(
+        getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in dir(cls)
+    )
+    return children | (set() if abstract else {cls})
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.startswith("pyro_vae.")
+
+
+def short_name(cls: type) -> str:
+    """The name of a class, with its module unless it is ours."""
+    return cls.__name__ if _is_ours(cls) else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def parameters(function: Any) -> list[str]:
+    """Names of the arguments of a function or class."""
+    return list(inspect.signature(function).parameters)
+
+
+def size_of(declared: tuple[type, dict[str, Any]], name: str, *args: Any, **more: Any) -> Any:
+    """What the class method `name` gives, with those of its class's options that it takes."""
+    cls, options = declared
+    method = getattr(cls, name)
+    taken = set(parameters(method))
+    return method(*args, **{k: v for k, v in {**options, **more}.items() if k in taken})
+
+
+def make(declared: tuple[type, dict[str, Any]], filled: dict[str, Any]) -> Any:
+    """The object that is declared, with those of `filled` that its class takes."""
+    cls, options = declared
+    taken = set(parameters(cls))
+    return cls(**{k: v for k, v in filled.items() if k in taken}, **options)
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
