@@ -77,9 +77,9 @@ def pyro_vae(images: int, compiled: bool = False, matmul: str | None = None) -> 
     import torch
 
     from pyro_vae import Evidence, build, importance_sampling
-    from pyro_vae.estimators.batches import map_batches
-    from pyro_vae.estimators.fast import CompiledJoint
     from pyro_vae.estimators.importance import _estimate
+    from pyro_vae.estimators.run import map_batches
+    from pyro_vae.estimators.target import CompiledJoint
 
     arrays, draw = weights()
     vae = build(784, D)

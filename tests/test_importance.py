@@ -24,7 +24,7 @@ from pyro_vae.estimators.diagnostics import (
     log_mean_exp_stderr,
     pareto_khat,
 )
-from pyro_vae.estimators.importance import summarise
+from pyro_vae.estimators.evidence import summarise
 from pyro_vae.networks import MLP
 from pyro_vae.objectives import ELBO
 from pyro_vae.vae import VAE

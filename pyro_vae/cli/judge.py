@@ -28,7 +28,7 @@ from pyro_vae.estimators import (
     importance_sampling,
     log_evidence,
 )
-from pyro_vae.estimators.audit import REACH, kept_audit
+from pyro_vae.estimators.log_evidence import REACH, kept_audit
 from pyro_vae.files import write
 from pyro_vae.metrics import Decomposition, active_units
 from pyro_vae.vae import VAE

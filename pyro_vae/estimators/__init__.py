@@ -1,16 +1,13 @@
 """Estimators of log p(x): no gradients of parameters, nothing left behind."""
 
 from pyro_vae.estimators.annealed import annealed_importance_sampling
-from pyro_vae.estimators.audit import Audit, audit
 from pyro_vae.estimators.bidirectional import Bracket, bidirectional
-from pyro_vae.estimators.bound import Bound, evidence_lower_bound
-from pyro_vae.estimators.class_probabilities import class_probabilities
-from pyro_vae.estimators.classes import ClassProbabilities
+from pyro_vae.estimators.classes import ClassProbabilities, class_probabilities
 from pyro_vae.estimators.diagnostics import convergence, jackknife
 from pyro_vae.estimators.evidence import Evidence
-from pyro_vae.estimators.importance import importance_sampling
+from pyro_vae.estimators.importance import Bound, evidence_lower_bound, importance_sampling
 from pyro_vae.estimators.impute import Imputation, column_log_prob, impute, log_conditional
-from pyro_vae.estimators.log_evidence import log_evidence
+from pyro_vae.estimators.log_evidence import Audit, audit, log_evidence
 from pyro_vae.estimators.refined import refined_importance_sampling
 
 __all__ = [

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pyro_vae.densities import Program
-from pyro_vae.estimators.batches import map_targets
-from pyro_vae.estimators.evidence import Evidence
-from pyro_vae.estimators.given import estimator
-from pyro_vae.estimators.hmc import Point, hmc_step
-from pyro_vae.estimators.importance import summarise
-from pyro_vae.estimators.starts import STARTS, Refined, Start, make_start
+from pyro_vae.estimators.evidence import Evidence, summarise
+from pyro_vae.estimators.refined import Fit, fit_proposal
+from pyro_vae.estimators.run import estimator, map_targets
 from pyro_vae.estimators.target import Target, gradients
 
-__all__ = ["Path", "annealed_importance_sampling", "check_path"]
+__all__ = [
+    "Path",
+    "Point",
+    "STARTS",
+    "Start",
+    "annealed_importance_sampling",
+    "check_path",
+    "hmc_step",
+    "make_start",
+]
 
 ACCEPTANCE = 0.65
 GAIN = 0.7  # of the logarithm of a step size, for each move
 PILOT_CHAINS = 16
 STEEPNESS = 4.0  # of the sigmoid schedule
+STARTS = ("prior", "guide", "refined")
+GUIDE_DRAWS = 200  # behind the spread of the guide
 
 
 @estimator
@@ -70,12 +81,11 @@ def annealed_importance_sampling(
         num_leapfrog: Leapfrog steps L of each move.
         start: Where the path starts: "prior", "guide" or "refined".
         schedule: Inverse temperatures: "linear", or "sigmoid", closer near both ends.
-        chunk_size: Draws times data that the model sees at once.
-        compile: Whether to compile log p(x, u) and its gradient: some seconds, once for each
-            shape that comes often; the result is the same to rounding.
-        devices: Processes that share the data, as in `importance_sampling`.
-        seed: Of the draws.
-        progress: Whether to show a progress bar.
+        chunk_size: As in `log_evidence`.
+        compile: As in `log_evidence`.
+        devices: As in `log_evidence`.
+        seed: As in `log_evidence`.
+        progress: As in `log_evidence`.
 
     Returns:
         Evidence of N data, in nats; its samples are the chains.
@@ -202,3 +212,181 @@ def _betas(num_temperatures: int, schedule: str) -> list[float]:
     if schedule == "sigmoid":
         t = torch.sigmoid(STEEPNESS * t)
     return ((t - t[0]) / (t[-1] - t[0])).tolist()
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """States of C chains for B data, and what is known there.
+
+    Attributes:
+        u: Where they are [C, B, D].
+        log_start: Log density of the start [C, B].
+        log_joint: log p(x, u) [C, B].
+        slope_start: Gradient of the first [C, B, D].
+        slope_joint: Gradient of the second [C, B, D].
+    """
+
+    u: Tensor
+    log_start: Tensor
+    log_joint: Tensor
+    slope_start: Tensor
+    slope_joint: Tensor
+
+    def log_prob(self, beta: float) -> Tensor:
+        """Log density between the two, (1 - beta) log start + beta log joint."""
+        if beta == 1:
+            return self.log_joint
+        return (1 - beta) * self.log_start + beta * self.log_joint
+
+    def slope(self, beta: float) -> Tensor:
+        """Its gradient."""
+        if beta == 1:
+            return self.slope_joint
+        return (1 - beta) * self.slope_start + beta * self.slope_joint
+
+    def where(self, accepted: Tensor, other: Point) -> Point:
+        """This point where `accepted` [C, B], the other elsewhere."""
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return Point(*(torch.where(_like(accepted, a), a, b) for a, b in pairs))
+
+
+def hmc_step(
+    at: Callable[[Tensor], Point],
+    point: Point,
+    beta: float,
+    *,
+    step_size: Tensor,
+    scale_tril: Tensor,
+    num_leapfrog: int,
+) -> tuple[Point, Tensor]:
+    r"""One move that leaves the density at `beta` as it is.
+
+    Leapfrog steps in coordinates whitened by A, :math:`u = A v`, with unit mass, then
+    acceptance by chain and datum. A proposal whose energy is not a number is rejected.
+
+    Args:
+        at: Evaluates a position.
+        point: Where the chains are.
+        beta: Inverse temperature.
+        step_size: Of each datum [B].
+        scale_tril: A [B, D, D].
+        num_leapfrog: Leapfrog steps.
+
+    Returns:
+        Where they are then, and the probability of acceptance [C, B].
+
+    References:
+        Neal. MCMC using Hamiltonian dynamics. 2011.
+    """
+    size = step_size.unsqueeze(-1)
+    momentum = torch.randn_like(point.u)
+    moved, speed = point, momentum + size / 2 * _white(point.slope(beta), scale_tril)
+    for step in range(num_leapfrog):
+        moved = at(moved.u + size * torch.einsum("bij,kbj->kbi", scale_tril, speed))
+        last = step == num_leapfrog - 1
+        speed = speed + (size / 2 if last else size) * _white(moved.slope(beta), scale_tril)
+    gain = moved.log_prob(beta) - point.log_prob(beta)
+    gain = gain + (momentum.pow(2) - speed.pow(2)).sum(-1) / 2
+    probability = gain.nan_to_num(-torch.inf, torch.inf).clamp(max=0).exp()
+    accepted = torch.rand_like(probability) < probability
+    return moved.where(accepted, point), probability
+
+
+def _white(slope: Tensor, scale_tril: Tensor) -> Tensor:
+    return torch.einsum("bji,kbj->kbi", scale_tril, slope)
+
+
+def _like(accepted: Tensor, value: Tensor) -> Tensor:
+    return accepted if value.ndim == accepted.ndim else accepted.unsqueeze(-1)
+
+
+class Start(Protocol):
+    """A density to draw from and to score, beside that of the target."""
+
+    @property
+    def target(self) -> Target:
+        """The posteriors of B data."""
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """The metric of the moves [B, D, D], a rough factor of the covariance."""
+
+    def draw(self, num_draws: int) -> Tensor:
+        """Draws [K, B, D]."""
+
+    def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """log density of the start and log p(x, u), each [K, B]."""
+
+
+class Prior:
+    """The model's prior."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.scale_tril = torch.diag_embed(torch.ones_like(target.scale))
+
+    def draw(self, num_draws: int) -> Tensor:
+        """Draws of the prior."""
+        return self.target.draw_prior(num_draws)[0]
+
+    def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(u) and log p(x, u)."""
+        log_prior, log_likelihood = self.target.log_prior(u)
+        return log_prior, log_prior + log_likelihood
+
+
+class Guide:
+    """The guide."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        spread = target.draw_guide(GUIDE_DRAWS).std(0)
+        usable = (spread > 0) & spread.isfinite()
+        self.scale_tril = torch.diag_embed(torch.where(usable, spread, torch.ones_like(spread)))
+
+    def draw(self, num_draws: int) -> Tensor:
+        """Draws of the guide."""
+        return self.target.draw_guide(num_draws)
+
+    def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """log q(u | x) and log p(x, u)."""
+        return self.target.log_guide(u), self.target.log_joint(u)
+
+
+@dataclass(frozen=True, eq=False)
+class Refined:
+    """The proposals fitted to the posteriors."""
+
+    fit: Fit
+
+    @property
+    def target(self) -> Target:
+        """The posteriors."""
+        return self.fit.target
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """Factor of the heaviest component."""
+        return self.fit.proposal.scale_tril
+
+    def draw(self, num_draws: int) -> Tensor:
+        """Draws of the proposals."""
+        return self.fit.proposal.draw(num_draws)
+
+    def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """log q(u) and log p(x, u)."""
+        return self.fit.proposal.log_prob(u), self.target.log_joint(u)
+
+
+def make_start(name: str, target: Target) -> Start:
+    """The start of that name.
+
+    Raises:
+        ValueError: If the likelihood has no gradient, or the guide no density.
+    """
+    if name == "refined":
+        return Refined(fit_proposal(target))
+    target.check_gradient()
+    if name == "guide" and not target.guide_is_density:
+        raise ValueError("the guide is a Delta, which has no density: use start='refined'")
+    return Prior(target) if name == "prior" else Guide(target)

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from pyro_vae.densities import Program, draw_data
-from pyro_vae.estimators.annealed import Path, check_path
-from pyro_vae.estimators.batches import map_targets
+from pyro_vae.estimators.annealed import Path, check_path, make_start
 from pyro_vae.estimators.diagnostics import log_mean_exp
-from pyro_vae.estimators.given import estimator
-from pyro_vae.estimators.starts import make_start
+from pyro_vae.estimators.run import estimator, map_targets
 from pyro_vae.estimators.target import Target
 
 __all__ = ["Bracket", "bidirectional"]
@@ -107,10 +105,10 @@ def bidirectional(
         num_leapfrog: Leapfrog steps of each move.
         start: "prior", "guide" or "refined".
         schedule: "linear" or "sigmoid".
-        chunk_size: Draws times data that the model sees at once.
-        devices: Processes that share the data, as in `importance_sampling`.
-        seed: Of the data and the draws.
-        progress: Whether to show a progress bar.
+        chunk_size: As in `log_evidence`.
+        devices: As in `log_evidence`.
+        seed: As in `log_evidence`.
+        progress: As in `log_evidence`.
 
     Raises:
         ValueError: As `annealed_importance_sampling`, or if the model observes anything but x.

@@ -1,25 +1,19 @@
-"""Models with discrete latents: an estimate for each of their values, and what follows."""
+"""p(y | x) of a discrete latent."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyro_vae.densities import Program, log_weights
-from pyro_vae.densities.evaluating import evaluating
-from pyro_vae.estimators.batches import track
-from pyro_vae.estimators.evidence import TENSORS, Evidence
+from pyro_vae.densities import Program, summed_values
+from pyro_vae.estimators.evidence import Evidence
+from pyro_vae.estimators.log_evidence import log_evidence
+from pyro_vae.estimators.run import estimator, for_each_value, worst
 
-__all__ = ["ClassProbabilities", "for_each_value", "over_values", "probabilities"]
-
-MATTERS = 1e-3  # posterior probability from which a value's verdict counts
-VERDICTS = ["reliable", "lower bound", "doubtful"]  # from the best to the worst
-Values = dict[str, Tensor]
+__all__ = ["ClassProbabilities", "class_probabilities"]
 
 
 class ClassProbabilities(NamedTuple):
@@ -37,64 +31,56 @@ class ClassProbabilities(NamedTuple):
     verdict: list[str]
 
 
-class OneValue(nn.Module):
-    """A model and a guide with discrete latents at one value, which the model observes."""
+@estimator
+def class_probabilities(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    site: str | None = None,
+    estimator: Callable[..., Evidence] = log_evidence,
+    seed: int | None = 0,
+    **options: Any,
+) -> ClassProbabilities:
+    r"""Probabilities of the classes of each datum under the model itself.
 
-    def __init__(self, model: Program, guide: Program, values: Values) -> None:
-        super().__init__()
-        self.programs, self.values = (model, guide), values
-        owners = {id(o): o for o in (getattr(p, "__self__", p) for p in self.programs)}
-        self.owners = nn.ModuleList(o for o in owners.values() if isinstance(o, nn.Module))
+    .. math:: p(y \mid x) = \frac{p(x, y)}{\sum_{y'} p(x, y')}
 
-    def model(self, *args: Any) -> Any:
-        """The model, observing the value."""
-        with At(self.values, hidden=False):
-            return self.programs[0](*args)
+    Each log p(x, y) is an estimate of its own, so that the cost is that of `estimator` times
+    the number of classes.
 
-    def guide(self, *args: Any) -> Any:
-        """The guide, given the value."""
-        with At(self.values, hidden=True):
-            return self.programs[1](*args)
+    Args:
+        model: Pyro model with a discrete latent marked `infer={"enumerate": "parallel"}`; or a
+            VAE, which stands for its model and guide: class_probabilities(vae, x).
+        guide: Pyro guide of the same arguments.
+        x: Data [N, *E], a tensor, array, frame or list; as is y.
+        y: What is conditioned on [N, C], or None.
+        site: Name of the latent, needed if there are several: the others are summed out.
+        estimator: What gives log p(x, y), such as `importance_sampling`: faster, and less sure.
+        seed: Of the draws.
+        options: Further arguments of the estimator.
 
+    Returns:
+        Probabilities [N, C], their standard errors [N, C], and the verdict of each datum. Classes
+        are in the order of the latent's support.
 
-class At(Messenger):
-    """Gives sites a value, and shows them to handlers outside as observed, or not at all."""
-
-    def __init__(self, values: Values, hidden: bool) -> None:
-        super().__init__()
-        self.values, self.hidden = values, hidden
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values:
-            value = self.values[msg["name"]]
-            msg["value"] = value.expand(*msg["fn"].batch_shape, *value.shape)
-            msg["is_observed"], msg["stop"] = True, self.hidden
-
-
-def over_values(
-    function: Callable[..., Evidence], given: dict[str, Any], values: Values
-) -> Evidence:
-    """Evidence with discrete latents summed out: log p(x) is the logsumexp of log p(x, c).
-
-    The standard error is by the delta method; k-hat and verdict are the worst of the values of
-    posterior probability above 0.001.
+    Raises:
+        ValueError: If the model has no such latent, or several and none is named.
     """
-    parts = for_each_value(function, given, values)
-    joint = torch.stack([part.log_prob for part in parts])
-    total = joint.logsumexp(0)
-    share = (joint - total).exp()
-    stderr, ess, khat = (torch.stack([getattr(p, n) for p in parts]) for n in TENSORS[1:4])
-    best = share.argmax(0).tolist()
-    return Evidence(
-        log_prob=total,
-        stderr=(share * stderr).square().sum(0).sqrt(),
-        ess=1 / (share.square() / ess).sum(0),
-        khat=khat.masked_fill(share <= MATTERS, -torch.inf).amax(0),
-        num_samples=torch.stack([part.num_samples for part in parts]).sum(0),
-        method=[f"{parts[c].method[n]}, sum of {len(parts)}" for n, c in enumerate(best)],
-        verdict=_worst(parts, share),
-        audit=_audits([part.audit for part in parts if part.audit]),
-    )
+    values = summed_values(model, x, y)
+    if site is None and len(values) == 1:
+        site = next(iter(values))
+    if site not in values:
+        raise ValueError(
+            f"site must name a discrete latent with infer={{'enumerate': 'parallel'}}; the model "
+            f"has {sorted(values) or 'none'}, got {site!r}"
+        )
+    given = {"model": model, "guide": guide, "x": x, "y": y, "seed": seed, **options}
+    parts = for_each_value(estimator, given, values)
+    rows = values[site].reshape(len(values[site]), -1)
+    first = (rows.unsqueeze(1) == rows).all(-1).int().argmax(1)  # of the same value
+    return probabilities(parts, torch.unique(first, return_inverse=True)[1].cpu())
 
 
 def probabilities(parts: list[Evidence], classes: Tensor) -> ClassProbabilities:
@@ -110,73 +96,4 @@ def probabilities(parts: list[Evidence], classes: Tensor) -> ClassProbabilities:
     found = share.T @ member
     stderr = torch.stack([part.stderr for part in parts])
     slopes = (member.unsqueeze(1) - found) * (share * stderr).unsqueeze(-1)  # [J, N, C]
-    return ClassProbabilities(found, slopes.square().sum(0).sqrt(), _worst(parts, share))
-
-
-def for_each_value(
-    function: Callable[..., Evidence], given: dict[str, Any], values: Values
-) -> list[Evidence]:
-    """Evidence of log p(x, c) for each joint value c; -inf where the model excludes it.
-
-    Args:
-        function: An estimator.
-        given: Its arguments, by name.
-        values: Joint values [C, *event] of each site.
-    """
-    parts, count = [], len(next(iter(values.values())))
-    for c in track(range(count), f"{count} values", bool(given.get("progress"))):
-        one = OneValue(given["model"], given["guide"], {n: v[c] for n, v in values.items()})
-        seed = given.get("seed")
-        own = {"model": one.model, "guide": one.guide, "seed": None if seed is None else seed + c}
-        quiet = {"progress": False} if "progress" in given else {}
-        parts.append(_where_possible(function, given | own | quiet))
-    return parts
-
-
-def _where_possible(function: Callable[..., Evidence], given: dict[str, Any]) -> Evidence:
-    x, y, N = given["x"], given.get("y"), len(given["x"])
-    rows = torch.arange(N, device=x.device)
-    if y is not None:
-        rows = rows[_possible(given["model"], given["guide"], x, y)]
-    impossible = torch.full((N,), -torch.inf, dtype=torch.float64)
-    nothing = Evidence(
-        log_prob=impossible,
-        stderr=torch.zeros_like(impossible),
-        ess=torch.ones_like(impossible),
-        khat=impossible,
-        num_samples=torch.zeros(N, dtype=torch.long),
-        method=["excluded by the model"] * N,
-        verdict=["reliable"] * N,
-    )
-    if not len(rows):
-        return nothing
-    found = function(**given | {"x": x[rows], "y": None if y is None else y[rows]})
-    where = torch.full((N,), N)
-    where[rows.cpu()] = torch.arange(len(rows))
-    both = Evidence.cat([found, nothing])
-    chosen = both.rows(torch.where(where < N, where, len(rows) + torch.arange(N)))
-    return replace(chosen, audit=found.audit)
-
-
-def _possible(model: Program, guide: Program, x: Tensor, y: Tensor) -> Tensor:
-    """Data [N] that the model does not exclude, such as by a known label."""
-    with evaluating(model, guide, seed=0, device=x.device):
-        parts = [
-            log_weights(model, guide, *pair, num_particles=1, chunk_size=len(pair[0]))[0]
-            for pair in zip(x.split(1000), y.split(1000))
-        ]
-    return torch.cat(parts) > -torch.inf
-
-
-def _audits(found: list[str]) -> str:
-    """One line of the audits of all values: how many there are, and one that failed if any did."""
-    if len(set(found)) < 2:
-        return "".join(found[:1])
-    failed = [audit for audit in found if audit.startswith("FAILED")]
-    return f"{(failed or found)[0]} ({len(failed)} of {len(found)} values failed)"
-
-
-def _worst(parts: list[Evidence], share: Tensor) -> list[str]:
-    """The worst verdict of each datum among the values that matter."""
-    ranks = torch.tensor([[VERDICTS.index(v) for v in part.verdict] for part in parts])
-    return [VERDICTS[i] for i in ranks.masked_fill(share <= MATTERS, 0).amax(0).tolist()]
+    return ClassProbabilities(found, slopes.square().sum(0).sqrt(), worst(parts, share))

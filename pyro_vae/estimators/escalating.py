@@ -8,26 +8,32 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_vae.estimators.annealed import PILOT_CHAINS, Path
-from pyro_vae.estimators.components import add_components, components_cost
-from pyro_vae.estimators.evidence import Evidence
-from pyro_vae.estimators.importance import summarise
+from pyro_vae.estimators.annealed import (
+    ACCEPTANCE,
+    GAIN,
+    PILOT_CHAINS,
+    Path,
+    Point,
+    Refined,
+    hmc_step,
+)
+from pyro_vae.estimators.evidence import Evidence, summarise
+from pyro_vae.estimators.proposal import add_components, components_cost
 from pyro_vae.estimators.refined import METHOD, Fit, fit_cost, fit_proposal
-from pyro_vae.estimators.starts import Refined
-from pyro_vae.estimators.target import Target
-from pyro_vae.estimators.walks import walk, walk_cost
+from pyro_vae.estimators.target import Target, gradients
 
-__all__ = ["Result", "escalate"]
+__all__ = ["Result", "escalate", "walk", "walk_cost"]
 
 PILOT = 400  # draws that choose the number of draws, and are not scored
 NUMBERS = (1000, 1500, 2000, 3000, 4000, 6000, 8000, 16_000, 32_000, 64_000)
 ENOUGH = 8000  # draws that have to be, or else the proposal gets more components
 AGAIN = 4000  # draws where the first ones were not enough, and of the pilot of a richer proposal
-CHAINS, TEMPERATURES, LEAPFROG = 384, 20, 3
-CHAINS_COST = (CHAINS + PILOT_CHAINS) * TEMPERATURES * LEAPFROG
+AIS_CHAINS, AIS_TEMPERATURES, AIS_LEAPFROG = 384, 20, 3  # of annealing
+AIS_COST = (AIS_CHAINS + PILOT_CHAINS) * AIS_TEMPERATURES * AIS_LEAPFROG
 MARGIN = 0.8  # of the tolerance, that a pilot must promise
 TRUSTED = 0.6  # k-hat, near that at which the variance of the weights ends (0.5)
 KHAT = 0.7  # of a pilot of many draws, above which its variance is not believed
+WALKS, MOVES, LEAPFROG = 8, 6, 3  # short walks, whose step sizes follow the acceptance
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +137,7 @@ def _by_need(
     """Results of B data, each with the fewest draws that are enough, or with chains."""
     numbers = torch.tensor([n for n in NUMBERS if n <= budget])
     level = torch.searchsorted(numbers.double(), needed.double())
-    if CHAINS_COST > budget:
+    if AIS_COST > budget:
         level = level.clamp(max=len(numbers) - 1)
     parts, order = [], []
     for i in level.unique().tolist():
@@ -156,10 +162,51 @@ def _draws(fit: Fit, number: int, tolerance: float, exact: Tensor | None) -> Res
 
 
 def _chains(fit: Fit, tolerance: float, exact: Tensor | None) -> Result:
-    path = Path(Refined(fit), TEMPERATURES, LEAPFROG, "sigmoid")
-    weights = path.forward(CHAINS).cpu()
+    path = Path(Refined(fit), AIS_TEMPERATURES, AIS_LEAPFROG, "sigmoid")
+    weights = path.forward(AIS_CHAINS).cpu()
     evidence = summarise(weights, "annealed, refined", "doubtful")
     evidence = fit.judge(evidence, tolerance, TRUSTED)
     if exact is None:
         return Result(evidence, torch.full_like(evidence.log_prob, torch.nan))
     return Result(evidence, path.reverse(exact)[0].cpu())
+
+
+def walk(target: Target, draws: Tensor, log_weights: Tensor, scale_tril: Tensor) -> Tensor:
+    """Points [R, B, D] that Hamiltonian Monte Carlo visits in each posterior.
+
+    The chains start at draws that are picked in proportion to their weights, so that they are
+    nearly draws of the posterior, and move on from there, also to where no draw has been.
+
+    Args:
+        target: The posteriors.
+        draws: Draws of the proposals [K, B, D].
+        log_weights: Their importance weights [K, B].
+        scale_tril: Metric of the moves [B, D, D].
+    """
+    weights = torch.softmax(log_weights.nan_to_num(-torch.inf), 0)
+    start = torch.multinomial(weights.T, WALKS, True).T.unsqueeze(-1)
+    point = _at(target, draws.gather(0, start.expand(-1, -1, draws.shape[-1])))
+    size = torch.full_like(target.scale[:, 0], target.dim**-0.25)
+    visited = []
+    for _ in range(MOVES):
+        point, probability = hmc_step(
+            lambda u: _at(target, u),
+            point,
+            1,
+            step_size=size,
+            scale_tril=scale_tril,
+            num_leapfrog=LEAPFROG,
+        )
+        size = size * (GAIN * (probability.mean(0) - ACCEPTANCE)).exp()
+        visited.append(point.u)
+    return torch.cat(visited)
+
+
+def walk_cost() -> int:
+    """Evaluations of the model for one datum."""
+    return WALKS * (1 + MOVES * (LEAPFROG + 1))
+
+
+def _at(target: Target, u: Tensor) -> Point:
+    (value,), (slope,) = gradients(lambda v: (target.log_joint(v),), u, target.draws_at_once)
+    return Point(u, value, value, slope, slope)

@@ -15,9 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vae.estimators.diagnostics import (
+    effective_sample_size,
+    log_mean_exp,
+    log_mean_exp_stderr,
+    pareto_khat,
+)
 from pyro_vae.files import reading, write
 
-__all__ = ["Evidence"]
+__all__ = ["Evidence", "summarise"]
 
 DIGEST = "sha256"
 TENSORS = ("log_prob", "stderr", "ess", "khat", "num_samples")
@@ -190,6 +196,27 @@ class Evidence:
             f"Evidence(log p(x) = {self.mean():.2f} +- {monte_carlo:.2f} (Monte Carlo) "
             f"+- {data:.2f} (data), {len(self)} data: {verdicts})"
         )
+
+
+def summarise(log_weights: Tensor, method: str, verdict: str) -> Evidence:
+    """Evidence of B data from all their log weights [K, B], with one logsumexp.
+
+    Raises:
+        ValueError: If a weight is NaN or infinitely large.
+    """
+    if not bool((log_weights < torch.inf).all()):
+        bad = (~(log_weights < torch.inf)).any(0).nonzero().flatten().tolist()
+        raise ValueError(f"importance weights of data {bad[:5]} are NaN or infinite")
+    K, B = log_weights.shape
+    return Evidence(
+        log_prob=log_mean_exp(log_weights),
+        stderr=log_mean_exp_stderr(log_weights),
+        ess=effective_sample_size(log_weights),
+        khat=pareto_khat(log_weights),
+        num_samples=torch.full((B,), K),
+        method=[method] * B,
+        verdict=[verdict] * B,
+    )
 
 
 def _digest(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:

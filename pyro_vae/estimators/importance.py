@@ -1,31 +1,25 @@
-"""log p(x) by importance sampling."""
+"""Bounds of log p(x) from draws of the guide, or of the prior."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from pyro_vae.densities import Latents, Program, log_joint, log_weights
-from pyro_vae.estimators.batches import check_support, map_batches
+from pyro_vae.densities import Latents, Program, densities, evaluating, log_joint, log_weights
 from pyro_vae.estimators.diagnostics import (
     convergence,
-    effective_sample_size,
     jackknife,
-    log_mean_exp,
-    log_mean_exp_stderr,
-    pareto_khat,
 )
-from pyro_vae.estimators.evidence import Evidence
-from pyro_vae.estimators.fast import CompiledJoint
-from pyro_vae.estimators.given import estimator
-from pyro_vae.estimators.target import ROWS
+from pyro_vae.estimators.evidence import Evidence, summarise
+from pyro_vae.estimators.run import check_support, estimator, map_batches
+from pyro_vae.estimators.target import ROWS, CompiledJoint
 from pyro_vae.memory import check_fits
 
-__all__ = ["importance_sampling", "summarise"]
+__all__ = ["Bound", "evidence_lower_bound", "importance_sampling", "lower_bound"]
 
 DRAWS = 50_000  # draws held at once: more run the guide again
 
@@ -67,16 +61,12 @@ def importance_sampling(
         x: Data [N, *E], a tensor, array, frame or list; as is y.
         y: What is conditioned on [N, C], or None.
         num_samples: Draws K for each datum.
-        chunk_size: Draws times data that the model sees at once; the result does not depend
-            on it but through the noise.
         proposal: "guide", or "prior" for simple Monte Carlo.
-        compile: Whether to compile log p(x, z): some seconds once, less time for each datum
-            then; the result is the same to rounding. Not for the prior as proposal.
-        devices: Processes that share the data, on CPUs or on the first GPUs, as x is; the result
-            is that of one. They are started for this: a script must call under
-            `if __name__ == "__main__":`, with methods of a module that can be pickled.
-        seed: Of the draws.
-        progress: Whether to show a progress bar.
+        chunk_size: As in `log_evidence`.
+        compile: As in `log_evidence`; not for the prior as proposal.
+        devices: As in `log_evidence`.
+        seed: As in `log_evidence`.
+        progress: As in `log_evidence`.
 
     Returns:
         Evidence of N data, in nats.
@@ -135,30 +125,92 @@ def _estimate(
     return replace(evidence, extras=_extras(weights))
 
 
-def summarise(log_weights: Tensor, method: str, verdict: str) -> Evidence:
-    """Evidence of B data from all their log weights [K, B], with one logsumexp.
-
-    Raises:
-        ValueError: If a weight is NaN or infinitely large.
-    """
-    if not bool((log_weights < torch.inf).all()):
-        bad = (~(log_weights < torch.inf)).any(0).nonzero().flatten().tolist()
-        raise ValueError(f"importance weights of data {bad[:5]} are NaN or infinite")
-    K, B = log_weights.shape
-    return Evidence(
-        log_prob=log_mean_exp(log_weights),
-        stderr=log_mean_exp_stderr(log_weights),
-        ess=effective_sample_size(log_weights),
-        khat=pareto_khat(log_weights),
-        num_samples=torch.full((B,), K),
-        method=[method] * B,
-        verdict=[verdict] * B,
-    )
-
-
 def _extras(log_weights: Tensor) -> dict[str, Tensor]:
     """The bound at fewer samples and the jackknife, as far as K allows."""
     K = len(log_weights)
     bounds = {f"bound_{k}": bound for k, bound in convergence(log_weights).items() if k < K}
     orders = [order for order in (1, 2) if order < K]
     return bounds | {f"jackknife_{order}": jackknife(log_weights, order) for order in orders}
+
+
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """The beta = 1 bound of each datum, in nats, on the CPU.
+
+    Attributes:
+        elbo: Reconstruction less KL [N].
+        reconstruction: E_q log p(x | z) [N].
+        kl: KL(q || p) [N], of all sites.
+        rules: How the KL of each site was had, "analytic" or "sampled".
+    """
+
+    elbo: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+    rules: dict[str, str]
+
+
+@estimator
+def evidence_lower_bound(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    num_samples: int = 1,
+    chunk_size: int = 1000,
+    seed: int | None = 0,
+) -> Bound:
+    """ELBO at beta = 1, reconstruction and KL of each datum, from `num_samples` draws.
+
+    Args:
+        model: Pyro model; see `importance_sampling`.
+        guide: Pyro guide.
+        x: Data [N, *E].
+        y: What is conditioned on [N, C], or None.
+        num_samples: Draws of z for each datum.
+        chunk_size: Draws times data that the model sees at once.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: If `num_samples` or `chunk_size` is below one, or the programs have no
+            density per datum (see `densities`).
+    """
+    return lower_bound(
+        model, guide, x, y, num_samples=num_samples, chunk_size=chunk_size, seed=seed
+    )
+
+
+def lower_bound(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    y: Tensor | None,
+    *,
+    num_samples: int = 1,
+    chunk_size: int = 1000,
+    seed: int | None = 0,
+) -> Bound:
+    """As `evidence_lower_bound`, of what is known to be data."""
+    batch = max(1, chunk_size // num_samples)
+    parts, rules = [], {}
+    with evaluating(model, guide, seed=seed, device=x.device):
+        for start in range(0, len(x), batch):
+            xb, yb = x[start : start + batch], None if y is None else y[start : start + batch]
+            step = max(1, chunk_size // len(xb))
+            total = torch.zeros(2, len(xb), dtype=torch.float64)
+            for done in range(0, num_samples, step):
+                draws = min(step, num_samples - done)
+                d = densities(model, guide, xb, yb, num_particles=draws)
+                if d.num_data != len(xb):
+                    raise ValueError(
+                        f"the plate 'data' has {d.num_data} rows for {len(xb)} data: an estimate "
+                        "for each datum needs all of them; remove the subsampling"
+                    )
+                kl = torch.stack(list(d.kl().values())).sum(0)
+                terms = torch.stack([d.log_likelihood.mean(0), kl])
+                total += draws / num_samples * terms.double().cpu()
+                rules = d.kl_rules
+            parts.append(total)
+    reconstruction, kl = torch.cat(parts, -1)
+    return Bound(reconstruction - kl, reconstruction, kl, rules)

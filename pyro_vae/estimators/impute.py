@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 from pyro_vae.densities import Program
-from pyro_vae.estimators.batches import map_targets
-from pyro_vae.estimators.components import add_components
 from pyro_vae.estimators.diagnostics import log_mean_exp, pareto_khat
-from pyro_vae.estimators.evidence import Evidence
-from pyro_vae.estimators.given import estimator, exact_without_data
-from pyro_vae.estimators.importance import summarise
+from pyro_vae.estimators.escalating import walk
+from pyro_vae.estimators.evidence import Evidence, summarise
 from pyro_vae.estimators.log_evidence import log_evidence
+from pyro_vae.estimators.proposal import add_components
 from pyro_vae.estimators.refined import METHOD, fit_proposal
+from pyro_vae.estimators.run import estimator, exact_without_data, map_targets
 from pyro_vae.estimators.target import Target
-from pyro_vae.estimators.walks import walk
 from pyro_vae.memory import check_fits
 
 __all__ = ["Imputation", "column_log_prob", "impute", "log_conditional"]
@@ -136,11 +134,11 @@ def impute(
         num_draws: Draws R of each datum.
         num_samples: Weighted draws K behind them; 4 K where K are not enough.
         proposal: "refined", or "guide" to draw from the guide alone: faster, and never "reliable".
-        chunk_size: Draws times data that the model sees at once.
+        chunk_size: As in `log_evidence`.
         compile: As in `log_evidence`.
-        devices: Processes that share the data, as in `importance_sampling`.
-        seed: Of the draws.
-        progress: Whether to show a progress bar.
+        devices: As in `log_evidence`.
+        seed: As in `log_evidence`.
+        progress: As in `log_evidence`.
 
     Returns:
         Imputation of N data.
@@ -320,11 +318,11 @@ def column_log_prob(
         x: Data [N, *E].
         y: What is conditioned on [N, C], or None.
         num_samples: Weighted draws K.
-        chunk_size: Draws times data that the model sees at once.
+        chunk_size: As in `log_evidence`.
         compile: As in `log_evidence`.
-        devices: Processes that share the data, as in `importance_sampling`.
-        seed: Of the draws.
-        progress: Whether to show a progress bar.
+        devices: As in `log_evidence`.
+        seed: As in `log_evidence`.
+        progress: As in `log_evidence`.
 
     Returns:
         Nats [N, *E]; NaN where a value is missing.

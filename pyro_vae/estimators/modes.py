@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyro_vae.estimators.ascent import ascend
-from pyro_vae.estimators.evidence import Evidence
-from pyro_vae.estimators.importance import summarise
-from pyro_vae.estimators.laplace import ROUNDS, laplace
+from pyro_vae.estimators.evidence import Evidence, summarise
+from pyro_vae.estimators.proposal import ROUNDS, ascend, laplace
 from pyro_vae.estimators.target import Target, gradients
 
 __all__ = ["Modes", "find_modes", "search_cost"]

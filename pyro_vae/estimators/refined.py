@@ -11,14 +11,18 @@ import torch
 from torch import Tensor
 
 from pyro_vae.densities import Program
-from pyro_vae.estimators.batches import map_targets
-from pyro_vae.estimators.evidence import Evidence
-from pyro_vae.estimators.fitting import CHECKS, DRAWS, STEPS, fit_gaussian
-from pyro_vae.estimators.given import estimator
-from pyro_vae.estimators.importance import summarise
-from pyro_vae.estimators.laplace import ROUNDS, laplace
+from pyro_vae.estimators.evidence import Evidence, summarise
 from pyro_vae.estimators.modes import find_modes, search_cost
-from pyro_vae.estimators.proposal import Proposal
+from pyro_vae.estimators.proposal import (
+    CHECKS,
+    FIT_DRAWS,
+    FIT_STEPS,
+    ROUNDS,
+    Proposal,
+    fit_gaussian,
+    laplace,
+)
+from pyro_vae.estimators.run import estimator, map_targets
 from pyro_vae.estimators.target import SCALE_DRAWS, Target
 
 __all__ = ["METHOD", "Fit", "fit_cost", "fit_proposal", "refined_importance_sampling"]
@@ -76,12 +80,11 @@ def refined_importance_sampling(
         num_samples: Draws K for each datum.
         num_starts: Starts of the search for modes: the guide's mean, then draws of the prior.
             With 1 nothing is searched for, and every verdict is "doubtful".
-        chunk_size: Draws times data that the model sees at once.
-        compile: Whether to compile log p(x, u) and its gradient: some seconds, once for each
-            shape that comes often; the result is the same to rounding.
-        devices: Processes that share the data, as in `importance_sampling`.
-        seed: Of the draws.
-        progress: Whether to show a progress bar.
+        chunk_size: As in `log_evidence`.
+        compile: As in `log_evidence`.
+        devices: As in `log_evidence`.
+        seed: As in `log_evidence`.
+        progress: As in `log_evidence`.
 
     Returns:
         Evidence of N data, in nats.
@@ -248,7 +251,7 @@ def fit_cost(dim: int, num_starts: int = 5) -> int:
         SCALE_DRAWS
         + search_cost(dim, num_starts)
         + ROUNDS * (dim + 6)
-        + STEPS * DRAWS
+        + FIT_STEPS * FIT_DRAWS
         + 2 * CHECKS
     )
 

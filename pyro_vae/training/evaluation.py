@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyro_vae.densities import OwnParameters, Program, run_program
 from pyro_vae.densities.evaluating import evaluating
 from pyro_vae.densities.sites import is_random
-from pyro_vae.estimators.bound import lower_bound
+from pyro_vae.estimators.importance import lower_bound
 from pyro_vae.generators import forked
 from pyro_vae.training.dataset import Dataset, evenly_spaced
 from pyro_vae.training.group import Group

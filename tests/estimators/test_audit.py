@@ -13,8 +13,8 @@ from worlds import World, data, linear
 from pyro_vae import build
 from pyro_vae.densities.evaluating import evaluating
 from pyro_vae.estimators import audit, log_evidence, modes
-from pyro_vae.estimators.audit import KEPT
 from pyro_vae.estimators.coordinates import LogSticks
+from pyro_vae.estimators.log_evidence import KEPT
 from pyro_vae.estimators.target import Target
 from pyro_vae.vae import VAE
 

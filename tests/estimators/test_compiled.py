@@ -19,8 +19,7 @@ from pyro_vae.estimators import (
     log_evidence,
     refined_importance_sampling,
 )
-from pyro_vae.estimators.fast import CompiledJoint, CompiledTarget
-from pyro_vae.estimators.target import Target
+from pyro_vae.estimators.target import CompiledJoint, CompiledTarget, Target
 
 pytestmark = pytest.mark.usefixtures("float64")
 

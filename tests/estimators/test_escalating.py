@@ -12,11 +12,9 @@ from torch import Tensor
 from worlds import World, data, linear, misses, quadrature, square
 
 from pyro_vae.densities.evaluating import evaluating
-from pyro_vae.estimators import escalating, log_evidence, refined_importance_sampling, walks
-from pyro_vae.estimators.components import add_components
-from pyro_vae.estimators.importance import summarise
-from pyro_vae.estimators.laplace import laplace
-from pyro_vae.estimators.proposal import Proposal
+from pyro_vae.estimators import escalating, log_evidence, refined_importance_sampling
+from pyro_vae.estimators.evidence import summarise
+from pyro_vae.estimators.proposal import Proposal, add_components, laplace
 from pyro_vae.estimators.refined import Fit
 from pyro_vae.estimators.target import Target
 
@@ -44,13 +42,15 @@ def test_walks_stay_in_the_posterior() -> None:
         target = target_of(linear(num_data=401))
         loc, tril = laplace(target, target.draw_guide(1)[0])
         exact = loc + torch.einsum("bij,kbj->kbi", tril, torch.randn(97, *loc.shape))
-        points = walks.walk(target, exact, torch.zeros(97, 401), tril)
+        points = escalating.walk(target, exact, torch.zeros(97, 401), tril)
         white = torch.linalg.solve_triangular(tril, (points - loc).permute(1, 2, 0), upper=False)
-    assert points.shape == (walks.CHAINS * walks.MOVES, 401, 3)
-    last = white[..., -walks.CHAINS :]
+    assert points.shape == (escalating.WALKS * escalating.MOVES, 401, 3)
+    last = white[..., -escalating.WALKS :]
     assert abs(last.mean()) < 5 * last.numel() ** -0.5
     assert abs(last.var() - 1) < 5 * (2 / last.numel()) ** 0.5
-    assert ((points[-walks.CHAINS :] - points[: walks.CHAINS]).abs() > 1e-6).double().mean() > 0.9
+    assert (
+        (points[-escalating.WALKS :] - points[: escalating.WALKS]).abs() > 1e-6
+    ).double().mean() > 0.9
 
 
 def test_walks_start_where_the_weights_are_and_leave() -> None:
@@ -60,10 +60,10 @@ def test_walks_start_where_the_weights_are_and_leave() -> None:
         loc, tril = laplace(target, target.draw_guide(1)[0])
         draws = torch.stack([torch.full_like(loc, torch.nan), loc])
         weights = torch.tensor([[-torch.inf], [0.0]]).expand(2, 53)
-        points = walks.walk(target, draws, weights, tril)
+        points = escalating.walk(target, draws, weights, tril)
     assert points.isfinite().all()
     white = torch.linalg.solve_triangular(tril, (points - loc).permute(1, 2, 0), upper=False)
-    assert white[..., -walks.CHAINS :].var() > 0.8
+    assert white[..., -escalating.WALKS :].var() > 0.8
 
 
 def test_the_cost_of_walks_is_what_they_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,9 +74,9 @@ def test_the_cost_of_walks_is_what_they_evaluate(monkeypatch: pytest.MonkeyPatch
         fit = fit_of(target, one(loc, tril))
         run = target.run_log_joint
         monkeypatch.setattr(target, "run_log_joint", lambda u: (seen.append(len(u)), run(u))[1])
-        points = walks.walk(target, loc.expand(3, 5, 3), torch.zeros(3, 5), tril)
+        points = escalating.walk(target, loc.expand(3, 5, 3), torch.zeros(3, 5), tril)
         fit.log_weights(points, 1000)
-    assert sum(seen) + len(points) == walks.walk_cost()
+    assert sum(seen) + len(points) == escalating.walk_cost()
 
 
 def mirrored() -> tuple[Target, Proposal, World]:
@@ -136,7 +136,7 @@ def test_a_pilot_sees_the_variance_that_its_draws_do_not() -> None:
         loc, tril = laplace(target, target.draw_guide(1)[0])
         good, _ = escalating._pilot(fit_of(target, one(loc, 1.1 * tril)), 0.05, 400)
         narrow, visited = escalating._pilot(fit_of(target, one(loc, 0.4 * tril)), 0.05, 400)
-    assert visited.shape == (walks.CHAINS * walks.MOVES, 7, 3)
+    assert visited.shape == (escalating.WALKS * escalating.MOVES, 7, 3)
     assert (good > 10).all()
     assert (good < 1000).all()
     assert (narrow > 2000).all()
@@ -176,7 +176,7 @@ def test_the_variance_of_a_pilot_is_exact_on_average() -> None:
 
 def test_draws_follow_the_need_and_rows_stay_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(escalating, "NUMBERS", (1000, 2000))
-    monkeypatch.setattr(escalating, "CHAINS", 31)
+    monkeypatch.setattr(escalating, "AIS_CHAINS", 31)
     with evaluating(seed=0, device=CPU):
         world = linear(num_data=5)
         target = target_of(world)

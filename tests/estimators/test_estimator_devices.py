@@ -21,7 +21,7 @@ from pyro_vae.estimators import (
     log_evidence,
     refined_importance_sampling,
 )
-from pyro_vae.estimators.batches import Work
+from pyro_vae.estimators.run import Work
 
 
 class Gaussian(nn.Module):
@@ -95,7 +95,7 @@ def test_batches_are_estimated_alike_wherever_they_are(
         sent = pickle_and_back(given)
         return [function(part) for part in reversed(sent)][::-1]
 
-    monkeypatch.setattr("pyro_vae.estimators.batches.in_processes", here)
+    monkeypatch.setattr("pyro_vae.estimators.run.in_processes", here)
     owner, x = Gaussian(), data(11)
     results = [
         estimate(owner.model, owner.guide, x, chunk_size=28, devices=devices, **options)

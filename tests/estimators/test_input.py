@@ -26,7 +26,7 @@ from pyro_vae.estimators import (
     log_evidence,
     refined_importance_sampling,
 )
-from pyro_vae.estimators.given import estimator
+from pyro_vae.estimators.run import estimator
 
 ESTIMATORS = [
     annealed_importance_sampling,

@@ -11,10 +11,8 @@ from worlds import WORLDS, World, data, linear, misses, square, three_modes
 
 from pyro_vae.densities.evaluating import evaluating
 from pyro_vae.estimators import refined_importance_sampling
-from pyro_vae.estimators.fitting import fit_gaussian
-from pyro_vae.estimators.laplace import curvature, laplace
 from pyro_vae.estimators.modes import find_modes
-from pyro_vae.estimators.proposal import Proposal
+from pyro_vae.estimators.proposal import Proposal, curvature, fit_gaussian, laplace
 from pyro_vae.estimators.refined import Fit, fit_proposal
 from pyro_vae.estimators.target import Target
 
