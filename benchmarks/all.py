@@ -1,4 +1,4 @@
-"""Every benchmark of speed, peers included: tables in results/speed.json, results/speed.png.
+"""Every benchmark of speed, peers included: tables in results/speed.json, results/speed.svg.
 
 pip install '.[benchmarks]' && python benchmarks/all.py [--threads 2] [--draw]
 
@@ -16,6 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from pyro_vae import plots
+
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER.parent / "results"
 
@@ -29,49 +33,47 @@ def measure(script: str, *options: str) -> Any:
         return json.loads(out.read_text())
 
 
-def draw(found: dict[str, Any]) -> None:
-    """Ratios of each workload as bars, and the growth of a step."""
-    import matplotlib
+WORKLOADS = {
+    "mlp-100": "MLP, batch 100",
+    "mlp-512": "MLP, batch 512",
+    "iwae": "IWAE, k = 50",
+    "vamp": "VampPrior, 500",
+    "conv": "conv, 32 x 32 x 3",
+    "K = 5000": "log p(x), K = 5000",
+}
+LOOKS = {  # of a candidate: colour of the palette, marker, size
+    "pyro_vae, compiled": (0, "*", 11),
+    "pyro_vae": (0, "o", 6),
+    "by hand, compiled": (6, "D", 5),
+    "NumPyro": (4, "s", 5),
+    "Pyro's example": (1, "^", 6),
+}
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    steps = found["steps"]["rows"]
-    evaluation = [{"workload": "K = 5000", **row} for row in found["importance"]["rows"]]
-    bars = [row for row in steps + evaluation if "products" not in row["candidate"]]
-    names = list(dict.fromkeys(row["workload"] for row in bars))
-    figure, axes = plt.subplots(1, 2, figsize=(11, 0.18 * len(bars) + 1.6), width_ratios=[2, 1])
-    y, ticks, label = 0.0, [], {"fc": "white", "ec": "none", "pad": 0.4}
-    for name in names:
-        for row in (row for row in bars if row["workload"] == name):
-            ours = row["candidate"].startswith("pyro_vae")
-            axes[0].barh(y, row["ratio"], color="#3b6fb6" if ours else "#b8bec9")
-            axes[0].text(
-                row["ratio"] + 0.03, y, f"{row['ratio']:.2f}", va="center", fontsize=7, bbox=label
+@plots.style()
+def draw(processors: dict[str, Any], path: Path) -> None:
+    """Time of each workload by that of hand-written PyTorch, a panel for each processor."""
+    figure = Figure(figsize=(7.4, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(processors), sharey=True)
+    for ax, (title, found) in zip(axes, processors.items()):
+        last = [{"workload": "K = 5000", **row} for row in found["importance"]["rows"]]
+        rows = found["steps"]["rows"] + last
+        for name, (colour, marker, size) in LOOKS.items():
+            mine = [row for row in rows if row["candidate"] == name]
+            places = [list(WORKLOADS).index(row["workload"]) for row in mine]
+            ratios = [row["ratio"] for row in mine]
+            ax.plot(
+                ratios, places, marker, color=plots.PALETTE[colour], ms=size, label=name, mew=0
             )
-            ticks.append((y, f"{name}: {row['candidate']}"))
-            y += 1
-        y += 0.6
-    axes[0].set_yticks(*zip(*ticks), fontsize=7)
+        ax.axvline(1, color="#000000", lw=0.8, zorder=0)
+        ax.set_yticks(range(len(WORKLOADS)), list(WORKLOADS.values()))
+        ax.grid(axis="y", lw=0.4)
+        ax.tick_params(axis="y", length=0)
+        ax.set(title=title, xlim=(0, 1.8), xlabel="time, hand-written PyTorch = 1")
     axes[0].invert_yaxis()
-    axes[0].axvline(1, color="k", lw=0.8, zorder=0)
-    axes[0].margins(x=0.08, y=0.01)
-    axes[0].set_xlabel("time by that of hand-written PyTorch (less is better)")
-    for series in dict.fromkeys(row["series"] for row in found["growth"]["rows"]):
-        rows = [row for row in found["growth"]["rows"] if row["series"] == series]
-        axes[1].loglog(
-            [row["value"] / rows[0]["value"] for row in rows],
-            [row["ratio"] for row in rows],
-            "o-",
-            ms=3,
-            label=f"{series}, {rows[0]['value']:,} to {rows[-1]['value']:,}",
-        )
-    axes[1].set_xlabel("by the least of the series")
-    axes[1].set_ylabel("time of a step by that of the least")
-    axes[1].legend(fontsize=7, loc="upper left")
-    axes[1].set_ylim(top=30)
-    figure.tight_layout()
-    figure.savefig(RESULTS / "speed.png", dpi=150)
+    lines, names = axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside upper center", ncols=len(names), columnspacing=1)
+    plots.save(figure, str(path))
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -85,7 +87,8 @@ def main(arguments: argparse.Namespace) -> None:
             "growth": measure("growth.py", *threads),
         }
         path.write_text(json.dumps(found, indent=1))
-    draw(json.loads(path.read_text()))
+    files = {"Zen 5": path, "Zen 4": RESULTS / "speed_2.json"}
+    draw({name: json.loads(f.read_text()) for name, f in files.items()}, RESULTS / "speed.svg")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every estimator of log p(x) on trained models: error against cost, in one table and figure.
+"""Every estimator of log p(x) on trained models: error against cost; docs/figures.py draws it.
 
 python benchmarks/evidence.py RUN [RUN ...] --root data [--images 200] [--out results]
 
@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -80,34 +79,8 @@ def measure(run: str, x: torch.Tensor, rows: list[Row]) -> Iterator[Row]:
         }
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """Error of each image (root mean square) against seconds, a panel for each model."""
-    runs = sorted({str(row["run"]) for row in rows})
-    figure = Figure(figsize=(6 * len(runs), 4.5), layout="constrained")
-    for ax, run in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs):
-        for row in rows:
-            if row["run"] == run:
-                family = str(row["method"]).split(",")[0]
-                colour = {"encoder": "C3", "refined": "C0", "AIS": "C2"}.get(family, "k")
-                ax.loglog(row["seconds"], row["rms"], "o", color=colour)
-                left = family == "log_evidence" or "K = 1000" in str(row["method"])
-                ax.annotate(
-                    str(row["method"]),
-                    (float(row["seconds"]), float(row["rms"])),
-                    xytext=(-6 if left else 6, -3),
-                    textcoords="offset points",
-                    ha="right" if left else "left",
-                    fontsize=8,
-                )
-        ax.set_title(Path(run).name, fontsize=10)
-        ax.set_xlabel("seconds for all images")
-        ax.margins(x=0.3, y=0.1)
-    figure.axes[0].set_ylabel("root mean square error of log p(x), nats per image")
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
-    """Measures all runs, prints the table, writes it and the figure."""
+    """Measures all runs, prints the table and writes it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--root", default="data")
@@ -129,7 +102,6 @@ def main() -> None:
     for row in rows:
         table.add_row(*(v if isinstance(v, str) else f"{v:.3f}" for v in row.values()))
     Console(width=160).print(table)
-    draw(rows, out / "evidence.png")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,23 @@
-"""Figures, from tensors."""
+"""Figures, from tensors, in one style."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+import matplotlib
 import torch
+from cycler import cycler
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from pyro_vae import files
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 __all__ = [
+    "PALETTE",
     "calibration",
     "audit",
     "columns",
@@ -26,10 +28,54 @@ __all__ = [
     "latent",
     "reconstructions",
     "save",
+    "style",
+    "svg",
     "terms",
     "traversals",
     "unit_kl",
 ]
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
+"""Colours that colour-blind readers tell apart (Okabe and Ito, Color Universal Design, 2008)."""
+
+STYLE: Any = {
+    "axes.prop_cycle": cycler(color=PALETTE),
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10,
+    "font.size": 9,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.markersize": 4,
+    "savefig.dpi": 192,
+    "svg.hashsalt": "pyro_vae",
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+}
+SCREEN = 96  # points of a page in an inch
+DARK = b"""
+@media (prefers-color-scheme: dark) { svg { fill: #e4e7ea }
+[style*="fill: #ffffff"] { fill: #181c20 !important }
+[style*="stroke: #ffffff"] { stroke: #181c20 !important }
+[style*="stroke: #000000"] { stroke: #e4e7ea !important } }"""
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The look of the figures here, for figures of your own: `with plots.style(): ...`.
+
+    Matplotlib's settings are afterwards as they were.
+    """
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+class _Shown(Figure):
+    """A figure that a notebook shows where it is a cell's last line."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        width, height = (round(side * SCREEN) for side in self.get_size_inches())
+        return _png(self), {"width": width, "height": height}
 
 
 def images(x: Tensor, title: str = "", limits: tuple[float, float] | None = None) -> Figure:
@@ -54,7 +100,7 @@ def reconstructions(
         pair = [_row(x[i : i + 10], 10), _row(reconstructed[i : i + 10], 10)]
         parts += [*pair, torch.full_like(pair[0][..., :2, :], float("nan"))]
     title = "data (upper rows) and their reconstructions (lower rows)"
-    return _picture(torch.cat(parts[:-1], -2), title, limits or _limits(x), width=8)
+    return _picture(torch.cat(parts[:-1], -2), title, limits or _limits(x), width=7)
 
 
 def image_rows(
@@ -70,19 +116,10 @@ def image_rows(
             f"expected images [R, T, C, H, W] and R names; got {list(x.shape)} and {len(names)}"
         )
     picture = torch.cat([_row(row, x.shape[1]) for row in x], -2)
-    figure = _picture(picture, title, limits or _limits(x), width=6)
-    (ax,) = figure.axes
-    ax.set_axis_on()
-    for side in ax.spines.values():
-        side.set_visible(False)
-    height = x.shape[-2]
-    middles = [i * (height + 1) + (height - 1) / 2 for i in range(len(x))]
-    ax.set_yticks(middles, list(names), fontsize=8)
-    ax.set_xticks([])
-    ax.tick_params(length=0)
-    return figure
+    return _picture(picture, title, limits or _limits(x), width=6, names=names)
 
 
+@style()
 def columns(data: Tensor, samples: Tensor, names: Sequence[str] | None = None) -> Figure:
     """Histograms of the first nine columns of tables [N, D]: data beside samples.
 
@@ -95,8 +132,7 @@ def columns(data: Tensor, samples: Tensor, names: Sequence[str] | None = None) -
     """
     count = data.shape[1]
     shown = min(count, 9)
-    rows = int(shown**0.5)
-    figure, axes = _axes(rows, -(-shown // rows), 2)
+    figure, axes = _axes(-(-shown // 3), min(shown, 3), 2)
     for d, ax in enumerate(axes[:shown]):
         known = data[:, d][~data[:, d].isnan()]
         bins = _bins(known)
@@ -107,17 +143,17 @@ def columns(data: Tensor, samples: Tensor, names: Sequence[str] | None = None) -
             ax.hist(column, bins, weights=weights, histtype=kind, alpha=alpha, label=label)
         ax.set_title(_short(names[d] if names else f"column {d}"), fontsize=9)
         ax.locator_params(axis="x", nbins=4, prune="both")
-        ax.tick_params(labelsize=8)
         ax.set_yticks([])
     for ax in axes[shown:]:
         ax.remove()
     figure.set_layout_engine("constrained", wspace=0.06)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     title = f"the first {shown} of {count} columns" if shown < count else "each column"
     figure.suptitle(f"{title}, share of rows", fontsize=10)
     return figure
 
 
+@style()
 def curves(rows: Sequence[Mapping[str, float | None]]) -> Figure:
     """Bound, KL and reconstruction over epochs, of training and validation data.
 
@@ -125,7 +161,7 @@ def curves(rows: Sequence[Mapping[str, float | None]]) -> Figure:
         rows: One mapping per epoch, as in `History.rows`: "epoch", "elbo", "kl" and
             "reconstruction" of training, and the same after `validation_`.
     """
-    figure, axes = _axes(1, 3, 3.2)
+    figure, axes = _axes(1, 3, 2)
     titles = {"elbo": "ELBO", "kl": "KL", "reconstruction": "reconstruction"}
     for ax, (term, title) in zip(axes, titles.items()):
         for part, start in (("training", ""), ("validation", "validation_")):
@@ -133,17 +169,18 @@ def curves(rows: Sequence[Mapping[str, float | None]]) -> Figure:
             points = [(e, v) for e, v in points if v is not None]
             if points:
                 ax.plot(*zip(*points), label=part, marker="." if len(points) < 3 else None)
-        ax.set_title(title, fontsize=10)
+        ax.set_title(title)
         ax.set_xlabel("epoch")
     axes[0].set_ylabel("nats per datum")
-    axes[0].legend(frameon=False)
+    _name_lines(axes[-1])
     return figure
 
 
+@style()
 def latent(
     means: Tensor, labels: Tensor | None = None, names: Sequence[str] | None = None
 ) -> Figure:
-    """Posterior means [N, D] in the two dimensions of largest variance, coloured by label.
+    """Posterior means [N, D] in the two dimensions of largest variance, labels at their medians.
 
     Args:
         means: Posterior means [N, D].
@@ -152,17 +189,21 @@ def latent(
     """
     pair = sorted(means.var(0).argsort(descending=True)[:2].tolist())
     first, second = pair if len(pair) == 2 else (pair[0], pair[0])
-    figure, (ax,) = _axes(1, 1, 5)
-    x, y = means[:, first].tolist(), means[:, second].tolist()
-    if labels is None:
-        ax.scatter(x, y, s=6)
-    else:
-        points = ax.scatter(x, y, c=labels.tolist(), s=6, cmap="tab10")
-        ax.legend(*points.legend_elements(num=None), title="label", fontsize=8)
+    figure, (ax,) = _axes(1, 1, 4.5)
+    labels = torch.zeros(len(means)) if labels is None else labels
+    classes = labels.unique().tolist()
+    for i, label in enumerate(classes):
+        points = means[labels == label][:, [first, second]]
+        shape, colour = "o^sDv"[i // len(PALETTE) % 5], PALETTE[i % len(PALETTE)]
+        ax.scatter(*points.T.tolist(), s=6, marker=shape, color=colour, linewidths=0)
+        if len(classes) > 1:
+            halo = [withStroke(linewidth=3, foreground="#ffffff")]
+            place = points.median(0).values.tolist()
+            ax.text(*place, f"{label:g}", size=13, weight="bold", path_effects=halo)
     ax.set_xlabel(f"E[{_unit(first, names)} | x]")
     ax.set_ylabel(f"E[{_unit(second, names)} | x]")
     chosen = ", the two dimensions of largest variance" if means.shape[1] > 2 else ""
-    ax.set_title(f"posterior means{chosen}", fontsize=10)
+    ax.set_title(f"posterior means{chosen}")
     return figure
 
 
@@ -199,6 +240,7 @@ def traversals(
     return image_rows(decoded[order], names, title, limits or _limits(decoded))
 
 
+@style()
 def factor_matrix(information: Tensor, names: Sequence[str]) -> Figure:
     """Mutual information of each factor with each latent dimension [F, D], in nats."""
     if information.ndim != 2 or len(information) != len(names):
@@ -211,10 +253,11 @@ def factor_matrix(information: Tensor, names: Sequence[str]) -> Figure:
     ax.set_yticks(range(len(names)), names)
     ax.set_xticks(range(information.shape[1]))
     ax.set_xlabel("latent dimension")
-    ax.set_title("mutual information of factors and latents", fontsize=10)
+    ax.set_title("mutual information of factors and latents")
     return figure
 
 
+@style()
 def unit_kl(epochs: Tensor, kl: Tensor, names: Sequence[str] | None = None) -> Figure:
     """KL of each latent dimension [T, D] over epochs [T], in nats; the largest are named.
 
@@ -223,14 +266,17 @@ def unit_kl(epochs: Tensor, kl: Tensor, names: Sequence[str] | None = None) -> F
         kl: KL of each dimension after each [T, D].
         names: Names of the D dimensions; z0, z1, ... if None.
     """
-    figure, (ax,) = _axes(1, 1, 4)
-    named = set(kl[-1].argsort(descending=True)[:10].tolist())
-    for d in range(kl.shape[1]):
-        ax.plot(epochs.tolist(), kl[:, d].tolist(), label=_unit(d, names) if d in named else None)
+    figure, (ax,) = _axes(1, 1, 3)
+    order = kl[-1].argsort(descending=True).tolist()
+    for place, d in enumerate(order):
+        look = {"color": "0.8"} if place >= 10 else {"label": _unit(d, names)}
+        line = "--" if len(PALETTE) <= place < 10 else "-"
+        ax.plot(epochs.tolist(), kl[:, d].tolist(), line, **look)
     _over_epochs(ax, "KL of each latent dimension")
     return figure
 
 
+@style()
 def calibration(uniforms: Tensor, names: Sequence[str]) -> Figure:
     """How often a guide's intervals hold the truth, over their mass, for each latent dimension.
 
@@ -241,7 +287,7 @@ def calibration(uniforms: Tensor, names: Sequence[str]) -> Figure:
         uniforms: Of `metrics.calibration` [N, D].
         names: Of its columns.
     """
-    figure, (ax,) = _axes(1, 1, 4)
+    figure, (ax,) = _axes(1, 1, 3.4)
     levels = torch.linspace(0, 1, 101)
     inside = (2 * uniforms.cpu() - 1).abs()
     shares = (inside < levels[:, None, None]).double().mean(1)  # [101, D]
@@ -253,21 +299,23 @@ def calibration(uniforms: Tensor, names: Sequence[str]) -> Figure:
         ax.plot(levels, shares[:, d], color="0.7", lw=0.8)
     for d in furthest:
         ax.plot(levels, shares[:, d], lw=1.6, label=names[d])
-    ax.legend(title="furthest off", loc="upper left", frameon=False)
+    ax.legend(title="furthest off", loc="upper left")
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="mass of the guide's interval")
     ax.set_ylabel("share of simulated data whose latent it holds")
     return figure
 
 
+@style()
 def terms(epochs: Tensor, parts: Mapping[str, Tensor]) -> Figure:
     """Parts of the KL, such as those of `metrics.elbo_decomposition`, [T] each, over epochs."""
-    figure, (ax,) = _axes(1, 1, 4)
+    figure, (ax,) = _axes(1, 1, 3)
     for name, values in parts.items():
         ax.plot(epochs.tolist(), values.tolist(), label=name.replace("_", " "))
     _over_epochs(ax, "parts of the KL")
     return figure
 
 
+@style()
 def audit(gap: Tensor, reliable: Tensor, reach: float) -> Figure:
     """What an exact draw adds to the estimate of each simulated datum, in order.
 
@@ -276,7 +324,7 @@ def audit(gap: Tensor, reliable: Tensor, reach: float) -> Figure:
         reliable: Whether the estimate is called reliable [N].
         reach: The gap beyond which a reliable datum fails the audit.
     """
-    figure, (ax,) = _axes(1, 1, 4)
+    figure, (ax,) = _axes(1, 1, 3)
     gap, order = gap.sort()
     for name, which in (("reliable", reliable[order]), ("doubtful", ~reliable[order])):
         (place,) = which.nonzero(as_tuple=True)
@@ -285,26 +333,37 @@ def audit(gap: Tensor, reliable: Tensor, reach: float) -> Figure:
     ax.set_yscale("symlog", linthresh=reach)
     ax.set_xlabel("simulated data, by gap")
     ax.set_ylabel("gap of the bounds, nats")
-    ax.set_title("audit: what an exact draw adds", fontsize=10)
-    ax.legend(frameon=False)
+    ax.set_title("audit: what an exact draw adds")
+    ax.legend()
     return figure
 
 
 def save(figure: Figure, path: str) -> None:
-    """Writes a PNG at 150 dots per inch, all or nothing."""
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=150, bbox_inches="tight")
-    files.write(path, png.getvalue())
+    """Writes an SVG where `path` ends so, which turns dark with the page, or else a PNG."""
+    files.write(path, svg(figure) if path.endswith(".svg") else _png(figure))
+
+
+@style()
+def svg(figure: Figure) -> bytes:
+    """A figure as SVG, the same bytes each time; dark where the reader's screen is."""
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue().replace(b"</style>", DARK + b"</style>", 1)
+
+
+@style()
+def _png(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def _unit(d: int, names: Sequence[str] | None) -> str:
     return f"z{d}" if names is None else names[d]
 
 
-def _axes(rows: int, columns: int, size: float) -> tuple[Figure, list]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(columns * size * 1.15, rows * size), layout="constrained")
+def _axes(rows: int, columns: int, size: float) -> tuple[Figure, list[Any]]:
+    figure = _Shown(figsize=(columns * size * 1.15, rows * size), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
@@ -322,24 +381,55 @@ def _short(name: str, most: int = 26) -> str:
     return name.replace("$", r"\$")  # matplotlib takes what is between for mathematics
 
 
-def _over_epochs(ax: Axes, title: str) -> None:
+def _over_epochs(ax: Any, title: str) -> None:
     ax.set_xlabel("epoch")
     ax.set_ylabel("nats per datum")
-    ax.set_title(title, fontsize=10)
-    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.set_title(title)
+    _name_lines(ax)
 
 
-def _picture(x: Tensor, title: str, limits: tuple[float, float], width: float) -> Figure:
-    from matplotlib.figure import Figure
+def _name_lines(ax: Any) -> None:
+    """Names each labelled line beside its right end, a line's height from one another."""
+    apart = 0.24 / ax.figure.get_figheight()
+    (low, high), height = ax.get_ylim(), -1.0
+    lines = [line for line in ax.lines if not str(line.get_label()).startswith("_")]
+    lines.sort(key=lambda line: line.get_ydata()[-1])
+    for left, line in zip(range(len(lines), 0, -1), lines):
+        end = (line.get_ydata()[-1] - low) / (high - low)
+        height = min(max(end, height + apart), 1 - apart * (left - 1))
+        name, look = str(line.get_label()), {"color": line.get_color(), "va": "center"}
+        ax.text(1.02, height, name, transform=ax.transAxes, **look)
 
-    figure = Figure(figsize=(width, width * x.shape[-2] / x.shape[-1] + 0.4))
-    ax = figure.subplots()
-    low, high = limits
-    shown = ((x.float() - low) / (high - low)).clamp(0, 1).nan_to_num(0.4)
+
+@style()
+def _picture(
+    x: Tensor,
+    title: str,
+    limits: tuple[float, float],
+    width: float,
+    names: Sequence[str] = (),
+) -> Figure:
+    """An image [C, H, W], each of its pixels a whole number of pixels, beside names of rows."""
+    high, wide = x.shape[-2:]
+    scale = max(1, round(width * SCREEN / wide))
+    left = round(6 * max(map(len, names))) + 8 if names else 0
+    top = 24 if title else 0
+    size = max(wide * scale + left, 6 * len(title)), high * scale + top
+    figure = _Shown(figsize=(size[0] / SCREEN, size[1] / SCREEN))
+    box = left / size[0], 0, wide * scale / size[0], high * scale / size[1]
+    ax = figure.add_axes(box)
+    darkest, lightest = limits
+    shown = ((x.float() - darkest) / (lightest - darkest)).clamp(0, 1).nan_to_num(0.4)
     picture = shown.movedim(0, -1).squeeze(-1)
-    ax.imshow(picture.tolist(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    ax.set_axis_off()
-    ax.set_title(title, fontsize=10)
+    ax.imshow(
+        picture.tolist(), cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto"
+    )
+    ax.set_title(title, loc="left")
+    ax.spines[:].set_visible(False)
+    middles = [(i + 0.5) * high / len(names) - 1 for i in range(len(names))]
+    ax.set_yticks(middles, list(names), fontsize=8)
+    ax.set_xticks([])
+    ax.tick_params(length=0)
     return figure
 
 

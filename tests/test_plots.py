@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from itertools import combinations
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
 
 from pyro_vae import plots
 
@@ -20,7 +23,7 @@ def test_traversals_are_ranked_by_kl() -> None:
     assert [tick.get_text()[:2] for tick in ax.get_yticklabels()] == ["z1", "z3", "z0"]
     picture = torch.as_tensor(ax.images[0].get_array().tolist())
     assert (3 * picture[[0, 4, 8], 0]).tolist() == pytest.approx([1.0, 3.0, 0.0])
-    assert "from -2.0 to 2.0" in ax.get_title()
+    assert "from -2.0 to 2.0" in ax.get_title("left")
 
 
 def test_rows_are_drawn_with_their_names() -> None:
@@ -29,9 +32,13 @@ def test_rows_are_drawn_with_their_names() -> None:
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["upper", "lower"]
     picture = torch.as_tensor(ax.images[0].get_array().tolist())
     assert list(ax.get_yticks()) == [1.0, 5.0]
+    box, (high, wide) = ax.get_window_extent(), picture.shape[:2]
+    on_screen = torch.tensor([box.x0, box.width / wide, box.height / high]) * 96 / ax.figure.dpi
+    assert torch.allclose(on_screen, on_screen.round(), atol=1e-4)  # no pixel wider than another
+    assert on_screen[1] == pytest.approx(on_screen[2].item())
     places = [[picture[int(y), 6 * t] * 5 for t in range(3)] for y in ax.get_yticks()]
     assert torch.tensor(places).flatten().tolist() == pytest.approx([0, 1, 2, 3, 4, 5])
-    assert ax.get_title() == ""
+    assert ax.get_title("left") == ""
 
 
 def test_latent_means_lie_on_the_axes_of_their_dimensions() -> None:
@@ -100,10 +107,15 @@ def test_the_factor_matrix_is_drawn_as_it_is() -> None:
 def test_curves_over_epochs() -> None:
     epochs, kl = torch.arange(4), torch.rand(4, 12)
     (ax,) = plots.unit_kl(epochs, kl).axes
-    assert [list(line.get_ydata()) for line in ax.lines] == kl.T.tolist()
-    assert len(ax.get_legend().get_texts()) == 10
+    order = kl[-1].argsort(descending=True)
+    assert [list(line.get_ydata()) for line in ax.lines] == kl.T[order].tolist()
+    named = {text.get_text(): text.get_position()[1] for text in ax.texts}
+    assert list(named) == [f"z{d}" for d in reversed(order[:10].tolist())]
+    heights = torch.tensor(list(named.values()))
+    assert (heights.diff() > 0.05).all()
+    assert heights.max() <= 1
     (ax,) = plots.terms(epochs, {"total_correlation": kl[:, 0], "kl": kl[:, 1]}).axes
-    assert [t.get_text() for t in ax.get_legend().get_texts()] == ["total correlation", "kl"]
+    assert {t.get_text() for t in ax.texts} == {"total correlation", "kl"}
     assert list(ax.lines[1].get_ydata()) == kl[:, 1].tolist()
 
 
@@ -128,3 +140,21 @@ def test_an_audit_shows_every_gap_and_the_reach() -> None:
         "reliable: 3",
         "doubtful: 2",
     ]
+
+
+def test_the_style_is_of_the_figures_alone() -> None:
+    before = dict(matplotlib.rcParams)
+    with plots.style():
+        assert matplotlib.rcParams["axes.prop_cycle"].by_key()["color"] == list(plots.PALETTE)
+    kl = torch.rand(3)
+    first, second = (plots.terms(torch.arange(3), {"kl": kl}) for _ in range(2))
+    assert first.axes[0].lines[0].get_color() == plots.PALETTE[0]
+    assert plots.svg(first) == plots.svg(second)
+    assert b"prefers-color-scheme: dark" in plots.svg(first)
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_a_notebook_shows_a_figure_at_its_size() -> None:
+    figure = plots.images(torch.rand(4, 1, 3, 5))
+    data, shown = figure._repr_png_()
+    assert Image.open(io.BytesIO(data)).size == (2 * shown["width"], 2 * shown["height"])
