@@ -9,9 +9,9 @@ from typing import Any
 
 import matplotlib
 import torch
-from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.rcsetup import cycler
 from torch import Tensor
 
 from pyro_vae import files

@@ -131,6 +131,7 @@ class VAE(nn.Module):
     def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
         """q(z | x, y), batch [B], event (D,); its mean is the usual embedding.
 
+        Gradients pass through it: under `torch.no_grad()`, `encode(x).mean.numpy()` works.
         That of a hierarchy is a `Joint` of all layers, event (D1 + D2 + ...,).
         """
         return self.posterior(self.likelihood.inputs(self._cast(x)), self._condition(y))
@@ -141,10 +142,11 @@ class VAE(nn.Module):
         q: Any = self.posterior
         return q.sizes if isinstance(q, Inference) else {"z": q.latent_dim}
 
+    @torch.no_grad()
     def reconstruct(
         self, x: Tensor, y: Tensor | None = None, num_samples: int | None = None
     ) -> Tensor:
-        """Data seen through the latent.
+        """Data seen through the latent; no gradient passes.
 
         Args:
             x: Data [B, *E].
@@ -191,8 +193,9 @@ class VAE(nn.Module):
         found = shares(z, self._condition(y))
         return found.mean(0), found.std(0)
 
+    @torch.no_grad()
     def sample(self, size: int, y: Tensor | None = None, mean: bool = False) -> Tensor:
-        """Draws of x [size, *E] from the model, or E[x | z] of drawn z if `mean`.
+        """Draws of x [size, *E] from the model, or E[x | z] of drawn z if `mean`; no gradient.
 
         Raises:
             ValueError: If `y` [size, C] has another length, or the draws do not fit in memory.

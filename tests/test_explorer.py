@@ -370,6 +370,17 @@ def test_the_browser_computes_the_mean_of_every_likelihood(cls: type, shown: Bro
 
 
 @pytest.mark.slow
+def test_the_browser_finds_the_commonest_category(shown: Browser) -> None:
+    kind = {"class_path": "Categorical", "init_args": {"levels": 5}}
+    declared = {"class_path": "Columns", "init_args": {"columns": ["Normal", kind, kind]}}
+    model = Mean(vae(declared, shape=(3,)), Identity())
+    codes = torch.cat([model(z) for z in torch.randn(31, 1, D)])[:, 1:]
+    assert len(codes.unique()) > 2
+    for z in torch.randn(5, 1, D):
+        compare(shown, model, z)
+
+
+@pytest.mark.slow
 def test_the_page_decodes_what_it_holds(shown: Browser) -> None:
     model = Mean(vae("Bernoulli", "ConvTranspose"), Identity())
     program = trace(model, torch.zeros(1, D))

@@ -6,7 +6,7 @@ python examples/studies/trust_log_px.py --smoke
 
 With the encoder as the proposal, an image's standard error and k-hat say little of how many nats
 are missing; with a proposal fitted to the image, they say it. One figure, four panels: the
-shortfall of each image against its standard error and its k-hat, for both.
+error of each image against its standard error and its k-hat, for both. The axes of error differ.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_vae import Evidence, build, fit, load
+from pyro_vae import Evidence, build, fit, load, plots
 from pyro_vae.data import load_data
 from pyro_vae.estimators import (
     annealed_importance_sampling,
@@ -41,28 +41,29 @@ def trained(arguments: argparse.Namespace) -> tuple[VAE, Tensor]:
     return vae.eval(), x
 
 
-def draw(estimates: dict[str, Evidence], reference: Evidence, path: str) -> None:
-    """The shortfall of each image against what the weights say of it."""
-    figure = Figure(figsize=(9, 7), layout="constrained")
+@plots.style()
+def draw(estimates: dict[str, Evidence], reference: Evidence) -> Figure:
+    """The error of each image's estimate against what the weights say of it."""
+    figure = Figure(figsize=(7, 5.4), layout="constrained")
     axes = figure.subplots(2, 2, sharey="row")
-    for row, (name, evidence) in zip(axes, estimates.items()):
-        shortfall = (reference.log_prob - evidence.log_prob).tolist()
-        for ax, (label, values) in zip(
-            row, {"standard error, nats": evidence.stderr, "k-hat": evidence.khat}.items()
-        ):
-            ax.scatter(values.tolist(), shortfall, s=9, color="C3" if "encoder" in name else "C0")
-            ax.axhline(0, color="0.7", linewidth=1, zorder=0)
-            ax.set_xlabel(label)
-        threshold = evidence.khat_threshold[0].item()
-        row[1].axvline(threshold, color="0.4", linestyle=":", label="published threshold")
-        row[1].legend(fontsize=8)
-        edge = torch.linspace(0, float(evidence.stderr.max()), 2).tolist()
-        row[0].plot(
-            edge, [2 * e for e in edge], color="0.4", linestyle=":", label="2 standard errors"
-        )
-        row[0].legend(fontsize=8)
-        row[0].set_ylabel(f"{name}\nnats missing from log p(x)")
-    figure.savefig(path, dpi=150)
+    for row, colour, (name, found) in zip(axes, (1, 0), estimates.items()):
+        error = (found.log_prob - reference.log_prob).tolist()
+        for ax, values in zip(row, (found.stderr, found.khat)):
+            ax.axhline(0, color="0.6", lw=1, zorder=0)
+            ax.scatter(values.tolist(), error, s=10, color=plots.PALETTE[colour], linewidths=0)
+            ax.set_title(name)
+        edge = torch.logspace(*found.stderr.log10().aminmax(), 50)
+        row[0].fill_between(edge, -2 * edge, 2 * edge, color="0.88", lw=0, zorder=0)
+        row[0].text(0.02, 0.02, "grey: 2 standard errors", transform=row[0].transAxes)
+        row[0].set(xscale="log", xlabel="standard error, nats")
+        row[0].xaxis.set_minor_formatter("")
+        row[0].set_ylabel("estimate less log p(x), nats")
+        threshold = found.khat_threshold[0].item()
+        row[1].axvline(threshold, color="0.5", ls=":")
+        row[1].text(threshold, 1, " threshold", color="0.4", va="top",
+            transform=row[1].get_xaxis_transform())  # fmt: skip
+        row[1].set_xlabel("k-hat")
+    return figure
 
 
 def main(arguments: argparse.Namespace) -> dict[str, float]:
@@ -70,8 +71,8 @@ def main(arguments: argparse.Namespace) -> dict[str, float]:
     vae, x = trained(arguments)
     k = 200 if arguments.smoke else 5000
     estimates = {
-        f"encoder, K = {k}": importance_sampling(vae.model, vae.guide, x, num_samples=k),
-        "refined, K = 1000": refined_importance_sampling(vae.model, vae.guide, x),
+        f"{k} draws of the encoder": importance_sampling(vae.model, vae.guide, x, num_samples=k),
+        "1000 draws of the fitted proposal": refined_importance_sampling(vae.model, vae.guide, x),
     }
     chains, temperatures = (16, 5) if arguments.smoke else (128, 50)
     reference = annealed_importance_sampling(
@@ -94,7 +95,7 @@ def main(arguments: argparse.Namespace) -> dict[str, float]:
             f"image; among {int(good.sum())} of {len(x)} images with a good k-hat "
             f"{missing[good].mean():.3f}"
         )
-    draw(estimates, reference, arguments.out)
+    plots.save(draw(estimates, reference), arguments.out)
     print(f"figure in {arguments.out}")
     return shortfall
 
@@ -104,6 +105,6 @@ if __name__ == "__main__":
     parser.add_argument("--run", help="run folder of a model of thresholded MNIST")
     parser.add_argument("--root", default="data", help="folder of MNIST")
     parser.add_argument("--images", type=int, default=180)
-    parser.add_argument("--out", default="trust_log_px.png")
+    parser.add_argument("--out", default="trust_log_px.svg")
     parser.add_argument("--smoke", action="store_true", help="a few images, little work")
     main(parser.parse_args())

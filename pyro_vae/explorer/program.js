@@ -232,6 +232,12 @@ OPS.bmm = (a, b) => {
 OPS.sum = (t, dims = null, keep = false) => folded(t, dims, keep, 0, (a, b) => a + b);
 OPS.amax = (t, dims = [], keep = false) => folded(t, dims, keep, -Infinity, Math.max);
 OPS.amin = (t, dims = [], keep = false) => folded(t, dims, keep, Infinity, Math.min);
+OPS.argmax = (t, d, keep = false) => { // the first of the greatest
+  d = axis(t, d);
+  const n = t.shape[d], after = new Array(t.shape.length - 1 - d).fill(1);
+  const places = made([n, ...after], Float32Array.from({ length: n }, (_, i) => i));
+  return OPS.amin(OPS.where(OPS.eq(t, OPS.amax(t, [d], true)), places, n), [d], keep);
+};
 OPS.mean = (t, dims = null, keep = false) => {
   const total = OPS.sum(t, dims, keep);
   return OPS.mul(total, total.data.length / t.data.length);

@@ -166,9 +166,10 @@ def _check(node: Node) -> None:
     if strange := node.kwargs.keys() - KEYWORDS - PLACES:
         raise CannotRun(f"the page has no option {sorted(strange)} of {name!r}")
     made = node.meta.get("val")
-    if isinstance(made, torch.Tensor) and not (
+    whole = isinstance(made, torch.Tensor) and not (
         made.is_floating_point() or made.dtype == torch.bool
-    ):
+    )
+    if whole and name != "argmax":
         raise CannotRun(f"{name!r} gives whole numbers, which the page does not compute")
     if name == "convolution" and made is not None and made.ndim != 4:
         raise CannotRun("the page has convolutions of images only")
