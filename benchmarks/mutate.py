@@ -28,7 +28,7 @@ import yaml
 
 from pyro_vae.__main__ import main as command
 from pyro_vae.estimators import Evidence
-from pyro_vae.training.checkpoint import load_state, load_weights
+from pyro_vae.training.run_folder import load_state, load_weights
 
 OPTIONS = ["--encoder.hidden=[11]", "--decoder.hidden=[11]", "--latent_dim=3", "--limit=53"]
 QUIET = "--progress=false"

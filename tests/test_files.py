@@ -22,7 +22,7 @@ from pyro_vae import build, files, fit, load
 from pyro_vae.__main__ import main
 from pyro_vae.estimators import Evidence
 from pyro_vae.training import load_weights
-from pyro_vae.training.checkpoint import load_state
+from pyro_vae.training.run_folder import load_state
 
 QUIET: dict[str, Any] = {"accelerator": "cpu", "progress": False, "batch_size": 11}
 

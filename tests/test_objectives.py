@@ -51,7 +51,7 @@ def build(cls: type, vae: VAE, x: Tensor, y: Tensor | None = None, **options: ob
     """An objective ready for its first step."""
     objective = cls(**options)
     objective.prepare(N, 5)
-    if objective.has_adversary:
+    if objective.own_step:
         objective.start(densities(vae.model, vae.guide, x, y))
     return objective
 
@@ -69,7 +69,7 @@ def test_svi_takes_the_step_of_the_differentiable_loss(cls: type) -> None:
     )
     start = [p.detach().clone() for p in vae.parameters()]
     svi = SVI(vae.model, vae.guide, pyro.optim.SGD({"lr": 1e-3}), loss=objective)
-    if objective.has_adversary:
+    if objective.own_step:
         with pytest.raises(ValueError, match="second player"):
             svi.step(x)
         return

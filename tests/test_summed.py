@@ -163,7 +163,7 @@ PATHWISE = {"PIWAE", "StickingTheLanding"}
 def test_every_objective_takes_a_summed_site(kind: Any, x: Tensor) -> None:
     mixture, objective = Mixture(), kind()
     objective.prepare(101, 11)
-    if objective.has_adversary:
+    if objective.own_step:
         objective.start(densities(mixture.model, mixture.guide, x))
     objective.differentiable_loss(mixture.model, mixture.guide, x).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in mixture.parameters())

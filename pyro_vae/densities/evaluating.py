@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from pyro_vae.densities.handlers import OwnParameters, Program
+from pyro_vae.densities.programs import OwnParameters, Program
 from pyro_vae.generators import forked
 
 __all__ = ["evaluating"]

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
-from torch import Size, Tensor, nn
+from torch import Size, Tensor
 
 from pyro_vae.densities.evaluating import evaluating
-from pyro_vae.densities.handlers import Program, particle_plate
-from pyro_vae.densities.sites import Sites, is_random, program_args, sample_sites
+from pyro_vae.densities.programs import (
+    Program,
+    Sites,
+    is_random,
+    is_traced,
+    known_of,
+    particle_plate,
+    program_args,
+    sample_sites,
+)
 
 __all__ = ["folds", "run_program"]
 
 TRIED = 3  # particles
 TOLERANCE = 1e-3  # of log densities: products of other sizes are rounded otherwise
-_known: WeakKeyDictionary[Any, dict[Any, bool | str]] = WeakKeyDictionary()
 
 
 def run_program(
@@ -69,16 +75,12 @@ def folds(program: Program, x: Tensor, y: Tensor | None, num_particles: int = 1)
     Raises:
         ValueError: If several particles can be run in neither way.
     """
-    owner, kind = getattr(program, "__self__", program), getattr(program, "__func__", None)
-    try:
-        known = _known.setdefault(owner, {})
-    except TypeError:  # it takes no weak references
-        known = {}
-    if (kind, y is None) not in known:
-        if type(x) not in (Tensor, nn.Parameter):  # that of a tracer, without numbers
+    known, key = known_of(program), ("folds", y is None)
+    if key not in known:
+        if is_traced(x):
             return False
-        known[kind, y is None] = _try(program, x, y)
-    answer = known[kind, y is None]
+        known[key] = _try(program, x, y)
+    answer = known[key]
     if isinstance(answer, bool) or num_particles == 1:
         return bool(answer)
     raise ValueError(

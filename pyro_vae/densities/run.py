@@ -1,4 +1,4 @@
-"""Running a model and a guide, and forming log weights: nowhere else is one formed."""
+"""Running a model and a guide together: densities, draws, log weights, entries of a datum."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_vae.arguments import takes_vae
-from pyro_vae.densities.handlers import OwnParameters, Program
 from pyro_vae.densities.particles import folds, run_program
+from pyro_vae.densities.programs import (
+    OwnParameters,
+    Program,
+    Sites,
+    check_latents,
+    is_random,
+    program_args,
+    sample_sites,
+)
 from pyro_vae.densities.result import Densities, Latents, Site
-from pyro_vae.densities.sites import Sites, check_latents, is_random, program_args, sample_sites
 from pyro_vae.densities.summed import summed_densities, summed_values
 
 __all__ = [

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from math import prod
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
 from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_vae.densities.evaluating import evaluating
-from pyro_vae.densities.handlers import Program
 from pyro_vae.densities.particles import folds, run_program
+from pyro_vae.densities.programs import (
+    Program,
+    Sites,
+    check_latents,
+    is_random,
+    is_traced,
+    known_of,
+    sample_sites,
+)
 from pyro_vae.densities.result import Densities, Latents, Site
-from pyro_vae.densities.sites import Sites, check_latents, is_random, sample_sites
 
 __all__ = ["summed_densities", "summed_values"]
 
 MOST = 10_000  # joint values
 Values = dict[str, Tensor]
-_known: WeakKeyDictionary[Any, dict[Any, dict[str, Tensor | None]]] = WeakKeyDictionary()
 
 
 def summed_values(model: Program, x: Tensor, y: Tensor | None = None) -> Values:
@@ -48,14 +53,9 @@ def summed_values(model: Program, x: Tensor, y: Tensor | None = None) -> Values:
 
 def _latents(program: Program, x: Tensor, y: Tensor | None) -> dict[str, Tensor | None]:
     """The latent sites of a program; the support [C, *event] of one marked to be summed."""
-    owner, kind = getattr(program, "__self__", program), getattr(program, "__func__", None)
-    key = kind, y is None, x.dtype, x.device
-    try:
-        known = _known.setdefault(owner, {})
-    except TypeError:  # it takes no weak references
-        known = {}
+    known, key = known_of(program), ("latents", y is None, x.dtype, x.device)
     if key not in known:
-        if type(x) not in (Tensor, nn.Parameter):  # that of a tracer, without numbers
+        if is_traced(x):
             return {}
         known[key] = _look(program, x[:1], None if y is None else y[:1])
     return known[key]

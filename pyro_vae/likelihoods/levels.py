@@ -16,7 +16,27 @@ __all__ = ["Categorical", "DiscretizedLogistic", "MixtureOfLogistics", "Ordinal"
 MIN_GAP = 1e-3  # between neighbouring thresholds
 
 
-class DiscretizedLogistic(Likelihood):
+class Levelled(Likelihood):
+    """What likelihoods of levels share: their number, and so their support.
+
+    Args:
+        decoder: Network to raw parameters.
+        data_shape: Shape of one datum.
+        levels: Number of levels.
+    """
+
+    support: constraints.Constraint = constraints.nonnegative_integer  # below `levels`
+    remedy = "use raw integer levels and set `levels`"
+
+    def __init__(self, decoder: nn.Module, data_shape: tuple[int, ...], levels: int = 256) -> None:
+        super().__init__(decoder, data_shape)
+        check_whole(2, levels=levels)
+        self.levels = levels
+        self.support = constraints.integer_interval(0, levels - 1)
+        self.support_name = f"{{0, ..., {levels - 1}}}"
+
+
+class DiscretizedLogistic(Levelled):
     """Logistic in bins, on the integers 0 to levels - 1; see `distributions`.
 
     Args:
@@ -26,8 +46,6 @@ class DiscretizedLogistic(Likelihood):
         min_scale: Floor of the scale, in units of (levels - 1).
     """
 
-    support: constraints.Constraint = constraints.nonnegative_integer  # below `levels`
-
     def __init__(
         self,
         decoder: nn.Module,
@@ -35,13 +53,9 @@ class DiscretizedLogistic(Likelihood):
         levels: int = 256,
         min_scale: float = 1e-3,
     ) -> None:
-        super().__init__(decoder, data_shape)
-        check_whole(2, levels=levels)
+        super().__init__(decoder, data_shape, levels)
         check_real(0, min_scale=min_scale)
-        self.levels, self.min_scale = levels, min_scale
-        self.support = constraints.integer_interval(0, levels - 1)
-        self.support_name = f"{{0, ..., {levels - 1}}}"
-        self.remedy = "use raw integer levels and set `levels`"
+        self.min_scale = min_scale
 
     @classmethod
     def num_params(cls) -> int:
@@ -109,7 +123,7 @@ class MixtureOfLogistics(DiscretizedLogistic):
         return torch.cat([start + step for step in steps - steps.mean()])
 
 
-class Categorical(Likelihood):
+class Categorical(Levelled):
     """A free distribution over the integers 0 to levels - 1 in each dimension.
 
     Args:
@@ -117,16 +131,6 @@ class Categorical(Likelihood):
         data_shape: Shape of one datum.
         levels: Number of levels.
     """
-
-    support: constraints.Constraint = constraints.nonnegative_integer  # below `levels`
-
-    def __init__(self, decoder: nn.Module, data_shape: tuple[int, ...], levels: int = 256) -> None:
-        super().__init__(decoder, data_shape)
-        check_whole(2, levels=levels)
-        self.levels = levels
-        self.support = constraints.integer_interval(0, levels - 1)
-        self.support_name = f"{{0, ..., {levels - 1}}}"
-        self.remedy = "use raw integer levels and set `levels`"
 
     @classmethod
     def num_params(cls, levels: int = 256) -> int:
@@ -144,7 +148,7 @@ class Categorical(Likelihood):
         return torch.log((counts + 1 / self.levels) / (len(x) + 1)).flatten(0, 1)
 
 
-class Ordinal(Likelihood):
+class Ordinal(Levelled):
     r"""Ordered levels 0 to levels - 1, by a cumulative logit with thresholds of each channel.
 
     .. math:: P(x \le k \mid z) = \sigma(\theta_k - f(z)), \qquad
@@ -159,15 +163,8 @@ class Ordinal(Likelihood):
         McCullagh. Regression models for ordinal data. 1980.
     """
 
-    support: constraints.Constraint = constraints.nonnegative_integer  # below `levels`
-
     def __init__(self, decoder: nn.Module, data_shape: tuple[int, ...], levels: int = 256) -> None:
-        super().__init__(decoder, data_shape)
-        check_whole(2, levels=levels)
-        self.levels = levels
-        self.support = constraints.integer_interval(0, levels - 1)
-        self.support_name = f"{{0, ..., {levels - 1}}}"
-        self.remedy = "use raw integer levels and set `levels`"
+        super().__init__(decoder, data_shape, levels)
         self.raw_thresholds = nn.Parameter(torch.empty(self.data_shape[0], levels - 1))
         cumulative = torch.arange(1, levels) / levels
         self._set_thresholds(torch.logit(cumulative).expand_as(self.raw_thresholds))

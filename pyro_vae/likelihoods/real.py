@@ -41,6 +41,7 @@ class LocationScale(Likelihood):
             density, in the units of x, for values that are rounded or repeated; None for none.
     """
 
+    rounded_support = Likelihood.support  # where a resolution is given
     fixed_scale: Tensor
     centre: Tensor
     spread: Tensor
@@ -67,6 +68,8 @@ class LocationScale(Likelihood):
             raise ValueError(f"mean must be 'identity', 'sigmoid' or 'tanh'; got {mean!r}")
         self.scale_option, self.mean_option, self.min_scale = scale, mean, min_scale
         self.standardise, self.resolution = standardise, resolution
+        if resolution is not None:
+            self.support = self.rounded_support
         if standardise:
             self.register_buffer("centre", torch.zeros(self.data_shape))
             self.register_buffer("spread", torch.ones(self.data_shape))
@@ -177,21 +180,8 @@ class LogNormal(LocationScale):
 
     support = constraints.interval(2.0**-126, 2.0**127)
     support_name = "positive numbers"
+    rounded_support = constraints.interval(0.0, 2.0**127)
     remedy = "shift them, or choose Normal; for zeros give a resolution"
-
-    def __init__(
-        self,
-        decoder: nn.Module,
-        data_shape: tuple[int, ...],
-        scale: ScaleOption = 1.0,
-        mean: MeanOption = "identity",
-        min_scale: float = 0.01,
-        standardise: bool = False,
-        resolution: float | None = None,
-    ) -> None:
-        super().__init__(decoder, data_shape, scale, mean, min_scale, standardise, resolution)
-        if resolution is not None:
-            self.support = constraints.interval(0.0, 2.0**127)
 
     def line(self, x: Tensor) -> Tensor:
         """log x, or that of half of the resolution where x is below it."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyro.infer
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from pyro_vae.arguments import check_whole
 from pyro_vae.densities import (
@@ -22,8 +22,9 @@ from pyro_vae.densities import (
 )
 from pyro_vae.objectives.schedules import Schedule
 
-__all__ = ["Objective", "check_kl", "draws", "only_site", "total_kl"]
+__all__ = ["Average", "Objective", "check_kl", "draws", "only_site", "total_kl"]
 
+Average = Callable[[Sequence[nn.Parameter]], Any]
 OF_SEVERAL_SITES = (
     *("ELBO", "Capacity", "FreeBits", "StickingTheLanding", "IWAE", "DReG", "CIWAE", "MIWAE"),
     *("PIWAE", "Renyi"),
@@ -47,7 +48,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
     """
 
     batch_level = False  # True if the value of a datum depends on the rest of its batch
-    has_adversary = False  # True if a second player is trained beside the model
+    own_step = False  # True if `start` and `after_step` do something: a loop must call them
 
     def __init__(self, num_particles: int = 1) -> None:
         nn.Module.__init__(self)
@@ -133,15 +134,19 @@ class Objective(pyro.infer.ELBO, nn.Module):
         return step / self.steps_per_epoch
 
     def start(self, d: Densities) -> None:
-        """Makes the second player, from the sizes of `d`; `fit` calls it before the first step."""
+        """Makes what the objective trains itself; `fit` calls it before the first step.
 
-    def adversary_loss(self, d: Densities) -> Tensor:
-        """The loss of the second player, minimised over its own parameters alone."""
-        raise NotImplementedError(f"{type(self).__name__} has no second player")
+        Args:
+            d: Densities of a few training rows, for their sizes.
+        """
 
-    def adversary_optimizer(self) -> Optimizer:
-        """An optimiser of the second player's parameters."""
-        raise NotImplementedError(f"{type(self).__name__} has no second player")
+    def after_step(self, d: Densities, average: Average | None = None) -> None:
+        """Trains what the objective trains itself; `fit` calls it after each step of the model.
+
+        Args:
+            d: The densities of the step, whose draws were taken before it.
+            average: Averages the gradients of parameters over several devices, in place.
+        """
 
     def reduce(self, d: Densities) -> Tensor:
         """The loss of a batch: minus the bound in value, minus the surrogate in gradient."""
@@ -170,10 +175,10 @@ class Objective(pyro.infer.ELBO, nn.Module):
         self, model: Program, guide: Program, x: Tensor, y: Tensor | None = None
     ) -> float:
         """The loss, after adding its gradients to the parameters: what SVI calls."""
-        if self.has_adversary:
+        if self.own_step:
             raise ValueError(
                 f"{type(self).__name__} needs a second player, which pyro.infer.SVI does not "
-                "train: use fit(), or a loop that steps adversary_optimizer() too"
+                "train: use fit(), or a loop that calls after_step() too"
             )
         loss = self.reduce(self._densities(model, guide, x, y))
         loss.backward()

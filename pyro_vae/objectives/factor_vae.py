@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch.func import functional_call
 from torch.optim import Adam, Optimizer
 
 from pyro_vae.densities import Densities
-from pyro_vae.objectives.base import Objective, check_kl, draws, total_kl
+from pyro_vae.objectives.base import Average, Objective, check_kl, draws, total_kl
 from pyro_vae.objectives.schedules import Schedule
 
 __all__ = ["FactorVAE", "permute_dimensions"]
@@ -25,9 +27,8 @@ class FactorVAE(Objective):
     A D that lags behind makes the penalty too small. With gamma = 0 it is the ELBO, exactly.
 
     It has two players: `fit` trains D after each step of the model, on the same draws (the paper
-    permutes a second batch). In a loop of one's own: `start(d)` once, then
-    `adversary_loss(d).backward()` and a step of `adversary_optimizer()` after each of the
-    model's. It takes any guide.
+    permutes a second batch). In a loop of one's own: `start(d)` once, then `after_step(d)` after
+    each step of the model. It takes any guide.
 
     Args:
         gamma: Weight of the total correlation.
@@ -46,7 +47,7 @@ class FactorVAE(Objective):
     """
 
     batch_level = True
-    has_adversary = True
+    own_step = True
     gamma: Tensor
 
     def __init__(
@@ -68,9 +69,10 @@ class FactorVAE(Objective):
         self.kl, self.width, self.layers = check_kl(kl), width, layers
         self.adversary_lr = adversary_lr
         self.discriminator: nn.Module | None = None
+        self.adversary: Optimizer | None = None  # of the discriminator
 
     def start(self, d: Densities) -> None:
-        """A new discriminator, of the latent size of `d`."""
+        """A new discriminator, of the latent size of `d`, and its optimiser."""
         z = draws(d)
         sizes = [z.shape[-1], *[self.width] * self.layers]
         hidden = [
@@ -79,6 +81,26 @@ class FactorVAE(Objective):
             for layer in (nn.Linear(inner, outer), nn.LeakyReLU(0.2))
         ]
         self.discriminator = nn.Sequential(*hidden, nn.Linear(self.width, 1)).to(z)
+        self.adversary = self.adversary_optimizer()
+
+    def after_step(self, d: Densities, average: Average | None = None) -> None:
+        """One step of the discriminator, on the draws of `d`."""
+        network = self._network()
+        assert self.adversary is not None
+        self.adversary_loss(d).backward()
+        if average is not None:
+            average(list(network.parameters()))
+        self.adversary.step()
+        self.adversary.zero_grad()
+
+    def get_extra_state(self) -> dict[str, Any] | None:
+        """The state of the discriminator's optimiser."""
+        return None if self.adversary is None else self.adversary.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any] | None) -> None:
+        """Goes back to that state; without a discriminator there is nothing to set."""
+        if self.adversary is not None and state is not None:
+            self.adversary.load_state_dict(state)
 
     def bound(self, d: Densities) -> Tensor:
         """The ELBO less gamma times the estimated log ratio, [B]."""

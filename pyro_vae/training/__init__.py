@@ -1,10 +1,9 @@
 """Training: one function, `fit`, and what it leaves in a run folder."""
 
-from pyro_vae.training.callbacks import State
-from pyro_vae.training.checkpoint import load_weights, put_weights, read_run
 from pyro_vae.training.engine import is_first_process
 from pyro_vae.training.fitting import fit
-from pyro_vae.training.history import History
+from pyro_vae.training.progress import History, State
+from pyro_vae.training.run_folder import load_weights, put_weights, read_run
 
 __all__ = [
     "History",

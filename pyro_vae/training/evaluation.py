@@ -8,13 +8,19 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from pyro_vae.densities import OwnParameters, Program, run_program
-from pyro_vae.densities.evaluating import evaluating
-from pyro_vae.densities.sites import is_random
+from pyro_vae.densities import (
+    Densities,
+    OwnParameters,
+    Program,
+    densities,
+    evaluating,
+    run_program,
+)
+from pyro_vae.densities.programs import is_random
 from pyro_vae.estimators.importance import lower_bound
 from pyro_vae.generators import forked
 from pyro_vae.training.dataset import Dataset, evenly_spaced
-from pyro_vae.training.group import Group
+from pyro_vae.training.engine import Group
 
 __all__ = ["Evaluator", "cast", "first_weight", "programs"]
 
@@ -69,6 +75,12 @@ class Evaluator:
             fixed = self.train.fixed(self.seed)
         index = self._index(len(fixed), INITIAL_ROWS)
         return cast(fixed.batch(index), first_weight(self.vae))[0]
+
+    def first_densities(self) -> Densities:
+        """The densities of two training rows, for their sizes."""
+        rows = cast(self.train.batch(self._index(len(self.train), 2)), first_weight(self.vae))
+        with evaluating(*programs(self.vae), seed=self.seed, device=self.device):
+            return densities(*programs(self.vae), *rows)
 
     def bound(self) -> dict[str, float | None]:
         """Mean beta = 1 ELBO, reconstruction and KL of the validation rows, in nats."""

@@ -19,17 +19,12 @@ from pyro_vae.files import PathLike, locked
 from pyro_vae.generators import forked
 from pyro_vae.memory import keep_memory
 from pyro_vae.objectives import ELBO, Objective
-from pyro_vae.training.callbacks import Callback
-from pyro_vae.training.checkpoint import load_state, read_run
 from pyro_vae.training.dataset import Dataset, as_dataset, describe
-from pyro_vae.training.engine import Engine, is_first_process
+from pyro_vae.training.engine import Engine, Group, is_first_process
 from pyro_vae.training.evaluation import Evaluator
-from pyro_vae.training.group import Group
-from pyro_vae.training.history import History
 from pyro_vae.training.optimizers import OptimizerSpec, ScheduleSpec
-from pyro_vae.training.progress import Bar, make_bar
-from pyro_vae.training.runs import check_run, start_run
-from pyro_vae.training.settings import Settings
+from pyro_vae.training.progress import Bar, Callback, History, make_bar
+from pyro_vae.training.run_folder import Settings, check_run, load_state, read_run, start_run
 from pyro_vae.training.step import worth_compiling
 from pyro_vae.training.trainer import Trainer
 
@@ -269,7 +264,7 @@ def _take(result: Result, vae: nn.Module, objective: Objective, precision: str) 
     if precision == "64-true":
         vae.double()
     vae.load_state_dict(result.vae)
-    objective.load_state_dict(result.objective, strict=False)  # a second player stays there
+    objective.load_state_dict(result.objective, strict=False)  # what it made itself stays there
 
 
 def _check(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.compiling import CannotCompile, compiled
-from pyro_vae.densities import OwnParameters, folds, registered_densities, summed_values
+from pyro_vae.densities import Densities, OwnParameters, folds, registered_densities, summed_values
 from pyro_vae.objectives import Objective
 from pyro_vae.training.dataset import Dataset
 from pyro_vae.training.evaluation import cast, first_weight, programs
@@ -32,7 +32,7 @@ __all__ = [
 
 LONG = 30_000  # steps that repay the 20 seconds of a compilation, at 0.7 ms saved by each
 
-Outcome = tuple[Tensor, Tensor, Tensor | None]  # loss, terms, loss of a second player
+Outcome = tuple[Tensor, Tensor, Densities | None]  # loss, terms, for `Objective.after_step`
 Gradient = Callable[..., Outcome]  # of a batch; leaves the gradient in the parameters
 
 
@@ -60,8 +60,8 @@ class StepLoss(nn.Module):
 
         Returns:
             The loss per datum in nats, to be differentiated; without gradients, sums over the
-            batch of the objective, the reconstruction and each latent site's KL; and the loss
-            of the objective's second player, or None.
+            batch of the objective, the reconstruction and each latent site's KL; and the
+            densities if the objective has a step of its own after the model's.
         """
         K = self.objective.num_particles
         vae: Any = self.vae
@@ -72,8 +72,7 @@ class StepLoss(nn.Module):
             sums = [-loss * len(x), d.log_likelihood.mean(0).sum()]
             terms = torch.stack(sums + [kl.sum() for kl in d.kl().values()])
         self.observed, self.latent = list(d.observed), list(d.sites)
-        second = self.objective.adversary_loss(d) if self.objective.has_adversary else None
-        return loss, terms, second
+        return loss, terms, d if self.objective.own_step else None
 
 
 def eager_gradient(fabric: Fabric, loss: StepLoss) -> Gradient:
@@ -81,9 +80,9 @@ def eager_gradient(fabric: Fabric, loss: StepLoss) -> Gradient:
 
     def gradient(*batch: Tensor) -> Outcome:
         with fabric.autocast():
-            value, terms, second = loss(*batch)
+            value, terms, d = loss(*batch)
         fabric.backward(value)
-        return value.detach(), terms, second
+        return value.detach(), terms, d
 
     return gradient
 
@@ -99,7 +98,7 @@ def compiled_gradient(fabric: Fabric, loss: StepLoss, *batch: Tensor) -> Gradien
     Raises:
         CannotCompile: If the vae, the objective or this machine does not allow it.
     """
-    if loss.objective.has_adversary:
+    if loss.objective.own_step:
         name = type(loss.objective).__name__
         raise CannotCompile(f"{name} trains a second player beside the model")
     if getattr(fabric.strategy.precision, "scaler", None) is not None:
@@ -122,7 +121,7 @@ def compiled_gradient(fabric: Fabric, loss: StepLoss, *batch: Tensor) -> Gradien
 
 def worth_compiling(steps: int, objective: Objective, precision: str, on_cuda: bool) -> bool:
     """Whether to compile a training that nobody asked to: by its length, no clock is read."""
-    cannot = objective.has_adversary or precision == "16-mixed"
+    cannot = objective.own_step or precision == "16-mixed"
     compiler = find_spec("triton") if on_cuda else which(os.environ.get("CXX", "g++"))
     return steps >= LONG and compiler is not None and not cannot
 
@@ -170,12 +169,25 @@ class Monitor:
             raise self._loss_error(step, terms)
         self.sums = terms.double() if self.sums is None else self.sums + terms
 
-    def check_gradient(self, step: int, total: float) -> None:
-        """Raises a FloatingPointError if `total`, the gradient's norm or sum, is not finite."""
+    def check_gradient(
+        self, step: int, parameters: Iterable[nn.Parameter], norm: Tensor | None = None
+    ) -> None:
+        """Raises a FloatingPointError if a gradient is not finite; looks on a CPU alone.
+
+        Args:
+            step: The number of the step.
+            parameters: Whose gradients are looked at.
+            norm: The norm of all gradients, where it is known.
+        """
+        if not self.every_step:
+            return
+        total = (
+            sum(p.grad.sum() for p in parameters if p.grad is not None) if norm is None else norm
+        )
         if math.isfinite(total):
             return
-        parameters = self.loss.vae.named_parameters()
-        bad = [n for n, p in parameters if p.grad is not None and not p.grad.isfinite().all()]
+        named = self.loss.vae.named_parameters()
+        bad = [n for n, p in named if p.grad is not None and not p.grad.isfinite().all()]
         names = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
         raise FloatingPointError(
             f"step {step}: the gradient of {names} is not finite, though the loss is; lower lr, "

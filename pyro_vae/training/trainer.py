@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +17,18 @@ from pyro_vae.compiling import CannotCompile
 from pyro_vae.files import PathLike, reading
 from pyro_vae.generators import epoch_order, forked, seed_generators
 from pyro_vae.objectives import Objective
-from pyro_vae.training.adversary import Adversary, start
-from pyro_vae.training.callbacks import Callback, State
-from pyro_vae.training.checkpoint import load_weights, put_weights, save_checkpoint
 from pyro_vae.training.dataset import Dataset
+from pyro_vae.training.engine import Group
 from pyro_vae.training.evaluation import Evaluator
-from pyro_vae.training.group import Group
-from pyro_vae.training.history import History
 from pyro_vae.training.optimizers import advance, make_optimizer, make_schedule, restore
-from pyro_vae.training.progress import Bar
-from pyro_vae.training.runs import write_metrics
-from pyro_vae.training.settings import Settings
+from pyro_vae.training.progress import Bar, Callback, History, State
+from pyro_vae.training.run_folder import (
+    Settings,
+    load_weights,
+    put_weights,
+    save_checkpoint,
+    write_metrics,
+)
 from pyro_vae.training.step import (
     Gradient,
     Monitor,
@@ -67,7 +69,6 @@ class Trainer:
         self.seconds = 0.0  # of this epoch, before `began`
         self.began: float | None = None  # ELBO of the first step
         self.best: dict[str, Tensor] | None = None
-        self.adversary: Adversary | None = None
         self.compiled: Gradient | None = None  # made when it is first needed
         self.asked = True  # whether the user asked to compile: a failure is a warning
         self.num_batches = -(-len(train) // settings.batch_size)
@@ -86,9 +87,9 @@ class Trainer:
             initialise(self.evaluator.initial_data())
         self.group.broadcast_(self._variables())
         self._check_validation()
-        if self.objective.has_adversary:
-            start(self.vae, self.objective, self.train, self.settings.seed)
-            self.group.broadcast_(self.objective.state_dict())
+        if self.objective.own_step:
+            self.objective.start(self.evaluator.first_densities())
+            self.group.broadcast_(dict(self.objective.named_parameters()))
         self.loss = StepLoss(self.vae, self.objective, self.train)
         self.monitor = Monitor(self.loss, self.fabric.device)
         options = self.settings
@@ -100,8 +101,6 @@ class Trainer:
         self.schedule = make_schedule(options.schedule, optimizer)
         self.wrapped, self.optimizer = self.fabric.setup(self.loss, optimizer)
         self.eager = eager_gradient(self.fabric, self.loss)
-        if self.objective.has_adversary:
-            self.adversary = Adversary(self.fabric, self.group, self.objective)
         if state is not None:
             with reading(f"the state of run {self.run}"):
                 self._load_state(state)
@@ -171,7 +170,7 @@ class Trainer:
         try:
             with pyro.validation_enabled(self.step < VALIDATED):
                 batch = self.loss.batch(share)
-                loss, terms, adversary_loss = self._gradient(batch, bar)(*batch)
+                loss, terms, d = self._gradient(batch, bar)(*batch)
         except ValueError as error:
             raise ValueError(f"step {self.step}: {error}") from error
         if len(share) != len(index):
@@ -182,8 +181,8 @@ class Trainer:
         self.optimizer.step()
         for parameter in self.parameters:
             parameter.grad = None
-        if self.adversary is not None and adversary_loss is not None:
-            self.adversary.step(adversary_loss, weight)
+        if d is not None:
+            self.objective.after_step(d, partial(self.group.all_reduce_mean, weight))
         self.step += 1
         self.offset += 1
 
@@ -205,16 +204,13 @@ class Trainer:
         return self.compiled
 
     def _clip(self) -> None:
-        """Clips the gradient; on a CPU, refuses one that is not finite."""
-        limit, total = self.settings.clip_norm, None
+        """Clips the gradient, and has the monitor check it."""
+        limit, norm = self.settings.clip_norm, None
         if limit is not None:
-            total = self.fabric.clip_gradients(
+            norm = self.fabric.clip_gradients(
                 self.wrapped, self.optimizer, max_norm=limit, error_if_nonfinite=False
             )
-        elif self.monitor.every_step:
-            total = sum(p.grad.sum() for p in self.parameters if p.grad is not None)
-        if self.monitor.every_step and total is not None:
-            self.monitor.check_gradient(self.step, float(total))
+        self.monitor.check_gradient(self.step, self.parameters, norm)
 
     def _look(self, bar: Bar) -> None:
         """Reads the device: raises if a loss was not finite, and shows the means."""
@@ -294,7 +290,6 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "objective": self.objective.state_dict(),
-            "adversary": self.adversary and self.adversary.optimizer.state_dict(),
             "precision": self.fabric.strategy.precision.state_dict(),
             "history": {"rows": self.history.rows, "num_units": self.history.num_units},
         }
@@ -310,8 +305,6 @@ class Trainer:
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         self.objective.load_state_dict(state["objective"])
-        if self.adversary is not None:
-            self.adversary.optimizer.load_state_dict(state["adversary"])
         self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.history = History(**state["history"])
         if self.history.best_epoch is not None:

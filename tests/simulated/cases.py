@@ -102,7 +102,7 @@ def test_each_part(family: str, cls: type) -> None:
     check_step(vae, draw(vae, 5), waits=int(cls.__name__ in ("StudentT", "Columns")))
 
 
-@pytest.mark.parametrize("cls", [cls for cls in OBJECTIVES if not cls.has_adversary])
+@pytest.mark.parametrize("cls", [cls for cls in OBJECTIVES if not cls.own_step])
 @pytest.mark.parametrize("posterior", [posteriors.DiagonalNormal, posteriors.FullNormal])
 def test_each_objective(cls: type, posterior: type) -> None:
     vae = make(posterior=posterior)

@@ -39,7 +39,7 @@ from pyro_vae.training.dataset import TensorDataset
 from pyro_vae.training.step import LossAndGradient, StepLoss, compiled_gradient, worth_compiling
 from pyro_vae.vae import VAE
 
-ONE_PLAYER = [cls for cls in OBJECTIVES if not cls.has_adversary]
+ONE_PLAYER = [cls for cls in OBJECTIVES if not cls.own_step]
 
 
 def step_of(vae: nn.Module, x: Tensor, objective: Objective | None = None) -> LossAndGradient:

@@ -22,12 +22,10 @@ from pyro_vae import likelihoods, networks, posteriors, priors
 from pyro_vae.objectives import ELBO, BetaTC, FactorVAE, Objective
 from pyro_vae.processes import in_processes
 from pyro_vae.training import State, evaluation, fit, load_weights
-from pyro_vae.training.checkpoint import load_state
 from pyro_vae.training.dataset import as_dataset
-from pyro_vae.training.engine import Engine
+from pyro_vae.training.engine import Engine, Group
 from pyro_vae.training.fitting import Result, Task, _train
-from pyro_vae.training.group import Group
-from pyro_vae.training.settings import Settings
+from pyro_vae.training.run_folder import Settings, load_state
 from pyro_vae.vae import VAE
 
 OPTIONS: dict[str, Any] = {"epochs": 2, "batch_size": 11, "lr": 0.01, **QUIET}

@@ -29,7 +29,7 @@ from pyro_vae.estimators import evidence_lower_bound
 from pyro_vae.generators import epoch_order
 from pyro_vae.objectives import ELBO, IWAE
 from pyro_vae.training import History, State, fit
-from pyro_vae.training.history import COLUMNS
+from pyro_vae.training.progress import COLUMNS
 
 
 def by_hand(

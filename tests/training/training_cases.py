@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,12 +34,14 @@ def make_data(num_rows: int = 53, seed: int = 1) -> Tensor:
     return torch.bernoulli(rate, generator=generator)
 
 
-def weights(vae: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+def weights(vae: torch.nn.Module) -> dict[str, Any]:
+    return copy.deepcopy(vae.state_dict())
 
 
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+def same(first: Any, second: Any) -> bool:
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[k], second[k]) for k in first)
+    return torch.equal(first, second) if isinstance(first, Tensor) else first == second
 
 
 class Noisy:

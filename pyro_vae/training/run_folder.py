@@ -1,11 +1,14 @@
-"""Checkpoints of a run: weights and state, replaced together or not at all."""
+"""The run folder: what was asked for, the metrics of each epoch, and checkpoints."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import inspect
 import io
 import json
 import shutil
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,9 +16,24 @@ from uuid import uuid4
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.files import PathLike, check_folder, flush_folder, reading, write
+from pyro_vae.arguments import check_real, check_whole
+from pyro_vae.files import PathLike, check_folder, flush_folder, reading, sweep, write
+from pyro_vae.objectives import Objective
+from pyro_vae.training.optimizers import OptimizerSpec, ScheduleSpec, spec_name
+from pyro_vae.training.progress import COLUMNS
 
-__all__ = ["FORMAT", "load_state", "load_weights", "put_weights", "read_run", "save_checkpoint"]
+__all__ = [
+    "Settings",
+    "check_run",
+    "describe_objective",
+    "load_state",
+    "load_weights",
+    "put_weights",
+    "read_run",
+    "save_checkpoint",
+    "start_run",
+    "write_metrics",
+]
 
 FORMAT = 1
 POINTERS = "checkpoints/current.json"  # the last, the best, and the digests of their files
@@ -33,6 +51,130 @@ RECORDS: dict[str, tuple[type, ...]] = {  # of run.json
     "training": (dict,),
     "data": (dict,),
 }
+MAY_CHANGE = ("compile", "epochs", "patience", "checkpoint_every", "threads")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `fit` that a run records; checked when made."""
+
+    epochs: int
+    batch_size: int
+    optimizer: OptimizerSpec
+    lr: float
+    schedule: ScheduleSpec | None
+    clip_norm: float | None
+    patience: int | None
+    precision: str
+    seed: int
+    checkpoint_every: int | None
+    compile: bool = False
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        check_whole(epochs=self.epochs, batch_size=self.batch_size)
+        check_whole(optional=True, patience=self.patience, checkpoint_every=self.checkpoint_every)
+        check_whole(0, seed=self.seed)
+        check_real(above=0, lr=self.lr)
+        check_real(above=0, optional=True, clip_norm=self.clip_norm)
+
+    def record(self, objective: Objective) -> dict[str, Any]:
+        """As a run records it."""
+        return {
+            **asdict(self),
+            "optimizer": spec_name(self.optimizer),
+            "schedule": spec_name(self.schedule),
+            "objective": describe_objective(objective),
+        }
+
+
+def describe_objective(objective: Objective) -> dict[str, Any]:
+    """Class and arguments; these are read from attributes named like them."""
+    objective.at(0)
+    names = inspect.signature(type(objective)).parameters
+    values = {name: getattr(objective, name) for name in names if hasattr(objective, name)}
+    arguments = {name: _as_json(value) for name, value in (values | objective.schedules).items()}
+    return {"class_path": type(objective).__name__, "init_args": arguments}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_as_json(part) for part in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"class_path": type(value).__name__, "init_args": asdict(value)}
+    return type(value).__name__
+
+
+def check_run(run: PathLike, record: dict[str, Any], resume: bool) -> None:
+    """Whether a folder may hold this run.
+
+    Args:
+        run: The folder.
+        record: "declaration", "training" and "data", as `start_run` will write them.
+        resume: Whether an existing run is gone on with.
+
+    Raises:
+        ValueError: If the folder holds a run and `resume` is false, or that run had other
+            settings or data, or the folder holds links.
+    """
+    folder = Path(run)
+    check_folder(folder)
+    if (folder / "run.json").exists():
+        if not resume:
+            raise ValueError(f"{folder} holds a run: choose another folder, or give resume=True")
+        with reading(folder / "run.json"):
+            _check_same(folder, read_run(folder), json.loads(json.dumps(record)))
+
+
+def start_run(run: PathLike, record: dict[str, Any]) -> None:
+    """Writes run.json, and makes the folder of checkpoints."""
+    from pyro_vae import __version__
+
+    for folder in (Path(run), Path(run) / "checkpoints"):
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+    text = json.dumps({"format": FORMAT, "pyro_vae": __version__, **record}, indent=2)
+    write(Path(run) / "run.json", text + "\n")
+
+
+def write_metrics(run: PathLike, rows: list[dict[str, Any]]) -> None:
+    """Writes metrics.csv, a line for each epoch."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(Path(run) / "metrics.csv", text.getvalue())
+
+
+def _check_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    was, now = _flat(old), _flat(new)
+    changed = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
+    if changed:
+        what = "; ".join(f"{key} was {was.get(key)!r}, is {now.get(key)!r}" for key in changed)
+        raise ValueError(
+            f"{folder} cannot be resumed with other settings or data: {what}. "
+            "Give the same ones, or choose another folder"
+        )
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    """What must stay the same, by dotted name."""
+    flat = {f"training.{k}": v for k, v in (record.get("training") or {}).items()}
+    for part, description in (record.get("data") or {}).items():
+        flat |= {f"data.{part}.{k}": _nameless(v) for k, v in (description or {}).items()}
+    flat["declaration"] = record.get("declaration")
+    return {k: v for k, v in flat.items() if k.removeprefix("training.") not in MAY_CHANGE}
+
+
+def _nameless(description: Any) -> Any:
+    """A description of data without their name: the digest says which they are."""
+    if isinstance(description, dict):
+        return {key: value for key, value in description.items() if key != "name"}
+    return description
 
 
 def read_run(run: PathLike) -> dict[str, Any]:
@@ -114,6 +256,8 @@ def load_state(run: PathLike) -> dict[str, Any] | None:
     path, data = _checked(run, pointers, pointers["last"], STATE)
     with reading(path):
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if (optimizer := state.pop("adversary", None)) is not None:  # of older runs
+            state["objective"]["_extra_state"] = optimizer
         wrong = [key for key, kind in KEPT.items() if type(state[key]) is not kind]
         if wrong or len(state["history"]["rows"]) != state["epoch"]:
             raise TypeError(f"not the state of a training: {', '.join(wrong) or 'its epochs'}")

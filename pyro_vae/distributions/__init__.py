@@ -1,0 +1,42 @@
+"""Densities that Pyro lacks, and KL rules between them: all on classes of our own."""
+
+from pyro_vae.distributions.latents import (
+    Draw,
+    Flow,
+    FullNormal,
+    Joint,
+    MixtureOfDiagonalNormals,
+    flow_family,
+    mixture,
+)
+from pyro_vae.distributions.rows import Incomplete, OfTotal, Product, Rows
+from pyro_vae.distributions.scalars import (
+    Bernoulli,
+    ContinuousBernoulli,
+    DiscretizedLogistic,
+    Interval,
+    Label,
+    Levels,
+    MixtureOfLogistics,
+)
+
+__all__ = [
+    "Bernoulli",
+    "ContinuousBernoulli",
+    "DiscretizedLogistic",
+    "Draw",
+    "Flow",
+    "FullNormal",
+    "Incomplete",
+    "Interval",
+    "Joint",
+    "Label",
+    "Levels",
+    "MixtureOfDiagonalNormals",
+    "MixtureOfLogistics",
+    "OfTotal",
+    "Product",
+    "Rows",
+    "flow_family",
+    "mixture",
+]

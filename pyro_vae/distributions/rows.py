@@ -1,0 +1,240 @@
+"""Distributions of a row: columns of several kinds, missing entries, counts of a total."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Size, Tensor
+from torch.distributions import Independent, constraints, transform_to
+
+from pyro_vae.distributions.scalars import Levels, Shape
+
+__all__ = ["Incomplete", "OfTotal", "Product", "Rows"]
+
+
+class Product(TorchDistribution):
+    r"""Independent columns of several families, one column an entry of the batch [*S, C].
+
+    .. math:: \log p(x) = \sum_c \log p_c(x_c)
+
+    `to_event(1)` makes it a distribution of rows. As the mean of levels their mode is taken,
+    for codes of categories have none.
+
+    Args:
+        parts: Scalar distributions, of batch [*S, C_k] each.
+        columns: For each part, the numbers of its C_k columns.
+    """
+
+    arg_constraints = {}
+
+    def __init__(
+        self,
+        parts: Sequence[Any],
+        columns: Sequence[Sequence[int]],
+        validate_args: bool | None = None,
+    ) -> None:
+        self.parts, self.columns = parts, columns
+        self.order = _inverse([c for part in columns for c in part])
+        batch = Size((*parts[0].batch_shape[:-1], len(self.order)))
+        super().__init__(batch, validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Rows of numbers, each column within the support of its part."""
+        return Rows([p.support for p in self.parts], self.columns)
+
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> Product:
+        """The same distribution over a larger batch."""
+        parts = [p.expand((*batch_shape[:-1], p.batch_shape[-1])) for p in self.parts]
+        return type(self)(parts, self.columns, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of each entry of `value` [*S, C] in nats."""
+        pairs = zip(self.parts, self.columns)
+        return self._joined([p.log_prob(value[..., _run(columns)]) for p, columns in pairs])
+
+    def sample(self, sample_shape: Shape = Size()) -> Tensor:
+        """Draws of each column."""
+        return self._joined([p.sample(Size(sample_shape)) for p in self.parts])
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each column, or mode of levels."""
+        means = [p.mode if isinstance(p, Levels) else p.mean for p in self.parts]
+        return self._joined([m.to(means[0].dtype) for m in means])
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        joined = torch.cat(parts, -1)
+        return joined if self.order == sorted(self.order) else joined[..., self.order]
+
+
+class Rows(constraints.Constraint):
+    """Rows whose columns are each within their own support; arguments as in `Product`."""
+
+    def __init__(
+        self, parts: Sequence[constraints.Constraint], columns: Sequence[Sequence[int]]
+    ) -> None:
+        self.parts, self.columns = parts, columns
+        self.order = _inverse([c for part in columns for c in part])
+
+    @property
+    def is_discrete(self) -> bool:  # type: ignore[override]
+        """Whether every column is."""
+        return all(part.is_discrete for part in self.parts)
+
+    def check(self, value: Tensor) -> Tensor:
+        """Whether each entry is in the support of its column."""
+        pairs = zip(self.parts, self.columns)
+        return torch.cat([p.check(value[..., c]) for p, c in pairs], -1)[..., self.order]
+
+
+def _run(numbers: Sequence[int]) -> Sequence[int] | slice:
+    """Numbers as a slice, where they rise one by one."""
+    whole = slice(numbers[0], numbers[-1] + 1)
+    return whole if list(numbers) == list(range(whole.start, whole.stop)) else numbers
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    """Where each number of a permutation stands."""
+    return sorted(range(len(order)), key=lambda i: order[i])
+
+
+class Incomplete(TorchDistribution):
+    r"""The marginal density of the entries that are not NaN; NaN declares a missing one.
+
+    .. math:: \log p(x) = \sum_{e \,:\, x_e \text{ observed}} \log p(x_e)
+
+    Missing entries add neither to the density nor to its gradients: they are put at a point of
+    the support before their densities are taken, and left out after. Draws and moments are
+    those of `base`, of all entries.
+
+    Args:
+        base: Distribution with batch \*S, independent over the entries of its event \*E, such as
+            `Normal(mean, scale).to_event(1)`.
+
+    Raises:
+        ValueError: If the entries of `base` are not independent.
+    """
+
+    arg_constraints = {}
+
+    def __init__(self, base: Any, validate_args: bool | None = None) -> None:
+        self.base, self.each = base, base
+        while isinstance(self.each, Independent):
+            self.each = self.each.base_dist
+        if self.each.event_shape:
+            raise ValueError(
+                "Incomplete needs a distribution whose entries are independent, such as "
+                f"Normal(mean, scale).to_event(1); got {type(self.each).__name__}: give the "
+                "marginal of what is observed yourself"
+            )
+        super().__init__(base.batch_shape, base.event_shape, validate_args=validate_args)
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """Whether draws of `base` have gradients."""
+        return self.base.has_rsample
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """That of complete values."""
+        return self.base.support
+
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> Incomplete:
+        """The same distribution over a larger batch."""
+        return type(self)(self.base.expand(Size(batch_shape)), validate_args=False)
+
+    def entry_log_prob(self, value: Tensor) -> Tensor:
+        """Log density of each entry of `value` in nats [*S, *E]; 0 where it is missing."""
+        observed = ~value.isnan()
+        log_prob = self.each.log_prob(torch.where(observed, value, _inside(self.each, value)))
+        return torch.where(observed, log_prob, torch.zeros_like(log_prob))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density in nats [*S] of the entries of `value` [*S, *E] that are not NaN."""
+        log_prob = self.entry_log_prob(value)
+        return log_prob.flatten(-len(self.event_shape)).sum(-1) if self.event_shape else log_prob
+
+    def sample(self, sample_shape: Shape = Size()) -> Tensor:
+        """Complete draws."""
+        return self.base.sample(Size(sample_shape))
+
+    def rsample(self, sample_shape: Shape = Size()) -> Tensor:
+        """Complete draws, reparameterised."""
+        return self.base.rsample(Size(sample_shape))
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of complete values."""
+        return self.base.mean
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of complete values."""
+        return self.base.variance
+
+
+def _inside(each: Any, like: Tensor) -> Tensor:
+    """A point of the support of scalar distributions, in the type of `like`."""
+    if isinstance(each, Product):
+        pairs = zip(each.parts, each.columns)
+        return torch.stack([_inside(p, like) for p, c in pairs for _ in c])[each.order]
+    if each.support.is_discrete:
+        return like.new_zeros(()) + getattr(each.support, "lower_bound", 0)
+    return transform_to(each.support)(like.new_zeros(()))
+
+
+class OfTotal(TorchDistribution):
+    r"""Counts x given their own total: p(x | sum of x), as a density of x.
+
+    .. math:: \log p(x) = \log p_{l}(x), \qquad l = \textstyle\sum_e x_e
+
+    Draws take a total of `total` first, which they need not sum to.
+
+    Args:
+        make: From totals [*S] to counts, batch \*S and event \*E.
+        total: Distribution of totals, batch \*S.
+    """
+
+    arg_constraints = {}
+    given_value = True  # the density is conditioned on a part of the value
+
+    def __init__(
+        self, make: Callable[[Tensor], Any], total: Any, validate_args: bool | None = None
+    ) -> None:
+        self.make, self.total = make, total
+        self.typical = make(total.mean)
+        shapes = self.typical.batch_shape, self.typical.event_shape
+        super().__init__(*shapes, validate_args=validate_args)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """That of the counts."""
+        return self.typical.support
+
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> OfTotal:
+        """The same distribution over a larger batch."""
+        total = self.total.expand(Size(batch_shape))
+        return type(self)(self.make, total, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density in nats [*S] of counts [*S, *E] given their totals."""
+        total = value.flatten(value.ndim - len(self.event_shape)).sum(-1)
+        return self.make(total).log_prob(value)
+
+    def sample(self, sample_shape: Shape = Size()) -> Tensor:
+        """Counts of drawn totals."""
+        return self.make(self.total.sample(Size(sample_shape))).sample()
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean at the mean total."""
+        return self.typical.mean
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance at the mean total."""
+        return self.typical.variance

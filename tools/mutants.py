@@ -1,0 +1,194 @@
+"""Mutation testing of one package: small faults in random functions, and which tests see them.
+
+python tools/mutants.py PACKAGE [--number 40] [--seed 0] [--show] -- TESTS AND OPTIONS OF PYTEST
+
+The tests run once, which tells who calls what. Then each mutant, one changed operator, constant
+or branch, runs in a fork of this process: against the tests that call its function, the quickest
+first, until one fails. A mutant that runs for ten times as long counts as killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import gc
+import os
+import random
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SWAPPED: dict[type, type] = {
+    **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq},
+    **{ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn},
+    **{
+        ast.NotIn: ast.In,
+        ast.Add: ast.Sub,
+        ast.Sub: ast.Add,
+        ast.Mult: ast.Div,
+        ast.Div: ast.Mult,
+    },
+    **{ast.And: ast.Or, ast.Or: ast.And, ast.FloorDiv: ast.Mult, ast.BitAnd: ast.BitOr},
+    **{ast.BitOr: ast.BitAnd, ast.Pow: ast.Mult, ast.Mod: ast.FloorDiv},
+}
+Key = tuple[str, str, int]  # file, qualified name and first line of a function
+
+
+def mutated(node: ast.AST) -> ast.AST | None:
+    """The node with one fault, or None where there is nothing to change."""
+    new: Any = copy.deepcopy(node)
+    match new:
+        case ast.BinOp(op=op) | ast.BoolOp(op=op) if type(op) in SWAPPED:
+            new.op = SWAPPED[type(op)]()
+        case ast.Compare(ops=[op, *_]):
+            new.ops[0] = SWAPPED[type(op)]()
+        case ast.UnaryOp(op=ast.Not() | ast.USub() | ast.Invert(), operand=operand):
+            return operand
+        case ast.Constant(value=bool(value)):
+            new.value = not value
+        case ast.Constant(value=int(value) | float(value)):
+            new.value = value + 1
+        case ast.IfExp():
+            new.body, new.orelse = new.orelse, new.body
+        case ast.If() | ast.While():
+            new.test = ast.UnaryOp(ast.Not(), new.test)
+        case ast.Expr(value=ast.Call()):
+            return ast.Pass()
+        case _:
+            return None
+    return new
+
+
+def places(function: ast.AST) -> Iterator[tuple[ast.AST, str, int | None]]:
+    """Where a node hangs in the body of a function: parent, field, index; messages left out."""
+    for field, value in ast.iter_fields(function):
+        if field in ("decorator_list", "args", "returns", "annotation"):
+            continue
+        for index, node in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            if isinstance(node, ast.AST) and not isinstance(node, ast.Raise | ast.JoinedStr):
+                yield function, field, index
+                yield from places(node)
+
+
+def codes(code: CodeType) -> Iterator[CodeType]:
+    """A code object and those inside it."""
+    yield code
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from codes(inner)
+
+
+def mutants(path: Path) -> Iterator[tuple[Key, str, CodeType]]:
+    """The function, a description and the changed code of every mutant of a file."""
+    tree = ast.parse(path.read_text())
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    inner = {n for f in functions for n in ast.walk(f) if n is not f}
+    for function in (f for f in functions if f not in inner):
+        first = min(n.lineno for n in [function, *function.decorator_list])
+        for parent, field, index in places(function):
+            held: Any = getattr(parent, field)
+            node = held if index is None else held[index]
+            new = mutated(node)
+            if new is None:
+                continue
+            what = f"{ast.unparse(node).splitlines()[0]} -> {ast.unparse(new).splitlines()[0]}"
+            _put(parent, field, index, ast.copy_location(new, node))
+            module = compile(ast.fix_missing_locations(tree), str(path), "exec")
+            _put(parent, field, index, node)
+            code = next(
+                c
+                for c in codes(module)
+                if c.co_firstlineno == first and c.co_name == function.name
+            )
+            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', first)} {code.co_qualname}"
+            yield (str(path), code.co_qualname, first), f"{where}: {what}", code
+
+
+def _put(parent: Any, field: str, index: int | None, node: ast.AST) -> None:
+    if index is None:
+        setattr(parent, field, node)
+    else:
+        getattr(parent, field)[index] = node
+
+
+class Campaign:
+    """The plugin of pytest that runs the tests, and then the mutants."""
+
+    def __init__(self, package: str, number: int, seed: int) -> None:
+        found = ROOT / "pyro_vae" / package
+        files = sorted(found.rglob("*.py")) if found.is_dir() else [found.with_suffix(".py")]
+        self.mutants = [m for path in files for m in mutants(path)]
+        self.number, self.seed, self.failed = number, seed, False
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.failed = self.failed or report.failed
+
+    def pytest_runtestloop(self, session: Any) -> bool:
+        tests: dict[Key, list[tuple[float, int]]] = defaultdict(list)
+        items = session.items
+        for i, item in enumerate(items):
+            seen: set[CodeType] = set()
+            began = time.process_time()
+            sys.settrace(lambda frame, *_, seen=seen: seen.add(frame.f_code))
+            self.run(item, items[i + 1] if i + 1 < len(items) else None)
+            sys.settrace(None)
+            for code in seen:
+                key = code.co_filename, code.co_qualname, code.co_firstlineno
+                tests[key].append((time.process_time() - began, i))
+        assert not self.failed, "the tests fail without a mutant"
+        called = [m for m in self.mutants if m[0] in tests]
+        sample = random.Random(self.seed).sample(called, min(self.number, len(called)))
+        killed = 0
+        for key, what, code in sample:
+            seen_by = sorted(tests[key])
+            dead = self.dies(key, code, [items[i] for _, i in seen_by], sum(t for t, _ in seen_by))
+            killed += dead
+            print(f"{'killed' if dead else 'SURVIVED'} ({len(seen_by)} tests) {what}", flush=True)
+        print(
+            f"{killed} of {len(sample)} mutants killed; {len(self.mutants) - len(called)} of "
+            f"{len(self.mutants)} are in functions that no test here calls in this process"
+        )
+        return True
+
+    def dies(self, key: Key, code: CodeType, items: list[Any], seconds: float) -> bool:
+        """Whether one of the tests fails with the mutant."""
+        child = os.fork()
+        if child:
+            return os.waitpid(child, 0)[1] != 0
+        limit = int(10 * seconds) + 10
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1), os.dup2(null, 2)
+        for function in [f for f in gc.get_objects() if isinstance(f, FunctionType)]:
+            old = function.__code__
+            if (old.co_filename, old.co_qualname, old.co_firstlineno) == key:
+                function.__code__ = code
+        for i, item in enumerate(items):
+            self.run(item, items[i + 1] if i + 1 < len(items) else None)
+            if self.failed:
+                os._exit(1)
+        os._exit(0)
+
+    def run(self, item: Any, following: Any) -> None:
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("package")
+    parser.add_argument("--number", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    given, tests = parser.parse_known_args()
+    tests = [option for option in tests if option != "--"]
+    sys.path.insert(0, str(ROOT))
+    plugin = Campaign(given.package, given.number, given.seed)
+    sys.exit(pytest.main(["-n0", "-q", "-p", "no:cacheprovider", *tests], plugins=[plugin]))
