@@ -14,6 +14,7 @@ from torch.nn.functional import one_hot
 
 from pyro_vae.arguments import as_tensor, check_real, check_whole
 from pyro_vae.distributions import Label, mixture
+from pyro_vae.hierarchy import Inference, Layers
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.posteriors import Posterior
 from pyro_vae.priors import Prior
@@ -46,13 +47,14 @@ class ClassVAE(VAE):
     p(y | x) is the model's own, by `class_probabilities`. Labels are numbers from 0, -1 where
     unknown. log p(x, y) is that of data with the labels given: log p(x) where they are not.
 
-    Sites are "y", "z" and "x", and "label" where labels are given. Each pass runs the networks
-    on all C classes.
+    Sites are "y", "z" and "x", and "label" where labels are given; a hierarchy has one for each
+    layer in place of "z". Each pass runs the networks on all C classes.
 
     Args:
-        prior: y -> p(z | y), or p(z) for a prior that does not look at y.
+        prior: y -> p(z | y), or p(z) for a prior that does not look at y; `Layers` of such.
         likelihood: z, y -> p(x | z, y).
-        posterior: x, y -> q(z | x, y); both networks are conditioned on one-hot classes.
+        posterior: x, y -> q(z | x, y), or an order of inference; networks are conditioned on
+            one-hot classes.
         missing: As in `VAE`.
         classes: Number of classes C.
         label_weight: What objectives add for each known label: this times the gradient of the
@@ -65,9 +67,9 @@ class ClassVAE(VAE):
 
     def __init__(
         self,
-        prior: Prior,
+        prior: Prior | Layers,
         likelihood: Likelihood,
-        posterior: Posterior,
+        posterior: Posterior | Inference,
         missing: bool = False,
         *,
         classes: int,

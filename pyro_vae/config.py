@@ -76,7 +76,7 @@ def build(
             `latent_dim` has several sizes), "BottomUp" or "Ladder".
         skip: Whether p(x | z) sees all layers of a hierarchy, or the one next to it alone.
         classes: Number of classes, known for some data or none, which makes a `ClassVAE`; 0 for
-            none. Both networks are conditioned on the class.
+            none. Every network is conditioned on the class.
         label_weight: What each known label adds to objectives: this times log p(y | x).
 
     Raises:
@@ -86,7 +86,7 @@ def build(
     """
     sizes = as_shape("latent_dim", latent_dim)
     order = _order(latent_dim, hierarchy, skip)
-    labelled = _labelled(classes, label_weight, condition_dim, order is not None)
+    labelled = _labelled(classes, label_weight, condition_dim)
     condition_dim = condition_dim or classes
     shape = as_shape("data_shape", data_shape)
     declared = {
@@ -125,14 +125,12 @@ def build(
     return vae
 
 
-def _labelled(
-    classes: int, label_weight: float, condition_dim: int, several: bool
-) -> dict[str, Any]:
+def _labelled(classes: int, label_weight: float, condition_dim: int) -> dict[str, Any]:
     """What is declared of classes; empty if there are none."""
     check_whole(0, condition_dim=condition_dim, classes=classes)
-    if (condition_dim or several) and classes or label_weight and not classes:
+    if condition_dim and classes or label_weight and not classes:
         raise ValueError(
-            "classes go with condition_dim=0 and one layer of latents, and label_weight with "
+            "classes go with condition_dim=0, for a datum has one y, and label_weight with "
             f"classes; got classes={classes}, condition_dim={condition_dim}, "
             f"label_weight={label_weight}"
         )

@@ -15,7 +15,8 @@ from sklearn.base import (
     OutlierMixin,
     TransformerMixin,
 )
-from sklearn.utils import check_random_state
+from sklearn.utils import check_consistent_length, check_random_state, column_or_1d
+from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from pyro_vae.arguments import check_real
 from pyro_vae.config import build, component
 from pyro_vae.data import read_table, spread
 from pyro_vae.data.tables import read_numbers
-from pyro_vae.estimators import impute, log_evidence
+from pyro_vae.estimators import class_probabilities, impute, log_evidence
 from pyro_vae.generators import forked
 from pyro_vae.training import fit
 
@@ -50,6 +51,9 @@ class VariationalAutoencoder(  # type: ignore[misc]
         prior: Name of a prior, as in `build`.
         posterior: Name of a posterior.
         objective: Name of an objective.
+        classes: Number of classes, of which some rows have a label, or none; see `ClassVAE`. What
+            estimates log p then costs that many times as much.
+        label_weight: What each known label adds to the objective: this times log p(y | x).
         epochs: Passes over the data.
         batch_size: Rows of one step.
         lr: Learning rate of Adam.
@@ -63,6 +67,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
         vae_: The VAE, in double precision.
         schema_: The columns.
         history_: What `fit` returned.
+        classes_: The classes, numbers from 0, if there are any.
         offset_: The log p below which a row is an outlier, in nats.
         n_features_in_: Number of columns.
         feature_names_in_: Their names, where `fit` was given a frame.
@@ -80,6 +85,8 @@ class VariationalAutoencoder(  # type: ignore[misc]
         prior: str | Mapping[str, Any] = "StandardNormal",
         posterior: str | Mapping[str, Any] = "DiagonalNormal",
         objective: str | Mapping[str, Any] = "ELBO",
+        classes: int = 0,
+        label_weight: float = 0.0,
         epochs: int = 100,
         batch_size: int = 100,
         lr: float = 1e-3,
@@ -94,6 +101,8 @@ class VariationalAutoencoder(  # type: ignore[misc]
         self.prior = prior
         self.posterior = posterior
         self.objective = objective
+        self.classes = classes
+        self.label_weight = label_weight
         self.epochs = epochs
         self.batch_size = batch_size
         self.lr = lr
@@ -103,11 +112,18 @@ class VariationalAutoencoder(  # type: ignore[misc]
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any = None) -> VariationalAutoencoder:
-        """Trains on the rows X [N, C]; y is not looked at."""
+        """Trains on the rows X [N, C].
+
+        Args:
+            X: The rows.
+            y: With `classes`, the label of each row, from 0, -1 or NaN where unknown; None if
+                all are. Without, it is not looked at.
+        """
         check_real(above=0, contamination=self.contamination)
         if self.contamination > 0.5:
             raise ValueError(f"contamination must be at most 0.5; got {self.contamination}")
         rows = self._first_rows(X)
+        labels = self._labels(y, len(rows))
         self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         network = {"class_path": "MLP", "init_args": {"hidden": list(self.hidden)}}
         with forked(torch.device("cpu"), self._seed):
@@ -120,11 +136,13 @@ class VariationalAutoencoder(  # type: ignore[misc]
                 encoder=network,
                 decoder=network,
                 missing=True,
+                classes=self.classes,
+                label_weight=self.label_weight,
             )
         objective, options = component("objective", self.objective)
         self.history_ = fit(
             self.vae_,
-            rows,
+            rows if labels is None else (rows, labels),
             objective(**options),
             epochs=self.epochs,
             batch_size=self.batch_size,
@@ -144,12 +162,16 @@ class VariationalAutoencoder(  # type: ignore[misc]
         with torch.no_grad():
             return self.vae_.encode(rows).mean.numpy()
 
-    def inverse_transform(self, X: Any) -> Any:
-        """Rows at codes [N, D]: the mean of each number, the likeliest of each category."""
+    def inverse_transform(self, X: Any, y: Any = None) -> Any:
+        """Rows at codes [N, D]: the mean of each number, the likeliest of each category.
+
+        With `classes` they are those of the classes y [N].
+        """
         check_is_fitted(self)
         codes = check_array(X, dtype=np.float64, input_name="X")
         with torch.no_grad():
-            return self._given(self.vae_.likelihood(torch.from_numpy(codes)).mean)
+            given = self._one_hot(y, len(codes))
+            return self._given(self.vae_.likelihood(torch.from_numpy(codes), given).mean)
 
     def impute(self, X: Any, num_draws: int = 100) -> Any:
         """Rows with their missing entries filled in, given what was observed of each.
@@ -177,6 +199,17 @@ class VariationalAutoencoder(  # type: ignore[misc]
         """-1 for outliers, 1 for others."""
         return np.where(self.decision_function(X) < 0, -1, 1)
 
+    @available_if(lambda self: self.classes > 0)
+    def predict_proba(self, X: Any) -> Array:
+        """p(y | x) of each row [N, C] under the model, by `class_probabilities`."""
+        rows = self._rows(X)
+        return class_probabilities(self.vae_, rows, **self._judging()).probabilities.numpy()
+
+    @available_if(lambda self: self.classes > 0)
+    def classify(self, X: Any) -> NDArray[np.int64]:
+        """The likeliest class of each row; `predict` is of outliers."""
+        return self.classes_[self.predict_proba(X).argmax(1)]
+
     def sample(self, n_samples: int = 1, random_state: Any = 0) -> Any:
         """Rows drawn from the model, an array, or a frame where `fit` was given one."""
         check_is_fitted(self)
@@ -191,15 +224,34 @@ class VariationalAutoencoder(  # type: ignore[misc]
         return tags
 
     def _scores(self, rows: Tensor) -> Array:
-        evidence = log_evidence(
-            self.vae_,
-            rows.double(),
-            tolerance=self.tolerance,
-            budget=self.budget,
-            audit=False,
-            seed=self._seed,
-        )
-        return evidence.log_prob.double().numpy()
+        return log_evidence(self.vae_, rows.double(), **self._judging()).log_prob.numpy()
+
+    def _judging(self) -> dict[str, Any]:
+        """What estimators of log p are told."""
+        options = {"tolerance": self.tolerance, "budget": self.budget, "seed": self._seed}
+        return {**options, "audit": False}
+
+    def _one_hot(self, y: Any, number: int) -> Tensor | None:
+        """Classes [N, C] to decode at; None without classes."""
+        labels = self._labels(y, number)
+        if labels is None:
+            return None
+        vae: Any = self.vae_
+        vae.check_labels(labels)
+        if bool((labels < 0).any()):
+            raise ValueError("with classes, inverse_transform needs y, the class of each code")
+        return torch.nn.functional.one_hot(labels.long(), self.classes).double()
+
+    def _labels(self, y: Any, number: int) -> Tensor | None:
+        """Labels [N], -1 where unknown; None without classes."""
+        if not self.classes:
+            return None
+        self.classes_ = np.arange(self.classes)
+        if y is None:
+            return torch.full((number,), -1.0)
+        labels = np.asarray(column_or_1d(y), np.float32)
+        check_consistent_length(range(number), labels)
+        return torch.from_numpy(np.nan_to_num(labels, nan=-1.0))
 
     def _first_rows(self, X: Any) -> Tensor:
         """Training rows [N, C], float32; learns the schema."""

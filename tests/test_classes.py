@@ -27,9 +27,8 @@ LINEAR: Any = {"class_path": "MLP", "init_args": {"hidden": []}}
 
 def made(prior: str = "StandardNormal", decoder: Any = SMALL, **options: Any) -> ClassVAE:
     likelihood = {"class_path": "Normal", "init_args": {"scale": 0.7}}
-    vae = build(
-        F, D, prior, likelihood, encoder=SMALL, decoder=decoder, classes=C, **options
-    )  # fmt: skip
+    given = {"latent_dim": D, "encoder": SMALL, "decoder": decoder, "classes": C, **options}
+    vae = build(F, prior=prior, likelihood=likelihood, **given)
     assert isinstance(vae, ClassVAE)
     for parameter in (*vae.prior.parameters(), vae.class_weights.logits):
         nn.init.normal_(parameter, std=0.3)
@@ -67,6 +66,48 @@ def test_evidence_is_that_of_the_mixture_and_labels_are_observed(prior: str) -> 
     assert torch.equal(again.log_prob, found.log_prob)
     share, stderr, _ = class_probabilities(vae, x, estimator=importance_sampling, **way)
     assert ((share - truth.softmax(1)).abs() < 4.5 * stderr + 1e-9).all()
+
+
+def joint_of_layers(vae: ClassVAE, x: Tensor) -> Tensor:
+    """log p(x, y) [B, C] of two linear layers, D and 3, the lower one of fixed scale."""
+    top: Any = vae.prior.layers[1](torch.eye(C))  # type: ignore[union-attr, operator]
+    lower: Any = vae.prior.layers[0].network.output  # type: ignore[union-attr]
+    linear: Any = vae.likelihood.decoder.decoder.output  # type: ignore[union-attr]
+    with torch.no_grad():
+        lower.weight[D:] = 0
+    A, W = lower.weight[:D], linear.weight
+    loc = top.mean @ A[:, :3].T + A[:, 3:].T + lower.bias[:D]
+    scale = nn.functional.softplus(lower.bias[D:]) + 1e-4
+    covariance = A[:, :3] @ top.variance.diag_embed() @ A[:, :3].T + scale.square().diag()
+    loc = loc @ W[:, :D].T + W[:, D:].T + linear.bias
+    covariance = W[:, :D] @ covariance @ W[:, :D].T + 0.7**2 * torch.eye(F)
+    given = dist.MultivariateNormal(loc, covariance).log_prob(x.unsqueeze(1))
+    return (vae.class_weights.logits.log_softmax(0) + given).detach()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.filterwarnings("ignore:posterior collapse")
+@pytest.mark.parametrize("order", ["TopDown", "BottomUp", "Ladder"])
+def test_classes_of_several_layers_have_their_closed_form(order: str) -> None:
+    vae, x = made("NormalPerClass", LINEAR, latent_dim=[D, 3], hierarchy=order), torch.randn(B, F)
+    truth = joint_of_layers(vae, x)
+    for q in vae.posterior.layers:  # type: ignore[union-attr]
+        size = q.latent_dim
+        with torch.no_grad():
+            q.encoder.output.weight *= 0.3
+            q.encoder.output.bias[size:] = 1.5  # wide, for weights of finite variance
+    labels = torch.tensor([0, 1, 2, -1, 1, -1, 0])
+    known = truth.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    wanted = torch.where(labels < 0, truth.logsumexp(1), known)
+    for proposal in ("guide", "prior"):
+        found = importance_sampling(vae, x, labels, num_samples=499, proposal=proposal)
+        assert ((found.log_prob - wanted).abs() < 4.5 * found.stderr).all()
+    way: Any = {"estimator": importance_sampling, "num_samples": 499, "proposal": "prior"}
+    share, stderr, _ = class_probabilities(vae, x, **way)
+    assert ((share - truth.softmax(1)).abs() < 4.5 * stderr + 1e-9).all()
+    fit(vae, (x, labels), IWAE(3), epochs=1, precision="64-true", progress=False)
+    assert vae.encode(x).mean.shape == (B, D + 3)
+    assert vae.reconstruct(x).shape == vae.sample(B, labels).shape == (B, F)
 
 
 @pytest.mark.usefixtures("float64")
@@ -184,7 +225,7 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
             vae.model(x, labels)
     with pytest.raises(ValueError, match=r"y must be labels \[B\]"):
         vae.model(x, torch.zeros(B, 2))
-    with pytest.raises(ValueError, match="classes go with condition_dim=0"):
+    with pytest.raises(ValueError, match="classes go with condition_dim=0, for a datum has one y"):
         build(F, D, classes=C, condition_dim=2)
     with pytest.raises(ValueError, match="label_weight with classes"):
         build(F, D, label_weight=1.0)

@@ -7,12 +7,13 @@ import pickle
 import numpy as np
 import pandas
 import pytest
+import torch
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from pyro_vae import log_evidence
+from pyro_vae import class_probabilities, log_evidence
 from pyro_vae.data import read_table
 from pyro_vae.sklearn import VariationalAutoencoder
 
@@ -86,6 +87,28 @@ def test_units_change_scores_by_their_logarithm() -> None:
     )
     shift = first.score_samples(x) - second.score_samples(1000 * x)
     np.testing.assert_allclose(shift, 2 * np.log(1000), atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:posterior collapse")
+def test_few_labels_name_the_classes_of_rows() -> None:
+    y = np.arange(17) % 3
+    x = 5 * np.eye(3, 4)[y] + np.random.default_rng(0).normal(size=(17, 4))
+    few = {**SMALL, "epochs": 200, "lr": 0.02, "prior": "NormalPerClass", "random_state": 3}
+    model = VariationalAutoencoder(2, classes=3, label_weight=5.0, **few)
+    share = model.fit(x, np.where(np.arange(17) < 6, y, np.nan)).predict_proba(x[:5])
+    way = {"tolerance": 1.0, "budget": 6000, "audit": False, "seed": model._seed}
+    truth = class_probabilities(model.vae_, torch.from_numpy(x[:5]), **way)
+    np.testing.assert_array_equal(share, truth.probabilities)
+    assert (model.classify(x[12:]) == y[12:]).all()
+    assert model.inverse_transform(model.transform(x), y).shape == (17, 4)
+    with pytest.raises(ValueError, match="inverse_transform needs y, the class of each code"):
+        model.inverse_transform(model.transform(x))
+    with pytest.raises(ValueError, match="labels must be from 0 to 2, for 3 classes"):
+        model.fit(x, y + 1)
+    with pytest.raises(ValueError, match="inconsistent numbers of samples"):
+        model.fit(x, y[:5])
+    assert not hasattr(VariationalAutoencoder(), "predict_proba")
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ from pyro_vae.data import Splits, load_data
 from pyro_vae.files import write
 from pyro_vae.objectives import ELBO, Linear
 
-MODELS = ("one layer", "two layers", "two layers, VampPrior")
+MODELS = ("one layer", "two layers", "two layers, VampPrior", "three layers")
+LAYERS = {"one": 1, "two": 2, "three": 3}
 
 
 def main(options: argparse.Namespace) -> None:
@@ -41,7 +42,7 @@ def main(options: argparse.Namespace) -> None:
     data = load_data(source, root=options.root, transform="dynamic")
     x, _ = data.test.fixed().batch(torch.arange(options.images))
     rows, log_prob = [], {}
-    for name in MODELS:
+    for name in options.models:
         torch.manual_seed(0)
         vae = declared(name, data.train.data_shape, options.components)
         row = trained(vae, name, data, options)
@@ -52,7 +53,8 @@ def main(options: argparse.Namespace) -> None:
         row |= {"log p(x)": evidence.mean(), "+- Monte Carlo": evidence.mean_stderr()[0]}
         row["verdict"] = ", ".join(f"{n} {v}" for v, n in Counter(evidence.verdict).items())
         rows.append(row)
-    pairs = {f"{b} less {a}": log_prob[b] - log_prob[a] for a, b in combinations(MODELS, 2)}
+        print(row, flush=True)
+    pairs = {f"{b} less {a}": log_prob[b] - log_prob[a] for a, b in combinations(log_prob, 2)}
     gains = [
         {"pair": k, "nats": d.mean().item(), "+- data": d.std().item() / len(d) ** 0.5}
         for k, d in pairs.items()
@@ -70,8 +72,9 @@ def declared(name: str, data_shape: tuple[int, ...], components: int) -> VAE:
     vamp = {"class_path": "VampPrior", "init_args": {"num_components": components}}
     gated = {"class_path": "GatedMLP", "init_args": {"hidden": [300, 300]}}
     given = {"prior": vamp if "Vamp" in name else "StandardNormal"}
-    given |= {"hierarchy": "TopDown", "skip": True} if "two" in name else {}
-    latent_dim = [40, 40] if "two" in name else 40
+    layers = LAYERS[name.split()[0]]
+    given |= {"hierarchy": "TopDown", "skip": True} if layers > 1 else {}
+    latent_dim = [40] * layers if layers > 1 else 40
     return build(data_shape, latent_dim, encoder=gated, decoder=gated, **given)
 
 
@@ -99,6 +102,7 @@ def trained(vae: VAE, name: str, data: Splits, options: argparse.Namespace) -> d
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", default="data", help="folder of MNIST")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--rows", type=int, default=50_000, help="training images")
     parser.add_argument("--components", type=int, default=100, help="of the VampPrior")
