@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_vae import build, class_probabilities, fit, load
+from pyro_vae import build, class_probabilities, fit, impute, load
 from pyro_vae.classes import ClassVAE
 from pyro_vae.cli.parsing import run
 from pyro_vae.densities import densities
@@ -227,6 +227,8 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
         vae.model(x, torch.zeros(B, 2))
     with pytest.raises(ValueError, match="classes go with condition_dim=0, for a datum has one y"):
         build(F, D, classes=C, condition_dim=2)
+    with pytest.raises(ValueError, match=r"impute takes no model with discrete .* here \['y'\]"):
+        impute(vae, x)
     with pytest.raises(ValueError, match="label_weight with classes"):
         build(F, D, label_weight=1.0)
     with pytest.raises(ValueError, match="classes must be at least 2"):

@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "hierarchy": {"torch", "pyro", "distributions", "priors", "posteriors"},
     "classes": {
         *("torch", "arguments", "pyro", "distributions"),
-        *("priors", "likelihoods", "posteriors", "vae"),
+        *("priors", "likelihoods", "posteriors", "hierarchy", "vae"),
     },
     "vae": {
         *("torch", "arguments", "pyro", "distributions", "memory"),

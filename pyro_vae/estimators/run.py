@@ -38,7 +38,7 @@ SUMMED = {  # estimators of log p(x), whose results are summed over the values o
     "annealed_importance_sampling",
     "log_evidence",
 }
-REFUSED = {"audit", "bidirectional"}
+REFUSED = {"audit", "bidirectional", "column_log_prob", "impute"}
 MATTERS = 1e-3  # posterior probability from which a value's verdict counts
 VERDICTS = ["reliable", "lower bound", "doubtful"]  # from the best to the worst
 DRAWS_AT_ONCE = 4  # draws of each datum that make up the rows that the model sees at once
