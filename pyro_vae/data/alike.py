@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,7 +60,7 @@ def alike(
                 f"{_range(*known['range'])}; got grey values ({rows.x.dtype}): store them as "
                 "floats in these units"
             )
-        rows = replace(rows, levels=None)
+        rows = rows.unchecked(levels=None)
     if levels is None and known and rows.schema is None:
         _check_units(rows, max(map(abs, known["range"])))
     return rows
@@ -81,7 +80,7 @@ def _ordered(rows: Data, columns: list[str] | None) -> Data:
             "give the file the columns that the run was trained on"
         )
     order = torch.tensor([rows.columns.index(name) for name in columns])
-    return replace(rows, x=rows.x[:, order], columns=tuple(columns))
+    return rows.unchecked(x=rows.x[:, order], columns=tuple(columns))
 
 
 def _grey(rows: Data, levels: int) -> Data:
@@ -94,7 +93,7 @@ def _grey(rows: Data, levels: int) -> Data:
             f"run was trained on; got {rows.x.dtype} {_range(low, high)}: store them as uint8, "
             "not divided"
         )
-    return replace(rows, levels=levels)
+    return rows.unchecked(levels=levels)
 
 
 def _check_units(rows: Data, known: float) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -246,12 +247,15 @@ class Data:
             Data that holds the model values, float32, or uint8 where they are binary.
         """
         seed = self.seed if seed is None else seed
+        check_whole(0, seed=seed)
         dtype = torch.uint8 if self.transform.binary else torch.float32
         parts = []
         for x, rows in zip(self.x.split(_CHUNK), self.rows.split(_CHUNK)):
             u = row_noise(rows, x.shape[1:], seed) if self.transform.noisy else None
             parts.append(self.transform(x, u).to(dtype))
-        return replace(self, x=torch.cat(parts), transform=_Applied(self.transform), seed=seed)
+        x = torch.cat(parts)
+        self._check(~x.isinf(), "finite values in x", "infinite ones")
+        return self.unchecked(x=x, transform=_Applied(self.transform), seed=seed)
 
     def with_transform(self, transform: Transform) -> Data:
         """The same rows under another transform.
@@ -264,7 +268,7 @@ class Data:
                 f"{self._title}: expected original values, got the model values that fixed() "
                 "keeps; choose the transform before fixed()"
             )
-        return replace(self, transform=transform)
+        return self.unchecked(transform=transform)
 
     def one_hot(self) -> Data:
         """The same rows with y = their labels one-hot, float32 [N, classes]; 0 where unknown.
@@ -277,21 +281,31 @@ class Data:
                 f"{self._title}: expected labels to condition on, got none; give labels or y"
             )
         known = one_hot(self.labels.clamp(min=0), self.classes).float()
-        return replace(self, y=known * (self.labels >= 0).unsqueeze(1))
+        return self.unchecked(y=known * (self.labels >= 0).unsqueeze(1))
 
     def subset(self, index: Tensor) -> Data:
         """The rows at these positions, int64 [M], with the ids and noise they had."""
-        index = index.to(self.x.device)
-        y = None if self.y is None else self.y[index]
-        labels = None if self.labels is None else self.labels[index]
-        return replace(self, x=self.x[index], y=y, labels=labels, rows=self.rows[index])
+        found = self._each(lambda part: part[index.to(part.device)])
+        if len(found) < 1:
+            raise ValueError(f"{self._title}: expected a subset of at least 1 row, got none")
+        return found
 
     def to(self, device: torch.device | str) -> Data:
         """The same rows on a device."""
-        y = None if self.y is None else self.y.to(device)
-        labels = None if self.labels is None else self.labels.to(device)
-        x, rows = self.x.to(device), self.rows.to(device)
-        return replace(self, x=x, y=y, labels=labels, rows=rows)
+        return self._each(lambda part: part.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Data:
+        """These rows with each of their tensors changed."""
+        parts = {name: getattr(self, name) for name in ("x", "y", "labels", "rows")}
+        return self.unchecked(
+            **{n: None if part is None else change(part) for n, part in parts.items()}
+        )
+
+    def unchecked(self, **changes: Any) -> Data:
+        """These rows with other fields, which are known to be right: no value is looked at."""
+        made = object.__new__(Data)
+        made.__dict__.update({f.name: getattr(self, f.name) for f in fields(self)} | changes)
+        return made
 
     def describe(self) -> dict[str, Any]:
         """What was done to the rows, for JSON: their name, seed and transform."""

@@ -171,7 +171,7 @@ def load_data(
     ]
     made = make_transform(transform, parts[0].x, parts[0].levels)
     train, held, test = (
-        _condition(replace(part, transform=made, seed=seed), conditional) for part in parts
+        _condition(part.unchecked(transform=made, seed=seed), conditional) for part in parts
     )
     rows = len(split[1]) if source[1] is None else None
     return Splits(train, held, test, str(name), transform, rows, seed, conditional, limit, even)
@@ -248,7 +248,7 @@ def _numbered(source: Parts) -> Parts:
             )
     classes = max(part.classes or 0 for part in parts) or None
     starts = np.cumsum([0, *map(len, parts)]).tolist()
-    numbered = iter([replace(p, rows=p.rows + n, classes=classes) for p, n in zip(parts, starts)])
+    numbered = iter([p.unchecked(rows=p.rows + n, classes=classes) for p, n in zip(parts, starts)])
     _, held, test = source
     return next(numbered), held and next(numbered), test and next(numbered)
 
@@ -299,7 +299,7 @@ def _count(validation: int | float | None, rows: int, default: float) -> int:
 
 def _condition(part: Data, conditional: bool) -> Data:
     if not conditional:
-        return replace(part, y=None)
+        return part.unchecked(y=None)
     return part if part.y is not None else part.one_hot()
 
 
