@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import EllipsisType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from pyro_vae import likelihoods, networks, objectives, posteriors, priors
@@ -19,15 +20,15 @@ __all__ = [
     "INJECTED",
     "Declared",
     "check_options",
-    "check_value",
+    "complete",
     "component",
+    "declare",
     "components",
     "make",
     "named_class",
     "option_names",
     "parameters",
     "short_name",
-    "short_names",
     "size_of",
 ]
 
@@ -88,6 +89,50 @@ def component(family: str, declared: Declared) -> tuple[type, dict[str, Any]]:
     return cls, {key: _plain(checked[family][key]) for key in option_names(cls)}
 
 
+def complete(family: str, declared: Mapping[str, Any]) -> dict[str, Any]:
+    """A declaration for a file: checked, with all options, and our classes by their short names.
+
+    Short names keep old runs when a class moves.
+    """
+    cls, options = component(family, declared)
+    given = declared.get("init_args") or {}
+    for name in given:
+        if isinstance(options[name], objectives.Schedule):
+            inner = {"class_path": given[name]} if isinstance(given[name], str) else given[name]
+            options[name] = complete("schedule", inner)
+    return {"class_path": short_name(cls), "init_args": options}
+
+
+def declare(
+    family: str, declared: Mapping[str, Any], path: Sequence[str], text: str
+) -> dict[str, Any]:
+    """A declaration with what an argument such as `--prior.num_components 5` adds to it.
+
+    Args:
+        family: That of the class.
+        declared: What was declared so far.
+        path: Names after that of the family: none or "class_path" for the class, which drops
+            the options of another one; or an option, and below it what a schedule is made of.
+        text: The value, as YAML.
+
+    Raises:
+        ValueError: If it names an unknown class.
+    """
+    value: Any = _loaded(text)
+    if path in ([], ["class_path"]):
+        value = value if isinstance(value, Mapping) else {"class_path": value}
+        cls = named_class(family, value.get("class_path"))
+        same = declared.get("class_path") in (cls.__name__, short_name(cls))
+        return dict(declared if same and len(value) == 1 else value)
+    options = dict(declared.get("init_args") or {})
+    first, *rest = path[1:] if path[0] == "init_args" else path
+    if rest:
+        inner = options.get(first)
+        inner = inner if isinstance(inner, Mapping) else {"class_path": inner}
+        value = declare("schedule", inner, rest, text)
+    return {**declared, "init_args": {**options, first: value}}
+
+
 def named_class(family: str, name: Any) -> type:
     """The known class called `name`, or by its full path."""
     known = components(family)
@@ -132,20 +177,6 @@ def option_names(cls: type) -> list[str]:
     return [name for name in parameters(cls) if name not in INJECTED]
 
 
-def short_names(family: str, declared: Mapping[str, Any]) -> dict[str, Any]:
-    """`declared` with our classes by their short names, so that moved classes keep old runs."""
-    cls = named_class(family, declared["class_path"])
-    short = {**declared, "class_path": short_name(cls)}
-    if declared.get("init_args"):
-        short["init_args"] = {
-            name: short_names("schedule", value)
-            if isinstance(value, Mapping) and _declares_schedule(cls, name, value)
-            else value
-            for name, value in declared["init_args"].items()
-        }
-    return short
-
-
 def _made_schedule(cls: type, option: str, declared: Any) -> Any:
     """The schedule that is declared for an option of `cls`; any other value as it is."""
     if not _declares_schedule(cls, option, declared):
@@ -167,6 +198,15 @@ def _is_plain(hint: Any) -> bool:
     if get_origin(hint) is Literal or hint in PLAIN:
         return True
     return get_origin(hint) in (*PLAIN, Union, UnionType, Sequence) and all(map(_is_plain, parts))
+
+
+def _loaded(text: str) -> Any:
+    """What a text means in YAML; and numbers such as 1e-3, which YAML takes for text."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return float(value) if isinstance(value, str) and _is_number(value) else value
 
 
 def _class_paths(value: Any) -> Iterator[str]:

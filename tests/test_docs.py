@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pyro_vae.cli.parsing import check_names, make_parser
+from pyro_vae.cli.parsing import parse
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -60,5 +60,4 @@ def test_page(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for line in "\n".join(blocks(page, "sh")).replace("\\\n", "").splitlines():
         if line.startswith("pyro-vae"):
             _, command, *options = shlex.split(line)
-            check_names(options)
-            make_parser(command).parse_args(options)
+            parse(command, options)

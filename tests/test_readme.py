@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pyro_vae.cli import COMMANDS
-from pyro_vae.cli.parsing import check_names, make_parser, with_configs
+from pyro_vae.cli.parsing import parse
 
 README = Path(__file__).parent.parent / "README.md"
 if not README.exists():
@@ -49,10 +49,7 @@ def test_commands_parse(line: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     (tmp_path / "runs/vamp-mnist").mkdir(parents=True)
     (tmp_path / "runs/vamp-mnist/config.yaml").write_text("data: mnist\n")
     _, command, *options = shlex.split(line)
-    parser = make_parser(command)
-    options = with_configs(options, parser)
-    check_names(options)
-    parser.parse_args(options)
+    parse(command, options)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

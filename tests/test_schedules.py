@@ -259,10 +259,11 @@ def test_a_declaration_is_kept_plain_with_short_names() -> None:
         "class_path": "pyro_vae.objectives.ELBO",
         "init_args": {"beta": beta, "kl": "auto"},
     }
-    short = declarations.short_names("objective", declared)
-    assert short == {
+    defaults = {"start": 0.0, "end": 1.0, "delay": 0.0, "unit": "step"}
+    linear = {"class_path": "Linear", "init_args": {"length": 7, **defaults}}
+    assert declarations.complete("objective", declared) == {
         "class_path": "ELBO",
-        "init_args": {"beta": {"class_path": "Linear", "init_args": {"length": 7}}, "kl": "auto"},
+        "init_args": {"beta": linear, "kl": "auto", "num_particles": 1},
     }
 
 

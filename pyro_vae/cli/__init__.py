@@ -85,6 +85,8 @@ TRAINING: Options = {
     "--run": option(str | None, None, "new folder of the run; runs/NAME-n"),
     "--resume": option(str | None, None, "folder of a run to go on with"),
     **IMPORT,
+    "--config": option(str | None, None, "YAML file of these options"),
+    "--print_config": option(bool, False, "print these options as YAML"),
 }
 ROOT: Options = {
     "--data_root": option(str | None, None, "folder of the named data sets; the run's"),

@@ -8,13 +8,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from pyro_vae import declarations
 from pyro_vae.arguments import closest
@@ -23,13 +22,11 @@ from pyro_vae.files import check_folder, reading
 
 __all__ = [
     "ERRORS",
-    "check_names",
     "data_options",
     "make_parser",
     "parse",
     "run",
     "spelled",
-    "with_configs",
 ]
 
 ERRORS = (
@@ -47,7 +44,8 @@ FLAGS = {
     if settings.get("type") in (bool, bool | None)
 }
 LARGEST = 10_000  # values of a configuration
-NOT_IN_FILES = ("config", "run", "resume", "import")
+TYPED_ONLY = ("config", "print_config")  # options that no file holds
+NOT_IN_FILES = (*TYPED_ONLY, "run", "resume", "import")
 
 
 def run(argv: list[str]) -> int:
@@ -86,9 +84,72 @@ def parse(command: str, argv: list[str]) -> Namespace:
         if os.getcwd() not in sys.path:  # a console script does not look where it is started
             sys.path.insert(0, os.getcwd())
         import_module(name)
-    argv = with_configs(argv, parser)
-    check_names(argv)
-    return parser.parse_args(argv)
+    if command != "train":
+        return parser.parse_args(argv)
+    declared, argv = _declared(argv, parser)
+    options = parser.parse_args(argv)
+    for family in FAMILIES:
+        options[family] = declarations.complete(family, declared[family])
+    if options.print_config:
+        plain = {key: value for key, value in options.as_dict().items() if key not in TYPED_ONLY}
+        print(yaml.safe_dump(plain, sort_keys=False), end="")
+        raise SystemExit(0)
+    return options
+
+
+def _declared(
+    argv: list[str], parser: ArgumentParser
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What is declared of each family, in configuration files and then in arguments; the rest.
+
+    Other options of the files become defaults of the parser.
+
+    Raises:
+        ValueError: If a class is unknown.
+    """
+    files, given, rest = _sorted(argv)
+    declared = {family: {"class_path": name} for family, name in FAMILIES.items()}
+    for path in files:
+        content = _read_config(path, parser)
+        for family in FAMILIES.keys() & content.keys():
+            named = content.pop(family)
+            declared[family] = {"class_path": named} if isinstance(named, str) else named
+        parser.set_defaults(content)
+    for (family, *option), text in sorted(given, key=lambda pair: len(pair[0])):  # classes first
+        if option == ["help"]:
+            _print_options(family, text)
+        declared[family] = declarations.declare(family, declared[family], option, text)
+    return declared, rest
+
+
+def _sorted(argv: list[str]) -> tuple[list[str], list[tuple[list[str], str]], list[str]]:
+    """Configuration files, options of families with their values, and all other arguments."""
+    files, given, rest = [], [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        path = name.removeprefix("--").split(".")
+        if not name.startswith("--") or (path != ["config"] and path[0] not in FAMILIES):
+            rest.append(argument)
+            continue
+        if not equals and (text := next(arguments, "")) == "":
+            raise ValueError(f"argument {name}: expected one argument")
+        if path == ["config"]:
+            files.append(text)
+        else:
+            given.append((path, text))
+    return files, given, rest
+
+
+def _print_options(family: str, name: str) -> NoReturn:
+    """The options of a class, as the arguments that set them."""
+    cls = declarations.named_class(family, name)
+    usage = f"pyro-vae train --{family} {cls.__name__} [--{family}.OPTION VALUE ...]"
+    parser = ArgumentParser(usage=usage, add_help=False)
+    skip = declarations.INJECTED & set(declarations.parameters(cls))
+    parser.add_class_arguments(cls, skip=skip)
+    parser.print_help()
+    raise SystemExit(0)
 
 
 def spelled(argv: list[str]) -> list[str]:
@@ -118,13 +179,10 @@ def make_parser(name: str) -> ArgumentParser:
     """The parser of a command, from its entry in `COMMANDS`."""
     command = COMMANDS[name]
     parser = _parser(name, command.options)
-    if name == "train":
-        parser.add_argument("--config", action=ActionConfigFile, help="YAML file of these options")
-        for family, default in FAMILIES.items():
-            base, skip = declarations.BASES[family], declarations.INJECTED
-            parser.add_subclass_arguments(
-                base, family, skip=skip, default={"class_path": default}, required=False
-            )
+    for family, default in FAMILIES.items() if name == "train" else ():
+        known = ", ".join(sorted(declarations.components(family)))
+        text = f"a class, and its options as --{family}.OPTION (--{family}.help CLASS): {known}"
+        parser.add_argument(f"--{family}", type=str, default=default, help=text)
     return parser
 
 
@@ -167,21 +225,6 @@ def _resumed(argv: list[str]) -> list[str]:
     return argv
 
 
-def with_configs(argv: list[str], parser: ArgumentParser) -> list[str]:
-    """The arguments, with the content of configuration files before all others, which then win."""
-    first: list[str] = []
-    rest: list[str] = []
-    arguments = iter(argv)
-    for argument in arguments:
-        name, equals, path = argument.partition("=")
-        given = [path] if equals else list(islice(arguments, name == "--config"))
-        if name == "--config" and given:
-            first += [name, yaml.safe_dump(_read_config(given[0], parser))]
-        else:
-            rest.append(argument)
-    return [*first, *rest]
-
-
 def _read_config(path: str, parser: ArgumentParser) -> dict[str, Any]:
     """The options of a configuration file, each known, its classes too."""
     content, known = _read_yaml(path), _known(parser)
@@ -194,8 +237,8 @@ def _read_config(path: str, parser: ArgumentParser) -> dict[str, Any]:
     with reading(path):
         for family in FAMILIES.keys() & content.keys():
             declarations.component(family, content[family])
-    _typed(path, content, parser)
-    return content
+    plain = {key: value for key, value in content.items() if key not in FAMILIES}
+    return content | _typed(path, plain, parser)
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
@@ -235,10 +278,11 @@ def data_options(path: Path) -> Namespace:
     """The options of the data in a run's configuration, of their types."""
     parser = _parser("train", DATA)
     content = _read_yaml(path)
-    return _typed(path, {k: v for k, v in content.items() if k in _known(parser)}, parser)
+    typed = _typed(path, {k: v for k, v in content.items() if k in _known(parser)}, parser)
+    return Namespace(**(parser.get_defaults().as_dict() | typed))
 
 
-def _typed(path: str | Path, content: dict[str, Any], parser: ArgumentParser) -> Namespace:
+def _typed(path: str | Path, content: dict[str, Any], parser: ArgumentParser) -> dict[str, Any]:
     """The options of a file, each of its type; jsonargparse itself takes null for any."""
     defaults = parser.get_defaults()
     with reading(path):
@@ -246,9 +290,10 @@ def _typed(path: str | Path, content: dict[str, Any], parser: ArgumentParser) ->
             if value is None and defaults[key] is not None:
                 raise ValueError(f"{key} cannot be null: leave it out for {defaults[key]!r}")
         try:
-            return parser.parse_object(content)
+            typed = parser.parse_object(content).as_dict()
         except ArgumentError as error:
             raise ValueError(str(error)) from error
+    return {key: typed[key] for key in content}
 
 
 def _known(parser: ArgumentParser) -> set[str]:
@@ -257,7 +302,7 @@ def _known(parser: ArgumentParser) -> set[str]:
 
 def _check_options(parser: ArgumentParser, argv: list[str]) -> None:
     """Refuses options that the command does not have, with the closest that it has."""
-    known = _known(parser) | {"help", "config", "print_config"}
+    known = _known(parser) | {"help"}
     for argument in argv:
         name = argument.partition("=")[0].partition(".")[0]
         if name.startswith("--") and name[2:] not in known:
@@ -265,29 +310,6 @@ def _check_options(parser: ArgumentParser, argv: list[str]) -> None:
             raise ValueError(
                 f"there is no option {name}{closest(name, options)}: see {parser.prog} --help"
             )
-
-
-def check_names(argv: list[str]) -> None:
-    """Refuses unknown classes and options, with the closest known ones.
-
-    jsonargparse imports a class path before it refuses it, so that only names of classes that
-    are known reach it, from the checked configurations and from the other arguments.
-
-    Raises:
-        ValueError: If a name on the command line is unknown.
-    """
-    declared: dict[str, Any] = dict(FAMILIES)
-    for text in _values(argv, "--config"):
-        declared |= yaml.safe_load(text)
-    for family in FAMILIES:
-        given = declared[family]
-        named = [given if isinstance(given, str) else given["class_path"]]
-        keys = [f"--{family}{key}" for key in ("", ".class_path", ".help")]
-        for name in [*named, *(name for key in keys for name in _values(argv, key))]:
-            cls = declarations.named_class(family, name)
-        for key in {a.partition("=")[0] for a in argv if a.startswith(f"--{family}.")}:
-            for value in _values(argv, key) if key not in keys else ():
-                _check_option(family, cls, key, value)
 
 
 def _values(argv: list[str], option: str) -> list[str]:
@@ -298,25 +320,6 @@ def _values(argv: list[str], option: str) -> list[str]:
         for i, (key, equals, value) in enumerate(pairs)
         if key == option and (equals or i + 1 < len(argv))
     ]
-
-
-def _check_option(family: str, cls: type, key: str, text: str) -> None:
-    """Whether a class has the option of a key such as --prior.num_components, or part of it."""
-    option, *rest = key.removeprefix(f"--{family}.").removeprefix("init_args.").split(".")
-    declarations.check_options(family, cls, [option])
-    if not rest:
-        declarations.check_value(cls, option, _loaded(text))
-    elif rest in (["class_path"], ["help"]):
-        declarations.check_value(cls, option, text)
-    elif rest[:-1] not in ([], ["init_args"]) or rest[-1] in ("class_path", "help"):
-        raise ValueError(f"there is no option {key}: see pyro-vae train --help")
-
-
-def _loaded(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
 
 
 @contextmanager

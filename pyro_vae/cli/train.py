@@ -18,7 +18,7 @@ from pyro_vae.arguments import closest
 from pyro_vae.cli.figures import KlParts, draw
 from pyro_vae.cli.folder import declared_run, pairs, read_record, record
 from pyro_vae.cli.judge import evaluate
-from pyro_vae.cli.parsing import parse
+from pyro_vae.cli.parsing import NOT_IN_FILES, parse
 from pyro_vae.data import Data, Schema, Splits, load_data, locate, spread
 from pyro_vae.files import locked
 from pyro_vae.likelihoods import Bernoulli, Columns
@@ -28,7 +28,7 @@ from pyro_vae.vae import VAE
 
 __all__ = ["demo", "hints", "train"]
 
-MODEL = ("latent_dim", "prior", "likelihood", "posterior", "encoder", "decoder")
+MODEL = ("prior", "likelihood", "posterior", "encoder", "decoder")
 TRAINING = (
     "epochs",
     "batch_size",
@@ -44,7 +44,7 @@ TRAINING = (
     "seed",
     "progress",
 )
-NOT_DECLARED = ("config", "run", "resume", "progress", "import")
+NOT_DECLARED = (*NOT_IN_FILES, "progress")
 DEMO = {
     "data": "digits",
     "transform": "dynamic",
@@ -81,7 +81,7 @@ def train(options: Namespace) -> Path:
     splits = _splits(options)
     vae = _build(options, splits)
     folder = _run_folder(options)
-    objective, settings = declarations.component("objective", _declared(options.objective))
+    objective, settings = declarations.component("objective", options.objective)
     _check_support(vae, splits.train)
     arguments = (options, vae, splits, folder, objective(**settings))
     if not first:
@@ -169,14 +169,14 @@ def _declare_table(options: Namespace, data: Data) -> None:
     if data.schema is None:
         return
     options.schema = data.schema.plain
-    declared = _declared(options.likelihood)
+    declared = options.likelihood
     cls = declarations.named_class("likelihood", declared["class_path"])
     if cls not in (Columns, Bernoulli):
         raise ValueError(
             f"{options.data} is read as a table of several kinds, which the likelihood Columns is "
             f"for; got {cls.__name__}: leave the likelihood out"
         )
-    given = (declared.get("init_args") or {}).get("columns") or {}
+    given = declared["init_args"].get("columns") or {}
     options.likelihood = {"class_path": "Columns", "init_args": {"columns": given}}
 
 
@@ -221,9 +221,9 @@ def _go_on(folder: Path, options: Namespace) -> str:
 
 def _build(options: Namespace, splits: Splits) -> VAE:
     data = splits.train
-    parts: dict[str, Any] = {name: _declared(options[name]) for name in MODEL[1:]}
-    arguments = dict(parts["likelihood"].get("init_args") or {})
-    parts["likelihood"]["init_args"] = arguments
+    parts: dict[str, Any] = {name: options[name] for name in MODEL}
+    arguments = dict(parts["likelihood"]["init_args"])
+    parts["likelihood"] = {**parts["likelihood"], "init_args": arguments}
     cls = declarations.named_class("likelihood", parts["likelihood"]["class_path"])
     if "levels" in declarations.option_names(cls) and data.levels is not None:
         default = inspect.signature(cls).parameters["levels"].default
@@ -265,10 +265,8 @@ def _run_folder(options: Namespace) -> Path:
 
 def _declaration(options: Namespace, splits: Splits) -> dict[str, Any]:
     """What `--config` needs to make this run again."""
-    plain = options.clone().as_dict()
+    plain = options.as_dict()
     declared = {key: value for key, value in plain.items() if key not in NOT_DECLARED}
-    for family in (*MODEL[1:], "objective"):
-        declared[family] = declarations.short_names(family, declared[family])
     return {**declared, "transform": splits.transform}
 
 
@@ -278,10 +276,6 @@ def _loggers(options: Namespace, folder: Path) -> list[Any]:
     from lightning_fabric.loggers import TensorBoardLogger
 
     return [TensorBoardLogger(folder, name="tensorboard", version="")]
-
-
-def _declared(value: Any) -> dict[str, Any]:
-    return value.as_dict() if isinstance(value, Namespace) else dict(value)
 
 
 def hints(data: Data, likelihood: type) -> list[str]:
