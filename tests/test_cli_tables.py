@@ -137,10 +137,17 @@ def test_evaluate_and_report_say_what_is_missing_and_odd(run: Path) -> None:
     lowest = [row["log_prob"] for row in numbers["odd_rows"]]
     assert lowest == sorted(lowest)
     assert set(numbers["missing"]) <= {"age", "job", "pay", "edu.num"}
+    patterns = numbers["missing_patterns"]
+    assert len({tuple(pattern["columns"]) for pattern in patterns}) == len(patterns) <= 5
+    assert sum(pattern["rows"] for pattern in patterns) <= numbers["rows"]
+    complete = [pattern["rows"] for pattern in patterns if not pattern["columns"]]
+    assert complete == [max(pattern["rows"] for pattern in patterns)]
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     assert "The oddest rows, and why" in page
     assert "Share of rows that lack a value" in page
+    assert "Columns that rows lack together" in page
+    assert f'<th scope="row">none</th><td class="number">{complete[0]}</td>' in page
 
 
 @pytest.mark.parametrize(
