@@ -382,8 +382,7 @@ def paired(a: Evidence, b: Evidence) -> str:
 
 def difference(a: Evidence, b: Evidence) -> tuple[float, float]:
     """Mean difference with its standard error over data, Monte Carlo error included."""
-    each = a.log_prob - b.log_prob
-    return each.mean().item(), each.std().item() / len(each) ** 0.5
+    return a.difference(b)
 
 
 def with_errors(evidence: Evidence) -> str:

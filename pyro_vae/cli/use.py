@@ -82,7 +82,7 @@ def impute(options: Namespace) -> None:
     if suffix not in (".csv", ".npy", ".npz"):
         raise ValueError(f"expected a .csv, .npy or .npz file to impute; got {source}")
     given = read_rows(source) if rows.schema is None else rows
-    beside = {} if rows.schema is None else label_cells(source)
+    labels = {} if rows.schema is None else label_cells(source)
     x, y = rows.batch(torch.arange(len(rows)))
     found = estimators.impute(
         vae,
@@ -94,11 +94,11 @@ def impute(options: Namespace) -> None:
     )
     for i, draw in enumerate(found.draws[: options.draws], start=1):
         path = out.with_name(f"{out.stem}-{i:0{len(str(options.draws))}d}{out.suffix}")
-        write(path, _content(given, rows, draw, out.suffix, beside))
+        write(path, _content(given, rows, draw, out.suffix, labels))
     best = found.median if _whole(vae) else found.mean
     if rows.schema is not None:
         best = rows.schema.centre(found.draws, found.mean)
-    write(out, _content(given, rows, best, out.suffix, beside))
+    write(out, _content(given, rows, best, out.suffix, labels))
     verdicts = ", ".join(f"{n} {word}" for word, n in Counter(found.verdict).items())
     share = x.isnan().double().mean().item()
     beside = f" and {options.draws} files of draws beside it" if options.draws else ""
