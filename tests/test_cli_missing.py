@@ -124,6 +124,30 @@ def test_a_column_that_is_never_observed(tmp_path: Path, capsys: pytest.CaptureF
     assert not (tmp_path / "run").exists()
 
 
+def test_complete_rows_may_be_declared_to_lack_values(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(31, 2)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    options = [str(tmp_path / "x.npy"), "--run", str(tmp_path / "run"), "--missing"]
+    assert main([*TRAIN, *options]) == 0
+    assert load(tmp_path / "run").missing
+    x[3, 1] = np.nan
+    np.save(tmp_path / "holes.npy", x)
+    files = [str(tmp_path / "run"), str(tmp_path / "holes.npy"), "--progress=false"]
+    assert main(["impute", *files, "--draws=0"]) == 0
+    assert np.isfinite(np.load(tmp_path / "holes.imputed.npy")).all()
+
+
+def test_holes_may_not_be_declared_away(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("a,b\n" + "".join(f"{i}.5,{i or ''}\n" for i in range(31)))
+    run = ["--run", str(tmp_path / "run"), "--missing=false"]
+    assert main([*TRAIN, str(path), *run]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "missing=True" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_of_complete_rows_refuses_holes(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -119,6 +119,17 @@ def test_impute_fills_the_holes_of_a_table_and_leaves_the_rest(run: Path, tmp_pa
                 assert value != "" if cell == "" else value == cell or same, (row, filled)
 
 
+def test_impute_keeps_the_labels_of_a_table(run: Path, tmp_path: Path) -> None:
+    rows = [[name, *row] for name, row in zip(["yes", "no", ""], people())]
+    file = written(tmp_path / "a.csv", rows, "Label,age,job,pay,edu.num")
+    assert main(["impute", str(run), str(file), "--draws", "1", "--progress=false"]) == 0
+    for name in ("a.imputed.csv", "a.imputed-1.csv"):
+        names, *found = list(csv.reader((tmp_path / name).read_text().splitlines()))
+        assert names == ["age", "job", "pay", "edu.num", "Label"]
+        assert [row[-1] for row in found] == ["yes", "no", ""]
+        assert all(row[:-1] for row in found)
+
+
 def test_evaluate_and_report_say_what_is_missing_and_odd(run: Path) -> None:
     assert main(["evaluate", str(run), "--progress=false", "--num_samples", "101"]) == 0
     numbers = json.loads((run / "evaluation.json").read_text())
@@ -126,10 +137,17 @@ def test_evaluate_and_report_say_what_is_missing_and_odd(run: Path) -> None:
     lowest = [row["log_prob"] for row in numbers["odd_rows"]]
     assert lowest == sorted(lowest)
     assert set(numbers["missing"]) <= {"age", "job", "pay", "edu.num"}
+    patterns = numbers["missing_patterns"]
+    assert len({tuple(pattern["columns"]) for pattern in patterns}) == len(patterns) <= 5
+    assert sum(pattern["rows"] for pattern in patterns) <= numbers["rows"]
+    complete = [pattern["rows"] for pattern in patterns if not pattern["columns"]]
+    assert complete == [max(pattern["rows"] for pattern in patterns)]
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     assert "The oddest rows, and why" in page
     assert "Share of rows that lack a value" in page
+    assert "Columns that rows lack together" in page
+    assert f'<th scope="row">none</th><td class="number">{complete[0]}</td>' in page
 
 
 @pytest.mark.parametrize(

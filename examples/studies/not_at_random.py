@@ -30,7 +30,11 @@ from pyro_vae.objectives import IWAE
 
 
 class SelfMasking(nn.Module):
-    """A VAE, and the probability that a value is missing given the value itself."""
+    """A VAE, and the probability that a value is missing given the value itself.
+
+    It has no `initialise`: that of the VAE starts at the mean of what is observed, where values
+    look missing at random, and training stays there.
+    """
 
     def __init__(self, vae: VAE, columns: Tensor) -> None:
         super().__init__()
@@ -54,10 +58,6 @@ class SelfMasking(nn.Module):
         with pyro.plate("data", len(x), dim=-1):
             z = pyro.sample("z", self.vae.encode(x))
             pyro.sample("x_missing", self.vae.likelihood(z))
-
-    def initialise(self, x: Tensor) -> None:
-        """As of the VAE."""
-        self.vae.initialise(x)
 
 
 def linear(data_dim: int, latent_dim: int) -> VAE:
@@ -83,9 +83,17 @@ def error(found: Tensor, full: Tensor, x: Tensor) -> float:
     return (found - full)[x.isnan()].square().mean().sqrt().item()
 
 
-def imputed(program: nn.Module, x: Tensor, epochs: int, lr: float = 1e-2, seed: int = 0) -> Tensor:
+def imputed(
+    program: nn.Module,
+    x: Tensor,
+    epochs: int,
+    lr: float = 1e-2,
+    seed: int = 0,
+    compile: bool = False,
+) -> Tensor:
     """Means of the missing values after training by IWAE."""
     options = {"epochs": epochs, "batch_size": 100, "lr": lr, "progress": False, "seed": seed}
+    options["compile"] = compile
     decay = {"class_path": "CosineAnnealingLR", "init_args": {"T_max": epochs}}
     fit(program, x, IWAE(num_particles=20), schedule=decay, **options)
     return impute(program, x, num_draws=1, num_samples=2000, proposal="guide").mean

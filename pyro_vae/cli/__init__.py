@@ -54,6 +54,9 @@ MODEL: Options = {
         "no classes",
     ),
     "--label_weight": option(float, 0.0, "weight of the gradient of log p(label | x)"),
+    "--missing": option(
+        bool | None, None, "whether rows may lack values; null: if some of the data do"
+    ),
 }
 SPEED: Options = {
     "--matmul": option(

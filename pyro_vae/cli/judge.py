@@ -7,7 +7,7 @@ import io
 import json
 from collections import Counter
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, compress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from pyro_vae.vae import VAE
 __all__ = ["compare", "compared", "evaluate", "score"]
 
 ODD, OTHERS = 5, 100  # rows that are shown, and those that say what is usual
+PATTERNS = 5  # of missing values that are shown
 
 
 def evaluate(options: Namespace) -> None:
@@ -91,6 +92,7 @@ def evaluate(options: Namespace) -> None:
         "of_one_unit": of_one_unit(data),
         "odd_rows": odd_rows(vae, data, evidence),
         "missing": missing_columns(data),
+        "missing_patterns": missing_patterns(data),
     }
     text = json.dumps(numbers, indent=1)
     write(Path(options.run) / "evaluation.json", text)
@@ -225,6 +227,18 @@ def missing_columns(data: Data) -> dict[str, float]:
         return {}
     shares = data.x.isnan().double().mean(0).tolist()
     return {name: share for name, share in zip(data.columns, shares) if share}
+
+
+def missing_patterns(data: Data) -> list[dict[str, Any]]:
+    """The commonest sets of columns that rows lack, and how many rows lack just these."""
+    if data.columns is None or not data.missing:
+        return []
+    sets, counts = data.x.isnan().unique(dim=0, return_counts=True)
+    common = counts.argsort(descending=True)[:PATTERNS].tolist()
+    return [
+        {"columns": list(compress(data.columns, sets[i].tolist())), "rows": counts[i].item()}
+        for i in common
+    ]
 
 
 def compare(options: Namespace) -> None:
@@ -368,8 +382,7 @@ def paired(a: Evidence, b: Evidence) -> str:
 
 def difference(a: Evidence, b: Evidence) -> tuple[float, float]:
     """Mean difference with its standard error over data, Monte Carlo error included."""
-    each = a.log_prob - b.log_prob
-    return each.mean().item(), each.std().item() / len(each) ** 0.5
+    return a.difference(b)
 
 
 def with_errors(evidence: Evidence) -> str:

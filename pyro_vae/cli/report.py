@@ -200,8 +200,13 @@ def _evaluated(found: dict[str, Any]) -> dict[str, Any]:
         for row in found.get("odd_rows", [])
     ]  # fmt: skip
     missing = {name: f"{share:.1%}" for name, share in found.get("missing", {}).items()}
+    patterns = [
+        (", ".join(one["columns"]) or "none", one["rows"])
+        for one in found.get("missing_patterns", [])
+    ]
     return {
-        "rows": found.get("rows_of", first), "lines": lines, "odd": odd, "missing": missing
+        "rows": found.get("rows_of", first), "lines": lines, "odd": odd, "missing": missing,
+        "patterns": patterns,
     }  # fmt: skip
 
 

@@ -240,7 +240,7 @@ def _build(options: Namespace, splits: Splits) -> VAE:
         options.latent_dim,
         **parts,
         condition_dim=condition,
-        missing=splits.missing,
+        missing=splits.missing if options.missing is None else options.missing,
         hierarchy=options.hierarchy,
         skip=options.skip,
         classes=options.classes,

@@ -19,6 +19,8 @@ from pyro_vae.classes import ClassVAE
 from pyro_vae.cli.figures import condition, limits
 from pyro_vae.cli.folder import destination, load_run, own_rows, pairs, placed
 from pyro_vae.data import Data, read_rows
+from pyro_vae.data.schema import Cells
+from pyro_vae.data.tables import label_cells
 from pyro_vae.files import write
 from pyro_vae.generators import forked
 from pyro_vae.vae import VAE
@@ -80,6 +82,7 @@ def impute(options: Namespace) -> None:
     if suffix not in (".csv", ".npy", ".npz"):
         raise ValueError(f"expected a .csv, .npy or .npz file to impute; got {source}")
     given = read_rows(source) if rows.schema is None else rows
+    labels = {} if rows.schema is None else label_cells(source)
     x, y = rows.batch(torch.arange(len(rows)))
     found = estimators.impute(
         vae,
@@ -91,11 +94,11 @@ def impute(options: Namespace) -> None:
     )
     for i, draw in enumerate(found.draws[: options.draws], start=1):
         path = out.with_name(f"{out.stem}-{i:0{len(str(options.draws))}d}{out.suffix}")
-        write(path, _content(given, rows, draw, out.suffix))
+        write(path, _content(given, rows, draw, out.suffix, labels))
     best = found.median if _whole(vae) else found.mean
     if rows.schema is not None:
         best = rows.schema.centre(found.draws, found.mean)
-    write(out, _content(given, rows, best, out.suffix))
+    write(out, _content(given, rows, best, out.suffix, labels))
     verdicts = ", ".join(f"{n} {word}" for word, n in Counter(found.verdict).items())
     share = x.isnan().double().mean().item()
     beside = f" and {options.draws} files of draws beside it" if options.draws else ""
@@ -133,14 +136,17 @@ def _whole(vae: VAE) -> bool:
     return vae.likelihood.support.is_discrete
 
 
-def _content(given: Data, rows: Data, values: Tensor, suffix: str) -> str | bytes:
-    """A file like `given`, what is missing from it filled in from `values` of `rows`."""
+def _content(given: Data, rows: Data, values: Tensor, suffix: str, beside: Cells) -> str | bytes:
+    """A file like `given`, what is missing from it filled in from `values` of `rows`.
+
+    The cells `beside` are those of labels, of a table with a schema.
+    """
     filled = rows.transform.inverse(values.cpu())
     if given.columns is not None and rows.columns is not None:
         filled = filled[:, [rows.columns.index(name) for name in given.columns]]
     complete = torch.where(given.x.isnan(), filled.to(given.x.dtype), given.x)
     if rows.schema is not None:
-        return rows.schema.csv(complete)
+        return rows.schema.csv(complete, beside)
     x = complete.numpy()
     if suffix == ".csv":
         return _table(given, x)

@@ -141,12 +141,16 @@ class Schema:
         kinds = [common.get(column.kind, 2) for column in self.columns.values()]
         return torch.stack([best[kind][:, c] for c, kind in enumerate(kinds)], 1)
 
-    def csv(self, rows: Tensor) -> str:
-        """Rows [N, C] as the text of a .csv file, in the table's own names and units."""
+    def csv(self, rows: Tensor, beside: Cells | None = None) -> str:
+        """Rows [N, C] as the text of a .csv file, in the table's own names and units.
+
+        The cells `beside`, by column, come last.
+        """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows(zip(*self.decode(rows).values()))
+        cells = self.decode(rows) | (beside or {})
+        writer.writerow(cells)
+        writer.writerows(zip(*cells.values()))
         return text.getvalue()
 
 

@@ -18,7 +18,15 @@ from torch import Tensor
 from pyro_vae.data.data import Data
 from pyro_vae.data.schema import Cells, Column, Schema, as_name, as_number, shortened
 
-__all__ = ["TABLES", "inferred", "is_mixed", "read_csv", "read_numbers", "read_table"]
+__all__ = [
+    "TABLES",
+    "inferred",
+    "is_mixed",
+    "label_cells",
+    "read_csv",
+    "read_numbers",
+    "read_table",
+]
 
 TABLES = (".csv", ".tsv", ".parquet")
 EMPTY = {"", "na", "n/a", "nan", "null", "<na>"}
@@ -63,8 +71,7 @@ def read_table(
 def read_rows_of_table(path: Path, schema: Schema | Mapping[str, Any] | None) -> Data:
     """As `read_table`, for `load_data`; a column of the name ``label`` holds labels."""
     cells, orders = _cells(path)
-    names = [key for key in cells if key.lower() == "label" and len(cells) > 1]
-    labels = [_labels(f"{path}: column {key!r}", cells.pop(key)) for key in names[:1]]
+    labels = [_labels(f"{path}: column {k!r}", c) for k, c in _without_labels(cells).items()]
     rows, found = _table(str(path), cells, orders, schema)
     return Data(
         rows,
@@ -73,6 +80,17 @@ def read_rows_of_table(path: Path, schema: Schema | Mapping[str, Any] | None) ->
         columns=tuple(found.columns),
         schema=found,
     )
+
+
+def label_cells(path: Path) -> Cells:
+    """The column of labels of a table under its name, as it stands there; nothing without one."""
+    return _without_labels(_cells(path)[0])
+
+
+def _without_labels(cells: Cells) -> Cells:
+    """Takes the column of labels, if there is one, out of the cells."""
+    names = [key for key in cells if key.lower() == "label" and len(cells) > 1]
+    return {key: cells.pop(key) for key in names[:1]}
 
 
 def read_numbers(
@@ -311,11 +329,12 @@ def _arrow_cells(source: str, table: Any) -> tuple[Cells, dict[str, list[Any]]]:
     types = pyarrow.types
     orders: dict[str, list[Any]] = {}
     for field in found.schema:
-        if types.is_temporal(field.type):
-            raise ValueError(
-                f"{source}: column {field.name!r} holds dates: write them as numbers, of days or "
-                "years"
-            )
+        refused = {
+            "dates: write them as numbers, of days or years": types.is_temporal,
+            "lists: give each of their parts a column": types.is_nested,
+        }
+        for what in (what for what, holds in refused.items() if holds(field.type)):
+            raise ValueError(f"{source}: column {field.name!r} holds {what}")
         if types.is_dictionary(field.type) and field.type.ordered:
             orders[field.name] = found[field.name].chunk(0).dictionary.to_pylist()
     cells = {

@@ -41,7 +41,8 @@ class Evidence:
         num_samples: Weights behind each estimate [N].
         method: How each was estimated.
         verdict: "reliable", "doubtful" or "lower bound" for each.
-        extras: Other numbers of each datum [N], by name.
+        extras: Other numbers of each datum [N], by name; where entries are missing, "missing"
+            tells which.
         audit: What the audit behind the verdicts found, or "" without one.
     """
 
@@ -81,10 +82,45 @@ class Evidence:
         """Share of data whose k-hat is below its threshold; NaN counts as above."""
         return (self.khat < self.khat_threshold).double().mean().item()
 
+    def difference(self, other: Evidence) -> tuple[float, float]:
+        """Mean of log p(x) less that of `other` on the same data, and its standard error.
+
+        The error is that over data of the paired differences, Monte Carlo error included.
+
+        Raises:
+            ValueError: If `other` is of another number of data, or of other missing entries.
+        """
+        if len(other) != len(self):
+            raise ValueError(f"evidences of {len(self)} and {len(other)} data do not compare")
+        if different := int((self.missing != other.missing).sum()):
+            raise ValueError(
+                f"evidences do not compare: {different} of {len(self)} data lack other entries: "
+                "estimate both on the same rows"
+            )
+        each = self.log_prob - other.log_prob
+        return each.mean().item(), each.std().item() / math.sqrt(len(each))
+
+    @property
+    def missing(self) -> Tensor:
+        """A number for each datum [N] that tells which of its entries are missing; 0 if none."""
+        return self.extras.get("missing", torch.zeros(len(self), dtype=torch.int64))
+
+    def of(self, x: Tensor) -> Evidence:
+        """The evidence with a record of which entries of x [N, *E] are missing."""
+        mask = x.isnan().reshape(len(x), -1).cpu()
+        if "missing" in self.extras or not bool(mask.any()):
+            return self
+        generator = torch.Generator().manual_seed(0)
+        numbers = torch.randint(1, 2**40, mask.shape[1:], generator=generator)
+        found = torch.where(mask, numbers, 0).sum(1)
+        return replace(self, extras={**self.extras, "missing": found})
+
     @classmethod
     def cat(cls, parts: Sequence[Evidence]) -> Evidence:
         """The data of all `parts`, in order."""
         tensors = {name: torch.cat([getattr(p, name) for p in parts]) for name in TENSORS}
+        some = any("missing" in p.extras for p in parts)
+        missing = {"missing": torch.cat([p.missing for p in parts])} if some else {}
         return cls(
             **tensors,
             method=[m for p in parts for m in p.method],
@@ -93,7 +129,8 @@ class Evidence:
                 name: torch.cat([p.extras[name] for p in parts])
                 for name in parts[0].extras
                 if all(name in p.extras for p in parts)
-            },
+            }
+            | missing,
             audit="; ".join(dict.fromkeys(p.audit for p in parts if p.audit)),
         )
 

@@ -169,7 +169,7 @@ def impute(
         progress=progress,
     )
     found = Imputation.cat(parts)
-    return replace(found, evidence=exact_without_data(found.evidence, model, guide, x, y))
+    return replace(found, evidence=exact_without_data(found.evidence, model, guide, x, y).of(x))
 
 
 def _imputed(target: Target, num_draws: int, num_samples: int) -> Imputation:
@@ -285,6 +285,7 @@ def _less(a: Evidence, b: Evidence) -> Evidence:
         num_samples=torch.minimum(a.num_samples, b.num_samples),
         method=[f"{m} less {n}" for m, n in zip(a.method, b.method)],
         verdict=["reliable" if both else "doubtful" for both in good],
+        extras={"missing": b.missing},
         audit=a.audit,
     )
 

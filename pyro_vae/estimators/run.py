@@ -75,7 +75,7 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
             found = _found(function, bound)
             if isinstance(found, Evidence) and "model" in given:
                 parts = given["model"], given["guide"], x, given.get("y")
-                return exact_without_data(found, *parts)  # type: ignore[return-value]
+                return exact_without_data(found, *parts).of(x)  # type: ignore[return-value]
             return found
 
     return call

@@ -128,6 +128,38 @@ def test_frames(form: str, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+class Stream:
+    """A frame of a library of its own: all that is known of it is Arrow's interchange."""
+
+    def __init__(self, table: object) -> None:
+        self.table = table
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        return self.table.__arrow_c_stream__(requested_schema)
+
+
+CELLS = {"pay": [1.5, None, 2.25, 800.0], "job": ["a", "b", None, "a"], "old": [3, 5, 7, None]}
+
+
+@pytest.mark.parametrize("library", ["polars", "another"])
+def test_frames_of_other_libraries(library: str) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table(CELLS)
+    rows, schema = read_table(
+        Stream(table) if library == "another" else pytest.importorskip("polars").DataFrame(CELLS)
+    )
+    known, same = read_table(table)
+    assert schema == same
+    assert torch.equal(rows.nan_to_num(-1), known.nan_to_num(-1))
+    assert rows.isnan().sum() == 3
+
+
+def test_a_column_of_lists_is_no_column() -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    with pytest.raises(ValueError, match="column 'a' holds lists: give each of their parts a col"):
+        read_table(pyarrow.table({"a": [[1], [2]], "b": [1, 2]}))
+
+
 BAD = {
     "": "expected a line of names and rows below it, got 0 lines",
     "a,b\n1,2,3\n4,5,6\n": "expected 2 columns as in the first line, got 3 in row 2",

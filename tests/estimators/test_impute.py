@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -14,7 +15,7 @@ from torch.distributions import MultivariateNormal
 
 from pyro_vae import build, column_log_prob, impute, log_conditional, log_evidence
 from pyro_vae.distributions import Incomplete
-from pyro_vae.estimators import importance_sampling
+from pyro_vae.estimators import Evidence, importance_sampling
 from pyro_vae.networks import MLP
 from pyro_vae.posteriors import DiagonalNormal
 from pyro_vae.vae import VAE
@@ -150,6 +151,41 @@ def test_nothing_observed_is_zero_exactly_for_every_estimator() -> None:
         found = estimate(world.vae, world.x)
         assert (found.log_prob[1], found.stderr[1]) == (0.0, 0.0)
         assert found.verdict[1] == "reliable"
+
+
+def test_evidences_of_other_missing_entries_do_not_compare(tmp_path: Path) -> None:
+    world = ppca(11)
+    options = {"num_samples": 7}
+    a, b = (importance_sampling(world.vae, world.x, seed=s, **options) for s in (1, 2))
+    each = a.log_prob - b.log_prob
+    assert a.difference(b) == (each.mean().item(), each.std().item() / 11**0.5)
+    a.save(tmp_path / "a.safetensors")
+    assert Evidence.load(tmp_path / "a.safetensors").difference(a) == (0.0, 0.0)
+    x = world.full.clone()
+    x[3, 2], x[7] = NAN, world.x[7]
+    other = importance_sampling(world.vae, x, **options)
+    whole = importance_sampling(world.vae, world.full, **options)
+    assert "missing" not in whole.extras
+    both = torch.stack([world.x.isnan(), x.isnan(), x.isnan() & False])
+    for i, j in [(0, 1), (0, 2), (1, 2)]:
+        many = int((both[i] != both[j]).any(1).sum())
+        with pytest.raises(ValueError, match=f"do not compare: {many} of 11 data lack other ent"):
+            [a, other, whole][i].difference([a, other, whole][j])
+    half = importance_sampling(world.vae, x[:4], **options), whole[4:]
+    joined = Evidence.cat(half)
+    assert joined.missing.count_nonzero() == 1
+    assert torch.equal(joined.missing[:4], other.missing[:4])
+    with pytest.raises(ValueError, match="11 and 4 data do not compare"):
+        a.difference(half[0])
+
+
+def test_conditionals_on_other_entries_do_not_compare() -> None:
+    world = ppca(3)
+    given = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 0, 0]]).bool()
+    options = {"audit": False, "tolerance": 0.5}
+    a, b = (log_conditional(world.vae, world.full, entries, **options) for entries in given)
+    with pytest.raises(ValueError, match="3 of 3 data lack other entries"):
+        a.difference(b)
 
 
 def test_log_conditional_is_exact() -> None:
