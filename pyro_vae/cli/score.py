@@ -1,0 +1,177 @@
+"""log p(x) of each row of a file, written as it is found."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from torch import Tensor
+
+from pyro_vae import config
+from pyro_vae.arguments import check_whole
+from pyro_vae.classes import ClassVAE
+from pyro_vae.cli.folder import load_run, own_rows, placed
+from pyro_vae.cli.judge import held_out, shifted
+from pyro_vae.cli.odd import by_column
+from pyro_vae.cli.stream import Job, key_of, part_seed, stream
+from pyro_vae.cli.use import condition, destination
+from pyro_vae.data import Data
+from pyro_vae.densities import NotSimulated
+from pyro_vae.estimators import Evidence, importance_sampling, log_evidence
+from pyro_vae.estimators.audit import kept_audit
+from pyro_vae.files import write
+from pyro_vae.generators import forked
+from pyro_vae.metrics import p_values
+from pyro_vae.vae import VAE
+
+__all__ = ["score"]
+
+Estimate = Callable[[Data, int], Evidence]
+WORK = ("chunk_size", "compile")
+RESULT = ("tolerance", "num_samples", "columns", "p_values", "seed", *WORK)
+
+
+def score(options: Namespace) -> None:
+    """log p(x), standard error and verdict of each row of a file, as CSV.
+
+    With `--num_samples` draws of the encoder, a lower bound; with `--p_values` the rank of each
+    row among held-out rows and among rows that the model draws; with `--columns` also log p of
+    each value given the others of its row.
+    """
+    check_whole(0, p_values=options.p_values)
+    out = destination(
+        options.out, Path(options.file).with_suffix(".scores.csv"), (".csv",), options.file
+    )
+    said = stream(job, options, out, lambda parts: joined(parts, out))
+    print(said or f"the rows of this process are scored; the others' are not all, for {out}")
+
+
+def job(options: Namespace) -> Job:
+    """The scoring of a file."""
+    vae = config.load(options.run)
+    vae, data = placed(vae, own_rows(options.run, options.file, vae), options.accelerator)
+    estimate = estimator(vae, data, options)
+    among = references(vae, estimate, options)
+    result = {name: options[name] for name in RESULT}
+
+    def run(part: int, rows: Tensor) -> bytes:
+        seed = part_seed(options.seed, part)
+        some = data.subset(rows)
+        each = by_column(vae, some, seed=seed, **work(options)) if options.columns else None
+        evidence = shifted(estimate(some, seed), some)
+        ranks = {name: p_values(evidence.log_prob, other) for name, other in among.items()}
+        return lines(rows, evidence, ranks, each, data, part == 0).encode()
+
+    return Job(len(data), key_of(vae, data, result), run)
+
+
+def work(options: Namespace) -> dict[str, Any]:
+    """Options of how an estimator works."""
+    return {name: options[name] for name in WORK}
+
+
+def estimator(vae: VAE, data: Data, options: Namespace) -> Estimate:
+    """What gives log p(x) of some of the rows from a seed, held to one audit for all."""
+    if options.num_samples is not None:
+        draws = {"num_samples": options.num_samples, **work(options)}
+        return lambda rows, seed: importance_sampling(
+            vae, *rows.batch(torch.arange(len(rows))), seed=seed, **draws
+        )
+    same = {"tolerance": options.tolerance, "chunk_size": options.chunk_size}
+    audit: Any = True  # for each part
+    if not isinstance(vae, ClassVAE):
+        first = data.subset(torch.arange(min(len(data), 1000)))
+        x, y = first.batch(torch.arange(len(first)))
+        try:
+            audit = kept_audit(
+                vae.model, vae.guide, x, y, budget=None, seed=options.seed, **same
+            )
+        except NotSimulated:
+            pass
+    return lambda rows, seed: log_evidence(
+        vae,
+        *rows.batch(torch.arange(len(rows))),
+        seed=seed,
+        audit=audit,
+        compile=options.compile,
+        **same,
+    )
+
+
+def references(vae: VAE, estimate: Estimate, options: Namespace) -> dict[str, Tensor]:
+    """log p(x) of held-out rows, and of as many that the model draws, where they are asked for."""
+    if not options.p_values:
+        return {}
+    _, splits = load_run(options.run, None)
+    held = held_out(splits, "test", options.p_values)
+    y = held.y if held.y is not None else condition(held, len(held), None, vae)
+    with forked(torch.device("cpu"), options.seed), torch.no_grad():
+        x = vae.cpu().sample(len(held), y)
+    found = {"p_held_out": held, "p_simulated": replace(held, x=x)}
+    found = {name: placed(vae, rows, options.accelerator)[1] for name, rows in found.items()}
+    return {
+        name: shifted(estimate(rows, part_seed(options.seed, 2**32 + i)), rows).log_prob
+        for i, (name, rows) in enumerate(found.items())
+    }
+
+
+def lines(
+    rows: Tensor,
+    evidence: Evidence,
+    ranks: dict[str, Tensor],
+    each: Tensor | None,
+    data: Data,
+    first: bool,
+) -> str:
+    """Lines of the CSV for the rows of a part, under its head where it is the first."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if first:
+        names = data.columns or range(data.data_shape.numel())
+        heads = [f"log_prob of {name}" for name in names] if each is not None else []
+        writer.writerow(["row", "log_prob", "stderr", "verdict", "method", *ranks, *heads])
+    table = zip(
+        rows.tolist(),
+        numbers(evidence.log_prob),
+        numbers(evidence.stderr),
+        evidence.verdict,
+        evidence.method,
+        *(numbers(rank) for rank in ranks.values()),
+        *(() if each is None else map(numbers, each.T)),
+    )
+    writer.writerows(table)
+    return text.getvalue()
+
+
+def numbers(values: Tensor) -> Iterator[str]:
+    """Each with six decimals; nothing for NaN."""
+    return ("" if value != value else f"{value:.6f}" for value in values.tolist())
+
+
+def joined(parts: list[Path], out: Path) -> str:
+    """Writes the file of all parts; what is to be said of it."""
+    write(out, (part.read_bytes() for part in parts))
+    count, total, squares, variance, verdicts, annealed = 0, 0.0, 0.0, 0.0, Counter[str](), 0
+    with out.open(newline="") as file:
+        for line in csv.DictReader(file):
+            value = float(line["log_prob"] or "nan")
+            count, total, squares = count + 1, total + value, squares + value**2
+            variance += float(line["stderr"] or "nan") ** 2
+            verdicts[line["verdict"]] += 1
+            annealed += line["method"].startswith("annealed")
+    mean = total / count
+    spread = math.sqrt(max(0.0, squares / count - mean**2) / max(1, count - 1))
+    words = ", ".join(f"{n} of {count} {verdict}" for verdict, n in verdicts.items())
+    words += f", {annealed} by AIS" if annealed else ""
+    return (
+        f"log p(x) = {mean:.2f} +- {math.sqrt(variance) / count:.2f} (Monte Carlo) "
+        f"+- {spread:.2f} (data), in the file's units; {words}; rows in {out}"
+    )

@@ -1,0 +1,166 @@
+"""Rows that stay on disk, and are read when they are asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Mapped", "mapped", "spooled"]
+
+CHUNK = 10_000  # rows read at once where all are looked at
+
+
+@dataclass(frozen=True, eq=False)
+class Mapped:
+    """N rows [N, *E] of an .npy file: of a tensor, what `Data` needs.
+
+    `x[index]` is a tensor, read there and then. Nothing is kept, so that memory does not grow,
+    and a file that is cut meanwhile is an error, not the end of the process.
+
+    Attributes:
+        path: The file.
+        index: Positions in it, int64 [N], which are the ids of the rows.
+        shape: (N, *E).
+        dtype: Of the tensors.
+        convert: From an array of rows to a tensor.
+        extremes: Lowest and highest value of the file that is not missing; 0 of none.
+        gaps: Whether a value of the file is missing.
+        device: Of the tensors.
+        change: From rows and their ids to what is given instead of them.
+        folder: Of a file of our own, which goes when nobody has it any more.
+    """
+
+    path: Path
+    index: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    convert: Callable[[np.ndarray], Tensor]
+    extremes: tuple[float, float]
+    gaps: bool
+    device: torch.device = torch.device("cpu")
+    change: Callable[[Tensor, Tensor], Tensor] | None = None
+    folder: TemporaryDirectory[str] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "folder": None}
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def ndim(self) -> int:
+        """The number of dimensions."""
+        return len(self.shape)
+
+    def is_floating_point(self) -> bool:
+        """Whether values are floating point."""
+        return self.dtype.is_floating_point
+
+    def is_complex(self) -> bool:
+        """Whether they are complex: no."""
+        return False
+
+    def __getitem__(self, at: Any) -> Tensor:
+        """The rows at these positions."""
+        index = self.index[at]
+        ids = index.reshape(-1)
+        rows = self.convert(_part(self.path, ids.numpy())).to(self.device)
+        rows = rows if self.change is None else self.change(rows, ids)
+        return rows if index.ndim else rows[0]
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """All rows, so many at once."""
+        return (self[start : start + size] for start in range(0, len(self), size))
+
+    def rows(self, at: Tensor) -> Mapped:
+        """Some of the rows, still on disk."""
+        index = self.index[at.cpu()]
+        return replace(self, index=index, shape=torch.Size((len(index), *self.shape[1:])))
+
+    def to(self, device: torch.device | str) -> Mapped:
+        """The same rows, which come on a device."""
+        return replace(self, device=torch.device(device))
+
+    def changed(self, change: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> Mapped:
+        """What `change` makes of rows and their ids, whenever they are read."""
+        return replace(self, change=change, dtype=dtype)
+
+
+def mapped(
+    path: Path,
+    convert: Callable[[np.ndarray], Tensor],
+    name: str,
+    folder: TemporaryDirectory[str] | None = None,
+) -> Mapped:
+    """All rows of an .npy file, which are looked at once.
+
+    Args:
+        path: The file.
+        convert: From an array of rows to a tensor [N, *E].
+        name: What error messages call the file.
+        folder: Where it lies, if it is our own.
+
+    Raises:
+        ValueError: If the file cannot be read or holds no rows, or a value is infinite.
+    """
+    number, first = len(_opened(path)), convert(_part(path, slice(1)))
+    low, high, gaps = math.inf, -math.inf, False
+    for start in range(0, number, CHUNK):
+        part = convert(_part(path, slice(start, start + CHUNK)))
+        if bool((bad := part.isinf().flatten(1).any(1)).any()):
+            raise ValueError(
+                f"data {name!r}: expected finite values in x, got infinite ones, the first in row "
+                f"{start + int(bad.nonzero()[0])} (from 0); repair or remove them"
+            )
+        missing = part.isnan()
+        gaps = gaps or bool(missing.any())
+        seen = part[~missing]
+        low = min(low, *seen.min().reshape(-1).tolist()) if len(seen) else low
+        high = max(high, *seen.max().reshape(-1).tolist()) if len(seen) else high
+    extremes = (low, high) if low <= high else (0.0, 0.0)
+    shape = torch.Size((number, *first.shape[1:]))
+    index = torch.arange(number)
+    return Mapped(path, index, shape, first.dtype, convert, extremes, gaps, folder=folder)
+
+
+def spooled(parts: Iterable[Tensor], rows: int, columns: int, name: str) -> Mapped:
+    """Rows float32 [N, C] that come in parts, written to a temporary file and mapped."""
+    folder = TemporaryDirectory(prefix="pyro_vae_")
+    path = Path(folder.name) / "rows.npy"
+    head = {"descr": "<f4", "fortran_order": False, "shape": (rows, columns)}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, head)
+        for part in parts:
+            file.write(part.numpy().astype("<f4").tobytes())
+    return mapped(path, torch.from_numpy, name, folder)
+
+
+def _opened(path: Path) -> np.ndarray:
+    try:
+        rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(
+            f"{path}: expected a whole .npy file of numbers, got: {error}; if it was cut or "
+            "replaced while it was read, write it again"
+        ) from error
+    return rows
+
+
+def _part(path: Path, at: Any) -> np.ndarray:
+    """A copy of some rows of a file."""
+    rows = _opened(path)
+    try:
+        return np.array(rows[at])
+    except IndexError as error:
+        raise ValueError(
+            f"{path}: expected the rows that it had before, got {len(rows)}: it was replaced while "
+            "it was read; write it again"
+        ) from error
