@@ -14,6 +14,7 @@ from torch.distributions import constraints
 from pyro_vae import likelihoods, networks
 from pyro_vae.arguments import as_shape, check_whole
 from pyro_vae.classes import ClassVAE
+from pyro_vae.data.mapped import Mapped
 from pyro_vae.declarations import (
     BASES,
     Declared,
@@ -271,7 +272,7 @@ def _conditioned(family: str, declared: Declared, condition_dim: int) -> Declare
     return {**declared, "init_args": {**options, "condition_dim": given}}
 
 
-def default_transform(likelihood: type, levels: int | None, x: Tensor) -> str:
+def default_transform(likelihood: type, levels: int | None, x: Tensor | Mapped) -> str:
     """Name of the transform that fits raw data `x` to the support of a likelihood."""
     if issubclass(likelihood, likelihoods.Columns):
         return "none"

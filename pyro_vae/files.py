@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
@@ -13,8 +13,10 @@ __all__ = ["PathLike", "check_folder", "flush_folder", "locked", "reading", "swe
 PathLike = str | os.PathLike[str]
 
 
-def write(path: PathLike, content: bytes | str) -> None:
+def write(path: PathLike, content: bytes | str | Iterable[bytes]) -> None:
     """Replaces a file by other content, flushed to disk, wholly or not at all.
+
+    Content that comes in parts is written as it comes.
 
     Raises:
         ValueError: If there is something at `path` that is no plain file, such as a link.
@@ -25,7 +27,8 @@ def write(path: PathLike, content: bytes | str) -> None:
         raise ValueError(f"{path} is a link or no plain file: remove it, or name another file")
     temporary = path.with_name(f".{uuid4().hex}.tmp")
     try:
-        _create(temporary, content if isinstance(content, bytes) else content.encode())
+        content = content.encode() if isinstance(content, str) else content
+        _create(temporary, [content] if isinstance(content, bytes) else content)
         os.replace(temporary, path)
         flush_folder(path.parent)
     except BaseException as error:
@@ -71,12 +74,12 @@ def check_folder(folder: PathLike) -> None:
                     )
 
 
-def _create(path: Path, content: bytes) -> None:
+def _create(path: Path, content: Iterable[bytes]) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     for name in ("O_NOFOLLOW", "O_BINARY"):  # not on every system
         flags |= getattr(os, name, 0)
     with open(os.open(path, flags, 0o666), "wb") as file:
-        file.write(content)
+        file.writelines(content)
         file.flush()
         os.fsync(file.fileno())
 

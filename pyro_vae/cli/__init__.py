@@ -176,12 +176,21 @@ COMMANDS = {
         example="runs/mnist-1 --limit 200 --json",
     ),
     "score": Command(
-        "judge.score",
+        "score.score",
         "log p(x), error and verdict of each row of a file, as CSV",
         {
             **FILE,
             **out(".csv file"),
             "--columns": option(bool, False, "also log p of each value, given the others"),
+            "--num_samples": option(
+                int | None,
+                None,
+                "draws of the encoder, for a lower bound that costs little; null: log_evidence, "
+                "judged",
+            ),
+            "--p_values": option(
+                int, 0, "rank rows among so many held-out ones and as many that the model draws"
+            ),
             **ESTIMATE,
         },
         usage="RUN FILE",

@@ -153,8 +153,18 @@ def as_trained(run: str, rows: Data, vae: VAE) -> Data:
         rows = Data(rows.x, labels=rows.labels, levels=rows.levels, classes=known["classes"])
         rows = rows.one_hot()
     rows = rows.with_transform(transform).fixed(known["seed"])
-    vae.likelihood.check(rows.batch(torch.arange(len(rows)))[0])
+    check_rows(vae, rows)
     return rows
+
+
+def check_rows(vae: VAE, rows: Data) -> None:
+    """Refuses rows that the likelihood does not support.
+
+    Raises:
+        ValueError: If a value is outside its support.
+    """
+    for x, _ in pairs(rows, 10_000):
+        vae.likelihood.check(x)
 
 
 def read_record(run: str | Path) -> dict[str, Any]:

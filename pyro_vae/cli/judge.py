@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections import Counter
 from dataclasses import replace
@@ -17,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from pyro_vae import config, plots
+from pyro_vae import plots
 from pyro_vae.cli.figures import NAMES, decompose, layer_lines, shown_terms
-from pyro_vae.cli.folder import destination, load_run, own_rows, pairs, placed
+from pyro_vae.cli.folder import load_run, pairs, placed
 from pyro_vae.data import Data, Splits, spread
 from pyro_vae.estimators import (
     Evidence,
@@ -33,7 +31,7 @@ from pyro_vae.files import write
 from pyro_vae.metrics import Decomposition, active_units
 from pyro_vae.vae import VAE
 
-__all__ = ["compare", "compared", "evaluate", "score"]
+__all__ = ["compare", "compared", "evaluate"]
 
 ODD, OTHERS = 5, 100  # rows that are shown, and those that say what is usual
 PATTERNS = 5  # of missing values that are shown
@@ -157,34 +155,6 @@ def parts_numbers(parts: Decomposition | None) -> dict[str, Any]:
     }
 
 
-def score(options: Namespace) -> None:
-    """log p(x), standard error and verdict of each row of a file, as CSV.
-
-    With `--columns true` also log p of each value given the others of its row.
-    """
-    out = destination(
-        options.out, Path(options.file).with_suffix(".scores.csv"), (".csv",), options.file
-    )
-    vae = config.load(options.run)
-    vae, data = placed(vae, own_rows(options.run, options.file, vae), options.accelerator)
-    names = ("chunk_size", "compile", "devices", "seed", "progress")
-    columns = by_column(vae, data, **{n: options[n] for n in names}) if options.columns else None
-    evidence = estimate(vae, data, options)
-    log_prob = shifted(evidence, data).log_prob
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    each = data.columns or range(data.data_shape.numel())
-    heads = [f"log_prob of {name}" for name in each] if options.columns else []
-    writer.writerow(["row", "log_prob", "stderr", "verdict", "method", *heads])
-    for i, (value, error) in enumerate(zip(log_prob.tolist(), evidence.stderr.tolist())):
-        row = [i, f"{value:.6f}", f"{error:.6f}", evidence.verdict[i], evidence.method[i]]
-        parts = [] if columns is None else columns[i].tolist()
-        writer.writerow([*row, *("" if part != part else f"{part:.6f}" for part in parts)])
-    write(out, text.getvalue())
-    whole = with_errors(shifted(evidence, data))
-    print(f"log p(x) = {whole}, in the file's units; {counted(evidence)}; rows in {out}")
-
-
 def by_column(vae: VAE, data: Data, **options: Any) -> Tensor:
     """log p(x_c | the other columns) [N, C] in the units of the data; NaN where one is missing.
 
@@ -225,7 +195,7 @@ def missing_columns(data: Data) -> dict[str, float]:
     """The share of rows that lack each column, where some do."""
     if data.columns is None or not data.missing:
         return {}
-    shares = data.x.isnan().double().mean(0).tolist()
+    shares = data.x[:].isnan().double().mean(0).tolist()
     return {name: share for name, share in zip(data.columns, shares) if share}
 
 

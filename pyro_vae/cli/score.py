@@ -18,11 +18,10 @@ from torch import Tensor
 from pyro_vae import config
 from pyro_vae.arguments import check_whole
 from pyro_vae.classes import ClassVAE
-from pyro_vae.cli.folder import load_run, own_rows, placed
-from pyro_vae.cli.judge import held_out, shifted
-from pyro_vae.cli.odd import by_column
+from pyro_vae.cli.figures import condition
+from pyro_vae.cli.folder import destination, load_run, own_rows, placed
+from pyro_vae.cli.judge import by_column, held_out, shifted
 from pyro_vae.cli.stream import Job, key_of, part_seed, stream
-from pyro_vae.cli.use import condition, destination
 from pyro_vae.data import Data
 from pyro_vae.densities import NotSimulated
 from pyro_vae.estimators import Evidence, importance_sampling, log_evidence
@@ -91,9 +90,7 @@ def estimator(vae: VAE, data: Data, options: Namespace) -> Estimate:
         first = data.subset(torch.arange(min(len(data), 1000)))
         x, y = first.batch(torch.arange(len(first)))
         try:
-            audit = kept_audit(
-                vae.model, vae.guide, x, y, budget=None, seed=options.seed, **same
-            )
+            audit = kept_audit(vae.model, vae.guide, x, y, budget=None, seed=options.seed, **same)
         except NotSimulated:
             pass
     return lambda rows, seed: log_evidence(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pyro_vae.data import Data
 from pyro_vae.files import write
 from pyro_vae.processes import in_processes
+from pyro_vae.training.engine import uses_cuda
 
 __all__ = ["Job", "key_of", "part_seed", "stream"]
 
@@ -98,7 +99,7 @@ def stream(
     job = make(options)
     folder = out.with_name(f".{out.name}.{job.key[:16]}.parts")
     folder.mkdir(exist_ok=True)
-    rank, world = (int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     devices = options.get("devices", 1)
     share = Share(make, options, folder, rank, world)
     paths = [share.path(part) for part in range(len(job.parts()))]
@@ -107,7 +108,8 @@ def stream(
             share(job)
         else:
             shares = [Share(make, options, folder, i, devices) for i in range(devices)]
-            in_processes(Share.__call__, shares, "cuda" if uses_cuda(options.accelerator) else "cpu")
+            device = "cuda" if uses_cuda(options.accelerator) else "cpu"
+            in_processes(Share.__call__, shares, device)
     if not all(path.exists() for path in paths):
         return None
     said = join(paths)

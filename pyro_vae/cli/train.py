@@ -198,7 +198,7 @@ def _described(splits: Splits, options: Namespace) -> str:
     y = splits.train.y
     given = "" if y is None else f"; conditional on y of length {y.shape[1]}"
     if splits.missing:
-        given += f"; {splits.train.x.isnan().float().mean():.1%} of the values are missing"
+        given += f"; {splits.train.missing_share:.1%} of the values are missing"
     return f"{options.data}: {rows} rows; transform {splits.transform}{why}{given}"
 
 

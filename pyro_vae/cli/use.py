@@ -144,7 +144,7 @@ def _content(given: Data, rows: Data, values: Tensor, suffix: str, beside: Cells
     filled = rows.transform.inverse(values.cpu())
     if given.columns is not None and rows.columns is not None:
         filled = filled[:, [rows.columns.index(name) for name in given.columns]]
-    complete = torch.where(given.x.isnan(), filled.to(given.x.dtype), given.x)
+    complete = torch.where(given.x[:].isnan(), filled.to(given.x.dtype), given.x[:])
     if rows.schema is not None:
         return rows.schema.csv(complete, beside)
     x = complete.numpy()

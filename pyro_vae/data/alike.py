@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data.data import Data
+from pyro_vae.data.mapped import Mapped
 from pyro_vae.data.transforms import Threshold, Transform
 
 __all__ = ["alike", "kind_of"]
@@ -100,7 +101,7 @@ def _check_units(rows: Data, known: float) -> None:
     """Warns of rows whose values are of another size than those of training."""
     most = max(map(abs, _extremes(rows.x)))
     other = most > FACTOR * known or FACTOR * most < known
-    if other and not bool(rows.x.isnan().all()):
+    if other and rows.missing_share < 1:
         message = (
             f"{rows.name}: values reach {most:g}, those that the run was trained on {known:g}: "
             "are they in the same units?"
@@ -108,8 +109,10 @@ def _check_units(rows: Data, known: float) -> None:
         warnings.warn(message, UserWarning, stacklevel=2)
 
 
-def _extremes(x: Tensor) -> tuple[float, float]:
+def _extremes(x: Tensor | Mapped) -> tuple[float, float]:
     """Lowest and highest value that is not missing; 0 of none."""
+    if isinstance(x, Mapped):
+        return x.extremes
     seen = x[~x.isnan()] if x.is_floating_point() else x
     return (seen.min().item(), seen.max().item()) if len(seen) else (0.0, 0.0)
 

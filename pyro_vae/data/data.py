@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pyro_vae.arguments import as_tensor, check_whole
+from pyro_vae.data.mapped import Mapped
 from pyro_vae.data.schema import Schema
 from pyro_vae.data.transforms import Identity, Transform, declare, row_noise
 
@@ -41,6 +42,19 @@ class _Applied(Transform):
         return self.of.log_slope()
 
 
+@dataclass(frozen=True)
+class _Fixed:
+    """A transform whose noise belongs to the rows: from rows and their ids to model values."""
+
+    of: Transform
+    seed: int
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
+        u = row_noise(rows, x.shape[1:], self.seed) if self.of.noisy else None
+        return self.of(x, u).to(self.dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class Data:
     """N rows as their file holds them, with the transform to what a model sees.
@@ -48,6 +62,8 @@ class Data:
     Args:
         x: The original values, [N, *E], in any dtype: uint8 for images, (C, H, W) each. Arrays,
             frames and lists are taken too, as they are for y and labels. NaN is a missing value.
+            Rows of a large file stay there (`Mapped`): a batch of them is read when it is asked
+            for, and they were checked when the file was opened.
         y: What a model is conditioned on, float [N, C], or None.
         labels: The class of each row, int64 [N] from 0, or -1 where unknown; or None.
         transform: From original to model values.
@@ -64,7 +80,7 @@ class Data:
             infinite (or one of y NaN), or a grey value or a label is out of its range.
     """
 
-    x: Tensor
+    x: Tensor | Mapped
     y: Tensor | None = None
     labels: Tensor | None = None
     transform: Transform = field(default_factory=Identity)
@@ -78,16 +94,17 @@ class Data:
 
     def __post_init__(self) -> None:
         for name in ("x", "y", "labels"):
-            if (part := getattr(self, name)) is not None:
+            part = getattr(self, name)
+            if part is not None and not isinstance(part, Mapped):
                 object.__setattr__(self, name, as_tensor(f"{self._title}: {name}", part))
-        if self.x.ndim < 2 or len(self.x) < 1 or self.x[0].numel() < 1:
+        if self.x.ndim < 2 or 0 in self.x.shape:
             raise ValueError(
                 f"{self._title}: expected x of shape [N, *E] with at least 1 row and 1 value "
                 f"each, got {list(self.x.shape)}"
             )
         if self.rows is None:
-            rows = torch.arange(len(self.x), device=self.x.device)
-            object.__setattr__(self, "rows", rows)
+            rows = self.x.index if isinstance(self.x, Mapped) else torch.arange(len(self.x))
+            object.__setattr__(self, "rows", rows.to(self.x.device))
         self._check_lengths()
         self._check_values()
         if self.labels is not None and self.classes is None:
@@ -141,7 +158,7 @@ class Data:
         for name, part in (("x", self.x), ("y", self.y)):
             if part is not None and part.is_complex():
                 raise ValueError(f"{self._title}: expected real numbers in {name}, got complex")
-            if part is not None and part.is_floating_point():
+            if isinstance(part, Tensor) and part.is_floating_point():
                 good = part.isfinite() if part is self.y else ~part.isinf()
                 came = "NaN or infinite ones" if part is self.y else "infinite ones"
                 self._check(good, f"finite values in {name}", came)
@@ -157,7 +174,7 @@ class Data:
         if self.labels is not None and self.classes is not None:
             good = self.labels < self.classes
             self._check(good, f"labels below {self.classes}, the number of classes", "others")
-        if self.levels is not None and self._original:
+        if self.levels is not None and self._original and isinstance(self.x, Tensor):
             good = (self.x >= 0) & (self.x <= self.levels - 1)
             self._check(good, f"grey values from 0 to {self.levels - 1}", "others")
 
@@ -180,7 +197,14 @@ class Data:
     @cached_property
     def missing(self) -> bool:
         """Whether a value is missing."""
-        return bool(self.x.isnan().any())
+        if isinstance(self.x, Mapped) and not self.x.gaps:
+            return False
+        return any(bool(x.isnan().any()) for x in self.x.split(_CHUNK))
+
+    @property
+    def missing_share(self) -> float:
+        """The share of the values that are missing."""
+        return sum(int(x.isnan().sum()) for x in self.x.split(_CHUNK)) / self.x.shape.numel()
 
     @property
     def log_jacobian(self) -> float:
@@ -195,7 +219,8 @@ class Data:
         if not self.missing:
             return torch.full((len(self),), self.log_jacobian, dtype=torch.float64)
         slope = torch.as_tensor(self.transform.log_slope(), dtype=torch.float64)
-        return torch.where(self.x.isnan().cpu(), 0.0, slope).flatten(1).sum(1)
+        parts = (torch.where(x.isnan().cpu(), 0.0, slope) for x in self.x.split(_CHUNK))
+        return torch.cat([part.flatten(1).sum(1) for part in parts])
 
     def bits_per_dim(self, log_prob: Tensor) -> Tensor:
         r"""Bits per dimension in original units, :math:`-(\log p(T(x)) + J) / (D \log 2)`.
@@ -209,7 +234,7 @@ class Data:
         """
         dimensions: float = self.data_shape.numel()
         if self.missing:
-            dimensions = dimensions * (1 - self.x.isnan().double().mean().item())
+            dimensions = dimensions * (1 - self.missing_share)
         return -(log_prob + self.log_jacobian) / (dimensions * math.log(2))
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -249,13 +274,12 @@ class Data:
         seed = self.seed if seed is None else seed
         check_whole(0, seed=seed)
         dtype = torch.uint8 if self.transform.binary else torch.float32
-        parts = []
-        for x, rows in zip(self.x.split(_CHUNK), self.rows.split(_CHUNK)):
-            u = row_noise(rows, x.shape[1:], seed) if self.transform.noisy else None
-            parts.append(self.transform(x, u).to(dtype))
-        x = torch.cat(parts)
+        done, change = _Applied(self.transform), _Fixed(self.transform, seed, dtype)
+        if isinstance(self.x, Mapped):
+            return self.unchecked(x=self.x.changed(change, dtype), transform=done, seed=seed)
+        x = torch.cat(list(map(change, self.x.split(_CHUNK), self.rows.split(_CHUNK))))
         self._check(~x.isinf(), "finite values in x", "infinite ones")
-        return self.unchecked(x=x, transform=_Applied(self.transform), seed=seed)
+        return self.unchecked(x=x, transform=done, seed=seed)
 
     def with_transform(self, transform: Transform) -> Data:
         """The same rows under another transform.
@@ -285,7 +309,9 @@ class Data:
 
     def subset(self, index: Tensor) -> Data:
         """The rows at these positions, int64 [M], with the ids and noise they had."""
-        found = self._each(lambda part: part[index.to(part.device)])
+        found = self._each(
+            lambda part: part.rows(index) if isinstance(part, Mapped) else part[index.to(part.device)]
+        )
         if len(found) < 1:
             raise ValueError(f"{self._title}: expected a subset of at least 1 row, got none")
         return found
@@ -318,7 +344,8 @@ class Data:
         for part in (self.x, self.y):
             if part is not None:
                 sha.update(f"{part.dtype}{list(part.shape)}".encode())
-                sha.update(part.cpu().contiguous().numpy().data)
+                for rows in part.split(_CHUNK):
+                    sha.update(rows.cpu().contiguous().numpy().data)
         return sha.hexdigest()
 
 

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Mapped", "mapped", "spooled"]
+__all__ = ["CHUNK", "LARGE", "Mapped", "mapped", "spooled"]
 
+LARGE = 2**26  # bytes of a file, above which its rows stay there
 CHUNK = 10_000  # rows read at once where all are looked at
+
+
+class Folder:
+    """A temporary folder that lasts as long as this object."""
+
+    def __init__(self) -> None:
+        self.path = Path(mkdtemp(prefix="pyro_vae_"))
+        finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +58,7 @@ class Mapped:
     gaps: bool
     device: torch.device = torch.device("cpu")
     change: Callable[[Tensor, Tensor], Tensor] | None = None
-    folder: TemporaryDirectory[str] | None = field(default=None, repr=False)
+    folder: Folder | None = field(default=None, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "folder": None}
@@ -70,10 +81,10 @@ class Mapped:
 
     def __getitem__(self, at: Any) -> Tensor:
         """The rows at these positions."""
-        index = self.index[at]
+        index = self.index[at.cpu() if isinstance(at, Tensor) else at]
         ids = index.reshape(-1)
-        rows = self.convert(_part(self.path, ids.numpy())).to(self.device)
-        rows = rows if self.change is None else self.change(rows, ids)
+        rows = self.convert(_part(self.path, ids.numpy()))
+        rows = (rows if self.change is None else self.change(rows, ids)).to(self.device)
         return rows if index.ndim else rows[0]
 
     def split(self, size: int) -> Iterator[Tensor]:
@@ -98,7 +109,7 @@ def mapped(
     path: Path,
     convert: Callable[[np.ndarray], Tensor],
     name: str,
-    folder: TemporaryDirectory[str] | None = None,
+    folder: Folder | None = None,
 ) -> Mapped:
     """All rows of an .npy file, which are looked at once.
 
@@ -133,8 +144,8 @@ def mapped(
 
 def spooled(parts: Iterable[Tensor], rows: int, columns: int, name: str) -> Mapped:
     """Rows float32 [N, C] that come in parts, written to a temporary file and mapped."""
-    folder = TemporaryDirectory(prefix="pyro_vae_")
-    path = Path(folder.name) / "rows.npy"
+    folder = Folder()
+    path = folder.path / "rows.npy"
     head = {"descr": "<f4", "fortran_order": False, "shape": (rows, columns)}
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, head)
@@ -151,6 +162,8 @@ def _opened(path: Path) -> np.ndarray:
             f"{path}: expected a whole .npy file of numbers, got: {error}; if it was cut or "
             "replaced while it was read, write it again"
         ) from error
+    if not isinstance(rows, np.ndarray) or rows.ndim < 1 or len(rows) < 1:
+        raise ValueError(f"{path}: expected one array with a row for each datum, got none")
     return rows
 
 
@@ -161,6 +174,6 @@ def _part(path: Path, at: Any) -> np.ndarray:
         return np.array(rows[at])
     except IndexError as error:
         raise ValueError(
-            f"{path}: expected the rows that it had before, got {len(rows)}: it was replaced while "
-            "it was read; write it again"
+            f"{path}: expected the rows that it had before, got {len(rows)}: it was cut or "
+            "replaced while it was read; write it again"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data.data import Data, Parts
+from pyro_vae.data.mapped import LARGE, mapped
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -34,10 +36,16 @@ def read_arrays(path: Path) -> Parts:
     Floating point becomes float32. uint8 is taken for grey values 0..255 and bool for 0 and 1,
     both as images: [N, H, W] becomes [N, 1, H, W]. Other integers stay integers.
 
+    An .npy file of more than 64 MB is not read but mapped (`Mapped`).
+
     Raises:
         ValueError: If the file cannot be read, holds Python objects or lacks ``x``, or an array
             has another name, shape or dtype.
     """
+    if path.suffix == ".npy" and path.stat().st_size > LARGE:
+        rows = mapped(path, partial(_values, path), str(path))
+        levels = _LEVELS.get(np.load(path, mmap_mode="r").dtype.name)
+        return Data(rows, levels=levels, name=str(path)), None, None
     arrays = _load(path)
     known = {f"{name}{part}" for part in _PARTS if f"x{part}" in arrays for name in _ARRAYS}
     if "x" not in arrays or not known.issuperset(arrays):

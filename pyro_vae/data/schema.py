@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,13 +108,28 @@ class Schema:
     def __str__(self) -> str:
         return yaml.safe_dump(self.plain, sort_keys=False, default_flow_style=None, width=99)
 
-    def encode(self, cells: Cells, name: str = "table") -> Tensor:
+    def encode(self, cells: Cells, name: str = "table", first: int = 0) -> Tensor:
         """Rows [N, C], float32, of cells by column: codes for categories, NaN for missing ones.
+
+        Args:
+            cells: By the name of their column.
+            name: What error messages call the table.
+            first: The number of the first row in it.
 
         Raises:
             ValueError: If columns are missing or others, or a cell is not what its column holds.
         """
-        missing, other = set(self.columns) - set(cells), set(cells) - set(self.columns)
+        self.check(cells, name)
+        each = [_numbers(name, key, c, cells[key], first) for key, c in self.columns.items()]
+        return torch.from_numpy(np.stack(each, 1).astype(np.float32))
+
+    def check(self, names: Iterable[str], name: str = "table") -> None:
+        """Refuses a table whose columns have other names.
+
+        Raises:
+            ValueError: If columns are missing or others.
+        """
+        missing, other = set(self.columns) - set(names), set(names) - set(self.columns)
         parts = {"missing": missing, "unknown": other}
         words = "; ".join(f"{w}: {', '.join(sorted(n))}" for w, n in parts.items() if n)
         if words:
@@ -122,8 +137,6 @@ class Schema:
                 f"{name}: expected the columns of the schema, got others ({words}): give the "
                 "table these columns"
             )
-        each = [_numbers(name, key, c, cells[key]) for key, c in self.columns.items()]
-        return torch.from_numpy(np.stack(each, 1).astype(np.float32))
 
     def decode(self, rows: Tensor) -> Cells:
         """Cells by column of rows [N, C]: categories for codes, None for NaN."""
@@ -175,7 +188,7 @@ def _restored(name: str, entry: Any) -> Column:
         raise ValueError(f"schema of column {name!r}: {error}") from None
 
 
-def _numbers(name: str, key: str, column: Column, cells: Sequence[Any]) -> np.ndarray:
+def _numbers(name: str, key: str, column: Column, cells: Sequence[Any], first: int) -> np.ndarray:
     """The cells of one column as numbers, NaN where they are empty."""
     codes: dict[Any, int] = {category: code for code, category in enumerate(column.categories)}
     values = np.full(len(cells), np.nan)
@@ -189,8 +202,8 @@ def _numbers(name: str, key: str, column: Column, cells: Sequence[Any]) -> np.nd
             more = ", ..." if len(column.categories) > 5 else ""
             wanted = f"one of the categories {known}{more}" if codes else "a finite number"
             raise ValueError(
-                f"{name}: column {key!r}: expected {wanted}, got {cell!r} in row {row} (from 0): "
-                "correct the cell, or leave it empty"
+                f"{name}: column {key!r}: expected {wanted}, got {cell!r} in row "
+                f"{first + row} (from 0): correct the cell, or leave it empty"
             )
         values[row] = value
     return values

@@ -6,7 +6,8 @@ import csv
 import math
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data.data import Data
+from pyro_vae.data.mapped import CHUNK, LARGE, spooled
 from pyro_vae.data.schema import Cells, Column, Schema, as_name, as_number, shortened
 
 __all__ = [
@@ -70,6 +72,8 @@ def read_table(
 
 def read_rows_of_table(path: Path, schema: Schema | Mapping[str, Any] | None) -> Data:
     """As `read_table`, for `load_data`; a column of the name ``label`` holds labels."""
+    if path.suffix == ".parquet" and path.is_file() and path.stat().st_size > LARGE:
+        return _streamed(path, schema)
     cells, orders = _cells(path)
     labels = [_labels(f"{path}: column {k!r}", c) for k, c in _without_labels(cells).items()]
     rows, found = _table(str(path), cells, orders, schema)
@@ -91,6 +95,61 @@ def _without_labels(cells: Cells) -> Cells:
     """Takes the column of labels, if there is one, out of the cells."""
     names = [key for key in cells if key.lower() == "label" and len(cells) > 1]
     return {key: cells.pop(key) for key in names[:1]}
+
+
+def _streamed(path: Path, schema: Schema | Mapping[str, Any] | None) -> Data:
+    """The same of a large .parquet file: one column at a time, then ten thousand rows."""
+    pyarrow = _pyarrow()
+    with _arrow_errors(str(path)):
+        file = pyarrow.parquet.ParquetFile(path)
+        names = [n for n in file.schema_arrow.names if not n.startswith("__index_level_")]
+    labels = [key for key in names if key.lower() == "label" and len(names) > 1][:1]
+
+    def column(key: str) -> tuple[list[Any], list[Any] | None]:
+        with _arrow_errors(str(path)):
+            cells, orders = _arrow_cells(str(path), file.read(columns=[key]))
+        return cells[key], orders.get(key)
+
+    def parts(found: Schema) -> Iterator[Tensor]:
+        first = 0
+        with _arrow_errors(str(path)):
+            for batch in file.iter_batches(CHUNK, columns=list(found.columns)):
+                cells, _ = _arrow_cells(str(path), pyarrow.Table.from_batches([batch]))
+                yield found.encode(cells, str(path), first)
+                first += len(batch)
+
+    values = [key for key in names if key not in labels]
+    found = schema if isinstance(schema, Schema) else _schema(str(path), values, column, schema)
+    found.check(values, str(path))
+    rows = spooled(parts(found), file.metadata.num_rows, len(found.columns), str(path))
+    return Data(
+        rows,
+        labels=_labels(f"{path}: column {labels[0]!r}", column(labels[0])[0]) if labels else None,
+        name=str(path),
+        columns=tuple(found.columns),
+        schema=found,
+    )
+
+
+def _schema(
+    name: str,
+    columns: Iterable[str],
+    cells: Callable[[str], tuple[Sequence[Any], Sequence[Any] | None]],
+    known: Mapping[str, Any] | None,
+) -> Schema:
+    """What is known of columns, and what their cells and order say of the others."""
+    given = Schema.restore(known or {})
+    if unknown := [key for key in given.columns if key not in columns]:
+        raise ValueError(
+            f"{name}: the schema names columns that are not there: {', '.join(unknown)}; there "
+            f"are {', '.join(columns)}"
+        )
+    return Schema(
+        {
+            key: given.columns.get(key) or inferred(f"{name}: column {key!r}", *cells(key))
+            for key in columns
+        }
+    )
 
 
 def read_numbers(
@@ -121,17 +180,7 @@ def _table(
 ) -> tuple[Tensor, Schema]:
     if isinstance(schema, Schema):
         return schema.encode(cells, name), schema
-    given = Schema.restore(schema or {})
-    if unknown := [key for key in given.columns if key not in cells]:
-        raise ValueError(
-            f"{name}: the schema names columns that are not there: {', '.join(unknown)}; there "
-            f"are {', '.join(cells)}"
-        )
-    columns = {
-        key: given.columns.get(key) or inferred(f"{name}: column {key!r}", values, orders.get(key))
-        for key, values in cells.items()
-    }
-    found = Schema(columns)
+    found = _schema(name, cells, lambda key: (cells[key], orders.get(key)), schema)
     return found.encode(cells, name), found
 
 
@@ -307,7 +356,7 @@ def _check_names(source: str, names: Iterable[str], is_text: bool) -> None:
         raise ValueError(f"{source}: expected different names, got {twice[0]!r} twice; rename one")
 
 
-def _arrow_cells(source: str, table: Any) -> tuple[Cells, dict[str, list[Any]]]:
+def _pyarrow() -> Any:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -315,15 +364,26 @@ def _arrow_cells(source: str, table: Any) -> tuple[Cells, dict[str, list[Any]]]:
         raise ImportError(
             "frames and .parquet need pyarrow: pip install 'pyro-vae[tables]'"
         ) from error
+    return pyarrow
+
+
+@contextmanager
+def _arrow_errors(source: str) -> Iterator[None]:
     try:
-        found = (
-            pyarrow.parquet.read_table(table) if isinstance(table, Path) else pyarrow.table(table)
-        )
-    except (pyarrow.ArrowException, TypeError, ValueError, OSError) as error:
+        yield
+    except (_pyarrow().ArrowException, TypeError, OSError) as error:
         raise ValueError(
             f"{source}: expected a table with one kind of values in each column, got: "
             f"{' '.join(str(error).split())}"
         ) from error
+
+
+def _arrow_cells(source: str, table: Any) -> tuple[Cells, dict[str, list[Any]]]:
+    pyarrow = _pyarrow()
+    with _arrow_errors(source):
+        found = (
+            pyarrow.parquet.read_table(table) if isinstance(table, Path) else pyarrow.table(table)
+        )
     found = found.select([n for n in found.column_names if not n.startswith("__index_level_")])
     _check_names(source, found.column_names, is_text=False)
     types = pyarrow.types

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.arguments import check_whole, closest
+from pyro_vae.data.mapped import Mapped
 
 __all__ = [
     "Binarise",
@@ -27,6 +28,7 @@ __all__ = [
     "row_noise",
 ]
 
+ROWS = 10_000  # of a file, read at once
 NAMES = ("none", "threshold", "static", "dynamic", "dequantise", "rescale", "standardise")
 
 
@@ -282,8 +284,10 @@ class Standardise(Transform):
             )
 
     @classmethod
-    def fit(cls, x: Tensor) -> Standardise:
+    def fit(cls, x: Tensor | Mapped) -> Standardise:
         """The means and deviations (the divisor is N) of the rows ``x`` [N, *E], without NaN."""
+        if isinstance(x, Mapped):
+            return cls._streamed(x)
         x = x.double()
         if bool(x.isnan().any()):
             mean = x.nanmean(0)
@@ -293,6 +297,22 @@ class Standardise(Transform):
         # A constant column can leave rounding noise in place of an exact 0.
         constant = x.nan_to_num(-math.inf).amax(0) == x.nan_to_num(math.inf).amin(0)
         return cls(mean.float(), std.masked_fill(constant, 0.0).float())
+
+    @classmethod
+    def _streamed(cls, x: Mapped) -> Standardise:
+        """The same in two passes over a file."""
+        total, squares = torch.zeros(2, *x.shape[1:], dtype=torch.float64)
+        count, low, high = torch.zeros_like(total), total + math.inf, total - math.inf
+        for part in x.split(ROWS):
+            count += (~part.isnan()).sum(0)
+            total += part.double().nansum(0)
+            low = torch.minimum(low, part.nan_to_num(math.inf).amin(0))
+            high = torch.maximum(high, part.nan_to_num(-math.inf).amax(0))
+        for part in x.split(ROWS):
+            squares += (part.double() - total / count).square().nansum(0)
+        # A constant column can leave rounding noise in place of an exact 0.
+        std = (squares / count).sqrt().masked_fill(low == high, 0.0)
+        return cls((total / count).float(), std.float())
 
     def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         """See ``Transform``."""
@@ -307,7 +327,7 @@ class Standardise(Transform):
         return -self.std.double().log()
 
 
-def make_transform(name: str, x: Tensor, levels: int | None) -> Transform:
+def make_transform(name: str, x: Tensor | Mapped, levels: int | None) -> Transform:
     """The transform of that name for the data ``x``.
 
     Args:

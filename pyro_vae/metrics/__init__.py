@@ -1,6 +1,6 @@
 """Measurements of what a model has learned."""
 
-from pyro_vae.metrics.calibration import Calibration, calibration
+from pyro_vae.metrics.calibration import Calibration, calibration, p_values
 from pyro_vae.metrics.decomposition import Decomposition, Term, active_units, elbo_decomposition
 from pyro_vae.metrics.factors import Score
 from pyro_vae.metrics.information import factor_information, mig, mig_of_means, modularity
@@ -22,5 +22,6 @@ __all__ = [
     "mig",
     "mig_of_means",
     "modularity",
+    "p_values",
     "sap",
 ]

@@ -144,6 +144,30 @@ def calibration(
     return Calibration(ranks, names, num_draws, uniforms)
 
 
+def p_values(log_prob: Tensor, among: Tensor) -> Tensor:
+    r"""How unusually low log p(x) of each row is among that of other rows.
+
+    .. math:: p_n = \frac{1 + \#\{m : \ell_m \le \ell_n\}}{1 + M}
+
+    Uniform on 1/(M+1), ..., 1 for a row of the kind of the others: with rows that the model
+    draws, for data of the model; with held-out rows, for data like those trained on. A p-value
+    below 1/(M+1) cannot be had from M rows.
+
+    Args:
+        log_prob: log p(x) of the rows [N], nats.
+        among: That of the others [M], by the same estimator.
+
+    Returns:
+        The p-values [N].
+
+    References:
+        Phipson and Smyth. Permutation p-values should never be zero. 2010.
+    """
+    ordered = among.double().sort().values
+    below = torch.searchsorted(ordered, log_prob.double().to(ordered.device), right=True)
+    return (1 + below).double() / (1 + len(among))
+
+
 def _ranks(
     model: Program, guide: Program, x: Tensor, y: Tensor | None, num_draws: int
 ) -> tuple[tuple[str, ...], Tensor, Tensor]:
