@@ -1,0 +1,185 @@
+"""Files scored in parts: kept, joined, ranked, and the same in whatever way they were made."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import MultivariateNormal
+
+from pyro_vae.__main__ import main
+from pyro_vae.cli import score, stream
+from pyro_vae.data import readers
+from pyro_vae.metrics import p_values
+
+pytestmark = pytest.mark.filterwarnings("ignore:posterior collapse")
+N, F = 29, 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, and rows to score."""
+    folder = tmp_path_factory.mktemp("stream")
+    random = np.random.default_rng(0)
+    np.save(folder / "x.npy", random.normal(size=(61, F)))
+    np.save(folder / "new.npy", random.normal(size=(N, F)))
+    small = ["--encoder.hidden=[5]", "--decoder.hidden=[5]", "--latent_dim=2", "--epochs=1"]
+    train = ["train", "--data", str(folder / "x.npy"), "--run", str(folder / "run"), *small]
+    assert main([*train, "--likelihood=Normal", "--progress=false"]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of five rows, of a file that stays on disk."""
+    monkeypatch.setattr(stream, "ROWS", 5)
+    monkeypatch.setattr(readers, "LARGE", 0)
+
+
+def scored(folder: Path, out: Path, *options: str, num_samples: int = 7) -> bytes:
+    """The scores of the new rows."""
+    given = ["score", str(folder / "run"), str(folder / "new.npy"), "--out", str(out)]
+    assert main([*given, f"--num_samples={num_samples}", "--progress=false", *options]) == 0
+    return out.read_bytes()
+
+
+def test_a_score_that_was_broken_off_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    whole = scored(folder, tmp_path / "whole.csv")
+    rows = [line["row"] for line in csv.DictReader(whole.decode().splitlines())]
+    assert rows == [str(row) for row in range(N)]
+    made: list[int] = []
+    given = score.lines
+
+    def lines(rows: torch.Tensor, *others: object) -> str:
+        made.append(len(rows))
+        if len(made) == 3:
+            raise OSError("the disk is full")
+        return given(rows, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(score, "lines", lines)
+    out = tmp_path / "again.csv"
+    command = ["score", str(folder / "run"), str(folder / "new.npy"), "--out", str(out)]
+    assert main([*command, "--num_samples=7", "--progress=false"]) == 2
+    error = capsys.readouterr().err
+    assert "the disk is full; 2 of 5 parts are kept: the same command goes on from there" in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+    other = scored(folder, out, num_samples=5)  # of which nothing is there yet
+    assert len(made) == 3 + 5
+    assert other != whole
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_is_there_is_not_made_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = scored(folder, tmp_path / "whole.csv")
+    calls = []
+    given = score.lines
+
+    def lines(rows: torch.Tensor, *others: object) -> str:
+        calls.append(int(rows[0]))
+        if calls == [0, 5, 10]:
+            raise KeyboardInterrupt
+        return given(rows, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(score, "lines", lines)
+    out = tmp_path / "again.csv"
+    command = ["score", str(folder / "run"), str(folder / "new.npy"), "--out", str(out)]
+    assert main([*command, "--num_samples=7", "--progress=false"]) == 130
+    assert scored(folder, out) == whole
+    assert calls == [0, 5, 10, 10, 15, 20]
+
+
+def test_of_the_rows_in_memory(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapped = scored(folder, tmp_path / "a.csv")
+    monkeypatch.setattr(readers, "LARGE", 2**26)
+    assert scored(folder, tmp_path / "b.csv") == mapped
+
+
+def test_p_values_are_uniform_under_the_model() -> None:
+    torch.manual_seed(0)
+    model = MultivariateNormal(torch.zeros(3), torch.diag(torch.tensor([1.0, 2.0, 5.0])))
+    others = model.log_prob(model.sample(torch.Size((199,))))
+    found = torch.stack([p_values(others.roll(i)[:1], others.roll(i)[1:]) for i in range(199)])
+    assert found.flatten().sort().values.allclose(torch.arange(1, 200).double() / 199)
+    each = torch.cat(
+        [
+            p_values(values[:1], values[1:])
+            for values in model.log_prob(model.sample(torch.Size((2000, 20))))
+        ]
+    )
+    counts = torch.bincount((each * 20).round().long() - 1, minlength=20)
+    assert ((counts - 100) ** 2 / 100).sum() < 36.2  # 99% of chi-square with 19 degrees
+    assert p_values(torch.tensor([-9.0, 0.0]), torch.tensor([-1.0, 0.0, 1.0])).tolist() == [
+        0.25,
+        0.75,
+    ]
+
+
+def test_p_values_of_a_file(folder: Path, tmp_path: Path) -> None:
+    odd = np.load(folder / "new.npy")
+    odd[0] = 20.0
+    np.save(tmp_path / "odd.npy", odd)
+    given = ["score", str(folder / "run"), str(tmp_path / "odd.npy"), "--p_values=6"]
+    assert main([*given, "--num_samples=50", "--progress=false"]) == 0
+    lines = list(csv.DictReader((tmp_path / "odd.scores.csv").open()))
+    for name in ("p_held_out", "p_simulated"):
+        ranks = [float(line[name]) for line in lines]
+        assert ranks[0] == min(ranks)
+        assert ranks[0] == pytest.approx(1 / 7, abs=1e-6)
+        assert np.mean(ranks[1:]) > 0.3
+        assert set(np.round(np.multiply(ranks, 7), 4)) <= set(range(1, 8))
+
+
+def test_a_file_that_is_cut(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    rows = tmp_path / "cut.npy"
+    rows.write_bytes((folder / "new.npy").read_bytes())
+    given = score.lines
+
+    def lines(*arguments: object) -> str:
+        with rows.open("rb+") as file:
+            file.truncate(400)
+        return given(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(score, "lines", lines)
+    assert main(["score", str(folder / "run"), str(rows), "--num_samples=7"]) == 2
+    assert "cut.npy: expected a whole .npy file" in (error := capsys.readouterr().err)
+    assert "1 of 5 parts are kept" in error
+
+
+@pytest.mark.slow
+def test_processes_share_the_parts(folder: Path, tmp_path: Path) -> None:
+    assert scored(folder, tmp_path / "b.csv", "--devices=1") == b"".join(
+        with_processes(folder, tmp_path)
+    )
+
+
+def with_processes(folder: Path, tmp_path: Path) -> Iterator[bytes]:
+    """The scores by `devices`, in parts of another size there; those that torchrun gives."""
+    code = "import sys; from pyro_vae.cli import stream; stream.ROWS = 5; from pyro_vae.__main__ "
+    code += "import main; sys.exit(main())"
+    (tmp_path / "command.py").write_text(code)
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    out = tmp_path / "c.csv"
+    given = ["score", str(folder / "run"), str(folder / "new.npy"), "--out", str(out)]
+    subprocess.run(
+        [*run, str(tmp_path / "command.py"), *given, "--num_samples=7", "--progress=false"],
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        timeout=200,
+    )
+    yield out.read_bytes()
