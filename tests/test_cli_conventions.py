@@ -82,7 +82,7 @@ def test_compare_for_json_is_paired() -> None:
         rest = (torch.full((3,), i / 10) for i in range(1, 5))
         return Evidence(found, *rest, ["AIS"] * 3, ["reliable", "reliable", "doubtful"])
 
-    found = {"a": evidence([-3.0, -5.0, -7.0]), "b": evidence([-4.0, -7.0, -10.0])}
+    found = {"a": [evidence([-3.0, -5.0, -7.0])], "b": [evidence([-4.0, -7.0, -10.0])]}
     printed = compared(found, "all 3 rows")
     assert printed["runs"]["a"]["log_prob"] == pytest.approx(-5)
     assert printed["runs"]["b"]["verdicts"] == {"reliable": 2, "doubtful": 1}

@@ -183,3 +183,25 @@ def with_processes(folder: Path, tmp_path: Path) -> Iterator[bytes]:
         timeout=200,
     )
     yield out.read_bytes()
+
+
+@pytest.mark.parametrize("ending", ["npz", "csv"])
+def test_codes_in_parts(
+    ending: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["encode", str(folder / "run"), str(folder / "new.npy"), "--out"]
+    assert main([*command, str(tmp_path / f"parts.{ending}")]) == 0
+    monkeypatch.setattr(stream, "ROWS", 1000)
+    assert main([*command, str(tmp_path / f"whole.{ending}")]) == 0
+    parts, whole = (codes(tmp_path / f"{name}.{ending}") for name in ("parts", "whole"))
+    assert parts.shape == (N, 4)
+    np.testing.assert_allclose(parts, whole, atol=1e-6)
+    assert not list(tmp_path.glob(".*"))
+
+
+def codes(path: Path) -> np.ndarray:
+    """Means and scales of an encoded file."""
+    if path.suffix == ".csv":
+        return np.loadtxt(path, delimiter=",", skiprows=1)
+    with np.load(path) as file:
+        return np.concatenate([file["mean"], file["scale"]], 1)

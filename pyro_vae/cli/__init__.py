@@ -78,7 +78,12 @@ TRAINING: Options = {
     "--clip_norm": option(float | None, None, "greatest norm of all gradients"),
     "--patience": option(int | None, None, "epochs without a better bound"),
     "--seed": option(int, 0),
-    "--devices": option(int, 1, "GPUs, or processes where there is none"),
+    "--seeds": option(
+        int, 1, "runs from so many seeds, from --seed on, in folders of the run; for compare"
+    ),
+    "--devices": option(
+        int, 1, "GPUs, or processes where there is none; of several seeds, runs at a time"
+    ),
     "--accelerator": option(str, "auto"),
     "--precision": option(str, "32-true"),
     **SPEED,
@@ -307,6 +312,7 @@ training:
   --batch-size N        [100]           --optimizer NAME   of torch.optim [Adam]
   --patience N          end after N epochs without a better validation bound
   --seed N              [0]             --devices N        GPUs or processes [1]
+  --seeds N             runs from N seeds, whose spread compare shows
   --compile             compile the step; --no-compile: never
 
 run:

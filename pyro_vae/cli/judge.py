@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations, compress
@@ -28,7 +29,7 @@ from pyro_vae.estimators import (
 )
 from pyro_vae.estimators.log_evidence import REACH, kept_audit
 from pyro_vae.files import write
-from pyro_vae.metrics import Decomposition, active_units
+from pyro_vae.metrics import Decomposition, Difference, active_units, paired_difference
 from pyro_vae.vae import VAE
 
 __all__ = ["compare", "compared", "evaluate"]
@@ -215,45 +216,106 @@ def compare(options: Namespace) -> None:
     """Runs on the same rows: log p(x) of each, and paired differences with their errors."""
     if len(set(options.runs)) < 2:
         raise ValueError("compare needs two runs or more; for one: pyro-vae evaluate RUN")
-    loaded = {run: load_run(run, options.data_root) for run in options.runs}
-    for run in options.runs[1:]:
-        check_comparable(options.runs[0], run, loaded, options.part)
+    models = {run: replicas(run) for run in options.runs}
+    every = [run for runs in models.values() for run in runs]
+    loaded = {run: load_run(run, options.data_root) for run in every}
+    for run in every[1:]:
+        check_comparable(every[0], run, loaded, options.part)
     found: dict[str, Evidence] = {}
     for run, (vae, splits) in loaded.items():
         rows = held_out(splits, options.part, options.limit)
         vae, data = placed(vae, rows, options.accelerator)
         found[run] = shifted(estimate(vae, data, options), data)
-    where = rows_of(loaded[options.runs[0]][1], options.part, rows)
+    where = rows_of(loaded[every[0]][1], options.part, rows)
+    of_model = {model: [found[run] for run in runs] for model, runs in models.items()}
     if options.json:
-        print(json.dumps(compared(found, where), indent=1))
+        print(json.dumps(compared(of_model, where), indent=1))
         return
+    for shown in (ranking(of_model, where), differences(of_model)):
+        Console().print(shown)
+
+
+def replicas(run: str) -> list[str]:
+    """The runs of a folder that `train --seeds` made; the run itself of another."""
+    runs = [] if (Path(run) / "run.json").exists() else sorted(Path(run).glob("seed-*"))
+    return [str(path) for path in runs] or [run]
+
+
+def ranking(models: dict[str, list[Evidence]], where: str) -> Table:
+    """Models from the best, with their errors over data and over seeds."""
     title = f"nats per datum, of {where}"
-    runs = Table("run", "log p(x), in the units of the data", "verdict", title=title)
-    for run, evidence in found.items():
-        runs.add_row(run, with_errors(evidence), counted(evidence))
-    differences = Table("first less second", "difference", title="paired differences, nats")
-    for a, b in combinations(found, 2):
-        differences.add_row(f"{a} - {b}", paired(found[a], found[b]))
-    Console().print(runs)
-    Console().print(differences)
+    shown = Table("", "run", "log p(x), in the units of the data", "verdict", title=title)
+    for rank, name in enumerate(sorted(models, key=lambda m: -mean_of(models[m])), start=1):
+        runs = models[name]
+        every = Evidence.cat(runs)
+        value = with_errors(runs[0])
+        if len(runs) > 1:
+            value = (
+                f"{mean_of(runs):.2f}, of {len(runs)} seeds that deviate by {over_seeds(runs):.2f}"
+            )
+        shown.add_row(str(rank), name, value, counted(every))
+    return shown
 
 
-def compared(found: dict[str, Evidence], where: str) -> dict[str, Any]:
+def differences(models: dict[str, list[Evidence]]) -> Table:
+    """Differences of each two models with both errors, and which is the worse."""
+    shown = Table(
+        "first less second",
+        "difference",
+        "error, data",
+        "error, seeds",
+        "P(first is worse)",
+        title="paired differences, nats",
+    )
+    for a, b in combinations(models, 2):
+        d = difference(models[a], models[b])
+        seeds = f"{d.stderr_seeds:.3f}" if d.stderr_seeds == d.stderr_seeds else "of one: unknown"
+        numbers = f"{d.mean:.3f}", f"{d.stderr_data:.3f}", seeds, f"{d.p_worse:.2g}"
+        shown.add_row(f"{a} - {b}", *numbers)
+    return shown
+
+
+def mean_of(runs: list[Evidence]) -> float:
+    """Average log p(x) over seeds and data."""
+    return sum(evidence.mean() for evidence in runs) / len(runs)
+
+
+def over_seeds(runs: list[Evidence]) -> float:
+    """Standard deviation of the average log p(x) over seeds."""
+    return torch.tensor([evidence.mean() for evidence in runs]).std().item()
+
+
+def difference(a: list[Evidence], b: list[Evidence]) -> Difference:
+    """How two models differ, by the replicas of each."""
+    return paired_difference(*(torch.stack([e.log_prob for e in runs]) for runs in (a, b)))
+
+
+def compared(models: dict[str, list[Evidence]], where: str) -> dict[str, Any]:
     """What `compare` prints, for JSON."""
     runs = {
-        run: {
-            "log_prob": evidence.mean(),
-            **dict(zip(("stderr_monte_carlo", "stderr_data"), evidence.mean_stderr())),
-            "verdicts": dict(Counter(evidence.verdict)),
+        model: {
+            "log_prob": mean_of(runs),
+            **dict(zip(("stderr_monte_carlo", "stderr_data"), runs[0].mean_stderr())),
+            "seeds": [evidence.mean() for evidence in runs],
+            "verdicts": dict(Counter(Evidence.cat(runs).verdict)),
         }
-        for run, evidence in found.items()
+        for model, runs in models.items()
     }
-    differences = [
-        {"first": a, "second": b, **dict(zip(("difference", "stderr"), difference(*both)))}
-        for a, b in combinations(found, 2)
-        for both in [(found[a], found[b])]
+    pairs = [
+        {
+            "first": a,
+            "second": b,
+            "difference": d.mean,
+            "stderr": d.stderr,
+            "stderr_data": d.stderr_data,
+            "stderr_seeds": None if math.isnan(d.stderr_seeds) else d.stderr_seeds,
+            "p_worse": d.p_worse,
+        }
+        for a, b in combinations(models, 2)
+        for d in [difference(models[a], models[b])]
     ]
-    return {"rows_of": where, "runs": runs, "differences": differences}
+    ranks = sorted(models, key=lambda model: -mean_of(models[model]))
+    return {"rows_of": where, "ranks": ranks, "runs": runs, "differences": pairs}
 
 
 def estimate(vae: VAE, data: Data, options: Namespace) -> Evidence:
@@ -342,17 +404,6 @@ def check_comparable(
 def shifted(evidence: Evidence, data: Data) -> Evidence:
     """Evidence in the units of the data before their transform."""
     return replace(evidence, log_prob=evidence.log_prob + data.log_jacobians)
-
-
-def paired(a: Evidence, b: Evidence) -> str:
-    """Mean difference with its standard error, in words."""
-    mean, error = difference(a, b)
-    return f"{mean:.3f} +- {error:.3f}"
-
-
-def difference(a: Evidence, b: Evidence) -> tuple[float, float]:
-    """Mean difference with its standard error over data, Monte Carlo error included."""
-    return a.difference(b)
 
 
 def with_errors(evidence: Evidence) -> str:

@@ -62,7 +62,7 @@ class Share:
     def __call__(self, job: Job | None = None) -> None:
         """Makes those parts that are not there yet."""
         job = job or self.make(self.options)
-        shown = self.options.progress and self.rank == 0
+        shown = self.options.get("progress", True) and self.rank == 0
         parts = job.parts()
         left = [k for k in range(len(parts))[self.rank :: self.world] if not self.path(k).exists()]
         for k in track(left, "rows, by the thousand", disable=not shown):

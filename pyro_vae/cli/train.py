@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vae import config, declarations
-from pyro_vae.arguments import closest
+from pyro_vae.arguments import check_whole, closest
 from pyro_vae.cli.figures import KlParts, draw
 from pyro_vae.cli.folder import declared_run, pairs, read_record, record
 from pyro_vae.cli.judge import evaluate
@@ -23,7 +23,9 @@ from pyro_vae.data import Data, Schema, Splits, load_data, locate, spread
 from pyro_vae.files import locked
 from pyro_vae.likelihoods import Bernoulli, Columns
 from pyro_vae.objectives import Objective
+from pyro_vae.processes import in_processes
 from pyro_vae.training import History, fit, is_first_process, read_run
+from pyro_vae.training.engine import uses_cuda
 from pyro_vae.vae import VAE
 
 __all__ = ["demo", "hints", "train"]
@@ -44,7 +46,7 @@ TRAINING = (
     "seed",
     "progress",
 )
-NOT_DECLARED = (*NOT_IN_FILES, "progress")
+NOT_DECLARED = (*NOT_IN_FILES, "progress", "seeds")
 DEMO = {
     "data": "digits",
     "transform": "dynamic",
@@ -75,6 +77,9 @@ def train(options: Namespace) -> Path:
 
     Of the processes that torchrun starts all train, and the first writes.
     """
+    check_whole(seeds=options.seeds)
+    if options.seeds > 1:
+        return replicas(options)
     first = is_first_process()
     options.data = locate(options.data)
     options.data_root = os.path.abspath(options.data_root)
@@ -107,6 +112,36 @@ def _check_support(vae: VAE, data: Data) -> None:
     some = data.subset(spread(len(data), NOISY, 0)).fixed() if data.transform.noisy else data
     for x, _ in pairs(some):
         vae.likelihood.check(x)
+
+
+def replicas(options: Namespace) -> Path:
+    """Trains from several seeds, `devices` at a time; those that have begun go on."""
+    if options.resume is not None:
+        raise ValueError("resume goes on with one run: for several seeds, give the command again")
+    folder = _run_folder(options)
+    seeds = range(options.seed, options.seed + options.seeds)
+    each = [_of_seed(options, folder / f"seed-{seed}", seed) for seed in seeds]
+    shares = [each[i :: options.devices] for i in range(min(options.devices, len(each)))]
+    if len(shares) == 1:
+        train_all(each)
+    else:
+        in_processes(train_all, shares, "cuda" if uses_cuda(options.accelerator) else "cpu")
+    print(f"{len(each)} runs in {folder}: pyro-vae compare takes it as one, with their spread")
+    return folder
+
+
+def _of_seed(options: Namespace, run: Path, seed: int) -> Namespace:
+    """The options of one of several runs."""
+    one = options.clone()
+    one.seed, one.seeds, one.devices, one.run = seed, 1, 1, str(run)
+    one.resume = one.run if (run / "run.json").exists() else None
+    return one
+
+
+def train_all(runs: list[Namespace]) -> None:
+    """Trains one run after another."""
+    for options in runs:
+        train(options)
 
 
 def _fit(

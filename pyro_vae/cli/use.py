@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -17,7 +19,8 @@ from pyro_vae import config, estimators, plots
 from pyro_vae.arguments import check_whole
 from pyro_vae.classes import ClassVAE
 from pyro_vae.cli.figures import condition, limits
-from pyro_vae.cli.folder import destination, load_run, own_rows, pairs, placed
+from pyro_vae.cli.folder import destination, load_run, own_rows, placed
+from pyro_vae.cli.stream import Job, key_of, stream
 from pyro_vae.data import Data, read_rows
 from pyro_vae.data.schema import Cells
 from pyro_vae.data.tables import label_cells
@@ -50,21 +53,62 @@ def encode(options: Namespace) -> None:
     out = destination(
         options.out, Path(options.file).with_suffix(".encoded.npz"), (".npz", ".csv"), options.file
     )
+    join = _codes_archive if out.suffix == ".npz" else _codes_table
+    said = stream(encoding, options, out, lambda parts: join(parts, out))
+    print(said or f"the rows of this process are encoded; the others' are not all, for {out}")
+
+
+def encoding(options: Namespace) -> Job:
+    """The encoding of a file: means and scales of each row, float32."""
     vae = config.load(options.run)
-    rows = own_rows(options.run, options.file, vae)
-    with torch.no_grad():
-        q = [vae.encode(x, y) for x, y in pairs(rows)]
-        means = torch.cat([d.mean for d in q]).numpy()
-        scales = torch.cat([d.stddev for d in q]).numpy()
-    if out.suffix == ".npz":
-        write(out, _archive(mean=means, scale=scales))
-    else:
-        head = [f"{kind}{d}" for kind in ("mean", "scale") for d in range(means.shape[1])]
-        both = np.concatenate([means, scales], 1)
-        text = io.StringIO()
-        np.savetxt(text, both, "%.9g", ",", header=",".join(head), comments="")
-        write(out, text.getvalue())
-    print(f"means and scales of {len(rows)} rows in {out}")
+    data = own_rows(options.run, options.file, vae)
+
+    def run(part: int, rows: Tensor) -> bytes:
+        with torch.no_grad():
+            q = vae.encode(*data.batch(rows))
+        file = io.BytesIO()
+        np.save(file, torch.cat([q.mean, q.stddev], 1).numpy())
+        return file.getvalue()
+
+    return Job(len(data), key_of(vae, data, {}), run)
+
+
+def _codes_archive(parts: list[Path], out: Path) -> str:
+    """Writes `mean` and `scale` [N, D] of all parts."""
+    rows, width = _codes_shape(parts)
+    whole = parts[0].with_name("whole.npz")
+    with ZipFile(whole, "w") as archive:
+        for i, name in enumerate(("mean", "scale")):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                head = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
+                np.lib.format.write_array_header_1_0(file, head)
+                for part in parts:
+                    file.write(np.load(part)[:, i * width : (i + 1) * width].tobytes())
+    with whole.open("rb") as file:
+        write(out, iter(lambda: file.read(2**20), b""))
+    return f"means and scales of {rows} rows in {out}"
+
+
+def _codes_table(parts: list[Path], out: Path) -> str:
+    """Writes a table of all parts."""
+    rows, width = _codes_shape(parts)
+
+    def blocks() -> Iterator[bytes]:
+        head = [f"{kind}{d}" for kind in ("mean", "scale") for d in range(width)]
+        yield (",".join(head) + "\n").encode()
+        for part in parts:
+            file = io.BytesIO()
+            np.savetxt(file, np.load(part), "%.9g", ",")
+            yield file.getvalue()
+
+    write(out, blocks())
+    return f"means and scales of {rows} rows in {out}"
+
+
+def _codes_shape(parts: list[Path]) -> tuple[int, int]:
+    """The number of rows, and of latents."""
+    shapes = [np.load(part, mmap_mode="r").shape for part in parts]
+    return sum(rows for rows, _ in shapes), shapes[0][1] // 2
 
 
 def impute(options: Namespace) -> None:

@@ -5,11 +5,13 @@ from pyro_vae.metrics.decomposition import Decomposition, Term, active_units, el
 from pyro_vae.metrics.factors import Score
 from pyro_vae.metrics.information import factor_information, mig, mig_of_means, modularity
 from pyro_vae.metrics.predictors import DCI, beta_vae_score, dci, factor_vae_score, sap
+from pyro_vae.metrics.replicas import Difference, paired_difference
 
 __all__ = [
     "Calibration",
     "DCI",
     "Decomposition",
+    "Difference",
     "Score",
     "Term",
     "active_units",
@@ -23,5 +25,6 @@ __all__ = [
     "mig_of_means",
     "modularity",
     "p_values",
+    "paired_difference",
     "sap",
 ]
