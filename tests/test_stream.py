@@ -134,7 +134,7 @@ def test_p_values_of_a_file(folder: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "odd.npy", odd)
     given = ["score", str(folder / "run"), str(tmp_path / "odd.npy"), "--p_values=6"]
     assert main([*given, "--num_samples=50", "--progress=false"]) == 0
-    lines = list(csv.DictReader((tmp_path / "odd.scores.csv").open()))
+    lines = list(csv.DictReader((tmp_path / "odd.scores.csv").read_text().splitlines()))
     for name in ("p_held_out", "p_simulated"):
         ranks = [float(line[name]) for line in lines]
         assert ranks[0] == min(ranks)

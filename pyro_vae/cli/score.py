@@ -25,7 +25,7 @@ from pyro_vae.cli.stream import Job, key_of, part_seed, stream
 from pyro_vae.data import Data
 from pyro_vae.densities import NotSimulated
 from pyro_vae.estimators import Evidence, importance_sampling, log_evidence
-from pyro_vae.estimators.audit import kept_audit
+from pyro_vae.estimators.log_evidence import kept_audit
 from pyro_vae.files import write
 from pyro_vae.generators import forked
 from pyro_vae.metrics import p_values
