@@ -190,12 +190,9 @@ COMMANDS = {
             "--num_samples": option(
                 int | None,
                 None,
-                "draws of the encoder, for a lower bound that costs little; null: log_evidence, "
-                "judged",
+                "draws of the encoder, a cheap lower bound; null: log_evidence",
             ),
-            "--p_values": option(
-                int, 0, "rank rows among so many held-out ones and as many that the model draws"
-            ),
+            "--p_values": option(int, 0, "rank rows among so many held-out ones, and drawn ones"),
             **ESTIMATE,
         },
         usage="RUN FILE",
