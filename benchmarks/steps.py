@@ -3,7 +3,8 @@
 python benchmarks/steps.py [WORKLOAD ...] [--threads 2] [--turns 5] [--device cuda] [--out F]
 
 Workloads: mlp-100 and mlp-512 (784-500 tanh-20, Bernoulli, of that batch), iwae (50 draws, batch
-20), vamp (500 components), layers (two of 20, top-down), conv (32 x 32 x 3, Gaussian decoder).
+20), vamp (500 components), layers (two of 20, top-down), conv (32 x 32 x 3, Gaussian decoder),
+counts (2000 genes, negative binomial, a latent library).
 Every candidate trains on the same drawn data with Adam at 1e-3 for the same number of steps, and
 must end at the same loss.
 Peers that are not installed (extra `benchmarks`) are left out. On a GPU (`--device cuda`, better
@@ -36,6 +37,7 @@ WORKLOADS: dict[str, dict[str, Any]] = {
     "vamp": {"shape": (784,), "batch": 100, "components": 500},
     "layers": {"shape": (784,), "batch": 100, "layers": 2},
     "conv": {"shape": (3, 32, 32), "batch": 100},
+    "counts": {"shape": (2000,), "batch": 128, "counts": True},
 }
 D = 20
 
@@ -47,6 +49,10 @@ def data(shape: tuple[int, ...], device: str = "cpu") -> Any:
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(ROWS, 10, generator=generator)
     w = torch.randn(10, math.prod(shape), generator=generator)
+    if shape == (2000,):
+        share = (0.3 * z @ w).softmax(-1)
+        size = (7 + 0.5 * torch.randn(ROWS, 1, generator=generator)).exp()
+        return torch.poisson(size * share, generator=generator).to(device)
     if len(shape) == 3:
         return (0.3 * z @ w).tanh().reshape(ROWS, *shape).to(device)
     return torch.bernoulli((z @ w - 2).sigmoid(), generator=generator).to(device)
@@ -63,8 +69,9 @@ def networks(workload: dict[str, Any]) -> tuple[Any, Any]:
 
     if len(workload["shape"]) == 3:
         return Conv(workload["shape"], 2 * D), ConvTranspose(D, workload["shape"])
-    encoder = nn.Sequential(nn.Linear(784, 500), nn.Tanh(), nn.Linear(500, 2 * D))
-    return encoder, nn.Sequential(nn.Linear(D, 500), nn.Tanh(), nn.Linear(500, 784))
+    size = math.prod(workload["shape"])
+    encoder = nn.Sequential(nn.Linear(size, 500), nn.Tanh(), nn.Linear(500, 2 * D))
+    return encoder, nn.Sequential(nn.Linear(D, 500), nn.Tanh(), nn.Linear(500, size))
 
 
 def make_loss(workload: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]]:
@@ -126,6 +133,26 @@ def make_loss(workload: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]]:
         kl1 = 0.5 * (((loc1 - loc) / scale) ** 2 + ratio**2 - 1) - ratio.log()
         return -(log_likelihood(z1, x) - kl2 - kl1.sum(-1)).mean()
 
+    def counts(x: Any) -> Any:
+        loc, scale = posterior(x.log1p())
+        z = loc + scale * torch.randn_like(scale)
+        total = x.sum(1)
+        mean = (1 + total).log() + own[0]
+        spread = F.softplus(own[1] - 3) + F.softplus(own[2]) / (1 + total).sqrt()
+        log_size = mean + spread * torch.randn_like(mean)
+        log_rate = decoder(z).log_softmax(-1) + log_size.unsqueeze(1)
+        r = 1e-3 + F.softplus(own[3:])
+        logits = log_rate - r.log()
+        each = x * F.logsigmoid(logits) + r * F.logsigmoid(-logits)
+        each = each + torch.lgamma(x + r) - torch.lgamma(r) - torch.lgamma(1 + x)
+        kl = (0.5 * (loc**2 + scale**2 - 1) - scale.log()).sum(-1)
+        kl = kl + 0.5 * (((mean - 7) / 0.5) ** 2 + (spread / 0.5) ** 2 - 1) - (spread / 0.5).log()
+        return -(each.sum(-1) - kl).mean()
+
+    if "counts" in workload:
+        own = nn.Parameter(torch.zeros(2003))
+        modules.register_parameter("own", own)
+        return modules, counts
     if "layers" in workload:
         lower, between = (
             nn.Sequential(nn.Linear(size, 500), nn.Tanh(), nn.Linear(500, 2 * D))
@@ -267,15 +294,19 @@ def pyro_vae(
     if "components" in workload:
         prior = {"class_path": "VampPrior", "init_args": {"num_components": 500}}
     network = "Conv" if images else {"class_path": "MLP", "init_args": {"hidden": [500]}}
+    latent = {"class_path": "NegativeBinomial", "init_args": {"library": "latent"}}
+    real = "Normal" if images else "Bernoulli"
     vae = build(
         workload["shape"],
         [D] * workload["layers"] if "layers" in workload else D,
         prior=prior,
-        likelihood="Normal" if images else "Bernoulli",
+        likelihood=latent if "counts" in workload else real,
         encoder=network,
         decoder="ConvTranspose" if images else network,
     )
     vae.initialised.fill_(True)  # start where the others start
+    if "counts" in workload:
+        vae.likelihood.log_total.copy_(torch.tensor([7.0, 0.5]))
     x = data(workload["shape"])
     objective = IWAE(workload["draws"]) if "draws" in workload else ELBO()
     options = {"batch_size": workload["batch"], "lr": 1e-3, "progress": False}

@@ -30,13 +30,13 @@ class Scorer:
         options: Of `log_evidence`, such as `tolerance`.
 
     Raises:
-        ValueError: If the folder holds no run.
+        ValueError: If the folder holds no run, or one that is not complete.
     """
 
     def __init__(self, run: str | os.PathLike[str], **options: Any) -> None:
         self.run, self.options = os.path.abspath(run), options
-        self._vae: VAE | None = None
         read_record(self.run)
+        self._vae: VAE | None = config.load(self.run)  # here, where a broken run is seen early
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_vae": None}

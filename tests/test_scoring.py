@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +64,16 @@ def test_tables(kind: str, folder: Path) -> None:
     assert list(found)[:2] == ["size", "colour"]
 
 
-def test_what_is_no_batch_is_refused(folder: Path) -> None:
+def test_what_is_no_batch_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a batch must be a pandas frame or a mapping"):
         Scorer(folder / "x")([1, 2])
     with pytest.raises(ValueError, match="missing"):
         Scorer(folder)
+    shutil.copytree(
+        folder / "x", tmp_path / "begun", ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    with pytest.raises(ValueError, match="begun") as error:
+        Scorer(tmp_path / "begun")
+    assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="rows of shape"):
         Scorer(folder / "x")({"x": np.zeros((2, F + 1), np.float32)})
