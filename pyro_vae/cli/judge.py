@@ -204,7 +204,7 @@ def missing_patterns(data: Data) -> list[dict[str, Any]]:
     """The commonest sets of columns that rows lack, and how many rows lack just these."""
     if data.columns is None or not data.missing:
         return []
-    sets, counts = data.x.isnan().unique(dim=0, return_counts=True)
+    sets, counts = data.x[:].isnan().unique(dim=0, return_counts=True)
     common = counts.argsort(descending=True)[:PATTERNS].tolist()
     return [
         {"columns": list(compress(data.columns, sets[i].tolist())), "rows": counts[i].item()}

@@ -310,7 +310,9 @@ class Data:
     def subset(self, index: Tensor) -> Data:
         """The rows at these positions, int64 [M], with the ids and noise they had."""
         found = self._each(
-            lambda part: part.rows(index) if isinstance(part, Mapped) else part[index.to(part.device)]
+            lambda part: (
+                part.rows(index) if isinstance(part, Mapped) else part[index.to(part.device)]
+            )
         )
         if len(found) < 1:
             raise ValueError(f"{self._title}: expected a subset of at least 1 row, got none")
