@@ -2,10 +2,14 @@
 
 python examples/studies/few_labels.py --root data       # MNIST, 100 labels; writes a picture
 python examples/studies/few_labels.py --data digits --epochs 60    # minutes
+python examples/studies/few_labels.py --root data --protocol --compile  # Pyro's budget: a GPU
 python examples/studies/few_labels.py --smoke           # bundled digits, seconds
 
 One model of p(x, y), whose classifier is its own p(y | x): there is no network for it. Rows are
-judged without their labels.
+judged without their labels. `--protocol` is that of Pyro's semi-supervised example, 784-500-50,
+50 epochs of 50,000 images in batches of 200, the best epoch by validation: here by the bound of
+log p(x, y), not by accuracy. It prints .9319, .9437, .9487 and .9582 for 100, 600, 1000 and 3000
+labels.
 
 Kingma, Rezende, Mohamed and Welling. Semi-supervised learning with deep generative models. 2014.
 """
@@ -13,78 +17,115 @@ Kingma, Rezende, Mohamed and Welling. Semi-supervised learning with deep generat
 from __future__ import annotations
 
 import argparse
+import json
 import time
 import warnings
 from dataclasses import replace
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
-from pyro_vae import build, class_probabilities, fit, importance_sampling, plots
-from pyro_vae.data import load_data
+from pyro_vae import VAE, build, class_probabilities, fit, importance_sampling, plots
+from pyro_vae.data import Splits, load_data
+
+PROTOCOL = {"rows": 50_000, "hidden": 500, "latent_dim": 50, "batch_size": 200, "epochs": 50}
+PROTOCOL |= {"lr": 0.00042, "beta1": 0.95, "images": 10_000, "labels": [100, 600, 1000, 3000]}
+SMOKE = {"data": "digits", "rows": 200, "epochs": 2, "draws": 5}
 
 
-def few(labels: Tensor, per_class: int) -> Tensor:
-    """The labels of the first rows of each class; -1 for all other rows."""
+def few(labels: Tensor, number: int) -> Tensor:
+    """The labels of the first rows of each of ten classes, so many in all; -1 for other rows."""
     rank = torch.nn.functional.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]
-    return torch.where(rank <= per_class, labels, -1)
+    return torch.where(rank <= number // 10, labels, -1)
 
 
-def main(
-    smoke: bool = False,
-    data: str = "MNIST",
-    root: str = "data",
-    rows: int = 10_000,
-    per_class: int = 10,
-    epochs: int = 20,
-    weights: tuple[float, ...] = (0.0, 50.0),
-    out: str = "few_labels.png",
-) -> float:
-    """Trains a model for each weight; returns the accuracy of the last on test data."""
-    if smoke:
+def main(options: argparse.Namespace) -> None:
+    """Trains and judges a model for each number of labels and weight; prints the table."""
+    if options.smoke:
         warnings.filterwarnings("ignore", message="posterior collapse")  # so few epochs
-    limit, name = (200, "digits") if smoke else (rows, data)
-    parts = load_data(name, root=root, transform="dynamic", limit=limit)
-    test = parts.test.subset(torch.arange(min(1000, len(parts.test)))).fixed()
-    x, truth = test.batch(torch.arange(len(test)))[0], test.labels
-    wide: Any = {"class_path": "MLP", "init_args": {"hidden": [200], "activation": "softplus"}}
-    for weight in weights:
-        torch.manual_seed(0)
-        vae = build(
-            parts.train.data_shape, 20, encoder=wide, decoder=wide, classes=10, label_weight=weight
-        )
-        train = replace(parts.train, labels=few(parts.train.labels, per_class)).one_hot()
-        start = time.perf_counter()
-        fit(vae, train, epochs=2 if smoke else epochs, batch_size=100, progress=False)
-        seconds = time.perf_counter() - start
-        vae.eval()
-        share, stderr, _ = class_probabilities(
-            vae, x, estimator=importance_sampling, num_samples=5 if smoke else 50
-        )
-        right = (share.argmax(1) == truth).double()
-        log_share = share.gather(1, truth[:, None]).clamp(min=1e-12).log().mean()
-        bound = importance_sampling(vae, x, num_samples=5 if smoke else 50)
-        print(
-            f"label_weight {weight:g}: accuracy {right.mean():.3f} +- "
-            f"{right.std() / len(right) ** 0.5:.3f}, log p(y | x) {log_share:.3f}, log p(x) at "
-            f"least {bound.mean():.2f} +- {bound.mean_stderr()[1]:.2f}, {seconds:.0f} s",
-            flush=True,
-        )
+    parts = load_data(options.data, root=options.root, transform="dynamic", limit=options.rows)
+    rows = []
+    for number in options.labels:
+        for weight in options.weights:
+            start = time.perf_counter()
+            vae = trained(parts, number, weight, options)
+            seconds = time.perf_counter() - start
+            row = {"labels": number, "label_weight": weight, **judged(vae, parts, options)}
+            rows.append(row | {"seconds": round(seconds)})
+            print(rows[-1], flush=True)
+    shown = Table(*rows[0], title=f"{options.rows} rows, {options.epochs} epochs, nats per row")
+    for row in rows:
+        shown.add_row(*map(str, row.values()))
+    Console(width=130).print(shown)
+    if options.table:
+        with open(options.table, "w") as file:
+            json.dump({"options": vars(options), "rows": rows}, file, indent=1)
     y = torch.arange(10).repeat_interleave(10)
     with torch.no_grad():
-        plots.save(plots.images(vae.sample(100, y, mean=True), "ten of each class"), out)
-    return right.mean().item()
+        drawn = vae.sample(100, y, mean=True)
+    plots.save(plots.images(drawn, "ten of each class"), options.out)
+
+
+def trained(parts: Splits, number: int, weight: float, options: argparse.Namespace) -> VAE:
+    """A VAE of ten classes, of which so many labels are known."""
+    torch.manual_seed(options.seed)
+    init = {"hidden": [options.hidden], "activation": "softplus"}
+    wide: Any = {"class_path": "MLP", "init_args": init}
+    train = replace(parts.train, labels=few(parts.train.labels, number))
+    sizes: Any = parts.train.data_shape, options.latent_dim
+    vae = build(*sizes, encoder=wide, decoder=wide, classes=10, label_weight=weight)
+    betas = [options.beta1, 0.999]
+    fit(
+        vae,
+        train.one_hot(),
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        lr=options.lr,
+        optimizer={"class_path": "Adam", "init_args": {"betas": betas}},
+        validation=parts.validation.fixed().one_hot() if options.protocol else None,
+        compile=options.compile,
+        progress=False,
+    )
+    return vae.eval()
+
+
+def judged(vae: VAE, parts: Splits, options: argparse.Namespace) -> dict[str, str]:
+    """Accuracy, log p(y | x) and log p(x) of test rows, with standard errors over rows."""
+    test = parts.test.subset(torch.arange(min(options.images, len(parts.test)))).fixed()
+    x, truth = test.batch(torch.arange(len(test)))[0], test.labels
+    way: Any = {"estimator": importance_sampling, "num_samples": options.draws}
+    share, _, _ = class_probabilities(vae, x, **way)
+    right = (share.argmax(1) == truth).double()
+    log_share = share.gather(1, truth[:, None])[:, 0].clamp(min=1e-12).log()
+    bound = importance_sampling(vae, x, num_samples=options.draws).log_prob
+    names = {"accuracy": right, "log p(y | x)": log_share, "log p(x), at least": bound}
+    return {n: f"{v.mean():.3f} +- {v.std() / len(v) ** 0.5:.3f}" for n, v in names.items()}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="few rows and epochs")
+    parser.add_argument("--protocol", action="store_true", help="the budget of Pyro's example")
     parser.add_argument("--data", default="MNIST", help="name of a data set with ten classes")
     parser.add_argument("--root", default="data", help="folder of MNIST")
     parser.add_argument("--rows", type=int, default=10_000, help="training rows")
-    parser.add_argument("--per_class", type=int, default=10, help="labels of each class")
+    parser.add_argument("--labels", type=int, nargs="+", default=[100], help="how many are known")
+    parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 50.0])
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--weights", type=float, nargs="+", default=(0.0, 50.0))
+    parser.add_argument("--batch_size", type=int, default=100)
+    parser.add_argument("--lr", type=float, default=0.001)
+    parser.add_argument("--beta1", type=float, default=0.9, help="of Adam")
+    parser.add_argument("--hidden", type=int, default=200)
+    parser.add_argument("--latent_dim", type=int, default=20)
+    parser.add_argument("--images", type=int, default=1000, help="test rows")
+    parser.add_argument("--draws", type=int, default=50, help="of the encoder, for each class")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--out", default="few_labels.png", help="picture to write")
-    main(**vars(parser.parse_args()))
+    parser.add_argument("--table", help="JSON file for the table")
+    given = parser.parse_args()
+    parser.set_defaults(**(PROTOCOL if given.protocol else SMOKE if given.smoke else {}))
+    main(parser.parse_args())
