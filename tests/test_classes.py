@@ -176,12 +176,14 @@ def test_few_labels_name_the_clusters(tmp_path: Path, compile: bool) -> None:
         assert torch.equal(again.state_dict()[name], value), name
 
 
-def test_a_resumed_run_is_an_unbroken_one(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:posterior collapse")
+@pytest.mark.parametrize("latent_dim", [D, [D, 3]])
+def test_a_resumed_run_is_an_unbroken_one(tmp_path: Path, latent_dim: Any) -> None:
     x, y = clusters(60)
     data, weights = (x, torch.where(y == 1, y, -1)), []
     for epochs in ((4,), (2, 4)):
         torch.manual_seed(3)
-        vae = made()
+        vae = made(latent_dim=latent_dim)
         folder = tmp_path / str(len(epochs))
         for number in epochs:
             fit(vae, data, epochs=number, run=folder, resume=True, progress=False)

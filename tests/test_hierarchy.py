@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pyro.distributions as dist
@@ -390,6 +391,18 @@ def test_lists_that_do_not_fit_are_refused() -> None:
             VAE(p, decoder, q)
     with pytest.raises(ValueError, match="prior ConditionalNormal is conditioned on y"):
         lower()
+
+
+def test_a_resumed_run_is_an_unbroken_one(tmp_path: Path) -> None:
+    x, states = draw(layered(Ladder), 23), []
+    for epochs in ((3,), (1, 3)):
+        torch.manual_seed(3)
+        vae = layered(Ladder, prior="VampPrior")
+        run = {"run": tmp_path / str(len(epochs)), "resume": True, "precision": "64-true"}
+        for number in epochs:
+            fit(vae, x, epochs=number, **run, **QUIET)
+        states.append(vae.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 @pytest.mark.slow

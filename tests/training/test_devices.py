@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from training_cases import QUIET, make_data, make_vae, noisy_data, same, weights
 
-from pyro_vae import likelihoods, networks, posteriors, priors
+from pyro_vae import build, likelihoods, networks, posteriors, priors
 from pyro_vae.objectives import ELBO, BetaTC, FactorVAE, Objective
 from pyro_vae.processes import in_processes
 from pyro_vae.training import State, evaluation, fit, load_weights
@@ -247,6 +247,32 @@ def test_fit_starts_processes_and_brings_back_what_they_made(
     fit(whole, make_data(), validation=make_data(13), **options)
     assert history["epoch"] == [1, 2, 3]
     close(weights(whole), weights(vae))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:posterior collapse")
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"latent_dim": [3, 2]},
+        {"latent_dim": 3, "classes": 3, "label_weight": 2.0},
+        {"latent_dim": [3, 2], "classes": 3, "prior": "NormalPerClass"},
+    ],
+)
+def test_layers_and_classes_in_two_processes(given: dict[str, Any], tmp_path: Path) -> None:
+    x, small = make_data(), {"class_path": "MLP", "init_args": {"hidden": [5]}}
+    data = (x, torch.arange(len(x)) % 4 - 1) if "classes" in given else x
+    trained = []
+    for devices in (1, 2):
+        torch.manual_seed(0)
+        vae = build(7, encoder=small, decoder=small, **given)
+        for part in vae.posterior.modules():
+            if isinstance(part, posteriors.DiagonalNormal):
+                part.__class__ = StillPosterior
+        fit(vae, data, devices=devices, run=tmp_path / str(devices), **OPTIONS)
+        trained.append(vae)
+    close(*map(weights, trained), tolerance=1e-5)
+    assert same(weights(trained[1]), load_weights(tmp_path / "2"))
 
 
 @pytest.mark.slow
