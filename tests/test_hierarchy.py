@@ -63,12 +63,14 @@ def scales(network: networks.MLP, scale: float) -> Tensor:
     return network.output.weight.detach()[:size], network.output.bias.detach()[:size]
 
 
-def linear_gaussian(order: type) -> tuple[VAE, dist.MultivariateNormal]:
+def linear_gaussian(
+    order: type, sizes: tuple[int, ...] = SIZES
+) -> tuple[VAE, dist.MultivariateNormal]:
     """Three linear layers under a linear Normal, and p(x)."""
     flat = {"class_path": "MLP", "init_args": {"hidden": []}}
     normal = {"class_path": "Normal", "init_args": {"scale": 0.6}}
-    vae = layered(order, SIZES, data_shape=F, likelihood=normal, decoder=flat)
-    loc, covariance = torch.zeros(SIZES[-1]), torch.eye(SIZES[-1])
+    vae = layered(order, sizes, data_shape=F, likelihood=normal, decoder=flat)
+    loc, covariance = torch.zeros(sizes[-1]), torch.eye(sizes[-1])
     for prior, scale in ((vae.prior.layers[1], 0.7), (vae.prior.layers[0], 0.4)):
         A, b = scales(prior.network, scale)
         loc, covariance = A @ loc + b, A @ covariance @ A.T + scale**2 * torch.eye(len(b))
@@ -88,8 +90,9 @@ def test_linear_layers_have_the_moments_of_their_closed_form() -> None:
 
 
 @pytest.mark.slow
-def test_linear_layers_have_the_evidence_of_their_closed_form() -> None:
-    vae, truth = linear_gaussian(TopDown)
+@pytest.mark.parametrize("sizes", [SIZES, (67, 71, 61)])  # 199 joined latents
+def test_linear_layers_have_the_evidence_of_their_closed_form(sizes: tuple[int, ...]) -> None:
+    vae, truth = linear_gaussian(TopDown, sizes)
     x = vae.sample(B)
     found = log_evidence(vae, x, audit=False)
     deviation = (found.log_prob - truth.log_prob(x)) / found.stderr.clamp(min=1e-6)
