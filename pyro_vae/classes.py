@@ -148,6 +148,7 @@ class ClassVAE(VAE):
         """Draws of x [size, *E], of the classes `y` [size] where these are known."""
         check_whole(size=size)
         c = self.class_weights().sample(torch.Size((size,)))
+        self.check_labels(y)
         labels = self._labels(y)
         if labels is not None:
             if len(labels) != size:
@@ -189,6 +190,7 @@ class ClassVAE(VAE):
 
     def _weighed(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Any]:
         """Log weights of the classes [B, C], at the means of q(z | x, y), batch [B, C]."""
+        self.check_labels(y)
         x = self._cast(x).unsqueeze(1)
         c = torch.eye(self.classes).to(self.class_weights.logits)
         q: Any = super().encode(x, c)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -251,7 +252,7 @@ class Lowest(nn.Module):
 
     Args:
         decoder: Network from z1 (and `y`).
-        latent_dim: Size D1 of that layer.
+        latent_dim: Size D1 of that layer, or of the lowest few together.
     """
 
     def __init__(self, decoder: nn.Module, latent_dim: int) -> None:
@@ -264,6 +265,15 @@ class Lowest(nn.Module):
     def output_bias(self) -> Any:
         """That of the decoder."""
         return self.decoder.output_bias
+
+    def check(self, sizes: Sequence[int]) -> None:
+        """Raises a ValueError unless it sees whole layers of these sizes."""
+        whole = list(accumulate(sizes))
+        if self.latent_dim not in whole:
+            raise ValueError(
+                f"a decoder of layers {list(sizes)} sees whole ones from z1 on, {whole} latents; "
+                f"got Lowest(decoder, {self.latent_dim})"
+            )
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """Raw parameters of `z` [*S, D1 + ... + DL]."""

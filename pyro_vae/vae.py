@@ -14,7 +14,7 @@ from torch.distributions import Distribution, constraints
 
 from pyro_vae.arguments import as_rows, as_tensor, check_finite, check_whole, completed
 from pyro_vae.distributions import Draw, Joint
-from pyro_vae.hierarchy import Inference, Layers
+from pyro_vae.hierarchy import Inference, Layers, Lowest
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.memory import check_fits
 from pyro_vae.posteriors import Posterior
@@ -68,6 +68,9 @@ class VAE(nn.Module):
                 f"TopDown(posteriors, prior); got {type(prior).__name__} and "
                 f"{type(posterior).__name__}"
             )
+        decoder = getattr(likelihood, "decoder", None)
+        if isinstance(decoder, Lowest) and isinstance(posterior, Inference):
+            decoder.check(list(posterior.sizes.values()))
         if prior.posterior is not None and prior.posterior not in set(posterior.modules()):
             raise ValueError(
                 f"{type(prior).__name__} was built over another VAE's posterior: "

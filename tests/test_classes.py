@@ -223,8 +223,9 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
     for labels in (torch.full((B,), C), torch.full((B,), -2), torch.full((B,), 0.5)):
         with pytest.raises(ValueError, match="labels must be from 0 to 2, for 3 classes, or -1"):
             fit(vae, (x, labels), progress=False)
-        with pytest.raises(ValueError, match="labels must be from 0 to 2"):
-            vae.model(x, labels)
+        for read in (vae.model, vae.encode, vae.reconstruct, lambda x, y: vae.sample(len(x), y)):
+            with pytest.raises(ValueError, match="labels must be from 0 to 2"):
+                read(x, labels)
     with pytest.raises(ValueError, match=r"y must be labels \[B\]"):
         vae.model(x, torch.zeros(B, 2))
     with pytest.raises(ValueError, match="classes go with condition_dim=0, for a datum has one y"):

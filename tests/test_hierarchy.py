@@ -392,6 +392,9 @@ def test_lists_that_do_not_fit_are_refused() -> None:
     for p, q in ((prior, encoders[0]), (StandardNormal(5), made), (Layers(prior.layers), made)):
         with pytest.raises(ValueError, match="a hierarchy needs Layers and an order of inference"):
             VAE(p, decoder, q)
+    few = likelihoods.Bernoulli(Lowest(linear(3, F), 3), (F,))
+    with pytest.raises(ValueError, match=r"layers \[2, 3\] sees whole ones from z1 on, \[2, 5\]"):
+        VAE(prior, few, made)
     with pytest.raises(ValueError, match="prior ConditionalNormal is conditioned on y"):
         lower()
 

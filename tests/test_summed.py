@@ -289,6 +289,13 @@ def test_what_cannot_be_summed_is_refused_in_one_line(x: Tensor) -> None:
 
     with pytest.raises(ValueError, match=r"12167 joint values, more than 10000"):
         densities(many, lambda x: None, x)
+
+    def endless(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("y", dist.Poisson(2.0), infer=SUM)
+
+    with pytest.raises(ValueError, match="site 'y' cannot be summed out, for Poisson has no list"):
+        densities(endless, lambda x: None, x)
     with pytest.raises(ValueError, match=r"\['y'\] is in one of them only"):
         densities(poutine.block(mixture.model, hide=["y"]), mixture.exact, x)
     with pytest.raises(ValueError, match="site must name a discrete latent"):

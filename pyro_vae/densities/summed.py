@@ -36,7 +36,7 @@ def summed_values(model: Program, x: Tensor, y: Tensor | None = None) -> Values:
     They are found by one run on one row, once for each program; empty without such a site.
 
     Raises:
-        ValueError: If there are more than 10,000 joint values.
+        ValueError: If there are more than 10,000 joint values, or a site has no list of them.
     """
     marked = {name: v for name, v in _latents(model, x, y).items() if v is not None}
     if not marked:
@@ -72,12 +72,17 @@ def _look(program: Program, x: Tensor, y: Tensor | None) -> dict[str, Tensor | N
         for name, site in nodes.items()
         if site["type"] == "sample" and is_random(site) and not site["is_observed"]
     }
-    return {name: _support(nodes[name]["infer"], fn) for name, fn in latents.items()}
+    return {name: _support(name, nodes[name]["infer"], fn) for name, fn in latents.items()}
 
 
-def _support(infer: dict[str, Any], fn: Any) -> Tensor | None:
-    if infer.get("enumerate") != "parallel" or not fn.has_enumerate_support:
+def _support(name: str, infer: dict[str, Any], fn: Any) -> Tensor | None:
+    if infer.get("enumerate") != "parallel":
         return None
+    if not fn.has_enumerate_support:
+        raise ValueError(
+            f"site {name!r} cannot be summed out, for {type(fn).__name__} has no list of values: "
+            "leave infer={'enumerate': 'parallel'} out, or give Categorical, Bernoulli or Binomial"
+        )
     support = fn.enumerate_support(expand=False).detach()
     return support.reshape(len(support), *fn.event_shape)
 
