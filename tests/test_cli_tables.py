@@ -174,6 +174,7 @@ def test_rows_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--missing=false"], "column 'age' lacks values in 4 row(s), and the model takes none"),
         (["--likelihood", "Normal"], "which the likelihood Columns is for; got Normal"),
         (["--schema", "{ages: real}"], "the schema names columns that are not there: ages"),
         (["--likelihood", "Columns", "--likelihood.columns", "{ages: Normal}"],

@@ -32,14 +32,15 @@ from pyro_vae.objectives import IWAE
 class SelfMasking(nn.Module):
     """A VAE, and the probability that a value is missing given the value itself.
 
-    It has no `initialise`: that of the VAE starts at the mean of what is observed, where values
-    look missing at random, and training stays there.
+    The curves start steep, and there is no `initialise`: that of the VAE starts at the mean of
+    what is observed. From flat curves, or from there, values look missing at random, and training
+    may stay there.
     """
 
     def __init__(self, vae: VAE, columns: Tensor) -> None:
         super().__init__()
         self.vae, self.columns = vae, columns.nonzero()[:, 0].tolist()
-        self.steepness = nn.Parameter(torch.zeros(len(self.columns)))
+        self.steepness = nn.Parameter(torch.full((len(self.columns),), 3.0))
         self.threshold = nn.Parameter(torch.zeros(len(self.columns)))
 
     def model(self, x: Tensor) -> None:

@@ -8,6 +8,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from pyro_vae.data.data import Data
 from pyro_vae.data.mapped import CHUNK, LARGE, spooled
-from pyro_vae.data.schema import Cells, Column, Schema, as_name, as_number, shortened
+from pyro_vae.data.schema import CODED, Cells, Column, Schema, as_name, as_number, shortened
 
 __all__ = [
     "TABLES",
@@ -58,7 +59,8 @@ def read_table(
         source: A text file (UTF-8, a line of names, separated by commas, semicolons or tabs), a
             .parquet file, or a frame of pandas, polars or pyarrow.
         schema: A schema that these rows must fit, whatever the order of their columns; or a
-            mapping of what is known of some columns: a kind, or what `Column` takes.
+            mapping of what is known of some columns: a kind, or what `Column` takes. Categories
+            that it leaves out are those of the cells.
 
     Returns:
         Rows, float32 [N, C], and the schema, which prints as YAML.
@@ -138,7 +140,11 @@ def _schema(
     known: Mapping[str, Any] | None,
 ) -> Schema:
     """What is known of columns, and what their cells and order say of the others."""
-    given = Schema.restore(known or {})
+    whole = {
+        key: _with_levels(entry, partial(cells, key)) if key in columns else entry
+        for key, entry in (known or {}).items()
+    }
+    given = Schema.restore(whole)
     if unknown := [key for key in given.columns if key not in columns]:
         raise ValueError(
             f"{name}: the schema names columns that are not there: {', '.join(unknown)}; there "
@@ -182,6 +188,24 @@ def _table(
         return schema.encode(cells, name), schema
     found = _schema(name, cells, lambda key: (cells[key], orders.get(key)), schema)
     return found.encode(cells, name), found
+
+
+def _with_levels(
+    entry: Any, read: Callable[[], tuple[Sequence[Any], Sequence[Any] | None]]
+) -> Any:
+    """A declared column; where its kind needs categories and has none, those of its cells."""
+    declared = {"kind": entry} if isinstance(entry, str) else entry
+    if not isinstance(declared, Mapping) or declared.get("kind") not in CODED:
+        return entry
+    if declared.get("categories"):
+        return entry
+    cells, order = read()
+    names = {as_name(cell) for cell in cells if cell is not None}
+    found = sorted(names, key=_order) if order is None else list(map(as_name, order))
+    ranked = order is not None or all(as_number(name) is not None for name in names)
+    if not (ranked or declared["kind"] != "ordinal") or len(found) > MOST_LEVELS:
+        return entry
+    return {**declared, "categories": found}
 
 
 def inferred(where: str, cells: Sequence[Any], order: Sequence[Any] | None = None) -> Column:
@@ -297,9 +321,8 @@ def is_mixed(path: Path) -> bool:
         return True
     columns = [[_text(cell, False) for cell in column] for column in zip(*rows)]
     texts = [[cell for cell in column if cell is not None] for column in columns]
-    words = any(
-        column and not any(as_number(cell) is not None for cell in column) for column in texts
-    )
+    numbers = [sum(as_number(cell) is not None for cell in column) for column in texts]
+    words = any(2 * count < len(column) for count, column in zip(numbers, texts))
     return words and not any(as_number(name) is not None for name in names)
 
 

@@ -155,6 +155,13 @@ class Columns(Likelihood):
         """Raises a ValueError that names the column if `x` is outside the support."""
         if x.shape[-1] != len(self.names):
             raise ValueError(f"the table has {len(self.names)} columns; got {x.shape[-1]}")
+        empty = x.isnan().flatten(0, -2).sum(0).tolist()
+        for name, count in zip(self.names, empty):
+            if count and not self.missing:
+                raise ValueError(
+                    f"column {name!r} lacks values in {count} row(s), and the model takes none "
+                    "that do: fill them in, or train with missing=True (--missing)"
+                )
         for part, group in self._pairs():
             values = x[..., group]
             good = part.support.check(values)

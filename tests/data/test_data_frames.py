@@ -160,6 +160,17 @@ def test_a_column_of_lists_is_no_column() -> None:
         read_table(pyarrow.table({"a": [[1], [2]], "b": [1, 2]}))
 
 
+def test_a_kind_alone_takes_its_categories_from_the_cells(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("a,b\nx,10\n7,2\n,2\nx,9\n")
+    rows, schema = read_table(path, {"a": "category", "b": {"kind": "ordinal"}})
+    assert schema.columns["a"].categories == ("7", "x")
+    assert schema.columns["b"].categories == ("2", "9", "10")
+    assert rows.nan_to_num(-1).tolist() == [[1, 2], [0, 0], [-1, 0], [1, 1]]
+    with pytest.raises(ValueError, match="'a': kind ordinal needs two different categories"):
+        read_table(path, {"a": "ordinal"})  # text has no order of its own
+
+
 BAD = {
     "": "expected a line of names and rows below it, got 0 lines",
     "a,b\n1,2,3\n4,5,6\n": "expected 2 columns as in the first line, got 3 in row 2",
