@@ -122,6 +122,24 @@ def ours(x: Tensor, schema: Schema, shown: Tensor, epochs: int) -> tuple[Tensor,
     return schema.centre(found.draws, found.mean), vae
 
 
+def by_column(vae: object, truth: Tensor, hidden: Tensor, types: list[str]) -> list[str]:
+    """log p(x_c | what was seen of its row) of hidden cells, averaged over each column."""
+    rows, columns = hidden.nonzero().T
+    seen = ~hidden[rows]
+    wanted = torch.zeros_like(seen)
+    wanted[torch.arange(len(rows)), columns] = True
+    cells = truth[rows].masked_fill(~(seen | wanted), torch.nan)
+    found = log_conditional(vae, cells, seen, audit=False)
+    lines = []
+    for c, declared in enumerate(types):
+        each = found.log_prob[columns == c]
+        if len(each):
+            error = each.std() / len(each) ** 0.5
+            mean = f"{each.mean():.2f} +- {error:.2f} nats"
+            lines.append(f"  column {c}, {declared}: {mean}, {len(each)} cells")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
@@ -154,6 +172,7 @@ def main() -> None:
             given = log_conditional(vae, truth[rows], ~hidden[rows], audit=False)
             each = given.log_prob.sum().item() / hidden[rows].sum().item()
             print(f"  log p(hidden | seen): {each:.3f} nats a cell, {len(rows)} rows", flush=True)
+            print(*by_column(vae, truth[rows], hidden[rows], types), sep="\n", flush=True)
 
 
 if __name__ == "__main__":
