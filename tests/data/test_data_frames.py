@@ -238,7 +238,10 @@ def test_later_rows_must_fit_the_schema(old: str, new: str, message: str, file: 
     ("entry", "message"),
     [
         ("reel", "column 'age': kind must be one of real, .* got 'reel'"),
-        ({"kind": "category"}, "column 'age': kind category needs two different categories"),
+        (
+            {"kind": "category", "categories": ["a"]},
+            "column 'age': kind category needs two different categories",
+        ),
         ({"kind": "real", "categories": ["a", "b"]}, "kind real needs no categories"),
         ({"kind": "real", "resolution": -1}, "column 'age': resolution must be positive; got -1"),
         ({"kind": "real", "width": 1}, "must be a kind, or a mapping of kind, categories and"),
