@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from functools import wraps
+from hashlib import sha256
 from numbers import Integral, Real
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
@@ -24,6 +25,7 @@ __all__ = [
     "check_whole",
     "closest",
     "completed",
+    "digest_of",
     "is_rows",
     "programs",
     "takes_vae",
@@ -141,6 +143,18 @@ def as_tensor(name: str, value: Any) -> Tensor:
     if array.dtype.kind == "u" and array.size and int(array.max()) > LARGEST:
         raise ValueError(f"{name} must be at most {LARGEST}; got {array.max()}")
     return torch.from_numpy(np.array(array, dtype=bool if array.dtype.kind == "b" else np.int64))
+
+
+def digest_of(*parts: Any) -> str:
+    """The SHA-256, in hex, of types, shapes and bytes of tensors; None is left out."""
+    sha = sha256()
+    for part in parts:
+        if part is not None:
+            sha.update(f"{part.dtype}{list(part.shape)}".encode())
+            for rows in part.split(1024):
+                flat = rows.detach().cpu().contiguous().view(-1)
+                sha.update(flat.view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def is_rows(value: Any) -> bool:

@@ -54,7 +54,8 @@ INJECTED = {
 def components(family: str) -> dict[str, type]:
     """The known classes of a family, by name: ours, and those of modules already imported."""
     found = sorted(
-        _final_subclasses(BASES[family]), key=lambda cls: (_is_ours(cls), cls.__name__)
+        _final_subclasses(BASES[family]),
+        key=lambda cls: (short_name(cls) == cls.__name__, cls.__name__),
     )  # ours last: they win a shared name
     return {cls.__name__: cls for cls in found}
 
@@ -77,9 +78,7 @@ def component(family: str, declared: Declared) -> tuple[type, dict[str, Any]]:
     cls = named_class(family, declared["class_path"])
     options = dict(declared.get("init_args") or {})
     check_options(family, cls, options)
-    for name, value in options.items():
-        check_value(cls, name, value)
-    options = {name: _made_schedule(cls, name, value) for name, value in options.items()}
+    options = {name: _value(cls, name, value) for name, value in options.items()}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, family, skip=INJECTED & set(parameters(cls)))
     try:
@@ -160,36 +159,25 @@ def check_options(family: str, cls: type, options: Iterable[str]) -> None:
             )
 
 
-def check_value(cls: type, option: str, declared: Any) -> None:
-    """Refuses classes for an option of `cls`, but for known schedules: nothing is imported."""
-    if _declares_schedule(cls, option, declared):
-        component("schedule", declared)
-    elif not _is_plain(get_type_hints(cls.__init__).get(option)):  # type: ignore[misc]
+def _value(cls: type, option: str, declared: Any) -> Any:
+    """An option of `cls`, a schedule made; other classes are refused, so nothing is imported."""
+    hint = get_type_hints(cls.__init__).get(option)  # type: ignore[misc]
+    is_text = isinstance(declared, str) and not _is_number(declared)
+    if objectives.Schedule in get_args(hint) and (is_text or isinstance(declared, Mapping)):
+        schedule, settings = component("schedule", declared)
+        return schedule(**settings)
+    if not _is_plain(hint):
         for name in _class_paths(declared):
             raise ValueError(
                 f"{cls.__name__}: {option} cannot be {name!r}: a declaration holds numbers, "
                 "texts and lists; make other objects inside your class"
             )
+    return declared
 
 
 def option_names(cls: type) -> list[str]:
     """Names of the arguments of `cls` that a user sets."""
     return [name for name in parameters(cls) if name not in INJECTED]
-
-
-def _made_schedule(cls: type, option: str, declared: Any) -> Any:
-    """The schedule that is declared for an option of `cls`; any other value as it is."""
-    if not _declares_schedule(cls, option, declared):
-        return declared
-    schedule, settings = component("schedule", declared)
-    return schedule(**settings)
-
-
-def _declares_schedule(cls: type, option: str, declared: Any) -> bool:
-    hints = get_args(get_type_hints(cls.__init__).get(option))  # type: ignore[misc]
-    if objectives.Schedule not in hints or not isinstance(declared, str | Mapping):
-        return False
-    return isinstance(declared, Mapping) or not _is_number(declared)
 
 
 def _is_plain(hint: Any) -> bool:
@@ -234,13 +222,10 @@ def _final_subclasses(cls: type) -> set[type]:
     return children | (set() if abstract else {cls})
 
 
-def _is_ours(cls: type) -> bool:
-    return cls.__module__.startswith("pyro_vae.")
-
-
 def short_name(cls: type) -> str:
     """The name of a class, with its module unless it is ours."""
-    return cls.__name__ if _is_ours(cls) else f"{cls.__module__}.{cls.__qualname__}"
+    ours = cls.__module__.startswith("pyro_vae.")
+    return cls.__name__ if ours else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def parameters(function: Any) -> list[str]:

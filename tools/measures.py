@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from inspect import CO_OPTIMIZED
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -92,7 +93,8 @@ class Passed:
     def _see(self, frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
         ours = event == "call" and code.co_filename.startswith(f"{PACKAGE}{os.sep}")
-        if ours and not code.co_qualname.endswith(">"):  # comprehensions, lambdas, modules
+        # neither comprehensions and lambdas, nor what an import runs: modules and class bodies
+        if ours and not code.co_qualname.endswith(">") and code.co_flags & CO_OPTIMIZED:
             self.functions.add((code.co_filename, code.co_qualname))
 
     def __str__(self) -> str:

@@ -148,10 +148,13 @@ def _fit(
     options: Namespace, vae: VAE, splits: Splits, folder: Path, objective: Objective
 ) -> History:
     """The training, which says how to go on if it is stopped."""
+    data = splits.train
+    if options.classes and data.labels is not None:
+        data = replace(data, classes=options.classes).one_hot()
     try:
         return fit(
             vae,
-            _labelled(splits.train, options.classes),
+            data,
             objective,
             run=folder,
             validation=splits.validation,
@@ -166,15 +169,10 @@ def _fit(
         raise OSError(f"{error}{_go_on(folder, options)}") from error
 
 
-def _labelled(data: Data, classes: int) -> Data:
-    """Rows with y = their labels one-hot, for a model that sums classes out; as they are else."""
-    if not classes or data.labels is None:
-        return data
-    return replace(data, classes=classes).one_hot()
-
-
 def _splits(options: Namespace) -> Splits:
     known = read_record(options.resume) if options.resume else {}
+    likelihood = declarations.named_class("likelihood", options.likelihood["class_path"])
+    is_table = likelihood is Columns and Path(options.data).is_file()
     splits = load_data(
         options.data,
         root=options.data_root,
@@ -183,7 +181,7 @@ def _splits(options: Namespace) -> Splits:
         conditional=options.conditional,
         limit=options.limit,
         even=known.get("description", {"even": True}).get("even", False),
-        schema=options.schema or _schema(options),
+        schema=options.schema or ({} if is_table else None),
     )
     _declare_table(options, splits.train)
     name = options.transform
@@ -191,12 +189,6 @@ def _splits(options: Namespace) -> Splits:
         likelihood = declarations.named_class("likelihood", options.likelihood["class_path"])
         name = config.default_transform(likelihood, splits.train.levels, splits.train.x)
     return splits.with_transform(name)
-
-
-def _schema(options: Namespace) -> dict[str, Any] | None:
-    """What makes `load_data` infer the columns of any table, where they are asked for."""
-    cls = declarations.named_class("likelihood", options.likelihood["class_path"])
-    return {} if cls is Columns and Path(options.data).is_file() else None
 
 
 def _declare_table(options: Namespace, data: Data) -> None:

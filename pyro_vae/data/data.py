@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from pyro_vae.arguments import as_tensor, check_whole
+from pyro_vae.arguments import as_tensor, check_whole, digest_of
 from pyro_vae.data.mapped import Mapped
 from pyro_vae.data.schema import Schema
 from pyro_vae.data.transforms import Identity, Transform, declare, row_noise
@@ -132,10 +131,6 @@ class Data:
     def _title(self) -> str:
         return f"data {self.name!r}" if self.name else "data"
 
-    @property
-    def _original(self) -> bool:
-        return not isinstance(self.transform, _Applied)
-
     def _check_lengths(self) -> None:
         for name, part, ndim in (
             ("y", self.y, 2),
@@ -174,7 +169,8 @@ class Data:
         if self.labels is not None and self.classes is not None:
             good = self.labels < self.classes
             self._check(good, f"labels below {self.classes}, the number of classes", "others")
-        if self.levels is not None and self._original and isinstance(self.x, Tensor):
+        checked = isinstance(self.x, Tensor) and not isinstance(self.transform, _Applied)
+        if self.levels is not None and checked:
             good = (self.x >= 0) & (self.x <= self.levels - 1)
             self._check(good, f"grey values from 0 to {self.levels - 1}", "others")
 
@@ -287,7 +283,7 @@ class Data:
         Raises:
             ValueError: If these rows came from ``fixed``, which keeps no original values.
         """
-        if not self._original:
+        if isinstance(self.transform, _Applied):
             raise ValueError(
                 f"{self._title}: expected original values, got the model values that fixed() "
                 "keeps; choose the transform before fixed()"
@@ -342,13 +338,7 @@ class Data:
 
     def digest(self) -> str:
         """The SHA-256, in hex, of the dtype, shape and bytes of x and y."""
-        sha = hashlib.sha256()
-        for part in (self.x, self.y):
-            if part is not None:
-                sha.update(f"{part.dtype}{list(part.shape)}".encode())
-                for rows in part.split(_CHUNK):
-                    sha.update(rows.cpu().contiguous().numpy().data)
-        return sha.hexdigest()
+        return digest_of(self.x, self.y)
 
 
 Parts = tuple[Data, Data | None, Data | None]

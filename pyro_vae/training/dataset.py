@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from pyro_vae.arguments import as_tensor, check_finite, is_rows
+from pyro_vae.arguments import as_tensor, check_finite, digest_of, is_rows
 
 __all__ = ["Dataset", "TensorDataset", "as_dataset", "describe", "evenly_spaced"]
 
@@ -73,14 +72,7 @@ class TensorDataset:
 
     def digest(self) -> str:
         """The SHA-256 of types, shapes and bytes."""
-        sha = hashlib.sha256()
-        for part in (self.x, self.y):
-            if part is not None:
-                sha.update(f"{part.dtype}{list(part.shape)}".encode())
-                sha.update(
-                    part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
-                )
-        return sha.hexdigest()
+        return digest_of(self.x, self.y)
 
 
 def as_dataset(data: Any, name: str, missing: bool = False) -> Dataset:
