@@ -274,30 +274,24 @@ class VAE(nn.Module):
         return y
 
     def _sample(self, name: str, prior: Any) -> Tensor:
-        """A latent site of the model; what the guide has drawn for it must fit the prior."""
-        z = pyro.sample(name, prior)
-        self._check_sizes(prior, z)
-        if is_validation_enabled():
-            self._check_latents(prior.support, z)
-        return z
+        """A latent site of the model; what the guide has drawn for it must fit the prior.
 
-    def _check_sizes(self, prior: Distribution, z: Tensor) -> None:
-        """Refuses latents of another size than the prior's, which would broadcast."""
+        Latents of another size would broadcast; at latents that the prior cannot have drawn the
+        bound would be -inf.
+        """
+        z = pyro.sample(name, prior)
+        own, other = type(self.prior).__name__, type(self.posterior).__name__
         if z.shape[-1:] != prior.event_shape:
             raise ValueError(
-                f"prior {type(self.prior).__name__} is over {prior.event_shape.numel()} latents, "
-                f"posterior {type(self.posterior).__name__} over {z.shape[-1]}: build both with "
-                "one latent_dim"
+                f"prior {own} is over {prior.event_shape.numel()} latents, posterior {other} over "
+                f"{z.shape[-1]}: build both with one latent_dim"
             )
-
-    def _check_latents(self, support: constraints.Constraint, z: Tensor) -> None:
-        """Refuses latents that the prior cannot have drawn: the bound would be -inf."""
-        if not bool(support.check(z).all()):
+        if is_validation_enabled() and not bool(prior.support.check(z).all()):
             raise ValueError(
-                f"prior {type(self.prior).__name__} has no density at latents that posterior "
-                f"{type(self.posterior).__name__} draws: give a posterior that stays inside the "
-                "prior's support, or a prior on all real vectors"
+                f"prior {own} has no density at latents that posterior {other} draws: give a "
+                "posterior that stays inside the prior's support, or a prior on all real vectors"
             )
+        return z
 
 
 def _drawn(z: Distribution, sample: Draw) -> Tensor:

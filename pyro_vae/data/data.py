@@ -169,8 +169,8 @@ class Data:
         if self.labels is not None and self.classes is not None:
             good = self.labels < self.classes
             self._check(good, f"labels below {self.classes}, the number of classes", "others")
-        checked = isinstance(self.x, Tensor) and not isinstance(self.transform, _Applied)
-        if self.levels is not None and checked:
+        original = not isinstance(self.transform, _Applied)
+        if self.levels is not None and original and isinstance(self.x, Tensor):
             good = (self.x >= 0) & (self.x <= self.levels - 1)
             self._check(good, f"grey values from 0 to {self.levels - 1}", "others")
 
