@@ -1,6 +1,6 @@
 """Memory and time of commands on files that grow, of one process and of two.
 
-python benchmarks/scale.py [--most 1000000] [--out scale.json]
+python benchmarks/scale.py [--sizes 10000 100000 1000000] [--out scale.json]
 
 Rows of 100 numbers in an .npy file. Memory is the peak of a process above that of the same command
 on a thousand rows, which holds the libraries and the model. `score` takes 8 draws of the encoder.
@@ -52,27 +52,34 @@ def command(*arguments: str) -> tuple[float, float]:
     return time.perf_counter() - began, usage.ru_maxrss / 1024
 
 
-def measure(folder: Path, most: int) -> list[dict[str, Any]]:
+def measure(folder: Path, sizes: list[int]) -> list[dict[str, Any]]:
     """A line for each command and size."""
-    few = write_rows(folder / "few.npy", FEW)
-    found: list[dict[str, Any]] = []
-    sizes = [size for size in (10_000, 100_000, 1_000_000, 10_000_000) if size <= most]
+    files = {size: str(write_rows(folder / f"{size}.npy", size)) for size in (FEW, *sizes)}
     run = str(folder / "run")
-    start, base = command("train", "--data", str(few), "--run", run, *TRAIN)
-    for size in sizes:
-        file = str(write_rows(folder / f"{size}.npy", size))
-        trained = command("train", "--data", file, "--run", f"{run}-{size}", *TRAIN)
-        found.append(line("train, one epoch", 1, size, trained, start, base))
-        for name, options in (("score", SCORE), ("encode", ["--out", str(folder / "codes.npz")])):
-            zero = command(name, run, str(few), *options)
-            cost = command(name, run, file, *options)
-            found.append(line(name, 1, size, cost, *zero))
-        if size == sizes[min(1, len(sizes) - 1)]:
-            zero = command("score", run, str(few), *SCORE, "--devices=2")
-            cost = command("score", run, file, *SCORE, "--devices=2", "--seed=1")
-            found.append(line("score", 2, size, cost, *zero))
-        (folder / f"{size}.npy").unlink()
-    return found
+
+    def train(file: str) -> tuple[float, float]:
+        return command("train", "--data", file, "--run", f"{run}{Path(file).stem}", *TRAIN)
+
+    trained = train(files[FEW])
+    run_of_few = f"{run}{FEW}"
+
+    def score(file: str, *more: str) -> tuple[float, float]:
+        return command("score", run_of_few, file, *SCORE, *more)
+
+    def encode(file: str) -> tuple[float, float]:
+        return command("encode", run_of_few, file, "--out", str(folder / "codes.npz"))
+
+    found: list[dict[str, Any]] = []
+    base = score(files[FEW])
+    found += [line("score", 1, size, score(files[size]), *base) for size in sizes]
+    base, both = (
+        score(files[FEW], "--devices=2"),
+        score(files[sizes[-1]], "--devices=2", "--seed=1"),
+    )
+    found.append(line("score", 2, sizes[-1], both, *base))
+    found += [line("train, one epoch", 1, size, train(files[size]), *trained) for size in sizes]
+    base = encode(files[FEW])
+    return found + [line("encode", 1, size, encode(files[size]), *base) for size in sizes]
 
 
 def line(
@@ -95,10 +102,10 @@ def line(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--most", type=int, default=1_000_000)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--out", help="JSON file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), arguments.most)
+        rows = measure(Path(folder), arguments.sizes)
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(rows, indent=1))

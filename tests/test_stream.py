@@ -205,3 +205,30 @@ def codes(path: Path) -> np.ndarray:
         return np.loadtxt(path, delimiter=",", skiprows=1)
     with np.load(path) as file:
         return np.concatenate([file["mean"], file["scale"]], 1)
+
+
+@pytest.mark.parametrize("ending", ["npy", "csv"])
+def test_values_filled_in_in_parts(
+    ending: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def read(path: Path) -> np.ndarray:
+        return np.load(path) if ending == "npy" else np.genfromtxt(path, delimiter=",")
+
+    random = np.random.default_rng(2)
+    x = np.where(random.random((N, F)) < 0.3, np.nan, random.normal(size=(N, F)))
+    file = tmp_path / f"holes.{ending}"
+    np.save(file, x) if ending == "npy" else np.savetxt(file, x, delimiter=",")
+    small = ["--encoder.hidden=[5]", "--decoder.hidden=[5]", "--latent_dim=2", "--epochs=1"]
+    train = ["train", "--data", str(file), "--run", str(tmp_path / "run"), *small]
+    assert main([*train, "--likelihood=Normal", "--progress=false"]) == 0
+    command = ["impute", str(tmp_path / "run"), str(file), "--draws=2", "--progress=false"]
+    assert main(command) == 0
+    assert f"of the values of {N} rows filled in" in capsys.readouterr().out
+    found = [read(path) for path in sorted(tmp_path.glob(f"holes.imputed*.{ending}"))]
+    assert len(found) == 3
+    seen = ~np.isnan(x)
+    for filled in found:
+        assert filled.shape == (N, F)
+        assert np.isfinite(filled).all()
+        np.testing.assert_array_equal(filled[seen].astype(np.float32), x[seen].astype(np.float32))
+    assert not np.array_equal(found[1], found[2])

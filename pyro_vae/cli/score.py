@@ -46,11 +46,13 @@ def score(options: Namespace) -> None:
     each value given the others of its row.
     """
     check_whole(0, p_values=options.p_values)
-    out = destination(
-        options.out, Path(options.file).with_suffix(".scores.csv"), (".csv",), options.file
-    )
-    said = stream(job, options, out, lambda parts: joined(parts, out))
-    print(said or f"the rows of this process are scored; the others' are not all, for {out}")
+    stream(job, options, written(options))
+
+
+def written(options: Namespace) -> Path:
+    """The file of the scores."""
+    default = Path(options.file).with_suffix(".scores.csv")
+    return destination(options.out, default, (".csv",), options.file)
 
 
 def job(options: Namespace) -> Job:
@@ -69,7 +71,8 @@ def job(options: Namespace) -> Job:
         ranks = {name: p_values(evidence.log_prob, other) for name, other in among.items()}
         return lines(rows, evidence, ranks, each, data, part == 0).encode()
 
-    return Job(len(data), key_of(vae, data, result), run)
+    out = written(options)
+    return Job(len(data), key_of(vae, data, result), run, lambda parts: joined(parts, out))
 
 
 def work(options: Namespace) -> dict[str, Any]:

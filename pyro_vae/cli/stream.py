@@ -36,11 +36,13 @@ class Job:
         number: Of rows.
         key: Of all that the results depend on.
         run: From the number of a part and the positions of its rows to what is kept of it.
+        join: From the files of all parts, in order, to what the command has to say.
     """
 
     number: int
     key: str
     run: Callable[[int, Tensor], bytes]
+    join: Callable[[list[Path]], str]
 
     def parts(self) -> list[slice]:
         """Its parts: a thousand rows each, and what is left over in the last one."""
@@ -74,12 +76,7 @@ class Share:
         return self.folder / f"{part:08d}"
 
 
-def stream(
-    make: Callable[[Namespace], Job],
-    options: Namespace,
-    out: Path,
-    join: Callable[[list[Path]], Any],
-) -> Any:
+def stream(make: Callable[[Namespace], Job], options: Namespace, out: Path) -> None:
     """Makes all parts that are not there yet, of this process or of several, and joins them.
 
     Parts lie in a hidden folder beside `out` until all of them are there. A part depends on its
@@ -91,10 +88,6 @@ def stream(
         make: From the options to the job; from the top of a module.
         options: Of the command.
         out: The file that it writes.
-        join: From the files of all parts, in order, to what the command has to say.
-
-    Returns:
-        What `join` gives; None in a process that leaves the joining to another.
     """
     job = make(options)
     folder = out.with_name(f".{out.name}.{job.key[:16]}.parts")
@@ -111,11 +104,11 @@ def stream(
             device = "cuda" if uses_cuda(options.accelerator) else "cpu"
             in_processes(Share.__call__, shares, device)
     if not all(path.exists() for path in paths):
-        return None
-    said = join(paths)
+        print(f"this process has done its parts; those of others are not all there, for {out}")
+        return
+    print(job.join(paths))
     for old in out.parent.glob(f".{glob.escape(out.name)}.*.parts"):
         shutil.rmtree(old, ignore_errors=True)
-    return said
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -19,14 +19,13 @@ from pyro_vae import config, estimators, plots
 from pyro_vae.arguments import check_whole
 from pyro_vae.classes import ClassVAE
 from pyro_vae.cli.figures import condition, limits
-from pyro_vae.cli.folder import destination, load_run, own_rows, placed
-from pyro_vae.cli.stream import Job, key_of, stream
+from pyro_vae.cli.folder import destination, load_run, own_rows, placed, schema_of
+from pyro_vae.cli.stream import Job, key_of, part_seed, stream
 from pyro_vae.data import Data, read_rows
-from pyro_vae.data.schema import Cells
+from pyro_vae.data.schema import Cells, Schema
 from pyro_vae.data.tables import label_cells
 from pyro_vae.files import write
 from pyro_vae.generators import forked
-from pyro_vae.vae import VAE
 
 __all__ = ["classify", "encode", "impute", "sample"]
 
@@ -50,12 +49,12 @@ def sample(options: Namespace) -> None:
 
 def encode(options: Namespace) -> None:
     """Posterior means and scales of the rows of a file, in its order."""
-    out = destination(
-        options.out, Path(options.file).with_suffix(".encoded.npz"), (".npz", ".csv"), options.file
-    )
-    join = _codes_archive if out.suffix == ".npz" else _codes_table
-    said = stream(encoding, options, out, lambda parts: join(parts, out))
-    print(said or f"the rows of this process are encoded; the others' are not all, for {out}")
+    stream(encoding, options, _codes_file(options))
+
+
+def _codes_file(options: Namespace) -> Path:
+    default = Path(options.file).with_suffix(".encoded.npz")
+    return destination(options.out, default, (".npz", ".csv"), options.file)
 
 
 def encoding(options: Namespace) -> Job:
@@ -70,7 +69,9 @@ def encoding(options: Namespace) -> Job:
         np.save(file, torch.cat([q.mean, q.stddev], 1).numpy())
         return file.getvalue()
 
-    return Job(len(data), key_of(vae, data, {}), run)
+    out = _codes_file(options)
+    join = _codes_archive if out.suffix == ".npz" else _codes_table
+    return Job(len(data), key_of(vae, data, {}), run, lambda parts: join(parts, out))
 
 
 def _codes_archive(parts: list[Path], out: Path) -> str:
@@ -117,36 +118,60 @@ def impute(options: Namespace) -> None:
     Observed values are those of the file; the others are in its units.
     """
     check_whole(0, draws=options.draws)
+    schema = schema_of(options.run)
+    stream(imputation, options, _filled_file(options, schema))
+
+
+def _filled_file(options: Namespace, schema: Schema | None) -> Path:
     source = Path(options.file)
-    vae = config.load(options.run)
-    vae, rows = placed(vae, own_rows(options.run, options.file, vae), options.accelerator)
-    suffix = source.suffix if rows.schema is None else ".csv"
+    suffix = source.suffix if schema is None else ".csv"
     default = source.with_suffix(f".imputed{suffix}")
     out = destination(options.out, default, (suffix,), options.file)
     if suffix not in (".csv", ".npy", ".npz"):
         raise ValueError(f"expected a .csv, .npy or .npz file to impute; got {source}")
-    given = read_rows(source) if rows.schema is None else rows
-    labels = {} if rows.schema is None else label_cells(source)
-    x, y = rows.batch(torch.arange(len(rows)))
-    found = estimators.impute(
-        vae,
-        x,
-        y,
-        num_draws=max(options.draws, 100 if _whole(vae) or rows.schema is not None else 1),
-        **{name: options[name] for name in ("chunk_size", "compile", "devices", "seed")},
-        progress=options.progress,
-    )
-    for i, draw in enumerate(found.draws[: options.draws], start=1):
-        path = out.with_name(f"{out.stem}-{i:0{len(str(options.draws))}d}{out.suffix}")
-        write(path, _content(given, rows, draw, out.suffix, labels))
-    best = found.median if _whole(vae) else found.mean
-    if rows.schema is not None:
-        best = rows.schema.centre(found.draws, found.mean)
-    write(out, _content(given, rows, best, out.suffix, labels))
-    verdicts = ", ".join(f"{n} {word}" for word, n in Counter(found.verdict).items())
-    share = x.isnan().double().mean().item()
-    beside = f" and {options.draws} files of draws beside it" if options.draws else ""
-    print(f"{share:.1%} of the values of {len(rows)} rows filled in ({verdicts}): {out}{beside}")
+    return out
+
+
+def imputation(options: Namespace) -> Job:
+    """The imputation of a file: of each row the best values, and draws [1 + R, n, *E]."""
+    vae = config.load(options.run)
+    vae, rows = placed(vae, own_rows(options.run, options.file, vae), options.accelerator)
+    out, schema = _filled_file(options, rows.schema), rows.schema
+    given = read_rows(options.file) if schema is None else rows
+    whole = vae.likelihood.support.is_discrete  # of which a mean is none
+    way = {name: options[name] for name in ("chunk_size", "compile")}
+    num_draws = max(options.draws, 100 if whole or schema is not None else 1)
+
+    def run(part: int, index: Tensor) -> bytes:
+        found = estimators.impute(
+            vae,
+            *rows.batch(index),
+            num_draws=num_draws,
+            seed=part_seed(options.seed, part),
+            **way,
+        )
+        best = found.median if whole else found.mean
+        best = best if schema is None else schema.centre(found.draws, found.mean)
+        filled = torch.cat([best.unsqueeze(0), found.draws[: options.draws]])
+        some = given.subset(index)
+        values = torch.stack([_complete(some, rows, each) for each in filled])
+        return _archive(x=values.numpy(), verdict=np.array(found.verdict))
+
+    def join(parts: list[Path]) -> str:
+        beside = {} if schema is None else label_cells(Path(options.file))
+        names = [f"{out.stem}-{i:0{len(str(options.draws))}d}" for i in range(options.draws + 1)]
+        for i, name in enumerate([out.stem, *names[1:]]):
+            each = (_of_part(part, "x")[i] for part in parts)
+            path = out.with_name(f"{name}{out.suffix}")
+            write(path, _content(given, each, out.suffix, beside))
+        verdicts = Counter(word for part in parts for word in _of_part(part, "verdict"))
+        words = ", ".join(f"{n} {word}" for word, n in verdicts.items())
+        draws = f" and {options.draws} files of draws beside it" if options.draws else ""
+        share = f"{rows.missing_share:.1%} of the values of {len(rows)} rows filled in"
+        return f"{share} ({words}): {out}{draws}"
+
+    key = key_of(vae, rows, {**way, "draws": options.draws, "seed": options.seed})
+    return Job(len(rows), key, run, join)
 
 
 def classify(options: Namespace) -> None:
@@ -175,32 +200,49 @@ def classify(options: Namespace) -> None:
     print(f"classes of {len(x)} rows in {out}, {_right(best, data.labels)}")
 
 
-def _whole(vae: VAE) -> bool:
-    """Whether its data are whole numbers, of which a mean is none."""
-    return vae.likelihood.support.is_discrete
+def _of_part(part: Path, name: str) -> np.ndarray:
+    with np.load(part) as file:
+        found: np.ndarray = file[name]
+    return found
 
 
-def _content(given: Data, rows: Data, values: Tensor, suffix: str, beside: Cells) -> str | bytes:
-    """A file like `given`, what is missing from it filled in from `values` of `rows`.
-
-    The cells `beside` are those of labels, of a table with a schema.
-    """
+def _complete(given: Data, rows: Data, values: Tensor) -> Tensor:
+    """The rows `given` with what is missing filled in from model values [n, *E]."""
     filled = rows.transform.inverse(values.cpu())
     if given.columns is not None and rows.columns is not None:
         filled = filled[:, [rows.columns.index(name) for name in given.columns]]
-    complete = torch.where(given.x[:].isnan(), filled.to(given.x.dtype), given.x[:])
-    if rows.schema is not None:
-        return rows.schema.csv(complete, beside)
-    x = complete.numpy()
+    x = given.x[:].cpu()
+    return torch.where(x.isnan(), filled.to(x.dtype), x)
+
+
+def _content(
+    given: Data, parts: Iterable[np.ndarray], suffix: str, beside: Cells
+) -> str | bytes | Iterable[bytes]:
+    """A file like `given` of rows that come in parts.
+
+    The cells `beside` are those of labels, of a table with a schema.
+    """
+    if suffix == ".npy":
+        return _npy(given, parts)
+    x = np.concatenate(list(parts))
+    if given.schema is not None:
+        return given.schema.csv(torch.from_numpy(x), beside)
     if suffix == ".csv":
         return _table(given, x)
-    file = io.BytesIO()
-    parts: dict[str, Any] = {"x": x, "y": given.y, "labels": given.labels}
-    if suffix == ".npy":
-        np.save(file, x)
-    else:
-        np.savez(file, **{name: part for name, part in parts.items() if part is not None})
-    return file.getvalue()
+    arrays: dict[str, Any] = {"x": x, "y": given.y, "labels": given.labels}
+    return _archive(**{name: part for name, part in arrays.items() if part is not None})
+
+
+def _npy(given: Data, parts: Iterable[np.ndarray]) -> Iterator[bytes]:
+    """The content of an .npy file, as it comes."""
+    for number, part in enumerate(parts):
+        if number == 0:
+            file = io.BytesIO()
+            shape = tuple(given.x.shape)
+            head = {"descr": part.dtype.str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, head)
+            yield file.getvalue()
+        yield part.tobytes()
 
 
 def _table(given: Data, x: np.ndarray) -> str:
