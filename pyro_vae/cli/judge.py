@@ -258,20 +258,16 @@ def ranking(models: dict[str, list[Evidence]], where: str) -> Table:
 
 
 def differences(models: dict[str, list[Evidence]]) -> Table:
-    """Differences of each two models with both errors, and which is the worse."""
-    shown = Table(
-        "first less second",
-        "difference",
-        "error, data",
-        "error, seeds",
-        "P(first is worse)",
-        title="paired differences, nats",
-    )
+    """Differences of each two models with their errors over data and seeds, and which is worse."""
+    shown = Table("first less second", title="paired differences, nats")
+    for name in ("difference", "+- over seeds", "P(first is worse)"):
+        shown.add_column(name, no_wrap=True)
     for a, b in combinations(models, 2):
         d = difference(models[a], models[b])
-        seeds = f"{d.stderr_seeds:.3f}" if d.stderr_seeds == d.stderr_seeds else "of one: unknown"
-        numbers = f"{d.mean:.3f}", f"{d.stderr_data:.3f}", seeds, f"{d.p_worse:.2g}"
-        shown.add_row(f"{a} - {b}", *numbers)
+        seeds = "unknown" if math.isnan(d.stderr_seeds) else f"{d.stderr_seeds:.3f}"
+        shown.add_row(
+            f"{a} - {b}", f"{d.mean:.3f} +- {d.stderr_data:.3f}", seeds, f"{d.p_worse:.2g}"
+        )
     return shown
 
 
