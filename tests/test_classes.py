@@ -200,8 +200,10 @@ def test_a_file_of_few_labels_is_trained_and_classified(
     np.savez("few.npz", x=x.numpy(), labels=labels)
     np.savez("new.npz", x=x[:11].numpy(), labels=y[:11].numpy())
     train = ["train", "--data=few.npz", "--likelihood=Normal", "--transform=none", "--run=run"]
-    small = ["--latent_dim=2", "--encoder.hidden=[6]", "--decoder.hidden=[6]", "--epochs=2"]
+    small = ["--latent_dim=[2,3]", "--encoder.hidden=[6]", "--decoder.hidden=[6]", "--epochs=2"]
     assert run([*train, *small, "--classes=3", "--label_weight=5", "--progress=false"]) == 0
+    assert run(["encode", "run", "new.npz"]) == 0
+    assert np.load("new.encoded.npz")["mean"].shape == (11, 5)
     judge = ["--num_samples=7", "--progress=false"]
     assert run(["classify", "run", "new.npz", *judge]) == 0
     assert "of 11 known labels found" in capsys.readouterr().out

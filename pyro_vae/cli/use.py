@@ -65,8 +65,9 @@ def encoding(options: Namespace) -> Job:
     def run(part: int, rows: Tensor) -> bytes:
         with torch.no_grad():
             q = vae.encode(*data.batch(rows))
+            codes = torch.cat([q.mean, q.stddev], 1)
         file = io.BytesIO()
-        np.save(file, torch.cat([q.mean, q.stddev], 1).numpy())
+        np.save(file, codes.numpy())
         return file.getvalue()
 
     out = _codes_file(options)
