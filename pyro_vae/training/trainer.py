@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,7 +169,7 @@ class Trainer:
         self.objective.at(self.step)
         share, weight = self.group.local_rows(index)
         try:
-            with pyro.validation_enabled(self.step < VALIDATED):
+            with pyro.validation_enabled(True) if self.step < VALIDATED else nullcontext():
                 batch = self.loss.batch(share)
                 loss, terms, d = self._gradient(batch, bar)(*batch)
         except ValueError as error:
