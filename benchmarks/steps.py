@@ -1,6 +1,7 @@
 """A training step of pyro_vae beside its peers, in turns: ratios of time, losses, peak memory.
 
 python benchmarks/steps.py [WORKLOAD ...] [--threads 2] [--turns 5] [--device cuda] [--out F]
+                           [--beside CHECKOUT]
 
 Workloads: mlp-100 and mlp-512 (784-500 tanh-20, Bernoulli, of that batch), iwae (50 draws, batch
 20), vamp (500 components), layers (two of 20, top-down), conv (32 x 32 x 3, Gaussian decoder),
@@ -9,7 +10,8 @@ Every candidate trains on the same drawn data with Adam at 1e-3 for the same num
 must end at the same loss.
 Peers that are not installed (extra `benchmarks`) are left out. On a GPU (`--device cuda`, better
 with `--steps 1000`) no candidate reads its loss at every step, and a step by hand in a CUDA graph
-is one of them.
+is one of them. `--beside` compares the eager step alone with that of another checkout of this
+repository, by processor time, which other programs disturb less.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ import contextlib
 import io
 import json
 import math
+import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from typing import Any
 
 from turns import Done, Result, Turns, compare
@@ -320,6 +324,17 @@ def pyro_vae(
     return lambda: -evidence_lower_bound(vae.model, vae.guide, x[:CHECKED]).elbo.mean().item()
 
 
+def other_checkout(name: str, turns: Turns, checkout: str) -> Any:
+    """The same from another checkout, by its own benchmark."""
+    sys.path.insert(0, checkout)
+    spec = spec_from_file_location("other_steps", f"{checkout}/benchmarks/steps.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.pyro_vae(name, turns)
+
+
 # --- peers --------------------------------------------------------------------------------------
 
 
@@ -481,8 +496,14 @@ def pythae(name: str, turns: Turns) -> Any:
 # --- all ----------------------------------------------------------------------------------------
 
 
-def candidates(name: str, device: str) -> dict[str, Any]:
+def candidates(name: str, device: str, beside: str | None) -> dict[str, Any]:
     """Those of a workload that can run here."""
+    if beside is not None:
+        return {
+            "by hand": partial(by_hand, name),
+            "pyro_vae": partial(pyro_vae, name),
+            f"pyro_vae of {beside}": partial(other_checkout, name, checkout=beside),
+        }
     if device != "cpu":
         return on_gpu(name, device)
     medium = {"compiled": True, "matmul": "medium"}
@@ -545,11 +566,12 @@ def main(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     table = []
     for name in arguments.workloads or WORKLOADS:
         results = compare(
-            candidates(name, arguments.device),
+            candidates(name, arguments.device, arguments.beside),
             turns=arguments.turns,
             steps=arguments.steps,
             warm=20,
             threads=arguments.threads,
+            clock=time.process_time if arguments.beside else time.perf_counter,
         )
         part = rows(name, results)
         expected = results["by hand"].loss
@@ -576,5 +598,6 @@ if __name__ == "__main__":
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--beside", metavar="CHECKOUT", help="folder of another checkout")
     parser.add_argument("--out", help="JSON file for the table")
     main(parser.parse_args())

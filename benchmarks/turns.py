@@ -31,11 +31,18 @@ class Turns:
         pipe: To the process that gives the turns.
         steps: Of a turn.
         warm: Steps before the first, for what is compiled or cached.
+        clock: What tells the time in seconds.
     """
 
-    def __init__(self, pipe: Connection, steps: int, warm: int) -> None:
-        self.pipe, self.steps, self.left = pipe, steps, warm
-        self.began = time.perf_counter()
+    def __init__(
+        self,
+        pipe: Connection,
+        steps: int,
+        warm: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.pipe, self.steps, self.left, self.clock = pipe, steps, warm, clock
+        self.began = clock()
         self.memory: float | None = None  # MB at the peak before the first step
         self.wait: Callable[[], Any] = lambda: None  # for a GPU, at the end of a turn
 
@@ -45,10 +52,10 @@ class Turns:
             self.memory = peak_memory()
         if self.left == 0:
             self.wait()
-            self.pipe.send(time.perf_counter() - self.began)
+            self.pipe.send(self.clock() - self.began)
             if not self.pipe.recv():
                 raise Done
-            self.left, self.began = self.steps, time.perf_counter()
+            self.left, self.began = self.steps, self.clock()
         self.left -= 1
 
 
@@ -77,7 +84,13 @@ class Result:
 
 
 def compare(
-    candidates: Mapping[str, Train], *, turns: int, steps: int, warm: int, threads: int
+    candidates: Mapping[str, Train],
+    *,
+    turns: int,
+    steps: int,
+    warm: int,
+    threads: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Result]:
     """Results by name; candidates must be functions that can be sent to a process."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -85,7 +98,8 @@ def compare(
     pipes: dict[str, Connection] = {}
     for name, train in candidates.items():
         pipes[name], child = context.Pipe()
-        context.Process(target=_serve, args=(train, child, steps, warm), daemon=True).start()
+        args = train, child, steps, warm, clock
+        context.Process(target=_serve, args=args, daemon=True).start()
         child.close()  # so that a candidate that dies ends the benchmark
     first = {name: pipe.recv() for name, pipe in pipes.items()}
     times: dict[str, list[float]] = {name: [] for name in pipes}
@@ -107,7 +121,9 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _serve(train: Train, pipe: Connection, steps: int, warm: int) -> None:
-    turns = Turns(pipe, steps, warm)
+def _serve(
+    train: Train, pipe: Connection, steps: int, warm: int, clock: Callable[[], float]
+) -> None:
+    turns = Turns(pipe, steps, warm, clock)
     loss = train(turns)
     pipe.send((loss(), peak_memory() - (turns.memory or 0.0)))

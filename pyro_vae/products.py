@@ -37,7 +37,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     By oneDNN where it helps: float32 matrices on a CPU, in torch's default precision.
     """
-    if not _is_watched(x, weight, bias) and _helps(x, weight, bias):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return F.linear(x, weight, bias)
+    large = x.numel() * len(weight) >= LARGE  # looked at first, for it takes least time
+    if large and not _is_watched(x, weight, bias) and _helps(x, weight, bias):
         return _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return F.linear(x, weight, bias)
 
@@ -104,10 +107,8 @@ def _in_full_precision() -> bool:
 def _is_watched(*tensors: Tensor | None) -> bool:
     """Whether something other than plain autograd looks at the operations."""
     return (
-        torch.compiler.is_compiling()
-        or has_torch_function(tensors)
+        has_torch_function(tensors)
         or torch.is_autocast_enabled("cpu")
-        or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 from itertools import combinations
 from pathlib import Path
@@ -464,6 +466,45 @@ def test_resume_is_exact_with_two_players(tmp_path: Path, stop_at: int) -> None:
     fit(resumed, noisy_data(), second, run=tmp_path / "broken", resume=True, **options)
     assert same(weights(whole), weights(resumed))
     assert same(weights(first), weights(second))
+
+
+def test_an_older_run_goes_on_with_two_players(tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)
+    options = {"batch_size": 11, "lr": 0.01, **QUIET}
+    whole, first, second = make_vae(), Breaking(), Breaking()
+    fit(whole, noisy_data(), first, epochs=2, run=tmp_path / "whole", **options)
+    fit(make_vae(), noisy_data(), Breaking(), epochs=1, run=tmp_path / "old", **options)
+    current = tmp_path / "old" / "checkpoints" / "current.json"
+    pointers = json.loads(current.read_text())
+    current.write_text(json.dumps(pointers | {"sha256": {}}))
+    path = current.parent / pointers["last"] / "state.pt"
+    state = torch.load(path, weights_only=True)
+    state["adversary"] = state["objective"].pop("_extra_state")  # where it was kept
+    torch.save(state, path)
+    resumed = make_vae(seed=5)
+    again = {"run": tmp_path / "old", "resume": True}
+    fit(resumed, noisy_data(), second, epochs=2, **again, **options)
+    assert same(weights(whole), weights(resumed))
+    assert same(weights(first), weights(second))
+
+
+def test_after_step_is_a_step_of_the_discriminator() -> None:
+    vae = make()
+    d = densities(vae.model, vae.guide, draw(vae, 7))
+    own = FactorVAE(width=5, layers=2)
+    own.start(d)
+    by_hand, alone = copy.deepcopy(own), copy.deepcopy(own)
+    optimizer = by_hand.adversary_optimizer()
+    torch.manual_seed(3)
+    by_hand.adversary_loss(d).backward()
+    optimizer.step()
+    torch.manual_seed(3)
+    own.after_step(d)
+    assert same(dict(own.named_parameters()), dict(by_hand.named_parameters()))
+    before = copy.deepcopy(dict(alone.named_parameters()))
+    alone.after_step(d, lambda parameters: [p.grad.zero_() for p in parameters])
+    assert same(before, dict(alone.named_parameters()))
+    assert not same(before, dict(own.named_parameters()))
 
 
 def test_a_run_goes_on_with_the_same_groups_only(tmp_path: Path) -> None:

@@ -163,20 +163,25 @@ class Campaign:
         """Whether one of the tests fails with the mutant."""
         child = os.fork()
         if child:
-            return os.waitpid(child, 0)[1] != 0
-        limit = int(10 * seconds) + 10
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1), os.dup2(null, 2)
-        for function in [f for f in gc.get_objects() if isinstance(f, FunctionType)]:
-            old = function.__code__
-            if (old.co_filename, old.co_qualname, old.co_firstlineno) == key:
-                function.__code__ = code
-        for i, item in enumerate(items):
-            self.run(item, items[i + 1] if i + 1 < len(items) else None)
-            if self.failed:
-                os._exit(1)
-        os._exit(0)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            assert status != 3, "a fault of this script"
+            return status != 0
+        try:
+            limit = int(10 * seconds) + 10
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1), os.dup2(null, 2)
+            for function in [f for f in gc.get_objects() if type(f) is FunctionType]:
+                old = function.__code__
+                if (old.co_filename, old.co_qualname, old.co_firstlineno) == key:
+                    function.__code__ = code
+            for i, item in enumerate(items):
+                self.run(item, items[i + 1] if i + 1 < len(items) else None)
+                if self.failed:
+                    os._exit(1)
+            os._exit(0)
+        finally:
+            os._exit(3)
 
     def run(self, item: Any, following: Any) -> None:
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "Group", "is_first_process", "uses_cuda"]
 
-LARGE = 10_000_000  # products of numbers in a layer that are worth a second thread
+LARGE = 10_000_000  # multiplications in a layer that are worth a second thread
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 T = TypeVar("T")
 Function = Callable[["Fabric", "Group", Any], Any]  # what runs on each device, given a task
@@ -122,12 +122,12 @@ class Group:
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks and writes for all: one of torchrun's, or the only one."""
-    return not _joins() or os.environ["RANK"] == "0"
+    """Whether this process prints and writes files: rank 0 under torchrun, or the only one."""
+    return not _under_torchrun() or os.environ["RANK"] == "0"
 
 
-def _joins() -> bool:
-    """Whether torchrun, or `fabric run`, started this process beside others."""
+def _under_torchrun() -> bool:
+    """Whether torchrun, or `fabric run`, started this process and others."""
     return (
         distributed.is_available()
         and distributed.is_torchelastic_launched()
@@ -146,9 +146,9 @@ class Engine:
 
     Attributes:
         accelerator: "cpu", "cuda" or "auto".
-        devices: How many, or their indices; under torchrun it says how many.
-        precision: Of the Fabric that the function is given.
-        loggers: Of that of the first process.
+        devices: Their number, or their indices; torchrun decides where it started the processes.
+        precision: The precision of the Fabric that the function is given.
+        loggers: The loggers of the first process's Fabric.
 
     Raises:
         ValueError: If `precision` or a device is unknown, or torchrun started other numbers.
@@ -169,7 +169,7 @@ class Engine:
                 f"got {self.devices!r}"
             )
         check_processes(self._local, self._kind)
-        if _joins() and self._local not in (1, int(os.environ["LOCAL_WORLD_SIZE"])):
+        if _under_torchrun() and self._local not in (1, int(os.environ["LOCAL_WORLD_SIZE"])):
             raise ValueError(
                 f"devices={self.devices!r}, but {os.environ['LOCAL_WORLD_SIZE']} processes were "
                 "started on this host: leave devices out"
@@ -178,23 +178,23 @@ class Engine:
     @property
     def size(self) -> int:
         """The number of processes, on all hosts."""
-        return int(os.environ["WORLD_SIZE"]) if _joins() else self._local
+        return int(os.environ["WORLD_SIZE"]) if _under_torchrun() else self._local
 
     @property
     def spawns(self) -> bool:
         """Whether the function runs in processes that are started for it."""
-        return self.size > 1 and not _joins()
+        return self.size > 1 and not _under_torchrun()
 
     def threads(self, vae: nn.Module, rows: int) -> int:
-        """How many each process trains on; one where sharing the work costs more than it spares.
+        """The number of threads that each process trains on.
 
-        A second thread halves the time of large products on a machine that is free, and makes
-        small ones wait wherever its processors are busy.
+        A second thread halves the time of a large matrix product on an idle machine. It slows
+        small products down on a busy one, so that small models train on one thread.
 
         Args:
-            vae: Of which the largest weight counts; those of convolutions are used again and
-                again, and always large.
-            rows: Of a step, on all devices together.
+            vae: The module that is trained. A product is large if its largest weight times
+                `rows` is; convolutions always count as large.
+            rows: The rows of a step, on all devices together.
         """
         share = self.size if self.spawns else 1
         most = max(1, torch.get_num_threads() // share)
@@ -215,19 +215,23 @@ class Engine:
         return uses_cuda(self.accelerator)
 
     def run(self, function: Function, task: Any) -> Any:
-        """What `function(fabric, group, task)` returns in the first process.
+        """Returns what `function(fabric, group, task)` returns in the first process.
 
-        Of several threads one runs at a time: the others wait.
+        Threads of this process run one at a time.
 
         Raises:
             ValueError: If processes are started and something in `task` cannot be sent to them.
             Exception: The first that `function` raised, in whichever process.
         """
         with alone:
-            return self._spawn(function, task) if self.spawns else self._here(function, task)
+            return (
+                self._spawn(function, task)
+                if self.spawns
+                else self._in_this_process(function, task)
+            )
 
-    def _here(self, function: Function, task: Any) -> Any:
-        if not _joins():
+    def _in_this_process(self, function: Function, task: Any) -> Any:
+        if not _under_torchrun():
             return function(self._fabric(Group(), self.devices), Group(), task)
         if not distributed.is_initialized():
             distributed.init_process_group(self._backend)
@@ -242,7 +246,7 @@ class Engine:
             return in_processes(work, parts, self._kind, indices if self.on_cuda else None)[0]
 
     def _joined(self, function: Function, task: Any, index: int) -> Any:
-        """What `function` returns in this process of several, which are connected."""
+        """Runs `function` in this process, one of several that are connected."""
         device = torch.device("cuda", index) if self.on_cuda else torch.device("cpu")
         if self.on_cuda:
             torch.cuda.set_device(device)
@@ -260,11 +264,11 @@ class Engine:
         return "nccl" if self.on_cuda else "gloo"
 
     def _fabric(self, group: Group, index: int | list[int]) -> Fabric:
-        """A Fabric of one device: gradients are reduced by the group, not by its hooks."""
-        with _untouched():
+        """A Fabric of one device; the group reduces the gradients, not Fabric's hooks."""
+        with _environment_restored():
             from lightning_fabric import Fabric
 
-            _hush()
+            logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
             accelerator = "cpu" if self.accelerator == "auto" else self.accelerator
             options: dict[str, Any] = {
                 "accelerator": "cuda" if self.on_cuda else accelerator,
@@ -276,7 +280,7 @@ class Engine:
 
 
 def _in_process(engine: Engine, function: Function, task: Any, part: tuple[str, int, int]) -> Any:
-    """The result of rank 0, in a process that was started for it."""
+    """Runs `function` in a process that was started for it; returns the result of rank 0."""
     store, rank, index = part
     if rank > 0:
         warnings.simplefilter("ignore")
@@ -294,12 +298,8 @@ def _leave() -> None:
         distributed.destroy_process_group()
 
 
-def _hush() -> None:
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-
-
 @contextmanager
-def _untouched() -> Iterator[None]:
+def _environment_restored() -> Iterator[None]:
     """Puts the environment, warning filters and Fabric's logger back as they were.
 
     Inside, nothing is known of `fabric run`, whose options would contradict ours.

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["fit"]
 
-FALL = 10.0  # times the first ELBO by which it may fall without a word
+FALL = 10.0  # a warning is given if the ELBO falls by this times its first value
 
 
 def fit(
@@ -175,7 +175,7 @@ def fit(
     )  # fmt: skip
     result = engine.run(_train, task)
     if engine.spawns:
-        _take(result, vae, objective, precision)
+        _load_result(result, vae, objective, precision)
     for message in filter(None, (result.collapsed, result.fell)):
         warnings.warn(message, UserWarning, stacklevel=2)
     if result.moving:
@@ -201,12 +201,12 @@ class Task:
     resume: bool
     callbacks: Sequence[Callback]
     progress: bool
-    said: str | None = None  # on whether the step is compiled, if nobody asked
+    said: str | None = None  # whether the step is compiled, in words, where `fit` decided it
 
 
 @dataclass(frozen=True)
 class Result:
-    """What is known, and left, after training."""
+    """What training returns: its history, its warnings and the trained weights."""
 
     history: History
     step: int
@@ -218,7 +218,7 @@ class Result:
 
 
 def _train(fabric: Fabric, group: Group, task: Task) -> Result:
-    """The training in one process; the first, which writes, has the folder to itself."""
+    """Trains in one process; the first, which writes, locks the run folder."""
     writes = task.run is not None and group.rank == 0
     with locked(Path(task.run) / "lock") if writes else nullcontext():  # type: ignore[arg-type]
         return _train_locked(fabric, group, task)
@@ -259,8 +259,8 @@ def _named(name: str) -> Objective:
     return known[name]()
 
 
-def _take(result: Result, vae: nn.Module, objective: Objective, precision: str) -> None:
-    """What other processes trained, into the modules of this one."""
+def _load_result(result: Result, vae: nn.Module, objective: Objective, precision: str) -> None:
+    """Loads what other processes trained into the modules of this one."""
     if precision == "64-true":
         vae.double()
     vae.load_state_dict(result.vae)
@@ -293,13 +293,13 @@ def _check(
 
 
 def _recorded(run: PathLike | None) -> dict[str, Any]:
-    """The settings of a run that has begun."""
+    """The recorded settings of a run, empty before it has begun."""
     began = run is not None and (Path(run) / "run.json").exists()
     return {"compile": False, **(read_run(run)["training"] or {})} if began else {}  # type: ignore[arg-type]
 
 
 def _say_threads(run: PathLike, threads: int) -> None:
-    """Warns that a run goes on with another number of threads, which round sums otherwise."""
+    """Warns if a run is resumed on another number of threads, which changes rounding."""
     before = _recorded(run)
     if before.get("threads", threads) != threads:
         warnings.warn(
@@ -314,7 +314,7 @@ def _say_threads(run: PathLike, threads: int) -> None:
 def _borrowed(
     vae: nn.Module, objective: nn.Module, device: torch.device, settings: Settings
 ) -> Iterator[None]:
-    """The modules on the device, generators seeded, flags off; all is put back afterwards."""
+    """Moves modules to the device, seeds generators, sets flags; restores all afterwards."""
     modules = (vae, objective)
     homes = [t.device if (t := _first_tensor(m)) is not None else device for m in modules]
     training = vae.training
@@ -348,7 +348,7 @@ def _first_tensor(module: nn.Module) -> torch.Tensor | None:
 
 
 def _fell(history: History, began: float | None) -> str | None:
-    """The warning of a training that ended far below its first step."""
+    """A warning if training ended far below its first step, or None."""
     if began is None:
         return None
     elbo = history.final["validation_elbo"]
@@ -362,7 +362,7 @@ def _fell(history: History, began: float | None) -> str | None:
 
 
 def _report_units(history: History, evaluator: Evaluator, bar: Bar) -> str | None:
-    """Says how many latent units are active if not all are; the warning if a site has none."""
+    """Prints how many units are active if not all are; returns a warning if a site has none."""
     active, total = history.active_units, history.num_units
     if active is None or active == total:
         return None

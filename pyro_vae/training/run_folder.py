@@ -38,7 +38,7 @@ __all__ = [
 FORMAT = 1
 POINTERS = "checkpoints/current.json"  # the last, the best, and the digests of their files
 WEIGHTS, STATE = "weights.safetensors", "state.pt"
-KEPT = {  # of the state, whatever the training
+KEPT = {  # what every state holds, and of which type
     "epoch": int,
     "step": int,
     "offset": int,
@@ -46,7 +46,7 @@ KEPT = {  # of the state, whatever the training
     "rng": dict,
     "history": dict,
 }
-RECORDS: dict[str, tuple[type, ...]] = {  # of run.json
+RECORDS: dict[str, tuple[type, ...]] = {  # what run.json holds, and of which type
     "declaration": (dict, type(None)),
     "training": (dict,),
     "data": (dict,),
@@ -110,12 +110,12 @@ def _as_json(value: Any) -> Any:
 
 
 def check_run(run: PathLike, record: dict[str, Any], resume: bool) -> None:
-    """Whether a folder may hold this run.
+    """Raises unless a folder may hold this run.
 
     Args:
         run: The folder.
         record: "declaration", "training" and "data", as `start_run` will write them.
-        resume: Whether an existing run is gone on with.
+        resume: Whether an existing run is continued.
 
     Raises:
         ValueError: If the folder holds a run and `resume` is false, or that run had other
@@ -162,7 +162,7 @@ def _check_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:
-    """What must stay the same, by dotted name."""
+    """What must not change when a run is resumed, by dotted name."""
     flat = {f"training.{k}": v for k, v in (record.get("training") or {}).items()}
     for part, description in (record.get("data") or {}).items():
         flat |= {f"data.{part}.{k}": _nameless(v) for k, v in (description or {}).items()}
@@ -171,14 +171,14 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _nameless(description: Any) -> Any:
-    """A description of data without their name: the digest says which they are."""
+    """A description of data without its name: the digest identifies the data."""
     if isinstance(description, dict):
         return {key: value for key, value in description.items() if key != "name"}
     return description
 
 
 def read_run(run: PathLike) -> dict[str, Any]:
-    """What a run folder says of itself, from its run.json.
+    """Reads the record of a run, its run.json.
 
     Raises:
         ValueError: If the file is missing, damaged, or of a newer format, or the folder holds
@@ -228,7 +228,7 @@ def load_weights(run: PathLike, which: str = "best") -> dict[str, Tensor]:
 
 
 def put_weights(module: nn.Module, weights: dict[str, Tensor], run: PathLike) -> None:
-    """Loads the weights of a run into a module, if they are its own: none is cast.
+    """Loads the weights of a run into a module that has the same ones; none is cast.
 
     The module of a run in double precision becomes double.
 
@@ -249,7 +249,7 @@ def put_weights(module: nn.Module, weights: dict[str, Tensor], run: PathLike) ->
 
 
 def load_state(run: PathLike) -> dict[str, Any] | None:
-    """What training needs to go on besides the weights, or None before the first checkpoint."""
+    """Loads what a resumed training needs besides weights; None without a checkpoint."""
     pointers = _pointers(Path(run))
     if pointers is None:
         return None
@@ -320,7 +320,7 @@ def _pointers(run: Path) -> dict[str, Any] | None:
 def _checked(
     run: PathLike, pointers: dict[str, Any], checkpoint: str, name: str
 ) -> tuple[Path, bytes]:
-    """A file of a checkpoint: its path and content, which must be what was written."""
+    """Path and content of a file of a checkpoint; raises if its digest is another."""
     path = Path(run) / "checkpoints" / checkpoint / name
     data = _read(path)
     with reading(Path(run) / POINTERS):

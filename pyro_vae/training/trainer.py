@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["Trainer"]
 
 VALIDATED = 2  # first steps, with the argument checks of Pyro's distributions
-INTERVAL = 0.5  # seconds between looks at the device
+INTERVAL = 0.5  # seconds between two reports
 
 
 class Trainer:
@@ -66,17 +67,17 @@ class Trainer:
         self.settings, self.run = settings, run
         self.history = History()
         self.epoch = self.step = self.offset = 0  # epochs, steps, batches of this epoch done
-        self.seconds = 0.0  # of this epoch, before `began`
+        self.seconds = 0.0  # spent in this epoch before it was resumed
         self.began: float | None = None  # ELBO of the first step
         self.best: dict[str, Tensor] | None = None
         self.compiled: Gradient | None = None  # made when it is first needed
-        self.asked = True  # whether the user asked to compile: a failure is a warning
+        self.asked = True  # whether the user asked to compile, so that a failure is a warning
         self.num_batches = -(-len(train) // settings.batch_size)
         batch = torch.arange(min(settings.batch_size, len(train)))
-        self.rows = len(group.local_rows(batch)[0])  # of this process, in a whole batch
+        self.local_batch_size = len(group.local_rows(batch)[0])
 
     def prepare(self, state: dict[str, Any] | None) -> None:
-        """Initialises the vae, or goes back to a checkpoint; makes the optimiser."""
+        """Initialises the vae or loads the checkpoint `state`, and makes the optimiser."""
         self.objective.prepare(len(self.train), self.num_batches)
         if state is not None:
             if self.settings.precision == "64-true":
@@ -108,7 +109,7 @@ class Trainer:
             seed_generators(self.fabric.device, self.group.seed(options.seed, 0))
 
     def fit(self, bar: Bar, callbacks: Sequence[Callback]) -> None:
-        """Trains to the end, and leaves the best weights if there is a best."""
+        """Trains to the end, and then loads the best weights if there was validation."""
         stopped = False
         while self.epoch < self.settings.epochs and not (stopped or self._out_of_patience()):
             self._train_epoch(bar)
@@ -124,21 +125,21 @@ class Trainer:
             self.vae.load_state_dict(self.best)
 
     def _call(self, callbacks: Sequence[Callback], row: dict[str, Any]) -> bool:
-        """Shows the epoch to those who look on; whether one of them made it the last.
+        """Logs the epoch and calls the callbacks; returns whether one of them stopped training.
 
-        Its checkpoint comes after: an epoch that is kept has been seen.
+        The checkpoint comes after, so that every epoch in it has been seen by the callbacks.
         """
         self.fabric.log_dict({k: v for k, v in row.items() if v is not None}, self.step)
         state = State(self.epoch, self.step, self.vae, dict(row))
         if self.group.rank == 0:
-            self._check_folder()  # before a callback misses it
+            self._check_folder()  # callbacks may write to it
         for callback in callbacks if self.group.rank == 0 else ():
             with forked(self.fabric.device):
                 callback(state)
         return self.group.broadcast(state.stopped)
 
     def _check_validation(self) -> None:
-        """Data that the vae does not take fail now, not after an epoch."""
+        """Raises if the vae does not take the validation data: now, not after an epoch."""
         try:
             with pyro.validation_enabled(True):
                 self.evaluator.bound()
@@ -156,19 +157,19 @@ class Trainer:
             self._step(index, bar)
             now = time.monotonic()
             if now > look:
-                self._look(bar)
+                self._report(bar)
                 look = now + INTERVAL
             if every and self.step % every == 0 and self.offset < len(batches):
                 self.seconds = before + now - began
                 self._save(best=False)
-        self._look(bar)
+        self._report(bar)
         self.seconds = before + time.monotonic() - began
 
     def _step(self, index: Tensor, bar: Bar) -> None:
         self.objective.at(self.step)
         share, weight = self.group.local_rows(index)
         try:
-            with pyro.validation_enabled(self.step < VALIDATED):
+            with pyro.validation_enabled(True) if self.step < VALIDATED else nullcontext():
                 batch = self.loss.batch(share)
                 loss, terms, d = self._gradient(batch, bar)(*batch)
         except ValueError as error:
@@ -187,11 +188,15 @@ class Trainer:
         self.offset += 1
 
     def _gradient(self, batch: tuple[Tensor, ...], bar: Bar) -> Gradient:
-        """The eager gradient; after the first, checked steps the compiled one if asked for.
+        """The eager gradient; the compiled one if asked for, after the first, checked steps.
 
-        The last batch of an epoch, if it is shorter, is not worth a compilation.
+        A shorter last batch of an epoch runs eagerly: it is not worth a compilation of its own.
         """
-        if not self.settings.compile or self.step < VALIDATED or len(batch[0]) != self.rows:
+        if (
+            not self.settings.compile
+            or self.step < VALIDATED
+            or len(batch[0]) != self.local_batch_size
+        ):
             return self.eager
         if self.compiled is None:
             bar.say("compiling the training step")
@@ -212,8 +217,8 @@ class Trainer:
             )
         self.monitor.check_gradient(self.step, self.parameters, norm)
 
-    def _look(self, bar: Bar) -> None:
-        """Reads the device: raises if a loss was not finite, and shows the means."""
+    def _report(self, bar: Bar) -> None:
+        """Raises if a loss was not finite, and shows the means; waits for the device."""
         self.monitor.raise_if_bad(self.step)
         means = self._means()
         if self.began is None:
@@ -221,7 +226,7 @@ class Trainer:
         bar.show(self.epoch + 1, self.offset, means)
 
     def _means(self) -> dict[str, float]:
-        """Of the data of this epoch so far, in nats."""
+        """Means over the rows of this epoch so far, in nats."""
         count = min(self.offset * self.settings.batch_size, len(self.train))
         assert self.monitor.sums is not None
         objective, reconstruction, *kls = (self.monitor.sums / count).tolist()
@@ -247,7 +252,7 @@ class Trainer:
         return row
 
     def _out_of_patience(self) -> bool:
-        """Whether the best epoch is long ago; patience begins when all weights are settled."""
+        """Whether `patience` epochs passed without a better one, since all weights settled."""
         best, patience = self.history.best_epoch, self.settings.patience
         if patience is None or best is None:
             return False
@@ -315,7 +320,7 @@ class Trainer:
         self._load_generators([state["rng"], *state.get("rng_of_others", [])])
 
     def _load_generators(self, generators: list[dict[str, Any]]) -> None:
-        """Those of a process of this rank; new ones if the run was made by another number."""
+        """Restores the generators of this rank; new ones if the number of processes changed."""
         device, rank = self.fabric.device, self.group.rank
         if rank > 0 and len(generators) != self.group.size:
             seed_generators(device, self.group.seed(self.settings.seed, self.step))
