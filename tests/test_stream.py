@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -207,6 +209,7 @@ def codes(path: Path) -> np.ndarray:
         return np.concatenate([file["mean"], file["scale"]], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["npy", "csv"])
 def test_values_filled_in_in_parts(
     ending: str, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -232,3 +235,32 @@ def test_values_filled_in_in_parts(
         assert np.isfinite(filled).all()
         np.testing.assert_array_equal(filled[seen].astype(np.float32), x[seen].astype(np.float32))
     assert not np.array_equal(found[1], found[2])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds children in /proc")
+def test_a_worker_that_dies_loses_its_part(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "ROWS", 1000)
+    rows, out = tmp_path / "many.npy", tmp_path / "many.csv"
+    np.save(rows, np.random.default_rng(1).normal(size=(60_000, F)))
+    command = ["score", str(folder / "run"), str(rows), "--num_samples=20", "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pyro_vae", *command, "--devices=2", "--no-progress"],
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (made := list(tmp_path.glob(".many.csv.*.parts/0*"))) and process.poll() is None:
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "of 60 parts are kept: the same command goes on from there" in error
+    assert not out.exists()
+    assert all(path.exists() for path in made)
+    assert main([*command, "--progress=false"]) == 0
+    lines = list(csv.DictReader(out.read_text().splitlines()))
+    assert [int(line["row"]) for line in lines] == list(range(60_000))
