@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ def job(options: Namespace) -> Job:
         return lines(rows, evidence, ranks, each, data, part == 0).encode()
 
     out = written(options)
-    return Job(len(data), key_of(vae, data, result), run, lambda parts: joined(parts, out))
+    key = partial(key_of, vae, data, result)
+    return Job(len(data), key, run, lambda parts: joined(parts, out))
 
 
 def work(options: Namespace) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,13 @@ class Job:
 
     Attributes:
         number: Of rows.
-        key: Of all that the results depend on.
+        key: What gives a digest of all that the results depend on.
         run: From the number of a part and the positions of its rows to what is kept of it.
         join: From the files of all parts, in order, to what the command has to say.
     """
 
     number: int
-    key: str
+    key: Callable[[], str]
     run: Callable[[int, Tensor], bytes]
     join: Callable[[list[Path]], str]
 
@@ -90,7 +90,7 @@ def stream(make: Callable[[Namespace], Job], options: Namespace, out: Path) -> N
         out: The file that it writes.
     """
     job = make(options)
-    folder = out.with_name(f".{out.name}.{job.key[:16]}.parts")
+    folder = out.with_name(f".{out.name}.{job.key()[:16]}.parts")
     folder.mkdir(exist_ok=True)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     devices = options.get("devices", 1)
@@ -120,7 +120,8 @@ def keeping(paths: list[Path]) -> Iterator[None]:
         done = sum(path.exists() for path in paths)
         kept = f"{done} of {len(paths)} parts are kept: the same command goes on from there"
         if not done:
-            shutil.rmtree(paths[0].parent, ignore_errors=True)
+            with suppress(OSError):  # not empty: another process has begun
+                paths[0].parent.rmdir()
             raise
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"; {kept}") from None

@@ -6,6 +6,7 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -72,7 +73,7 @@ def encoding(options: Namespace) -> Job:
 
     out = _codes_file(options)
     join = _codes_archive if out.suffix == ".npz" else _codes_table
-    return Job(len(data), key_of(vae, data, {}), run, lambda parts: join(parts, out))
+    return Job(len(data), partial(key_of, vae, data, {}), run, lambda parts: join(parts, out))
 
 
 def _codes_archive(parts: list[Path], out: Path) -> str:
@@ -171,7 +172,8 @@ def imputation(options: Namespace) -> Job:
         share = f"{rows.missing_share:.1%} of the values of {len(rows)} rows filled in"
         return f"{share} ({words}): {out}{draws}"
 
-    key = key_of(vae, rows, {**way, "draws": options.draws, "seed": options.seed})
+    result = {**way, "draws": options.draws, "seed": options.seed}
+    key = partial(key_of, vae, rows, result)
     return Job(len(rows), key, run, join)
 
 
