@@ -11,10 +11,11 @@ import torch
 
 from pyro_vae.__main__ import main
 from pyro_vae.cli import COMMANDS
-from pyro_vae.cli.judge import compared
+from pyro_vae.cli.judge import compared, differing, told
 from pyro_vae.cli.parsing import make_parser, spelled
 from pyro_vae.config import BASES, components
 from pyro_vae.estimators import Evidence
+from pyro_vae.metrics import Difference
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,8 @@ def test_compare_for_json_is_paired() -> None:
         return Evidence(found, *rest, ["AIS"] * 3, ["reliable", "reliable", "doubtful"])
 
     found = {"a": [evidence([-3.0, -5.0, -7.0])], "b": [evidence([-4.0, -7.0, -10.0])]}
+    declared = {"a": {"prior": "VampPrior()", "lr": "0.1"}, "b": {"lr": "0.1"}}
+    assert differing(declared) == {"prior": {"a": "VampPrior()", "b": ""}}
     printed = compared(found, "all 3 rows")
     assert printed["runs"]["a"]["log_prob"] == pytest.approx(-5)
     assert printed["runs"]["b"]["verdicts"] == {"reliable": 2, "doubtful": 1}
@@ -90,3 +93,12 @@ def test_compare_for_json_is_paired() -> None:
     assert (difference["first"], difference["second"]) == ("a", "b")
     assert difference["difference"] == pytest.approx(2)
     assert difference["stderr"] == pytest.approx(1 / 3**0.5)
+
+
+def test_who_is_better_is_said_where_it_is_known() -> None:
+    def said(mean: float) -> str:
+        return told("a", "b", Difference(mean, 0.3, 0.4, 7.0))
+
+    assert said(2.0) == "a is better than b by 2.00 +- 0.5 nats per datum"
+    assert said(-2.0) == "b is better than a by 2.00 +- 0.5 nats per datum"
+    assert said(-0.9).startswith("a and b are not told apart: they differ by 0.90 +- 0.5")

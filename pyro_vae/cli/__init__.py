@@ -175,7 +175,9 @@ COMMANDS = {
             **JSON,
             **PART,
             **ESTIMATE,
-            "--num_samples": option(int, 5000, "draws K of the encoder's own bound"),
+            "--num_samples": option(
+                int | None, None, "draws K of the encoder's own bound; null: leave it out"
+            ),
             "--elbo_samples": option(int, 100, "draws for the ELBO"),
         },
         example="runs/mnist-1 --limit 200 --json",

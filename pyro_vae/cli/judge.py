@@ -19,6 +19,7 @@ from torch import Tensor
 from pyro_vae import plots
 from pyro_vae.cli.figures import NAMES, decompose, layer_lines, shown_terms
 from pyro_vae.cli.folder import load_run, pairs, placed
+from pyro_vae.cli.report import declaration
 from pyro_vae.data import Data, Splits, spread
 from pyro_vae.estimators import (
     Evidence,
@@ -30,10 +31,12 @@ from pyro_vae.estimators import (
 from pyro_vae.estimators.log_evidence import REACH, kept_audit
 from pyro_vae.files import write
 from pyro_vae.metrics import Decomposition, Difference, active_units, paired_difference
+from pyro_vae.training import read_run
 from pyro_vae.vae import VAE
 
 __all__ = ["compare", "compared", "evaluate"]
 
+ALONE = "{encoder_bound:.2f}, a lower bound, K = {encoder_bound_samples}"
 ODD, OTHERS = 5, 100  # rows that are shown, and those that say what is usual
 PATTERNS = 5  # of missing values that are shown
 
@@ -44,18 +47,7 @@ def evaluate(options: Namespace) -> None:
     vae, data = placed(vae, held_out(splits, options.part, options.limit), options.accelerator)
     x, y = data.batch(torch.arange(len(data)))
     bound = evidence_lower_bound(vae.model, vae.guide, x, y, num_samples=options.elbo_samples)
-    plain = importance_sampling(
-        vae.model,
-        vae.guide,
-        x,
-        y,
-        num_samples=options.num_samples,
-        chunk_size=options.chunk_size,
-        compile=options.compile,
-        devices=options.devices,
-        seed=options.seed,
-        progress=options.progress and not options.get("json"),
-    )
+    alone = encoder_bound(vae, data, options)
     evidence = estimate(vae, data, options)
     evidence.save(Path(options.run) / "evidence.safetensors")
     draw_audit(vae, data, evidence, options)
@@ -76,8 +68,7 @@ def evaluate(options: Namespace) -> None:
         "verdicts": dict(Counter(evidence.verdict)),
         "methods": dict(Counter(evidence.method)),
         "audit": evidence.audit,
-        "encoder_bound": plain.mean(),
-        "encoder_bound_samples": options.num_samples,
+        **alone,
         "elbo": bound.elbo.mean().item(),
         "kl": bound.kl.mean().item(),
         "reconstruction": bound.reconstruction.mean().item(),
@@ -108,7 +99,7 @@ def evaluate(options: Namespace) -> None:
         **units,
         "verdict": counted(evidence),
         "audit": evidence.audit or "none",
-        "encoder alone": f"{plain.mean():.2f}, a lower bound, K = {options.num_samples}",
+        **({"encoder alone": ALONE.format_map(alone)} if alone else {}),
         "ELBO": with_error(bound.elbo),
         "KL": f"{with_error(bound.kl)}, {', '.join(sorted(set(bound.rules.values())))}",
         "reconstruction": with_error(bound.reconstruction),
@@ -122,6 +113,23 @@ def evaluate(options: Namespace) -> None:
         bits = f"{numbers['bits_per_dim']:.3f} (transform: {splits.transform})"
         lines["bits per dimension"] = bits
     table(f"{options.run}: {rows_of(splits, options.part, data)}", lines)
+
+
+def encoder_bound(vae: VAE, data: Data, options: Namespace) -> dict[str, float]:
+    """The bound of the encoder's own draws, where their number is given."""
+    if options.num_samples is None:
+        return {}
+    names = ("num_samples", "chunk_size", "compile", "devices", "seed")
+    x, y = data.batch(torch.arange(len(data)))
+    found = importance_sampling(
+        vae.model, vae.guide, x, y, progress=shown(options), **{n: options[n] for n in names}
+    )
+    return {"encoder_bound": found.mean(), "encoder_bound_samples": options.num_samples}
+
+
+def shown(options: Namespace) -> bool:
+    """Whether progress is shown: where asked for, and the output is not JSON."""
+    return bool(options.progress and not options.get("json"))
 
 
 def errors(terms: dict[str, Any]) -> dict[str, float]:
@@ -228,11 +236,40 @@ def compare(options: Namespace) -> None:
         found[run] = shifted(estimate(vae, data, options), data)
     where = rows_of(loaded[every[0]][1], options.part, rows)
     of_model = {model: [found[run] for run in runs] for model, runs in models.items()}
+    firsts = {model: runs[0] for model, runs in models.items()}
+    differs = differing({name: described(run, loaded[run][0]) for name, run in firsts.items()})
     if options.json:
-        print(json.dumps(compared(of_model, where), indent=1))
+        print(json.dumps(compared(of_model, where) | {"differs": differs}, indent=1))
         return
-    for shown in (ranking(of_model, where), differences(of_model)):
-        Console().print(shown)
+    options_table = Table("", *firsts, title="what differs between them")
+    for name, values in differs.items():
+        options_table.add_row(name, *values.values())
+    for table in (ranking(of_model, where), options_table, differences(of_model)):
+        Console().print(table)
+    for a, b in combinations(models, 2):
+        print(told(a, b, difference(of_model[a], of_model[b])))
+
+
+def described(run: str, vae: VAE) -> dict[str, str]:
+    """What a run declares of its model and its training."""
+    tables = declaration(Path(run), read_run(run), vae)
+    return tables["Model"] | tables["Training"]
+
+
+def differing(declared: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """The options in which runs differ: of each, its value in each run."""
+    names = dict.fromkeys(name for options in declared.values() for name in options)
+    each = {name: {run: declared[run].get(name, "") for run in declared} for name in names}
+    return {name: values for name, values in each.items() if len(set(values.values())) > 1}
+
+
+def told(a: str, b: str, d: Difference) -> str:
+    """Which of two is better and by how much, where that is beyond two standard errors."""
+    by = f"{abs(d.mean):.2f} +- {d.stderr:.2g} nats per datum"
+    if not abs(d.mean) > 2 * d.stderr:
+        return f"{a} and {b} are not told apart: they differ by {by}"
+    better, worse = (a, b) if d.mean > 0 else (b, a)
+    return f"{better} is better than {worse} by {by}"
 
 
 def replicas(run: str) -> list[str]:
@@ -327,7 +364,7 @@ def estimate(vae: VAE, data: Data, options: Namespace) -> Evidence:
         compile=options.compile,
         devices=options.devices,
         seed=options.seed,
-        progress=options.progress and not options.get("json"),
+        progress=shown(options),
     )
 
 
@@ -405,7 +442,7 @@ def shifted(evidence: Evidence, data: Data) -> Evidence:
 def with_errors(evidence: Evidence) -> str:
     """Mean log p(x) with both standard errors."""
     monte_carlo, over_data = evidence.mean_stderr()
-    return f"{evidence.mean():.2f} +- {monte_carlo:.2f} (Monte Carlo) +- {over_data:.2f} (data)"
+    return f"{evidence.mean():.2f} +- {monte_carlo:.2g} (Monte Carlo) +- {over_data:.2g} (data)"
 
 
 def counted(evidence: Evidence) -> str:
