@@ -199,7 +199,13 @@ def test_compare_pairs_the_data(run: Path, tmp_path: Path, capsys: pytest.Captur
     x, _ = data.subset(spread(len(data), 7, 0)).fixed().batch(torch.arange(7))
     one, two = (log_evidence(vae.model, vae.guide, x).log_prob for vae in (load(run), load(other)))
     error = (one - two).std().item() / 7**0.5
-    assert f"{(one - two).mean().item():.3f} +- {error:.3f}" in printed
+    mean = (one - two).mean().item()
+    first, second = (run, other) if mean > 0 else (other, run)
+    said = " ".join(printed.split())
+    by = f"by {abs(mean):.2f} +- {error:.2g} nats per datum"
+    assert by in said
+    assert (f"{first} is better than {second} {by}" in said) is (abs(mean) >= 2 * error)
+    assert "what differs between them" in said
     third = tmp_path / "third"
     options = ["--limit", "53", "--epochs", "1", "--run", str(third)]
     assert main(["train", *SMALL, *options]) == 0

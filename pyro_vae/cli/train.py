@@ -92,7 +92,7 @@ def train(options: Namespace) -> Path:
     if not first:
         _fit(*arguments)
         return folder
-    print(_described(splits, options))
+    print(_described(splits, options), flush=True)
     if splits.train.schema is not None:
         print(splits.train.schema)
     likelihood = declarations.named_class("likelihood", options.likelihood["class_path"])

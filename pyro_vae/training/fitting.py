@@ -113,7 +113,7 @@ def fit(
             they change is kept with it, and an epoch that was broken off is shown again.
         loggers: Fabric loggers, given the metrics of each epoch.
         resume: Whether to go on from the last checkpoint in `run`, if there is one.
-        progress: Whether to show a bar.
+        progress: Whether to show a bar over all epochs, or a line for each without a terminal.
         declaration: What the vae was built from, for run.json; vae.declaration if None.
         checkpoint_every: Steps between checkpoints within an epoch, besides its end.
 
@@ -239,7 +239,8 @@ def _train_locked(fabric: Fabric, group: Group, task: Task) -> Result:
         trainer.prepare(state)
         if run is not None and first:
             start_run(run, task.record)
-        with make_bar(task.progress and first, settings.epochs, trainer.num_batches) as bar:
+        way = settings.epochs, settings.patience, trainer.num_batches
+        with make_bar(task.progress and first, *way) as bar:
             if task.said is not None:
                 bar.say(task.said)
             trainer.fit(bar, task.callbacks)

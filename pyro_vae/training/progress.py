@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,11 +106,10 @@ class State:
 
 
 Callback = Callable[[State], Any]
-SHOWN = ("ELBO", "KL", "reconstruction")
 
 
 class Bar:
-    """A bar that shows nothing; `make_bar` gives one that does."""
+    """Shows nothing; `make_bar` gives one that does."""
 
     def __enter__(self) -> Bar:
         return self
@@ -122,46 +120,100 @@ class Bar:
     def show(self, epoch: int, done: int, metrics: dict[str, float]) -> None:
         """Shows the epoch (from 1), batches done in it, and running means in nats."""
 
+    def end(self, history: History) -> None:
+        """Shows what was measured at the end of an epoch."""
+
     def say(self, text: str) -> None:
         """Prints a line."""
 
 
-class _RichBar(Bar):
-    def __init__(self, epochs: int, batches: int) -> None:
+class _Terminal(Bar):
+    """One bar over all epochs, with the time left should patience not end them sooner."""
+
+    def __init__(self, epochs: int, patience: int | None, batches: int) -> None:
         from rich import progress
 
         columns = (
             progress.TextColumn("{task.description}"),
-            progress.BarColumn(bar_width=20),
-            progress.MofNCompleteColumn(),
+            progress.BarColumn(bar_width=None),
+            progress.TimeRemainingColumn(compact=True),
             progress.TextColumn("{task.fields[metrics]}"),
         )
-        self.epochs = epochs
-        self.progress = progress.Progress(*columns, auto_refresh=False)
-        self.task = self.progress.add_task("", total=batches, metrics="")
-        self.stack = ExitStack()
+        self.epochs, self.patience, self.batches = epochs, patience, batches
+        self.progress = progress.Progress(*columns, auto_refresh=False, expand=True)
+        self.task: Any = None
+        self.validated = ""
 
     def __enter__(self) -> Bar:
-        self.stack.enter_context(self.progress)
+        self.progress.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.stack.close()
+    def __exit__(self, kind: Any = None, *_: Any) -> None:
+        self.progress.live.transient = kind is KeyboardInterrupt  # ^C may have begun a new line
+        self.progress.stop()
 
     def show(self, epoch: int, done: int, metrics: dict[str, float]) -> None:
-        text = "  ".join(f"{name} {metrics[name.lower()]:.2f}" for name in SHOWN)
+        done += (epoch - 1) * self.batches
+        if self.task is None:  # a resumed training begins where it is
+            total = self.epochs * self.batches
+            self.task = self.progress.add_task("", total=total, completed=done, metrics="")
         self.progress.update(
             self.task,
             description=f"epoch {epoch}/{self.epochs}",
             completed=done,
-            metrics=text,
+            metrics=f"ELBO {metrics['elbo']:.2f}{self.validated}",
             refresh=True,
         )
+
+    def end(self, history: History) -> None:
+        self.validated = _validated(history, self.patience)
+        row = history.rows[-1]
+        self.show(row["epoch"], self.batches, row)
 
     def say(self, text: str) -> None:
         self.progress.console.print(text)
 
 
-def make_bar(show: bool, epochs: int, batches: int) -> Bar:
-    """A bar over the batches of each epoch."""
-    return _RichBar(epochs, batches) if show else Bar()
+class _Lines(Bar):
+    """A line after each epoch, at once; each in the place of the one before if `over`."""
+
+    def __init__(self, epochs: int, patience: int | None, over: bool) -> None:
+        self.epochs, self.patience, self.over = epochs, patience, over
+
+    def __exit__(self, *_: Any) -> None:
+        if self.over:
+            print(flush=True)
+
+    def end(self, history: History) -> None:
+        row = history.rows[-1]
+        text = (
+            f"epoch {row['epoch']}/{self.epochs}  {row['seconds']:.1f} s  ELBO {row['elbo']:.2f}"
+        )
+        text += f"  KL {row['kl']:.2f}{_validated(history, self.patience)}"
+        print(f"\r{text:<100}" if self.over else text, end="" if self.over else "\n", flush=True)
+
+    def say(self, text: str) -> None:
+        print(f"\n{text}" if self.over else text, flush=True)
+
+
+def _validated(history: History, patience: int | None) -> str:
+    """The last and the best bound of validation data, and how long there was no better one."""
+    best = history.best_epoch
+    if best is None:
+        return ""
+    last, kept = history.rows[-1]["validation_elbo"], history.final["validation_elbo"]
+    since = len(history) - best
+    waited = f" ({since}/{patience})" if patience else ""
+    return f"  validation {last:.2f}, best {kept:.2f}{waited}"
+
+
+def make_bar(show: bool, epochs: int, patience: int | None, batches: int) -> Bar:
+    """A bar in a terminal; in a notebook a line, in a file a line for each epoch."""
+    from rich.console import Console
+
+    console = Console()
+    if not show:
+        return Bar()
+    if console.is_terminal and not console.is_jupyter:
+        return _Terminal(epochs, patience, batches)
+    return _Lines(epochs, patience, over=console.is_jupyter)

@@ -114,6 +114,7 @@ class Trainer:
         while self.epoch < self.settings.epochs and not (stopped or self._out_of_patience()):
             self._train_epoch(bar)
             row = self._end_epoch()
+            bar.end(self.history)
             stopped = self._call(callbacks, row)
             best = self.history.best_epoch == self.epoch
             if best:
