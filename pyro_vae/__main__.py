@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pyro_vae.cli import COMMANDS
+from pyro_vae.cli import COMMANDS, completion, help_of
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,6 +18,12 @@ def main(argv: list[str] | None = None) -> int:
         from pyro_vae import __version__
 
         print(__version__)
+        return 0
+    if argv == ["--completion"]:
+        print(completion(), end="")
+        return 0
+    if argv[0] in COMMANDS and {"-h", "--help"} & {*argv}:
+        print(help_of(argv[0]), end="")
         return 0
     try:
         from pyro_vae.cli.parsing import run

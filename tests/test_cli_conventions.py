@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,16 +42,14 @@ def test_help_fits_a_screen(
     command: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
+    assert main([command, "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 50
     assert max(map(len, lines)) <= 80
 
 
 def test_help_of_train_names_what_there_is(capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit):
-        main(["train", "-h"])
+    assert main(["train", "-h"]) == 0
     text = capsys.readouterr().out
     for family in set(BASES) - {"schedule"}:
         assert all(name in text for name in components(family)), family
@@ -62,6 +63,29 @@ def test_help_of_train_names_what_there_is(capsys: pytest.CaptureFixture) -> Non
     with pytest.raises(SystemExit):
         main(["train", "--help-all"])
     assert len(capsys.readouterr().out) > 2 * len(text)
+
+
+def test_help_loads_no_torch() -> None:
+    script = "import sys; from pyro_vae.__main__ import main; main(['evaluate', '-h']); "
+    script += "main(['train', '-h']); main(['--completion']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash on this machine")
+def test_a_shell_completes_commands_options_and_files(capsys: pytest.CaptureFixture) -> None:
+    main(["--completion"])
+    script = capsys.readouterr().out
+
+    def completed(*words: str) -> list[str]:
+        line = f"COMP_WORDS=(pyro-vae {' '.join(words)}); COMP_CWORD={len(words)}"
+        show = 'echo "${COMPREPLY[@]}"'
+        command = ["bash", "-c", f"{script}\n{line}\n_pyro_vae\n{show}"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
+    assert completed("ev") == ["evaluate"]
+    assert completed("train", "--po") == ["--posterior"]
+    assert completed("evaluate", "runs/a", "--tol") == ["--tolerance"]
+    assert completed("evaluate", "ru") == []  # left to the shell, which knows files
 
 
 @pytest.mark.slow

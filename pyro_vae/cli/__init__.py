@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-__all__ = ["COMMANDS", "DATA", "FAMILIES", "TRAIN_HELP", "Command"]
+__all__ = ["COMMANDS", "DATA", "FAMILIES", "Command", "completion", "help_of"]
 
 Options = dict[str, dict[str, Any]]
 
@@ -303,7 +303,20 @@ data:
   --conditional         condition on labels or on y
 
 model: a class each, and its options as --prior.OPTION (--prior.help CLASS)
-{families}
+  --prior CLASS         ConditionalNormal, FlowPrior, Laplace,
+                        MixtureOfGaussians, Normal, NormalPerClass,
+                        StandardNormal, StudentT, VampPrior
+  --likelihood CLASS    Bernoulli, Beta, Categorical, Columns,
+                        ContinuousBernoulli, DiscretizedLogistic, Laplace,
+                        LogNormal, MixtureOfLogistics, NegativeBinomial, Normal,
+                        Ordinal, Poisson, StudentT
+  --posterior CLASS     DiagonalNormal, FlowPosterior, FullNormal
+  --encoder, --decoder  Conv, ConvTranspose, GatedMLP, MLP, ResNet,
+                        ResNetTranspose
+  --objective CLASS     BetaTC, CIWAE, Capacity, DIP, DReG, ELBO, FactorVAE,
+                        FreeBits, HierarchicallyFactorized, IWAE, InfoVAE,
+                        MIWAE, PIWAE, Renyi, StickingTheLanding
+  --hierarchy CLASS     BottomUp, Ladder, TopDown
   --latent-dim N        latent size, or of several layers, "[40,40]" [20]
 
 training:
@@ -321,4 +334,50 @@ run:
   --no-progress         no progress bar
 
 Options may be written with - or _. All of them: pyro-vae train --help-all
+"""
+
+
+def help_of(name: str) -> str:
+    """The help of a command, at most 50 lines of 80 columns; of `train`, what is needed most."""
+    from argparse import ArgumentParser
+
+    command = COMMANDS[name]
+    if name == "train":
+        return TRAIN_HELP
+    parser = ArgumentParser(
+        usage=f"pyro-vae {name} {command.usage} [options]",
+        description=f"{command.help[0].upper()}{command.help[1:]}.",
+        epilog=f"example: pyro-vae {name} {command.example}" if command.example else None,
+    )
+    for key, settings in command.options.items():
+        kind, default = settings.get("type"), settings.get("default")
+        told = "" if default in (None, False) else f" [{str(default).lower()}]"
+        shown: dict[str, Any] = {k: settings[k] for k in ("action", "nargs") if k in settings}
+        if kind in (bool, bool | None):
+            shown = {"action": "store_true"}
+        elif get_origin(kind) is Literal:
+            shown = {"choices": get_args(kind)}
+        elif key.startswith("--") and not shown:
+            shown = {"metavar": "X" if kind is float else "N" if "int" in str(kind) else "NAME"}
+        name = key.replace("_", "-") if key.startswith("--") else key
+        parser.add_argument(name, help=settings.get("help", "") + told, **shown)
+    return parser.format_help()
+
+
+def completion() -> str:
+    """A script for bash, and zsh with bashcompinit, that completes commands, options and files."""
+    cases = ""
+    for name, command in COMMANDS.items():
+        families = [f"--{family}" for family in FAMILIES] if name == "train" else []
+        flags = [key.replace("_", "-") for key in command.options if key.startswith("--")]
+        cases += f"    {name}) words='{' '.join(flags + families)}';;\n"
+    return f"""\
+_pyro_vae() {{
+  local words='{" ".join(COMMANDS)}' word=${{COMP_WORDS[COMP_CWORD]}}
+  if (( COMP_CWORD > 1 )); then case ${{COMP_WORDS[1]}} in
+{cases}  esac; fi
+  [[ $word != -* ]] && (( COMP_CWORD > 1 )) && words=
+  COMPREPLY=($(compgen -W "$words" -- "$word"))
+}}
+complete -o default -F _pyro_vae pyro-vae
 """

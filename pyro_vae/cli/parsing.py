@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from textwrap import fill
 from typing import Any, NoReturn
 
 import yaml
@@ -17,7 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from pyro_vae import declarations
 from pyro_vae.arguments import closest
-from pyro_vae.cli import COMMANDS, DATA, FAMILIES, TRAIN_HELP
+from pyro_vae.cli import COMMANDS, DATA, FAMILIES
 from pyro_vae.files import check_folder, reading
 
 __all__ = [
@@ -66,15 +65,12 @@ def run(argv: list[str]) -> int:
 
 
 def parse(command: str, argv: list[str]) -> Namespace:
-    """The options of a command; `--help` prints and exits.
+    """The options of a command; `--help_all` prints and exits.
 
     Raises:
         ValueError: If a name is unknown, with the closest known one, or a value does not fit.
     """
     argv = spelled(argv)
-    if command == "train" and {"-h", "--help"} & set(argv):
-        print(_train_help(), end="")
-        raise SystemExit(0)
     argv = ["--help" if argument == "--help_all" else argument for argument in argv]
     if command == "train":
         argv = _resumed(argv)
@@ -199,16 +195,6 @@ def _parser(name: str, options: dict[str, dict[str, Any]]) -> ArgumentParser:
     for key, settings in options.items():
         parser.add_argument(key, **settings)
     return parser
-
-
-def _train_help() -> str:
-    """At most 50 lines of 80 columns: what is needed most, with examples."""
-    lines = []
-    for family in ("prior", "likelihood", "posterior", "encoder", "objective", "hierarchy"):
-        names = ", ".join(sorted(declarations.components(family)))
-        head = "  --encoder, --decoder" if family == "encoder" else f"  --{family} CLASS"
-        lines.append(fill(names, 80, initial_indent=head.ljust(24), subsequent_indent=" " * 24))
-    return TRAIN_HELP.format(families="\n".join(lines))
 
 
 def _resumed(argv: list[str]) -> list[str]:
