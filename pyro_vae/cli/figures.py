@@ -86,6 +86,10 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
     }
     if isinstance(vae, ClassVAE):
         shown["classes"] = _of_each_class(vae, data)
+    inputs = getattr(vae.prior, "inputs", None)
+    if inputs is not None and inputs.shape[1:] == x.shape[1:]:
+        seen = back(inputs.detach()[:100])
+        shown["pseudo_inputs"] = plots.images(seen, "pseudo-inputs of the prior", limits(data))
     kl = unit_kl(vae, data)
     if kl is not None:
         shown["traversals"] = traversal(vae, data, kl)

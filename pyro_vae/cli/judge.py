@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from pyro_vae import plots
-from pyro_vae.cli.figures import NAMES, decompose, layer_lines, shown_terms
+from pyro_vae.cli.figures import NAMES, decompose, layer_lines, limits, shown_terms
 from pyro_vae.cli.folder import load_run, pairs, placed
 from pyro_vae.cli.report import declaration
 from pyro_vae.data import Data, Splits, spread
@@ -51,6 +51,7 @@ def evaluate(options: Namespace) -> None:
     evidence = estimate(vae, data, options)
     evidence.save(Path(options.run) / "evidence.safetensors")
     draw_audit(vae, data, evidence, options)
+    draw_extremes(data, evidence, Path(options.run) / "figures")
     with torch.no_grad():
         active = active_units(torch.cat([vae.encode(*pair).mean for pair in pairs(data)]))
     layers = layer_lines(vae, data)
@@ -379,6 +380,24 @@ def draw_audit(vae: VAE, data: Data, evidence: Evidence, options: Namespace) -> 
     figures = Path(options.run) / "figures"
     figures.mkdir(exist_ok=True)
     plots.save(plots.audit(found.gap, found.reliable, REACH), str(figures / "audit.png"))
+
+
+def draw_extremes(data: Data, evidence: Evidence, figures: Path) -> None:
+    """The images of least and of most log p(x), ten each."""
+    if len(data.data_shape) != 3 or len(data) < 20:
+        return
+    order = evidence.log_prob.argsort()
+    chosen = torch.cat([order[:10], order[-10:]])
+    x = data.transform.inverse(data.batch(chosen)[0].cpu()).unflatten(0, (2, 10))
+    least, most = (
+        [f"{v:.0f}" for v in evidence.log_prob[ends].tolist()]
+        for ends in order[[0, 9, -10, -1]].view(2, 2)
+    )
+    names = [f"least: {' to '.join(least)}", f"most: {' to '.join(most)}"]
+    figures.mkdir(exist_ok=True)
+    plots.save(
+        plots.image_rows(x, names, "log p(x), nats", limits(data)), str(figures / "extremes.png")
+    )
 
 
 def held_out(splits: Splits, part: str, limit: int | None) -> Data:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -14,10 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from jinja2 import Environment, StrictUndefined
 from jsonargparse import Namespace
+from matplotlib.figure import Figure
 from PIL import Image
-from pyro.infer.inspect import get_model_relations, render_model
+from pyro.infer.inspect import get_model_relations
 
 from pyro_vae import config, plots
+from pyro_vae.cli.figures import NAMES
 from pyro_vae.cli.folder import read_table
 from pyro_vae.estimators import Evidence
 from pyro_vae.files import reading, write
@@ -28,8 +29,6 @@ from pyro_vae.vae import VAE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from matplotlib.figure import Figure
-
 __all__ = ["report"]
 
 CAPTIONS = {
@@ -37,6 +36,8 @@ CAPTIONS = {
     "classes": "What the decoder makes of z drawn for each class: E[x | z, y].",
     "samples": "Draws of x from the whole model: z from the prior, then x from p(x | z).",
     "reconstructions": "Held-out data, and the mean of p(x | z) at the mean of their q(z | x).",
+    "extremes": "The held-out data of least and of most log p(x).",
+    "pseudo_inputs": "The inputs of the prior's components.",
     "manifold": "What the decoder makes of z on a grid.",
     "traversals": "What the decoder makes of one datum as each latent moves by itself.",
     "latent": "Posterior means of held-out data.",
@@ -50,13 +51,13 @@ QUANTITIES = {
     "kl": ("KL", ".2f", "of q(z | x) from p(z)"),
     "reconstruction": ("reconstruction", ".2f", "log p(x | z) under q(z | x)"),
     "inference_gap": ("inference gap", ".2f", "log p(x) less ELBO"),
-    "mutual_information": ("mutual information", ".3f", "part of the KL: of x and z{of_rows}"),
-    "aggregate_kl": ("KL(q(z) || p(z))", ".3f", "the rest of the KL: of all codes{of_rows}"),
-    "total_correlation": ("total correlation", ".3f", "part of that: among the latents{of_rows}"),
+    "mutual_information": ("mutual information", ".3f", "part of the KL: of x and z"),
+    "aggregate_kl": ("KL(q(z) || p(z))", ".3f", "the rest of the KL: of all codes"),
+    "total_correlation": ("total correlation", ".3f", "part of that: among the latents"),
     "dimension_wise_kl": (
         "dimension-wise KL",
         ".3f",
-        "part of that: of each q(z) from p(z){of_rows}",
+        "part of that: of each q(z) from p(z)",
     ),
     "active_units": ("active units", "d", "latent dimensions that depend on x"),
     "khat_below_threshold": ("k-hat below threshold", ".1%", "of the data"),
@@ -64,7 +65,10 @@ QUANTITIES = {
 }
 PARTS = ("parts", "unit_kl")
 BOUND = ("elbo", "kl", "reconstruction")
-DOTS = 150 / 96  # of a figure in a pixel of the page
+EACH = (
+    "log p(x) of each datum; its ELBO against it, which lies below the line by the inference gap; "
+    "and k-hat, the tail of its weights."
+)
 
 
 class Picture(NamedTuple):
@@ -118,6 +122,7 @@ def declaration(folder: Path, recorded: dict[str, Any], vae: VAE) -> dict[str, d
     families = {key: _called(value) for key, value in model.items() if isinstance(value, dict)}
     size = sum(parameter.numel() for parameter in vae.parameters())
     settings = recorded["training"]
+    made = {key: str(value) for key, value in (recorded.get("made") or {}).items()}
     return {
         "Data": {**data, **rows, "shape": " x ".join(map(str, model["data_shape"]))},
         "Model": {
@@ -130,6 +135,7 @@ def declaration(folder: Path, recorded: dict[str, Any], vae: VAE) -> dict[str, d
             for key, value in settings.items()
             if value is not None
         },
+        **({"Made": {"pyro_vae": str(recorded["pyro_vae"]), **made}} if made else {}),
     }
 
 
@@ -144,10 +150,9 @@ def training(folder: Path) -> dict[str, Any] | None:
 
 def _trained(rows: list[dict[str, Any]]) -> dict[str, Any]:
     validated = [row for row in rows if row.get("validation_elbo") is not None]
-    chosen = {"last": rows[-1]}
-    if validated:
-        best = max(validated, key=lambda row: row["validation_elbo"])
-        chosen = {"best validation": best, **chosen}
+    best = max(validated, key=lambda row: row["validation_elbo"], default=rows[-1])
+    rises = bool(validated) and best is rows[-1] and len(rows) > 1
+    chosen = {"last": best} if best is rows[-1] else {"best validation": best, "last": rows[-1]}
     numbers = {
         f"{QUANTITIES[term][0]}, {part}": [row.get(start + term) for row in chosen.values()]
         for part, start in (("training", ""), ("validation", "validation_"))
@@ -162,6 +167,7 @@ def _trained(rows: list[dict[str, Any]]) -> dict[str, Any]:
             if None not in values
         },
         "seconds": f"{sum(row['seconds'] for row in rows):,.0f}",
+        "rises": rises,
     }
 
 
@@ -180,11 +186,11 @@ def _evaluated(found: dict[str, Any]) -> dict[str, Any]:
         f"{found['stderr_data']:.2g} (data)",
     ]
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in found["verdicts"].items())
-    lines = [("log p(x)", f"{found['log_prob']:.2f}", errors, verdicts)]
+    rows = f"{found['rows']:,}"
+    lines = [("log p(x)", f"{found['log_prob']:.2f}", errors, verdicts, rows)]
     if found.get("log_jacobian"):
         value = f"{found['log_prob'] + found['log_jacobian']:.2f}"
-        lines.append(("log p(x), data's units", value, errors, "before the transform"))
-    found["of_rows"] = f"; all {found['parts_rows']} rows" if "parts_rows" in found else ""
+        lines.append(("log p(x), data's units", value, errors, "before the transform", rows))
     for key, (name, form, remark) in QUANTITIES.items():
         if key in found and key not in hidden(found):
             error = found.get(f"stderr_{key}")
@@ -192,7 +198,8 @@ def _evaluated(found: dict[str, Any]) -> dict[str, Any]:
             remark = remark.format_map(found)
             if key == "mutual_information" and found.get("at_ceiling"):
                 remark += ", at its ceiling, the logarithm of their number"
-            lines.append((name, f"{found[key]:{form}}", shown, remark))
+            count = found.get("parts_rows", found["rows"]) if key in NAMES else found["rows"]
+            lines.append((name, f"{found[key]:{form}}", shown, remark, f"{count:,}"))
     first = f"the first {found['rows']} rows of the {found['part']} part"  # before 0.2
     odd = [
         (str(row["row"]), f"{row['log_prob']:.2f}", row["column"], row["cell"],
@@ -228,24 +235,32 @@ def evidence(folder: Path) -> dict[str, Any] | None:
         here = found.rows(torch.tensor([i for i, other in enumerate(kinds) if other == kind]))
         worst = here.stderr.max().item()
         lines.append((*kind, str(count), f"{here.mean():.2f}", f"{worst:.2g}"))
-    return {"lines": lines, "histogram": _drawn(histogram(found), "log p(x) of each datum.")}
+    return {"lines": lines, "each": _drawn(each_datum(found), EACH)}
 
 
-def histogram(found: Evidence) -> Figure:
-    """log p(x) of each datum, the verdicts stacked."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 2.6), layout="constrained")
-    ax = figure.subplots()
+@plots.style()
+def each_datum(found: Evidence) -> Figure:
+    """log p(x) of each datum by verdict, beside its ELBO where that is known, and its k-hat."""
+    figure = Figure(figsize=(7.2, 2.5), layout="constrained")
+    regret = found.extras.get("regret")
+    axes = list(figure.subplots(1, 2 if regret is None else 3))
     names = sorted(set(found.verdict), reverse=True)
-    values = [
-        [v for v, verdict in zip(found.log_prob.tolist(), found.verdict) if verdict == name]
-        for name in names
-    ]
-    ax.hist(values, bins=40, stacked=True, label=[name.replace("$", r"\$") for name in names])
-    ax.set_xlabel("log p(x), nats")
-    ax.set_ylabel("data")
-    ax.legend(frameon=False)
+    rows = [torch.tensor([v == name for v in found.verdict]) for name in names]
+    values = [found.log_prob[mine].tolist() for mine in rows]
+    labels = [name.replace("$", r"\$") for name in names]
+    axes[0].hist(values, bins=30, stacked=True, label=labels)
+    axes[0].set(xlabel="log p(x), nats", ylabel="data")
+    axes[0].yaxis.get_major_locator().set_params(integer=True)
+    axes[0].legend()
+    if regret is not None:
+        elbo = found.log_prob - regret
+        for mine in rows:
+            axes[1].plot(found.log_prob[mine], elbo[mine], ".", ms=3)
+        axes[1].axline((found.log_prob[0].item(),) * 2, slope=1, color="0.6", lw=0.8)
+        axes[1].set(xlabel="log p(x), nats", ylabel="ELBO, nats")
+    axes[-1].hist(found.khat[found.khat.isfinite()].tolist(), bins=30, color=plots.PALETTE[6])
+    axes[-1].axvline(found.khat_threshold[0].item(), color=plots.PALETTE[1], ls="--")
+    axes[-1].set(xlabel="k-hat, threshold dashed", ylabel="data")
     return figure
 
 
@@ -257,17 +272,15 @@ def figures(folder: Path) -> dict[str, Picture]:
     for name in sorted(paths, key=lambda name: [*CAPTIONS, name].index(name)):
         data = paths[name].read_bytes()
         with reading(paths[name]):
-            width = Image.open(io.BytesIO(data)).width
+            image = Image.open(io.BytesIO(data))
+            dots = image.info.get("dpi", (96.0, 96.0))[0]  # of an inch, which is 96 of a page
         caption = CAPTIONS.get(name, name.replace("_", " "))
-        drawn[name] = Picture(_inside("png", data), round(width / DOTS), caption)
+        drawn[name] = Picture(_inside("png", data), round(image.width * 96 / dots), caption)
     return drawn
 
 
 def programs(vae: VAE, declared: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Sites of the model and of the guide as Pyro sees them, and its drawing of them.
-
-    The drawing is None where Graphviz, or its Python package, is missing.
-    """
+    """Sites of the model and of the guide as Pyro sees them, and where to draw them."""
     conditions = declared["encoder"].get("init_args", {}).get("condition_dim", 0)
     y = torch.zeros(2, conditions) if conditions else None
     with forked(torch.device("cpu"), 0), torch.no_grad():
@@ -288,32 +301,31 @@ def _program(program: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[st
         )
         for site, parents in related["sample_sample"].items()
     ]
-    return {"sites": sites, "drawing": _graph(program, arguments)}
+    return {"sites": sites, "drawing": _graph([(site, given) for site, _, given, *_ in sites])}
 
 
-def _graph(program: Callable[..., Any], arguments: tuple[Any, ...]) -> Picture | None:
-    try:
-        from graphviz import ExecutableNotFound
-    except ImportError:
-        return None
-    graph = render_model(program, arguments, render_distributions=True)
-    try:
-        data = graph.pipe("svg")
-    except ExecutableNotFound:
-        return None
-    points = re.search(rb'width="(\d+)pt"', data)
-    width = round(int(points[1]) * 96 / 72) if points else 300
-    return Picture(_inside("svg+xml", data), width, "Drawn by pyro.render_model.")
+def _graph(sites: list[tuple[str, str]]) -> dict[str, Any]:
+    """Places of the sites, each below what it is given, and the arrows between them."""
+    depth: dict[str, int] = {}
+    for site, given in sites:  # Pyro lists them in the order in which they are drawn
+        parents = given.split(", ") if given else []
+        depth[site] = 1 + max((depth[parent] for parent in parents), default=-1)
+    places: dict[str, tuple[int, int]] = {}
+    for site, level in depth.items():
+        column = sum(place[1] == 60 + 80 * level for place in places.values())
+        places[site] = (70 + 100 * column, 60 + 80 * level)
+    arrows = [
+        (*places[parent], *places[site])
+        for site, given in sites
+        for parent in (given.split(", ") if given else [])
+    ]
+    width, height = (max(p[i] for p in places.values()) + 50 for i in (0, 1))
+    return {"places": places, "arrows": arrows, "width": width + 20, "height": height + 10}
 
 
 def _drawn(figure: Figure, caption: str) -> Picture:
-    """A figure as SVG, the same bytes each time."""
-    import matplotlib
-
-    file = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "pyro_vae"}):
-        figure.savefig(file, format="svg", metadata={"Date": None}, bbox_inches="tight")
-    return Picture(_inside("svg+xml", file.getvalue()), round(figure.get_figwidth() * 96), caption)
+    width = round(figure.get_figwidth() * 96)
+    return Picture(_inside("svg+xml", plots.svg(figure)), width, caption)
 
 
 def _inside(kind: str, data: bytes) -> str:

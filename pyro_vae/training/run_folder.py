@@ -7,12 +7,18 @@ import hashlib
 import inspect
 import io
 import json
+import os
+import platform
+import shlex
 import shutil
+import sys
 from dataclasses import asdict, dataclass, is_dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import pyro
 import torch
 from torch import Tensor, nn
 
@@ -137,8 +143,23 @@ def start_run(run: PathLike, record: dict[str, Any]) -> None:
     for folder in (Path(run), Path(run) / "checkpoints"):
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
-    text = json.dumps({"format": FORMAT, "pyro_vae": __version__, **record}, indent=2)
-    write(Path(run) / "run.json", text + "\n")
+    path = Path(run) / "run.json"
+    made = (_read_json(path) if path.exists() else {}).get("made", _made())
+    whole = {"format": FORMAT, "pyro_vae": __version__, "made": made, **record}
+    write(path, json.dumps(whole, indent=2) + "\n")
+
+
+def _made() -> dict[str, str]:
+    """When and by what a run was begun."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": f"{device}, {os.cpu_count()} processors",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pyro": pyro.__version__,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
 
 
 def write_metrics(run: PathLike, rows: list[dict[str, Any]]) -> None:
