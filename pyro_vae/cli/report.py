@@ -250,7 +250,6 @@ def each_datum(found: Evidence) -> Figure:
     labels = [name.replace("$", r"\$") for name in names]
     axes[0].hist(values, bins=30, stacked=True, label=labels)
     axes[0].set(xlabel="log p(x), nats", ylabel="data")
-    axes[0].yaxis.get_major_locator().set_params(integer=True)
     axes[0].legend()
     if regret is not None:
         elbo = found.log_prob - regret
@@ -261,6 +260,8 @@ def each_datum(found: Evidence) -> Figure:
     axes[-1].hist(found.khat[found.khat.isfinite()].tolist(), bins=30, color=plots.PALETTE[6])
     axes[-1].axvline(found.khat_threshold[0].item(), color=plots.PALETTE[1], ls="--")
     axes[-1].set(xlabel="k-hat, threshold dashed", ylabel="data")
+    for ax in (axes[0], axes[-1]):
+        ax.yaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
