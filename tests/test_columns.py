@@ -54,6 +54,15 @@ def made(columns: object = KINDS, **options: object) -> object:
     ).double()
 
 
+def test_means_beside_a_first_column_of_categories_are_not_rounded() -> None:
+    vae = made({"job": KINDS["job"], "member": "Bernoulli", "height": "Normal"})
+    mean = vae.sample(7, mean=True)
+    assert mean.dtype == torch.float64
+    job, *others = mean.T
+    assert torch.equal(job, job.round())
+    assert all((other != other.round()).all() for other in others)
+
+
 @pytest.mark.parametrize("cls", SCALAR, ids=name)
 def test_every_scalar_likelihood_is_a_kind(cls: type) -> None:
     raw = torch.randn(11, Columns.out_shape((2,), [cls.__name__, cls.__name__])[0])

@@ -63,8 +63,9 @@ class Product(TorchDistribution):
     @property
     def mean(self) -> Tensor:
         """Mean of each column, or mode of levels."""
+        kind = self.parts[0].mean.dtype
         means = [p.mode if isinstance(p, Levels) else p.mean for p in self.parts]
-        return self._joined([m.to(means[0].dtype) for m in means])
+        return self._joined([m.to(kind) for m in means])
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
         joined = torch.cat(parts, -1)
