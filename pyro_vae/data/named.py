@@ -41,7 +41,7 @@ def read_named(name: str, root: str | Path) -> Parts:
     if name == "digits":
         return _digits(), None, None
     if name == "sprites":
-        return SUB_GRID.data(), None, None
+        return Sprites(3, 3, 8, 8, 8, size=32).data(), None, None  # 4608 images
     try:
         return _read(name, root, train=True), None, _read(name, root, train=False)
     except (OSError, RuntimeError, EOFError) as error:
@@ -256,7 +256,3 @@ def _spread(low: float, high: float, count: int) -> Tensor:
     if count == 1:
         return torch.tensor([(low + high) / 2], dtype=torch.float64)
     return torch.linspace(low, high, count, dtype=torch.float64)
-
-
-SUB_GRID = Sprites(3, 3, 8, 8, 8, size=32)
-"""What "sprites" means: 4608 images."""

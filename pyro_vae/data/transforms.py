@@ -351,10 +351,6 @@ def make_transform(name: str, x: Tensor | Mapped, levels: int | None) -> Transfo
             f"transform {name!r} needs data with grey levels, and this data has none; "
             "use 'none' or 'standardise'"
         )
-    return _grey_transform(name, levels)
-
-
-def _grey_transform(name: str, levels: int) -> Transform:
     match name:
         case "threshold":
             return Threshold((levels - 1) / 2, top=levels - 1)
