@@ -11,6 +11,8 @@ from families import CONDITIONAL
 
 from pyro_vae import config, likelihoods, networks, priors
 from pyro_vae.config import build
+from pyro_vae.declarations import component, declare
+from pyro_vae.objectives import Linear
 
 
 @pytest.mark.parametrize(
@@ -138,3 +140,34 @@ def test_networks_are_shared_by_no_two_parts() -> None:
     names = dict(vae.named_parameters(remove_duplicate=False))
     assert len({id(p) for p in names.values()}) == len(names)
     assert isinstance(vae.posterior.encoder, networks.MLP)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([("", "VampPrior")], ("VampPrior", {})),
+        ([("num_components", "7"), ("", "VampPrior")], ("VampPrior", {})),
+        ([("", "VampPrior"), ("num_components", "7")], ("VampPrior", {"num_components": 7})),
+        ([("", "VampPrior"), ("init_args.num_components", "7"), ("", "VampPrior")],
+         ("VampPrior", {"num_components": 7})),
+        ([("", "{class_path: StudentT, init_args: {df: 3}}")], ("StudentT", {"df": 3})),
+        ([("class_path", "StudentT"), ("df", "1e1")], ("StudentT", {"df": 10.0})),
+    ],
+)  # fmt: skip
+def test_arguments_declare_as_yaml_does(
+    arguments: list[tuple[str, str]], expected: tuple[str, dict]
+) -> None:
+    declared: dict = {"class_path": "StandardNormal"}
+    for path, text in arguments:
+        declared = declare("prior", declared, path.split(".") if path else [], text)
+    assert (declared["class_path"], declared.get("init_args", {})) == expected
+
+
+def test_arguments_declare_a_schedule_by_its_parts() -> None:
+    declared: dict = {"class_path": "ELBO"}
+    for path, text in (("beta", "Linear"), ("beta.length", "7"), ("beta.init_args.start", "0.5")):
+        declared = declare("objective", declared, path.split("."), text)
+    cls, options = component("objective", declared)
+    assert cls(**options).schedules == {"beta": Linear(length=7, start=0.5)}
+    with pytest.raises(ValueError, match="schedule 'Linea' is unknown, did you mean 'Linear'"):
+        declare("objective", declared, ["beta", "class_path"], "Linea")

@@ -28,7 +28,7 @@ from pyro_vae.training import History, fit, is_first_process, read_run
 from pyro_vae.training.engine import uses_cuda
 from pyro_vae.vae import VAE
 
-__all__ = ["demo", "hints", "train"]
+__all__ = ["check_support", "demo", "hints", "train"]
 
 MODEL = ("prior", "likelihood", "posterior", "encoder", "decoder")
 TRAINING = (
@@ -87,7 +87,7 @@ def train(options: Namespace) -> Path:
     vae = _build(options, splits)
     folder = _run_folder(options)
     objective, settings = declarations.component("objective", options.objective)
-    _check_support(vae, splits.train)
+    check_support(vae, splits.train)
     arguments = (options, vae, splits, folder, objective(**settings))
     if not first:
         _fit(*arguments)
@@ -107,7 +107,7 @@ def train(options: Namespace) -> Path:
     return folder
 
 
-def _check_support(vae: VAE, data: Data) -> None:
+def check_support(vae: VAE, data: Data) -> None:
     """Refuses rows outside the likelihood's support; of noisy values, some stand for all."""
     some = data.subset(spread(len(data), NOISY, 0)).fixed() if data.transform.noisy else data
     for x, _ in pairs(some):

@@ -136,6 +136,25 @@ def test_a_subset_keeps_the_number_of_classes() -> None:
     assert data.subset(torch.tensor([0, 1])).one_hot().y.shape == (2, 11)
 
 
+def test_what_was_checked_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make(NOISY["dequantise"])
+    monkeypatch.setattr(Data, "_check_values", lambda self: pytest.fail("looked at again"))
+    some = data.subset(torch.arange(13)).to("cpu").one_hot().with_transform(Dequantise(17)).fixed()
+    assert some.y.shape == (13, 11)
+    assert some.rows.tolist() == [*range(13)]
+    assert not some.missing
+    with pytest.raises(ValueError, match="subset of at least 1 row"):
+        data.subset(torch.arange(0))
+
+
+def test_values_that_a_transform_makes_infinite_are_refused() -> None:
+    tiny = Standardise(torch.zeros(5), torch.full((5,), 1e-38))
+    with pytest.raises(
+        ValueError, match="finite values in x, got infinite ones in 3 row"
+    ):
+        Data(torch.full((3, 5), 1e30), transform=tiny).fixed()
+
+
 def test_one_hot_needs_labels() -> None:
     with pytest.raises(ValueError, match="expected labels"):
         make(Dequantise(17), labels=False).one_hot()
