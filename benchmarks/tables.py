@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyro_vae import build, fit, impute, log_conditional
 from pyro_vae.data import Column, Schema, spread
-from pyro_vae.data.tables import inferred
+from pyro_vae.data.schema import inferred
 from pyro_vae.objectives import IWAE
 
 NUMBERS = ("real", "pos", "count")

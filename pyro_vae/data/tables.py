@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,11 +18,18 @@ from torch import Tensor
 
 from pyro_vae.data.data import Data
 from pyro_vae.data.mapped import CHUNK, LARGE, spooled
-from pyro_vae.data.schema import CODED, Cells, Column, Schema, as_name, as_number, shortened
+from pyro_vae.data.schema import (
+    Cells,
+    Schema,
+    as_number,
+    inferred,
+    number_or_text,
+    real_column,
+    with_levels,
+)
 
 __all__ = [
     "TABLES",
-    "inferred",
     "is_mixed",
     "label_cells",
     "read_csv",
@@ -36,11 +42,6 @@ EMPTY = {"", "na", "n/a", "nan", "null", "<na>"}
 DELIMITERS = ",;\t"
 LOOKED_AT = 1000  # lines, to see whether a file holds text
 DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
-MOST_LEVELS = 1000  # of a category: more are names or ids
-FEW = 10  # whole numbers that are taken for levels
-SKEWED = 0.7  # deviation of the logarithm from which positive numbers are taken for LogNormal
-OFTEN = 0.9  # share of different numbers below which they are taken for rounded ones
-DATE = re.compile(r"\d{4}-\d\d?-\d\d?([T ].*)?|\d\d?[/.]\d\d?[/.]\d{2,4}( .*)?|\d\d?:\d\d(:\d\d)?")
 
 
 def read_table(
@@ -141,7 +142,7 @@ def _schema(
 ) -> Schema:
     """What is known of columns, and what their cells and order say of the others."""
     whole = {
-        key: _with_levels(entry, partial(cells, key)) if key in columns else entry
+        key: with_levels(entry, partial(cells, key)) if key in columns else entry
         for key, entry in (known or {}).items()
     }
     given = Schema.restore(whole)
@@ -173,7 +174,8 @@ def read_numbers(
             f"array are x0 to {names[-1]}"
         )
     columns = {
-        name: given.columns.get(name) or _real(column) for name, column in zip(names, values.T)
+        name: given.columns.get(name) or real_column(column)
+        for name, column in zip(names, values.T)
     }
     return torch.from_numpy(values.astype(np.float32)), Schema(columns)
 
@@ -190,108 +192,13 @@ def _table(
     return found.encode(cells, name), found
 
 
-def _with_levels(
-    entry: Any, read: Callable[[], tuple[Sequence[Any], Sequence[Any] | None]]
-) -> Any:
-    """A declared column; where its kind needs categories and has none, those of its cells."""
-    declared = {"kind": entry} if isinstance(entry, str) else entry
-    if not isinstance(declared, Mapping) or declared.get("kind") not in CODED:
-        return entry
-    if declared.get("categories"):
-        return entry
-    cells, order = read()
-    names = {as_name(cell) for cell in cells if cell is not None}
-    found = sorted(names, key=_order) if order is None else list(map(as_name, order))
-    ranked = order is not None or all(as_number(name) is not None for name in names)
-    if not (ranked or declared["kind"] != "ordinal") or len(found) > MOST_LEVELS:
-        return entry
-    return {**declared, "categories": found}
-
-
-def inferred(where: str, cells: Sequence[Any], order: Sequence[Any] | None = None) -> Column:
-    """What a column holds, by its cells; `order` is that of its categories, where one is known."""
-    seen = [cell for cell in cells if cell is not None]
-    if not seen:
-        raise ValueError(f"{where} is empty in all rows: leave it out")
-    numbers = [as_number(cell) for cell in seen]
-    texts = [cell for cell, number in zip(seen, numbers) if number is None]
-    if not texts and order is None:
-        return _numeric(where, np.array(numbers, dtype=np.float64))
-    if order is None and len(texts) < len(seen):
-        raise ValueError(
-            f"{where} holds {len(seen) - len(texts)} numbers beside text such as {texts[0]!r}: "
-            "repair the cells, or give it the kind category in the schema"
-        )
-    return _textual(where, list(map(as_name, seen)), order)
-
-
 def _labels(where: str, cells: Sequence[Any]) -> Tensor:
     """Classes of rows, numbered by their names in order; -1 where a cell is empty or -1."""
-    known = sorted({cell for cell in cells if cell not in (None, -1)}, key=_order)
+    known = sorted({cell for cell in cells if cell not in (None, -1)}, key=number_or_text)
     if not known:
         raise ValueError(f"{where} is empty: fill some cells, or leave the column out")
     codes = {name: code for code, name in enumerate(known)}
     return torch.tensor([codes.get(cell, -1) for cell in cells])
-
-
-def _textual(where: str, seen: list[str], order: Sequence[Any] | None) -> Column:
-    if all(DATE.fullmatch(cell) for cell in seen):
-        raise ValueError(
-            f"{where} holds dates, such as {seen[0]!r}: write them as numbers, of days or years"
-        )
-    found = sorted(set(seen))
-    if len(found) > MOST_LEVELS or len(found) == len(seen) > 2 * FEW:
-        raise ValueError(
-            f"{where} holds {len(found)} different texts in {len(seen)} rows, as names or ids: "
-            f"leave it out, or join them to at most {MOST_LEVELS} categories"
-        )
-    categories = (
-        found if order is None else [name for name in map(as_name, order) if name in found]
-    )
-    if len(categories) < 2:
-        raise ValueError(f"{where} holds {seen[0]!r} in all rows: leave it out")
-    kind = "binary" if len(categories) == 2 else "category" if order is None else "ordinal"
-    return Column(kind, tuple(categories))
-
-
-def _numeric(where: str, values: np.ndarray) -> Column:
-    if not np.isfinite(values).all():
-        raise ValueError(f"{where} holds infinite values: repair or empty these cells")
-    different = np.unique(values)
-    if len(different) < 2:
-        raise ValueError(f"{where} holds {values[0]:g} in all rows: leave it out")
-    whole = bool((values == values.round()).all())
-    if len(different) == 2 or (whole and len(different) <= min(FEW, len(values) // 3)):
-        kind = "binary" if len(different) == 2 else "ordinal"
-        return Column(kind, tuple(map(shortened, np.unique(values).tolist())))
-    if whole and values.min() >= 0 and values.var() >= values.mean():
-        return Column("count")
-    rounded = whole or len(different) < OFTEN * len(values)
-    above = values[values > 0]
-    spread = float(np.log(above).std()) if len(above) else 0.0
-    zeros = 0.0 if rounded else math.nextafter(0.0, 1.0)
-    positive = values.min() >= zeros and spread > SKEWED
-    return Column("positive" if positive else "real", (), _gap(different) if rounded else None)
-
-
-def _real(values: np.ndarray) -> Column:
-    seen = values[~np.isnan(values)]
-    different = np.unique(seen)
-    if len(different) >= OFTEN * len(seen):
-        return Column("real")
-    return Column("real", (), _gap(different) if len(different) > 1 else 1.0)
-
-
-def _gap(different: np.ndarray) -> float:
-    """The smallest distance of two of these numbers that is no rounding error."""
-    gaps = np.diff(different)
-    least = 1e-6 * float(np.abs(different).max())
-    return float(f"{gaps[gaps > least].min(initial=gaps.max()):.4g}")
-
-
-def _order(cell: Any) -> tuple[float, str]:
-    number = as_number(cell)
-    return (math.inf if number is None else number, str(cell))
 
 
 def _cells(source: Any) -> tuple[Cells, dict[str, list[Any]]]:

@@ -149,9 +149,7 @@ def test_what_was_checked_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch
 
 def test_values_that_a_transform_makes_infinite_are_refused() -> None:
     tiny = Standardise(torch.zeros(5), torch.full((5,), 1e-38))
-    with pytest.raises(
-        ValueError, match="finite values in x, got infinite ones in 3 row"
-    ):
+    with pytest.raises(ValueError, match="finite values in x, got infinite ones in 3 row"):
         Data(torch.full((3, 5), 1e30), transform=tiny).fixed()
 
 
