@@ -18,6 +18,7 @@ from torch import Tensor
 __all__ = ["CHUNK", "LARGE", "Mapped", "mapped", "spooled"]
 
 LARGE = 2**26  # bytes of a file, above which its rows stay there
+AT_ONCE = 1000  # rows in any order, each of which may map 64 kB of the file
 CHUNK = 10_000  # rows read at once where all are looked at
 
 
@@ -83,7 +84,8 @@ class Mapped:
         """The rows at these positions."""
         index = self.index[at.cpu() if isinstance(at, Tensor) else at]
         ids = index.reshape(-1)
-        rows = self.convert(_part(self.path, ids.numpy()))
+        parts = [self.convert(_part(self.path, some.numpy())) for some in ids.split(AT_ONCE)]
+        rows = torch.cat(parts) if len(parts) > 1 else parts[0]
         rows = (rows if self.change is None else self.change(rows, ids)).to(self.device)
         return rows if index.ndim else rows[0]
 
