@@ -32,6 +32,12 @@ from pyro_vae.training import State, fit, read_run
 ENDLESS = "before the schedule of"
 
 
+def test_an_objective_shows_its_options() -> None:
+    shown = "ELBO(beta=Linear(length=7, start=0.0, end=1.0, delay=0.0, unit='step'), "
+    assert repr(ELBO(beta=Linear(length=7))) == f"{shown}kl='auto', num_particles=1)"
+    assert repr(Renyi(alpha=0.5)).startswith("Renyi(alpha=0.5, ")
+
+
 @pytest.mark.parametrize(
     ("schedule", "values"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -58,6 +59,17 @@ class Objective(pyro.infer.ELBO, nn.Module):
         )
         self.schedules: dict[str, Schedule] = {}
         self.steps_per_epoch: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Its arguments, read from attributes named like them; schedules as they are."""
+        names = inspect.signature(type(self)).parameters
+        return {n: getattr(self, n) for n in names if hasattr(self, n)} | self.schedules
+
+    def extra_repr(self) -> str:
+        """The options, as one would write them."""
+        plain = {n: v.tolist() if isinstance(v, Tensor) else v for n, v in self.options.items()}
+        return ", ".join(f"{name}={value!r}" for name, value in plain.items())
 
     @abstractmethod
     def bound(self, d: Densities) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import inspect
 import io
 import json
 import os
@@ -95,11 +94,9 @@ class Settings:
 
 
 def describe_objective(objective: Objective) -> dict[str, Any]:
-    """Class and arguments; these are read from attributes named like them."""
+    """Class and arguments, for JSON."""
     objective.at(0)
-    names = inspect.signature(type(objective)).parameters
-    values = {name: getattr(objective, name) for name in names if hasattr(objective, name)}
-    arguments = {name: _as_json(value) for name, value in (values | objective.schedules).items()}
+    arguments = {name: _as_json(value) for name, value in objective.options.items()}
     return {"class_path": type(objective).__name__, "init_args": arguments}
 
 
