@@ -120,10 +120,11 @@ def neighbours(full: Tensor, x: Tensor) -> float:
     errors = {}
     for count in (3, 5, 10, 20, 40):
         total = 0.0
-        for row, truth in zip(x, full):
+        for n, (row, truth) in enumerate(zip(x, full)):
             seen = ~row.isnan()
             distance = (full[:, seen] - row[seen]).square().sum(1)
-            near = distance.topk(count + 1, largest=False).indices[1:]  # the first is the row
+            distance[n] = torch.inf
+            near = distance.topk(count, largest=False).indices
             total += (full[near].mean(0) - truth)[~seen].square().sum().item()
         errors[count] = total / x.isnan().sum().item()
     return min(errors.values())
@@ -201,7 +202,7 @@ def main() -> None:
         for name, errors in found.items():
             for method in errors[0]:
                 values = torch.tensor([error[method] for error in errors])
-                se = values.std() / len(values) ** 0.5
+                se = values.std() / len(values) ** 0.5 if len(values) > 1 else torch.nan
                 print(f"{kind} {name} {method}: {values.mean():.3f} +- {se:.3f}", flush=True)
 
 
