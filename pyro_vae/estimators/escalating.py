@@ -30,6 +30,7 @@ ENOUGH = 8000  # draws that have to be, or else the proposal gets more component
 AGAIN = 4000  # draws where the first ones were not enough, and of the pilot of a richer proposal
 AIS_CHAINS, AIS_TEMPERATURES, AIS_LEAPFROG = 384, 20, 3  # of annealing
 AIS_COST = (AIS_CHAINS + PILOT_CHAINS) * AIS_TEMPERATURES * AIS_LEAPFROG
+TWICE = 2000  # draws above which a second walk starts where the first one led
 MARGIN = 0.8  # of the tolerance, that a pilot must promise
 TRUSTED = 0.6  # k-hat, near that at which the variance of the weights ends (0.5)
 KHAT = 0.7  # of a pilot of many draws, above which its variance is not believed
@@ -75,7 +76,7 @@ def escalate(
     Raises:
         ValueError: If the budget is below the least.
     """
-    left = budget - fit_cost(target.dim) - PILOT - walk_cost()
+    left = budget - fit_cost(target.dim) - PILOT - 2 * walk_cost()
     if left < NUMBERS[0]:
         raise ValueError(
             f"budget must be at least {budget - left + NUMBERS[0]:.0f} evaluations of the model "
@@ -84,7 +85,7 @@ def escalate(
         )
     fit = fit_proposal(target)
     needed, visited = _pilot(fit, tolerance, PILOT)
-    after = left - ENOUGH - AGAIN - components_cost(target.dim) - AGAIN - walk_cost()
+    after = left - ENOUGH - AGAIN - components_cost(target.dim) - AGAIN - 2 * walk_cost()
     if after < AGAIN:
         return _by_need(fit, needed, tolerance, left, exact)
     hard = needed > ENOUGH
@@ -110,9 +111,13 @@ def _pilot(fit: Fit, tolerance: float, number: int) -> tuple[Tensor, Tensor]:
 
     The relative variance of a weight is estimated twice, and the larger counts: from draws of
     the proposal, which do not see where it does not reach; and from walks through the
-    posterior, over which the average weight is one more than it,
+    posterior, over whose second half the average weight is one more than it,
 
     .. math:: \operatorname{Var}_q \frac{w}{p(x)} = \mathbb{E}_{p(u \mid x)} \frac{w}{p(x)} - 1
+
+    Walks start at the largest weights, from where they go on into what the proposal does not
+    reach, if the posterior has mass there, and come back if it has none. Where more than 2000
+    draws are needed a second one starts at the largest weights of the first.
 
     No draw of the pilot is scored, so that what it happens to show has no part in the estimate.
 
@@ -122,13 +127,29 @@ def _pilot(fit: Fit, tolerance: float, number: int) -> tuple[Tensor, Tensor]:
     """
     places, weights = fit.draw_with_places(number)
     pilot = summarise(weights.cpu(), METHOD, "doubtful")
-    visited = walk(fit.target, places, weights, fit.proposal.scale_tril)
-    relative = (fit.log_weights(visited, NUMBERS[0]).cpu() - pilot.log_prob).exp()
-    variance = torch.maximum(number * pilot.stderr.square(), relative.mean(0) - 1)
-    needed = variance / (MARGIN * tolerance) ** 2
+    draws_for = (MARGIN * tolerance) ** -2  # a unit of variance
+    visited, found = _walked(fit, places, weights)
+    variance = torch.maximum(number * pilot.stderr.square(), _variance(found, pilot))
+    rows = (draws_for * variance > TWICE).nonzero()[:, 0]
+    if len(rows):
+        seen = torch.cat([places, visited])[:, rows], torch.cat([weights, found])[:, rows]
+        visited[:, rows], found = _walked(fit.rows(rows), *seen)
+        variance[rows] = torch.maximum(variance[rows], _variance(found, pilot.rows(rows)))
+    needed = draws_for * variance
     if number >= AGAIN:
         needed = torch.where(pilot.khat < KHAT, needed, torch.inf)
     return needed, visited
+
+
+def _walked(fit: Fit, places: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The points of walks [R, B, D], and their log weights [R, B]."""
+    visited = walk(fit.target, places, log_weights, fit.proposal.scale_tril)
+    return visited, fit.log_weights(visited, NUMBERS[0])
+
+
+def _variance(log_weights: Tensor, pilot: Evidence) -> Tensor:
+    """The relative variance of a weight [B], from the second half of walks [R, B]."""
+    return (log_weights[len(log_weights) // 2 :].cpu() - pilot.log_prob).exp().mean(0) - 1
 
 
 def _by_need(
@@ -174,8 +195,9 @@ def _chains(fit: Fit, tolerance: float, exact: Tensor | None) -> Result:
 def walk(target: Target, draws: Tensor, log_weights: Tensor, scale_tril: Tensor) -> Tensor:
     """Points [R, B, D] that Hamiltonian Monte Carlo visits in each posterior.
 
-    The chains start at draws that are picked in proportion to their weights, so that they are
-    nearly draws of the posterior, and move on from there, also to where no draw has been.
+    The chains start at the draws of largest weight, and move on from there, also to where no
+    draw has been. Where a proposal reaches all of the posterior they are among its draws after
+    a few moves; where it does not, they stay where weights are large.
 
     Args:
         target: The posteriors.
@@ -183,8 +205,9 @@ def walk(target: Target, draws: Tensor, log_weights: Tensor, scale_tril: Tensor)
         log_weights: Their importance weights [K, B].
         scale_tril: Metric of the moves [B, D, D].
     """
-    weights = torch.softmax(log_weights.nan_to_num(-torch.inf), 0)
-    start = torch.multinomial(weights.T, WALKS, True).T.unsqueeze(-1)
+    height, start = log_weights.nan_to_num(-torch.inf).topk(min(WALKS, len(draws)), 0)
+    start = torch.where(height > -torch.inf, start, start[:1])
+    start = start[torch.arange(WALKS, device=start.device) % len(start)].unsqueeze(-1)
     point = _at(target, draws.gather(0, start.expand(-1, -1, draws.shape[-1])))
     size = torch.full_like(target.scale[:, 0], target.dim**-0.25)
     visited = []
