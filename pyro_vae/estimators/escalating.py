@@ -111,7 +111,7 @@ def _pilot(fit: Fit, tolerance: float, number: int) -> tuple[Tensor, Tensor]:
 
     The relative variance of a weight is estimated twice, and the larger counts: from draws of
     the proposal, which do not see where it does not reach; and from walks through the
-    posterior, over whose second half the average weight is one more than it,
+    posterior, over which the average weight is one more than it,
 
     .. math:: \operatorname{Var}_q \frac{w}{p(x)} = \mathbb{E}_{p(u \mid x)} \frac{w}{p(x)} - 1
 
@@ -148,8 +148,8 @@ def _walked(fit: Fit, places: Tensor, log_weights: Tensor) -> tuple[Tensor, Tens
 
 
 def _variance(log_weights: Tensor, pilot: Evidence) -> Tensor:
-    """The relative variance of a weight [B], from the second half of walks [R, B]."""
-    return (log_weights[len(log_weights) // 2 :].cpu() - pilot.log_prob).exp().mean(0) - 1
+    """The relative variance of a weight [B], from the log weights of walks [R, B]."""
+    return (log_weights.cpu() - pilot.log_prob).exp().mean(0) - 1
 
 
 def _by_need(
@@ -205,7 +205,9 @@ def walk(target: Target, draws: Tensor, log_weights: Tensor, scale_tril: Tensor)
         log_weights: Their importance weights [K, B].
         scale_tril: Metric of the moves [B, D, D].
     """
-    height, start = log_weights.nan_to_num(-torch.inf).topk(min(WALKS, len(draws)), 0)
+    height, start = log_weights.nan_to_num(-torch.inf, neginf=-torch.inf).topk(
+        min(WALKS, len(draws)), 0
+    )
     start = torch.where(height > -torch.inf, start, start[:1])
     start = start[torch.arange(WALKS, device=start.device) % len(start)].unsqueeze(-1)
     point = _at(target, draws.gather(0, start.expand(-1, -1, draws.shape[-1])))

@@ -283,9 +283,9 @@ def add_components(target: Target, proposal: Proposal, visited: Tensor) -> Propo
     density = [proposal.log_prob(u)]  # of the first mixture, then of each component
     extra: list[Proposal] = []
     for _ in range(MOST_COMPONENTS):
-        log_q = torch.logsumexp(torch.stack([density[0] + math.log(2.0), *density[1:]]), 0)
-        weight, best = (log_p - log_q).nan_to_num(-torch.inf).max(0)
-        average = (log_p - log_q).logsumexp(0) - math.log(len(log_p))
+        log_weight = log_p - _made(torch.stack(density))
+        weight, best = log_weight.nan_to_num(-torch.inf).max(0)
+        average = log_weight.logsumexp(0) - math.log(len(log_p))
         if bool((weight - average < math.log(LARGEST)).all()):
             break
         loc = u[best, torch.arange(u.shape[1], device=u.device)]
@@ -309,11 +309,18 @@ def _component(target: Target, loc: Tensor, df: float) -> Proposal:
     return Proposal(loc.new_zeros(1, len(loc)), loc.unsqueeze(0), tril.unsqueeze(0), df)
 
 
+def _made(density: Tensor) -> Tensor:
+    """log density of all draws but for a constant, from the sources' own [C, S, B].
+
+    The first source has made twice as many as each of the others.
+    """
+    return torch.cat([density[:1] + math.log(2.0), density[1:]]).logsumexp(0)
+
+
 def _weighed(parts: list[Proposal], density: Tensor, log_p: Tensor) -> Proposal:
     """All components as one mixture, their weights fitted to the weights of the draws."""
     log_pi = torch.full_like(density[:, 0], 1 / len(parts)).log()
-    made = density.logsumexp(0)
-    weights = torch.softmax((log_p - made).nan_to_num(-torch.inf), 0)
+    weights = torch.softmax((log_p - _made(density)).nan_to_num(-torch.inf), 0)
     for _ in range(EM_STEPS):
         share = torch.softmax(density + log_pi.unsqueeze(1), 0)
         log_pi = ((share * weights).sum(1) + LEAST).log().log_softmax(0)

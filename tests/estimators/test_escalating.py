@@ -14,7 +14,7 @@ from worlds import World, data, linear, misses, quadrature, square
 from pyro_vae.densities.evaluating import evaluating
 from pyro_vae.estimators import escalating, log_evidence, refined_importance_sampling
 from pyro_vae.estimators.evidence import summarise
-from pyro_vae.estimators.proposal import Proposal, add_components, laplace
+from pyro_vae.estimators.proposal import Proposal, _weighed, add_components, laplace
 from pyro_vae.estimators.refined import Fit
 from pyro_vae.estimators.target import Target
 
@@ -129,6 +129,19 @@ def test_a_proposal_that_fits_gets_no_component() -> None:
     torch.testing.assert_close(richer.log_weight, proposal.log_weight)
 
 
+def test_weights_of_components_are_those_of_the_density_that_they_make_up() -> None:
+    """p = 0.2 t + 0.8 t', which overlap; the first has made two draws for each of the second."""
+    places, tril = torch.tensor([0.0, 2.5]).view(2, 1, 1), torch.ones(1, 1, 1)
+    parts = [one(place, tril) for place in places]
+    u = torch.cat([parts[0].draw(20_000), parts[1].draw(10_000)])
+    density = torch.stack([part.log_prob(u) for part in parts])
+    share = torch.tensor([0.2, 0.8])
+    log_p = (density + share.log().view(2, 1, 1)).logsumexp(0)
+    found = _weighed(parts, density, log_p)
+    assert torch.equal(found.loc, places)
+    torch.testing.assert_close(found.log_weight.exp()[:, 0], share, atol=0.03, rtol=0)
+
+
 def test_a_pilot_sees_the_variance_that_its_draws_do_not() -> None:
     """Half of the posterior is where the proposal is not: the draws agree, a walk does not."""
     with evaluating(seed=0, device=CPU):
@@ -150,13 +163,30 @@ def test_where_a_walk_leads_counts_in_a_pilot(monkeypatch: pytest.MonkeyPatch) -
         loc, tril = laplace(target, world.x.new_zeros(3, 3))
         fit = fit_of(target, one(loc, 0.6 * tril))
         points = torch.stack([loc, loc + 4 * tril[..., 0]])
-        monkeypatch.setattr(escalating, "walk", lambda *args: points)
+        monkeypatch.setattr(escalating, "walk", lambda *args: points.clone())
         needed, visited = escalating._pilot(fit, 0.05, 400)
         relative = (fit.log_weights(points, 1000) - world.truth).exp()
-    assert visited is points
+    assert torch.equal(visited, points)
     assert (relative[1] > 20).all()
     expected = (relative.mean(0) - 1) / (escalating.MARGIN * 0.05) ** 2
     torch.testing.assert_close(needed, expected, rtol=0.5, atol=0)
+
+
+def test_a_pilot_follows_large_weights_into_a_tail_that_its_draws_hardly_reach() -> None:
+    """A quarter of each posterior has weights above 10; starts picked by weight: 12 for 28."""
+    with evaluating(seed=0, device=CPU):
+        world = linear(sigma=0.02, num_data=101)
+        target = target_of(world)
+        loc, tril = laplace(target, target.draw_guide(1)[0])
+        fit = fit_of(target, one(loc, tril * torch.tensor([0.35, 1.0, 1.0])))
+        needed, _ = escalating._pilot(fit, 0.05, 400)
+        exact = loc + torch.einsum("bij,kbj->kbi", tril, torch.randn(500, *loc.shape))
+        relative = (fit.log_weights(exact, 1000) - world.truth).exp()
+    assert ((relative > 10).double().mean() - 0.28).abs() < 0.02
+    variance = relative.mean() - 1
+    low, middle = needed.quantile(torch.tensor([0.05, 0.5])) * (escalating.MARGIN * 0.05) ** 2
+    assert low > variance / 4
+    assert variance / 2 < middle < 2 * variance
 
 
 def test_the_variance_of_a_pilot_is_exact_on_average() -> None:
