@@ -148,8 +148,8 @@ def _walked(fit: Fit, places: Tensor, log_weights: Tensor) -> tuple[Tensor, Tens
 
 
 def _variance(log_weights: Tensor, pilot: Evidence) -> Tensor:
-    """The relative variance of a weight [B], from the log weights of walks [R, B]."""
-    return (log_weights.cpu() - pilot.log_prob).exp().mean(0) - 1
+    """The relative variance of a weight [B], from the log weights of walks after one move."""
+    return (log_weights[WALKS:].cpu() - pilot.log_prob).exp().mean(0) - 1
 
 
 def _by_need(
