@@ -117,8 +117,7 @@ def _pilot(fit: Fit, tolerance: float, number: int) -> tuple[Tensor, Tensor]:
 
     Walks start at the largest weights, from where they go on into what the proposal does not
     reach, if the posterior has mass there, and come back if it has none. Where more than 2000
-    draws are needed a second one starts at the largest weights of the first, and counts in its
-    place.
+    draws are needed a second one starts at the largest weights of the first, and both count.
 
     No draw of the pilot is scored, so that what it happens to show has no part in the estimate.
 
@@ -131,13 +130,13 @@ def _pilot(fit: Fit, tolerance: float, number: int) -> tuple[Tensor, Tensor]:
     draws_for = (MARGIN * tolerance) ** -2  # a unit of variance
     visited, found = _walked(fit, places, weights)
     spread = number * pilot.stderr.square()
-    variance = torch.maximum(spread, _variance(found, pilot))
-    rows = (draws_for * variance > TWICE).nonzero()[:, 0]
+    beyond = _variance(found, pilot)
+    rows = (draws_for * torch.maximum(spread, beyond) > TWICE).nonzero()[:, 0]
     if len(rows):
         seen = torch.cat([places, visited])[:, rows], torch.cat([weights, found])[:, rows]
         visited[:, rows], found = _walked(fit.rows(rows), *seen)
-        variance[rows] = torch.maximum(spread[rows], _variance(found, pilot.rows(rows)))
-    needed = draws_for * variance
+        beyond[rows] = (beyond[rows] + _variance(found, pilot.rows(rows))) / 2
+    needed = draws_for * torch.maximum(spread, beyond)
     if number >= AGAIN:
         needed = torch.where(pilot.khat < KHAT, needed, torch.inf)
     return needed, visited

