@@ -188,7 +188,7 @@ def test_where_a_walk_leads_counts_in_a_pilot(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_pilot_follows_large_weights_into_a_tail_that_its_draws_hardly_reach() -> None:
-    """Two fifths of each posterior have weights above 10, and four draws of a hundred."""
+    """Two fifths of each posterior have weights above 10, but two draws of a hundred."""
     with evaluating(seed=0, device=CPU):
         world = linear(sigma=0.02, num_data=101)
         target = target_of(world)
