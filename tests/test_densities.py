@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
-from pyro_vae.densities import densities, log_weights, scale_latents
+from pyro_vae.densities import densities, evaluating, log_weights, scale_latents
 from pyro_vae.priors import MixtureOfGaussians
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -420,3 +420,22 @@ def test_an_error_inside_a_program_is_raised_as_it_is() -> None:
     vae = make(data_shape=(F,))
     with pytest.raises(ValueError, match="binarise them or use [^\n]*$"):
         densities(vae.model, vae.guide, torch.full((B, F), 0.5))
+
+
+def test_draws_of_a_frozen_guide_have_no_path_gradient() -> None:
+    vae = make()
+    vae.posterior.requires_grad_(False)
+    d = densities(vae.model, vae.guide, draw(vae, 7), num_particles=3)
+    assert d.log_likelihood.requires_grad
+    assert torch.equal(d.through_latents(d.log_likelihood), torch.zeros(3, 7))
+
+
+def test_each_module_is_left_in_the_mode_that_it_had() -> None:
+    vae = make()
+    vae.likelihood.eval()
+    before = [module.training for module in vae.modules()]
+    assert {*before} == {True, False}
+    with evaluating(vae.model, vae.guide, seed=0, device=torch.device("cpu")):
+        vae.model(torch.zeros(7, 7))
+        assert not any(module.training for module in vae.modules())
+    assert [module.training for module in vae.modules()] == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pyro.distributions as dist
 import pytest
 import torch
 from families import LIKELIHOODS, Raw, draw, make, name
@@ -373,3 +374,24 @@ def test_beta_takes_dequantised_levels_at_both_ends() -> None:
     likelihood = likelihoods.Beta(MLP(2, 4), (2,))
     likelihood.check(ends)
     assert likelihood(torch.zeros(1, 2)).log_prob(ends).isfinite()
+
+
+def test_logistics_are_in_units_of_the_highest_level() -> None:
+    likelihood = likelihoods.DiscretizedLogistic(Raw(), (1,), levels=7, min_scale=0.25)
+    raw = torch.tensor([[0.3, -0.5], [-0.2, 2.0]])
+    p = likelihood(raw).base_dist
+    torch.testing.assert_close(p.loc[:, 0], 6 * (0.5 + raw[:, 0]))
+    torch.testing.assert_close(p.scale[:, 0], 6 * (0.25 + 0.1 * raw[:, 1].exp().log1p()))
+    x = torch.randint(0, 7, (11, 1)).double()
+    torch.testing.assert_close(6 * (0.5 + likelihood.raw_start(x)), x.mean(0))
+
+
+@pytest.mark.parametrize("dispersion", ["gene", "shared"])
+def test_dispersion_starts_at_that_of_the_data(dispersion: str) -> None:
+    r = torch.tensor([2.0, 5.0, 0.7] if dispersion == "gene" else [2.0] * 3)
+    mean = torch.tensor([3.0, 10.0, 4.0])
+    x = dist.NegativeBinomial(r, logits=mean.log() - r.log()).sample((100_003,))
+    likelihood = likelihoods.NegativeBinomial(Raw(), (3,), dispersion=dispersion)
+    likelihood.initialise(x)
+    p = likelihood(torch.zeros(5, 3)).base_dist
+    torch.testing.assert_close(p.total_count, r.expand(5, 3), rtol=0.05, atol=0)

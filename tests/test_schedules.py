@@ -51,6 +51,7 @@ def test_an_objective_shows_its_options() -> None:
             Cosine(start=1.0, end=3.0, length=4, delay=1),
             {1: 1.0, 2: 2 - math.sqrt(0.5), 3: 2.0, 4: 2 + math.sqrt(0.5), 5: 3.0, 6: 3.0},
         ),
+        (Cyclical(length=4, cycles=1, rising=1.0), {0: 0.0, 1: 0.25, 3: 0.75, 4: 1.0, 5: 1.0}),
         (
             Cyclical(length=10, cycles=3, rising=0.4, end=2.0),
             {

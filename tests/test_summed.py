@@ -303,3 +303,18 @@ def test_what_cannot_be_summed_is_refused_in_one_line(x: Tensor) -> None:
     with pytest.raises(ValueError, match="audit takes no model with discrete latents"):
         audit(mixture.model, mixture.guide, x)
     assert list(summed_values(mixture.model, x)) == ["y"]
+
+
+def test_a_latent_that_only_the_guide_has_is_refused() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            infer = {"enumerate": "parallel"}
+            c = pyro.sample("c", dist.Categorical(torch.ones(3)), infer=infer)
+            pyro.sample("x", dist.Normal(c.to(x.dtype).unsqueeze(-1), 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match=r"same latent sites; \['z'\] is in one of them only"):
+        densities(model, guide, torch.randn(7, 1), num_particles=5)

@@ -1,10 +1,11 @@
 """Mutation testing of one package: small faults in random functions, and which tests see them.
 
-python tools/mutants.py PACKAGE [--number 40] [--seed 0] [--show] -- TESTS AND OPTIONS OF PYTEST
+python tools/mutants.py PACKAGE [--number 40] [--seed 0] [--only TEXT ...] TESTS AND OPTIONS
 
 The tests run once, which tells who calls what. Then each mutant, one changed operator, constant
 or branch, runs in a fork of this process: against the tests that call its function, the quickest
-first, until one fails. A mutant that runs for ten times as long counts as killed.
+first, until one fails. A mutant that runs for ten times as long counts as killed. `--only` runs
+the mutants in whose description one of the texts stands, such as survivors of other tests.
 """
 
 from __future__ import annotations
@@ -123,10 +124,11 @@ def _put(parent: Any, field: str, index: int | None, node: ast.AST) -> None:
 class Campaign:
     """The plugin of pytest that runs the tests, and then the mutants."""
 
-    def __init__(self, package: str, number: int, seed: int) -> None:
+    def __init__(self, package: str, number: int, seed: int, only: list[str] | None) -> None:
         found = ROOT / "pyro_vae" / package
         files = sorted(found.rglob("*.py")) if found.is_dir() else [found.with_suffix(".py")]
-        self.mutants = [m for path in files for m in mutants(path)]
+        made = [m for path in files for m in mutants(path)]
+        self.mutants = [m for m in made if only is None or any(text in m[1] for text in only)]
         self.number, self.seed, self.failed = number, seed, False
 
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -192,8 +194,8 @@ if __name__ == "__main__":
     parser.add_argument("package")
     parser.add_argument("--number", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", action="append")
     given, tests = parser.parse_known_args()
-    tests = [option for option in tests if option != "--"]
     sys.path.insert(0, str(ROOT))
-    plugin = Campaign(given.package, given.number, given.seed)
+    plugin = Campaign(given.package, given.number, given.seed, given.only)
     sys.exit(pytest.main(["-n0", "-q", "-p", "no:cacheprovider", *tests], plugins=[plugin]))

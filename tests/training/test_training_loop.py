@@ -402,3 +402,13 @@ def test_a_history_is_shown_in_a_line() -> None:
     assert repr(History(rows)) == (
         "History(3 epochs; weights of epoch 2: elbo -7.25, kl 2.50, validation_elbo -6.25 nats)"
     )
+
+
+def test_the_number_of_threads_is_left_as_it_was() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # a small model trains on one
+    try:
+        fit(make_vae(), make_data(), epochs=1, batch_size=11, **QUIET)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
