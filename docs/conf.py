@@ -1,29 +1,39 @@
-"""Sphinx: the pages of this folder, the results, and the reference from the docstrings."""
+"""Sphinx: the pages of this folder, whose Python runs, and the reference from the docstrings."""
 
 from __future__ import annotations
 
-import ast
 import re
+import shutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 
 import pyro_vae
+from pyro_vae import priors
 
 project = "pyro_vae"
 author = "The pyro_vae developers"
 version = release = pyro_vae.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx-mathjax-offline",
 ]
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
+nb_execution_raise_on_error = True
+nb_execution_in_temp = True
+nb_execution_timeout = 300
+nb_merge_streams = True
+nb_output_stderr = "warn"  # a warning of a block fails the build, as every warning does
 smartquotes_action = "D"  # dashes; quotes stay as they are typed
 default_role = "py:obj"  # `name` in a docstring: a link where there is such an object
 
@@ -37,34 +47,74 @@ html_theme = "furo"
 html_title = "pyro_vae"
 html_show_copyright = False
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["style.css"]
 html_theme_options = {"top_of_page_buttons": []}
 
-ROOT = Path(__file__).parent.parent
+DOCS = Path(__file__).parent
+shutil.copytree(DOCS.parent / "results", DOCS / "results", dirs_exist_ok=True)  # as pages
+MODULES = (
+    *("metrics", "sklearn", "scoring", "networks", "hierarchy", "posteriors", "priors"),
+    *("likelihoods", "objectives", "estimators"),
+)  # a name of several is that of the last
+NAMES = {
+    name: f"pyro_vae.{module}.{name}"
+    for module in MODULES
+    for name in import_module(f"pyro_vae.{module}").__all__
+} | {
+    **{name: f"pyro_vae.{name}" for name in ("VAE", "build", "fit", "load")},
+    **{name: f"pyro_vae.data.{name}" for name in ("load_data", "read_table")},
+    **{name: f"pyro_vae.densities.{name}" for name in ("densities", "scale_latents")},
+    "Incomplete": "pyro_vae.distributions.Incomplete",
+}
+NOTEBOOK = """---
+file_format: mystnb
+kernelspec: {name: python3}
+---
+```{code-cell} python
+:tags: [remove-cell]
+import warnings
+warnings.filterwarnings("ignore", "IProgress not found")  # of tqdm, imported by Pyro
+```
+"""
 
 
-def insert(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Puts what lies outside this folder where a page says {examples}, {studies} or {results}."""
-    if "{examples}" in source[0]:
-        for folder, mark in (("examples", "{examples}"), ("examples/studies", "{studies}")):
-            files = sorted((ROOT / folder).glob("*.py"))
-            source[0] = source[0].replace(mark, "\n\n".join(map(_example, files)))
-    if "{results}" in source[0]:
-        first, *others = sorted((ROOT / "results").glob("*.md"))  # README.md is the first
-        below = [re.sub(r"(?m)^(#+ )", r"#\1", page.read_text()) for page in others]
-        text = "\n\n".join([first.read_text(), *below])
-        source[0] = re.sub(r"\]\((?!https?:|#)", "](../results/", text)
+def prepare(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Makes a notebook of a page with Python, and a table of a module's names in the reference."""
+    if docname.startswith("results/"):
+        source[0] = source[0].replace("](../docs/", "](../")
+        return
+    text = source[0].replace("](../results/", "](results/")
+    if "```python" in text:
+        text = NOTEBOOK + text.replace("```python", "```{code-cell} python")
+    source[0] = re.sub(r"\.\. automodule:: (\S+)\n(?!   :exclude)", _with_table, text)
 
 
-def _example(file: Path) -> str:
-    """The docstring of an example, its commands and options as code."""
-    blocks = (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n\n")
-    shown = [
-        f"```sh\n{block}\n```"
-        if block.startswith("python ")
-        else re.sub(r"(?<=\s)(--\w+)", r"`\1`", block)
-        for block in blocks
-    ]
-    return "\n\n".join([f"## {file.name}", *shown])
+def _with_table(found: re.Match[str]) -> str:
+    module = import_module(found[1])
+    ours = (
+        name
+        for name in sorted(module.__all__)
+        if hasattr(getattr(module, name), "__code__") or isinstance(getattr(module, name), type)
+    )
+    names = "\n".join(f"   ~{found[1]}.{name}" for name in ours)
+    return f".. autosummary::\n   :nosignatures:\n\n{names}\n\n{found[0]}"
+
+
+def link_names(app: Sphinx, document: nodes.document) -> None:
+    """Links names of the library in the text of a page to the reference."""
+    for literal in [*document.findall(nodes.literal)]:
+        name = literal.astext().partition("(")[0].rpartition(".")[2]
+        section = literal.parent
+        while not isinstance(section, (nodes.section, nodes.document)):
+            section = section.parent
+        target = NAMES.get(name)
+        if any("prior" in word for word in section.get("ids", ())) and name in priors.__all__:
+            target = f"pyro_vae.priors.{name}"
+        if target and not isinstance(literal.parent, (nodes.title, nodes.reference, pending_xref)):
+            link = pending_xref("", refdomain="py", reftype="obj", reftarget=target)
+            literal.replace_self(link)
+            link += literal
 
 
 def escape_stars(
@@ -83,6 +133,7 @@ def name_factories(
 
 def setup(app: Sphinx) -> None:
     """Registers the handlers."""
-    app.connect("source-read", insert)
+    app.connect("source-read", prepare)
+    app.connect("doctree-read", link_names)
     app.connect("autodoc-process-docstring", escape_stars, priority=1)
     app.connect("autodoc-process-signature", name_factories)

@@ -84,6 +84,11 @@ def build(
         ValueError: If a name or option is unknown (with the closest known one), or an option has
             the wrong type; if `hierarchy` and `latent_dim` do not fit; if the parameters cannot
             fit in memory.
+
+    Example:
+        >>> vae = build((1, 8, 8), latent_dim=5, prior="MixtureOfGaussians")
+        >>> vae.sample(3).shape
+        torch.Size([3, 1, 8, 8])
     """
     sizes = as_shape("latent_dim", latent_dim)
     order = _order(latent_dim, hierarchy, skip)

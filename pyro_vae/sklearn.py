@@ -72,6 +72,11 @@ class VariationalAutoencoder(  # type: ignore[misc]
         n_features_in_: Number of columns.
         feature_names_in_: Their names, where `fit` was given a frame.
 
+    Example:
+        >>> vae = VariationalAutoencoder(2, epochs=1).fit(torch.randn(11, 3))
+        >>> vae.transform(torch.randn(5, 3)).shape
+        (5, 2)
+
     References:
         Kingma and Welling. Auto-encoding variational Bayes. 2013.
     """

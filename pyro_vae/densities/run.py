@@ -69,6 +69,11 @@ def densities(
         ValueError: If a site lies outside the plate "data" or inside another, is masked or a
             `pyro.factor`, or is latent in only one of the programs; if more than 10,000 joint
             values would be summed.
+
+    Example:
+        >>> vae = build(3, latent_dim=2)
+        >>> densities(vae, torch.ones(5, 3), num_particles=7).log_weights.shape
+        torch.Size([7, 5])
     """
     with OwnParameters():
         return registered_densities(model, guide, x, y, num_particles=num_particles)

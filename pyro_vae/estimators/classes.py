@@ -67,6 +67,12 @@ def class_probabilities(
 
     Raises:
         ValueError: If the model has no such latent, or several and none is named.
+
+    Example:
+        >>> vae = build(3, latent_dim=2, classes=7)
+        >>> found = class_probabilities(vae, torch.ones(5, 3), estimator=importance_sampling)
+        >>> found.probabilities.shape
+        torch.Size([5, 7])
     """
     values = summed_values(model, x, y)
     if site is None and len(values) == 1:

@@ -147,6 +147,12 @@ def impute(
         ValueError: As `refined_importance_sampling`; if no site of the model observes x; if the
             draws do not fit in memory.
 
+    Example:
+        >>> vae = build(3, latent_dim=2, missing=True)
+        >>> found = impute(vae, torch.tensor([[1.0, 0.0, torch.nan]]), num_draws=7)
+        >>> found.draws.shape
+        torch.Size([7, 1, 3])
+
     References:
         Rubin. Using the SIR algorithm to simulate posterior distributions. 1988.
         Mattei and Frellsen. MIWAE: deep generative modelling and imputation of incomplete data

@@ -92,6 +92,11 @@ def log_evidence(
         ValueError: If the tolerance is not positive, the budget is below the least, a latent is
             discrete, the likelihood has no gradient, or the programs have no weight per datum.
 
+    Example:
+        >>> vae = build(3, latent_dim=2)
+        >>> log_evidence(vae, torch.ones(5, 3)).verdict[0]
+        'reliable'
+
     References:
         Burda, Grosse and Salakhutdinov. Importance weighted autoencoders. 2016.
         Xiao, Yan and Amit. Likelihood regret: an out-of-distribution detection score for
