@@ -712,7 +712,7 @@ def test_precision_and_threads_are_those_asked_for_and_put_back(
         raise ValueError("enough")
 
     monkeypatch.setattr("pyro_vae.cli.judge.importance_sampling", look)
-    speed = ["--matmul", "medium", "--threads", "1", "--compile", "true"]
+    speed = ["--num-samples", "7", "--matmul", "medium", "--threads", "1", "--compile", "true"]
     assert main(["evaluate", str(run), *speed]) == 2
     assert seen == [("medium", 1), True]
     assert (torch.get_float32_matmul_precision(), torch.get_num_threads()) == before
