@@ -52,7 +52,8 @@ def test_help_of_train_names_what_there_is(capsys: pytest.CaptureFixture) -> Non
     assert main(["train", "-h"]) == 0
     text = capsys.readouterr().out
     for family in set(BASES) - {"schedule"}:
-        assert all(name in text for name in components(family)), family
+        ours = (n for n, c in components(family).items() if c.__module__.startswith("pyro_vae."))
+        assert all(name in text for name in ours), family
     defaults = make_parser("train").get_defaults()
     known = {key.partition(".")[0] for key in defaults.keys()} | {"help_all", "print_config"}
     for option in re.findall(r"(?<![\w-])--([a-z-]+)", text):
