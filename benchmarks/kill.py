@@ -25,7 +25,7 @@ import torch
 from pyro_vae import build, fit
 from pyro_vae.cli.figures import KlParts
 from pyro_vae.data import load_data
-from pyro_vae.training import checkpoint
+from pyro_vae.training import run_folder
 
 IMPORTED = ("pyro_vae.config", "lightning_fabric", "safetensors.torch", "sklearn.datasets")
 BROKEN = 9  # the checkpoint whose write is broken off
@@ -56,7 +56,7 @@ def train(run: Path, dies_in_write: bool) -> None:
 
 def break_off() -> None:
     """Makes this process kill itself when half of a checkpoint's file is written."""
-    write, count = checkpoint._put, [0]
+    write, count = run_folder._put, [0]
 
     def half(path: Path, content: bytes) -> str:
         count[0] += path.suffix == ".safetensors"
@@ -65,7 +65,7 @@ def break_off() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return write(path, content)
 
-    checkpoint._put = half
+    run_folder._put = half
 
 
 def start(context: Any, run: Path, dies_in_write: bool = False) -> Any:
@@ -83,7 +83,7 @@ def outcome(run: Path) -> tuple[list[dict[str, torch.Tensor]], list[Any]]:
         with (run / name).open() as file:
             rows = csv.DictReader(file)
             tables += [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-    return [checkpoint.load_weights(run, which) for which in ("best", "last")], tables
+    return [run_folder.load_weights(run, which) for which in ("best", "last")], tables
 
 
 def same(first: Any, second: Any) -> bool:
@@ -93,7 +93,7 @@ def same(first: Any, second: Any) -> bool:
 
 def left_behind(run: Path) -> tuple[int, bool]:
     """Steps that are kept of a killed run, and whether a checkpoint is half written."""
-    pointers, folder = run / checkpoint.POINTERS, run / "checkpoints"
+    pointers, folder = run / run_folder.POINTERS, run / "checkpoints"
     known = json.loads(pointers.read_text()) if pointers.exists() else {"last": None}
     half = any(path.name not in known.values() for path in folder.glob("step-*"))
     return int(known["last"].split("-")[1]) if known["last"] else 0, half

@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 import pyro_vae
-from pyro_vae import cli, likelihoods, metrics, networks, posteriors, priors
+from pyro_vae import likelihoods, metrics, networks, posteriors, priors
+from pyro_vae.__main__ import main
+from pyro_vae.cli import judge, score
 from pyro_vae.data import load_data
 from pyro_vae.estimators import evidence_lower_bound
 from pyro_vae.objectives import (
@@ -279,16 +281,17 @@ def test_metrics(name: str) -> None:
 
 @pytest.mark.usefixtures("on_device")
 def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.judge, "placed", lambda vae, data, _: (vae.to("sim"), data.to("sim")))
+    for module in (judge, score):
+        monkeypatch.setattr(module, "placed", lambda vae, data, _: (vae.to("sim"), data.to("sim")))
     runs = [str(tmp_path / name) for name in ("first", "second")]
     for run, prior in zip(runs, ("StandardNormal", "VampPrior")):
         options = ["--latent_dim", "2", "--epochs", "2", "--limit", "103", "--progress", "false"]
-        assert cli.run(["train", "--run", run, "--prior", prior, *options]) == 0
+        assert main(["train", "--run", run, "--prior", prior, *options]) == 0
     few = ["--limit", "5", "--num_samples", "50", "--progress", "false"]
-    assert cli.run(["evaluate", runs[0], *few]) == 0
-    assert cli.run(["compare", *runs, *few[:2], *few[4:]]) == 0
+    assert main(["evaluate", runs[0], *few]) == 0
+    assert main(["compare", *runs, *few[:2], *few[4:]]) == 0
     rows = tmp_path / "rows.npy"
     np.save(rows, np.random.default_rng(0).integers(0, 17, (5, 1, 8, 8)).astype("uint8"))
-    assert cli.run(["score", runs[0], str(rows), *few[4:]]) == 0
+    assert main(["score", runs[0], str(rows), *few[4:]]) == 0
     for command in (["encode", runs[0], str(rows)], ["sample", runs[0]], ["plot", runs[0]]):
-        assert cli.run(command) == 0
+        assert main(command) == 0
