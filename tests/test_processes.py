@@ -13,7 +13,9 @@ from typing import NoReturn
 import pytest
 import torch
 
+from pyro_vae import build
 from pyro_vae.cli.parsing import ERRORS
+from pyro_vae.estimators import importance_sampling
 from pyro_vae.processes import in_processes
 
 
@@ -75,3 +77,19 @@ def test_results_come_in_the_order_of_the_parts() -> None:
     found = in_processes(threads, [torch.tensor(2), torch.tensor(7)], "cpu")
     share = max(1, torch.get_num_threads() // 2)
     assert [(n, int(part)) for n, part in found] == [(share, 3), (share, 8)]
+
+
+@pytest.mark.parametrize(("width", "few"), [(64, True), (500, False)])
+def test_an_estimator_of_a_small_module_works_on_one_thread(width: int, few: bool) -> None:
+    network = {"class_path": "MLP", "init_args": {"hidden": [width]}}
+    vae = build((257,), 2, encoder=network, decoder=network)
+    seen = []
+    vae.likelihood.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        importance_sampling(vae, torch.zeros(3, 257), num_samples=5)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert {*seen} == ({1} if few else {2})

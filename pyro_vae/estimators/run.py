@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
@@ -21,7 +22,7 @@ from pyro_vae.estimators.evidence import TENSORS, Evidence
 from pyro_vae.estimators.target import ROWS, CompiledTarget, Target
 from pyro_vae.generators import alone, forked, seed_generators
 from pyro_vae.memory import keep_memory
-from pyro_vae.processes import in_processes
+from pyro_vae.processes import in_processes, is_small, threads
 
 __all__ = [
     "check_support",
@@ -42,6 +43,7 @@ REFUSED = {"audit", "bidirectional", "column_log_prob", "impute"}
 MATTERS = 1e-3  # posterior probability from which a value's verdict counts
 VERDICTS = ["reliable", "lower bound", "doubtful"]  # from the best to the worst
 DRAWS_AT_ONCE = 4  # draws of each datum that make up the rows that the model sees at once
+STEP = 100  # rows of a usual step of training, by which models are small for `fit`, too
 NUMBERS = 5_000_000  # coordinates of a thousand draws of a batch
 Values = dict[str, Tensor]
 P = ParamSpec("P")
@@ -71,7 +73,7 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
                 raise ValueError(f"y must have a row for each of the {len(x)} of x; got {len(y)}")
         for name, value in given.items():
             check_number(name, value, optional=signature.parameters[name].default is None)
-        with alone, pyro.validation_enabled(True):
+        with alone, pyro.validation_enabled(True), few_threads(given, x):
             found = _found(function, bound)
             if isinstance(found, Evidence) and "model" in given:
                 parts = given["model"], given["guide"], x, given.get("y")
@@ -79,6 +81,14 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
             return found
 
     return call
+
+
+def few_threads(programs: dict[str, Any], x: Tensor) -> AbstractContextManager[None]:
+    """One thread of torch while an estimator works on a small module on the CPU."""
+    modules = (getattr(programs.get(name), "__self__", None) for name in ("model", "guide"))
+    weights = [p for m in modules if isinstance(m, nn.Module) for p in m.parameters()]
+    small = bool(weights) and x.device.type == "cpu" and is_small(weights, STEP)
+    return threads(1) if small else nullcontext()
 
 
 def _found(function: Callable[..., Any], bound: inspect.BoundArguments) -> Any:

@@ -18,14 +18,13 @@ import torch
 from torch import Tensor, distributed, nn
 
 from pyro_vae.generators import alone
-from pyro_vae.processes import check_processes, in_processes
+from pyro_vae.processes import check_processes, in_processes, is_small
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 __all__ = ["Engine", "Group", "is_first_process", "uses_cuda"]
 
-LARGE = 10_000_000  # multiplications in a layer that are worth a second thread
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 T = TypeVar("T")
 Function = Callable[["Fabric", "Group", Any], Any]  # what runs on each device, given a task
@@ -186,21 +185,15 @@ class Engine:
         return self.size > 1 and not _under_torchrun()
 
     def threads(self, vae: nn.Module, rows: int) -> int:
-        """The number of threads that each process trains on.
-
-        A second thread halves the time of a large matrix product on an idle machine. It slows
-        small products down on a busy one, so that small models train on one thread.
+        """The number of threads that each process trains on: one for a small model.
 
         Args:
-            vae: The module that is trained. A product is large if its largest weight times
-                `rows` is; convolutions always count as large.
+            vae: The module that is trained.
             rows: The rows of a step, on all devices together.
         """
         share = self.size if self.spawns else 1
-        most = max(1, torch.get_num_threads() // share)
-        weights = [p for p in vae.parameters() if p.ndim > 1]
-        large = any(p.ndim > 2 or p.numel() * rows >= LARGE * self.size for p in weights)
-        return most if large or self.on_cuda else 1
+        small = not self.on_cuda and is_small(vae.parameters(), rows // self.size)
+        return 1 if small else max(1, torch.get_num_threads() // share)
 
     @property
     def _local(self) -> int:

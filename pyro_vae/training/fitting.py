@@ -19,6 +19,7 @@ from pyro_vae.files import PathLike, locked
 from pyro_vae.generators import forked
 from pyro_vae.memory import keep_memory
 from pyro_vae.objectives import ELBO, Objective
+from pyro_vae.processes import threads
 from pyro_vae.training.dataset import Dataset, as_dataset, describe
 from pyro_vae.training.engine import Engine, Group, is_first_process
 from pyro_vae.training.evaluation import Evaluator
@@ -325,8 +326,8 @@ def _borrowed(
     modules = (vae, objective)
     homes = [t.device if (t := _first_tensor(m)) is not None else device for m in modules]
     training = vae.training
-    threads = _threads(settings.threads)
-    with forked(device, settings.seed), pyro.validation_enabled(False), threads:
+    few = threads(settings.threads)
+    with forked(device, settings.seed), pyro.validation_enabled(False), few:
         try:
             for module in modules:
                 module.to(device)
@@ -336,18 +337,6 @@ def _borrowed(
                 module.to(home)
             vae.zero_grad()
             vae.train(training)
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    try:
-        if number != before:
-            torch.set_num_threads(number)
-        yield
-    finally:
-        if number != before:
-            torch.set_num_threads(before)
 
 
 def _first_tensor(module: nn.Module) -> torch.Tensor | None:
