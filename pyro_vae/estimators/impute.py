@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from pyro_vae.densities import Program
-from pyro_vae.estimators.diagnostics import log_mean_exp, pareto_khat
+from pyro_vae.estimators.diagnostics import pareto_khat
 from pyro_vae.estimators.escalating import walk
 from pyro_vae.estimators.evidence import Evidence, summarise
 from pyro_vae.estimators.log_evidence import log_evidence
-from pyro_vae.estimators.proposal import add_components
-from pyro_vae.estimators.refined import METHOD, fit_proposal
+from pyro_vae.estimators.proposal import add_components, joined
+from pyro_vae.estimators.refined import METHOD, Fit, fit_proposal
 from pyro_vae.estimators.run import estimator, exact_without_data, map_targets
 from pyro_vae.estimators.target import Target
 from pyro_vae.memory import check_fits
@@ -25,7 +25,7 @@ from pyro_vae.memory import check_fits
 __all__ = ["Imputation", "column_log_prob", "impute", "log_conditional"]
 
 TOLERANCE = 0.1  # nats: largest standard error of what is called reliable
-KHAT = 0.6  # of a column's weights, above which it gets a proposal of its own
+KHAT = 0.6  # of a column's weights, above which it gets draws of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,8 +315,10 @@ def column_log_prob(
     .. math:: \log p(x_c \mid x_{-c}) = \log p(x) - \log p(x_{-c}), \qquad
         p(x_{-c}) \approx \frac1K \sum_k \frac{w_k}{p(x_c \mid z_k)}
 
-    with the weighted draws that give log p(x). Where leaving a column out makes their k-hat
-    larger than 0.6, log p(x_{-c}) gets a proposal of its own, as in `log_conditional`.
+    with the weighted draws that give log p(x): the average of p(x_c | z) over draws weighted for
+    the other columns, so that it is never above 0 for a probability. Where leaving a column out
+    makes the k-hat of these weights larger than 0.6, the draws are from a mixture of the proposals
+    for x and for the other columns.
 
     Args:
         model: As in `log_conditional`; its one observed site is x, its entries independent given
@@ -342,36 +344,45 @@ def column_log_prob(
         Vehtari, Gelman and Gabry. Practical Bayesian model evaluation using leave-one-out
         cross-validation and WAIC. 2017.
     """
-    options: dict[str, Any] = {
-        "chunk_size": chunk_size,
-        "compile": compile,
-        "seed": seed,
-        "devices": devices,
-        "progress": progress,
-    }
-    parts = map_targets(partial(_columns, num_samples=num_samples), model, guide, x, y, **options)
-    found, khat = (torch.cat(column) for column in zip(*parts))
-    hard = (khat > KHAT).nonzero()
-    if not len(hard):
-        return found
-    rows, entry = hard[:, 0].to(x.device), tuple(hard[:, 1:].T)
-    given = torch.ones(len(hard), *x.shape[1:], dtype=torch.bool)
-    given[(torch.arange(len(hard)), *entry)] = False
-    of = None if y is None else y[rows]
-    again = log_conditional(model, guide, x[rows], given, of, audit=False, **options)
-    found[tuple(hard.T)] = again.log_prob.to(found)
+    parts = map_targets(
+        partial(_columns, num_samples=num_samples),
+        model,
+        guide,
+        x,
+        y,
+        chunk_size=chunk_size,
+        compile=compile,
+        seed=seed,
+        devices=devices,
+        progress=progress,
+    )
+    return torch.cat(parts)
+
+
+def _columns(target: Target, num_samples: int) -> Tensor:
+    """log p(x_c | the others) [B, *E]."""
+    fit = fit_proposal(target)
+    places, weights = fit.draw_with_places(num_samples)
+    parts = [target.entry_log_prob(u).double() for u in places.split(target.draws_at_once)]
+    weights = weights.view(*weights.shape, *[1] * (target.x.ndim - 1))
+    without = weights - torch.cat(parts)
+    found = (weights.logsumexp(0) - without.logsumexp(0)).cpu()
+    khat = pareto_khat(without.flatten(1).cpu()).view(found.shape)
+    found[missing := target.x.isnan().cpu()] = math.nan
+    hard = ((khat > KHAT) & ~missing).nonzero()
+    for cells in hard.split(target.num_data) if len(hard) else ():
+        found[tuple(cells.T)] = _cells(
+            fit.rows(cells[:, 0].to(places.device)), cells[:, 1:], num_samples
+        )
     return found
 
 
-def _columns(target: Target, num_samples: int) -> tuple[Tensor, Tensor]:
-    """log p(x_c | the others) and the k-hat of its weights, each [B, *E]."""
-    places, weights = fit_proposal(target).draw_with_places(num_samples)
-    parts = [target.entry_log_prob(u).double() for u in places.split(target.draws_at_once)]
-    without = weights.view(*weights.shape, *[1] * (target.x.ndim - 1)) - torch.cat(parts)
-    flat = without.flatten(1)
-    rest = log_mean_exp(flat).view(target.x.shape)
-    khat = pareto_khat(flat.cpu()).view(target.x.shape)
-    whole = log_mean_exp(weights).view(-1, *[1] * (target.x.ndim - 1))
-    missing = target.x.isnan()
-    found = torch.where(missing, math.nan, whole - rest).cpu()
-    return found, torch.where(missing.cpu(), -math.inf, khat)
+def _cells(fit: Fit, entries: Tensor, num_samples: int) -> Tensor:
+    """log p(x_c | the others) [M] of one entry [M, *] of each row, on the CPU."""
+    target, cell = fit.target, (torch.arange(len(entries)), *entries.T)
+    rest = fit_proposal(target.without(cell))
+    halves = joined([rest.proposal, fit.proposal], [-math.log(2)] * 2)
+    both = replace(rest, proposal=halves)
+    places, weights = both.draw_with_places(2 * num_samples)
+    parts = [target.entry_log_prob(u)[:, *cell] for u in places.split(target.draws_at_once)]
+    return ((weights + torch.cat(parts)).logsumexp(0) - weights.logsumexp(0)).cpu()

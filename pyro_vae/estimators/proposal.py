@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ __all__ = [
     "curvature",
     "factor",
     "fit_gaussian",
+    "joined",
     "laplace",
 ]
 
@@ -324,6 +325,11 @@ def _weighed(parts: list[Proposal], density: Tensor, log_p: Tensor) -> Proposal:
     for _ in range(EM_STEPS):
         share = torch.softmax(density + log_pi.unsqueeze(1), 0)
         log_pi = ((share * weights).sum(1) + LEAST).log().log_softmax(0)
+    return joined(parts, log_pi)
+
+
+def joined(parts: Sequence[Proposal], log_pi: Iterable[float | Tensor]) -> Proposal:
+    """The mixture of all `parts`, from the logarithms of their shares."""
     return Proposal(
         torch.cat([part.log_weight + pi for part, pi in zip(parts, log_pi)]),
         torch.cat([part.loc for part in parts]),

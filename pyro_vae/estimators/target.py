@@ -109,13 +109,23 @@ class Target:
     def rows(self, index: Tensor) -> Target:
         """The target of some of the data, in the same units."""
         y = None if self.y is None else self.y[index]
+        return self._alike(self.x[index], y, self.scale[index])
+
+    def without(self, entries: tuple[Tensor, ...]) -> Target:
+        """The target of the data less some entries, in the same units."""
+        return self._alike(
+            self.x.index_put(entries, self.x.new_tensor(torch.nan)), self.y, self.scale
+        )
+
+    def _alike(self, x: Tensor, y: Tensor | None, scale: Tensor) -> Target:
+        """A target of the same programs."""
         return Target(
             self.model,
             self.guide,
-            self.x[index],
+            x,
             y,
             chunk_size=self.chunk_size,
-            scale=self.scale[index],
+            scale=scale,
             sites=self.sites,
             fast=self.fast,
         )

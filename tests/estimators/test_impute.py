@@ -215,6 +215,24 @@ def test_column_log_prob_is_exact() -> None:
     assert found[4].argmin() == 2
 
 
+def test_column_log_prob_of_bits_is_the_sum_over_tables_and_never_above_zero() -> None:
+    """A steep decoder, so that many columns get draws of their own."""
+    vae = build(4, 2, missing=True, decoder={"class_path": "MLP", "init_args": {"hidden": []}})
+    for parameter in vae.likelihood.parameters():
+        parameter.data = 6 * torch.randn_like(parameter)
+    bits = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 4)
+    grid = torch.linspace(-6, 6, 151)
+    z = torch.cartesian_prod(grid, grid)
+    with torch.no_grad():
+        joint = vae.likelihood(z).log_prob(bits.unsqueeze(1)) + vae.prior().log_prob(z)
+    whole = joint.logsumexp(1).view(2, 2, 2, 2)
+    exact = torch.stack([whole.log_softmax(c).flatten() for c in range(4)], 1)
+    error = column_log_prob(vae, bits) - exact
+    assert (error + exact).max() <= 0
+    assert error.abs().max() < 0.2
+    assert abs(error.mean() / error.std()) * 64**0.5 < 3
+
+
 def test_a_binary_table_sums_over_all_completions() -> None:
     vae = build(6, 2, missing=True)
     x = torch.tensor([[0.0, 1, NAN, NAN, 1, NAN], [NAN, NAN, NAN, 1, 0, 0]])
