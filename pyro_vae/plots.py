@@ -26,6 +26,7 @@ __all__ = [
     "image_rows",
     "images",
     "latent",
+    "pairs",
     "reconstructions",
     "save",
     "style",
@@ -150,6 +151,33 @@ def columns(data: Tensor, samples: Tensor, names: Sequence[str] | None = None) -
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
     title = f"the first {shown} of {count} columns" if shown < count else "each column"
     figure.suptitle(f"{title}, share of rows", fontsize=10)
+    return figure
+
+
+@style()
+def pairs(data: Tensor, samples: Tensor, names: Sequence[str] | None = None) -> Figure:
+    """Pairs of columns of tables [N, D]: data above samples, on the axes of the data.
+
+    They are the four, among the first hundred columns, whose ranks correlate most in the data.
+    Codes and small counts are spread by a little noise.
+
+    Args:
+        data: Rows of data; NaN is left out.
+        samples: Rows of the model.
+        names: One for each column; their numbers from 0 if None.
+    """
+    chosen = _strongest(data[:, :100], 4)
+    figure, axes = _axes(2, len(chosen), 1.8)
+    for n, pair in enumerate(chosen):
+        for ax, rows, color in zip(axes[n :: len(chosen)], (data, samples), PALETTE):
+            x, y = (_spread(rows[:1000, d]).tolist() for d in pair)
+            ax.plot(x, y, ".", ms=2, alpha=0.5, color=color)
+            reach = [_limits(_spread(data[:, d])) for d in pair]
+            ax.set(xlim=reach[0], ylim=reach[1], xticks=[], yticks=[])
+            ax.set_ylabel(_short(names[pair[1]] if names else f"column {pair[1]}", 18))
+            ax.set_xlabel(_short(names[pair[0]] if names else f"column {pair[0]}", 18))
+    for ax, title in zip(axes[:: len(chosen)], ("data", "samples")):
+        ax.set_title(title, loc="left")
     return figure
 
 
@@ -374,6 +402,25 @@ def _bins(column: Tensor) -> list[float]:
         return torch.arange(low - 0.5, high + 1).tolist()
     count = min(max(round(len(column) ** 0.5), 5), 40)
     return torch.linspace(low, high, count + 1).tolist()
+
+
+def _strongest(data: Tensor, count: int) -> list[list[int]]:
+    """The pairs of columns of [N, D] whose ranks have the largest correlations."""
+    filled = torch.where(data.isnan(), data.nanmedian(0).values, data)
+    ranks = torch.stack([column.unique(return_inverse=True)[1] for column in filled.T])
+    places = torch.triu_indices(len(ranks), len(ranks), 1)
+    strength = torch.corrcoef(ranks.double()).abs().nan_to_num(0.0)[places[0], places[1]]
+    best = strength.topk(min(count, len(strength))).indices
+    return places[:, best].T.tolist()
+
+
+def _spread(column: Tensor) -> Tensor:
+    """A column, with noise if it is of few integers."""
+    known = column[~column.isnan()]
+    if not len(known) or (known != known.round()).any() or known.max() - known.min() >= 40:
+        return column
+    noise = torch.rand(column.shape, generator=torch.Generator().manual_seed(0))
+    return column + 0.6 * noise.to(column) - 0.3
 
 
 def _short(name: str, most: int = 26) -> str:

@@ -97,6 +97,24 @@ def test_integers_have_a_bin_each() -> None:
     assert plots.columns(torch.ones(7, 1), torch.zeros(7, 1)).axes
 
 
+def test_pairs_are_of_the_columns_whose_ranks_go_together() -> None:
+    data = torch.randn(53, 7)
+    data[:, 5] = -(data[:, 1] * 4).exp()
+    data[:, 3] = (data[:, 4] > 0).float()
+    data[:, 6] = 2.0
+    data[::5, 2] = torch.nan
+    samples = torch.randn(31, 7)
+    figure = plots.pairs(data, samples, list("abcdefg"))
+    above, below = figure.axes[:4], figure.axes[4:]
+    assert [(ax.get_xlabel(), ax.get_ylabel()) for ax in below[:2]] == [("b", "f"), ("d", "e")]
+    for ax, rows in ((above[0], data), (below[0], samples)):
+        assert torch.equal(torch.tensor(ax.lines[0].get_xydata()).float(), rows[:, [1, 5]])
+    assert above[0].get_ylim() == below[0].get_ylim() == (data[:, 5].min(), data[:, 5].max())
+    codes = torch.tensor(above[1].lines[0].get_xdata())
+    assert torch.equal(codes.round().float(), data[:, 3])
+    assert len(plots.pairs(data[:, 1:3], samples[:, 1:3]).axes) == 2
+
+
 def test_the_factor_matrix_is_drawn_as_it_is() -> None:
     information = torch.rand(2, 3)
     ax, _ = plots.factor_matrix(information, ["x", "y"]).axes

@@ -77,7 +77,10 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
     draw_parts(folder, vae, len(data))
     back = data.transform.inverse
     if x.ndim != 4:
-        plots.save(_columns(vae, splits.train), str(figures / "samples.png"))
+        of_tables = _of_tables(vae, splits.train)
+        plots.save(plots.columns(*of_tables), str(figures / "samples.png"))
+        if of_tables[0].shape[1] > 1:
+            plots.save(plots.pairs(*of_tables), str(figures / "pairs.png"))
         return
     shown = {
         "samples": plots.images(back(draws[False]), "draws of x", limits(data)),
@@ -97,14 +100,14 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
         plots.save(figure, str(figures / f"{name}.png"))
 
 
-def _columns(vae: VAE, data: Data) -> Figure:
-    """Columns of rows of a table beside those of as many draws, in the units of the file."""
+def _of_tables(vae: VAE, data: Data) -> tuple[Tensor, Tensor, Any]:
+    """Rows of a table, as many draws, both in the units of the file, and names of columns."""
     data = data.subset(torch.arange(min(len(data), 2000))).fixed()
     with forked(torch.device("cpu"), 0), torch.no_grad():
         draws = vae.sample(len(data), condition(data, len(data), None, vae))
     back = data.transform.inverse
     rows = data.batch(torch.arange(len(data)))[0]
-    return plots.columns(back(rows).flatten(1), back(draws).flatten(1), data.columns)
+    return back(rows).flatten(1), back(draws).flatten(1), data.columns
 
 
 def traversal(vae: VAE, data: Data, kl: Tensor) -> Figure:

@@ -34,6 +34,7 @@ __all__ = ["report"]
 CAPTIONS = {
     "sample_means": "What the decoder makes of z drawn from the prior: E[x | z].",
     "classes": "What the decoder makes of z drawn for each class: E[x | z, y].",
+    "pairs": "Pairs of columns that depend most on each other, by rank: data above draws.",
     "samples": "Draws of x from the whole model: z from the prior, then x from p(x | z).",
     "reconstructions": "Held-out data, and the mean of p(x | z) at the mean of their q(z | x).",
     "extremes": "The held-out data of least and of most log p(x).",
