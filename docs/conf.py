@@ -62,7 +62,7 @@ NAMES = {
     for module in MODULES
     for name in import_module(f"pyro_vae.{module}").__all__
 } | {
-    **{name: f"pyro_vae.{name}" for name in ("VAE", "build", "fit", "load")},
+    **{name: f"pyro_vae.{name}" for name in ("VAE", "build", "explore", "fit", "load")},
     **{name: f"pyro_vae.data.{name}" for name in ("load_data", "read_table")},
     **{name: f"pyro_vae.densities.{name}" for name in ("densities", "scale_latents")},
     "Incomplete": "pyro_vae.distributions.Incomplete",

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         log_evidence,
         refined_importance_sampling,
     )
+    from pyro_vae.exploring import explore
     from pyro_vae.scoring import Scorer
     from pyro_vae.training import fit
     from pyro_vae.vae import VAE
@@ -47,6 +48,7 @@ _NAMES = {
     "build": "pyro_vae.config",
     "load": "pyro_vae.config",
     "Scorer": "pyro_vae.scoring",
+    "explore": "pyro_vae.exploring",
     "fit": "pyro_vae.training",
     "scale_latents": "pyro_vae.densities",
     "Audit": "pyro_vae.estimators",
@@ -92,6 +94,7 @@ __all__ = [
     "data",
     "distributions",
     "estimators",
+    "explore",
     "fit",
     "hierarchy",
     "importance_sampling",

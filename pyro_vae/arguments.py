@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import reprlib
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from functools import wraps
 from hashlib import sha256
 from numbers import Integral, Real
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar, overload
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "LARGEST",
+    "Shown",
     "TakesVAE",
     "as_rows",
     "as_shape",
@@ -33,8 +36,26 @@ __all__ = [
 
 LARGEST = 2**63 - 1  # whole number, and so seed, that torch takes
 MISSING_HINT = ", or give the VAE missing=True if NaN stands for a missing entry"
+PLAIN = (bool, int, float, str, tuple, list)
 P = ParamSpec("P")
 T_co = TypeVar("T_co", covariant=True)
+
+
+class Shown(nn.Module):
+    """A module whose repr tells the plain options that it was made with."""
+
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Notes them; a copy gets those of its original."""
+        made = super().__new__(cls)
+        given = inspect.signature(cls).bind_partial(*args, **options)
+        given.apply_defaults()
+        plain = {n: v for n, v in given.arguments.items() if isinstance(v, PLAIN)}
+        made.__dict__["_made_with"] = ", ".join(f"{n}={reprlib.repr(v)}" for n, v in plain.items())
+        return made
+
+    def extra_repr(self) -> str:
+        """The options, as one would write them."""
+        return self.__dict__["_made_with"]
 
 
 def check_whole(

@@ -26,6 +26,7 @@ from pyro_vae.declarations import (
     parameters,
     short_name,
     size_of,
+    written_out,
 )
 from pyro_vae.files import reading
 from pyro_vae.hierarchy import Layers, Lowest
@@ -56,7 +57,8 @@ def build(
 ) -> VAE:
     """A VAE from the names of its parts.
 
-    A part is a class name, or `{"class_path": name, "init_args": {option: value}}` as in YAML.
+    A part is a class name, or `{name: {option: value}}`, or `{"class_path": name, "init_args":
+    {option: value}}` as in YAML.
     Known are the classes of pyro_vae and those that the caller has imported; nothing else is
     imported. Latent size, data shape, networks and, for a VampPrior, the posterior are filled
     in by argument name; the networks' output sizes follow from `num_params`.
@@ -271,10 +273,10 @@ def _as_then(declaration: dict[str, Any]) -> dict[str, Any]:
 def _conditioned(family: str, declared: Declared, condition_dim: int) -> Declared:
     if not condition_dim:
         return declared
-    declared = {"class_path": declared} if isinstance(declared, str) else dict(declared)
-    options = dict(declared.get("init_args") or {})
+    spelled = dict(written_out(declared))
+    options = dict(spelled.get("init_args") or {})
     given = options.get("condition_dim") or condition_dim  # 0 is the default, filled in by parsers
-    return {**declared, "init_args": {**options, "condition_dim": given}}
+    return {**spelled, "init_args": {**options, "condition_dim": given}}
 
 
 def default_transform(likelihood: type, levels: int | None, x: Tensor | Mapped) -> str:

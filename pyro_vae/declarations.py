@@ -30,6 +30,7 @@ __all__ = [
     "parameters",
     "short_name",
     "size_of",
+    "written_out",
 ]
 
 Declared = str | Mapping[str, Any]
@@ -65,15 +66,14 @@ def component(family: str, declared: Declared) -> tuple[type, dict[str, Any]]:
 
     An option that takes a schedule may be declared in the same way; it comes back made.
     """
-    if isinstance(declared, str):
-        declared = {"class_path": declared}
+    declared = written_out(declared)
     if not isinstance(declared, Mapping) or not (
         {"class_path"} <= set(declared) <= {"class_path", "init_args"}
         and isinstance(declared.get("init_args"), Mapping | None)
     ):
         raise ValueError(
-            f"{family} must be a class name or a mapping of class_path and init_args; "
-            f"got {declared!r}"
+            f"{family} must be a class name, {{name: options}} or a mapping of class_path and "
+            f"init_args; got {declared!r}"
         )
     cls = named_class(family, declared["class_path"])
     options = dict(declared.get("init_args") or {})
@@ -86,6 +86,13 @@ def component(family: str, declared: Declared) -> tuple[type, dict[str, Any]]:
     except ArgumentError as error:
         raise ValueError(f"{family} {cls.__name__}: {error}") from error
     return cls, {key: _plain(checked[family][key]) for key in option_names(cls)}
+
+
+def written_out(declared: Any) -> Any:
+    """A name alone, or {name: options}, as a mapping of class_path and init_args."""
+    if isinstance(declared, Mapping) and len(declared) == 1 and "class_path" not in declared:
+        return dict(zip(("class_path", "init_args"), *declared.items()))
+    return {"class_path": declared} if isinstance(declared, str) else declared
 
 
 def complete(family: str, declared: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyro_vae.arguments import check_real, check_whole
+from pyro_vae.arguments import Shown, check_real, check_whole
 from pyro_vae.distributions import Flow, flow_family, mixture
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-class Prior(nn.Module):
+class Prior(Shown):
     """A distribution over latents z [D].
 
     A subclass takes `latent_dim` (or `posterior` and `data_shape`) by name, gives every other

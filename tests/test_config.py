@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 from pathlib import Path
 
@@ -85,6 +87,25 @@ def test_condition_dim_reaches_both_networks() -> None:
 def test_bad_declarations(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**{"data_shape": 7, "latent_dim": 2, **arguments})
+
+
+def test_a_part_may_be_given_as_its_name_and_options() -> None:
+    vae = build(7, 2, prior={"VampPrior": {"num_components": 5}}, encoder={"MLP": {"hidden": [3]}})
+    spelled = {"class_path": "VampPrior", "init_args": {"num_components": 5}}
+    again = build(7, 2, prior=spelled, encoder={"class_path": "MLP", "init_args": {"hidden": [3]}})
+    assert vae.declaration == again.declaration
+    few = build(7, 2, encoder={"MLP": {"hidden": [3]}}, condition_dim=3)
+    assert few.posterior.encoder.condition_dim == 3
+
+
+def test_parts_show_their_options() -> None:
+    vae = build(
+        7, 2, prior={"VampPrior": {"num_components": 5}}, likelihood={"Normal": {"scale": 0.5}}
+    )
+    assert repr(vae.prior) == "VampPrior(data_shape=(7,), num_components=5)"
+    assert repr(pickle.loads(pickle.dumps(copy.deepcopy(vae.prior)))) == repr(vae.prior)
+    assert "data_shape=(7,), scale=0.5, mean='identity'" in repr(vae)
+    assert repr(priors.StandardNormal(latent_dim=3)) == "StandardNormal(latent_dim=3)"
 
 
 def test_foreign_module_is_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -23,11 +24,12 @@ from torch import Tensor, nn
 
 from pyro_vae import build, load
 from pyro_vae.__main__ import main
-from pyro_vae.cli.explore import Follow, Mean, evaluated
+from pyro_vae.cli.explore import evaluated
 from pyro_vae.data import load_data
 from pyro_vae.data.transforms import Identity, Standardise
 from pyro_vae.estimators import Evidence
 from pyro_vae.explorer import CannotRun, Content, Program, Rows, page, trace
+from pyro_vae.exploring import Follow, Mean, explore
 from pyro_vae.likelihoods import Columns
 from pyro_vae.networks import Conv, ConvTranspose, Network, ResNet, ResNetTranspose
 
@@ -246,6 +248,7 @@ def explored(run: Path, *options: str) -> Held:
     return Held((run / "explore.html").read_text())
 
 
+@pytest.mark.slow  # an audit
 def test_rows_of_a_run_and_their_evidence(run: Path, capsys: pytest.CaptureFixture) -> None:
     held = explored(run, "--judged=3")
     rows = held.header["rows"]
@@ -294,6 +297,74 @@ def test_no_data_leaves_the_rows_and_pseudo_inputs_out(run: Path) -> None:
     assert "shown" not in held.header["rows"]
     assert "inputs" not in held.header["prior"]
     assert "not the rows themselves" in " ".join(held.header["about"])
+
+
+class Pair(nn.Module):
+    """Programs of one's own, of a condition too; what `after` does to the means is given."""
+
+    def __init__(self, after: Any = torch.sigmoid, **sites: Any) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(7 + 3, 2 * D), nn.Linear(D + 3, 7)
+        self.after, self.sites = after, sites
+
+    def model(self, x: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            for name, fn in self.sites.items():
+                pyro.sample(name, fn)
+            z = pyro.sample("z", dist.Normal(torch.ones(D), 2.0).to_event(1))
+            mean = self.after(self.decoder(torch.cat([z, y], -1)))
+            pyro.sample("x", dist.Normal(mean, 0.3).to_event(1), obs=x)
+
+    def guide(self, x: Tensor, y: Tensor) -> None:
+        loc, raw = self.encoder(torch.cat([x, y], -1)).chunk(2, -1)
+        with pyro.plate("data", len(x), dim=-1):
+            for name, fn in self.sites.items():
+                pyro.sample(name, fn)
+            pyro.sample("z", dist.Normal(loc, raw.exp()).to_event(1))
+
+
+def test_programs_of_ones_own_are_explored_from_python(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    own, x, y = Pair(), torch.randn(13, 7), torch.randn(13, 3)
+    before, state = {k: v.clone() for k, v in own.state_dict().items()}, torch.get_rng_state()
+    found = explore(own, (x, y), tmp_path / "own.html", limit=11, judged=2)
+    held = Held(found.read_text())
+    header, rows = held.header, held.header["rows"]
+    index = held.tensor(rows["numbers"]).long()
+    with torch.no_grad():
+        loc, raw = own.encoder(torch.cat([x, y], -1)[index]).chunk(2, -1)
+    torch.testing.assert_close(held.tensor(rows["means"]), loc)
+    torch.testing.assert_close(held.tensor(rows["scales"]), raw.exp())
+    torch.testing.assert_close(held.tensor(rows["shown"]), x[index])
+    assert held.tensor(rows["log_prob"]).isfinite().sum() == 2
+    assert "runs in this page" in header["decoder"]["said"]
+    names = [step[0] for step in header["decoder"]["program"]["steps"]]
+    assert "sigmoid" in names
+    assert header["about"][0] == "The programs of Pair, of 2 latents."
+    assert own.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[k], v) for k, v in own.state_dict().items())
+
+
+def test_programs_that_the_page_lacks_become_an_atlas_of_their_means(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    own = Pair(lambda mean: mean.sort(-1).values)
+    found = explore(own, (torch.randn(5, 7), torch.randn(5, 3)), tmp_path / "own.html", judged=0)
+    atlas = (held := Held(found.read_text())).header["decoder"]
+    z, y, x = (held.tensor(atlas[name]) for name in ("z", "y", "x"))
+    with torch.no_grad():
+        exact = own.decoder(torch.cat([z, y], -1)).sort(-1).values
+    torch.testing.assert_close(x, exact)
+
+
+def test_programs_of_other_sites_and_evidence_of_other_rows_are_refused(tmp_path: Path) -> None:
+    data, more = (torch.randn(5, 7), torch.randn(5, 3)), {"w": dist.Normal(0.0, 1.0)}
+    with pytest.raises(ValueError, match=r"one latent site, of event \(D,\); the model has {'w'"):
+        explore(Pair(**more), data, tmp_path / "own.html", judged=0)
+    values = torch.zeros(3)
+    other = Evidence(values, *[values] * 4, ["AIS"] * 3, ["reliable"] * 3)
+    with pytest.raises(ValueError, match="of the 5 rows shown; got 3"):
+        explore(Pair(), data, tmp_path / "own.html", evidence=other)
 
 
 @pytest.fixture(scope="module")

@@ -369,8 +369,15 @@ function drawColumns(x) {
     fill.style.width = part(unit[i]);
     mark.hidden = !own || !Number.isFinite(own[i]);
     if (!mark.hidden) mark.style.left = part(own[i]);
-    value.textContent = Number(x[i].toPrecision(4)).toLocaleString();
+    value.textContent = value.title = cell(x[i], held.output.categories[i] || []);
   });
+}
+
+// A value of a column: the name of a code, the share of the one that is named, or a number.
+function cell(v, names) {
+  if (names.length > 1) return names[Math.min(names.length - 1, Math.max(0, Math.round(v)))];
+  if (names.length) return `${(100 * v).toFixed(0)}% ${names[0]}`;
+  return Number(v.toPrecision(4)).toLocaleString();
 }
 
 function drawRow() {

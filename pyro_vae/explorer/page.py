@@ -76,6 +76,7 @@ class Content:
         follow: For each layer but the lowest, the map of z [B, D] (and y) to z with the layers
             below it at their means given it.
         columns: Names of the values of a table.
+        categories: For each of them, names of its codes; one name for a share, none for numbers.
         classes: The number of classes, if y is one of them.
         inputs: Pseudo-inputs of the prior's components in the data's units [C, *E], or None.
     """
@@ -92,6 +93,7 @@ class Content:
     layers: Sequence[int] = ()
     follow: Sequence[nn.Module] = ()
     columns: tuple[str, ...] | None = None
+    categories: Sequence[Sequence[str]] = ()
     classes: int | None = None
     inputs: Tensor | None = None
 
@@ -284,6 +286,7 @@ def _output(content: Content, store: _Store) -> dict[str, Any]:
     return {
         "shape": shape,
         "columns": list(content.columns or ()),
+        "categories": list(content.categories),
         "low": store.add(low.expand(shape)),
         "high": store.add(high.expand(shape)),
     }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_vae.arguments import as_shape, check_finite
+from pyro_vae.arguments import Shown, as_shape, check_finite
 from pyro_vae.distributions import Incomplete
 
 __all__ = ["Likelihood"]
@@ -24,7 +24,7 @@ class Finite(constraints.Constraint):
         return value.isfinite()
 
 
-class Likelihood(nn.Module):
+class Likelihood(Shown):
     """A distribution over data x [*S, *E] for latents z [*S, D].
 
     A subclass says how many raw parameters it needs per channel (`num_params`), what data it

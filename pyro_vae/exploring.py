@@ -1,0 +1,304 @@
+"""The page that runs a decoder, of a VAE or a program of one's own and some data."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyro_vae.arguments import check_whole
+from pyro_vae.classes import ClassVAE
+from pyro_vae.cli.figures import followed, unit_kl, unit_names
+from pyro_vae.data import Data, spread
+from pyro_vae.data.schema import CODED
+from pyro_vae.data.transforms import Transform
+from pyro_vae.densities import densities, evaluating
+from pyro_vae.densities.programs import program_args
+from pyro_vae.estimators import (
+    Evidence,
+    class_probabilities,
+    evidence_lower_bound,
+    importance_sampling,
+    log_evidence,
+)
+from pyro_vae.explorer import Content, Rows, page
+from pyro_vae.files import write
+from pyro_vae.vae import VAE
+
+__all__ = ["Follow", "Mean", "content", "explore", "known_rows"]
+
+
+def explore(
+    vae: Any,
+    data: Any,
+    out: str | os.PathLike[str] = "explore.html",
+    *,
+    evidence: Evidence | None = None,
+    limit: int = 1000,
+    judged: int = 50,
+    rows: bool = True,
+    name: str = "",
+    seed: int = 0,
+) -> Path:
+    """Writes one page that runs the decoder: it opens from disk, without server or network.
+
+    A program of one's own needs one latent site, of event (D,), and one that observes x and has a
+    mean. Where its operations are not the page's, the page holds an atlas, and says so.
+
+    Args:
+        vae: A VAE; or any module with a `model` and a `guide` that `fit` would take.
+        data: What the page shows codes of: `Data`, rows x [N, *E], or a pair (x, y).
+        out: The file, overwritten.
+        evidence: log p(x) of the rows shown, in their order; of `judged` rows by `log_evidence`
+            if None.
+        limit: Most rows that are shown, spread over the data.
+        judged: How many of them get log p(x).
+        rows: Whether the page holds the rows themselves, and not their codes alone.
+        name: The title; that of the class if "".
+        seed: Of estimates.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: If the data are none of these, the evidence is of other rows, the program has
+            other sites, or the page would be above 10 MB.
+    """
+    check_whole(0, judged=judged, seed=seed)
+    check_whole(limit=limit)
+    if not isinstance(data, Data):
+        data = Data(*data) if isinstance(data, tuple | list) else Data(data)
+    index = spread(len(data), limit, seed)
+    data = data.subset(index).fixed()
+    if any(part.device.type != "cpu" for part in vae.parameters()):
+        vae, data = copy.deepcopy(vae).to("cpu"), data.to("cpu")
+    with evaluating(vae.model, vae.guide, seed=seed, device=torch.device("cpu")):
+        own: Any = vae if isinstance(vae, VAE) else Own(vae, data)
+        x, y = data.batch(torch.arange(len(data)))
+        some = torch.arange(len(data))
+        if evidence is None and judged:
+            some = spread(len(data), min(judged, len(data)), seed)
+            given = x[some], None if y is None else y[some]
+            evidence = log_evidence(vae.model, vae.guide, *given, seed=seed)
+        known = known_rows(own, data, evidence, some)
+        title = name or type(vae).__name__
+        text = page(content(own, data, index, known, title, f"{len(data)} rows", rows))
+    write(out, text)
+    return Path(out)
+
+
+class Mean(nn.Module):
+    """E[x | z] in the units of the data before their transform, at means of other latents."""
+
+    def __init__(self, vae: Any, transform: Transform) -> None:
+        super().__init__()
+        self.vae, self.transform = vae, transform
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """[B, *E] for z [B, D] and y [B, C]."""
+        with pyro.validation_enabled(False):
+            if isinstance(self.vae, Own):
+                return self.transform.inverse(self.vae.mean(z, y))
+            own = {n: d.mean for n, d in self.vae.likelihood.latents().items()}
+            return self.transform.inverse(self.vae.likelihood(z, y, **own).mean)
+
+
+class Follow(nn.Module):
+    """z [B, D] with the layers below that of a unit at their means given those above."""
+
+    def __init__(self, vae: Any, unit: int) -> None:
+        super().__init__()
+        self.vae, self.unit = vae, unit
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """[B, D] for z [B, D] and y [B, C]."""
+        with pyro.validation_enabled(False):
+            return followed(self.vae.prior(y), z, self.unit)
+
+
+class Own(nn.Module):
+    """Programs of one's own as the page asks for a VAE.
+
+    Args:
+        programs: A module with a model and a guide.
+        data: Rows, of which one stands for x where only z matters.
+    """
+
+    def __init__(self, programs: Any, data: Data) -> None:
+        super().__init__()
+        self.programs = programs
+        x, y = data.batch(torch.arange(1))
+        found = densities(self.model, self.guide, x, y)
+        shapes = {name: site.model.event_shape for name, site in found.sites.items()}
+        if len(shapes) != 1 or len(next(iter(shapes.values()))) != 1:
+            found_shapes = {name: tuple(shape) for name, shape in shapes.items()}
+            raise ValueError(
+                f"explore needs one latent site, of event (D,); the model has {found_shapes}"
+            )
+        self.sizes = {name: shape[0] for name, shape in shapes.items()}
+        (self.site,) = self.sizes
+        (self.observed, *_) = found.observed
+        self.register_buffer("x", x)
+        self.x: Tensor
+
+    def model(self, *args: Any) -> Any:
+        """The model."""
+        return self.programs.model(*args)
+
+    def guide(self, *args: Any) -> Any:
+        """The guide."""
+        return self.programs.guide(*args)
+
+    def prior(self, y: Tensor | None = None) -> Distribution:
+        """p(z), batch () where it is one Normal; else batch [B], that of y, or [1]."""
+        fn = self._site(self.model, self.site, self._rows(1 if y is None else len(y)), y)
+        base = getattr(fn, "base_dist", None)
+        if y is None and isinstance(base, torch.distributions.Normal):
+            return dist.Normal(base.loc[0], base.scale[0]).to_event(1)
+        return fn
+
+    def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
+        """q(z | x)."""
+        return self._site(self.guide, self.site, x, y)
+
+    def mean(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """E[x | z] [B, *E]."""
+        with poutine.condition(data={self.site: z}):
+            return self._site(self.model, self.observed, self._rows(len(z)), y).mean
+
+    def _rows(self, count: int) -> Tensor:
+        return self.x.expand(count, *self.x.shape[1:])
+
+    def _site(self, program: Any, site: str, x: Tensor, y: Tensor | None) -> Any:
+        trace = poutine.trace(program).get_trace(*program_args(x, y))
+        return trace.nodes[site]["fn"]
+
+
+def known_rows(
+    vae: Any, data: Data, evidence: Evidence | None, some: Tensor, elbo: Tensor | None = None
+) -> dict[str, Any]:
+    """What is known of each row: ELBO, and log p(x) of `some` of them; fields of `Rows`.
+
+    Raises:
+        ValueError: If the evidence is of another number of rows.
+    """
+    if evidence is not None and len(evidence) != len(some):
+        raise ValueError(
+            f"evidence must be of the {len(some)} rows shown; got {len(evidence)}: give limit the "
+            "number of your rows"
+        )
+    x, y = data.batch(torch.arange(len(data)))
+    if elbo is None:
+        elbo = evidence_lower_bound(vae.model, vae.guide, x, y, num_samples=100).elbo
+    log_prob, stderr = torch.full((2, len(data)), math.nan)
+    verdict = [""] * len(data)
+    if evidence is not None:
+        log_prob[some], stderr[some] = evidence.log_prob.float(), evidence.stderr.float()
+        for i, word in zip(some.tolist(), evidence.verdict):
+            verdict[i] = word
+    return {"elbo": elbo, "log_prob": log_prob, "stderr": stderr, "verdict": verdict}
+
+
+def content(
+    vae: Any,
+    data: Data,
+    numbers: Tensor,
+    known: Mapping[str, Any],
+    name: str,
+    where: str,
+    rows: bool,
+) -> Content:
+    """What the page of a VAE, or of `Own` programs, is made of.
+
+    Args:
+        vae: In eval mode, on the CPU.
+        data: The rows of the page, transformed.
+        numbers: What they are called.
+        known: Of `known_rows`.
+        name: The title.
+        where: Which rows these are, in words.
+        rows: Whether to hold the rows themselves.
+    """
+    x, y = data.batch(torch.arange(len(data)))
+    c = y
+    if isinstance(vae, ClassVAE):  # of the class of most weight, or that of the label
+        few: dict[str, Any] = {"estimator": importance_sampling, "num_samples": 10}
+        likely = class_probabilities(vae, x, y, **few).probabilities.argmax(-1)
+        c = torch.eye(vae.classes)[likely]
+    codes = VAE.encode(vae, x, c) if isinstance(vae, ClassVAE) else vae.encode(x, c)
+    back = data.transform.inverse
+    inputs = getattr(vae.prior, "inputs", None)
+    if inputs is not None and (not rows or inputs.shape[1:] != x.shape[1:]):
+        inputs = None
+    kl = None if isinstance(vae, ClassVAE) else unit_kl(vae, data)
+    one_hot = c is not None and c.shape[1] == data.classes
+    return Content(
+        name=name,
+        about=_about(vae, where, rows),
+        decoder=Mean(vae, data.transform).eval(),
+        prior=vae.prior(c),
+        rows=Rows(
+            numbers=numbers,
+            codes=codes,
+            shown=back(x).float() if rows else None,
+            y=c,
+            labels=data.labels,
+            **known,
+        ),
+        limits=_limits(back(x), data),
+        kl=codes.mean.var(0, correction=0) if kl is None else kl,
+        order="the variance of its codes" if kl is None else "its KL",
+        names=unit_names(vae),
+        layers=list(vae.sizes.values()),
+        follow=[Follow(vae, end).eval() for end in accumulate(list(vae.sizes.values())[:-1])],
+        columns=data.columns,
+        categories=_categories(data),
+        classes=data.classes if one_hot else None,
+        inputs=None if inputs is None else back(inputs),
+    )
+
+
+def _categories(data: Data) -> list[list[str]]:
+    """Names of the codes of each column; of a binary one that of 1, whose share is shown."""
+    columns = [] if data.schema is None else data.schema.columns.values()
+    return [
+        [str(n) for n in c.categories[c.kind == "binary" :]] if c.kind in CODED else []
+        for c in columns
+    ]
+
+
+def _about(vae: Any, where: str, rows: bool) -> list[str]:
+    sizes = " + ".join(map(str, vae.sizes.values()))
+    kind = f"The programs of {type(getattr(vae, 'programs', vae)).__name__}, of {sizes} latents."
+    if isinstance(vae, VAE):
+        top = getattr(vae.prior, "layers", [vae.prior])[-1]
+        parts = {"prior": top, "likelihood": vae.likelihood, "posterior": vae.posterior}
+        named = ", ".join(f"{role} {type(part).__name__}" for role, part in parts.items())
+        kind = f"A variational autoencoder of {sizes} latents: {named}."
+    held = "the rows themselves" if rows else "not the rows themselves"
+    return [
+        kind,
+        f"Codes are those of {where}.",
+        f"This file holds the decoder's weights, the codes of these rows, and {held}.",
+    ]
+
+
+def _limits(x: Tensor, data: Data) -> tuple[Tensor, Tensor]:
+    """Black and white of images; of columns, the ends of most of their values."""
+    if data.levels is not None:
+        return torch.tensor(0.0), torch.tensor(float(data.levels - 1))
+    if x.ndim == 4:
+        return x[~x.isnan()].amin(), x[~x.isnan()].amax()
+    low, high = x.float().nanquantile(torch.tensor([0.01, 0.99]), 0).nan_to_num(0)
+    return low, torch.where(high > low, high, low + 1)
