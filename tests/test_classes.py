@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_vae import build, class_probabilities, fit, impute, load
+from pyro_vae import build, class_probabilities, column_log_prob, fit, impute, load
 from pyro_vae.classes import ClassVAE
 from pyro_vae.cli.parsing import run
 from pyro_vae.densities import densities
 from pyro_vae.distributions import Label
-from pyro_vae.estimators import importance_sampling, log_evidence
+from pyro_vae.estimators import Imputation, importance_sampling, log_evidence
+from pyro_vae.estimators.evidence import summarise
 from pyro_vae.objectives import ELBO, IWAE
 
 B, C, D, F = 7, 3, 2, 5
@@ -37,6 +39,13 @@ def made(prior: str = "StandardNormal", decoder: Any = SMALL, **options: Any) ->
 
 def joint(vae: ClassVAE, x: Tensor) -> Tensor:
     """log p(x, y) [B, C] of a linear decoder."""
+    logits, loc, covariance = moments(vae)
+    given = dist.MultivariateNormal(loc, covariance).log_prob(x.unsqueeze(1))
+    return logits + given
+
+
+def moments(vae: ClassVAE) -> tuple[Tensor, Tensor, Tensor]:
+    """log p(y) [C], and moments [C, F] and [C, F, F] of p(x | y), of a linear decoder."""
     linear: Any = vae.likelihood.decoder.output  # type: ignore[union-attr]
     W, offset = linear.weight[:, :D], linear.weight[:, D:].T + linear.bias
     prior: Any = vae.prior(torch.eye(C))
@@ -44,8 +53,68 @@ def joint(vae: ClassVAE, x: Tensor) -> Tensor:
     noise = 0.7**2 * torch.eye(F)
     covariance = W @ scale.square().diag_embed() @ W.T + noise
     loc = prior.mean.expand(C, D) @ W.T + offset
-    given = dist.MultivariateNormal(loc, covariance).log_prob(x.unsqueeze(1))
-    return (vae.class_weights.logits.log_softmax(0) + given).detach()
+    return vae.class_weights.logits.log_softmax(0).detach(), loc.detach(), covariance.detach()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("proposal", ["guide", pytest.param("refined", marks=pytest.mark.slow)])
+def test_what_is_missing_is_drawn_from_the_mixture_over_classes(proposal: str) -> None:
+    vae, N = made("NormalPerClass", LINEAR, missing=True), 13
+    with torch.no_grad():
+        vae.prior.loc *= 5.0  # type: ignore[union-attr, operator]
+        vae.posterior.encoder.output.weight *= 0.1  # type: ignore[union-attr, operator]
+        vae.posterior.encoder.output.bias[D:] = 2.0  # type: ignore[union-attr, operator, index]
+    x = vae.sample(N).masked_fill(torch.rand(N, F) < 0.5, torch.nan)
+    labels = torch.where(torch.arange(N) < C, torch.arange(N), -1)
+    K = {"guide": 10_007, "refined": 499}[proposal]
+    found = impute(vae, x, labels, num_draws=499, num_samples=K, proposal=proposal)
+    logits, loc, covariance = moments(vae)
+    means, draws = [], []
+    for n in range(N):
+        m = x[n].isnan()
+        o = ~m
+        gain = covariance[:, m][:, :, o] @ covariance[:, o][:, :, o].inverse()
+        given = loc[:, m] + (gain @ (x[n, o] - loc[:, o])[..., None])[..., 0]
+        within = covariance[:, m][:, :, m] - gain @ covariance[:, o][:, :, m]
+        seen = dist.MultivariateNormal(loc[:, o], covariance[:, o][:, :, o]) if o.any() else None
+        log_joint = logits + (0.0 if seen is None else seen.log_prob(x[n, o]))
+        known = labels[n] < 0 or torch.arange(C) == labels[n]
+        log_joint = torch.where(torch.as_tensor(known), log_joint, -torch.inf)
+        total, share = log_joint.logsumexp(0), log_joint.softmax(0)
+        assert abs(found.log_prob[n] - total) < 4.5 * found.evidence.stderr[n] + 1e-9
+        if not m.any():
+            continue
+        mean = share @ given
+        means.append((found.mean[n, m] - mean) / found.stderr[n, m])
+        spread = given - mean
+        second = (share[:, None, None] * (within + spread[:, :, None] * spread[:, None])).sum(0)
+        away = found.draws[:, n, m] - mean
+        products = (away[:, :, None] * away[:, None]).flatten(1)
+        draws.append(away.mean(0) / (2 * second.diag() / len(away)).sqrt())  # repeated draws
+        draws.append((products.mean(0) - second.flatten()) / (2 * products.var(0) / 499).sqrt())
+    for scores in (torch.cat(means), torch.cat(draws)):
+        assert 0.5 < scores.square().mean().sqrt() < 1.5
+        assert scores.abs().max() < 4.5
+    assert set(found.verdict) == {{"guide": "lower bound", "refined": "reliable"}[proposal]}
+    assert torch.equal(found.draws[:, ~x.isnan()], x[~x.isnan()].expand(499, -1))
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_error_of_a_mixed_mean_has_that_of_the_probabilities() -> None:
+    N, logits, errors = 2003, torch.randn(C), torch.tensor([0.1, 0.02, 0.05])
+    parts = []
+    for c in range(C):
+        evidence = summarise(torch.zeros(2, N), "known", "reliable")
+        log_prob = logits[c] + errors[c] * torch.randn(N)
+        evidence = replace(evidence, log_prob=log_prob, stderr=errors[c].expand(N))
+        exact = torch.full((N, 1), c**2 + 1.0)
+        parts.append(Imputation(exact.expand(17, N, 1), exact, 0 * exact, evidence))
+    found = Imputation.mixed(parts)
+    share, value = logits.softmax(0), torch.arange(C) ** 2 + 1.0
+    assert abs(found.stderr.mean() / found.mean.std() - 1) < 0.07
+    assert abs(found.mean.mean() - share @ value) < 5 * found.mean.std() / N**0.5 + 1e-3
+    drawn = (found.draws == value).double().mean((0, 1))
+    assert ((drawn - share).abs() < 4.5 * (share * (1 - share) / (17 * N)).sqrt() + 1e-3).all()
 
 
 @pytest.mark.usefixtures("float64")
@@ -232,8 +301,8 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
         vae.model(x, torch.zeros(B, 2))
     with pytest.raises(ValueError, match="classes go with condition_dim=0, for a datum has one y"):
         build(F, D, classes=C, condition_dim=2)
-    with pytest.raises(ValueError, match=r"impute takes no model with discrete .* here \['y'\]"):
-        impute(vae, x)
+    with pytest.raises(ValueError, match=r"column_log_prob takes no model .* here \['y'\]"):
+        column_log_prob(vae, x)
     with pytest.raises(ValueError, match="label_weight with classes"):
         build(F, D, label_weight=1.0)
     with pytest.raises(ValueError, match="classes must be at least 2"):

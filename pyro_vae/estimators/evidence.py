@@ -23,9 +23,11 @@ from pyro_vae.estimators.diagnostics import (
 )
 from pyro_vae.files import reading, write
 
-__all__ = ["Evidence", "summarise"]
+__all__ = ["Evidence", "summarise", "worst"]
 
 DIGEST = "sha256"
+MATTERS = 1e-3  # posterior probability from which a value's verdict counts
+VERDICTS = ["reliable", "lower bound", "doubtful"]  # from the best to the worst
 TENSORS = ("log_prob", "stderr", "ess", "khat", "num_samples")
 
 
@@ -133,6 +135,45 @@ class Evidence:
             | missing,
             audit="; ".join(dict.fromkeys(p.audit for p in parts if p.audit)),
         )
+
+    @classmethod
+    def mixed(cls, parts: Sequence[Evidence]) -> Evidence:
+        """log p(x) from log p(x, c) of the values c of a discrete latent: their logsumexp.
+
+        The standard error is by the delta method; k-hat and verdict are the worst of the values
+        of posterior probability above 0.001.
+        """
+        joint = torch.stack([part.log_prob for part in parts])
+        total = joint.logsumexp(0)
+        share = (joint - total).exp()
+        stderr, ess, khat = (torch.stack([getattr(p, n) for p in parts]) for n in TENSORS[1:4])
+        missing = torch.stack([part.missing for part in parts]).amax(0)
+        return cls(
+            log_prob=total,
+            stderr=(share * stderr).square().sum(0).sqrt(),
+            ess=1 / (share.square() / ess).sum(0),
+            khat=khat.masked_fill(share <= MATTERS, -torch.inf).amax(0),
+            num_samples=torch.stack([part.num_samples for part in parts]).sum(0),
+            method=[
+                f"{parts[c].method[n]}, sum of {len(parts)}"
+                for n, c in enumerate(share.argmax(0).tolist())
+            ],
+            verdict=worst(parts, share),
+            extras={"missing": missing} if bool(missing.any()) else {},
+            audit=_audits([part.audit for part in parts if part.audit]),
+        )
+
+    def excluded(self, index: Tensor) -> Evidence:
+        """The evidence with log p(x) of some of the data -inf, for the model excludes them."""
+        tensors = {name: getattr(self, name).clone() for name in TENSORS}
+        for name, value in zip(TENSORS, (-math.inf, 0.0, 1.0, -math.inf, 0)):
+            tensors[name][index] = value
+        missing = self.missing.clone()
+        missing[index] = 0
+        verdict = list(self.verdict)
+        for i in index.tolist():
+            verdict[i] = "reliable"
+        return replace(self, **tensors, verdict=verdict, extras={"missing": missing})
 
     def rows(self, index: Tensor) -> Evidence:
         """The evidence of some of the data, by their indices."""
@@ -254,6 +295,20 @@ def summarise(log_weights: Tensor, method: str, verdict: str) -> Evidence:
         method=[method] * B,
         verdict=[verdict] * B,
     )
+
+
+def worst(parts: Sequence[Evidence], share: Tensor) -> list[str]:
+    """The worst verdict of each datum among the values that matter."""
+    ranks = torch.tensor([[VERDICTS.index(v) for v in part.verdict] for part in parts])
+    return [VERDICTS[i] for i in ranks.masked_fill(share <= MATTERS, 0).amax(0).tolist()]
+
+
+def _audits(found: list[str]) -> str:
+    """One line of the audits of all values: how many there are, and one that failed if any did."""
+    if len(set(found)) < 2:
+        return "".join(found[:1])
+    failed = [audit for audit in found if audit.startswith("FAILED")]
+    return f"{(failed or found)[0]} ({len(failed)} of {len(found)} values failed)"
 
 
 def _digest(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:

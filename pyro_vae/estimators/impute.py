@@ -87,6 +87,30 @@ class Imputation:
             Evidence.cat([part.evidence for part in parts]),
         )
 
+    @classmethod
+    def mixed(cls, parts: Sequence[Imputation]) -> Imputation:
+        """Imputations from those given the values c of a discrete latent, with log p(x, c).
+
+        Each draw is one of a value that is itself drawn from p(c | x).
+        """
+        joint = torch.stack([part.log_prob for part in parts])
+        share = (joint - joint.logsumexp(0)).exp()  # [C, N]
+        draws = torch.stack([part.draws for part in parts])
+        value = torch.multinomial(share.T, draws.shape[1], True).T
+        n = torch.arange(draws.shape[2])
+        wide = share.view(*share.shape, *[1] * (draws.ndim - 3)).to(draws)
+        means, errors = (torch.stack([getattr(p, k) for p in parts]) for k in ("mean", "stderr"))
+        mean = (wide * means).sum(0)
+        of_share = torch.stack([part.evidence.stderr for part in parts]).view(wide.shape)
+        square = (wide * errors).square() + (wide * of_share * (means - mean)).square()
+        chosen = draws[value, torch.arange(draws.shape[1])[:, None], n]
+        evidence = Evidence.mixed([part.evidence for part in parts])
+        return cls(chosen, mean, square.sum(0).sqrt().to(mean), evidence)
+
+    def excluded(self, index: Tensor) -> Imputation:
+        """The imputations, some of the data excluded by the model."""
+        return replace(self, evidence=self.evidence.excluded(index))
+
     def rows(self, index: Tensor) -> Imputation:
         """The imputations of some of the data, by their indices."""
         parts = self.draws[:, index], self.mean[index], self.stderr[index]
@@ -121,7 +145,8 @@ def impute(
     `refined_importance_sampling`, with more components where these are not enough. R of these
     draws are picked in proportion to their weights, and the missing entries are drawn from
     p(x | z) there: independent draws, no chain, with the diagnostics of importance sampling. The
-    mean is the weighted one of all K. Valid if what is missing depends only on what was observed
+    mean is the weighted one of all K. A discrete latent that is summed out, such as a class, is
+    drawn from p(c | x_o) first, and the rest given it. Valid if what is missing depends only on what was observed
     ("at random"), or if the model says how it went missing.
 
     Args:

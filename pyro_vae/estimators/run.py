@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pyro_vae.arguments import TakesVAE, as_rows, check_real, check_whole, programs
 from pyro_vae.densities import Program, densities, evaluating, log_weights, summed_values
 from pyro_vae.estimators.coordinates import Coordinates
-from pyro_vae.estimators.evidence import TENSORS, Evidence
+from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.target import ROWS, CompiledTarget, Target
 from pyro_vae.generators import alone, forked, seed_generators
 from pyro_vae.memory import keep_memory
@@ -30,18 +30,16 @@ __all__ = [
     "for_each_value",
     "map_batches",
     "map_targets",
-    "worst",
 ]
 
-SUMMED = {  # estimators of log p(x), whose results are summed over the values of a latent
+SUMMED = {  # estimators whose results are mixed over the values of a latent
+    "impute",
     "importance_sampling",
     "refined_importance_sampling",
     "annealed_importance_sampling",
     "log_evidence",
 }
-REFUSED = {"audit", "bidirectional", "column_log_prob", "impute"}
-MATTERS = 1e-3  # posterior probability from which a value's verdict counts
-VERDICTS = ["reliable", "lower bound", "doubtful"]  # from the best to the worst
+REFUSED = {"audit", "bidirectional", "column_log_prob"}
 DRAWS_AT_ONCE = 4  # draws of each datum that make up the rows that the model sees at once
 STEP = 100  # rows of a usual step of training, by which models are small for `fit`, too
 NUMBERS = 5_000_000  # coordinates of a thousand draws of a batch
@@ -57,8 +55,7 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
     Pyro's own checks are on, whatever flags are set: a density of data that are impossible is no
     number to report. They are flags of the process, so that other threads wait.
 
-    An estimator of log p(x) of a model with discrete latents to be summed out is run for each
-    of their values.
+    With a model whose discrete latents are to be summed out it is run for each of their values.
     """
     signature = inspect.signature(function)
 
@@ -92,7 +89,7 @@ def few_threads(programs: dict[str, Any], x: Tensor) -> AbstractContextManager[N
 
 
 def _found(function: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
-    """What a function gives; an estimate of log p(x) for each value of summed latents, summed."""
+    """What a function gives; for summed latents what it gives at each value, mixed."""
     given = bound.arguments
     if function.__name__ not in SUMMED | REFUSED:
         return function(*bound.args, **bound.kwargs)
@@ -105,7 +102,9 @@ def _found(function: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
             f"{sorted(values)}: give it one at a value, by pyro.condition"
         )
     bound.apply_defaults()
-    return over_values(function, bound.arguments, values)
+    parts = for_each_value(function, bound.arguments, values)
+    with forked(torch.device("cpu"), bound.arguments["seed"]):
+        return type(parts[0]).mixed(parts)
 
 
 def exact_without_data(
@@ -165,36 +164,12 @@ class At(Messenger):
             msg["is_observed"], msg["stop"] = True, self.hidden
 
 
-def over_values(
-    function: Callable[..., Evidence], given: dict[str, Any], values: Values
-) -> Evidence:
-    """Evidence with discrete latents summed out: log p(x) is the logsumexp of log p(x, c).
-
-    The standard error is by the delta method; k-hat and verdict are the worst of the values of
-    posterior probability above 0.001.
-    """
-    parts = for_each_value(function, given, values)
-    joint = torch.stack([part.log_prob for part in parts])
-    total = joint.logsumexp(0)
-    share = (joint - total).exp()
-    stderr, ess, khat = (torch.stack([getattr(p, n) for p in parts]) for n in TENSORS[1:4])
-    best = share.argmax(0).tolist()
-    return Evidence(
-        log_prob=total,
-        stderr=(share * stderr).square().sum(0).sqrt(),
-        ess=1 / (share.square() / ess).sum(0),
-        khat=khat.masked_fill(share <= MATTERS, -torch.inf).amax(0),
-        num_samples=torch.stack([part.num_samples for part in parts]).sum(0),
-        method=[f"{parts[c].method[n]}, sum of {len(parts)}" for n, c in enumerate(best)],
-        verdict=worst(parts, share),
-        audit=_audits([part.audit for part in parts if part.audit]),
-    )
-
-
 def for_each_value(
-    function: Callable[..., Evidence], given: dict[str, Any], values: Values
-) -> list[Evidence]:
-    """Evidence of log p(x, c) for each joint value c; -inf where the model excludes it.
+    function: Callable[..., Any], given: dict[str, Any], values: Values
+) -> list[Any]:
+    """Evidence of log p(x, c) for each joint value c, or imputations given it.
+
+    Data for which the model excludes a value, such as by a known label, are marked so.
 
     Args:
         function: An estimator.
@@ -208,32 +183,24 @@ def for_each_value(
         own = {"model": one.model, "guide": one.guide, "seed": None if seed is None else seed + c}
         quiet = {"progress": False} if "progress" in given else {}
         parts.append(_where_possible(function, given | own | quiet))
-    return parts
+    some = next((part for part in parts if part is not None), None)
+    if some is None:
+        raise ValueError(f"the model excludes all data at every value of {sorted(values)}")
+    return [some.excluded(torch.arange(len(some))) if part is None else part for part in parts]
 
 
-def _where_possible(function: Callable[..., Evidence], given: dict[str, Any]) -> Evidence:
-    x, y, N = given["x"], given.get("y"), len(given["x"])
-    rows = torch.arange(N, device=x.device)
-    if y is not None:
-        rows = rows[_possible(given["model"], given["guide"], x, y)]
-    impossible = torch.full((N,), -torch.inf, dtype=torch.float64)
-    nothing = Evidence(
-        log_prob=impossible,
-        stderr=torch.zeros_like(impossible),
-        ess=torch.ones_like(impossible),
-        khat=impossible,
-        num_samples=torch.zeros(N, dtype=torch.long),
-        method=["excluded by the model"] * N,
-        verdict=["reliable"] * N,
-    )
+def _where_possible(function: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """Results of all data, found of those that the model does not exclude; None if it does all."""
+    x, y = given["x"], given.get("y")
+    if y is None:
+        return function(**given)
+    possible = _possible(given["model"], given["guide"], x, y)
+    rows = possible.nonzero()[:, 0]
     if not len(rows):
-        return nothing
-    found = function(**given | {"x": x[rows], "y": None if y is None else y[rows]})
-    where = torch.full((N,), N)
-    where[rows.cpu()] = torch.arange(len(rows))
-    both = Evidence.cat([found, nothing])
-    chosen = both.rows(torch.where(where < N, where, len(rows) + torch.arange(N)))
-    return replace(chosen, audit=found.audit)
+        return None
+    found = function(**given | {"x": x[rows], "y": y[rows]})
+    place = (possible.cumsum(0) - 1).clamp(min=0).cpu()
+    return found.rows(place).excluded((~possible).nonzero()[:, 0].cpu())
 
 
 def _possible(model: Program, guide: Program, x: Tensor, y: Tensor) -> Tensor:
@@ -244,20 +211,6 @@ def _possible(model: Program, guide: Program, x: Tensor, y: Tensor) -> Tensor:
             for pair in zip(x.split(1000), y.split(1000))
         ]
     return torch.cat(parts) > -torch.inf
-
-
-def _audits(found: list[str]) -> str:
-    """One line of the audits of all values: how many there are, and one that failed if any did."""
-    if len(set(found)) < 2:
-        return "".join(found[:1])
-    failed = [audit for audit in found if audit.startswith("FAILED")]
-    return f"{(failed or found)[0]} ({len(failed)} of {len(found)} values failed)"
-
-
-def worst(parts: list[Evidence], share: Tensor) -> list[str]:
-    """The worst verdict of each datum among the values that matter."""
-    ranks = torch.tensor([[VERDICTS.index(v) for v in part.verdict] for part in parts])
-    return [VERDICTS[i] for i in ranks.masked_fill(share <= MATTERS, 0).amax(0).tolist()]
 
 
 def check_support(
