@@ -146,8 +146,8 @@ def impute(
     draws are picked in proportion to their weights, and the missing entries are drawn from
     p(x | z) there: independent draws, no chain, with the diagnostics of importance sampling. The
     mean is the weighted one of all K. A discrete latent that is summed out, such as a class, is
-    drawn from p(c | x_o) first, and the rest given it. Valid if what is missing depends only on what was observed
-    ("at random"), or if the model says how it went missing.
+    drawn from p(c | x_o) first, and the rest given it. Valid if what is missing depends only on
+    what was observed ("at random"), or if the model says how it went missing.
 
     Args:
         model: Pyro model of (x) or (x, y), as in `log_evidence`; or a VAE. A model of one's own
