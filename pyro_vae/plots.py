@@ -287,20 +287,29 @@ def factor_matrix(information: Tensor, names: Sequence[str]) -> Figure:
 
 @style()
 def unit_kl(epochs: Tensor, kl: Tensor, names: Sequence[str] | None = None) -> Figure:
-    """KL of each latent dimension [T, D] over epochs [T], in nats; the largest are named.
+    """KL of each latent dimension [T, D] over epochs [T], in nats, and the last, in order.
+
+    The largest are named; bars of a hierarchy have a colour for each layer.
 
     Args:
         epochs: Epochs [T].
         kl: KL of each dimension after each [T, D].
         names: Names of the D dimensions; z0, z1, ... if None.
     """
-    figure, (ax,) = _axes(1, 1, 3)
+    figure, (ax, bars) = _axes(1, 2, 3)
     order = kl[-1].argsort(descending=True).tolist()
+    sites = [_unit(d, names).partition("[")[0] if "[" in _unit(d, names) else "" for d in order]
+    for site, colour in zip(sorted(set(sites)), PALETTE):
+        mine = [(i, kl[-1, d].item()) for i, d in enumerate(order) if sites[i] == site]
+        total = sum(value for _, value in mine)
+        bars.bar(*zip(*mine), color=colour, label=f"{site}, {total:.1f} nats".lstrip(", "))
     for place, d in enumerate(order):
         look = {"color": "0.8"} if place >= 10 else {"label": _unit(d, names)}
         line = "--" if len(PALETTE) <= place < 10 else "-"
         ax.plot(epochs.tolist(), kl[:, d].tolist(), line, **look)
     _over_epochs(ax, "KL of each latent dimension")
+    bars.set(title="the last of each, in order", xlabel="latent dimensions", xticks=[])
+    bars.legend()
     return figure
 
 

@@ -49,7 +49,7 @@ def test_run_folder_holds_its_declaration_and_figures(run: Path) -> None:
     assert declared["transform"] == "threshold"
     names = {path.name for path in (run / "figures").iterdir()}
     assert names == {
-        "curves.png", "latent.png", "parts.png", "reconstructions.png", "sample_means.png",
+        "curves.svg", "latent.png", "parts.svg", "reconstructions.png", "sample_means.png",
         "samples.png",
     }  # fmt: skip
 
@@ -252,9 +252,9 @@ def test_a_dequantised_density_stands_for_a_mass(
 
 
 def test_plot_draws_again(run: Path) -> None:
-    (run / "figures/curves.png").unlink()
+    (run / "figures/curves.svg").unlink()
     assert main(["plot", str(run)]) == 0
-    assert (run / "figures/curves.png").stat().st_size > 10_000
+    assert (run / "figures/curves.svg").stat().st_size > 10_000
 
 
 def test_a_run_can_be_made_again_from_its_configuration(run: Path, tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_resume_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (whole / "parts.csv").read_text() == (parts / "parts.csv").read_text()
     drawn = {path.name for path in (parts / "figures").iterdir()}
-    assert {"traversals.png", "unit_kl.png", "parts.png"} <= drawn
+    assert {"traversals.png", "unit_kl.svg", "parts.svg"} <= drawn
     with (parts / "parts.csv").open() as file:
         last = {key: float(value) for key, value in list(csv.DictReader(file))[-1].items()}
     with (parts / "metrics.csv").open() as file:
@@ -866,7 +866,7 @@ def test_layers_are_trained_judged_and_drawn(
     head, *rows = (run / "parts.csv").read_text().splitlines()
     assert head == "epoch,kl_z1[0],kl_z1[1],kl_z1[2],kl_z2[0],kl_z2[1]"
     assert len(rows) == 3
-    assert {"traversals.png", "unit_kl.png"} <= {p.name for p in (run / "figures").iterdir()}
+    assert {"traversals.png", "unit_kl.svg"} <= {p.name for p in (run / "figures").iterdir()}
     assert main(["report", str(run)]) == 0
     assert "[3, 2]" in (run / "report.html").read_text()
     assert main(["explore", str(run), "--judged=0", "--limit=7"]) == 0

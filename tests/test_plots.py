@@ -124,7 +124,9 @@ def test_the_factor_matrix_is_drawn_as_it_is() -> None:
 
 def test_curves_over_epochs() -> None:
     epochs, kl = torch.arange(4), torch.rand(4, 12)
-    (ax,) = plots.unit_kl(epochs, kl).axes
+    ax, bars = plots.unit_kl(epochs, kl, [f"z{d % 2}[{d // 2}]" for d in range(12)]).axes
+    assert [bar.get_height() for bar in bars.patches[:6]] == sorted(kl[-1, ::2].tolist())[::-1]
+    (ax, _) = plots.unit_kl(epochs, kl).axes
     order = kl[-1].argsort(descending=True)
     assert [list(line.get_ydata()) for line in ax.lines] == kl.T[order].tolist()
     named = {text.get_text(): text.get_position()[1] for text in ax.texts}

@@ -150,47 +150,57 @@ def table(found: dict[str, Evidence], middle: float) -> list[dict[str, str]]:
     return lines
 
 
+@plots.style()
 def draw(found: dict[str, Evidence], pictures: dict[str, Tensor], blank: float | None) -> Figure:
     """Histograms of log p(x), ROC curves, and the first images of each set."""
-    columns = 3 if pictures else 2
-    figure = Figure(figsize=(4.2 * columns, 3.8), layout="constrained")
-    left, right, *rest = figure.subplots(1, columns)
+    layout = [["left", "left"], ["right", "images"]] if pictures else [["left", "right"]]
+    figure = Figure(figsize=(7, 5 if pictures else 2.8), layout="constrained")
+    axes = figure.subplot_mosaic(layout, width_ratios=(1, 1.2) if pictures else (1.6, 1))
+    histograms(axes["left"], found, blank)
     (_, first), *others = found.items()
-    least, most = first.log_prob.min().item(), first.log_prob.max().item()
+    right, areas = axes["right"], [""]
+    for i, (_, evidence) in enumerate(others, 1):
+        truth = [0] * len(first) + [1] * len(evidence)
+        share, power, _ = roc_curve(truth, -torch.cat([first.log_prob, evidence.log_prob]))
+        areas.append("\narea {:.3f} ± {:.3f}".format(*area(-first.log_prob, -evidence.log_prob)))
+        right.plot(share, power, color=f"C{i}")
+    right.plot([0, 1], [0, 1], color="0.6", linewidth=1, zorder=0)
+    right.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
+    right.set_title("" if pictures else f"ROC,{areas[1].strip()}".replace(",", ", "), fontsize=9)
+    if pictures:
+        count = min(8, *(len(x) for x in pictures.values()))
+        strips = [torch.cat([*x[:count]], -1) for x in pictures.values()]
+        ax, height = axes["images"], strips[0].shape[-2]
+        ax.imshow(torch.cat(strips, -2)[0].tolist(), cmap="gray", interpolation="nearest")
+        ax.set_yticks([height * (i + 0.5) for i in range(len(strips))])
+        ax.set_yticklabels([name + words for name, words in zip(pictures, areas)])
+        for i, label in enumerate(ax.get_yticklabels()):
+            label.set_color(f"C{i}")
+        ax.set_xticks([])
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+    return figure
+
+
+def histograms(ax: Any, found: dict[str, Evidence], blank: float | None) -> None:
+    """Shares of each set by log p(x), over the range of the first; what is below is told."""
+    first = next(iter(found.values())).log_prob
+    least, most = first.min().item(), first.max().item()
     low = least - (most - least)
     high = max(evidence.log_prob.max().item() for evidence in found.values())
     bins = torch.linspace(low, max(high, blank or high), 40).tolist()
-    for name, evidence in found.items():
+    for i, (name, evidence) in enumerate(found.items()):
         outside = (evidence.log_prob < low).double().mean().item()
-        label = f"{name}, {outside:.0%} further left" if outside else name
         share = [1 / len(evidence)] * len(evidence)
-        left.hist(evidence.log_prob.tolist(), bins, weights=share, alpha=0.5, label=label)
+        shown = {"label": name} if outside < 1 else {}
+        ax.hist(evidence.log_prob.tolist(), bins, weights=share, alpha=0.5, color=f"C{i}", **shown)
+        if outside:
+            words = f"\u2190 {outside:.0%} of {name} below {low:.0f}"
+            ax.text(0.01, 0.6 - 0.1 * i, words, color=f"C{i}", transform=ax.transAxes, size=8)
     if blank is not None:
-        left.axvline(blank, color="0.2", linestyle=":", label="a blank image")
-    left.set_xlabel("log p(x), nats per datum")
-    left.set_ylabel("share of the data")
-    left.legend(frameon=False, fontsize=8, loc="upper left")
-    for i, (name, evidence) in enumerate(others, 1):
-        truth = [0] * len(first) + [1] * len(evidence)
-        share, power, _ = roc_curve(truth, -torch.cat([first.log_prob, evidence.log_prob]))
-        auc = area(-first.log_prob, -evidence.log_prob)
-        label = "{}, {:.3f} +- {:.3f}".format(name, *auc)
-        right.plot(share, power, color=f"C{i}", label=label)
-    right.plot([0, 1], [0, 1], color="0.7", linewidth=1, zorder=0)
-    right.set_xlabel("share of held-out data below the threshold")
-    right.set_ylabel("share of anomalies below the threshold")
-    right.legend(
-        edgecolor="w", framealpha=1, fontsize=8, title="area under the curve", loc="center"
-    )
-    for ax in rest:
-        count = min(8, *(len(x) for x in pictures.values()))
-        strips = [torch.cat([*x[:count]], -1) for x in pictures.values()]
-        ax.imshow(torch.cat(strips, -2)[0].tolist(), cmap="gray", interpolation="nearest")
-        height = strips[0].shape[-2]
-        ax.set_yticks([height * (i + 0.5) for i in range(len(strips))], list(pictures))
-        ax.set_xticks([])
-        ax.tick_params(length=0)
-    return figure
+        ax.axvline(blank, color="black", linestyle=":", label="a blank image")
+    ax.set(xlabel="log p(x), nats per datum", ylabel="share of the set")
+    ax.legend(loc="upper left")
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -218,7 +228,7 @@ def main(arguments: argparse.Namespace) -> None:
                 "of held-out digits"
             )
             print("a blank image:", tables["a blank image"])
-        plots.save(draw(found, shown, blank), str(out / f"{study.__name__}.png"))
+        plots.save(draw(found, shown, blank), str(out / f"{study.__name__}.svg"))
         printed = Table(*tables[study.__name__][0], title=f"{study.__name__}, nats per datum")
         for line in tables[study.__name__]:
             printed.add_row(*line.values())

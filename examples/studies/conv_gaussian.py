@@ -16,7 +16,7 @@ is noise, and log p(x) is that of a model of noise. For one sigma the best is kn
 and can be set after each epoch (a callback below), be learned as a parameter, which comes to the
 same, or be set afterwards. Taken over each batch, as published, it would not be a density of x.
 Batch norm is an option; evaluation always uses its running averages, so that log p(x) of an image
-does not depend on its neighbours. Table and figures grow with each model; run again, it goes on
+does not depend on its neighbours. The table grows with each model; run again, it goes on
 where it was.
 
 Rybkin, Daniilidis and Levine. Simple and effective VAE training with calibrated decoders. 2021.
@@ -34,13 +34,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torchvision.utils import make_grid
 
-from pyro_vae import VAE, build, fit, log_evidence, metrics, plots
+from pyro_vae import build, fit, log_evidence, metrics
 from pyro_vae.data import Data, Splits, load_data
 from pyro_vae.estimators import evidence_lower_bound
 from pyro_vae.objectives import ELBO, Linear
@@ -56,26 +54,21 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Trains and judges each, writes the table and figures, and returns the rows."""
+    """Trains and judges each, writes the table, and returns the rows."""
     data = load_data(
         arguments.data, root=arguments.root, transform="dequantise", limit=arguments.limit
     )
     train, _ = data.train.fixed().batch(torch.arange(min(1000, len(data.train))))
-    rows, curves = [], {}
-    pictures = {"data": data.test.fixed().batch(torch.arange(16))[0]}
+    rows: list[dict[str, Any]] = []
     for name, options in MODELS.items():
         vae, history = trained(name, options, data, train, arguments)
-        curves[name] = history
         rows.append({"model": name, **judged(vae, data.test, train, arguments)})
         rows[-1]["seconds"] = round(sum(history["seconds"]))
-        pictures[name] = sampled(vae, arguments.seed)
         if name == "sigma 1":
             vae.likelihood.fixed_scale.copy_(optimal_sigma(vae, train))
             row = {"model": "... then optimal", **judged(vae, data.test, train, arguments)}
             rows.append({**row, "seconds": 0})
         report(rows, arguments)
-        plots.save(learning(curves, data.train), f"{arguments.out}/curves.png")
-        plots.save(gallery(pictures), f"{arguments.out}/samples.png")
     return rows
 
 
@@ -154,16 +147,6 @@ def judged(vae: Any, test: Data, train: Tensor, arguments: argparse.Namespace) -
     }
 
 
-@torch.no_grad()
-def sampled(vae: VAE, seed: int) -> Tensor:
-    """Eight means E[x | z], and eight draws of x at the same z of the prior."""
-    both = []
-    for mean in (True, False):
-        torch.manual_seed(seed)
-        both.append(vae.sample(8, mean=mean))
-    return torch.cat(both)
-
-
 def drawn(folder: Path) -> str:
     """A file of small images that fade from one colour to another."""
     generator = np.random.default_rng(0)
@@ -188,36 +171,6 @@ def report(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     Console(width=170).print(shown)
 
 
-def learning(curves: dict[str, History], data: Data) -> Figure:
-    """Bounds over epochs in bits per dimension, of training and validation images."""
-    figure = Figure(figsize=(8.5, 4), layout="constrained")
-    ax = figure.subplots()
-    for i, (name, history) in enumerate(curves.items()):
-        for column, style in (("elbo", ":"), ("validation_elbo", "-")):
-            bits = data.bits_per_dim(torch.tensor(history[column])).tolist()
-            label = name if style == "-" else None
-            ax.plot(range(1, len(bits) + 1), bits, style, color=f"C{i}", label=label)
-    ax.set(xlabel="epoch", ylabel="bound, bits per dimension (lower is better)")
-    ax.set_title("solid: validation, dotted: training images", fontsize=9)
-    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
-
-
-def gallery(pictures: dict[str, Tensor]) -> Figure:
-    """A row for each: eight means, eight draws of x."""
-    figure = Figure(figsize=(11, 0.75 * len(pictures) + 0.4), layout="constrained")
-    grid = figure.subplots(len(pictures), 2, squeeze=False)
-    for (left, right), (name, x) in zip(grid, pictures.items()):
-        for ax, part in ((left, x[:8]), (right, x[8:])):
-            strip = make_grid(part.clamp(0, 1), nrow=8, padding=1, pad_value=0.5)
-            ax.imshow(strip.movedim(0, -1).tolist())
-            ax.set(xticks=[], yticks=[])
-        left.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    grid[0][0].set_title("E[x | z], z from the prior", fontsize=9)
-    grid[0][1].set_title("x drawn at the same z", fontsize=9)
-    return figure
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="SVHN", help="SVHN, CIFAR10 or a folder of images")
@@ -229,7 +182,7 @@ if __name__ == "__main__":
     parser.add_argument("--budget", type=int, help="of log_evidence, decodings of an image")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="compile the training step")
-    parser.add_argument("--out", default="runs/conv_gaussian", help="of table and figures")
+    parser.add_argument("--out", default="runs/conv_gaussian", help="of the table")
     parser.add_argument("--smoke", action="store_true", help="drawn images, eight epochs")
     options = parser.parse_args()
     if options.smoke:

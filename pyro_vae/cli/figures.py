@@ -36,6 +36,7 @@ __all__ = [
     "decompose",
     "draw",
     "followed",
+    "keep",
     "layer_lines",
     "limits",
     "plot",
@@ -72,15 +73,15 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
         classes = condition(splits.train, 100, None, vae)
         draws = {mean: vae.sample(100, classes, mean=mean) for mean in (False, True)}
         again = vae.reconstruct(x[:30], None if y is None else y[:30])
-    plots.save(plots.curves(rows), str(figures / "curves.png"))
-    plots.save(plots.latent(means, data.labels, unit_names(vae)), str(figures / "latent.png"))
+    keep(plots.curves(rows), figures / "curves")
+    keep(plots.latent(means, data.labels, unit_names(vae)), figures / "latent")
     draw_parts(folder, vae, len(data))
     back = data.transform.inverse
     if x.ndim != 4:
         of_tables = _of_tables(vae, splits.train)
-        plots.save(plots.columns(*of_tables), str(figures / "samples.png"))
+        keep(plots.columns(*of_tables), figures / "samples")
         if of_tables[0].shape[1] > 1:
-            plots.save(plots.pairs(*of_tables), str(figures / "pairs.png"))
+            keep(plots.pairs(*of_tables), figures / "pairs")
         return
     shown = {
         "samples": plots.images(back(draws[False]), "draws of x", limits(data)),
@@ -97,7 +98,15 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
     if kl is not None:
         shown["traversals"] = traversal(vae, data, kl)
     for name, figure in shown.items():
-        plots.save(figure, str(figures / f"{name}.png"))
+        keep(figure, figures / name)
+
+
+def keep(figure: Figure, place: Path) -> None:
+    """Lines and bars as SVG, images and clouds of points as PNG; one of the two is there."""
+    drawn = any(ax.images or ax.collections for ax in figure.axes)
+    kind, other = (".png", ".svg") if drawn else (".svg", ".png")
+    plots.save(figure, str(place.with_suffix(kind)))
+    place.with_suffix(other).unlink(missing_ok=True)
 
 
 def _of_tables(vae: VAE, data: Data) -> tuple[Tensor, Tensor, Any]:
@@ -290,7 +299,7 @@ def _draw_parts(
     parts["aggregate_kl"] = parts["total_correlation"] + parts["dimension_wise_kl"]
     shown = {NAMES[name]: parts[name] for name in shown_terms(factorises)}
     shown["log N, ceiling of the first"] = torch.full_like(epochs, ceiling)
-    plots.save(plots.terms(epochs, shown), str(figures / "parts.png"))
+    keep(plots.terms(epochs, shown), figures / "parts")
 
 
 def _draw_units(rows: list[dict[str, float | None]], figures: Path) -> None:
@@ -299,4 +308,4 @@ def _draw_units(rows: list[dict[str, float | None]], figures: Path) -> None:
         epochs = torch.tensor([row["epoch"] for row in rows])
         kl = torch.tensor([[row[unit] for unit in units] for row in rows])
         names = [unit.removeprefix("kl_") for unit in units]
-        plots.save(plots.unit_kl(epochs, kl, names), str(figures / "unit_kl.png"))
+        keep(plots.unit_kl(epochs, kl, names), figures / "unit_kl")

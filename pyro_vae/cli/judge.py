@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from pyro_vae import plots
-from pyro_vae.cli.figures import NAMES, decompose, layer_lines, limits, shown_terms
+from pyro_vae.cli.figures import NAMES, decompose, keep, layer_lines, limits, shown_terms
 from pyro_vae.cli.folder import load_run, pairs, placed
 from pyro_vae.cli.report import declaration
 from pyro_vae.data import Data, Splits, spread
@@ -379,7 +379,7 @@ def draw_audit(vae: VAE, data: Data, evidence: Evidence, options: Namespace) -> 
     found = kept_audit(vae.model, vae.guide, x, y, budget=None, **given)
     figures = Path(options.run) / "figures"
     figures.mkdir(exist_ok=True)
-    plots.save(plots.audit(found.gap, found.reliable, REACH), str(figures / "audit.png"))
+    keep(plots.audit(found.gap, found.reliable, REACH), figures / "audit")
 
 
 def draw_extremes(data: Data, evidence: Evidence, figures: Path) -> None:
@@ -395,9 +395,7 @@ def draw_extremes(data: Data, evidence: Evidence, figures: Path) -> None:
     )
     names = [f"least: {' to '.join(least)}", f"most: {' to '.join(most)}"]
     figures.mkdir(exist_ok=True)
-    plots.save(
-        plots.image_rows(x, names, "log p(x), nats", limits(data)), str(figures / "extremes.png")
-    )
+    keep(plots.image_rows(x, names, "log p(x), nats", limits(data)), figures / "extremes")
 
 
 def held_out(splits: Splits, part: str, limit: int | None) -> Data:

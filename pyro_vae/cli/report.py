@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -267,18 +268,24 @@ def each_datum(found: Evidence) -> Figure:
 
 
 def figures(folder: Path) -> dict[str, Picture]:
-    """The PNG files of the run but for curves, which are drawn anew; ours first, in order."""
-    paths = {path.stem: path for path in sorted((folder / "figures").glob("*.png"))}
+    """The figures of the run but for curves, which are drawn anew; ours first, in order."""
+    kinds = ("*.png", "*.svg")
+    paths = {p.stem: p for kind in kinds for p in sorted((folder / "figures").glob(kind))}
     paths.pop("curves", None)
     drawn = {}
     for name in sorted(paths, key=lambda name: [*CAPTIONS, name].index(name)):
-        data = paths[name].read_bytes()
         with reading(paths[name]):
-            image = Image.open(io.BytesIO(data))
-            dots = image.info.get("dpi", (96.0, 96.0))[0]  # of an inch, which is 96 of a page
-        caption = CAPTIONS.get(name, name.replace("_", " "))
-        drawn[name] = Picture(_inside("png", data), round(image.width * 96 / dots), caption)
+            source, width = _pictured(paths[name].read_bytes())
+        drawn[name] = Picture(source, width, CAPTIONS.get(name, name.replace("_", " ")))
     return drawn
+
+
+def _pictured(data: bytes) -> tuple[str, int]:
+    """A PNG or SVG for the page, and its width there: 96 dots, or 72 points, are an inch."""
+    if width := re.search(rb'<svg [^>]*width="([\d.]+)pt"', data):
+        return _inside("svg+xml", data), round(float(width[1]) * 96 / 72)
+    image = Image.open(io.BytesIO(data))
+    return _inside("png", data), round(image.width * 96 / image.info.get("dpi", (96.0,))[0])
 
 
 def programs(vae: VAE, declared: dict[str, Any]) -> dict[str, dict[str, Any]]:
