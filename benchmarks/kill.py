@@ -27,7 +27,7 @@ from pyro_vae.cli.figures import KlParts
 from pyro_vae.data import load_data
 from pyro_vae.training import run_folder
 
-IMPORTED = ("pyro_vae.config", "lightning_fabric", "safetensors.torch", "sklearn.datasets")
+IMPORTED = ("pyro_vae.config", "safetensors.torch", "sklearn.datasets")
 BROKEN = 9  # the checkpoint whose write is broken off
 
 

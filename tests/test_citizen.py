@@ -69,7 +69,7 @@ for name in sys.argv[1:]:
     for loaded in [module for module in sys.modules if module.startswith("pyro_vae")]:
         del sys.modules[loaded]
     importlib.import_module(name)
-heavy = {"zuko", "lightning_fabric", "matplotlib", "sklearn", "jsonargparse"} & {*sys.modules}
+heavy = {"zuko", "matplotlib", "sklearn", "jsonargparse"} & {*sys.modules}
 assert not heavy, heavy
 """
 

@@ -62,7 +62,6 @@ ALLOWED: dict[str, set[str]] = {
     "training": {
         *("torch", "pyro", "densities", "objectives", "estimators", "compiling", "processes"),
         *("memory", "generators", "files", "arguments"),
-        "lightning_fabric",
         *TABLES,
     },
     "plots": {"torch", "matplotlib", "files"},
@@ -140,17 +139,6 @@ def test_only_the_vae_samples() -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "pyro.sample"
     }
     assert samplers == {"vae.py", "classes.py"}
-
-
-def test_fabric_is_imported_where_it_is_used() -> None:
-    """It takes seconds, and touches the environment."""
-    at_top = [
-        label(path)
-        for path in FILES
-        for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.Import | ast.ImportFrom) and "lightning" in ast.unparse(node)
-    ]
-    assert not at_top
 
 
 def test_the_vae_takes_base_classes_only() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vae.arguments import as_tensor, check_finite, digest_of, is_rows
 
-__all__ = ["Dataset", "TensorDataset", "as_dataset", "describe", "evenly_spaced"]
+__all__ = ["Dataset", "TensorDataset", "as_dataset", "describe", "evenly_spaced", "fetch"]
 
 
 @runtime_checkable
@@ -138,3 +138,9 @@ def describe(rows: Dataset) -> dict[str, Any]:
 def evenly_spaced(num_rows: int, at_most: int) -> Tensor:
     """Indices of at most `at_most` of `num_rows` rows, evenly spaced."""
     return torch.linspace(0, num_rows - 1, min(num_rows, at_most), dtype=torch.float64).long()
+
+
+def fetch(rows: Dataset, index: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """x, and y if there is one, of the rows at `index` [B], in type and place like a weight."""
+    x, y = rows.batch(index)
+    return (x.to(like),) if y is None else (x.to(like), y.to(like))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,14 +18,10 @@ from torch import Tensor, distributed, nn
 from pyro_vae.generators import alone
 from pyro_vae.processes import check_processes, in_processes, is_small
 
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
-
 __all__ = ["Engine", "Group", "is_first_process", "uses_cuda"]
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 T = TypeVar("T")
-Function = Callable[["Fabric", "Group", Any], Any]  # what runs on each device, given a task
+Function = Callable[["Group", Any], Any]  # what runs on each device, given a task
 
 
 @dataclass(frozen=True)
@@ -126,7 +120,7 @@ def is_first_process() -> bool:
 
 
 def _under_torchrun() -> bool:
-    """Whether torchrun, or `fabric run`, started this process and others."""
+    """Whether torchrun started this process and others."""
     return (
         distributed.is_available()
         and distributed.is_torchelastic_launched()
@@ -139,50 +133,46 @@ def uses_cuda(accelerator: str) -> bool:
     return accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
 
 
-@dataclass(frozen=True)
 class Engine:
     """Where a function runs: here, or in a process for each device.
 
-    Attributes:
+    Args:
         accelerator: "cpu", "cuda" or "auto".
         devices: Their number, or their indices; torchrun decides where it started the processes.
-        precision: The precision of the Fabric that the function is given.
-        loggers: The loggers of the first process's Fabric.
+
+    Attributes:
+        on_cuda: Whether the devices are GPUs.
+        size: The number of processes, on all hosts.
+        spawns: Whether the function runs in processes that are started for it.
 
     Raises:
-        ValueError: If `precision` or a device is unknown, or torchrun started other numbers.
+        ValueError: If an accelerator or a device is unknown, or torchrun started other numbers.
     """
 
-    accelerator: str
-    devices: int | list[int]
-    precision: str
-    loggers: Sequence[Any] = ()
-
-    def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            known = ", ".join(PRECISIONS)
-            raise ValueError(f"precision must be one of {known}; got {self.precision!r}")
-        if self._local < 1:
+    def __init__(self, accelerator: str, devices: int | list[int]) -> None:
+        if accelerator not in ("auto", "cpu", "cuda", "gpu"):
+            raise ValueError(f"accelerator must be 'cpu', 'cuda' or 'auto'; got {accelerator!r}")
+        self.indices: Any = range(devices) if type(devices) is int else devices
+        if (
+            not isinstance(self.indices, list | range)
+            or not self.indices
+            or not all(type(index) is int and index >= 0 for index in self.indices)
+            or len({*self.indices}) < len(self.indices)
+        ):
             raise ValueError(
                 "devices must be their number, at least 1, or a list of their indices; "
-                f"got {self.devices!r}"
+                f"got {devices!r}"
             )
-        check_processes(self._local, self._kind)
-        if _under_torchrun() and self._local not in (1, int(os.environ["LOCAL_WORLD_SIZE"])):
+        self.on_cuda, launched, here = uses_cuda(accelerator), _under_torchrun(), len(self.indices)
+        self._kind, self._backend = ("cuda", "nccl") if self.on_cuda else ("cpu", "gloo")
+        check_processes(here, self._kind)
+        if launched and here not in (1, int(os.environ["LOCAL_WORLD_SIZE"])):
             raise ValueError(
-                f"devices={self.devices!r}, but {os.environ['LOCAL_WORLD_SIZE']} processes were "
+                f"devices={devices!r}, but {os.environ['LOCAL_WORLD_SIZE']} processes were "
                 "started on this host: leave devices out"
             )
-
-    @property
-    def size(self) -> int:
-        """The number of processes, on all hosts."""
-        return int(os.environ["WORLD_SIZE"]) if _under_torchrun() else self._local
-
-    @property
-    def spawns(self) -> bool:
-        """Whether the function runs in processes that are started for it."""
-        return self.size > 1 and not _under_torchrun()
+        self.size = int(os.environ["WORLD_SIZE"]) if launched else here
+        self.spawns = self.size > 1 and not launched
 
     def threads(self, vae: nn.Module, rows: int) -> int:
         """The number of threads that each process trains on: one for a small model.
@@ -195,20 +185,8 @@ class Engine:
         small = not self.on_cuda and is_small(vae.parameters(), rows // self.size)
         return 1 if small else max(1, torch.get_num_threads() // share)
 
-    @property
-    def _local(self) -> int:
-        if not isinstance(self.devices, list):
-            return self.devices if type(self.devices) is int else 0
-        whole = all(type(index) is int and index >= 0 for index in self.devices)
-        return len(self.devices) if whole and len({*self.devices}) == len(self.devices) else 0
-
-    @property
-    def on_cuda(self) -> bool:
-        """Whether the devices are GPUs."""
-        return uses_cuda(self.accelerator)
-
     def run(self, function: Function, task: Any) -> Any:
-        """Returns what `function(fabric, group, task)` returns in the first process.
+        """Returns what `function(group, task)` returns in the first process.
 
         Threads of this process run one at a time.
 
@@ -217,59 +195,33 @@ class Engine:
             Exception: The first that `function` raised, in whichever process.
         """
         with alone:
-            return (
-                self._spawn(function, task)
-                if self.spawns
-                else self._in_this_process(function, task)
-            )
-
-    def _in_this_process(self, function: Function, task: Any) -> Any:
-        if not _under_torchrun():
-            return function(self._fabric(Group(), self.devices), Group(), task)
-        if not distributed.is_initialized():
-            distributed.init_process_group(self._backend)
-            atexit.register(_leave)
-        return self._joined(function, task, int(os.environ["LOCAL_RANK"]))
+            if self.spawns:
+                return self._spawn(function, task)
+            if not _under_torchrun():
+                return function(Group(device=self._device(self.indices[0])), task)
+            if not distributed.is_initialized():
+                distributed.init_process_group(self._backend)
+                atexit.register(_leave)
+            return self._joined(function, task, int(os.environ["LOCAL_RANK"]))
 
     def _spawn(self, function: Function, task: Any) -> Any:
-        indices = self.devices if isinstance(self.devices, list) else list(range(self.size))
         work = partial(_in_process, self, function, task)
         with TemporaryDirectory() as folder:
-            parts = [(f"file://{folder}/store", rank, i) for rank, i in enumerate(indices)]
-            return in_processes(work, parts, self._kind, indices if self.on_cuda else None)[0]
+            parts = [(f"file://{folder}/store", *part) for part in enumerate(self.indices)]
+            return in_processes(work, parts, self._kind, self.indices if self.on_cuda else None)[0]
 
     def _joined(self, function: Function, task: Any, index: int) -> Any:
         """Runs `function` in this process, one of several that are connected."""
-        device = torch.device("cuda", index) if self.on_cuda else torch.device("cpu")
+        device = self._device(index)
         if self.on_cuda:
             torch.cuda.set_device(device)
         group = Group(distributed.get_rank(), distributed.get_world_size(), device)
-        result = function(self._fabric(group, [index]), group, task)
+        result = function(group, task)
         distributed.barrier()  # nobody ends while another still uses the connection
         return result
 
-    @property
-    def _kind(self) -> str:
-        return "cuda" if self.on_cuda else "cpu"
-
-    @property
-    def _backend(self) -> str:
-        return "nccl" if self.on_cuda else "gloo"
-
-    def _fabric(self, group: Group, index: int | list[int]) -> Fabric:
-        """A Fabric of one device; the group reduces the gradients, not Fabric's hooks."""
-        with _environment_restored():
-            from lightning_fabric import Fabric
-
-            logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-            accelerator = "cpu" if self.accelerator == "auto" else self.accelerator
-            options: dict[str, Any] = {
-                "accelerator": "cuda" if self.on_cuda else accelerator,
-                "devices": index if self.on_cuda else 1,
-                "precision": self.precision,
-                "loggers": list(self.loggers) if group.rank == 0 else [],
-            }
-            return Fabric(**options)
+    def _device(self, index: int) -> torch.device:
+        return torch.device("cuda", index) if self.on_cuda else torch.device("cpu")
 
 
 def _in_process(engine: Engine, function: Function, task: Any, part: tuple[str, int, int]) -> Any:
@@ -289,25 +241,3 @@ def _leave() -> None:
     """Ends the connection of processes that torchrun started, before their threads are gone."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-@contextmanager
-def _environment_restored() -> Iterator[None]:
-    """Puts the environment, warning filters and Fabric's logger back as they were.
-
-    Inside, nothing is known of `fabric run`, whose options would contradict ours.
-    """
-    logger = logging.getLogger("lightning_fabric")
-    before = logger.handlers[:], logger.level, logger.propagate
-    environment = dict(os.environ)
-    for name in environment:
-        if name.startswith("LT_"):
-            del os.environ[name]
-    try:
-        with warnings.catch_warnings():
-            yield
-    finally:
-        logger.handlers[:], logger.level, logger.propagate = before
-        for name in os.environ.keys() - environment.keys():
-            del os.environ[name]
-        os.environ.update(environment)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from shutil import which
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,41 +16,51 @@ from torch import Tensor, nn
 from pyro_vae.compiling import CannotCompile, compiled
 from pyro_vae.densities import Densities, OwnParameters, folds, registered_densities, summed_values
 from pyro_vae.objectives import Objective
-from pyro_vae.training.dataset import Dataset
-from pyro_vae.training.evaluation import cast, first_weight, programs
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
 
 __all__ = [
+    "PRECISIONS",
     "Gradient",
     "Monitor",
     "StepLoss",
     "compiled_gradient",
-    "eager_gradient",
     "worth_compiling",
 ]
 
+PRECISIONS = {  # and the types of what autocast casts
+    "32-true": None,
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+    "64-true": None,
+}
 LONG = 30_000  # steps that repay the 20 seconds of a compilation, at 0.7 ms saved by each
 
 Outcome = tuple[Tensor, Tensor, Densities | None]  # loss, terms, for `Objective.after_step`
 Gradient = Callable[..., Outcome]  # of a batch; leaves the gradient in the parameters
 
 
-class StepLoss(nn.Module):
-    """From a batch of rows to its loss."""
+@contextmanager
+def _casting(precision: str, device: str) -> Iterator[None]:
+    """Operations are cast in a mixed precision; new tensors are double in "64-true"."""
+    before = torch.get_default_dtype()
+    try:
+        if precision == "64-true":
+            torch.set_default_dtype(torch.double)
+        mixed = PRECISIONS[precision]
+        with torch.autocast(device, mixed) if mixed else nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
-    def __init__(self, vae: nn.Module, objective: Objective, rows: Dataset) -> None:
+
+class StepLoss(nn.Module):
+    """From a batch to its loss, computed in a precision of `fit`."""
+
+    def __init__(self, vae: nn.Module, objective: Objective, precision: str = "32-true") -> None:
         super().__init__()
-        self.vae, self.objective, self.rows = vae, objective, rows
-        self.weight = (first_weight(vae),)  # in a tuple, for it is registered already
+        self.vae: Any = vae
+        self.objective, self.precision = objective, precision
         self.observed: list[str] = []
         self.latent: list[str] = []
-
-    def batch(self, index: Tensor) -> tuple[Tensor, ...]:
-        """x, and y if there is one, of the rows at `index` [B]."""
-        x, y = cast(self.rows.batch(index), self.weight[0])
-        return (x,) if y is None else (x, y)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Outcome:
         """Loss and terms of a batch.
@@ -64,34 +75,21 @@ class StepLoss(nn.Module):
             densities if the objective has a step of its own after the model's.
         """
         K = self.objective.num_particles
-        vae: Any = self.vae
-        with OwnParameters():  # as `densities`, whose checks of arguments no step needs
-            d = registered_densities(vae.model, vae.guide, x, y, num_particles=K)
-        loss = self.objective.reduce(d) / (d.scale * len(x))
-        with torch.no_grad():
-            sums = [-loss * len(x), d.log_likelihood.mean(0).sum()]
-            terms = torch.stack(sums + [kl.sum() for kl in d.kl().values()])
+        # as `densities`, whose checks of arguments no step needs
+        with _casting(self.precision, x.device.type), OwnParameters():
+            d = registered_densities(self.vae.model, self.vae.guide, x, y, num_particles=K)
+            loss = self.objective.reduce(d) / (d.scale * len(x))
+            with torch.no_grad():
+                sums = [-loss * len(x), d.log_likelihood.mean(0).sum()]
+                terms = torch.stack(sums + [kl.sum() for kl in d.kl().values()])
         self.observed, self.latent = list(d.observed), list(d.sites)
         return loss, terms, d if self.objective.own_step else None
 
 
-def eager_gradient(fabric: Fabric, loss: StepLoss) -> Gradient:
-    """A function of a batch that runs the programs and leaves the gradient in the parameters."""
-
-    def gradient(*batch: Tensor) -> Outcome:
-        with fabric.autocast():
-            value, terms, d = loss(*batch)
-        fabric.backward(value)
-        return value.detach(), terms, d
-
-    return gradient
-
-
-def compiled_gradient(fabric: Fabric, loss: StepLoss, *batch: Tensor) -> Gradient:
-    """The same from one compiled function, for batches of one size.
+def compiled_gradient(loss: StepLoss, *batch: Tensor) -> Gradient:
+    """A compiled function of batches of one size that leaves the gradient in the parameters.
 
     Args:
-        fabric: For its precision.
         loss: The module that is compiled, with its gradient.
         batch: x [B, *E], and y [B, C] if there is one, of the sizes of all later ones.
 
@@ -101,14 +99,13 @@ def compiled_gradient(fabric: Fabric, loss: StepLoss, *batch: Tensor) -> Gradien
     if loss.objective.own_step:
         name = type(loss.objective).__name__
         raise CannotCompile(f"{name} trains a second player beside the model")
-    if getattr(fabric.strategy.precision, "scaler", None) is not None:
+    if loss.precision == "16-mixed":
         raise CannotCompile("precision 16-mixed scales its gradients")
-    for program in programs(loss.vae):
+    for program in (loss.vae.model, loss.vae.guide):
         for look in (folds, summed_values):  # while it can be tried
             look(program, batch[0], batch[1] if len(batch) > 1 else None)
     parameters = [p for p in loss.vae.parameters() if p.requires_grad]
-    with fabric.autocast():
-        step = compiled(LossAndGradient(loss), *batch)
+    step = compiled(LossAndGradient(loss), *batch)
 
     def gradient(*batch: Tensor) -> Outcome:
         value, terms, gradients = step(*batch)

@@ -1,80 +1,135 @@
-"""The loop behind `fit`."""
+"""The training in one process: its state, the loop over its epochs, and a step."""
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyro
 import torch
 from torch import Tensor, nn
 
 from pyro_vae.compiling import CannotCompile
-from pyro_vae.files import PathLike, reading
+from pyro_vae.files import PathLike, locked, reading
 from pyro_vae.generators import epoch_order, forked, seed_generators
+from pyro_vae.memory import keep_memory
 from pyro_vae.objectives import Objective
-from pyro_vae.training.dataset import Dataset
+from pyro_vae.processes import threads
+from pyro_vae.training.dataset import Dataset, fetch
 from pyro_vae.training.engine import Group
-from pyro_vae.training.evaluation import Evaluator
+from pyro_vae.training.evaluation import Evaluator, first_weight
 from pyro_vae.training.optimizers import advance, make_optimizer, make_schedule, restore
-from pyro_vae.training.progress import Bar, Callback, History, State
+from pyro_vae.training.progress import Bar, Callback, History, State, make_bar
 from pyro_vae.training.run_folder import (
     Settings,
+    load_state,
     load_weights,
     put_weights,
     save_checkpoint,
+    start_run,
     write_metrics,
 )
-from pyro_vae.training.step import (
-    Gradient,
-    Monitor,
-    StepLoss,
-    compiled_gradient,
-    eager_gradient,
-)
+from pyro_vae.training.step import Gradient, Monitor, Outcome, StepLoss, compiled_gradient
 
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
-
-__all__ = ["Trainer"]
+__all__ = ["Result", "Task", "Trainer", "train"]
 
 VALIDATED = 2  # first steps, with the argument checks of Pyro's distributions
 INTERVAL = 0.5  # seconds between two reports
+FALL = 10.0  # a warning is given if the ELBO falls by this times its first value
+
+
+@dataclass(frozen=True)
+class Task:
+    """What each process needs to train."""
+
+    vae: nn.Module
+    objective: Objective
+    train: Dataset
+    held_out: Dataset | None
+    settings: Settings
+    run: PathLike | None
+    record: dict[str, Any]
+    resume: bool
+    callbacks: Sequence[Callback]
+    progress: bool
+    said: str | None = None  # whether the step is compiled, in words, where `fit` decided it
+    loggers: Sequence[Any] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What training returns: its history, what to warn of, and the trained weights."""
+
+    history: History
+    warnings: list[str]
+    vae: dict[str, Tensor]
+    objective: dict[str, Tensor]
+
+
+def train(group: Group, task: Task) -> Result:
+    """Trains in one process; the first, which writes, locks the run folder."""
+    writes = task.run is not None and group.rank == 0
+    with (
+        locked(Path(task.run) / "lock") if writes else nullcontext(),  # type: ignore[arg-type]
+        _borrowed(task, group.device),
+    ):
+        keep_memory()
+        state = load_state(task.run) if writes and task.resume else None  # type: ignore[arg-type]
+        trainer = Trainer(group, task)
+        trainer.prepare(group.broadcast(state))
+        if writes:
+            start_run(task.run, task.record)  # type: ignore[arg-type]
+        return trainer.fit()
+
+
+@contextmanager
+def _borrowed(task: Task, device: torch.device) -> Iterator[None]:
+    """Moves modules to the device, seeds generators, sets flags; restores all afterwards."""
+    modules, settings = (task.vae, task.objective), task.settings
+    tensors = [next(chain(m.parameters(), m.buffers()), None) for m in modules]
+    homes = [device if tensor is None else tensor.device for tensor in tensors]
+    training = task.vae.training
+    few = threads(settings.threads)
+    with forked(device, settings.seed), pyro.validation_enabled(False), few:
+        try:
+            for module in modules:
+                module.to(device)
+            yield
+        finally:
+            for module, home in zip(modules, homes):
+                module.to(home)
+            task.vae.zero_grad()
+            task.vae.train(training)
 
 
 class Trainer:
     """The state of a training, and the loop over its epochs."""
 
-    def __init__(
-        self,
-        fabric: Fabric,
-        group: Group,
-        vae: nn.Module,
-        objective: Objective,
-        train: Dataset,
-        evaluator: Evaluator,
-        settings: Settings,
-        run: PathLike | None,
-    ) -> None:
-        self.fabric, self.group = fabric, group
-        self.vae, self.objective = vae, objective
-        self.train, self.evaluator = train, evaluator
-        self.settings, self.run = settings, run
+    def __init__(self, group: Group, task: Task) -> None:
+        self.group, self.task = group, task
+        self.vae, self.objective = task.vae, task.objective
+        self.settings, self.run = task.settings, task.run
+        self.loggers = task.loggers if group.rank == 0 else ()
+        self.train = task.train.to(group.device)
+        held_out = None if task.held_out is None else task.held_out.to(group.device)
+        self.evaluator = Evaluator(self.vae, self.train, held_out, self.settings.seed, group)
         self.history = History()
         self.epoch = self.step = self.offset = 0  # epochs, steps, batches of this epoch done
         self.seconds = 0.0  # spent in this epoch before it was resumed
         self.began: float | None = None  # ELBO of the first step
         self.best: dict[str, Tensor] | None = None
         self.compiled: Gradient | None = None  # made when it is first needed
-        self.asked = True  # whether the user asked to compile, so that a failure is a warning
-        self.num_batches = -(-len(train) // settings.batch_size)
-        batch = torch.arange(min(settings.batch_size, len(train)))
+        self.num_batches = -(-len(self.train) // self.settings.batch_size)
+        batch = torch.arange(min(self.settings.batch_size, len(self.train)))
         self.local_batch_size = len(group.local_rows(batch)[0])
+        self.bar = Bar()
 
     def prepare(self, state: dict[str, Any] | None) -> None:
         """Initialises the vae or loads the checkpoint `state`, and makes the optimiser."""
@@ -86,57 +141,71 @@ class Trainer:
                 put_weights(self.vae, load_weights(self.run, "last"), self.run)  # type: ignore[arg-type]
         elif callable(initialise := getattr(self.vae, "initialise", None)):
             initialise(self.evaluator.initial_data())
-        self.group.broadcast_(self._variables())
+        variables = chain(self.vae.named_parameters(), self.vae.named_buffers())
+        self.group.broadcast_(dict(variables))
         self._check_validation()
         if self.objective.own_step:
             self.objective.start(self.evaluator.first_densities())
             self.group.broadcast_(dict(self.objective.named_parameters()))
-        self.loss = StepLoss(self.vae, self.objective, self.train)
-        self.monitor = Monitor(self.loss, self.fabric.device)
-        options = self.settings
+        options, device = self.settings, self.group.device
+        self.loss = StepLoss(self.vae, self.objective, options.precision)
+        self.monitor = Monitor(self.loss, device)
         # 16-mixed unscales gradients before the step, which fused ones do inside
         fused = options.precision != "16-mixed"
-        optimizer = make_optimizer(options.optimizer, self.vae, options.lr, fused=fused)
-        optimizer.zero_grad()
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.schedule = make_schedule(options.schedule, optimizer)
-        self.wrapped, self.optimizer = self.fabric.setup(self.loss, optimizer)
-        self.eager = eager_gradient(self.fabric, self.loss)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=not fused)
+        self.optimizer = make_optimizer(options.optimizer, self.vae, options.lr, fused=fused)
+        self.optimizer.zero_grad()
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.schedule = make_schedule(options.schedule, self.optimizer)
+        if options.precision == "64-true":
+            self.loss.double()
+        self.weight = first_weight(self.vae)
         if state is not None:
             with reading(f"the state of run {self.run}"):
                 self._load_state(state)
         elif self.group.rank > 0:
-            seed_generators(self.fabric.device, self.group.seed(options.seed, 0))
+            seed_generators(device, self.group.seed(options.seed, 0))
 
-    def fit(self, bar: Bar, callbacks: Sequence[Callback]) -> None:
+    def fit(self) -> Result:
         """Trains to the end, and then loads the best weights if there was validation."""
-        stopped = False
-        while self.epoch < self.settings.epochs and not (stopped or self._out_of_patience()):
-            self._train_epoch(bar)
-            row = self._end_epoch()
-            bar.end(self.history)
-            stopped = self._call(callbacks, row)
-            best = self.history.best_epoch == self.epoch
-            if best:
-                self.best = {name: t.detach().clone() for name, t in self.vae.state_dict().items()}
-            self._save(best)
-        for logger in self.fabric.loggers:
-            logger.finalize("success")
-        if self.best is not None:
-            self.vae.load_state_dict(self.best)
+        settings, first, stopped = self.settings, self.group.rank == 0, False
+        bar = make_bar(
+            self.task.progress and first, settings.epochs, settings.patience, self.num_batches
+        )
+        with bar as self.bar:
+            if self.task.said is not None:
+                bar.say(self.task.said)
+            while self.epoch < settings.epochs and not (stopped or self._out_of_patience()):
+                self._train_epoch()
+                row = self._end_epoch()
+                bar.end(self.history)
+                stopped = self._call(row)
+                best = self.history.best_epoch == self.epoch
+                if best:
+                    state = self.vae.state_dict()
+                    self.best = {name: t.detach().clone() for name, t in state.items()}
+                self._save(best)
+            for logger in self.loggers:
+                logger.finalize("success")
+            if self.best is not None:
+                self.vae.load_state_dict(self.best)
+            warnings = [self._idle_units(), self._fallen(), self._moving()]
+        states = self.vae.state_dict(), self.objective.state_dict()
+        return Result(self.history, [text for text in warnings if text], *states)
 
-    def _call(self, callbacks: Sequence[Callback], row: dict[str, Any]) -> bool:
+    def _call(self, row: dict[str, Any]) -> bool:
         """Logs the epoch and calls the callbacks; returns whether one of them stopped training.
 
         The checkpoint comes after, so that every epoch in it has been seen by the callbacks.
         """
-        self.fabric.log_dict({k: v for k, v in row.items() if v is not None}, self.step)
+        for logger in self.loggers:
+            logger.log_metrics({k: v for k, v in row.items() if v is not None}, self.step)
         state = State(self.epoch, self.step, self.vae, dict(row))
         if self.group.rank == 0:
             self._check_folder()  # callbacks may write to it
-        for callback in callbacks if self.group.rank == 0 else ():
-            with forked(self.fabric.device):
-                callback(state)
+            for callback in self.task.callbacks:
+                with forked(self.group.device):
+                    callback(state)
         return self.group.broadcast(state.stopped)
 
     def _check_validation(self) -> None:
@@ -147,40 +216,50 @@ class Trainer:
         except ValueError as error:
             raise ValueError(f"validation: {error}") from error
 
-    def _train_epoch(self, bar: Bar) -> None:
+    def _train_epoch(self) -> None:
         self.vae.train()
         order = epoch_order(len(self.train), self.settings.seed, self.epoch)
-        batches = order.to(self.fabric.device).split(self.settings.batch_size)
+        batches = order.to(self.group.device).split(self.settings.batch_size)
         every = self.settings.checkpoint_every
         began = look = time.monotonic()
         before = self.seconds
         for index in batches[self.offset :]:
-            self._step(index, bar)
+            self._step(index)
             now = time.monotonic()
             if now > look:
-                self._report(bar)
+                self._report()
                 look = now + INTERVAL
             if every and self.step % every == 0 and self.offset < len(batches):
                 self.seconds = before + now - began
                 self._save(best=False)
-        self._report(bar)
+        self._report()
         self.seconds = before + time.monotonic() - began
 
-    def _step(self, index: Tensor, bar: Bar) -> None:
+    def _step(self, index: Tensor) -> None:
         self.objective.at(self.step)
         share, weight = self.group.local_rows(index)
+        checked, gradient = self.step < VALIDATED, self._eager
         try:
-            with pyro.validation_enabled(True) if self.step < VALIDATED else nullcontext():
-                batch = self.loss.batch(share)
-                loss, terms, d = self._gradient(batch, bar)(*batch)
+            with pyro.validation_enabled(True) if checked else nullcontext():
+                batch = fetch(self.train, share, self.weight)
+                # a shorter last batch is not worth a compilation of its own
+                if self.settings.compile and not checked and len(share) == self.local_batch_size:
+                    self.compiled = self.compiled or self._compile(*batch)
+                    gradient = self.compiled
+                loss, terms, d = gradient(*batch)
         except ValueError as error:
             raise ValueError(f"step {self.step}: {error}") from error
         if len(share) != len(index):
             terms = terms * (len(index) / len(share))
         loss, terms = self.group.all_reduce_mean(weight, self.parameters, loss, terms)
         self.monitor.add(self.step, loss, terms)
-        self._clip()
-        self.optimizer.step()
+        norm = None
+        if self.settings.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
+        self.monitor.check_gradient(self.step, self.parameters, norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         for parameter in self.parameters:
             parameter.grad = None
         if d is not None:
@@ -188,43 +267,32 @@ class Trainer:
         self.step += 1
         self.offset += 1
 
-    def _gradient(self, batch: tuple[Tensor, ...], bar: Bar) -> Gradient:
-        """The eager gradient; the compiled one if asked for, after the first, checked steps.
+    def _eager(self, *batch: Tensor) -> Outcome:
+        """Runs the programs, and leaves the gradient in the parameters."""
+        loss, terms, d = self.loss(*batch)
+        self.scaler.scale(loss).backward()
+        return loss.detach(), terms, d
 
-        A shorter last batch of an epoch runs eagerly: it is not worth a compilation of its own.
-        """
-        if (
-            not self.settings.compile
-            or self.step < VALIDATED
-            or len(batch[0]) != self.local_batch_size
-        ):
-            return self.eager
-        if self.compiled is None:
-            bar.say("compiling the training step")
-            try:
-                self.compiled = compiled_gradient(self.fabric, self.loss, *batch)
-            except CannotCompile as error:
-                message = f"compile: the step runs eagerly, for {error}"
-                warnings.warn(message, stacklevel=2) if self.asked else bar.say(message)
-                self.compiled = self.eager
-        return self.compiled
+    def _compile(self, *batch: Tensor) -> Gradient:
+        """The gradient of batches of this size, compiled; the eager one where that fails."""
+        self.bar.say("compiling the training step")
+        try:
+            return compiled_gradient(self.loss, *batch)
+        except CannotCompile as error:
+            message = f"compile: the step runs eagerly, for {error}"
+            if self.task.said is None:  # the user asked for it
+                warnings.warn(message, stacklevel=2)
+            else:
+                self.bar.say(message)
+            return self._eager
 
-    def _clip(self) -> None:
-        """Clips the gradient, and has the monitor check it."""
-        limit, norm = self.settings.clip_norm, None
-        if limit is not None:
-            norm = self.fabric.clip_gradients(
-                self.wrapped, self.optimizer, max_norm=limit, error_if_nonfinite=False
-            )
-        self.monitor.check_gradient(self.step, self.parameters, norm)
-
-    def _report(self, bar: Bar) -> None:
+    def _report(self) -> None:
         """Raises if a loss was not finite, and shows the means; waits for the device."""
         self.monitor.raise_if_bad(self.step)
         means = self._means()
         if self.began is None:
             self.began = means["elbo"]
-        bar.show(self.epoch + 1, self.offset, means)
+        self.bar.show(self.epoch + 1, self.offset, means)
 
     def _means(self) -> dict[str, float]:
         """Means over the rows of this epoch so far, in nats."""
@@ -241,8 +309,10 @@ class Trainer:
         row: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step, "seconds": 0.0}
         row |= {"lr": float(self.optimizer.param_groups[0]["lr"]), **self._means()}
         row |= self.evaluator.bound()
-        units = self.evaluator.active_units()
-        row["active_units"], self.history.num_units = units or (None, None)
+        units = self.evaluator.active_units().values()
+        row["active_units"], self.history.num_units = (
+            map(sum, zip(*units)) if units else [None] * 2
+        )
         row["seconds"] = self.seconds + time.monotonic() - began
         self.history.rows.append(row)
         if self.schedule is not None:
@@ -278,11 +348,8 @@ class Trainer:
                 "gone; train anew, and leave the folder where it is"
             )
 
-    def _variables(self) -> dict[str, Tensor]:
-        return dict([*self.vae.named_parameters(), *self.vae.named_buffers()])
-
     def _state(self) -> dict[str, Any]:
-        device = self.fabric.device
+        device = self.group.device
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         generators = self.group.gather({"cpu": torch.get_rng_state(), "cuda": cuda})
         return {
@@ -296,7 +363,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "objective": self.objective.state_dict(),
-            "precision": self.fabric.strategy.precision.state_dict(),
+            "precision": self.scaler.state_dict(),
             "history": {"rows": self.history.rows, "num_units": self.history.num_units},
         }
 
@@ -306,12 +373,12 @@ class Trainer:
         if self.step != self.epoch * self.num_batches + self.offset:
             raise TypeError(f"step {self.step} is not in epoch {self.epoch}")
         if state["sums"] is not None:
-            self.monitor.sums = state["sums"].to(self.fabric.device)
+            self.monitor.sums = state["sums"].to(self.group.device)
         restore(self.optimizer, state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
         self.objective.load_state_dict(state["objective"])
-        self.fabric.strategy.precision.load_state_dict(state["precision"])
+        self.scaler.load_state_dict(state["precision"])
         self.history = History(**state["history"])
         if self.history.best_epoch is not None:
             first = self.group.rank == 0
@@ -322,10 +389,52 @@ class Trainer:
 
     def _load_generators(self, generators: list[dict[str, Any]]) -> None:
         """Restores the generators of this rank; new ones if the number of processes changed."""
-        device, rank = self.fabric.device, self.group.rank
+        device, rank = self.group.device, self.group.rank
         if rank > 0 and len(generators) != self.group.size:
             seed_generators(device, self.group.seed(self.settings.seed, self.step))
             return
         torch.set_rng_state(generators[rank]["cpu"])
         if device.type == "cuda" and generators[rank]["cuda"] is not None:
             torch.cuda.set_rng_state(generators[rank]["cuda"], device)
+
+    def _idle_units(self) -> str | None:
+        """Says how many units are active if not all are; a warning if a site has none."""
+        active, total = self.history.active_units, self.history.num_units
+        if active is None or active == total:
+            return None
+        sites = self.evaluator.active_units()
+        each = ", ".join(f"{name} {a} of {n}" for name, (a, n) in sites.items())
+        each = f" ({each})" if len(sites) > 1 else ""
+        self.bar.say(f"{active} of {total} latent units are active{each}")
+        idle = [name for name, (a, _) in sites.items() if a == 0]
+        if active and not idle:
+            return None
+        units = "" if active == 0 else f" of {' and '.join(idle)}"
+        count = total if active == 0 else sum(sites[name][1] for name in idle)
+        return (
+            f"posterior collapse: none of the {count} latent units{units} varies with the data; "
+            "try a weight of the KL that grows from 0, free bits, or another seed"
+        )
+
+    def _fallen(self) -> str | None:
+        """A warning if training ended far below its first step."""
+        if self.began is None:
+            return None
+        elbo = self.history.final["validation_elbo"]
+        ended = self.history.final["elbo"] if elbo is None else elbo
+        if not ended < self.began - FALL * max(1.0, abs(self.began)):
+            return None
+        return (
+            f"training ended at an ELBO of {ended:.3g} nats, far below the {self.began:.3g} of "
+            "its first step: lower lr, or set clip_norm"
+        )
+
+    def _moving(self) -> str | None:
+        """A warning if a weight of the objective had not come to its end."""
+        moving = self.objective.unsettled(self.step)
+        if not moving:
+            return None
+        return (
+            f"training ended at step {self.step}, before the schedule of {', '.join(moving)}: "
+            "train for longer, or shorten the schedule"
+        )

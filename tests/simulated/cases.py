@@ -11,7 +11,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
-from device import DEVICE, Simulation, fabric, hidden, reads
+from device import DEVICE, Simulation, hidden, reads
 from families import (
     LIKELIHOODS,
     NETWORKS,
@@ -67,7 +67,7 @@ def same(here: Any, there: Any) -> None:
 def step_of(vae: nn.Module, x: Tensor, objective: Objective) -> LossAndGradient:
     objective.prepare(2 * len(x), 3)
     objective.at(0)
-    return LossAndGradient(StepLoss(vae.train(), objective, TensorDataset(x)))
+    return LossAndGradient(StepLoss(vae.train(), objective))
 
 
 def outcome(step: LossAndGradient, x: Tensor) -> list[Tensor]:
@@ -154,7 +154,7 @@ class Counted:
 
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Engine, "_fabric", fabric)
+    monkeypatch.setattr(Engine, "_device", lambda *_: DEVICE)
     monkeypatch.setattr(trainer, "INTERVAL", float("inf"))
 
 
@@ -179,7 +179,7 @@ def test_fit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "progress": False,
     }
     here = fit(twin, x, objective(), accelerator="cpu", **options)
-    monkeypatch.setattr(Engine, "_fabric", fabric)
+    monkeypatch.setattr(Engine, "_device", lambda *_: DEVICE)
     monkeypatch.setattr(trainer, "INTERVAL", float("inf"))
     rows = Counted(TensorDataset(x))
     there = fit(vae, rows, objective(), **options)

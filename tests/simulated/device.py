@@ -10,9 +10,6 @@ from collections import Counter
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.accelerators import CPUAccelerator
-from lightning_fabric.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -21,7 +18,7 @@ from torch.utils.backend_registration import (
     _setup_privateuseone_for_python_backend,
 )
 
-__all__ = ["DEVICE", "Simulation", "fabric", "hidden", "reads"]
+__all__ = ["DEVICE", "Simulation", "hidden", "reads"]
 
 
 class Backend(_DummyBackendModule):
@@ -151,15 +148,3 @@ def hidden(value: Any) -> Any:
 def wrapped(value: Any, known: dict[int, Simulated]) -> Any:
     """A tensor of the device for its numbers, the same for the same."""
     return known.get(id(value), Simulated(value)) if isinstance(value, Tensor) else value
-
-
-class Anywhere(CPUAccelerator):
-    """Fabric's idea of the device."""
-
-    def setup_device(self, device: torch.device) -> None:
-        pass
-
-
-def fabric(*_: Any) -> Fabric:
-    """A Fabric of the device."""
-    return Fabric(strategy=SingleDeviceStrategy(device=DEVICE, accelerator=Anywhere()))

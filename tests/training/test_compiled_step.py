@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyro
@@ -35,7 +34,6 @@ from pyro_vae import likelihoods, networks, posteriors, priors
 from pyro_vae.compiling import CannotCompile, Traced, compiled
 from pyro_vae.objectives import ELBO, IWAE, Capacity, DReG, FactorVAE, Linear, Objective
 from pyro_vae.training import fit, read_run, step
-from pyro_vae.training.dataset import TensorDataset
 from pyro_vae.training.step import LossAndGradient, StepLoss, compiled_gradient, worth_compiling
 from pyro_vae.vae import VAE
 
@@ -46,7 +44,7 @@ def step_of(vae: nn.Module, x: Tensor, objective: Objective | None = None) -> Lo
     objective = objective or ELBO()
     objective.prepare(2 * len(x), 3)
     objective.at(0)
-    return LossAndGradient(StepLoss(vae.train(), objective, TensorDataset(x)))
+    return LossAndGradient(StepLoss(vae.train(), objective))
 
 
 def outcome(step: Any, *inputs: Tensor) -> list[Tensor | None]:
@@ -285,11 +283,9 @@ fit(make_vae(), make_data(41), epochs=2, batch_size=10, compile=True, **QUIET)
 
 
 def test_gradients_that_are_scaled_are_not_compiled() -> None:
-    fabric = SimpleNamespace(strategy=SimpleNamespace(precision=SimpleNamespace(scaler=object())))
-    vae = make_vae()
-    loss = StepLoss(vae, ELBO(), TensorDataset(make_data()))
+    loss = StepLoss(make_vae(), ELBO(), "16-mixed")
     with pytest.raises(CannotCompile, match="16-mixed"):
-        compiled_gradient(fabric, loss, make_data()[:5])
+        compiled_gradient(loss, make_data()[:5])
 
 
 @pytest.mark.slow

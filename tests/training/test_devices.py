@@ -24,8 +24,9 @@ from pyro_vae.processes import in_processes
 from pyro_vae.training import State, evaluation, fit, load_weights
 from pyro_vae.training.dataset import as_dataset
 from pyro_vae.training.engine import Engine, Group
-from pyro_vae.training.fitting import Result, Task, _train
 from pyro_vae.training.run_folder import Settings, load_state
+from pyro_vae.training.trainer import Result, Task
+from pyro_vae.training.trainer import train as train_task
 from pyro_vae.vae import VAE
 
 OPTIONS: dict[str, Any] = {"epochs": 2, "batch_size": 11, "lr": 0.01, **QUIET}
@@ -65,7 +66,7 @@ def norm_vae() -> VAE:
 
 
 def train(
-    where: tuple[Any, Group],
+    group: Group,
     vae: VAE,
     objective: Objective | None = None,
     *,
@@ -96,12 +97,12 @@ def train(
     task = Task(
         vae, objective, rows, held_out, settings, run, {}, resume, callbacks, progress=False
     )
-    return _train(*where, task)
+    return train_task(group, task)
 
 
 def alone(function: Callable[..., Any]) -> Any:
     """What `function` gives in this process."""
-    return Engine("cpu", 1, "32-true").run(function, False)
+    return Engine("cpu", 1).run(function, False)
 
 
 def close(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float = 1e-6) -> None:
@@ -111,18 +112,18 @@ def close(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float 
 
 
 @patch.object(evaluation, "CHUNK", 5)  # rows of a part of the validation
-def with_noise_handed_in(fabric: Any, group: Group, compile: bool) -> dict[str, Result]:
+def with_noise_handed_in(group: Group, compile: bool) -> dict[str, Result]:
     """Trainings whose result does not depend on who draws what."""
-    x, where, one = make_data(), (fabric, group), {"epochs": 1}
+    x, one = make_data(), {"epochs": 1}
     warnings.filterwarnings("error", "compile: the step runs eagerly")
     return {
         # shares of 6 and 5 rows, at last of 5 and 4
-        "eager": train(where, still_vae(), validation=noisy_data(13)),
-        "clipped": train(where, still_vae(), clip_norm=0.05, **one),
-        "compiled": train(where, still_vae(), compile=compile, **one),
+        "eager": train(group, still_vae(), validation=noisy_data(13)),
+        "clipped": train(group, still_vae(), clip_norm=0.05, **one),
+        "compiled": train(group, still_vae(), compile=compile, **one),
         # at last a batch of three rows: whole in both
-        "remainder": train(where, still_vae(), batch_size=10, **one),
-        "single rows": train(where, still_vae(), batch_size=1, data=x[:5], **one),
+        "remainder": train(group, still_vae(), batch_size=10, **one),
+        "single rows": train(group, still_vae(), batch_size=1, data=x[:5], **one),
     }
 
 
@@ -135,37 +136,37 @@ def alike(group: Group, result: Result) -> None:
         assert {**row, "seconds": 0} == {**other, "seconds": 0}
 
 
-def everything(fabric: Any, group: Group, task: tuple[Path, bool]) -> dict[str, Any]:
+def everything(group: Group, task: tuple[Path, bool]) -> dict[str, Any]:
     """All that two processes are to show, in one start of them."""
-    where, (folder, compile) = (fabric, group), task
-    found: dict[str, Any] = {"still": with_noise_handed_in(*where, compile)}
+    folder, compile = task
+    found: dict[str, Any] = {"still": with_noise_handed_in(group, compile)}
     for result in found["still"].values():
         alike(group, result)
-    first, again, other = (train(where, make_vae(), seed=seed) for seed in (0, 0, 1))
-    for result in (first, train(where, norm_vae()), train(where, make_vae(), FactorVAE(width=5))):
+    first, again, other = (train(group, make_vae(), seed=seed) for seed in (0, 0, 1))
+    for result in (first, train(group, norm_vae()), train(group, make_vae(), FactorVAE(width=5))):
         alike(group, result)
     assert same(first.vae, again.vae)
     assert not same(first.vae, other.vae)
-    found["resumed"] = resumed(where, folder)
-    found["validation"] = validated(where)
-    found["more"] = train(where, still_vae(), run=folder / "one", resume=True, epochs=3)
+    found["resumed"] = resumed(group, folder)
+    found["validation"] = validated(group)
+    found["more"] = train(group, still_vae(), run=folder / "one", resume=True, epochs=3)
     return found
 
 
 @patch.object(evaluation, "CHUNK", 5)
-def validated(where: tuple[Any, Group]) -> Result:
-    return train(where, make_vae(), epochs=1, lr=1e-9, validation=noisy_data(13))
+def validated(group: Group) -> Result:
+    return train(group, make_vae(), epochs=1, lr=1e-9, validation=noisy_data(13))
 
 
-def resumed(where: tuple[Any, Group], folder: Path) -> bool:
+def resumed(group: Group, folder: Path) -> bool:
     """Whether a run that is broken off in an epoch goes on as it would have."""
     options: dict[str, Any] = {"data": noisy_data(48), "batch_size": 12, "epochs": 3}
     options |= {"checkpoint_every": 2}
-    whole = train(where, make_vae(), run=folder / "whole", **options)
+    whole = train(group, make_vae(), run=folder / "whole", **options)
     with pytest.raises(ZeroDivisionError):
-        train(where, make_vae(), Breaking(7), run=folder / "broken", **options)
-    again = train(where, make_vae(5), ELBO(), run=folder / "broken", resume=True, **options)
-    alike(where[1], again)
+        train(group, make_vae(), Breaking(7), run=folder / "broken", **options)
+    again = train(group, make_vae(5), ELBO(), run=folder / "broken", resume=True, **options)
+    alike(group, again)
     return same(whole.vae, again.vae)
 
 
@@ -184,10 +185,10 @@ class Breaking(ELBO):
 
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_processes(tmp_path: Path, compile: bool) -> None:
-    one = alone(lambda *where: train(where[:2], still_vae(), run=tmp_path / "one", epochs=1))
-    more = alone(lambda *where: train(where[:2], still_vae(), epochs=3))
-    assert one.step == 5
-    found = Engine("cpu", 2, "32-true").run(everything, (tmp_path, compile))
+    one = alone(lambda group, _: train(group, still_vae(), run=tmp_path / "one", epochs=1))
+    more = alone(lambda group, _: train(group, still_vae(), epochs=3))
+    assert one.history.final["step"] == 5
+    found = Engine("cpu", 2).run(everything, (tmp_path, compile))
     close(more.vae, found["more"].vae)
     assert found["more"].history["epoch"] == [1, 2, 3]
     one = alone(with_noise_handed_in)
@@ -198,7 +199,7 @@ def test_two_processes(tmp_path: Path, compile: bool) -> None:
             assert two == pytest.approx(result.history[column], abs=1e-5), (name, column)
     elbos = (h["eager"].history["validation_elbo"] for h in (one, found["still"]))
     assert next(elbos) == pytest.approx(next(elbos), abs=1e-5)
-    at_start = alone(lambda *where: validated(where[:2]))
+    at_start = alone(lambda group, _: validated(group))
     two = found["validation"].history["validation_elbo"]
     assert two == pytest.approx(at_start.history["validation_elbo"], abs=1e-6)
     assert found["resumed"]

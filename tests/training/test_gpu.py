@@ -95,12 +95,12 @@ def test_no_step_waits_for_the_device(
 ) -> None:
     step, watched = trainer.Trainer._step, []
 
-    def checked(self: trainer.Trainer, index: Tensor, bar: Any) -> None:
+    def checked(self: trainer.Trainer, index: Tensor) -> None:
         if self.step >= 3:  # two are validated
             watched.append(self.step)
             waiting("error")
         try:
-            step(self, index, bar)
+            step(self, index)
         finally:
             waiting("default")
 

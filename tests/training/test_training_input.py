@@ -118,7 +118,7 @@ def test_a_failing_first_step_is_named() -> None:
 
 def test_a_device_that_is_not_waited_for() -> None:
     vae = make_vae()
-    module = StepLoss(vae, ELBO(), None)  # type: ignore[arg-type]
+    module = StepLoss(vae, ELBO())
     module.observed, module.latent = ["x"], ["z"]
     monitor = Monitor(module, torch.device("cpu"))
     monitor.every_step = False
