@@ -15,8 +15,6 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pyro_vae.products import products_by_onednn
-
 __all__ = ["CannotCompile", "Traced", "compiled"]
 
 
@@ -85,7 +83,6 @@ def compiled(module: nn.Module, *inputs: Tensor) -> Traced:
     from torch._inductor import compile as by_inductor
 
     with _in_one_line("compiled"), _quiet(), torch.no_grad():
-        products_by_onednn(traced.graph)
         # fallback_random: numbers from torch's generators, not the compiler's own
         options = {"fallback_random": True}
         traced.code = by_inductor(traced.graph, [*traced.state, *_dense(inputs)], options=options)

@@ -15,7 +15,7 @@ ANYTHING = {"*"}
 TABLES = {"numpy", "safetensors", "rich"}
 ALLOWED: dict[str, set[str]] = {
     "distributions": {"torch", "pyro", "zuko", "generators"},
-    "networks": {"torch", "arguments", "products"},
+    "networks": {"torch", "arguments"},
     "priors": {"torch", "arguments", "pyro", "distributions"},
     "likelihoods": {"torch", "arguments", "pyro", "distributions"},
     "posteriors": {"torch", "arguments", "pyro", "distributions"},
@@ -28,9 +28,9 @@ ALLOWED: dict[str, set[str]] = {
         *("torch", "arguments", "pyro", "distributions", "memory"),
         *("priors", "likelihoods", "posteriors", "hierarchy"),
     },
-    "densities": {"torch", "arguments", "pyro", "generators"},
+    "densities": {"torch", "arguments", "pyro", "generators", "products"},
     "marginals": {"torch"},
-    "compiling": {"torch", "pyro", "products"},
+    "compiling": {"torch", "pyro"},
     "products": {"torch"},
     "memory": {"torch"},
     "generators": {"torch", "numpy", "arguments"},
@@ -61,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "training": {
         *("torch", "pyro", "densities", "objectives", "estimators", "compiling", "processes"),
-        *("memory", "generators", "files", "arguments"),
+        *("memory", "generators", "files", "arguments", "products"),
         *TABLES,
     },
     "plots": {"torch", "matplotlib", "files"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import pyro
@@ -14,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.densities.programs import OwnParameters, Program
 from pyro_vae.generators import forked
+from pyro_vae.products import fast_products
 
 __all__ = ["evaluating"]
 
@@ -34,10 +36,13 @@ def evaluating(
         grad: Whether gradients are recorded.
     """
     store = pyro.get_param_store()
+    owners = [p if isinstance(p, nn.Module) else getattr(p, "__self__", None) for p in programs]
+    modules = [owner for owner in owners if isinstance(owner, nn.Module)]
     with (
         forked(device, seed),
         torch.set_grad_enabled(grad),
-        _eval_mode(programs),
+        _eval_mode(modules),
+        fast_products(p for module in modules for p in module.parameters()),
         store.scope(store.get_state()),
         OwnParameters(),
     ):
@@ -45,7 +50,7 @@ def evaluating(
 
 
 @contextmanager
-def _eval_mode(programs: tuple[Program, ...]) -> Iterator[None]:
+def _eval_mode(modules: list[nn.Module]) -> Iterator[None]:
     trained: list[nn.Module] = []
     thread = threading.get_ident()
 
@@ -54,10 +59,8 @@ def _eval_mode(programs: tuple[Program, ...]) -> Iterator[None]:
             trained.append(module)
             module.training = False
 
-    for program in programs:
-        owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
-        for module in owner.modules() if isinstance(owner, nn.Module) else ():
-            switch(module)
+    for module in chain.from_iterable(owner.modules() for owner in modules):
+        switch(module)
     hook = register_module_forward_pre_hook(switch)
     try:
         yield

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.arguments import as_shape, check_whole
-from pyro_vae.networks.linear import Linear
 
 __all__ = ["Network", "activation_layer", "dense", "joined"]
 
@@ -105,7 +104,7 @@ def dense(sizes: tuple[int, ...], activation: str, norm: str | None) -> list[nn.
     """Linear, norm, activation for each pair of neighbours in `sizes`."""
     layers: list[nn.Module] = []
     for i, o in zip(sizes, sizes[1:]):
-        layers += [Linear(i, o), *norm_layers(norm, o), activation_layer(activation)]
+        layers += [nn.Linear(i, o), *norm_layers(norm, o), activation_layer(activation)]
     return layers
 
 

@@ -7,7 +7,6 @@ from math import prod
 from torch import Tensor, nn
 
 from pyro_vae.networks.base import Network, activation_layer, dense, joined
-from pyro_vae.networks.linear import Linear
 
 __all__ = ["Conv", "ConvTranspose"]
 
@@ -50,7 +49,7 @@ class Conv(Network):
         )
         sizes = (flat + condition_dim, *hidden)
         self.hidden = nn.Sequential(*dense(sizes, activation, norm))
-        self.output = Linear(sizes[-1], prod(self.out_shape))
+        self.output = nn.Linear(sizes[-1], prod(self.out_shape))
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Convolutions, then dense layers with `y`."""

@@ -7,7 +7,6 @@ from math import prod
 from torch import Tensor, nn
 
 from pyro_vae.networks.base import Network, dense, joined, norm_layers
-from pyro_vae.networks.linear import Linear
 
 __all__ = ["MLP", "GatedMLP"]
 
@@ -36,7 +35,7 @@ class MLP(Network):
         super().__init__(in_shape, out_shape, condition_dim)
         sizes = (prod(self.in_shape) + condition_dim, *hidden)
         self.hidden = nn.Sequential(*dense(sizes, activation, norm))
-        self.output = Linear(sizes[-1], prod(self.out_shape))
+        self.output = nn.Linear(sizes[-1], prod(self.out_shape))
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Dense layers over the flattened input and `y`."""
@@ -75,9 +74,9 @@ class GatedMLP(Network):
         sizes = (prod(self.in_shape) + condition_dim, *hidden)
         layers: list[nn.Module] = []
         for i, o in zip(sizes, sizes[1:]):
-            layers += [Linear(i, 2 * o), *norm_layers(norm, 2 * o), nn.GLU(-1)]
+            layers += [nn.Linear(i, 2 * o), *norm_layers(norm, 2 * o), nn.GLU(-1)]
         self.hidden = nn.Sequential(*layers)
-        self.output = Linear(sizes[-1], prod(self.out_shape))
+        self.output = nn.Linear(sizes[-1], prod(self.out_shape))
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Gated layers over the flattened input and `y`."""

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from pyro_vae.networks.base import Network, activation_layer, joined
 from pyro_vae.networks.conv import halvings, image_shape, norm_2d
-from pyro_vae.networks.linear import Linear
 
 __all__ = ["ResNet", "ResNetTranspose"]
 
@@ -45,7 +44,7 @@ class ResNet(Network):
             layers += [nn.Conv2d(i, o, 3, 2, padding=1), ResidualBlock(o, activation, norm)]
         self.stages = nn.Sequential(*layers, activation_layer(activation))
         flat = channels[-1] * prod(halvings(s, len(channels))[-1] for s in side)
-        self.output = Linear(flat + condition_dim, prod(self.out_shape))
+        self.output = nn.Linear(flat + condition_dim, prod(self.out_shape))
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Residual stages, then a linear map with `y`."""
@@ -83,7 +82,7 @@ class ResNetTranspose(Network):
         heights, widths = (halvings(s, len(channels))[::-1] for s in side)
         self.sizes = list(zip(heights, widths))
         self.start = (channels[0], *self.sizes[0])
-        self.input = Linear(prod(self.in_shape) + condition_dim, prod(self.start))
+        self.input = nn.Linear(prod(self.in_shape) + condition_dim, prod(self.start))
         self.blocks = nn.ModuleList(ResidualBlock(c, activation, norm) for c in channels)
         self.widths = nn.ModuleList(
             nn.Conv2d(i, o, 3, padding=1) for i, o in zip(channels, (*channels[1:], channels[-1]))

@@ -22,6 +22,7 @@ from pyro_vae.generators import epoch_order, forked, seed_generators
 from pyro_vae.memory import keep_memory
 from pyro_vae.objectives import Objective
 from pyro_vae.processes import threads
+from pyro_vae.products import fast_products
 from pyro_vae.training.dataset import Dataset, fetch
 from pyro_vae.training.engine import Group
 from pyro_vae.training.evaluation import Evaluator, first_weight
@@ -176,7 +177,8 @@ class Trainer:
             if self.task.said is not None:
                 bar.say(self.task.said)
             while self.epoch < settings.epochs and not (stopped or self._out_of_patience()):
-                self._train_epoch()
+                with fast_products(self.parameters):
+                    self._train_epoch()
                 row = self._end_epoch()
                 bar.end(self.history)
                 stopped = self._call(row)
