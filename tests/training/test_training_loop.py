@@ -332,6 +332,8 @@ import torch
 import pyro_vae.training
 sys.path.insert(0, sys.argv[1])
 from training_cases import QUIET, make_data, make_vae
+weight = torch.ones(1, requires_grad=True)
+torch.optim.Adam([weight]).step()  # torch's own compiler, imported here, sets what it needs
 before = dict(os.environ), list(warnings.filters), logging.getLogger().handlers[:]
 pyro_vae.training.fit(make_vae(), make_data(), epochs=1, batch_size=11, **QUIET)
 assert before == (dict(os.environ), list(warnings.filters), logging.getLogger().handlers[:])
