@@ -20,7 +20,7 @@ from pyro_vae.data.schema import Schema
 from pyro_vae.data.tables import TABLES, is_mixed, read_csv, read_rows_of_table
 from pyro_vae.data.transforms import make_transform
 
-__all__ = ["Splits", "batches", "load_data", "locate", "read_rows", "spread"]
+__all__ = ["Splits", "load_data", "locate", "read_rows", "spread"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,22 +56,24 @@ class Splits:
         return f"Splits({self.name!r}, {rows} rows of {self.train.summary})"
 
     @property
+    def parts(self) -> dict[str, Data]:
+        """The parts by name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+    @property
     def sizes(self) -> dict[str, int]:
         """How many rows each part has."""
-        return {part: len(getattr(self, part)) for part in ("train", "validation", "test")}
+        return {name: len(part) for name, part in self.parts.items()}
 
     @property
     def missing(self) -> bool:
         """Whether a value of some part is missing."""
-        return any(part.missing for part in (self.train, self.validation, self.test))
+        return any(part.missing for part in self.parts.values())
 
     def with_transform(self, name: str) -> Splits:
         """The same rows under the transform called ``name``, fitted to the training part."""
         made = make_transform(name, self.train.x, self.train.levels)
-        parts = {
-            part: getattr(self, part).with_transform(made)
-            for part in ("train", "validation", "test")
-        }
+        parts: Any = {key: part.with_transform(made) for key, part in self.parts.items()}
         return replace(self, **parts, transform=name)
 
     def describe(self) -> dict[str, Any]:
@@ -87,11 +89,7 @@ class Splits:
             "conditional": self.conditional,
             "limit": self.limit,
             "even": self.even,
-            "digests": {
-                "train": self.train.digest(),
-                "validation": self.validation.digest(),
-                "test": self.test.digest(),
-            },
+            "digests": {name: part.digest() for name, part in self.parts.items()},
         }
 
     def check(self, description: Mapping[str, Any]) -> None:
@@ -169,12 +167,10 @@ def load_data(
         part.subset(spread(len(part), limit, seed) if even else torch.arange(len(part))[:limit])
         for part in split
     ]
-    made = make_transform(transform, parts[0].x, parts[0].levels)
-    train, held, test = (
-        _condition(part.unchecked(transform=made, seed=seed), conditional) for part in parts
-    )
+    train, held, test = (_condition(part, conditional).unchecked(seed=seed) for part in parts)
     rows = len(split[1]) if source[1] is None else None
-    return Splits(train, held, test, str(name), transform, rows, seed, conditional, limit, even)
+    splits = Splits(train, held, test, str(name), "none", rows, seed, conditional, limit, even)
+    return splits.with_transform(transform)
 
 
 def read_rows(path: str | Path, schema: Schema | None = None) -> Data:
@@ -210,7 +206,10 @@ def _read(
     if path.is_dir():
         return read_images(path)
     if not path.suffix and not path.exists():
-        raise ValueError(_unknown(str(name)))
+        raise ValueError(
+            f"expected one of {', '.join(NAMED)}, or the path of a table, of an .npz or .npy file "
+            f"or of a folder of images, got {str(name)!r}{closest(str(name), NAMED)}"
+        )
     if not path.is_file():
         raise ValueError(f"expected a file or folder at {path}, got none; check the path")
     if path.suffix in TABLES and (schema is not None or is_mixed(path)):
@@ -223,13 +222,6 @@ def _read(
         return read_arrays(path)
     raise ValueError(
         f"expected an .npz, .npy, .csv, .tsv or .parquet file or a folder of images, got {path}"
-    )
-
-
-def _unknown(name: str) -> str:
-    return (
-        f"expected one of {', '.join(NAMED)}, or the path of a table, of an .npz or .npy file or "
-        f"of a folder of images, got {name!r}{closest(name, NAMED)}"
     )
 
 
@@ -322,16 +314,3 @@ def spread(num_data: int, limit: int | None, seed: int) -> Tensor:
         return torch.arange(num_data)
     edges = np.linspace(0, num_data, limit + 1).round().astype(np.int64)
     return torch.from_numpy(np.random.default_rng(seed).integers(edges[:-1], edges[1:]))
-
-
-def batches(num: int, size: int) -> tuple[Tensor, ...]:
-    """The indices 0, ..., num - 1 in chunks of ``size``, the last one shorter if need be.
-
-    ``epoch_order(num, seed, epoch).split(size)`` gives the same chunks of a shuffled epoch.
-
-    Raises:
-        ValueError: If either number is below 1.
-    """
-    if num < 1 or size < 1:
-        raise ValueError(f"expected at least 1 row and a batch size of 1, got {num} and {size}")
-    return torch.arange(num).split(size)
