@@ -14,7 +14,7 @@ import torch
 
 from pyro_vae.__main__ import main
 from pyro_vae.cli import COMMANDS
-from pyro_vae.cli.judge import compared, differing, told
+from pyro_vae.cli.compare import compared, differing, told
 from pyro_vae.cli.parsing import make_parser, spelled
 from pyro_vae.config import BASES, components
 from pyro_vae.estimators import Evidence

@@ -19,9 +19,10 @@ from torch import Tensor
 from pyro_vae import config
 from pyro_vae.arguments import check_whole
 from pyro_vae.classes import ClassVAE
+from pyro_vae.cli.evaluate import by_column
 from pyro_vae.cli.figures import condition
 from pyro_vae.cli.folder import destination, load_run, own_rows, placed
-from pyro_vae.cli.judge import by_column, held_out, shifted
+from pyro_vae.cli.judge import held_out, shifted
 from pyro_vae.cli.stream import Job, key_of, part_seed, stream
 from pyro_vae.data import Data
 from pyro_vae.densities import NotSimulated

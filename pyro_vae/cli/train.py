@@ -15,9 +15,9 @@ from torch.distributions import constraints
 
 from pyro_vae import config, declarations
 from pyro_vae.arguments import check_whole, closest
+from pyro_vae.cli.evaluate import evaluate
 from pyro_vae.cli.figures import KlParts, draw
 from pyro_vae.cli.folder import declared_run, pairs, read_record, record
-from pyro_vae.cli.judge import evaluate
 from pyro_vae.cli.parsing import NOT_IN_FILES, parse
 from pyro_vae.data import Data, Schema, Splits, load_data, locate, spread
 from pyro_vae.files import locked
