@@ -207,7 +207,7 @@ def _resumed(argv: list[str]) -> list[str]:
                 f"{folder} cannot be resumed: it has no config.yaml, which pyro-vae train writes; "
                 "give the folder of a run that it began"
             )
-        return ["--config", str(declaration), "--run", folder, *argv]
+        return [f"--config={declaration}", f"--run={folder}", *argv]
     return argv
 
 

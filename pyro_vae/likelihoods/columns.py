@@ -230,7 +230,6 @@ def _resolved(columns: Mapping | list | None, data_shape: tuple[int, ...]) -> di
 def _kind(name: str, declared: Any) -> Kind:
     """The kind that is declared for the column `name`."""
     path, options = name_and_options(f"column {name!r}", declared)
-
     known = {cls.__name__: cls for cls in final_subclasses(Likelihood) if cls is not Columns}
     if path not in known:
         raise ValueError(
