@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
-__all__ = ["PathLike", "check_folder", "flush_folder", "locked", "reading", "sweep", "write"]
+__all__ = [
+    "PathLike",
+    "as_csv",
+    "check_folder",
+    "flush_folder",
+    "locked",
+    "reading",
+    "sweep",
+    "write",
+]
 
 PathLike = str | os.PathLike[str]
 
@@ -37,6 +49,13 @@ def write(path: PathLike, content: bytes | str | Iterable[bytes]) -> None:
         if isinstance(error, OSError):
             error.filename, error.filename2 = str(path), None
         raise
+
+
+def as_csv(rows: Iterable[Iterable[Any]]) -> str:
+    """The text of a .csv file."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def sweep(folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from jsonargparse import Namespace
 
 from pyro_vae.data import Data, Splits, spread
@@ -30,7 +29,7 @@ def rows_of(splits: Splits, part: str, data: Data) -> str:
 
 def estimate(vae: VAE, data: Data, options: Namespace) -> Evidence:
     """log p(x) of all rows, by the one estimator to call."""
-    x, y = data.batch(torch.arange(len(data)))
+    x, y = data.batch()
     return log_evidence(
         vae.model,
         vae.guide,

@@ -226,18 +226,19 @@ class Data:
             dimensions = dimensions * (1 - self.missing_share)
         return -(log_prob + self.log_jacobian) / (dimensions * math.log(2))
 
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+    def batch(self, index: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The rows of a batch as the model sees them, on the device where the data lie.
 
         Noise that the transform redraws at each visit comes from torch's generator of that
         device; noise that a row keeps is the same one that ``fixed`` gives it.
 
         Args:
-            index: The positions of the rows, int64 [B].
+            index: The positions of the rows, int64 [B]; all if None.
 
         Returns:
             x, float32 [B, *E], and y, [B, C] or None.
         """
+        index = torch.arange(len(self)) if index is None else index
         if self.transform.noisy and not self.transform.fresh:
             return self._kept.batch(index)
         index = index.to(self.x.device)
