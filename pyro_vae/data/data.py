@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from typing import Any
@@ -299,25 +298,22 @@ class Data:
 
     def subset(self, index: Tensor) -> Data:
         """The rows at these positions, int64 [M], with the ids and noise they had."""
-        found = self._each(
-            lambda part: (
-                part.rows(index) if isinstance(part, Mapped) else part[index.to(part.device)]
-            )
-        )
-        if len(found) < 1:
+        found = {
+            name: part.rows(index) if isinstance(part, Mapped) else part[index.to(part.device)]
+            for name, part in self._parts.items()
+        }
+        if len(found["x"]) < 1:
             raise ValueError(f"{self._title}: expected a subset of at least 1 row, got none")
-        return found
+        return self.unchecked(**found)
 
     def to(self, device: torch.device | str) -> Data:
         """The same rows on a device."""
-        return self._each(lambda part: part.to(device))
+        return self.unchecked(**{name: part.to(device) for name, part in self._parts.items()})
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Data:
-        """These rows with each of their tensors changed."""
+    @property
+    def _parts(self) -> dict[str, Any]:
         parts = {name: getattr(self, name) for name in ("x", "y", "labels", "rows")}
-        return self.unchecked(
-            **{n: None if part is None else change(part) for n, part in parts.items()}
-        )
+        return {name: part for name, part in parts.items() if part is not None}
 
     def unchecked(self, **changes: Any) -> Data:
         """These rows with other fields, which are known to be right: no value is looked at."""

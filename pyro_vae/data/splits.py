@@ -167,7 +167,11 @@ def load_data(
         part.subset(spread(len(part), limit, seed) if even else torch.arange(len(part))[:limit])
         for part in split
     ]
-    train, held, test = (_condition(part, conditional).unchecked(seed=seed) for part in parts)
+    if not conditional:
+        parts = [part.unchecked(y=None) for part in parts]
+    else:
+        parts = [part.one_hot() if part.y is None else part for part in parts]
+    train, held, test = (part.unchecked(seed=seed) for part in parts)
     rows = len(split[1]) if source[1] is None else None
     splits = Splits(train, held, test, str(name), "none", rows, seed, conditional, limit, even)
     return splits.with_transform(transform)
@@ -232,23 +236,22 @@ def _numbered(source: Parts) -> Parts:
         ValueError: If the parts differ in the shape or grey levels of a datum or the width of y.
     """
     parts = [part for part in source if part is not None]
-    for part in parts:
-        if _kind(part) != _kind(parts[0]):
+    kinds = [
+        f"data of shape {list(part.data_shape)}, {'no' if part.levels is None else part.levels} "
+        f"grey levels and {'no' if part.y is None else part.y.shape[1]} columns of y"
+        for part in parts
+    ]
+    for part, kind in zip(parts, kinds):
+        if kind != kinds[0]:
             raise ValueError(
-                f"expected parts of one kind, got {parts[0].name} with {_kind(parts[0])} and "
-                f"{part.name} with {_kind(part)}; make them alike"
+                f"expected parts of one kind, got {parts[0].name} with {kinds[0]} and "
+                f"{part.name} with {kind}; make them alike"
             )
     classes = max(part.classes or 0 for part in parts) or None
     starts = np.cumsum([0, *map(len, parts)]).tolist()
     numbered = iter([p.unchecked(rows=p.rows + n, classes=classes) for p, n in zip(parts, starts)])
     _, held, test = source
     return next(numbered), held and next(numbered), test and next(numbered)
-
-
-def _kind(part: Data) -> str:
-    width = "no" if part.y is None else part.y.shape[1]
-    levels = "no" if part.levels is None else part.levels
-    return f"data of shape {list(part.data_shape)}, {levels} grey levels and {width} columns of y"
 
 
 def _split(source: Parts, validation: int | float | None, seed: int) -> tuple[Data, Data, Data]:
@@ -287,12 +290,6 @@ def _count(validation: int | float | None, rows: int, default: float) -> int:
             f"between 0 and 1, got {validation}"
         )
     return validation if isinstance(validation, int) else max(1, round(rows * validation))
-
-
-def _condition(part: Data, conditional: bool) -> Data:
-    if not conditional:
-        return part.unchecked(y=None)
-    return part if part.y is not None else part.one_hot()
 
 
 def spread(num_data: int, limit: int | None, seed: int) -> Tensor:
