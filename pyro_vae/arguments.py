@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from functools import wraps
 from hashlib import sha256
@@ -24,12 +24,15 @@ __all__ = [
     "as_shape",
     "as_tensor",
     "check_finite",
+    "check_options",
     "check_real",
     "check_whole",
     "closest",
     "completed",
     "digest_of",
+    "final_subclasses",
     "is_rows",
+    "name_and_options",
     "programs",
     "takes_vae",
 ]
@@ -119,6 +122,52 @@ def closest(name: str, known: Iterable[str]) -> str:
     return f", did you mean {names[close[0]]!r}?" if close else ""
 
 
+def name_and_options(what: str, declared: Any) -> tuple[str, dict[str, Any]]:
+    """The name and the options of a class that is declared by name, or with options as in YAML.
+
+    Args:
+        what: What the message calls it.
+        declared: A name, or `{name: {option: value}}`, or `{"class_path": name, "init_args":
+            {option: value}}`.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    given = declared if isinstance(declared, Mapping) else {"class_path": declared}
+    if len(given) == 1 and "class_path" not in given:
+        given = dict(zip(("class_path", "init_args"), *given.items()))
+    name, options = given.get("class_path"), given.get("init_args")
+    known = {*given} <= {"class_path", "init_args"}
+    if not (known and isinstance(name, str) and isinstance(options, Mapping | None)):
+        raise ValueError(
+            f"{what} must be a name, {{name: options}} or a mapping of class_path and init_args; "
+            f"got {declared!r}"
+        )
+    return name, dict(options or {})
+
+
+def check_options(what: str, options: Iterable[str], known: Collection[str]) -> None:
+    """Refuses options that are not known, with the known ones.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"{what} has no option {option!r}{closest(option, known)}: it has "
+                f"{', '.join(known) or 'none'}"
+            )
+
+
+def final_subclasses(cls: type) -> set[Any]:
+    """Classes from `cls` down that have no abstract method left."""
+    children: set[Any] = set().union(*map(final_subclasses, cls.__subclasses__()))
+    members = (getattr(cls, name, None) for name in dir(cls))
+    abstract = any(getattr(member, "__isabstractmethod__", False) for member in members)
+    return children if abstract else {*children, cls}
+
+
 def as_shape(name: str, value: Any) -> tuple[int, ...]:
     """Sizes of a shape, of one size or several.
 
@@ -185,13 +234,14 @@ def is_rows(value: Any) -> bool:
     )
 
 
-def check_finite(name: str, value: Tensor, missing: bool | None = None) -> None:
+def check_finite(name: str, value: Tensor, missing: bool | None = None, remedy: str = "") -> None:
     """Refuses a tensor that does not hold a row of finite real numbers for each datum.
 
     Args:
         name: What the messages call it.
         value: The tensor.
         missing: Whether NaN declares a missing entry; None where no entry can be missing.
+        remedy: What the message says can be done besides.
 
     Raises:
         ValueError: If so; the message says which rows.
@@ -206,7 +256,7 @@ def check_finite(name: str, value: Tensor, missing: bool | None = None) -> None:
     if value.is_floating_point() and not bool((finite := value.isfinite()).all()):
         odd = ~finite & ~value.isnan() if missing else ~finite
         bad = (odd.flatten(1).any(1) if odd.ndim > 1 else odd).nonzero().flatten().tolist()
-        hint = MISSING_HINT if missing is False and bool(value.isnan().any()) else ""
+        hint = MISSING_HINT if missing is False and bool(value.isnan().any()) else remedy
         what = "infinite" if missing else "NaN or infinite"
         if bad:
             raise ValueError(
@@ -290,9 +340,9 @@ def takes_vae(
 
 def programs(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
     """The arguments with a VAE in first place taken apart, and both programs checked."""
-    if args and _is_vae(args[0]) and "guide" not in options:
-        if len(args) < 2 or not callable(args[1]):
-            args = args[0].model, args[0].guide, *args[1:]
+    both = [getattr(args[0], name, None) for name in ("model", "guide")] if args else [None]
+    if all(map(callable, both)) and "guide" not in options and not callable([*args, None][1]):
+        args = (*both, *args[1:])
     given = dict(zip(("model", "guide"), args)) | options
     for name in ("model", "guide"):
         if not callable(given.get(name)):
@@ -301,10 +351,6 @@ def programs(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
                 f"(vae, x); got {type(given.get(name)).__name__}"
             )
     return args
-
-
-def _is_vae(value: Any) -> bool:
-    return all(callable(getattr(value, name, None)) for name in ("model", "guide"))
 
 
 def _shown(value: Any) -> str:

@@ -12,21 +12,20 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vae import likelihoods, networks
-from pyro_vae.arguments import as_shape, check_whole
+from pyro_vae.arguments import as_shape, check_options, check_whole, name_and_options
 from pyro_vae.classes import ClassVAE
 from pyro_vae.data.mapped import Mapped
 from pyro_vae.declarations import (
     BASES,
     Declared,
-    check_options,
     component,
     components,
     make,
     named_class,
+    option_names,
     parameters,
     short_name,
     size_of,
-    written_out,
 )
 from pyro_vae.files import reading
 from pyro_vae.hierarchy import Layers, Lowest
@@ -195,7 +194,7 @@ def _posterior(
     (cls, options), (in_shape, latents) = encoder, reads
     out = (size_of(declared["posterior"], "num_params", latent_dim),)
     if latents:
-        check_options("encoder", cls, ["condition_dim"])
+        check_options(f"encoder {cls.__name__}", ["condition_dim"], option_names(cls))
         options = {**options, "condition_dim": options["condition_dim"] + latents}
     made = make((cls, options), {"in_shape": in_shape, "out_shape": out})
     return make(declared["posterior"], {"latent_dim": latent_dim, "encoder": made})
@@ -273,10 +272,9 @@ def _as_then(declaration: dict[str, Any]) -> dict[str, Any]:
 def _conditioned(family: str, declared: Declared, condition_dim: int) -> Declared:
     if not condition_dim:
         return declared
-    spelled = dict(written_out(declared))
-    options = dict(spelled.get("init_args") or {})
+    name, options = name_and_options(family, declared)
     given = options.get("condition_dim") or condition_dim  # 0 is the default, filled in by parsers
-    return {**spelled, "init_args": {**options, "condition_dim": given}}
+    return {"class_path": name, "init_args": {**options, "condition_dim": given}}
 
 
 def default_transform(likelihood: type, levels: int | None, x: Tensor | Mapped) -> str:

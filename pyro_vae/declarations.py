@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import EllipsisType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -12,14 +12,13 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from pyro_vae import likelihoods, networks, objectives, posteriors, priors
-from pyro_vae.arguments import closest
+from pyro_vae.arguments import check_options, closest, final_subclasses, name_and_options
 from pyro_vae.hierarchy import Inference
 
 __all__ = [
     "BASES",
     "INJECTED",
     "Declared",
-    "check_options",
     "complete",
     "component",
     "declare",
@@ -30,7 +29,6 @@ __all__ = [
     "parameters",
     "short_name",
     "size_of",
-    "written_out",
 ]
 
 Declared = str | Mapping[str, Any]
@@ -55,7 +53,7 @@ INJECTED = {
 def components(family: str) -> dict[str, type]:
     """The known classes of a family, by name: ours, and those of modules already imported."""
     found = sorted(
-        _final_subclasses(BASES[family]),
+        final_subclasses(BASES[family]),
         key=lambda cls: (short_name(cls) == cls.__name__, cls.__name__),
     )  # ours last: they win a shared name
     return {cls.__name__: cls for cls in found}
@@ -66,18 +64,9 @@ def component(family: str, declared: Declared) -> tuple[type, dict[str, Any]]:
 
     An option that takes a schedule may be declared in the same way; it comes back made.
     """
-    declared = written_out(declared)
-    if not isinstance(declared, Mapping) or not (
-        {"class_path"} <= set(declared) <= {"class_path", "init_args"}
-        and isinstance(declared.get("init_args"), Mapping | None)
-    ):
-        raise ValueError(
-            f"{family} must be a class name, {{name: options}} or a mapping of class_path and "
-            f"init_args; got {declared!r}"
-        )
-    cls = named_class(family, declared["class_path"])
-    options = dict(declared.get("init_args") or {})
-    check_options(family, cls, options)
+    name, options = name_and_options(family, declared)
+    cls = named_class(family, name)
+    check_options(f"{family} {cls.__name__}", options, option_names(cls))
     options = {name: _value(cls, name, value) for name, value in options.items()}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, family, skip=INJECTED & set(parameters(cls)))
@@ -88,24 +77,16 @@ def component(family: str, declared: Declared) -> tuple[type, dict[str, Any]]:
     return cls, {key: _plain(checked[family][key]) for key in option_names(cls)}
 
 
-def written_out(declared: Any) -> Any:
-    """A name alone, or {name: options}, as a mapping of class_path and init_args."""
-    if isinstance(declared, Mapping) and len(declared) == 1 and "class_path" not in declared:
-        return dict(zip(("class_path", "init_args"), *declared.items()))
-    return {"class_path": declared} if isinstance(declared, str) else declared
-
-
-def complete(family: str, declared: Mapping[str, Any]) -> dict[str, Any]:
+def complete(family: str, declared: Declared) -> dict[str, Any]:
     """A declaration for a file: checked, with all options, and our classes by their short names.
 
     Short names keep old runs when a class moves.
     """
     cls, options = component(family, declared)
-    given = declared.get("init_args") or {}
+    _, given = name_and_options(family, declared)
     for name in given:
         if isinstance(options[name], objectives.Schedule):
-            inner = {"class_path": given[name]} if isinstance(given[name], str) else given[name]
-            options[name] = complete("schedule", inner)
+            options[name] = complete("schedule", given[name])
     return {"class_path": short_name(cls), "init_args": options}
 
 
@@ -127,7 +108,7 @@ def declare(
     value: Any = _loaded(text)
     if path in ([], ["class_path"]):
         value = value if isinstance(value, Mapping) else {"class_path": value}
-        cls = named_class(family, value.get("class_path"))
+        cls = named_class(family, str(value.get("class_path")))
         same = declared.get("class_path") in (cls.__name__, short_name(cls))
         return dict(declared if same and len(value) == 1 else value)
     options = dict(declared.get("init_args") or {})
@@ -139,10 +120,9 @@ def declare(
     return {**declared, "init_args": {**options, first: value}}
 
 
-def named_class(family: str, name: Any) -> type:
+def named_class(family: str, name: str) -> type:
     """The known class called `name`, or by its full path."""
     known = components(family)
-    name = str(name)
     module, _, last = name.rpartition(".")
     for cls in known.values():
         if name in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}"):
@@ -153,17 +133,6 @@ def named_class(family: str, name: Any) -> type:
         f"{family} {name!r} is unknown{closest(name, known)}: choose one of "
         f"{', '.join(sorted(known))}, or import the module of your own class first"
     )
-
-
-def check_options(family: str, cls: type, options: Iterable[str]) -> None:
-    """Refuses options that `cls` does not have."""
-    names = option_names(cls)
-    for option in options:
-        if option not in names:
-            raise ValueError(
-                f"{family} {cls.__name__} has no option {option!r}{closest(option, names)}: "
-                f"it has {', '.join(names) or 'none'}"
-            )
 
 
 def _value(cls: type, option: str, declared: Any) -> Any:
@@ -219,14 +188,6 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _final_subclasses(cls: type) -> set[type]:
-    children: set[type] = set().union(*map(_final_subclasses, cls.__subclasses__()))
-    abstract = any(
-        getattr(getattr(cls, name, None), "__isabstractmethod__", False) for name in dir(cls)
-    )
-    return children | (set() if abstract else {cls})
 
 
 def short_name(cls: type) -> str:

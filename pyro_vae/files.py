@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
-__all__ = ["PathLike", "check_folder", "flush_folder", "locked", "reading", "sweep", "write"]
+__all__ = [
+    "PathLike",
+    "as_csv",
+    "check_folder",
+    "flush_folder",
+    "locked",
+    "reading",
+    "sweep",
+    "write",
+]
 
 PathLike = str | os.PathLike[str]
+NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+NEW |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # not on every system
 
 
 def write(path: PathLike, content: bytes | str | Iterable[bytes]) -> None:
@@ -28,7 +42,10 @@ def write(path: PathLike, content: bytes | str | Iterable[bytes]) -> None:
     temporary = path.with_name(f".{uuid4().hex}.tmp")
     try:
         content = content.encode() if isinstance(content, str) else content
-        _create(temporary, [content] if isinstance(content, bytes) else content)
+        with open(os.open(temporary, NEW, 0o666), "wb") as file:
+            file.writelines([content] if isinstance(content, bytes) else content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
         flush_folder(path.parent)
     except BaseException as error:
@@ -37,6 +54,13 @@ def write(path: PathLike, content: bytes | str | Iterable[bytes]) -> None:
         if isinstance(error, OSError):
             error.filename, error.filename2 = str(path), None
         raise
+
+
+def as_csv(rows: Iterable[Iterable[Any]]) -> str:
+    """The text of a .csv file."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def sweep(folder: Path) -> None:
@@ -74,16 +98,6 @@ def check_folder(folder: PathLike) -> None:
                     )
 
 
-def _create(path: Path, content: Iterable[bytes]) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    for name in ("O_NOFOLLOW", "O_BINARY"):  # not on every system
-        flags |= getattr(os, name, 0)
-    with open(os.open(path, flags, 0o666), "wb") as file:
-        file.writelines(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 @contextmanager
 def reading(path: PathLike) -> Iterator[None]:
     """Makes of what wrong content raises one ValueError that names the file."""
@@ -114,7 +128,11 @@ def locked(path: PathLike) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
-        if not _lock(handle) or not _is_at(handle, path):
+        try:
+            held = _lock(handle) and os.path.samestat(os.fstat(handle), os.lstat(path))
+        except FileNotFoundError:  # a process that has just ended removed it
+            held = False
+        if not held:
             raise ValueError(
                 f"{path.parent} is being written by another process: wait until it ends, or "
                 "choose another folder"
@@ -142,11 +160,3 @@ def _lock(handle: int) -> bool:
     except OSError:  # a file system without locks
         return True
     return True
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    """Whether a process that has just ended did not remove the file."""
-    try:
-        return os.path.samestat(os.fstat(handle), os.lstat(path))
-    except FileNotFoundError:
-        return False

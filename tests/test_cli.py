@@ -20,9 +20,9 @@ import yaml
 
 from pyro_vae import build, importance_sampling, load, log_evidence, plots
 from pyro_vae.__main__ import main
+from pyro_vae.cli.compare import check_comparable
 from pyro_vae.cli.figures import KlParts, followed, layer_lines
 from pyro_vae.cli.folder import load_run
-from pyro_vae.cli.judge import check_comparable
 from pyro_vae.cli.train import check_support
 from pyro_vae.data import Data, Dequantise, Splits, load_data, spread
 from pyro_vae.metrics import elbo_decomposition
@@ -711,7 +711,7 @@ def test_precision_and_threads_are_those_asked_for_and_put_back(
         seen.append(options["compile"])
         raise ValueError("enough")
 
-    monkeypatch.setattr("pyro_vae.cli.judge.importance_sampling", look)
+    monkeypatch.setattr("pyro_vae.cli.evaluate.importance_sampling", look)
     speed = ["--num-samples", "7", "--matmul", "medium", "--threads", "1", "--compile", "true"]
     assert main(["evaluate", str(run), *speed]) == 2
     assert seen == [("medium", 1), True]

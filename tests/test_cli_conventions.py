@@ -14,7 +14,7 @@ import torch
 
 from pyro_vae.__main__ import main
 from pyro_vae.cli import COMMANDS
-from pyro_vae.cli.judge import compared, differing, told
+from pyro_vae.cli.compare import compared, differing, told
 from pyro_vae.cli.parsing import make_parser, spelled
 from pyro_vae.config import BASES, components
 from pyro_vae.estimators import Evidence
@@ -24,13 +24,14 @@ from pyro_vae.metrics import Difference
 @pytest.mark.parametrize(
     ("written", "known"),
     [
-        (["--latent-dim", "3"], ["--latent_dim", "3"]),
+        (["--latent-dim", "3"], ["--latent_dim=3"]),
         (["--prior.num-components=3"], ["--prior.num_components=3"]),
         (["--data=my-file_1.csv"], ["--data=my-file_1.csv"]),
         (["a-b", "-h", "--"], ["a-b", "-h", "--"]),
         (["--compile", "--no-progress", "run"], ["--compile=true", "--progress=false", "run"]),
-        (["--compile", "false", "--mean=true"], ["--compile", "false", "--mean=true"]),
-        (["--no-data"], ["--no_data"]),
+        (["--compile", "false", "--mean=true"], ["--compile=false", "--mean=true"]),
+        (["--no-data", "run", "--seed", "-1"], ["--no_data", "run", "--seed=-1"]),
+        (["--limit", "--json"], ["--limit", "--json"]),
     ],
 )
 def test_options_are_taken_as_people_write_them(written: list[str], known: list[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from pyro_vae import load, log_evidence
 from pyro_vae.__main__ import main
-from pyro_vae.cli.judge import check_comparable
+from pyro_vae.cli.compare import check_comparable
 from pyro_vae.data import load_data
 
 pytestmark = pytest.mark.xdist_group("cli_missing")

@@ -233,7 +233,7 @@ def test_an_encoder_sees_one_hot_scaled_numbers_and_the_mask() -> None:
         (["Normal", "Columns"], "column '1': likelihood 'Columns' is unknown"),
         ({"a": "Normal", "b": {"class_path": "Poisson", "init_args": {"scale": 1}}},
          "column 'b': Poisson has no option 'scale'"),
-        ({"a": "Normal", "b": {"kind": "Poisson"}}, "column 'b' must be the name of a likelihood"),
+        ({"a": "Normal", "b": {"kind": "Poisson"}}, "column 'b' must be a name"),
         ({"a": {"class_path": "Normal", "init_args": {"resolution": -1}}, "b": "Normal"},
          "column 'a': resolution must be positive; got -1"),
     ],

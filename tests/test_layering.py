@@ -57,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "data": {
         *("torch", "arguments", "torchvision", "sklearn", "PIL", "numpy", "scipy"),
-        *("anndata", "pyarrow", "yaml", "generators"),
+        *("anndata", "pyarrow", "yaml", "generators", "files"),
     },
     "training": {
         *("torch", "pyro", "densities", "objectives", "estimators", "compiling", "processes"),

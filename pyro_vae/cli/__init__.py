@@ -168,7 +168,7 @@ COMMANDS = {
         usage="",
     ),
     "evaluate": Command(
-        "judge.evaluate",
+        "evaluate.evaluate",
         "log p(x) with its error, ELBO, KL, active units of a run",
         {
             **RUN,
@@ -201,7 +201,7 @@ COMMANDS = {
         example="runs/mnist-1 new.npz --out scores.csv",
     ),
     "compare": Command(
-        "judge.compare",
+        "compare.compare",
         "runs on the same data: paired differences of log p(x) with their errors",
         {
             "runs": {"nargs": "+", "help": "folders of two runs or more"},

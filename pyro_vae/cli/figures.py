@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from itertools import accumulate
 from pathlib import Path
@@ -20,7 +18,7 @@ from pyro_vae.cli.folder import home, load_run, pairs, read_table
 from pyro_vae.data import Data, Splits
 from pyro_vae.densities import densities
 from pyro_vae.distributions import Joint
-from pyro_vae.files import reading, write
+from pyro_vae.files import as_csv, reading, write
 from pyro_vae.generators import forked
 from pyro_vae.metrics import Decomposition, active_units, elbo_decomposition
 from pyro_vae.training import State
@@ -263,11 +261,7 @@ class KlParts:
         row |= {f"kl_{name}": value for name, value in zip(unit_names(vae), each)}
         # a resumed run measures the epochs after its checkpoint again
         self.rows = [*(old for old in self.rows if old["epoch"] < state.epoch), row]
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(row), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write(self.path, text.getvalue())
+        write(self.path, as_csv([row, *([old.get(name) for name in row] for old in self.rows)]))
 
 
 def draw_parts(folder: Path, vae: VAE, num_data: int) -> None:

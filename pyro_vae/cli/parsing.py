@@ -42,6 +42,12 @@ FLAGS = {
     for key, settings in command.options.items()
     if settings.get("type") in (bool, bool | None)
 }
+SWITCHES = {
+    key[2:]
+    for command in COMMANDS.values()
+    for key, settings in command.options.items()
+    if settings.get("action") == "store_true"
+} | {"help", "help_all"}
 LARGEST = 10_000  # values of a configuration
 TYPED_ONLY = ("config", "print_config")  # options that no file holds
 NOT_IN_FILES = (*TYPED_ONLY, "run", "resume", "import")
@@ -55,7 +61,7 @@ def run(argv: list[str]) -> int:
             raise ValueError(f"unknown command{closest(name, COMMANDS)}")
         options = parse(name, rest)
         module, _, function = COMMANDS[name].function.partition(".")
-        with _short_warnings(), _matrix_products(options):
+        with _short_warnings(), _computing(options):
             getattr(import_module(f"pyro_vae.cli.{module}"), function)(options)
     except ERRORS as error:
         line = " ".join(str(error).partition("\nTrace Shapes:")[0].split())  # which Pyro adds
@@ -70,12 +76,16 @@ def parse(command: str, argv: list[str]) -> Namespace:
     Raises:
         ValueError: If a name is unknown, with the closest known one, or a value does not fit.
     """
-    argv = spelled(argv)
-    argv = ["--help" if argument == "--help_all" else argument for argument in argv]
+    argv = ["--help" if argument == "--help_all" else argument for argument in spelled(argv)]
     if command == "train":
         argv = _resumed(argv)
     parser = make_parser(command)
-    _check_options(parser, argv)
+    known = _known(parser) | {"help"}
+    for argument in argv:
+        name = argument.partition("=")[0].partition(".")[0]
+        if name.startswith("--") and name[2:] not in known:
+            hint = closest(name, [f"--{option}" for option in known])
+            raise ValueError(f"there is no option {name}{hint}: see {parser.prog} --help")
     for name in _values(argv, "--import"):
         if os.getcwd() not in sys.path:  # a console script does not look where it is started
             sys.path.insert(0, os.getcwd())
@@ -103,38 +113,29 @@ def _declared(
     Raises:
         ValueError: If a class is unknown.
     """
-    files, given, rest = _sorted(argv)
+    declared: dict[str, dict[str, Any]]
     declared = {family: {"class_path": name} for family, name in FAMILIES.items()}
-    for path in files:
-        content = _read_config(path, parser)
-        for family in FAMILIES.keys() & content.keys():
-            named = content.pop(family)
-            declared[family] = {"class_path": named} if isinstance(named, str) else named
-        parser.set_defaults(content)
-    for (family, *option), text in sorted(given, key=lambda pair: len(pair[0])):  # classes first
+    given, rest = [], []
+    for argument in argv:
+        name, _, text = argument.partition("=")
+        family, *option = name.removeprefix("--").split(".")
+        if name != "--config" and not (name.startswith("--") and family in FAMILIES):
+            rest.append(argument)
+        elif not text:
+            raise ValueError(f"argument {name}: expected one argument")
+        elif name == "--config":
+            content = _read_config(text, parser)
+            for family in FAMILIES.keys() & content.keys():
+                named = content.pop(family)
+                declared[family] = {"class_path": named} if isinstance(named, str) else named
+            parser.set_defaults(content)
+        else:
+            given.append((family, option, text))
+    for family, option, text in sorted(given, key=lambda one: len(one[1])):  # classes first
         if option == ["help"]:
             _print_options(family, text)
         declared[family] = declarations.declare(family, declared[family], option, text)
     return declared, rest
-
-
-def _sorted(argv: list[str]) -> tuple[list[str], list[tuple[list[str], str]], list[str]]:
-    """Configuration files, options of families with their values, and all other arguments."""
-    files, given, rest = [], [], []
-    arguments = iter(argv)
-    for argument in arguments:
-        name, equals, text = argument.partition("=")
-        path = name.removeprefix("--").split(".")
-        if not name.startswith("--") or (path != ["config"] and path[0] not in FAMILIES):
-            rest.append(argument)
-            continue
-        if not equals and (text := next(arguments, "")) == "":
-            raise ValueError(f"argument {name}: expected one argument")
-        if path == ["config"]:
-            files.append(text)
-        else:
-            given.append((path, text))
-    return files, given, rest
 
 
 def _print_options(family: str, name: str) -> NoReturn:
@@ -149,40 +150,35 @@ def _print_options(family: str, name: str) -> NoReturn:
 
 
 def spelled(argv: list[str]) -> list[str]:
-    """Options as the parsers know them: words joined by `_`, flags with a value.
+    """Options as the parsers know them: words joined by `_`, each with its value.
 
-    `--latent-dim 3` is `--latent_dim 3`, `--compile` is `--compile=true` and `--no-compile` is
+    `--latent-dim 3` is `--latent_dim=3`, `--compile` is `--compile=true` and `--no-compile` is
     `--compile=false`.
     """
-    done = []
-    for argument, following in zip(argv, [*argv[1:], ""]):
-        name, equals, value = argument.partition("=")
+    done, arguments = [], argv[::-1]
+    while arguments:
+        argument = arguments.pop()
+        name, equals, _ = argument.partition("=")
         if not name.startswith("--") or len(name) == 2:
             done.append(argument)
             continue
         key = name[2:].replace("-", "_")
-        off = key.removeprefix("no_")
-        if not equals and off != key and off in FLAGS:
-            done.append(f"--{off}=false")
-        elif not equals and key in FLAGS and following.lower() not in ("true", "false", "null"):
+        following = arguments[-1] if arguments else "--"
+        if equals:
+            done.append(f"--{key}{argument[len(name) :]}")
+        elif key.removeprefix("no_") in FLAGS - {key}:
+            done.append(f"--{key.removeprefix('no_')}=false")
+        elif key in FLAGS and following.lower() not in ("true", "false", "null"):
             done.append(f"--{key}=true")
+        elif key in SWITCHES or following.startswith("--"):
+            done.append(f"--{key}")
         else:
-            done.append(f"--{key}{equals}{value}")
+            done.append(f"--{key}={arguments.pop()}")
     return done
 
 
 def make_parser(name: str) -> ArgumentParser:
     """The parser of a command, from its entry in `COMMANDS`."""
-    command = COMMANDS[name]
-    parser = _parser(name, command.options)
-    for family, default in FAMILIES.items() if name == "train" else ():
-        known = ", ".join(sorted(declarations.components(family)))
-        text = f"a class, and its options as --{family}.OPTION (--{family}.help CLASS): {known}"
-        parser.add_argument(f"--{family}", type=str, default=default, help=text)
-    return parser
-
-
-def _parser(name: str, options: dict[str, dict[str, Any]]) -> ArgumentParser:
     command = COMMANDS[name]
     parser = ArgumentParser(
         prog=f"pyro-vae {name}",
@@ -192,8 +188,12 @@ def _parser(name: str, options: dict[str, dict[str, Any]]) -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    for key, settings in options.items():
+    for key, settings in command.options.items():
         parser.add_argument(key, **settings)
+    for family, default in FAMILIES.items() if name == "train" else ():
+        known = ", ".join(sorted(declarations.components(family)))
+        text = f"a class, and its options as --{family}.OPTION (--{family}.help CLASS): {known}"
+        parser.add_argument(f"--{family}", type=str, default=default, help=text)
     return parser
 
 
@@ -207,7 +207,7 @@ def _resumed(argv: list[str]) -> list[str]:
                 f"{folder} cannot be resumed: it has no config.yaml, which pyro-vae train writes; "
                 "give the folder of a run that it began"
             )
-        return ["--config", str(declaration), "--run", folder, *argv]
+        return [f"--config={declaration}", f"--run={folder}", *argv]
     return argv
 
 
@@ -262,8 +262,9 @@ def _is_small(content: Any) -> bool:
 
 def data_options(path: Path) -> Namespace:
     """The options of the data in a run's configuration, of their types."""
-    parser = _parser("train", DATA)
-    content = _read_yaml(path)
+    parser, content = ArgumentParser(exit_on_error=False), _read_yaml(path)
+    for key, settings in DATA.items():
+        parser.add_argument(key, **settings)
     typed = _typed(path, {k: v for k, v in content.items() if k in _known(parser)}, parser)
     return Namespace(**(parser.get_defaults().as_dict() | typed))
 
@@ -286,48 +287,30 @@ def _known(parser: ArgumentParser) -> set[str]:
     return {key.partition(".")[0] for key in parser.get_defaults().keys()}
 
 
-def _check_options(parser: ArgumentParser, argv: list[str]) -> None:
-    """Refuses options that the command does not have, with the closest that it has."""
-    known = _known(parser) | {"help"}
-    for argument in argv:
-        name = argument.partition("=")[0].partition(".")[0]
-        if name.startswith("--") and name[2:] not in known:
-            options = [f"--{option}" for option in known]
-            raise ValueError(
-                f"there is no option {name}{closest(name, options)}: see {parser.prog} --help"
-            )
-
-
 def _values(argv: list[str], option: str) -> list[str]:
     """What an option is set to on the command line, each time."""
-    pairs = [argument.partition("=") for argument in argv]
-    return [
-        value if equals else argv[i + 1]
-        for i, (key, equals, value) in enumerate(pairs)
-        if key == option and (equals or i + 1 < len(argv))
-    ]
+    return [value for key, _, value in (a.partition("=") for a in argv) if key == option and value]
 
 
 @contextmanager
-def _matrix_products(options: Namespace) -> Iterator[None]:
+def _computing(options: Namespace) -> Iterator[None]:
     """The precision of matrix products and the threads that a command asks for."""
     import torch
 
-    before = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    if options.get("threads") is not None:
-        most = os.cpu_count() or 1
-        if not 1 <= options.threads <= most:
-            raise ValueError(
-                f"threads must be from 1 to {most}, the processors of this machine; "
-                f"got {options.threads}"
-            )
-        torch.set_num_threads(options.threads)
-    torch.set_float32_matmul_precision(options.get("matmul", before[0]))
+    from pyro_vae.processes import threads
+
+    precision, number = torch.get_float32_matmul_precision(), options.get("threads")
+    most = os.cpu_count() or 1
+    if number is not None and not 1 <= number <= most:
+        raise ValueError(
+            f"threads must be from 1 to {most}, the processors of this machine; got {number}"
+        )
+    torch.set_float32_matmul_precision(options.get("matmul", precision))
     try:
-        yield
+        with threads(number or torch.get_num_threads()):
+            yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.set_num_threads(before[1])
+        torch.set_float32_matmul_precision(precision)
 
 
 @contextmanager

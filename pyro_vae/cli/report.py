@@ -19,7 +19,7 @@ from PIL import Image
 from pyro.infer.inspect import get_model_relations
 
 from pyro_vae import config, plots
-from pyro_vae.cli.figures import NAMES
+from pyro_vae.cli.evaluate import QUANTITIES, lines_of
 from pyro_vae.cli.folder import read_table
 from pyro_vae.estimators import Evidence
 from pyro_vae.files import reading, write
@@ -46,24 +46,6 @@ CAPTIONS = {
     "audit": "What an exact draw adds to log p(x) of simulated data: little where reliable.",
     "parts": "Parts of the KL of validation data after each epoch.",
     "unit_kl": "KL of each latent dimension, of validation data, after each epoch.",
-}
-QUANTITIES = {
-    "encoder_bound": ("encoder alone", ".2f", "a lower bound, K = {encoder_bound_samples}"),
-    "elbo": ("ELBO", ".2f", "reconstruction less KL"),
-    "kl": ("KL", ".2f", "of q(z | x) from p(z)"),
-    "reconstruction": ("reconstruction", ".2f", "log p(x | z) under q(z | x)"),
-    "inference_gap": ("inference gap", ".2f", "log p(x) less ELBO"),
-    "mutual_information": ("mutual information", ".3f", "part of the KL: of x and z"),
-    "aggregate_kl": ("KL(q(z) || p(z))", ".3f", "the rest of the KL: of all codes"),
-    "total_correlation": ("total correlation", ".3f", "part of that: among the latents"),
-    "dimension_wise_kl": (
-        "dimension-wise KL",
-        ".3f",
-        "part of that: of each q(z) from p(z)",
-    ),
-    "active_units": ("active units", "d", "latent dimensions that depend on x"),
-    "khat_below_threshold": ("k-hat below threshold", ".1%", "of the data"),
-    "bits_per_dim": ("bits per dimension", ".3f", "of the data before the transform"),
 }
 PARTS = ("parts", "unit_kl")
 BOUND = ("elbo", "kl", "reconstruction")
@@ -183,25 +165,6 @@ def evaluation(folder: Path) -> dict[str, Any] | None:
 
 
 def _evaluated(found: dict[str, Any]) -> dict[str, Any]:
-    errors = [
-        f"{found['stderr_monte_carlo']:.2g} (Monte Carlo)",
-        f"{found['stderr_data']:.2g} (data)",
-    ]
-    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in found["verdicts"].items())
-    rows = f"{found['rows']:,}"
-    lines = [("log p(x)", f"{found['log_prob']:.2f}", errors, verdicts, rows)]
-    if found.get("log_jacobian"):
-        value = f"{found['log_prob'] + found['log_jacobian']:.2f}"
-        lines.append(("log p(x), data's units", value, errors, "before the transform", rows))
-    for key, (name, form, remark) in QUANTITIES.items():
-        if key in found and key not in hidden(found):
-            error = found.get(f"stderr_{key}")
-            shown = [] if error is None else [f"{error:.2g} (data)"]
-            remark = remark.format_map(found)
-            if key == "mutual_information" and found.get("at_ceiling"):
-                remark += ", at its ceiling, the logarithm of their number"
-            count = found.get("parts_rows", found["rows"]) if key in NAMES else found["rows"]
-            lines.append((name, f"{found[key]:{form}}", shown, remark, f"{count:,}"))
     first = f"the first {found['rows']} rows of the {found['part']} part"  # before 0.2
     odd = [
         (str(row["row"]), f"{row['log_prob']:.2f}", row["column"], row["cell"],
@@ -214,16 +177,9 @@ def _evaluated(found: dict[str, Any]) -> dict[str, Any]:
         for one in found.get("missing_patterns", [])
     ]
     return {
-        "rows": found.get("rows_of", first), "lines": lines, "odd": odd, "missing": missing,
-        "patterns": patterns,
+        "rows": found.get("rows_of", first), "lines": lines_of(found), "odd": odd,
+        "missing": missing, "patterns": patterns,
     }  # fmt: skip
-
-
-def hidden(found: dict[str, Any]) -> set[str]:
-    """Numbers that would mislead: what is no KL, and bits of columns of different units."""
-    no_kl = set() if found.get("prior_factorises", True) else {"total_correlation"}
-    no_kl |= {"dimension_wise_kl"} if no_kl else set()
-    return no_kl if found.get("of_one_unit", True) else no_kl | {"bits_per_dim"}
 
 
 def evidence(folder: Path) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,15 +18,16 @@ from torch import Tensor
 from pyro_vae import config
 from pyro_vae.arguments import check_whole
 from pyro_vae.classes import ClassVAE
+from pyro_vae.cli.evaluate import by_column
 from pyro_vae.cli.figures import condition
 from pyro_vae.cli.folder import destination, load_run, own_rows, placed
-from pyro_vae.cli.judge import by_column, held_out, shifted
+from pyro_vae.cli.judge import held_out, shifted
 from pyro_vae.cli.stream import Job, key_of, part_seed, stream
 from pyro_vae.data import Data
 from pyro_vae.densities import NotSimulated
 from pyro_vae.estimators import Evidence, importance_sampling, log_evidence
 from pyro_vae.estimators.log_evidence import kept_audit
-from pyro_vae.files import write
+from pyro_vae.files import as_csv, write
 from pyro_vae.generators import forked
 from pyro_vae.metrics import p_values
 from pyro_vae.vae import VAE
@@ -86,21 +86,19 @@ def estimator(vae: VAE, data: Data, options: Namespace) -> Estimate:
     """What gives log p(x) of some of the rows from a seed, held to one audit for all."""
     if options.num_samples is not None:
         draws = {"num_samples": options.num_samples, **work(options)}
-        return lambda rows, seed: importance_sampling(
-            vae, *rows.batch(torch.arange(len(rows))), seed=seed, **draws
-        )
-    same = {"tolerance": options.tolerance, "chunk_size": options.chunk_size}
+        return lambda rows, seed: importance_sampling(vae, *rows.batch(), seed=seed, **draws)
+    same: dict[str, Any] = {"tolerance": options.tolerance, "chunk_size": options.chunk_size}
     audit: Any = True  # for each part
     if not isinstance(vae, ClassVAE):
         first = data.subset(torch.arange(min(len(data), 1000)))
-        x, y = first.batch(torch.arange(len(first)))
+        x, y = first.batch()
         try:
             audit = kept_audit(vae.model, vae.guide, x, y, budget=None, seed=options.seed, **same)
         except NotSimulated:
             pass
     return lambda rows, seed: log_evidence(
         vae,
-        *rows.batch(torch.arange(len(rows))),
+        *rows.batch(),
         seed=seed,
         audit=audit,
         compile=options.compile,
@@ -134,12 +132,9 @@ def lines(
     first: bool,
 ) -> str:
     """Lines of the CSV for the rows of a part, under its head where it is the first."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    if first:
-        names = data.columns or range(data.data_shape.numel())
-        heads = [f"log_prob of {name}" for name in names] if each is not None else []
-        writer.writerow(["row", "log_prob", "stderr", "verdict", "method", *ranks, *heads])
+    names = data.columns or range(data.data_shape.numel())
+    heads = [f"log_prob of {name}" for name in names] if each is not None else []
+    head = ["row", "log_prob", "stderr", "verdict", "method", *ranks, *heads]
     table = zip(
         rows.tolist(),
         numbers(evidence.log_prob),
@@ -149,8 +144,7 @@ def lines(
         *(numbers(rank) for rank in ranks.values()),
         *(() if each is None else map(numbers, each.T)),
     )
-    writer.writerows(table)
-    return text.getvalue()
+    return as_csv([head, *table] if first else table)
 
 
 def numbers(values: Tensor) -> Iterator[str]:

@@ -15,9 +15,9 @@ from torch.distributions import constraints
 
 from pyro_vae import config, declarations
 from pyro_vae.arguments import check_whole, closest
+from pyro_vae.cli.evaluate import evaluate
 from pyro_vae.cli.figures import KlParts, draw
-from pyro_vae.cli.folder import declared_run, pairs, read_record, record
-from pyro_vae.cli.judge import evaluate
+from pyro_vae.cli.folder import check_support, declared_run, read_record, record
 from pyro_vae.cli.parsing import NOT_IN_FILES, parse
 from pyro_vae.data import Data, Schema, Splits, load_data, locate, spread
 from pyro_vae.files import locked
@@ -28,7 +28,7 @@ from pyro_vae.training import History, fit, is_first_process, read_run
 from pyro_vae.training.engine import uses_cuda
 from pyro_vae.vae import VAE
 
-__all__ = ["check_support", "demo", "hints", "train"]
+__all__ = ["demo", "hints", "train"]
 
 MODEL = ("prior", "likelihood", "posterior", "encoder", "decoder")
 TRAINING = (
@@ -59,7 +59,6 @@ DEMO = {
     "lr": 0.002,
 }
 ROWS = 10_000  # that are looked at
-NOISY = 1000  # rows that are checked of values that a transform draws within the support
 TENFOLD = 10.0  # totals of rows, between their first and last per cent
 FEW = 10  # values of a column that looks like codes
 
@@ -99,7 +98,9 @@ def train(options: Namespace) -> Path:
     for hint in hints(splits.train, likelihood):
         print(f"note: {hint}")
     with locked(folder / "train.lock"):
-        with declared_run(folder, _declaration(options, splits), record(splits)):
+        plain = options.as_dict() | {"transform": splits.transform}
+        declared = {key: value for key, value in plain.items() if key not in NOT_DECLARED}
+        with declared_run(folder, declared, record(splits)):
             history = _fit(*arguments)
         print(_ended(history, options.epochs))
         draw(folder, vae.eval(), splits, history.rows)
@@ -107,20 +108,17 @@ def train(options: Namespace) -> Path:
     return folder
 
 
-def check_support(vae: VAE, data: Data) -> None:
-    """Refuses rows outside the likelihood's support; of noisy values, some stand for all."""
-    some = data.subset(spread(len(data), NOISY, 0)).fixed() if data.transform.noisy else data
-    for x, _ in pairs(some):
-        vae.likelihood.check(x)
-
-
 def replicas(options: Namespace) -> Path:
     """Trains from several seeds, `devices` at a time; those that have begun go on."""
     if options.resume is not None:
         raise ValueError("resume goes on with one run: for several seeds, give the command again")
     folder = _run_folder(options)
-    seeds = range(options.seed, options.seed + options.seeds)
-    each = [_of_seed(options, folder / f"seed-{seed}", seed) for seed in seeds]
+    each = []
+    for seed in range(options.seed, options.seed + options.seeds):
+        one, run = options.clone(), folder / f"seed-{seed}"
+        one.seed, one.seeds, one.devices, one.run = seed, 1, 1, str(run)
+        one.resume = one.run if (run / "run.json").exists() else None
+        each.append(one)
     shares = [each[i :: options.devices] for i in range(min(options.devices, len(each)))]
     if len(shares) == 1:
         train_all(each)
@@ -128,14 +126,6 @@ def replicas(options: Namespace) -> Path:
         in_processes(train_all, shares, "cuda" if uses_cuda(options.accelerator) else "cpu")
     print(f"{len(each)} runs in {folder}: pyro-vae compare takes it as one, with their spread")
     return folder
-
-
-def _of_seed(options: Namespace, run: Path, seed: int) -> Namespace:
-    """The options of one of several runs."""
-    one = options.clone()
-    one.seed, one.seeds, one.devices, one.run = seed, 1, 1, str(run)
-    one.resume = one.run if (run / "run.json").exists() else None
-    return one
 
 
 def train_all(runs: list[Namespace]) -> None:
@@ -148,7 +138,11 @@ def _fit(
     options: Namespace, vae: VAE, splits: Splits, folder: Path, objective: Objective
 ) -> History:
     """The training, which says how to go on if it is stopped."""
-    data = splits.train
+    data, loggers = splits.train, []
+    if options.tensorboard:
+        from lightning_fabric.loggers import TensorBoardLogger
+
+        loggers = [TensorBoardLogger(folder, name="tensorboard", version="")]
     if options.classes and data.labels is not None:
         data = replace(data, classes=options.classes).one_hot()
     try:
@@ -160,7 +154,7 @@ def _fit(
             validation=splits.validation,
             resume=options.resume is not None,
             callbacks=[KlParts(folder, splits.validation)],
-            loggers=_loggers(options, folder),
+            loggers=loggers,
             **{name: options[name] for name in TRAINING},
         )
     except KeyboardInterrupt:
@@ -288,21 +282,6 @@ def _run_folder(options: Namespace) -> Path:
     if options.resume is not None:
         read_run(folder)
     return folder
-
-
-def _declaration(options: Namespace, splits: Splits) -> dict[str, Any]:
-    """What `--config` needs to make this run again."""
-    plain = options.as_dict()
-    declared = {key: value for key, value in plain.items() if key not in NOT_DECLARED}
-    return {**declared, "transform": splits.transform}
-
-
-def _loggers(options: Namespace, folder: Path) -> list[Any]:
-    if not options.tensorboard:
-        return []
-    from lightning_fabric.loggers import TensorBoardLogger
-
-    return [TensorBoardLogger(folder, name="tensorboard", version="")]
 
 
 def hints(data: Data, likelihood: type) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -25,7 +24,7 @@ from pyro_vae.cli.stream import Job, key_of, part_seed, stream
 from pyro_vae.data import Data, read_rows
 from pyro_vae.data.schema import Cells, Schema
 from pyro_vae.data.tables import label_cells
-from pyro_vae.files import write
+from pyro_vae.files import as_csv, write
 from pyro_vae.generators import forked
 
 __all__ = ["classify", "encode", "impute", "sample"]
@@ -190,16 +189,15 @@ def classify(options: Namespace) -> None:
     if options.num_samples is not None:
         way |= {"estimator": estimators.importance_sampling, "num_samples": options.num_samples}
     found = estimators.class_probabilities(vae, x, **way)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    names = [f"p{c}" for c in range(vae.classes)]
-    writer.writerow(["row", "class", *names, "stderr", "verdict"])
     best = found.probabilities.argmax(1)
-    errors = found.stderr.gather(1, best.unsqueeze(1))[:, 0]
-    for n, share in enumerate(found.probabilities.tolist()):
-        shares = [f"{p:.6f}" for p in share]
-        writer.writerow([n, int(best[n]), *shares, f"{errors[n]:.6f}", found.verdict[n]])
-    write(out, text.getvalue())
+    errors = found.stderr.gather(1, best.unsqueeze(1))
+    numbers = torch.cat([found.probabilities, errors], 1).tolist()
+    lines = [
+        [n, cls, *(f"{p:.6f}" for p in row), verdict]
+        for n, (cls, row, verdict) in enumerate(zip(best.tolist(), numbers, found.verdict))
+    ]
+    names = [f"p{c}" for c in range(vae.classes)]
+    write(out, as_csv([["row", "class", *names, "stderr", "verdict"], *lines]))
     print(f"classes of {len(x)} rows in {out}, {_right(best, data.labels)}")
 
 
@@ -250,15 +248,12 @@ def _npy(given: Data, parts: Iterable[np.ndarray]) -> Iterator[bytes]:
 
 def _table(given: Data, x: np.ndarray) -> str:
     """Rows as a table with the names of its columns; labels, if there are any, in the last."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    rows = [[str(value) for value in row] for row in x]  # the fewest digits that give it again
-    if given.columns is not None:
-        writer.writerow([*given.columns, *([] if given.labels is None else ["label"])])
+    lines = [[str(value) for value in row] for row in x]  # the fewest digits that give it again
     if given.labels is not None:
-        rows = [[*row, str(label)] for row, label in zip(rows, given.labels.tolist())]
-    writer.writerows(rows)
-    return text.getvalue()
+        lines = [[*line, str(label)] for line, label in zip(lines, given.labels.tolist())]
+    if given.columns is not None:
+        lines.insert(0, [*given.columns, *([] if given.labels is None else ["label"])])
+    return as_csv(lines)
 
 
 def _right(found: Tensor, labels: Tensor | None) -> str:

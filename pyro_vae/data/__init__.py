@@ -4,7 +4,7 @@ from pyro_vae.data.alike import alike, kind_of
 from pyro_vae.data.data import Data
 from pyro_vae.data.named import Sprites, read_dsprites
 from pyro_vae.data.schema import Column, Schema
-from pyro_vae.data.splits import Splits, batches, load_data, locate, read_rows, spread
+from pyro_vae.data.splits import Splits, load_data, locate, read_rows, spread
 from pyro_vae.data.tables import read_table
 from pyro_vae.data.transforms import (
     Binarise,
@@ -34,7 +34,6 @@ __all__ = [
     "Threshold",
     "Transform",
     "alike",
-    "batches",
     "declare",
     "epoch_order",
     "load_data",

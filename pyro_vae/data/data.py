@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ class _Applied(Transform):
     of: Transform
 
     @property
-    def binary(self) -> bool:
+    def binary(self) -> bool:  # type: ignore[override]
         return self.of.binary
 
     def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
@@ -41,17 +40,10 @@ class _Applied(Transform):
         return self.of.log_slope()
 
 
-@dataclass(frozen=True)
-class _Fixed:
-    """A transform whose noise belongs to the rows: from rows and their ids to model values."""
-
-    of: Transform
-    seed: int
-    dtype: torch.dtype
-
-    def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
-        u = row_noise(rows, x.shape[1:], self.seed) if self.of.noisy else None
-        return self.of(x, u).to(self.dtype)
+def _fix(transform: Transform, seed: int, dtype: torch.dtype, x: Tensor, rows: Tensor) -> Tensor:
+    """Model values of rows, whose noise belongs to their ids."""
+    u = row_noise(rows, x.shape[1:], seed) if transform.noisy else None
+    return transform(x, u).to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,8 +98,6 @@ class Data:
             object.__setattr__(self, "rows", rows.to(self.x.device))
         self._check_lengths()
         self._check_values()
-        if self.labels is not None and self.classes is None:
-            object.__setattr__(self, "classes", int(self.labels.max()) + 1)
         check_whole(0, seed=self.seed)
 
     def __repr__(self) -> str:
@@ -121,28 +111,26 @@ class Data:
         parts += [] if self.levels is None else [f"{self.levels} levels"]
         parts += [] if self.classes is None else [f"{self.classes} classes"]
         parts += [] if self.y is None else [f"y of {self.y.shape[1]}"]
-        done = self.transform
-        name = type(done).__name__
-        if isinstance(done, _Applied):
-            name = f"{type(done.of).__name__}, applied"
-        return ", ".join([*parts, f"transform {name}"])
+        done = ", applied" if isinstance(self.transform, _Applied) else ""
+        return ", ".join([*parts, f"transform {type(self._original).__name__}{done}"])
+
+    @property
+    def _original(self) -> Transform:
+        """The transform, also of rows that it has been applied to."""
+        return self.transform.of if isinstance(self.transform, _Applied) else self.transform
 
     @property
     def _title(self) -> str:
         return f"data {self.name!r}" if self.name else "data"
 
     def _check_lengths(self) -> None:
-        for name, part, ndim in (
-            ("y", self.y, 2),
-            ("labels", self.labels, 1),
-            ("rows", self.rows, 1),
-        ):
+        for name, ndim in (("y", 2), ("labels", 1), ("rows", 1)):
+            part = getattr(self, name)
             if part is not None and (part.ndim != ndim or len(part) != len(self.x)):
                 raise ValueError(
                     f"{self._title}: expected {name} of {ndim} dimension(s) with one row for each "
                     f"of the {len(self.x)} rows of x, got shape {list(part.shape)}"
                 )
-
         if self.columns is not None and (len(self.columns),) != tuple(self.data_shape):
             raise ValueError(
                 f"{self._title}: expected one name for each of the {self.data_shape.numel()} "
@@ -158,21 +146,25 @@ class Data:
                 came = "NaN or infinite ones" if part is self.y else "infinite ones"
                 self._check(good, f"finite values in {name}", came)
         if self.labels is not None:
-            if self.labels.is_floating_point() or self.labels.is_complex():
-                raise ValueError(
-                    f"{self._title}: expected labels that are integers, got "
-                    f"{str(self.labels.dtype)[6:]}; give labels.long()"
-                )
-            good = self.labels >= -1
-            self._check(good, "labels from 0, or -1 where unknown", "negative ones")
-            self._check(self.labels < MOST_CLASSES, f"labels below {MOST_CLASSES}", "others")
-        if self.labels is not None and self.classes is not None:
-            good = self.labels < self.classes
-            self._check(good, f"labels below {self.classes}, the number of classes", "others")
+            self._check_labels(self.labels)
         original = not isinstance(self.transform, _Applied)
         if self.levels is not None and original and isinstance(self.x, Tensor):
             good = (self.x >= 0) & (self.x <= self.levels - 1)
             self._check(good, f"grey values from 0 to {self.levels - 1}", "others")
+
+    def _check_labels(self, labels: Tensor) -> None:
+        if labels.is_floating_point() or labels.is_complex():
+            raise ValueError(
+                f"{self._title}: expected labels that are integers, got "
+                f"{str(labels.dtype)[6:]}; give labels.long()"
+            )
+        self._check(labels >= -1, "labels from 0, or -1 where unknown", "negative ones")
+        self._check(labels < MOST_CLASSES, f"labels below {MOST_CLASSES}", "others")
+        if self.classes is None:
+            object.__setattr__(self, "classes", int(labels.max()) + 1)
+        else:
+            good = labels < self.classes
+            self._check(good, f"labels below {self.classes}, the number of classes", "others")
 
     def _check(self, good: Tensor, expected: str, came: str) -> None:
         bad = (~good).flatten(1).any(1) if good.ndim > 1 else ~good
@@ -233,18 +225,19 @@ class Data:
             dimensions = dimensions * (1 - self.missing_share)
         return -(log_prob + self.log_jacobian) / (dimensions * math.log(2))
 
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+    def batch(self, index: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The rows of a batch as the model sees them, on the device where the data lie.
 
         Noise that the transform redraws at each visit comes from torch's generator of that
         device; noise that a row keeps is the same one that ``fixed`` gives it.
 
         Args:
-            index: The positions of the rows, int64 [B].
+            index: The positions of the rows, int64 [B]; all if None.
 
         Returns:
             x, float32 [B, *E], and y, [B, C] or None.
         """
+        index = torch.arange(len(self)) if index is None else index
         if self.transform.noisy and not self.transform.fresh:
             return self._kept.batch(index)
         index = index.to(self.x.device)
@@ -270,7 +263,7 @@ class Data:
         seed = self.seed if seed is None else seed
         check_whole(0, seed=seed)
         dtype = torch.uint8 if self.transform.binary else torch.float32
-        done, change = _Applied(self.transform), _Fixed(self.transform, seed, dtype)
+        done, change = _Applied(self.transform), partial(_fix, self.transform, seed, dtype)
         if isinstance(self.x, Mapped):
             return self.unchecked(x=self.x.changed(change, dtype), transform=done, seed=seed)
         x = torch.cat(list(map(change, self.x.split(_CHUNK), self.rows.split(_CHUNK))))
@@ -305,25 +298,22 @@ class Data:
 
     def subset(self, index: Tensor) -> Data:
         """The rows at these positions, int64 [M], with the ids and noise they had."""
-        found = self._each(
-            lambda part: (
-                part.rows(index) if isinstance(part, Mapped) else part[index.to(part.device)]
-            )
-        )
-        if len(found) < 1:
+        found = {
+            name: part.rows(index) if isinstance(part, Mapped) else part[index.to(part.device)]
+            for name, part in self._parts.items()
+        }
+        if len(found["x"]) < 1:
             raise ValueError(f"{self._title}: expected a subset of at least 1 row, got none")
-        return found
+        return self.unchecked(**found)
 
     def to(self, device: torch.device | str) -> Data:
         """The same rows on a device."""
-        return self._each(lambda part: part.to(device))
+        return self.unchecked(**{name: part.to(device) for name, part in self._parts.items()})
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Data:
-        """These rows with each of their tensors changed."""
+    @property
+    def _parts(self) -> dict[str, Any]:
         parts = {name: getattr(self, name) for name in ("x", "y", "labels", "rows")}
-        return self.unchecked(
-            **{n: None if part is None else change(part) for n, part in parts.items()}
-        )
+        return {name: part for name, part in parts.items() if part is not None}
 
     def unchecked(self, **changes: Any) -> Data:
         """These rows with other fields, which are known to be right: no value is looked at."""
@@ -333,8 +323,7 @@ class Data:
 
     def describe(self) -> dict[str, Any]:
         """What was done to the rows, for JSON: their name, seed and transform."""
-        done = self.transform.of if isinstance(self.transform, _Applied) else self.transform
-        return {"name": self.name, "seed": self.seed, "transform": declare(done)}
+        return {"name": self.name, "seed": self.seed, "transform": declare(self._original)}
 
     def digest(self) -> str:
         """The SHA-256, in hex, of the dtype, shape and bytes of x and y."""

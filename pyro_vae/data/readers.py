@@ -63,18 +63,22 @@ def read_arrays(path: Path) -> Parts:
 
 
 def _load(path: Path) -> Mapping[str, np.ndarray]:
+    what = "a file that numpy.savez or numpy.save wrote without Python objects"
+    with _damaged(path, what), path.open("rb") as file:
+        loaded = np.load(file, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {"x": loaded}
+        return {name: loaded[name] for name in loaded.files}
+
+
+@contextmanager
+def _damaged(path: Path, what: str, remedy: str = "write it again") -> Iterator[None]:
+    """Makes of the many errors that parsers raise on a damaged file one that names it."""
     try:
-        with path.open("rb") as file:
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                return {"x": loaded}
-            return {name: loaded[name] for name in loaded.files}
-    # On a damaged file the parsers below numpy.load raise errors of many kinds.
+        yield
     except Exception as error:
-        raise ValueError(
-            f"{path}: expected a file that numpy.savez or numpy.save wrote without Python "
-            f"objects, got: {error}; write it again"
-        ) from error
+        line = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: expected {what}, got: {line}; {remedy}") from error
 
 
 def _part(path: Path, arrays: Mapping[str, np.ndarray], part: str) -> Data:
@@ -88,7 +92,7 @@ def _part(path: Path, arrays: Mapping[str, np.ndarray], part: str) -> Data:
         labels, y = y.astype(np.int64), None
     return Data(
         _values(path, x),
-        y=None if y is None else _columns(_numbers(path, y)).float(),
+        y=None if y is None else _numbers(path, y).float(),
         labels=None if labels is None else _labels(path, labels),
         levels=_LEVELS.get(x.dtype.name),
         name=f"{path}{part and f' ({part[1:]})'}",
@@ -102,15 +106,13 @@ def _values(path: Path, x: np.ndarray) -> Tensor:
             f"{path}: expected images [N, C, H, W], got shape {list(x.shape)}, which looks like "
             "[N, H, W, C]; store x.transpose(0, 3, 1, 2)"
         )
-    values = _columns(_numbers(path, x))
+    values = _numbers(path, x)
     return values.unsqueeze(1) if grey and x.ndim == 3 else values
 
 
-def _columns(x: Tensor) -> Tensor:
-    return x.unsqueeze(1) if x.ndim == 1 else x
-
-
 def _numbers(path: Path, x: np.ndarray) -> Tensor:
+    """A tensor [N, *E] of an array; [N] becomes [N, 1]."""
+    x = x[:, None] if x.ndim == 1 else x
     if x.dtype.kind not in "fbiu":
         raise ValueError(f"{path}: expected arrays of real numbers, got dtype {x.dtype}")
     if x.dtype.kind == "f":
@@ -149,7 +151,9 @@ def read_cells(path: Path) -> Data:
         return _of_h5ad(path)
     import scipy.io
 
-    return Data(_counts(path, _read(path, scipy.io.mmread)), name=str(path))
+    with _damaged(path, "a whole .mtx file"):
+        matrix = scipy.io.mmread(path)
+    return Data(_counts(path, matrix), name=str(path))
 
 
 def _of_h5ad(path: Path) -> Data:
@@ -160,9 +164,9 @@ def _of_h5ad(path: Path) -> Data:
             f"{path}: .h5ad files need anndata, which is not installed: "
             "pip install 'pyro-vae[counts]'"
         ) from None
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _damaged(path, "a whole .h5ad file"):
         warnings.simplefilter("ignore")
-        table = _read(path, read_h5ad)
+        table = read_h5ad(path)
     raw = "counts" in table.layers and (table.X is None or not _whole(table.X))
     return Data(
         _counts(path, table.layers["counts"] if raw else table.X),
@@ -170,16 +174,6 @@ def _of_h5ad(path: Path) -> Data:
         name=str(path),
         columns=tuple(map(str, table.var_names)),
     )
-
-
-def _read(path: Path, reader: Any) -> Any:
-    try:
-        return reader(path)
-    except Exception as error:  # of many kinds on a damaged file
-        line = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{path}: expected a whole {path.suffix} file, got: {line}; write it again"
-        ) from error
 
 
 def _stored(matrix: Any) -> np.ndarray:
@@ -250,7 +244,10 @@ def _paths(folder: Path) -> list[Path]:
 
 
 def _mode(paths: list[Path]) -> str:
-    modes = {path: _mode_of(path) for path in paths}
+    modes = {}
+    for path in paths:
+        with _opened(path) as image:
+            modes[path] = image.mode
     deep = [path for path, mode in modes.items() if mode[0] in "IF"]
     if deep:
         raise ValueError(
@@ -267,19 +264,8 @@ def _opened(path: Path) -> Iterator[PIL.Image.Image]:
 
     if not path.is_file():
         raise ValueError(f"{path}: expected an image file, got a special file; remove it")
-    try:
-        with Image.open(path) as image:
-            yield image
-    # On a damaged or huge image the parsers behind open raise errors of many kinds.
-    except Exception as error:
-        raise ValueError(
-            f"{path}: expected a readable image, got: {error}; repair or remove it"
-        ) from error
-
-
-def _mode_of(path: Path) -> str:
-    with _opened(path) as image:
-        return image.mode
+    with _damaged(path, "a readable image", "repair or remove it"), Image.open(path) as image:
+        yield image
 
 
 def _image(path: Path, mode: str) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +12,8 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor
+
+from pyro_vae.files import as_csv
 
 __all__ = [
     "CODED",
@@ -178,12 +178,8 @@ class Schema:
 
         The cells `beside`, by column, come last.
         """
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
         cells = self.decode(rows) | (beside or {})
-        writer.writerow(cells)
-        writer.writerows(zip(*cells.values()))
-        return text.getvalue()
+        return as_csv([cells, *zip(*cells.values())])
 
 
 def _restored(name: str, entry: Any) -> Column:

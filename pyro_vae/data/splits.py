@@ -20,7 +20,7 @@ from pyro_vae.data.schema import Schema
 from pyro_vae.data.tables import TABLES, is_mixed, read_csv, read_rows_of_table
 from pyro_vae.data.transforms import make_transform
 
-__all__ = ["Splits", "batches", "load_data", "locate", "read_rows", "spread"]
+__all__ = ["Splits", "load_data", "locate", "read_rows", "spread"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,22 +56,24 @@ class Splits:
         return f"Splits({self.name!r}, {rows} rows of {self.train.summary})"
 
     @property
+    def parts(self) -> dict[str, Data]:
+        """The parts by name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+    @property
     def sizes(self) -> dict[str, int]:
         """How many rows each part has."""
-        return {part: len(getattr(self, part)) for part in ("train", "validation", "test")}
+        return {name: len(part) for name, part in self.parts.items()}
 
     @property
     def missing(self) -> bool:
         """Whether a value of some part is missing."""
-        return any(part.missing for part in (self.train, self.validation, self.test))
+        return any(part.missing for part in self.parts.values())
 
     def with_transform(self, name: str) -> Splits:
         """The same rows under the transform called ``name``, fitted to the training part."""
         made = make_transform(name, self.train.x, self.train.levels)
-        parts = {
-            part: getattr(self, part).with_transform(made)
-            for part in ("train", "validation", "test")
-        }
+        parts: Any = {key: part.with_transform(made) for key, part in self.parts.items()}
         return replace(self, **parts, transform=name)
 
     def describe(self) -> dict[str, Any]:
@@ -87,11 +89,7 @@ class Splits:
             "conditional": self.conditional,
             "limit": self.limit,
             "even": self.even,
-            "digests": {
-                "train": self.train.digest(),
-                "validation": self.validation.digest(),
-                "test": self.test.digest(),
-            },
+            "digests": {name: part.digest() for name, part in self.parts.items()},
         }
 
     def check(self, description: Mapping[str, Any]) -> None:
@@ -169,12 +167,14 @@ def load_data(
         part.subset(spread(len(part), limit, seed) if even else torch.arange(len(part))[:limit])
         for part in split
     ]
-    made = make_transform(transform, parts[0].x, parts[0].levels)
-    train, held, test = (
-        _condition(part.unchecked(transform=made, seed=seed), conditional) for part in parts
-    )
+    if not conditional:
+        parts = [part.unchecked(y=None) for part in parts]
+    else:
+        parts = [part.one_hot() if part.y is None else part for part in parts]
+    train, held, test = (part.unchecked(seed=seed) for part in parts)
     rows = len(split[1]) if source[1] is None else None
-    return Splits(train, held, test, str(name), transform, rows, seed, conditional, limit, even)
+    splits = Splits(train, held, test, str(name), "none", rows, seed, conditional, limit, even)
+    return splits.with_transform(transform)
 
 
 def read_rows(path: str | Path, schema: Schema | None = None) -> Data:
@@ -210,7 +210,10 @@ def _read(
     if path.is_dir():
         return read_images(path)
     if not path.suffix and not path.exists():
-        raise ValueError(_unknown(str(name)))
+        raise ValueError(
+            f"expected one of {', '.join(NAMED)}, or the path of a table, of an .npz or .npy file "
+            f"or of a folder of images, got {str(name)!r}{closest(str(name), NAMED)}"
+        )
     if not path.is_file():
         raise ValueError(f"expected a file or folder at {path}, got none; check the path")
     if path.suffix in TABLES and (schema is not None or is_mixed(path)):
@@ -226,13 +229,6 @@ def _read(
     )
 
 
-def _unknown(name: str) -> str:
-    return (
-        f"expected one of {', '.join(NAMED)}, or the path of a table, of an .npz or .npy file or "
-        f"of a folder of images, got {name!r}{closest(name, NAMED)}"
-    )
-
-
 def _numbered(source: Parts) -> Parts:
     """Gives all parts one numbering of rows and one number of classes.
 
@@ -240,23 +236,22 @@ def _numbered(source: Parts) -> Parts:
         ValueError: If the parts differ in the shape or grey levels of a datum or the width of y.
     """
     parts = [part for part in source if part is not None]
-    for part in parts:
-        if _kind(part) != _kind(parts[0]):
+    kinds = [
+        f"data of shape {list(part.data_shape)}, {'no' if part.levels is None else part.levels} "
+        f"grey levels and {'no' if part.y is None else part.y.shape[1]} columns of y"
+        for part in parts
+    ]
+    for part, kind in zip(parts, kinds):
+        if kind != kinds[0]:
             raise ValueError(
-                f"expected parts of one kind, got {parts[0].name} with {_kind(parts[0])} and "
-                f"{part.name} with {_kind(part)}; make them alike"
+                f"expected parts of one kind, got {parts[0].name} with {kinds[0]} and "
+                f"{part.name} with {kind}; make them alike"
             )
     classes = max(part.classes or 0 for part in parts) or None
     starts = np.cumsum([0, *map(len, parts)]).tolist()
     numbered = iter([p.unchecked(rows=p.rows + n, classes=classes) for p, n in zip(parts, starts)])
     _, held, test = source
     return next(numbered), held and next(numbered), test and next(numbered)
-
-
-def _kind(part: Data) -> str:
-    width = "no" if part.y is None else part.y.shape[1]
-    levels = "no" if part.levels is None else part.levels
-    return f"data of shape {list(part.data_shape)}, {levels} grey levels and {width} columns of y"
 
 
 def _split(source: Parts, validation: int | float | None, seed: int) -> tuple[Data, Data, Data]:
@@ -297,12 +292,6 @@ def _count(validation: int | float | None, rows: int, default: float) -> int:
     return validation if isinstance(validation, int) else max(1, round(rows * validation))
 
 
-def _condition(part: Data, conditional: bool) -> Data:
-    if not conditional:
-        return part.unchecked(y=None)
-    return part if part.y is not None else part.one_hot()
-
-
 def spread(num_data: int, limit: int | None, seed: int) -> Tensor:
     """Rows that stand for all: one drawn from each of `limit` stretches of equal length.
 
@@ -322,16 +311,3 @@ def spread(num_data: int, limit: int | None, seed: int) -> Tensor:
         return torch.arange(num_data)
     edges = np.linspace(0, num_data, limit + 1).round().astype(np.int64)
     return torch.from_numpy(np.random.default_rng(seed).integers(edges[:-1], edges[1:]))
-
-
-def batches(num: int, size: int) -> tuple[Tensor, ...]:
-    """The indices 0, ..., num - 1 in chunks of ``size``, the last one shorter if need be.
-
-    ``epoch_order(num, seed, epoch).split(size)`` gives the same chunks of a shuffled epoch.
-
-    Raises:
-        ValueError: If either number is below 1.
-    """
-    if num < 1 or size < 1:
-        raise ValueError(f"expected at least 1 row and a batch size of 1, got {num} and {size}")
-    return torch.arange(num).split(size)

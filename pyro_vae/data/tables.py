@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -218,13 +219,11 @@ def is_mixed(path: Path) -> bool:
     if path.suffix != ".csv":
         return path.suffix in TABLES
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
-            file.seek(0)
-            names, *rows = islice(csv.reader(file), LOOKED_AT)
-    except (UnicodeDecodeError, csv.Error, OSError, ValueError):
+        with _lines(path) as (_, lines):
+            names, *rows = (row for _, row in islice(lines, LOOKED_AT))
+    except ValueError:
         return False
-    if "," not in first and any(delimiter in first for delimiter in DELIMITERS):
+    if len(names) == 1 and any(delimiter in names[0] for delimiter in DELIMITERS):
         return True
     columns = [[_text(cell, False) for cell in column] for column in zip(*rows)]
     texts = [[cell for cell in column if cell is not None] for column in columns]
@@ -233,31 +232,49 @@ def is_mixed(path: Path) -> bool:
     return words and not any(as_number(name) is not None for name in names)
 
 
-def _text_cells(path: Path) -> Cells:
-    """The cells of a text file by column, None where they are empty."""
+@contextmanager
+def _lines(
+    path: Path, delimiters: str = ","
+) -> Iterator[tuple[str, Iterator[tuple[int, list[str]]]]]:
+    """The delimiter that the first line of a file has most of; its lines, numbered, as cells."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            first = file.readline()
-            delimiter = max(DELIMITERS, key=first.count)
+            delimiter = max(delimiters, key=file.readline().count)
             file.seek(0)
-            rows = [row for row in csv.reader(file, delimiter=delimiter) if row]
+            reader = csv.reader(file, delimiter=delimiter)
+            yield delimiter, ((reader.line_num, row) for row in reader if row)
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise ValueError(
             f"{path}: expected a table in UTF-8, of commas, semicolons or tabs, got: {error}; "
             "write it again"
         ) from error
+
+
+def _of_one_width(
+    path: Path, lines: Iterator[tuple[int, list[str]]]
+) -> Iterator[tuple[int, list[str]]]:
+    """The same lines; one of another length than the first is refused."""
+    width = None
+    for line, row in lines:
+        width = len(row) if width is None else width
+        if len(row) != width:
+            raise ValueError(
+                f"{path}: expected {width} columns as in the first line, got {len(row)} in line "
+                f"{line}; give every line the same columns"
+            )
+        yield line, row
+
+
+def _text_cells(path: Path) -> Cells:
+    """The cells of a text file by column, None where they are empty."""
+    with _lines(path, DELIMITERS) as (delimiter, lines):
+        rows = [row for _, row in _of_one_width(path, lines)]
     if len(rows) < 2:
         raise ValueError(
             f"{path}: expected a line of names and rows below it, got {len(rows)} lines"
         )
     names = [name.strip() for name in rows[0]]
     _check_names(str(path), names, is_text=True)
-    for line, row in enumerate(rows[1:], start=2):
-        if len(row) != len(names):
-            raise ValueError(
-                f"{path}: expected {len(names)} columns as in the first line, got {len(row)} in "
-                f"row {line} (from 1); give every row the same columns"
-            )
     comma = delimiter == ";"
     return {
         name: [_text(cell, comma) for cell in column]
@@ -272,17 +289,17 @@ def _text(cell: str, comma: bool) -> str | None:
     return cell.replace(",", ".") if comma and DECIMAL_COMMA.fullmatch(cell) else cell
 
 
-def _check_names(source: str, names: Iterable[str], is_text: bool) -> None:
-    """Refuses a first line that holds no names, as pandas writes its index, or one twice."""
-    names = list(names)
+def _check_names(source: str, names: Sequence[str], is_text: bool, once: bool = True) -> None:
+    """Refuses columns without a name, as pandas writes its index, or of one name."""
     for column, name in enumerate(names, start=1):
-        if not name or name.startswith("Unnamed:") or (is_text and as_number(name) is not None):
+        number = is_text and as_number(name) is not None
+        if not name or name.startswith("Unnamed:") or number:
             raise ValueError(
-                f"{source}: expected a line of names first, got {name!r} for column {column} "
-                "(from 1): name the columns; if it is the index of a pandas frame, write the file "
-                "with index=False"
+                f"{source}: expected a line of names first, got {repr(name) if number else 'none'}"
+                f" for column {column} (from 1): name the columns; if it is the index of a pandas "
+                "frame, write the file with index=False"
             )
-    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+    if once and (twice := [name for i, name in enumerate(names) if name in names[:i]]):
         raise ValueError(f"{source}: expected different names, got {twice[0]!r} twice; rename one")
 
 
@@ -344,32 +361,32 @@ def read_csv(path: Path) -> Data:
         ValueError: If the file is no table, or a cell is not a number; the message names the
             line and the column.
     """
-    try:
-        header, table = _read(path)
-    except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise ValueError(
-            f"{path}: expected a comma-separated table in UTF-8, got: {error}; write it again"
-        ) from error
+    header, table = _numbers(path)
     names = [name.strip() for name in header]
-    _check_header(path, names)
-    label = next((d for d, name in enumerate(names) if name.lower() == "label"), None)
-    values = [d for d in range(table.shape[1]) if d != label]
+    _check_names(str(path), names, is_text=True, once=False)
+    labels = [d for d, name in enumerate(names) if name.lower() == "label"]
+    if len(labels) > 1:
+        raise ValueError(
+            f"{path}: expected one column 'label', got {len(labels)}; rename the others"
+        )
+    values = [d for d in range(table.shape[1]) if d not in labels]
     return Data(
         table[:, values].float(),
-        labels=None if label is None else _label_numbers(path, table[:, label]),
+        labels=_label_numbers(path, table[:, labels[0]]) if labels else None,
         name=str(path),
         columns=tuple(names[d] for d in values) if names else None,
     )
 
 
-def _read(path: Path) -> tuple[list[str], Tensor]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
-        lines = ((reader.line_num, row) for row in reader if row)
-        start, first = next(lines, (1, []))
+def _numbers(path: Path) -> tuple[list[str], Tensor]:
+    """The names of columns, none without a line of them, and the numbers below."""
+    with _lines(path) as (_, lines):
+        rows = _of_one_width(path, lines)
+        start, first = next(rows, (1, []))
         named = bool(first) and all(as_number(cell) is None for cell in first)
-        rows = lines if named else chain([(start, first)], lines)
-        values = _values(path, rows, len(first))
+        values = array("d")
+        for line, row in rows if named else chain([(start, first)], rows):
+            values.extend(_number(path, line, *place) for place in enumerate(row, start=1))
     if not values:
         raise ValueError(f"{path}: expected at least one row of numbers, got none; fill the file")
     table = torch.from_numpy(np.array(values)).unflatten(0, (-1, len(first)))
@@ -383,24 +400,14 @@ def _read(path: Path) -> tuple[list[str], Tensor]:
     return first if named else [], table
 
 
-def _values(path: Path, rows: Iterator[tuple[int, list[str]]], width: int) -> array[float]:
-    values = array("d")
-    for line, row in rows:
-        if len(row) != width:
-            raise ValueError(
-                f"{path}: expected {width} columns as in the first line, got {len(row)} in line "
-                f"{line}; give every line the same columns"
-            )
-        for column, cell in enumerate(row, start=1):
-            if not cell.strip():
-                cell = "nan"
-            if as_number(cell) is None:
-                raise ValueError(
-                    f"{path}: expected numbers, got {cell!r} in line {line}, column {column} "
-                    "(from 1); replace or remove it"
-                )
-            values.append(float(cell))
-    return values
+def _number(path: Path, line: int, column: int, cell: str) -> float:
+    number = as_number(cell) if cell.strip() else math.nan
+    if number is None:
+        raise ValueError(
+            f"{path}: expected numbers, got {cell!r} in line {line}, column {column} "
+            "(from 1); replace or remove it"
+        )
+    return number
 
 
 def _counts_up(table: Tensor) -> Tensor:
@@ -410,19 +417,6 @@ def _counts_up(table: Tensor) -> Tensor:
         return torch.zeros(len(table), dtype=torch.bool)
     whole = (table == table.round()).all(1)
     return whole & (steps > 0).all(1) & (steps == steps[:, :1]).all(1)
-
-
-def _check_header(path: Path, names: list[str]) -> None:
-    """Refuses a column without a name, as pandas writes its index, and two of labels."""
-    for column, name in enumerate(names, start=1):
-        if not name or name.startswith("Unnamed:"):
-            raise ValueError(
-                f"{path}: expected a name for each column, got none for column {column} (from 1): "
-                "if it is the index of a pandas frame, write the file with index=False; if it is "
-                "data, name it"
-            )
-    if (count := sum(name.lower() == "label" for name in names)) > 1:
-        raise ValueError(f"{path}: expected one column 'label', got {count}; rename the others")
 
 
 def _label_numbers(path: Path, column: Tensor) -> Tensor:

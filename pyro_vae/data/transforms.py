@@ -38,22 +38,16 @@ class Transform:
     A model gives :math:`\log p(T(x))`; in the original units, of bin width 1, the density is
 
     .. math:: \log p(x) = \log p(T(x)) + \log |\det \partial T / \partial x|.
+
+    Attributes:
+        noisy: Whether T needs uniform noise.
+        fresh: Whether training redraws the noise at each visit; otherwise each row keeps its own.
+        binary: Whether every model value is 0 or 1.
     """
 
-    @property
-    def noisy(self) -> bool:
-        """Whether T needs uniform noise."""
-        return False
-
-    @property
-    def fresh(self) -> bool:
-        """Whether training redraws the noise at each visit; otherwise each row keeps its own."""
-        return False
-
-    @property
-    def binary(self) -> bool:
-        """Whether every model value is 0 or 1."""
-        return False
+    noisy = False
+    fresh = False
+    binary = False
 
     def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         """Maps rows to model values.
@@ -118,10 +112,7 @@ class Threshold(Transform):
     at: float
     top: float = 1.0
 
-    @property
-    def binary(self) -> bool:
-        """See ``Transform``."""
-        return True
+    binary = True
 
     def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         """See ``Transform``."""
@@ -147,6 +138,10 @@ class _Grey(Transform):
             raise ValueError(f"{type(self).__name__} needs uniform noise u of x's shape, got None")
         return u
 
+    def inverse(self, x: Tensor) -> Tensor:
+        """Maps a value, or a mean in [0, 1], to [0, levels - 1]."""
+        return x * (self.levels - 1)
+
 
 @dataclass(frozen=True)
 class Binarise(_Grey):
@@ -167,28 +162,17 @@ class Binarise(_Grey):
 
     dynamic: bool
 
-    @property
-    def noisy(self) -> bool:
-        """See ``Transform``."""
-        return True
+    noisy = True
+    binary = True
 
     @property
-    def fresh(self) -> bool:
-        """See ``Transform``."""
+    def fresh(self) -> bool:  # type: ignore[override]
+        """Whether training redraws."""
         return self.dynamic
-
-    @property
-    def binary(self) -> bool:
-        """See ``Transform``."""
-        return True
 
     def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         """See ``Transform``."""
         return (self._noise(u) < x.float() / (self.levels - 1)).float()
-
-    def inverse(self, x: Tensor) -> Tensor:
-        """Maps a value, or a mean in [0, 1], to [0, levels - 1]."""
-        return x * (self.levels - 1)
 
 
 @dataclass(frozen=True)
@@ -206,15 +190,8 @@ class Dequantise(_Grey):
         levels: The number of grey levels.
     """
 
-    @property
-    def noisy(self) -> bool:
-        """See ``Transform``."""
-        return True
-
-    @property
-    def fresh(self) -> bool:
-        """See ``Transform``."""
-        return True
+    noisy = True
+    fresh = True
 
     def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         """See ``Transform``."""
@@ -247,10 +224,6 @@ class Rescale(_Grey):
     def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         """See ``Transform``."""
         return x.float() / (self.levels - 1)
-
-    def inverse(self, x: Tensor) -> Tensor:
-        """See ``Transform``."""
-        return x * (self.levels - 1)
 
     def log_slope(self) -> float:
         """See ``Transform``."""
@@ -286,28 +259,13 @@ class Standardise(Transform):
     @classmethod
     def fit(cls, x: Tensor | Mapped) -> Standardise:
         """The means and deviations (the divisor is N) of the rows ``x`` [N, *E], without NaN."""
-        if isinstance(x, Mapped):
-            return cls._streamed(x)
-        x = x.double()
-        if bool(x.isnan().any()):
-            mean = x.nanmean(0)
-            std = (x - mean).square().nanmean(0).sqrt()
-        else:
-            std, mean = torch.std_mean(x, 0, correction=0)
-        # A constant column can leave rounding noise in place of an exact 0.
-        constant = x.nan_to_num(-math.inf).amax(0) == x.nan_to_num(math.inf).amin(0)
-        return cls(mean.float(), std.masked_fill(constant, 0.0).float())
-
-    @classmethod
-    def _streamed(cls, x: Mapped) -> Standardise:
-        """The same in two passes over a file."""
-        total, squares = torch.zeros(2, *x.shape[1:], dtype=torch.float64)
+        total, squares = torch.zeros(2, *x.shape[1:], dtype=torch.float64, device=x.device)
         count, low, high = torch.zeros_like(total), total + math.inf, total - math.inf
         for part in x.split(ROWS):
             count += (~part.isnan()).sum(0)
             total += part.double().nansum(0)
-            low = torch.minimum(low, part.nan_to_num(math.inf).amin(0))
-            high = torch.maximum(high, part.nan_to_num(-math.inf).amax(0))
+            low = torch.minimum(low, part.double().nan_to_num(math.inf).amin(0))
+            high = torch.maximum(high, part.double().nan_to_num(-math.inf).amax(0))
         for part in x.split(ROWS):
             squares += (part.double() - total / count).square().nansum(0)
         # A constant column can leave rounding noise in place of an exact 0.
@@ -342,24 +300,18 @@ def make_transform(name: str, x: Tensor | Mapped, levels: int | None) -> Transfo
     if name not in NAMES:
         hint = closest(name, NAMES)
         raise ValueError(f"expected a transform among {', '.join(NAMES)}, got {name!r}{hint}")
-    if name == "none":
-        return Identity()
-    if name == "standardise":
-        return Standardise.fit(x)
+    if name in ("none", "standardise"):
+        return Identity() if name == "none" else Standardise.fit(x)
     if levels is None:
         raise ValueError(
             f"transform {name!r} needs data with grey levels, and this data has none; "
             "use 'none' or 'standardise'"
         )
-    match name:
-        case "threshold":
-            return Threshold((levels - 1) / 2, top=levels - 1)
-        case "dequantise":
-            return Dequantise(levels)
-        case "rescale":
-            return Rescale(levels)
-        case _:
-            return Binarise(levels, dynamic=name == "dynamic")
+    if name == "threshold":
+        return Threshold((levels - 1) / 2, top=levels - 1)
+    if name in ("static", "dynamic"):
+        return Binarise(levels, dynamic=name == "dynamic")
+    return Dequantise(levels) if name == "dequantise" else Rescale(levels)
 
 
 def declare(transform: Transform) -> dict[str, Any]:
@@ -376,12 +328,12 @@ def restore(declaration: Mapping[str, Any]) -> Transform:
         ValueError: If the class is none of this module's.
     """
     known = (Identity, Threshold, Binarise, Dequantise, Rescale, Standardise)
-    values = {k: v for k, v in declaration.items() if k != "class"}
-    for cls in known:
-        if cls.__name__ == declaration.get("class"):
-            tensors = {k: torch.tensor(v) for k, v in values.items() if isinstance(v, list)}
-            return cls(**{**values, **tensors})
-    raise ValueError(f"expected a transform of pyro_vae.data, got {declaration.get('class')!r}")
+    classes: dict[Any, Any] = {cls.__name__: cls for cls in known}
+    name = declaration.get("class")
+    if name not in classes:
+        raise ValueError(f"expected a transform of pyro_vae.data, got {name!r}")
+    values = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in declaration.items()}
+    return classes[name](**{k: v for k, v in values.items() if k != "class"})
 
 
 def row_noise(rows: Tensor, shape: Sequence[int], seed: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyro_vae.arguments import check_options, final_subclasses, name_and_options
 from pyro_vae.distributions import Product, Rows
 from pyro_vae.likelihoods.base import Likelihood
 from pyro_vae.likelihoods.levels import Categorical
@@ -228,31 +229,16 @@ def _resolved(columns: Mapping | list | None, data_shape: tuple[int, ...]) -> di
 
 def _kind(name: str, declared: Any) -> Kind:
     """The kind that is declared for the column `name`."""
-    given: Any = {"class_path": declared} if isinstance(declared, str) else declared
-    keys = set(given) if isinstance(given, Mapping) else set()
-    if not {"class_path"} <= keys <= {"class_path", "init_args"}:
+    path, options = name_and_options(f"column {name!r}", declared)
+    known = {cls.__name__: cls for cls in final_subclasses(Likelihood) if cls is not Columns}
+    if path not in known:
         raise ValueError(
-            f"column {name!r} must be the name of a likelihood, or a mapping of class_path and "
-            f"init_args; got {declared!r}"
-        )
-    known = {cls.__name__: cls for cls in _final(Likelihood) if cls is not Columns}
-    cls = known.get(given["class_path"])
-    if cls is None:
-        raise ValueError(
-            f"column {name!r}: likelihood {given['class_path']!r} is unknown: choose one of "
+            f"column {name!r}: likelihood {path!r} is unknown: choose one of "
             f"{', '.join(sorted(known))}"
         )
-    return _checked(name, cls, dict(given.get("init_args") or {}))
-
-
-def _checked(name: str, cls: type[Likelihood], options: dict[str, Any]) -> Kind:
+    cls = known[path]
     taken = [n for n in list(inspect.signature(cls).parameters)[2:] if n != "library"]
-    for option in options:
-        if option not in taken:
-            raise ValueError(
-                f"column {name!r}: {cls.__name__} has no option {option!r}: it has "
-                f"{', '.join(taken) or 'none'}"
-            )
+    check_options(f"column {name!r}: {path}", options, taken)
     options = {**{k: v for k, v in DEFAULTS.items() if k in taken}, **options}
     try:
         part = cls(Given(), (1,), **options)
@@ -276,11 +262,3 @@ def _grouped(kinds: list[Kind]) -> list[list[int]]:
 def _line(part: Likelihood, x: Tensor) -> Tensor:
     """Numbers on a scale on which their deviation says most of them."""
     return part.line(x) if isinstance(part, LocationScale) else part.inputs(x)
-
-
-def _final(cls: type) -> set[type]:
-    """Classes from `cls` down that have no abstract method left."""
-    children: set[type] = set().union(*map(_final, cls.__subclasses__()))
-    names = (getattr(cls, name, None) for name in dir(cls))
-    abstract = any(getattr(value, "__isabstractmethod__", False) for value in names)
-    return children if abstract else {*children, cls}

@@ -30,6 +30,7 @@ OF_SEVERAL_SITES = (
     *("ELBO", "Capacity", "FreeBits", "StickingTheLanding", "IWAE", "DReG", "CIWAE", "MIWAE"),
     *("PIWAE", "Renyi"),
 )
+OF_WHOLE_DRAWS = ("StickingTheLanding", "PIWAE")  # none for each value of a class summed out
 
 
 class Objective(pyro.infer.ELBO, nn.Module):
@@ -234,9 +235,11 @@ def only_site(d: Densities) -> Site:
             whose densities are known.
     """
     if len(d.sites) != 1:
+        refusing = () if d.each is None else OF_WHOLE_DRAWS
+        usable = [name for name in OF_SEVERAL_SITES if name not in refusing]
         raise ValueError(
             "the aggregate posterior needs exactly one latent site; the model has "
-            f"{sorted(d.sites)}: use one of {', '.join(OF_SEVERAL_SITES)}"
+            f"{sorted(d.sites)}: use one of {', '.join(usable)}"
         )
     return next(iter(d.sites.values()))
 

@@ -122,7 +122,8 @@ def _tensor_rows(name: str, missing: bool, x: Any, y: Any = None) -> TensorDatas
         )
     check_finite(name, x, missing)
     if y is not None:
-        check_finite(f"y of {name}", y)
+        remedy = ", or give -1 for a label that is unknown" if y.shape[1] == 1 else ""
+        check_finite(f"y of {name}", y, remedy=remedy)
     return TensorDataset(x, y)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from pyro_vae.arguments import closest
+from pyro_vae.arguments import check_options, closest, name_and_options
 
 __all__ = [
     "advance",
@@ -66,9 +66,7 @@ def make_optimizer(
         raise ValueError("nothing to train: no parameter of the vae requires gradients")
     if callable(spec):
         return _made(spec(parameters), Optimizer, "optimizer")
-    cls, options = _parse("optimizer", spec, OPTIMIZERS)
-    options = {"lr": lr, **options}
-    _check_options("optimizer", cls, (parameters,), options)
+    cls, options = _parse("optimizer", spec, OPTIMIZERS, parameters, lr=lr)
     chosen = options.keys() & IMPLEMENTATIONS
     if fused and "fused" in inspect.signature(cls).parameters and not chosen:
         try:
@@ -98,8 +96,7 @@ def make_schedule(spec: ScheduleSpec | None, optimizer: Optimizer) -> LRSchedule
         return None
     if callable(spec):
         return _made(spec(optimizer), LRScheduler, "schedule")
-    cls, options = _parse("schedule", spec, SCHEDULES)
-    _check_options("schedule", cls, (optimizer,), options)
+    cls, options = _parse("schedule", spec, SCHEDULES, optimizer)
     return cls(optimizer, **options)
 
 
@@ -118,37 +115,24 @@ def spec_name(spec: Any) -> Any:
     return f"{spec.__module__}.{spec.__qualname__}" if hasattr(spec, "__qualname__") else str(spec)
 
 
-def _parse(what: str, spec: Any, known: dict[str, type]) -> tuple[type, dict[str, Any]]:
-    if isinstance(spec, str):
-        spec = {"class_path": spec}
-    if not isinstance(spec, dict) or not {"class_path"} <= spec.keys() <= {
-        "class_path",
-        "init_args",
-    }:
-        raise ValueError(
-            f"{what} must be a name, {{'class_path': name, 'init_args': {{...}}}} or a callable; "
-            f"got {spec!r}"
-        )
-    name = str(spec["class_path"]).rsplit(".", 1)[-1]
+def _parse(
+    what: str, spec: Any, known: dict[str, type], *args: Any, **defaults: Any
+) -> tuple[type, dict[str, Any]]:
+    """The class that `spec` names, and its options; it takes `args` before them."""
+    path, options = name_and_options(what, spec)
+    name = path.rpartition(".")[2]
     if name not in known:
         raise ValueError(
             f"{what} {name!r} is unknown{closest(name, known)}: choose one of {', '.join(known)}"
         )
-    return known[name], dict(spec.get("init_args") or {})
-
-
-def _check_options(what: str, cls: type, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    cls, options = known[name], {**defaults, **options}
     signature = inspect.signature(cls)
-    for option in options.keys() - signature.parameters.keys():
-        known = list(signature.parameters)[len(args) :]
-        raise ValueError(
-            f"{what} {cls.__name__} has no option {option!r}{closest(option, known)}: it has "
-            f"{', '.join(known)}"
-        )
+    check_options(f"{what} {name}", options, list(signature.parameters)[len(args) :])
     try:
         signature.bind(*args, **options)
     except TypeError as error:
-        raise ValueError(f"{what} {cls.__name__}: {error}; give it in init_args") from None
+        raise ValueError(f"{what} {name}: {error}; give it in init_args") from None
+    return cls, options
 
 
 def _made(result: Any, cls: type, what: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.arguments import check_real, check_whole
-from pyro_vae.files import PathLike, check_folder, flush_folder, reading, sweep, write
+from pyro_vae.files import PathLike, as_csv, check_folder, flush_folder, reading, sweep, write
 from pyro_vae.objectives import Objective
 from pyro_vae.training.optimizers import OptimizerSpec, ScheduleSpec, spec_name
 from pyro_vae.training.progress import COLUMNS
@@ -161,11 +160,8 @@ def _made() -> dict[str, str]:
 
 def write_metrics(run: PathLike, rows: list[dict[str, Any]]) -> None:
     """Writes metrics.csv, a line for each epoch."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write(Path(run) / "metrics.csv", text.getvalue())
+    lines = ([row.get(column) for column in COLUMNS] for row in rows)
+    write(Path(run) / "metrics.csv", as_csv([COLUMNS, *lines]))
 
 
 def _check_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

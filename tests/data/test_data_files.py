@@ -260,7 +260,7 @@ def test_empty_cells_are_missing(tmp_path: Path) -> None:
 def test_a_table_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "bad.csv"
     path.write_bytes(b"1,2\n\xff\xfe,3\n")
-    with pytest.raises(ValueError, match="comma-separated table in UTF-8"):
+    with pytest.raises(ValueError, match="expected a table in UTF-8"):
         load_data(path)
 
 

@@ -173,7 +173,7 @@ def test_a_kind_alone_takes_its_categories_from_the_cells(tmp_path: Path) -> Non
 
 BAD = {
     "": "expected a line of names and rows below it, got 0 lines",
-    "a,b\n1,2,3\n4,5,6\n": "expected 2 columns as in the first line, got 3 in row 2",
+    "a,b\n1,2,3\n4,5,6\n": "expected 2 columns as in the first line, got 3 in line 2",
     "a,b\n,2\n,3\n": "column 'a' is empty in all rows: leave it out",
     "a,b\n7,x\n7,y\n": "column 'a' holds 7 in all rows: leave it out",
     "a,b\nx,1\nx,2\n": "column 'a' holds 'x' in all rows: leave it out",

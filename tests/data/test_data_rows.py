@@ -15,7 +15,6 @@ from pyro_vae.data import (
     Standardise,
     Threshold,
     Transform,
-    batches,
     epoch_order,
 )
 
@@ -230,15 +229,7 @@ def test_an_order_depends_on_seed_and_epoch_only() -> None:
         assert not torch.equal(epoch_order(N, seed, epoch), first)
 
 
-def test_batches_cover_the_rows_with_a_shorter_last_one() -> None:
-    parts = batches(N, 13)
-    assert [len(part) for part in parts] == [13] * 7 + [10]
-    assert torch.equal(torch.cat(parts), torch.arange(N))
-
-
-def test_bad_numbers_of_batches_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least 1 row"):
-        batches(N, 0)
+def test_bad_numbers_of_orders_are_refused() -> None:
     with pytest.raises(ValueError, match="epoch must be at least 0"):
         epoch_order(N, 0, -1)
     with pytest.raises(ValueError, match="seed must be at least 0"):

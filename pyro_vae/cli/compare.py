@@ -1,0 +1,184 @@
+"""Runs on the same rows beside each other: paired differences of log p(x) with their errors."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from rich.console import Console
+from rich.table import Table
+
+from pyro_vae.cli.folder import load_run, placed
+from pyro_vae.cli.judge import estimate, held_out, rows_of, shifted
+from pyro_vae.cli.report import declaration
+from pyro_vae.data import Splits
+from pyro_vae.estimators import Evidence
+from pyro_vae.metrics import Difference, paired_difference
+from pyro_vae.training import read_run
+from pyro_vae.vae import VAE
+
+__all__ = ["check_comparable", "compare", "compared", "differing", "told"]
+
+
+def compare(options: Namespace) -> None:
+    """Runs on the same rows: log p(x) of each, and paired differences with their errors."""
+    if len(set(options.runs)) < 2:
+        raise ValueError("compare needs two runs or more; for one: pyro-vae evaluate RUN")
+    models = {run: replicas(run) for run in options.runs}
+    every = [run for runs in models.values() for run in runs]
+    loaded = {run: load_run(run, options.data_root) for run in every}
+    for run in every[1:]:
+        check_comparable(every[0], run, loaded, options.part)
+    found: dict[str, Evidence] = {}
+    for run, (vae, splits) in loaded.items():
+        rows = held_out(splits, options.part, options.limit)
+        vae, data = placed(vae, rows, options.accelerator)
+        found[run] = shifted(estimate(vae, data, options), data)
+    where = rows_of(loaded[every[0]][1], options.part, rows)
+    of_model = {model: [found[run] for run in runs] for model, runs in models.items()}
+    firsts = {model: runs[0] for model, runs in models.items()}
+    differs = differing({name: described(run, loaded[run][0]) for name, run in firsts.items()})
+    numbers = compared(of_model, where) | {"differs": differs}
+    if options.json:
+        print(json.dumps(numbers, indent=1))
+        return
+    options_table = Table("", *firsts, title="what differs between them")
+    for name, values in differs.items():
+        options_table.add_row(name, *values.values())
+    paired = pairs_of(of_model)
+    for table in (ranking(numbers), options_table, differences(paired)):
+        Console().print(table)
+    for (a, b), d in paired.items():
+        print(told(a, b, d))
+
+
+def replicas(run: str) -> list[str]:
+    """The runs of a folder that `train --seeds` made; the run itself of another."""
+    runs = [] if (Path(run) / "run.json").exists() else sorted(Path(run).glob("seed-*"))
+    return [str(path) for path in runs] or [run]
+
+
+def check_comparable(
+    first_run: str, run: str, loaded: dict[str, tuple[VAE, Splits]], part: str
+) -> None:
+    """Refuses runs whose log p(x) are of different things."""
+    first, data = (getattr(loaded[name][1], part) for name in (first_run, run))
+    masses = {
+        name: vae.likelihood.measure if splits.transform != "dequantise" else [True]
+        for name, (vae, splits) in loaded.items()
+    }
+    if data.digest() != first.digest():
+        raise ValueError(
+            f"{run} and {first_run} have other rows, or other values missing: train both on the "
+            "same split"
+        )
+    if data.transform.binary != first.transform.binary:
+        raise ValueError(
+            f"{run} and {first_run} do not compare: one models binarised data, the other does not"
+        )
+    given = {name: vae.likelihood.of for name, (vae, _) in loaded.items()}
+    if given[run] != given[first_run]:
+        what = ", ".join(
+            f"{name} log p(x{' | ' + of if of else ''})" for name, of in given.items()
+        )
+        raise ValueError(f"{run} and {first_run} do not compare: {what}")
+    size = data.data_shape.numel()
+    a, b = (masses[name] * (size // len(masses[name])) for name in (run, first_run))
+    if a != b:
+        raise ValueError(
+            f"{run} and {first_run} do not compare: one gives the probability of whole numbers "
+            "or intervals, the other a density; train the second on dequantised data, or give "
+            "columns the same resolution"
+        )
+
+
+def described(run: str, vae: VAE) -> dict[str, str]:
+    """What a run declares of its model and its training."""
+    tables = declaration(Path(run), read_run(run), vae)
+    return tables["Model"] | tables["Training"]
+
+
+def differing(declared: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """The options in which runs differ: of each, its value in each run."""
+    names = dict.fromkeys(name for options in declared.values() for name in options)
+    each = {name: {run: declared[run].get(name, "") for run in declared} for name in names}
+    return {name: values for name, values in each.items() if len(set(values.values())) > 1}
+
+
+def pairs_of(models: dict[str, list[Evidence]]) -> dict[tuple[str, str], Difference]:
+    """How each two models differ, by the replicas of each."""
+    each = {name: torch.stack([e.log_prob for e in runs]) for name, runs in models.items()}
+    return {(a, b): paired_difference(each[a], each[b]) for a, b in combinations(each, 2)}
+
+
+def ranking(numbers: dict[str, Any]) -> Table:
+    """Models from the best, with their errors over data and over seeds."""
+    title = f"nats per datum, of {numbers['rows_of']}"
+    shown = Table("", "run", "log p(x), in the units of the data", "verdict", title=title)
+    for rank, name in enumerate(numbers["ranks"], start=1):
+        run = numbers["runs"][name]
+        value = (
+            f"{run['log_prob']:.2f} +- {run['stderr_monte_carlo']:.2g} (Monte Carlo) "
+            f"+- {run['stderr_data']:.2g} (data)"
+        )
+        if len(seeds := run["seeds"]) > 1:
+            deviation = torch.tensor(seeds).std().item()
+            value = f"{run['log_prob']:.2f}, of {len(seeds)} seeds that deviate by {deviation:.2f}"
+        verdicts = ", ".join(f"{count} {verdict}" for verdict, count in run["verdicts"].items())
+        shown.add_row(str(rank), name, value, verdicts)
+    return shown
+
+
+def differences(paired: dict[tuple[str, str], Difference]) -> Table:
+    """Differences of each two models with their errors over data and seeds, and which is worse."""
+    shown = Table("first less second", title="paired differences, nats")
+    for name in ("difference", "+- over seeds", "P(first is worse)"):
+        shown.add_column(name, no_wrap=True)
+    for (a, b), d in paired.items():
+        seeds = "unknown" if math.isnan(d.stderr_seeds) else f"{d.stderr_seeds:.3f}"
+        shown.add_row(
+            f"{a} - {b}", f"{d.mean:.3f} +- {d.stderr_data:.3f}", seeds, f"{d.p_worse:.2g}"
+        )
+    return shown
+
+
+def told(a: str, b: str, d: Difference) -> str:
+    """Which of two is better and by how much, where that is beyond two standard errors."""
+    by = f"{abs(d.mean):.2f} +- {d.stderr:.2g} nats per datum"
+    if not abs(d.mean) > 2 * d.stderr:
+        return f"{a} and {b} are not told apart: they differ by {by}"
+    better, worse = (a, b) if d.mean > 0 else (b, a)
+    return f"{better} is better than {worse} by {by}"
+
+
+def compared(models: dict[str, list[Evidence]], where: str) -> dict[str, Any]:
+    """What `compare` prints, for JSON."""
+    runs: dict[str, dict[str, Any]] = {
+        model: {
+            "log_prob": sum(evidence.mean() for evidence in runs) / len(runs),
+            **dict(zip(("stderr_monte_carlo", "stderr_data"), runs[0].mean_stderr())),
+            "seeds": [evidence.mean() for evidence in runs],
+            "verdicts": dict(Counter(Evidence.cat(runs).verdict)),
+        }
+        for model, runs in models.items()
+    }
+    pairs = [
+        {
+            "first": a,
+            "second": b,
+            "difference": d.mean,
+            "stderr": d.stderr,
+            "stderr_data": d.stderr_data,
+            "stderr_seeds": None if math.isnan(d.stderr_seeds) else d.stderr_seeds,
+            "p_worse": d.p_worse,
+        }
+        for (a, b), d in pairs_of(models).items()
+    ]
+    ranks = sorted(runs, key=lambda model: -runs[model]["log_prob"])
+    return {"rows_of": where, "ranks": ranks, "runs": runs, "differences": pairs}

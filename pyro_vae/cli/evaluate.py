@@ -1,0 +1,264 @@
+"""The evaluation of a run: log p(x) with its error, ELBO, parts of the KL, odd rows."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import compress
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from pyro_vae import plots
+from pyro_vae.cli.figures import NAMES, decompose, keep, layer_lines, limits
+from pyro_vae.cli.folder import load_run, pairs, placed
+from pyro_vae.cli.judge import estimate, held_out, rows_of, shown
+from pyro_vae.data import Data, spread
+from pyro_vae.estimators import (
+    Evidence,
+    column_log_prob,
+    evidence_lower_bound,
+    importance_sampling,
+)
+from pyro_vae.estimators.log_evidence import REACH, kept_audit
+from pyro_vae.files import write
+from pyro_vae.metrics import Decomposition, active_units
+from pyro_vae.vae import VAE
+
+__all__ = ["QUANTITIES", "by_column", "evaluate", "lines_of"]
+
+QUANTITIES = {
+    "encoder_bound": ("encoder alone", ".2f", "a lower bound, K = {encoder_bound_samples}"),
+    "elbo": ("ELBO", ".2f", "reconstruction less KL"),
+    "kl": ("KL", ".2f", "of q(z | x) from p(z)"),
+    "reconstruction": ("reconstruction", ".2f", "log p(x | z) under q(z | x)"),
+    "inference_gap": ("inference gap", ".2f", "log p(x) less ELBO"),
+    "mutual_information": ("mutual information", ".3f", "part of the KL: of x and z"),
+    "aggregate_kl": ("KL(q(z) || p(z))", ".3f", "the rest of the KL: of all codes"),
+    "total_correlation": ("total correlation", ".3f", "part of that: among the latents"),
+    "dimension_wise_kl": (
+        "dimension-wise KL",
+        ".3f",
+        "part of that: of each q(z) from p(z)",
+    ),
+    "active_units": ("active units", "d", "latent dimensions that depend on x"),
+    "khat_below_threshold": ("k-hat below threshold", ".1%", "of the data"),
+    "bits_per_dim": ("bits per dimension", ".3f", "of the data before the transform"),
+}
+ODD, OTHERS = 5, 100  # rows that are shown, and those that say what is usual
+PATTERNS = 5  # of missing values that are shown
+
+
+def evaluate(options: Namespace) -> None:
+    """The table of a run: log p(x) with its error, ELBO and its terms, active units."""
+    vae, splits = load_run(options.run, options.data_root)
+    vae, data = placed(vae, held_out(splits, options.part, options.limit), options.accelerator)
+    x, y = data.batch()
+    bound = evidence_lower_bound(vae.model, vae.guide, x, y, num_samples=options.elbo_samples)
+    alone = encoder_bound(vae, data, options)
+    evidence = estimate(vae, data, options)
+    evidence.save(Path(options.run) / "evidence.safetensors")
+    draw_audit(vae, data, evidence, options)
+    draw_extremes(data, evidence, Path(options.run) / "figures")
+    with torch.no_grad():
+        active = active_units(torch.cat([vae.encode(*pair).mean for pair in pairs(data)]))
+    parts = decompose(vae, getattr(splits, options.part).fixed(), num_rows=500)
+    gap = evidence.log_prob - bound.elbo
+    monte_carlo, over_data = evidence.mean_stderr()
+    numbers: dict[str, Any] = {
+        "part": options.part,
+        "rows": len(data),
+        "rows_of": rows_of(splits, options.part, data),
+        "log_prob": evidence.mean(),
+        "log_jacobian": data.log_jacobian,
+        "stderr_monte_carlo": monte_carlo,
+        "stderr_data": over_data,
+        "verdicts": dict(Counter(evidence.verdict)),
+        "methods": dict(Counter(evidence.method)),
+        "audit": evidence.audit,
+        **alone,
+        **with_errors({**vars(bound), "inference_gap": gap}),
+        "kl_rules": sorted(set(bound.rules.values())),
+        **parts_numbers(parts),
+        "active_units": int(active.sum()),
+        "units": len(active),
+        **({"layers": layers} if (layers := layer_lines(vae, data)) else {}),
+        "khat_below_threshold": evidence.share_below_threshold(),
+        "bits_per_dim": data.bits_per_dim(evidence.log_prob).mean().item(),
+        # as those of images; columns of a table seldom are
+        "of_one_unit": data.levels is not None or len(data.data_shape) > 1,
+        "odd_rows": odd_rows(vae, data, evidence),
+        "missing": missing_columns(data),
+        "missing_patterns": missing_patterns(data),
+    }
+    text = json.dumps(numbers, indent=1)
+    write(Path(options.run) / "evaluation.json", text)
+    if options.json:
+        print(text)
+        return
+    table = Table(title=f"{options.run}: {numbers['rows_of']}", show_header=False)
+    for name, value, errors, remark, _ in lines_of(numbers):
+        table.add_row(name, ", ".join(filter(None, [" +- ".join([value, *errors]), remark])))
+    Console().print(table)
+    print("nats per datum, of held-out data; larger is better but for KL and bits")
+
+
+def lines_of(found: dict[str, Any]) -> list[tuple[str, str, list[str], str, str]]:
+    """Name, value, errors, remark and number of rows of each quantity of evaluation.json."""
+    errors = [
+        f"{found['stderr_monte_carlo']:.2g} (Monte Carlo)",
+        f"{found['stderr_data']:.2g} (data)",
+    ]
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in found["verdicts"].items())
+    rows = f"{found['rows']:,}"
+    lines = [("log p(x)", f"{found['log_prob']:.2f}", errors, verdicts, rows)]
+    if found.get("log_jacobian"):
+        value = f"{found['log_prob'] + found['log_jacobian']:.2f}"
+        lines.append(("log p(x), data's units", value, errors, "before the transform", rows))
+    if found.get("audit"):
+        lines.append(("audit", "", [], found["audit"], ""))
+    ceiling = "at its ceiling, the logarithm of their number" if found.get("at_ceiling") else ""
+    more = {  # that files of version 0.1 lack
+        "kl": " and ".join(found.get("kl_rules", [])),
+        "mutual_information": ceiling,
+        "active_units": f"of {found['units']}" if "units" in found else "",
+    }
+    for key, (name, form, remark) in QUANTITIES.items():
+        if key in found and key not in hidden(found):
+            error = found.get(f"stderr_{key}")
+            shown = [] if error is None else [f"{error:.2g} (data)"]
+            remark = ", ".join(filter(None, [remark.format_map(found), more.get(key)]))
+            count = found.get("parts_rows", found["rows"]) if key in NAMES else found["rows"]
+            lines.append((name, f"{found[key]:{form}}", shown, remark, f"{count:,}"))
+    layers = found.get("layers", {}).items()
+    return [*lines, *((site, "", [], text, rows) for site, text in layers)]
+
+
+def hidden(found: dict[str, Any]) -> set[str]:
+    """Numbers that would mislead: what is no KL, and bits of columns of different units."""
+    no_kl = set() if found.get("prior_factorises", True) else {"total_correlation"}
+    no_kl |= {"dimension_wise_kl"} if no_kl else set()
+    return no_kl if found.get("of_one_unit", True) else no_kl | {"bits_per_dim"}
+
+
+def encoder_bound(vae: VAE, data: Data, options: Namespace) -> dict[str, float]:
+    """The bound of the encoder's own draws, where their number is given."""
+    if options.num_samples is None:
+        return {}
+    names = ("num_samples", "chunk_size", "compile", "devices", "seed")
+    x, y = data.batch()
+    found = importance_sampling(
+        vae.model, vae.guide, x, y, progress=shown(options), **{n: options[n] for n in names}
+    )
+    return {"encoder_bound": found.mean(), "encoder_bound_samples": options.num_samples}
+
+
+def with_errors(terms: dict[str, Any]) -> dict[str, float]:
+    """Means of `terms` [N] over data, by name, and their standard errors."""
+    tensors = {name: term for name, term in terms.items() if isinstance(term, Tensor)}
+    errors = {f"stderr_{n}": (t.std() / len(t) ** 0.5).item() for n, t in tensors.items()}
+    return {name: term.mean().item() for name, term in tensors.items()} | errors
+
+
+def parts_numbers(parts: Decomposition | None) -> dict[str, Any]:
+    """The parts of the KL with their errors over data, for evaluation.json."""
+    if parts is None:
+        return {}
+    terms = {name: getattr(parts, name) for name in NAMES}
+    return {
+        **{name: term.value for name, term in terms.items()},
+        **{f"stderr_{name}": term.stderr_data for name, term in terms.items()},
+        "parts_rows": parts.num_data,
+        "prior_factorises": parts.per_dimension is not None,
+        "at_ceiling": parts.at_ceiling,
+    }
+
+
+def by_column(vae: VAE, data: Data, **options: Any) -> Tensor:
+    """log p(x_c | the other columns) [N, C] in the units of the data; NaN where one is missing.
+
+    Raises:
+        ValueError: If the data are no table.
+    """
+    if len(data.data_shape) != 1:
+        raise ValueError("columns are those of tables: leave --columns out")
+    x, y = data.batch()
+    found = column_log_prob(vae, x, y, **options)
+    return found + torch.as_tensor(data.transform.log_slope()).to(found)
+
+
+def odd_rows(vae: VAE, data: Data, evidence: Evidence) -> list[dict[str, Any]]:
+    """The rows of least log p(x), and the column that is farthest below its usual log p."""
+    if data.schema is None:
+        return []
+    lowest = evidence.log_prob.argsort()[:ODD]
+    shown = torch.cat([lowest, spread(len(data), OTHERS, 0)])
+    each = by_column(vae, data.subset(shown))
+    below = (each - each.nanmedian(0).values)[: len(lowest)].nan_to_num(torch.inf)
+    cells = data.schema.decode(data.transform.inverse(data.x[lowest].float()))
+    columns = below.argmin(1).tolist()
+    names = list(data.schema.columns)
+    return [
+        {
+            "row": data.rows[row].item(),
+            "log_prob": evidence.log_prob[row].item(),
+            "column": names[column],
+            "cell": str(cells[names[column]][i]),
+            "column_log_prob": each[i, column].item(),
+        }
+        for i, (row, column) in enumerate(zip(lowest.tolist(), columns))
+    ]
+
+
+def missing_columns(data: Data) -> dict[str, float]:
+    """The share of rows that lack each column, where some do."""
+    if data.columns is None or not data.missing:
+        return {}
+    shares = data.x[:].isnan().double().mean(0).tolist()
+    return {name: share for name, share in zip(data.columns, shares) if share}
+
+
+def missing_patterns(data: Data) -> list[dict[str, Any]]:
+    """The commonest sets of columns that rows lack, and how many rows lack just these."""
+    if data.columns is None or not data.missing:
+        return []
+    sets, counts = data.x[:].isnan().unique(dim=0, return_counts=True)
+    common = counts.argsort(descending=True)[:PATTERNS].tolist()
+    return [
+        {"columns": list(compress(data.columns, sets[i].tolist())), "rows": counts[i].item()}
+        for i in common
+    ]
+
+
+def draw_audit(vae: VAE, data: Data, evidence: Evidence, options: Namespace) -> None:
+    """The figure of the audit behind the verdicts, if there was one: it was kept."""
+    if not evidence.audit or evidence.audit.startswith("none"):
+        return
+    x, y = data.batch()
+    names = ("tolerance", "chunk_size", "devices", "seed", "progress")
+    given = {name: getattr(options, name) for name in names}
+    found = kept_audit(vae.model, vae.guide, x, y, budget=None, **given)
+    figures = Path(options.run) / "figures"
+    figures.mkdir(exist_ok=True)
+    keep(plots.audit(found.gap, found.reliable, REACH), figures / "audit")
+
+
+def draw_extremes(data: Data, evidence: Evidence, figures: Path) -> None:
+    """The images of least and of most log p(x), ten each."""
+    if len(data.data_shape) != 3 or len(data) < 20:
+        return
+    order = evidence.log_prob.argsort()
+    chosen = torch.cat([order[:10], order[-10:]])
+    x = data.transform.inverse(data.batch(chosen)[0].cpu()).unflatten(0, (2, 10))
+    least, most = (
+        [f"{v:.0f}" for v in evidence.log_prob[ends].tolist()]
+        for ends in order[[0, 9, -10, -1]].view(2, 2)
+    )
+    names = [f"least: {' to '.join(least)}", f"most: {' to '.join(most)}"]
+    figures.mkdir(exist_ok=True)
+    keep(plots.image_rows(x, names, "log p(x), nats", limits(data)), figures / "extremes")
