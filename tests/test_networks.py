@@ -102,6 +102,25 @@ def test_the_output_depends_on_the_condition(cls: type) -> None:
 
 
 @each
+def test_what_sees_x_alone_is_run_once_for_all_conditions(cls: type) -> None:
+    net = normed(cls, condition_dim=3)
+    x, y = inputs(net, 5).requires_grad_(), torch.randn(2, 7, 5, 3)
+    asked = [x, *net.parameters()]
+    weights = torch.randn(2, 7, 5, *net.out_shape)
+    rows: list[int] = []
+    for part in net.modules():
+        if isinstance(part, torch.nn.Conv2d) and len(net.in_shape) == 3:
+            part.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    together = net(x, y)
+    assert set(rows) <= {5}
+    repeated = net(x.expand(2, 7, *x.shape), y)
+    torch.testing.assert_close(together, repeated)
+    slopes = (torch.autograd.grad((out * weights).sum(), asked) for out in (together, repeated))
+    for a, b in zip(*slopes):
+        torch.testing.assert_close(a, b)
+
+
+@each
 def test_a_missing_or_misshapen_input_is_refused(cls: type) -> None:
     net = network(cls, condition_dim=3)
     x = inputs(net, 5)

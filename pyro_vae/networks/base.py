@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from pyro_vae.arguments import as_shape, check_whole
 
-__all__ = ["Network", "activation_layer", "dense", "joined"]
+__all__ = ["Network", "activation_layer", "dense", "joint"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
@@ -32,7 +35,13 @@ class Network(nn.Module):
         in_shape: Shape of one input, an int or a tuple.
         out_shape: Shape of one output.
         condition_dim: Length of the vector `y` that the output also depends on; 0 for none.
+
+    Attributes:
+        repeats: Whether `body` gets x as often as there are `y` for it. If not, `y` may have R
+            times as many rows [R * B, condition_dim], so that what sees x alone is run once.
     """
+
+    repeats: ClassVar[bool] = True
 
     def __init__(
         self, in_shape: int | tuple[int, ...], out_shape: int | tuple[int, ...], condition_dim: int
@@ -74,7 +83,10 @@ class Network(nn.Module):
             raise ValueError(
                 f"y must have a row for each of the input: {list(lead)}; got {list(rows)}"
             ) from None
-        x = x.expand(*lead, *self.in_shape).reshape(-1, *self.in_shape)
+        own = x.shape[: x.ndim - len(self.in_shape)]
+        if self.repeats or own != lead[len(lead) - len(own) :]:
+            x = x.expand(*lead, *self.in_shape)
+        x = x.reshape(-1, *self.in_shape)
         y = y.expand(*lead, self.condition_dim).reshape(-1, self.condition_dim)
         return self.body(x, y.to(x.dtype)).reshape(*lead, *self.out_shape)
 
@@ -94,10 +106,19 @@ def activation_layer(name: str) -> nn.Module:
     return ACTIVATIONS[name]()
 
 
-def joined(x: Tensor, y: Tensor) -> Tensor:
-    """`x` [B, *E] flattened, and beside it `y` [B, C]."""
-    flat = x.flatten(1)
-    return torch.cat([flat, y], -1) if y.shape[1] else flat
+def joint(layers: Sequence[nn.Module], x: Tensor, y: Tensor) -> Tensor:
+    """Layers over `x` [B, *E] flattened and beside it `y` [R * B, C]; the first is linear."""
+    first: Any = layers[0]
+    x = x.flatten(1)
+    if len(y) == len(x):
+        h = first(torch.cat([x, y], -1) if y.shape[1] else x)
+    else:
+        of_x, of_y = first.weight.split([x.shape[1], y.shape[1]], 1)
+        h = linear(y, of_y).unflatten(0, (-1, len(x))) + linear(x, of_x, first.bias)
+        h = h.flatten(0, 1)
+    for layer in layers[1:]:
+        h = layer(h)
+    return h
 
 
 def dense(sizes: tuple[int, ...], activation: str, norm: str | None) -> list[nn.Module]:

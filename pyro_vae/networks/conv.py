@@ -6,7 +6,7 @@ from math import prod
 
 from torch import Tensor, nn
 
-from pyro_vae.networks.base import Network, activation_layer, dense, joined
+from pyro_vae.networks.base import Network, activation_layer, dense, joint
 
 __all__ = ["Conv", "ConvTranspose"]
 
@@ -23,6 +23,8 @@ class Conv(Network):
         condition_dim: Length of the vector `y`.
         norm: None or "batch".
     """
+
+    repeats = False
 
     def __init__(
         self,
@@ -53,7 +55,7 @@ class Conv(Network):
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Convolutions, then dense layers with `y`."""
-        return self.output(self.hidden(joined(self.convolutions(x), y)))
+        return joint([*self.hidden, self.output], self.convolutions(x), y)
 
     @property
     def output_bias(self) -> Tensor:
@@ -73,6 +75,8 @@ class ConvTranspose(Network):
         condition_dim: Length of the vector `y`.
         norm: None or "batch".
     """
+
+    repeats = False
 
     def __init__(
         self,
@@ -103,7 +107,7 @@ class ConvTranspose(Network):
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Dense layers with `y`, then transposed convolutions."""
-        h = self.hidden(joined(x, y))
+        h = joint([*self.hidden], x, y)
         return self.convolutions(h.unflatten(-1, self.start))
 
     @property

@@ -6,7 +6,7 @@ from math import prod
 
 from torch import Tensor, nn
 
-from pyro_vae.networks.base import Network, dense, joined, norm_layers
+from pyro_vae.networks.base import Network, dense, joint, norm_layers
 
 __all__ = ["MLP", "GatedMLP"]
 
@@ -22,6 +22,8 @@ class MLP(Network):
         condition_dim: Length of the vector `y`, joined to the input.
         norm: None, "batch" or "layer", before each activation.
     """
+
+    repeats = False
 
     def __init__(
         self,
@@ -39,7 +41,7 @@ class MLP(Network):
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Dense layers over the flattened input and `y`."""
-        return self.output(self.hidden(joined(x, y)))
+        return joint([*self.hidden, self.output], x, y)
 
     @property
     def output_bias(self) -> Tensor:
@@ -62,6 +64,8 @@ class GatedMLP(Network):
         Tomczak and Welling. VAE with a VampPrior. 2018.
     """
 
+    repeats = False
+
     def __init__(
         self,
         in_shape: int | tuple[int, ...],
@@ -80,7 +84,7 @@ class GatedMLP(Network):
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Gated layers over the flattened input and `y`."""
-        return self.output(self.hidden(joined(x, y)))
+        return joint([*self.hidden, self.output], x, y)
 
     @property
     def output_bias(self) -> Tensor:

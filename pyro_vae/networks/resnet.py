@@ -7,7 +7,7 @@ from math import prod
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_vae.networks.base import Network, activation_layer, joined
+from pyro_vae.networks.base import Network, activation_layer, joint
 from pyro_vae.networks.conv import halvings, image_shape, norm_2d
 
 __all__ = ["ResNet", "ResNetTranspose"]
@@ -27,6 +27,8 @@ class ResNet(Network):
     References:
         He et al. Identity mappings in deep residual networks. 2016.
     """
+
+    repeats = False
 
     def __init__(
         self,
@@ -48,7 +50,7 @@ class ResNet(Network):
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Residual stages, then a linear map with `y`."""
-        return self.output(joined(self.stages(x), y))
+        return joint([self.output], self.stages(x), y)
 
     @property
     def output_bias(self) -> Tensor:
@@ -67,6 +69,8 @@ class ResNetTranspose(Network):
         condition_dim: Length of the vector `y`, joined to the input.
         norm: None or "batch".
     """
+
+    repeats = False
 
     def __init__(
         self,
@@ -92,7 +96,7 @@ class ResNetTranspose(Network):
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """A linear map with `y`, then residual stages."""
-        h = self.input(joined(x, y)).unflatten(-1, self.start)
+        h = joint([self.input], x, y).unflatten(-1, self.start)
         for block, width, size in zip(self.blocks, self.widths, self.sizes[1:]):
             h = width(F.interpolate(block(h), size, mode="nearest"))
         return self.output(self.activation(h))
