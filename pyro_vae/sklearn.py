@@ -47,7 +47,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
         n_components: Latent size D.
         schema: Kinds of columns by name, as `read_table` takes; of an array the names are "x0",
             "x1" and so on.
-        hidden: Widths of the hidden layers of encoder and decoder.
+        hidden: Widths of the hidden layers of encoder and decoder; a number for one layer.
         prior: Name of a prior, as in `build`.
         posterior: Name of a posterior.
         objective: Name of an objective.
@@ -58,7 +58,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
         batch_size: Rows of one step.
         lr: Learning rate of Adam.
         contamination: Share of outliers in the training data, up to 1/2: `predict` calls a row -1
-            if its log p is below that share of 500 training rows.
+            if its log p is below that share of 500 training rows, which are kept for that.
         tolerance: Largest standard error of log p, in nats.
         budget: Most evaluations of the model for log p of one row, as in `log_evidence`.
         random_state: Seed of weights, training and draws.
@@ -68,7 +68,6 @@ class VariationalAutoencoder(  # type: ignore[misc]
         schema_: The columns.
         history_: What `fit` returned.
         classes_: The classes, numbers from 0, if there are any.
-        offset_: The log p below which a row is an outlier, in nats.
         n_features_in_: Number of columns.
         feature_names_in_: Their names, where `fit` was given a frame.
 
@@ -86,7 +85,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
         n_components: int = 2,
         *,
         schema: Mapping[str, Any] | None = None,
-        hidden: Sequence[int] = (100,),
+        hidden: int | Sequence[int] = (100,),
         prior: str | Mapping[str, Any] = "StandardNormal",
         posterior: str | Mapping[str, Any] = "DiagonalNormal",
         objective: str | Mapping[str, Any] = "ELBO",
@@ -130,7 +129,10 @@ class VariationalAutoencoder(  # type: ignore[misc]
         rows = self._first_rows(X)
         labels = self._labels(y, len(rows))
         self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        network = {"class_path": "MLP", "init_args": {"hidden": list(self.hidden)}}
+        network = {
+            "class_path": "MLP",
+            "init_args": {"hidden": np.atleast_1d(self.hidden).tolist()},
+        }
         with forked(torch.device("cpu"), self._seed):
             self.vae_ = build(
                 len(self.schema_.columns),
@@ -157,9 +159,16 @@ class VariationalAutoencoder(  # type: ignore[misc]
         )
         self.vae_.double().eval()
         self._n_features_out = self.n_components
-        scored = self._scores(rows[spread(len(rows), SCORED, self._seed)])
-        self.offset_ = float(np.quantile(scored, self.contamination))
+        self._some = rows[spread(len(rows), SCORED, self._seed)]
+        self._offset: list[float] = []
         return self
+
+    @property
+    def offset_(self) -> float:
+        """The log p below which a row is an outlier, in nats; found when it is first asked for."""
+        if not self._offset:
+            self._offset.append(np.quantile(self._scores(self._some), self.contamination).item())
+        return self._offset[0]
 
     def transform(self, X: Any) -> Array:
         """Posterior means [N, D] of rows."""
@@ -176,17 +185,24 @@ class VariationalAutoencoder(  # type: ignore[misc]
         codes = check_array(X, dtype=np.float64, input_name="X")
         with torch.no_grad():
             given = self._one_hot(y, len(codes))
-            return self._given(self.vae_.likelihood(torch.from_numpy(codes), given).mean)
+            return self._given(self.vae_.likelihood(torch.from_numpy(codes), given).mean, X)
 
     def impute(self, X: Any, num_draws: int = 100) -> Any:
         """Rows with their missing entries filled in, given what was observed of each.
 
         By the mean of real and positive numbers, the median of counts and ordered levels, and
-        the commonest category of `num_draws` draws.
+        the commonest category of `num_draws` draws. What was observed stays as it is.
         """
         rows = self._rows(X)
         found = impute(self.vae_, rows, num_draws=num_draws, seed=self._seed)
-        return self._given(self.schema_.centre(found.draws, found.mean))
+        filled = self._given(self.schema_.centre(found.draws, found.mean), X)
+        if not hasattr(X, "iloc"):
+            return filled
+        whole = X.copy()
+        for name, missing in zip(X.columns, rows.isnan().T.numpy()):
+            if missing.any():
+                whole[name] = filled[name].where(missing, X[name])
+        return whole
 
     def score_samples(self, X: Any) -> Array:
         """log p(x) of each row in nats, in the table's own units; of what was observed of it."""
@@ -264,6 +280,8 @@ class VariationalAutoencoder(  # type: ignore[misc]
         if self._is_frame:
             validate_data(self, X, skip_check_array=True)
             rows, self.schema_ = read_table(X, self.schema)
+            types = X.dtypes if hasattr(X, "iloc") else {}
+            self._dtypes = {name: t for name, t in types.items() if t.kind not in "iuf"}
         else:
             rows, self.schema_ = read_numbers(self._array(X, reset=True), self.schema)
         return rows
@@ -287,10 +305,11 @@ class VariationalAutoencoder(  # type: ignore[misc]
             ensure_min_samples=least,
         )
 
-    def _given(self, rows: Tensor) -> Any:
-        """Rows as `fit` was given them."""
+    def _given(self, rows: Tensor, X: Any = None) -> Any:
+        """Rows as `fit` was given them, with the index of X if that is a frame."""
         if not self._is_frame:
             return rows.numpy()
         import pandas
 
-        return pandas.DataFrame(self.schema_.decode(rows))
+        index = X.index if hasattr(X, "iloc") else None
+        return pandas.DataFrame(self.schema_.decode(rows), index=index).astype(self._dtypes)
