@@ -7,8 +7,8 @@ MissingPP_1.csv, the cells to hide. As there the model is trained on the table w
 judged on the hidden cells: numbers by their root mean squared error over their range, categories
 by their share of errors, ordered levels by their mean distance over their number. All methods
 see all rows, and all are judged on the same `--rows` rows, spread over the table. For each column
-log p(hidden cell | seen cells of its row) of `--conditional` of these rows, beside the logarithm
-of the share of the same value among the seen cells of the column.
+log p(hidden cell | seen cells of its row) of `--conditional` of these rows, beside log p of the
+cell alone: the difference is what the row tells.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sklearn.experimental import enable_iterative_imputer  # noqa: F401
 from sklearn.impute import IterativeImputer
 from torch import Tensor
 
-from pyro_vae import build, fit, impute, log_conditional
+from pyro_vae import build, fit, impute, log_conditional, log_evidence
 from pyro_vae.data import Column, Schema, spread
 from pyro_vae.data.schema import inferred
 from pyro_vae.objectives import IWAE
@@ -137,29 +137,24 @@ def ours(x: Tensor, schema: Schema, shown: Tensor, epochs: int) -> tuple[Tensor,
     return schema.centre(found.draws, found.mean), vae
 
 
-def by_column(vae: object, truth: Tensor, hidden: Tensor, x: Tensor) -> list[str]:
-    """log p(x_c | what was seen of its row) of hidden cells of some rows, and log p(x_c) alone.
-
-    The latter is the share of its value among the seen cells of the column in all rows x, of
-    each value one more than there are.
-    """
+def by_column(vae: object, truth: Tensor, hidden: Tensor) -> list[str]:
+    """log p(x_c | what was seen of its row) and log p(x_c) of hidden cells, by column."""
     rows, columns = hidden.nonzero().T
     seen = ~hidden[rows]
     wanted = torch.zeros_like(seen)
     wanted[torch.arange(len(rows)), columns] = True
     cells = truth[rows].masked_fill(~(seen | wanted), torch.nan)
-    found = log_conditional(vae, cells, seen, audit=False, tolerance=0.2)
+    options = {"audit": False, "tolerance": 0.2}
+    given = log_conditional(vae, cells, seen, **options)
+    alone = log_evidence(vae, cells.masked_fill(~wanted, torch.nan), **options).log_prob
     lines = []
-    for c in range(x.shape[1]):
-        mine = columns == c
-        known = x[~x[:, c].isnan(), c]
-        same = (known == truth[rows[mine], c, None]).sum(1) + 1
-        alone = (same / (len(known) + len(known.unique()) + 1)).log()
-        each = found.log_prob[mine]
+    for c in range(truth.shape[1]):
+        each = given.log_prob[columns == c]
         error = each.std() / len(each) ** 0.5
-        lines.append(f"{each.mean():.2f} +- {error:.2f} | {alone.mean():.2f} | {len(each)} |")
-    good = found.verdict.count("reliable") / len(rows)
-    return [*lines, f"{found.mean():.3f} nats a cell, {len(rows)} cells, {good:.1%} reliable"]
+        values = f"{alone[columns == c].mean():.2f} | {each.mean():.2f} +- {error:.2f}"
+        lines.append(f"{values} | {len(each)} |")
+    good = given.verdict.count("reliable") / len(rows)
+    return [*lines, f"{given.mean():.3f} nats a cell, {len(rows)} cells, {good:.1%} reliable"]
 
 
 def main() -> None:
@@ -168,7 +163,7 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", default=["Wine", "Adult"])
     parser.add_argument("--shares", nargs="+", type=int, default=[20, 50])
     parser.add_argument("--rows", type=int, default=300)
-    parser.add_argument("--conditional", type=int, default=100, help="rows of log p by column")
+    parser.add_argument("--conditional", type=int, default=60, help="rows of log p by column")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     for table in options.tables:
@@ -190,7 +185,7 @@ def compare(folder: Path, share: int, rows: int, conditional: int) -> None:
     ]
     for name, found in zip(("mean, mode", "IterativeImputer", "pyro_vae"), each):
         print(f"  {name}: {by_sort(found, types)}", flush=True)
-    lines = by_column(vae, truth[shown[:conditional]], hidden[shown[:conditional]], x)
+    lines = by_column(vae, truth[shown[:conditional]], hidden[shown[:conditional]])
     for name, *found, line in zip(schema.columns, *each, lines):
         print(f"| {name} | {' | '.join(f'{e:.3f}' for e in found)} | {line}")
     print(f"  log p(hidden | seen): {lines[-1]}", flush=True)
