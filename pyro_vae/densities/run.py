@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyro_vae.arguments import takes_vae
+from pyro_vae.arguments import check_whole, takes_vae
 from pyro_vae.densities.particles import folds, run_program
 from pyro_vae.densities.programs import (
     OwnParameters,
@@ -75,6 +75,7 @@ def densities(
         >>> densities(vae, torch.ones(5, 3), num_particles=7).log_weights.shape
         torch.Size([7, 5])
     """
+    check_whole(num_particles=num_particles)
     with OwnParameters():
         return registered_densities(model, guide, x, y, num_particles=num_particles)
 
