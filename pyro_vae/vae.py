@@ -248,7 +248,7 @@ class VAE(nn.Module):
 
     def _cast(self, x: Tensor) -> Tensor:
         """`x` in the type of the weights, as `fit` gives it: integers and doubles work too."""
-        x = _checked("x", x, self.missing)
+        x = _checked("x", x, self.likelihood.missing)
         known = getattr(self.posterior, "input_scale", None)
         if known is not None and known.dtype == x.dtype:  # looking at parameters takes time
             return x

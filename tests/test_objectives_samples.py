@@ -659,7 +659,7 @@ def test_free_bits_of_a_hierarchy_are_by_site() -> None:
         (lambda: MIWAE(K, 4), "got 4 groups of 15 draws"),
         (lambda: PIWAE(K, 0), "num_groups must divide num_particles"),
         (lambda: PIWAE(K, -3), "num_groups must divide num_particles"),
-        (lambda: FreeBits(group_size=0), "group_size must be at least 1, or None; got 0"),
+        (lambda: FreeBits(group_size=0), "group_size must be at least 1; got 0"),
         (lambda: FreeBits(on="row"), "on must be 'batch' or 'datum'; got 'row'"),
         (lambda: FreeBits(kl="mc"), "kl must be"),
         (lambda: Capacity(kl="mc"), "kl must be"),

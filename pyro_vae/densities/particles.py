@@ -14,12 +14,12 @@ from torch import Size, Tensor
 
 from pyro_vae.densities.evaluating import evaluating
 from pyro_vae.densities.programs import (
+    ParticlePlate,
     Program,
     Sites,
     is_random,
     is_traced,
     known_of,
-    particle_plate,
     program_args,
     sample_sites,
 )
@@ -58,7 +58,8 @@ def run_program(
     if fold is None:
         fold = folds(program, x, y, num_particles)
     args = program_args(x, y)
-    with handler or nullcontext(), particle_plate(num_particles), poutine.trace() as tracer:
+    particles = ParticlePlate("particles", num_particles, dim=-2)
+    with handler or nullcontext(), particles, poutine.trace() as tracer:
         if fold:
             with Fold(num_particles):
                 program(*(part.expand(num_particles, *part.shape).flatten(0, 1) for part in args))

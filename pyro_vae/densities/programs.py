@@ -17,17 +17,17 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from pyro_vae.arguments import check_real, check_whole
+from pyro_vae.arguments import check_real
 
 __all__ = [
     "OwnParameters",
+    "ParticlePlate",
     "Program",
     "Sites",
     "check_latents",
     "is_random",
     "is_traced",
     "known_of",
-    "particle_plate",
     "program_args",
     "sample_sites",
     "scale_latents",
@@ -118,12 +118,6 @@ class ParticlePlate(IndepMessenger):
         if isinstance(fn, TorchDistributionMixin) and fn.batch_shape[:-1] != (self.size,):
             msg["infer"]["constant"] = fn  # it is the same for every particle
             BroadcastMessenger._pyro_sample(msg)
-
-
-def particle_plate(num_particles: int) -> ParticlePlate:
-    """A plate of `num_particles`, at dim -2."""
-    check_whole(num_particles=num_particles)
-    return ParticlePlate("particles", num_particles, dim=-2)
 
 
 def program_args(x: Tensor, y: Tensor | None) -> tuple[Tensor, ...]:

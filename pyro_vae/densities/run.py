@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyro_vae.arguments import takes_vae
+from pyro_vae.arguments import check_whole, takes_vae
 from pyro_vae.densities.particles import folds, run_program
 from pyro_vae.densities.programs import (
     OwnParameters,
@@ -24,7 +24,7 @@ from pyro_vae.densities.programs import (
     sample_sites,
 )
 from pyro_vae.densities.result import Densities, Latents, Site
-from pyro_vae.densities.summed import summed_densities, summed_values
+from pyro_vae.densities.summed import plate_fields, summed_densities, summed_values
 
 __all__ = [
     "NotSimulated",
@@ -75,6 +75,7 @@ def densities(
         >>> densities(vae, torch.ones(5, 3), num_particles=7).log_weights.shape
         torch.Size([7, 5])
     """
+    check_whole(num_particles=num_particles)
     with OwnParameters():
         return registered_densities(model, guide, x, y, num_particles=num_particles)
 
@@ -88,34 +89,17 @@ def registered_densities(
         return summed_densities(model, guide, x, y, num_particles, values)
     fold = [folds(program, x, y, num_particles) for program in (guide, model)]  # before SVI looks
     guide_trace = run_program(guide, x, y, num_particles, fold=fold[0])
-    guide_sites = sample_sites(guide_trace, "guide")
+    q = sample_sites(guide_trace, "guide")
     replay = poutine.replay(trace=guide_trace)
-    model_trace = run_program(model, x, y, num_particles, replay, fold=fold[1])
-    model_sites = sample_sites(model_trace, "model")
-    latent = [name for name, site in model_sites.items() if not site["is_observed"]]
-    check_latents(latent, list(guide_sites))
-    frames = {f.name: f for f in model_sites[latent[0]]["cond_indep_stack"]}
+    p = sample_sites(run_program(model, x, y, num_particles, replay, fold=fold[1]), "model")
+    latent = [name for name, site in p.items() if not site["is_observed"]]
+    check_latents(latent, list(q))
     return Densities(
-        sites={
-            name: Site(
-                model_sites[name]["value"], guide_sites[name]["fn"], model_sites[name]["fn"]
-            )
-            for name in latent
-        },
-        observed={
-            name: (site["fn"], site["value"])
-            for name, site in model_sites.items()
-            if site["is_observed"]
-        },
+        sites={name: Site(p[name]["value"], q[name]["fn"], p[name]["fn"]) for name in latent},
+        observed={n: (s["fn"], s["value"]) for n, s in p.items() if s["is_observed"]},
         num_particles=num_particles,
-        num_data=frames["data"].size,
-        scale=(frames["data"].full_size or frames["data"].size) / frames["data"].size,
-        site_scales=[
-            (name, site["scale"])
-            for sites in (model_sites, guide_sites)
-            for name, site in sites.items()
-        ],
-        same_order=latent == list(guide_sites),
+        same_order=latent == list(q),
+        **plate_fields(p, q),
     )
 
 
@@ -143,11 +127,16 @@ def draw_latents(
 
 def log_joint(model: Program, x: Tensor, y: Tensor | None, latents: Latents) -> Tensor:
     """log p(x, z) [K, B] of given latents, by site [K, B, *event]."""
-    num_particles = [len(z) for z in latents.values()] or [1]
-    trace = run_program(model, x, y, num_particles[0], poutine.condition(data=latents))
+    return _log_prob(_sites_at(model, x, y, latents), x)
+
+
+def _sites_at(model: Program, x: Tensor, y: Tensor | None, latents: Latents) -> Sites:
+    """The sites of a model at given latents, which must be all of its own."""
+    num_particles = next((len(z) for z in latents.values()), 1)
+    trace = run_program(model, x, y, num_particles, poutine.condition(data=latents))
     sites = sample_sites(trace, "model")
     check_latents([n for n, s in sites.items() if not s["is_observed"] or n in latents], latents)
-    return _log_prob(sites, x)
+    return sites
 
 
 def log_weights(
@@ -282,10 +271,7 @@ def _site_of_data(
     model: Program, x: Tensor, y: Tensor | None, latents: Latents
 ) -> tuple[str, Sites]:
     """The name of the site that observes x, and all sites of a run at given latents."""
-    num_particles = [len(z) for z in latents.values()]
-    trace = run_program(model, x, y, num_particles[0], poutine.condition(data=latents))
-    sites = sample_sites(trace, "model")
-    check_latents([n for n, s in sites.items() if not s["is_observed"] or n in latents], latents)
+    sites = _sites_at(model, x, y, latents)
     for name in sites.keys() - latents.keys():
         value = sites[name]["value"]
         if value.shape[-x.ndim :] == x.shape and _is_same(value.reshape(-1, *x.shape)[0], x):

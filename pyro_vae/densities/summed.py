@@ -24,7 +24,7 @@ from pyro_vae.densities.programs import (
 )
 from pyro_vae.densities.result import Densities, Latents, Site
 
-__all__ = ["summed_densities", "summed_values"]
+__all__ = ["plate_fields", "summed_densities", "summed_values"]
 
 MOST = 10_000  # joint values
 Values = dict[str, Tensor]
@@ -202,17 +202,10 @@ def summed_densities(
     latent = [n for n, s in p.items() if not s["is_observed"] and n not in values]
     if latent or q:
         check_latents(latent, list(q))
-    frames = {f.name: f for f in p[next(iter(values))]["cond_indep_stack"]}
-    size = frames["data"].size
-    shape = torch.zeros(()).expand(C, K, size)
+    fields = {**plate_fields(p, q), "same_order": latent == list(q)}
+    shape = torch.zeros(()).expand(C, K, fields["num_data"])
     log_p = {n: _terms(s["fn"], s["value"], shape) for n, s in p.items()}
     log_q = {n: _terms(s["fn"], s["value"], shape if own else shape[:1]) for n, s in q.items()}
-    fields: dict[str, Any] = {
-        "num_data": size,
-        "scale": (frames["data"].full_size or size) / size,
-        "site_scales": [(n, s["scale"]) for sites in (p, q) for n, s in sites.items()],
-        "same_order": latent == list(q),
-    }
     parts = _averages(p, q, log_p, log_q, values) if own else _mixtures(p, q, log_p, values)
     return Densities(
         *parts,
@@ -221,6 +214,16 @@ def summed_densities(
         each=_apart(p, q, values, C * K, fields) if own else None,
         label_term=_label_term(p, log_p, log_q),
     )
+
+
+def plate_fields(p: Sites, q: Sites) -> dict[str, Any]:
+    """What `Densities` tells of the plate "data" and of scales, from both programs."""
+    (plate,) = (f for f in next(iter(p.values()))["cond_indep_stack"] if f.name == "data")
+    return {
+        "num_data": plate.size,
+        "scale": (plate.full_size or plate.size) / plate.size,
+        "site_scales": [(n, s["scale"]) for sites in (p, q) for n, s in sites.items()],
+    }
 
 
 def _guided(

@@ -15,7 +15,25 @@ from pyro_vae.likelihoods.base import Likelihood
 __all__ = ["Bernoulli", "Beta", "ContinuousBernoulli"]
 
 
-class Bernoulli(Likelihood):
+class OfMean(Likelihood):
+    """What these likelihoods share: their first raw parameter is the logit of a mean, or near it.
+
+    Args:
+        decoder: Network to raw parameters.
+        data_shape: Shape of one datum.
+    """
+
+    @classmethod
+    def num_params(cls) -> int:
+        """The logit."""
+        return 1
+
+    def raw_start(self, x: Tensor) -> Tensor:
+        """Logit of the mean of the data."""
+        return torch.logit(x.mean(0).clamp(0.001, 0.999))
+
+
+class Bernoulli(OfMean):
     r"""Independent binary variables, :math:`p(x=1 \mid z) = \sigma(f(z))`.
 
     Args:
@@ -27,22 +45,13 @@ class Bernoulli(Likelihood):
     support_name = "{0, 1}"
     remedy = "binarise them or use ContinuousBernoulli, Normal or DiscretizedLogistic"
 
-    @classmethod
-    def num_params(cls) -> int:
-        """The logit."""
-        return 1
-
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
         """Bernoulli with logits."""
         logits = self.raw(z, y).squeeze(0)
         return distributions.Bernoulli(logits=logits).to_event(len(self.data_shape))
 
-    def raw_start(self, x: Tensor) -> Tensor:
-        """Logit of the mean."""
-        return torch.logit(x.mean(0).clamp(0.001, 0.999))
 
-
-class ContinuousBernoulli(Likelihood):
+class ContinuousBernoulli(OfMean):
     """Continuous Bernoulli on [0, 1]; see `distributions.ContinuousBernoulli`.
 
     Args:
@@ -54,22 +63,13 @@ class ContinuousBernoulli(Likelihood):
     support_name = "[0, 1]"
     remedy = "rescale them"
 
-    @classmethod
-    def num_params(cls) -> int:
-        """The logit."""
-        return 1
-
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
         """Continuous Bernoulli with logits."""
         logits = self.raw(z, y).squeeze(0)
         return distributions.ContinuousBernoulli(logits).to_event(len(self.data_shape))
 
-    def raw_start(self, x: Tensor) -> Tensor:
-        """Logit of the mean: near the logit whose mean it is, and of its sign."""
-        return torch.logit(x.mean(0).clamp(0.001, 0.999))
 
-
-class Beta(Likelihood):
+class Beta(OfMean):
     r"""Beta on (0, 1) by its mean m = sigmoid and its concentration c = softplus.
 
     .. math:: p(x \mid z) = \mathrm{Beta}\big(x;\, m c,\, (1 - m) c\big)
@@ -106,7 +106,3 @@ class Beta(Likelihood):
         alpha = self.min_concentration + mean * concentration
         beta = self.min_concentration + (1 - mean) * concentration
         return dist.Beta(alpha, beta).to_event(len(self.data_shape))
-
-    def raw_start(self, x: Tensor) -> Tensor:
-        """Logit of the mean."""
-        return torch.logit(x.mean(0).clamp(0.001, 0.999))

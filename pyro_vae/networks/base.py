@@ -42,6 +42,7 @@ class Network(nn.Module):
     """
 
     repeats: ClassVar[bool] = True
+    output: Any
 
     def __init__(
         self, in_shape: int | tuple[int, ...], out_shape: int | tuple[int, ...], condition_dim: int
@@ -57,9 +58,9 @@ class Network(nn.Module):
         """Outputs for one flat batch `x` [B, *in_shape] and `y` [B, condition_dim]."""
 
     @property
-    @abstractmethod
     def output_bias(self) -> Tensor:
-        """Bias of the last layer, a view that broadcasts to `out_shape`."""
+        """Bias of the last layer, a view that broadcasts to `out_shape`; here of `output`."""
+        return self.output.bias.view(self.out_shape)
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Raw parameters [*S, *out_shape] of `x` [*S, *in_shape] and `y` [*S, condition_dim].

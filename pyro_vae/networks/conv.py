@@ -57,11 +57,6 @@ class Conv(Network):
         """Convolutions, then dense layers with `y`."""
         return joint([*self.hidden, self.output], self.convolutions(x), y)
 
-    @property
-    def output_bias(self) -> Tensor:
-        """Bias of every output."""
-        return self.output.bias.view(self.out_shape)
-
 
 class ConvTranspose(Network):
     """Vector to image (C, H, W): dense layers, then transposed convolutions of stride 2.

@@ -43,11 +43,6 @@ class MLP(Network):
         """Dense layers over the flattened input and `y`."""
         return joint([*self.hidden, self.output], x, y)
 
-    @property
-    def output_bias(self) -> Tensor:
-        """Bias of every output."""
-        return self.output.bias.view(self.out_shape)
-
 
 class GatedMLP(Network):
     r"""Dense layers :math:`(A x + a) \odot \sigma(B x + b)`, then a linear one.
@@ -85,8 +80,3 @@ class GatedMLP(Network):
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Gated layers over the flattened input and `y`."""
         return joint([*self.hidden, self.output], x, y)
-
-    @property
-    def output_bias(self) -> Tensor:
-        """Bias of every output."""
-        return self.output.bias.view(self.out_shape)

@@ -52,11 +52,6 @@ class ResNet(Network):
         """Residual stages, then a linear map with `y`."""
         return joint([self.output], self.stages(x), y)
 
-    @property
-    def output_bias(self) -> Tensor:
-        """Bias of every output."""
-        return self.output.bias.view(self.out_shape)
-
 
 class ResNetTranspose(Network):
     """Vector to image (C, H, W): a residual block and a doubling per entry of `channels`.
@@ -104,7 +99,7 @@ class ResNetTranspose(Network):
     @property
     def output_bias(self) -> Tensor:
         """Bias of every channel, [C, 1, 1]."""
-        return self.output.bias.view(-1, 1, 1)  # type: ignore[union-attr]
+        return self.output.bias.view(-1, 1, 1)
 
 
 class ResidualBlock(nn.Module):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import check_real, check_whole
 from pyro_vae.densities import Densities
 from pyro_vae.marginals import marginals, pair_log_prob, pair_marginals
 from pyro_vae.objectives.base import Objective, check_kl, draws, only_site, total_kl
@@ -79,8 +80,7 @@ class AggregateObjective(Objective):
         super().__init__(num_particles)
         if estimator not in ("stratified", "weighted"):
             raise ValueError(f"estimator must be 'stratified' or 'weighted'; got {estimator!r}")
-        if num_data is not None and num_data < 1:
-            raise ValueError(f"num_data must be at least 1; got {num_data}")
+        check_whole(optional=True, num_data=num_data)
         self.estimator = estimator
         self.num_data = num_data
         self._told: int | None = None
@@ -368,8 +368,7 @@ class InfoVAE(Objective):
         num_particles: int = 1,
     ) -> None:
         super().__init__(num_particles)
-        if bandwidth is not None and not bandwidth > 0:
-            raise ValueError(f"bandwidth must be positive; got {bandwidth}")
+        check_real(above=0, optional=True, bandwidth=bandwidth)
         self.add_weight("alpha", alpha, most=1.0)
         self.add_weight("divergence", divergence, least=1.0)
         self.bandwidth, self.kl = bandwidth, check_kl(kl)

@@ -163,8 +163,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
 
     def reduce(self, d: Densities) -> Tensor:
         """The loss of a batch: minus the bound in value, minus the surrogate in gradient."""
-        self._check_scales(d)
-        self._check_draws(d)
+        self._check(d)
         surrogate = self.surrogate(d)
         if d.label_term is not None:  # moves the parameters, not the reported number
             surrogate = surrogate + (d.label_term - d.label_term.detach())
@@ -182,7 +181,9 @@ class Objective(pyro.infer.ELBO, nn.Module):
     ) -> Tensor:
         """The loss as a tensor, for a torch optimiser; Pyro's parameter store is left alone."""
         with OwnParameters():
-            return self.reduce(self._densities(model, guide, x, y))
+            return self.reduce(
+                registered_densities(model, guide, x, y, num_particles=self.num_particles)
+            )
 
     def loss_and_grads(
         self, model: Program, guide: Program, x: Tensor, y: Tensor | None = None
@@ -193,22 +194,19 @@ class Objective(pyro.infer.ELBO, nn.Module):
                 f"{type(self).__name__} needs a second player, which pyro.infer.SVI does not "
                 "train: use fit(), or a loop that calls after_step() too"
             )
-        loss = self.reduce(self._densities(model, guide, x, y))
+        d = registered_densities(model, guide, x, y, num_particles=self.num_particles)
+        loss = self.reduce(d)
         loss.backward()
         return loss.item()
 
-    def _densities(self, model: Program, guide: Program, x: Tensor, y: Tensor | None) -> Densities:
-        return registered_densities(model, guide, x, y, num_particles=self.num_particles)
-
-    def _check_scales(self, d: Densities) -> None:
+    def _check(self, d: Densities) -> None:
+        """Refuses sites that are scaled, and draws without a gradient."""
         for name, scale in d.site_scales:
             if isinstance(scale, Tensor) or not math.isclose(scale, d.scale, rel_tol=1e-9):
                 raise ValueError(
                     f"site {name!r} is scaled by {scale} inside the program; weights belong to "
                     "the objective: remove the scale and use, for example, ELBO(beta=...)"
                 )
-
-    def _check_draws(self, d: Densities) -> None:
         for name, site in d.sites.items():
             if torch.is_grad_enabled() and not site.guide.has_rsample:
                 raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import check_whole
 from pyro_vae.densities import Densities
 from pyro_vae.objectives.base import Objective, check_kl, total_kl
 from pyro_vae.objectives.schedules import Schedule
@@ -127,8 +128,7 @@ class FreeBits(Objective):
         num_particles: int = 1,
     ) -> None:
         super().__init__(num_particles)
-        if group_size is not None and group_size < 1:
-            raise ValueError(f"group_size must be at least 1, or None; got {group_size}")
+        check_whole(optional=True, group_size=group_size)
         if on not in ("batch", "datum"):
             raise ValueError(f"on must be 'batch' or 'datum'; got {on!r}")
         self.add_weight("free_nats", free_nats)

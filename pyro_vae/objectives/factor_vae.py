@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Adam, Optimizer
 
+from pyro_vae.arguments import check_real, check_whole
 from pyro_vae.densities import Densities
 from pyro_vae.objectives.base import Average, Objective, check_kl, draws, total_kl
 from pyro_vae.objectives.schedules import Schedule
@@ -60,11 +61,8 @@ class FactorVAE(Objective):
         num_particles: int = 1,
     ) -> None:
         super().__init__(num_particles)
-        for name, value in (("width", width), ("layers", layers)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
-        if not adversary_lr > 0:
-            raise ValueError(f"adversary_lr must be positive; got {adversary_lr}")
+        check_whole(width=width, layers=layers)
+        check_real(above=0, adversary_lr=adversary_lr)
         self.add_weight("gamma", gamma)
         self.kl, self.width, self.layers = check_kl(kl), width, layers
         self.adversary_lr = adversary_lr

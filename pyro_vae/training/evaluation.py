@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_vae.densities import (
     Densities,
+    Program,
     densities,
     evaluating,
     run_program,
@@ -20,17 +21,12 @@ from pyro_vae.generators import forked
 from pyro_vae.training.dataset import Dataset, TensorDataset, evenly_spaced, fetch
 from pyro_vae.training.engine import Group
 
-__all__ = ["Evaluator", "first_weight"]
+__all__ = ["Evaluator"]
 
 CHUNK = 1000  # rows at once
 INITIAL_ROWS = 10_000  # that `vae.initialise` sees
 UNIT_ROWS = 1000  # that the active units are counted on
 ACTIVE = 0.01  # least variance over data of an active unit's posterior mean
-
-
-def first_weight(vae: nn.Module) -> Tensor:
-    """A parameter of floating type, for the others' device and type."""
-    return next(p for p in vae.parameters() if p.is_floating_point())
 
 
 class Evaluator:
@@ -42,15 +38,18 @@ class Evaluator:
         validation: Rows for the bound, or None.
         seed: Of the rows' noise and of the draws, the same at every call.
         group: The processes that share the work; all of them call each method.
+
+    Attributes:
+        weight: A parameter, for the device and the type of the others and of data.
     """
 
     def __init__(
-        self, vae: nn.Module, train: Dataset, validation: Dataset | None, seed: int, group: Group
+        self, vae: Any, train: Dataset, validation: Dataset | None, seed: int, group: Group
     ) -> None:
-        self.vae: Any = vae
-        self.seed, self.group = seed, group
-        self.device = first_weight(vae).device
-        self.train = train
+        self.programs: tuple[Program, Program] = vae.model, vae.guide
+        self.train, self.seed, self.group = train, seed, group
+        self.weight = next(p for p in vae.parameters() if p.is_floating_point())
+        self.device = self.weight.device
         with forked(self.device):
             self.validation = None if validation is None else validation.fixed(seed)
             fixed = train.fixed(seed) if self.validation is None else self.validation
@@ -65,9 +64,9 @@ class Evaluator:
 
     def first_densities(self) -> Densities:
         """The densities of two training rows, for their sizes."""
-        rows, programs = self._rows(self.train, 2), (self.vae.model, self.vae.guide)
-        with evaluating(*programs, seed=self.seed, device=self.device):
-            return densities(*programs, *rows)
+        rows = self._rows(self.train, 2)
+        with evaluating(*self.programs, seed=self.seed, device=self.device):
+            return densities(*self.programs, *rows)
 
     def bound(self) -> dict[str, float | None]:
         """Mean beta = 1 ELBO, reconstruction and KL of the validation rows, in nats."""
@@ -78,9 +77,8 @@ class Evaluator:
         for i, rows in self.group.local_items(
             list(enumerate(torch.arange(len(values[0])).split(CHUNK)))
         ):
-            x, *y = fetch(self.validation, rows.to(self.device), first_weight(self.vae))
-            given = y[0] if y else None
-            bound = lower_bound(self.vae.model, self.vae.guide, x, given, seed=self.seed + i)
+            x, *y = fetch(self.validation, rows.to(self.device), self.weight)
+            bound = lower_bound(*self.programs, x, y[0] if y else None, seed=self.seed + i)
             values[:, rows] = torch.stack([getattr(bound, name) for name in names])
         means = [value.mean().item() for value in self.group.all_reduce(values)]
         return {f"validation_{name}": mean for name, mean in zip(names, means)}
@@ -98,7 +96,7 @@ class Evaluator:
         x, *y = self._rows(self.unit_rows, UNIT_ROWS)
         if len(x) < 2:
             return {}
-        at_means, guide = AtMeans(), self.vae.guide
+        at_means, guide = AtMeans(), self.programs[1]
         with evaluating(guide, seed=self.seed, device=self.device):
             try:
                 run_program(guide, x, y[0] if y else None, 1, at_means)
@@ -111,7 +109,7 @@ class Evaluator:
     def _rows(self, rows: Dataset, at_most: int) -> tuple[Tensor, ...]:
         """At most so many of `rows`, evenly spaced."""
         index = evenly_spaced(len(rows), at_most).to(self.device)
-        return fetch(rows, index, first_weight(self.vae))
+        return fetch(rows, index, self.weight)
 
 
 class AtMeans(Messenger):

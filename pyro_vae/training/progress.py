@@ -63,10 +63,11 @@ class History:
     @property
     def best_epoch(self) -> int | None:
         """The epoch (from 1) of the highest validation ELBO, the first of equals, or None."""
-        elbos = [_finite(row["validation_elbo"]) for row in self.rows]
-        if not self.rows or self.rows[0]["validation_elbo"] is None:
+        elbos = [row["validation_elbo"] for row in self.rows]
+        if not elbos or elbos[0] is None:
             return None
-        return 1 + max(range(len(elbos)), key=elbos.__getitem__)
+        finite = [e if e is not None and math.isfinite(e) else -math.inf for e in elbos]
+        return 1 + finite.index(max(finite))
 
     @property
     def final(self) -> dict[str, Any]:
@@ -77,10 +78,6 @@ class History:
     def active_units(self) -> int | None:
         """Latent units in use in the weights that `fit` leaves, or None where not measured."""
         return self.final["active_units"] if self.rows else None
-
-
-def _finite(elbo: float | None) -> float:
-    return elbo if elbo is not None and math.isfinite(elbo) else -math.inf
 
 
 @dataclass

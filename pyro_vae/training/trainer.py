@@ -25,7 +25,7 @@ from pyro_vae.processes import threads
 from pyro_vae.products import fast_products
 from pyro_vae.training.dataset import Dataset, fetch
 from pyro_vae.training.engine import Group
-from pyro_vae.training.evaluation import Evaluator, first_weight
+from pyro_vae.training.evaluation import Evaluator
 from pyro_vae.training.optimizers import advance, make_optimizer, make_schedule, restore
 from pyro_vae.training.progress import Bar, Callback, History, State, make_bar
 from pyro_vae.training.run_folder import (
@@ -160,7 +160,6 @@ class Trainer:
         self.schedule = make_schedule(options.schedule, self.optimizer)
         if options.precision == "64-true":
             self.loss.double()
-        self.weight = first_weight(self.vae)
         if state is not None:
             with reading(f"the state of run {self.run}"):
                 self._load_state(state)
@@ -191,9 +190,9 @@ class Trainer:
                 logger.finalize("success")
             if self.best is not None:
                 self.vae.load_state_dict(self.best)
-            warnings = [self._idle_units(), self._fallen(), self._moving()]
+            said = [self._idle_units(), self._fallen(), self._moving()]
         states = self.vae.state_dict(), self.objective.state_dict()
-        return Result(self.history, [text for text in warnings if text], *states)
+        return Result(self.history, [text for text in said if text], *states)
 
     def _call(self, row: dict[str, Any]) -> bool:
         """Logs the epoch and calls the callbacks; returns whether one of them stopped training.
@@ -243,7 +242,7 @@ class Trainer:
         checked, gradient = self.step < VALIDATED, self._eager
         try:
             with pyro.validation_enabled(True) if checked else nullcontext():
-                batch = fetch(self.train, share, self.weight)
+                batch = fetch(self.train, share, self.evaluator.weight)
                 # a shorter last batch is not worth a compilation of its own
                 if self.settings.compile and not checked and len(share) == self.local_batch_size:
                     self.compiled = self.compiled or self._compile(*batch)

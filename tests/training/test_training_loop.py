@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -30,6 +31,7 @@ from pyro_vae.generators import epoch_order
 from pyro_vae.objectives import ELBO, IWAE
 from pyro_vae.training import History, State, fit
 from pyro_vae.training.progress import COLUMNS
+from pyro_vae.training.run_folder import load_state
 
 
 def by_hand(
@@ -266,6 +268,50 @@ def test_mixed_precision_leaves_data_alone() -> None:
     history = fit(vae, x, validation=x, epochs=2, batch_size=11, precision="bf16-mixed", **QUIET)
     assert next(vae.parameters()).dtype == torch.float32
     assert history["elbo"][1] == pytest.approx(history["validation_elbo"][1], abs=1.0)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_half_precision_scales_its_gradients_and_resumes(
+    clip_norm: float | None, tmp_path: Path
+) -> None:
+    options = {"precision": "16-mixed", "batch_size": 11, "clip_norm": clip_norm, **QUIET}
+    whole, broken = make_vae(), make_vae()
+    history = fit(whole, make_data(), epochs=3, **options)
+    assert history.rows[-1]["elbo"] > history.rows[0]["elbo"]
+    fit(broken, make_data(), epochs=1, run=tmp_path, **options)
+    state = load_state(tmp_path)
+    assert state is not None
+    assert state["precision"]["scale"] > 1
+    fit(broken, make_data(), epochs=3, run=tmp_path, resume=True, **options)
+    assert same(weights(whole), weights(broken))
+
+
+def test_loggers_are_given_each_epoch() -> None:
+    class Logger:
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+            self.seen.append((step, metrics["elbo"], "validation_elbo" in metrics))
+
+        def finalize(self, status: str) -> None:
+            self.seen.append(status)
+
+    logger = Logger()
+    history = fit(make_vae(), make_data(), epochs=2, batch_size=11, loggers=[logger], **QUIET)
+    assert logger.seen == [*((r["step"], r["elbo"], False) for r in history.rows), "success"]
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"accelerator": "tpu"}, "accelerator must be 'cpu', 'cuda' or 'auto'; got 'tpu'"),
+        ({"precision": "8-true"}, "precision must be one of 32-true, .*; got '8-true'"),
+    ],
+)
+def test_unknown_places_and_precisions_are_refused(option: dict[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        fit(make_vae(), make_data(), **{**QUIET, **option})
 
 
 def test_vaes_train_one_after_the_other() -> None:
