@@ -14,7 +14,7 @@ from families import CONDITIONAL
 from pyro_vae import config, likelihoods, networks, priors
 from pyro_vae.config import build
 from pyro_vae.declarations import component, declare
-from pyro_vae.objectives import Linear
+from pyro_vae.objectives import Cyclical
 
 
 @pytest.mark.parametrize(
@@ -186,9 +186,10 @@ def test_arguments_declare_as_yaml_does(
 
 def test_arguments_declare_a_schedule_by_its_parts() -> None:
     declared: dict = {"class_path": "ELBO"}
-    for path, text in (("beta", "Linear"), ("beta.length", "7"), ("beta.init_args.start", "0.5")):
+    parts = (("beta", "Cyclical"), ("beta.length", "7"), ("beta.init_args.start", "0.5"))
+    for path, text in parts:
         declared = declare("objective", declared, path.split("."), text)
     cls, options = component("objective", declared)
-    assert cls(**options).schedules == {"beta": Linear(length=7, start=0.5)}
+    assert cls(**options).schedules == {"beta": Cyclical(length=7, start=0.5)}
     with pytest.raises(ValueError, match="schedule 'Linea' is unknown, did you mean 'Linear'"):
         declare("objective", declared, ["beta", "class_path"], "Linea")

@@ -1,11 +1,13 @@
-"""Mutation testing of one package: small faults in random functions, and which tests see them.
+"""Mutation testing of packages: small faults in random functions, and which tests see them.
 
-python tools/mutants.py PACKAGE [--number 40] [--seed 0] [--only TEXT ...] TESTS AND OPTIONS
+python tools/mutants.py PACKAGE[,PACKAGE...] [--number 40] [--seed 0] [--seconds 60]
+    [--only TEXT ...] TESTS AND OPTIONS
 
 The tests run once, which tells who calls what. Then each mutant, one changed operator, constant
 or branch, runs in a fork of this process: against the tests that call its function, the quickest
-first, until one fails. A mutant that runs for ten times as long counts as killed. `--only` runs
-the mutants in whose description one of the texts stands, such as survivors of other tests.
+first, until one fails or as many take `--seconds` without it. A mutant that runs for ten times as
+long counts as killed. `--only` runs the mutants in whose description one of the texts stands,
+such as survivors of other tests.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ import random
 import resource
 import sys
 import time
+from bisect import bisect
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -124,12 +128,13 @@ def _put(parent: Any, field: str, index: int | None, node: ast.AST) -> None:
 class Campaign:
     """The plugin of pytest that runs the tests, and then the mutants."""
 
-    def __init__(self, package: str, number: int, seed: int, only: list[str] | None) -> None:
-        found = ROOT / "pyro_vae" / package
-        files = sorted(found.rglob("*.py")) if found.is_dir() else [found.with_suffix(".py")]
-        made = [m for path in files for m in mutants(path)]
-        self.mutants = [m for m in made if only is None or any(text in m[1] for text in only)]
-        self.number, self.seed, self.failed = number, seed, False
+    def __init__(self, given: argparse.Namespace) -> None:
+        found = [ROOT / "pyro_vae" / package for package in given.packages.split(",")]
+        each = [sorted(p.rglob("*.py")) if p.is_dir() else [p.with_suffix(".py")] for p in found]
+        made = [m for files in each for path in files for m in mutants(path)]
+        only = given.only or [""]
+        self.mutants = [m for m in made if any(text in m[1] for text in only)]
+        self.given, self.failed = given, False
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.failed = self.failed or report.failed
@@ -148,13 +153,15 @@ class Campaign:
                 tests[key].append((time.process_time() - began, i))
         assert not self.failed, "the tests fail without a mutant"
         called = [m for m in self.mutants if m[0] in tests]
-        sample = random.Random(self.seed).sample(called, min(self.number, len(called)))
-        killed = 0
+        number = min(self.given.number, len(called))
+        sample, killed = random.Random(self.given.seed).sample(called, number), 0
         for key, what, code in sample:
-            seen_by = sorted(tests[key])
+            spent = list(accumulate(seconds for seconds, _ in sorted(tests[key])))
+            seen_by = sorted(tests[key])[: 1 + bisect(spent, self.given.seconds)]
             dead = self.dies(key, code, [items[i] for _, i in seen_by], sum(t for t, _ in seen_by))
             killed += dead
-            print(f"{'killed' if dead else 'SURVIVED'} ({len(seen_by)} tests) {what}", flush=True)
+            of = f"{len(seen_by)} of {len(tests[key])} tests"
+            print(f"{'killed' if dead else 'SURVIVED'} ({of}) {what}", flush=True)
         print(
             f"{killed} of {len(sample)} mutants killed; {len(self.mutants) - len(called)} of "
             f"{len(self.mutants)} are in functions that no test here calls in this process"
@@ -191,11 +198,12 @@ class Campaign:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("package")
+    parser.add_argument("packages")
     parser.add_argument("--number", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--only", action="append")
     given, tests = parser.parse_known_args()
     sys.path.insert(0, str(ROOT))
-    plugin = Campaign(given.package, given.number, given.seed, given.only)
-    sys.exit(pytest.main(["-n0", "-q", "-p", "no:cacheprovider", *tests], plugins=[plugin]))
+    options = ["-n0", "-q", "-p", "no:cacheprovider", *tests]
+    sys.exit(pytest.main(options, plugins=[Campaign(given)]))

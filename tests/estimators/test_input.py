@@ -50,13 +50,15 @@ def value(result: Any) -> Tensor:
     return next(getattr(result, name) for name in names if hasattr(result, name))
 
 
-DTYPES = [torch.int64, torch.uint8, torch.bool, torch.float64]
-TYPED = [(estimate, torch.int64) for estimate in ESTIMATORS]
+FAST = evidence_lower_bound, importance_sampling
+TYPED = [
+    *((e, torch.int64) for e in FAST),
+    *(pytest.param(e, torch.int64, marks=pytest.mark.slow) for e in ESTIMATORS if e not in FAST),
+    *((importance_sampling, dtype) for dtype in (torch.uint8, torch.bool, torch.float64)),
+]
 
 
-@pytest.mark.parametrize(
-    ("estimate", "dtype"), TYPED + [(importance_sampling, dtype) for dtype in DTYPES[1:]]
-)
+@pytest.mark.parametrize(("estimate", "dtype"), TYPED)
 def test_a_vae_takes_numbers_of_any_type(estimate: Callable, dtype: torch.dtype) -> None:
     torch.manual_seed(3)
     found = numbers(estimate, X.to(dtype))
@@ -183,6 +185,7 @@ def test_every_row_of_a_program_of_one_s_own_is_checked(compile: bool) -> None:
         assert time.monotonic() - began < 5  # before any work
 
 
+@pytest.mark.slow
 def test_impossible_data_are_refused_by_an_optimised_python() -> None:
     script = "import torch, pyro_vae; v = pyro_vae.build(4, 2)"
     script += "; pyro_vae.log_evidence(v, torch.full((3, 4), -7.0))"

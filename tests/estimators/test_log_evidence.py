@@ -113,7 +113,7 @@ def test_what_cannot_be_is_refused(options: dict, message: str) -> None:
 def test_chunks_change_nothing_but_the_noise(estimate: Callable) -> None:
     world = linear(0.7, 0.5, 0.7)
     whole = estimate(world.model, world.guide, world.x)
-    parts = estimate(world.model, world.guide, world.x, chunk_size=37)
+    parts = estimate(world.model, world.guide, world.x, chunk_size=211)
     noise = (whole.stderr**2 + parts.stderr**2).sqrt()
     assert ((whole.log_prob - parts.log_prob).abs() < 5 * noise).all()
 
@@ -142,8 +142,8 @@ def small_vae(condition_dim: int = 0) -> VAE:
 
 def test_the_model_sees_no_more_rows_than_asked() -> None:
     vae, x = small_vae(), torch.ones(11, 5)
-    seen = rows_at_once(vae, lambda: log_evidence(vae.model, vae.guide, x, chunk_size=41))
-    assert seen <= 41
+    seen = rows_at_once(vae, lambda: log_evidence(vae.model, vae.guide, x, chunk_size=407))
+    assert 200 < seen <= 407
 
 
 @pytest.mark.parametrize("estimate", ESTIMATORS)
@@ -193,10 +193,9 @@ def test_weights_in_the_programs_do_not_count(estimate: Callable) -> None:
     torch.testing.assert_close(plain.log_prob, scaled.log_prob)
 
 
-def test_the_seed_decides_everything() -> None:
+def test_another_seed_draws_others() -> None:
     world = linear(num_data=3)
-    first, again, other = (
-        log_evidence(world.model, world.guide, world.x, seed=seed) for seed in (1, 1, 2)
+    one, two = (
+        log_evidence(world.model, world.guide, world.x, seed=seed, audit=False) for seed in (1, 2)
     )
-    assert torch.equal(first.log_prob, again.log_prob)
-    assert not torch.equal(first.log_prob, other.log_prob)
+    assert not torch.equal(one.log_prob, two.log_prob)
