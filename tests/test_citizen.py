@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import pyro_vae
 
 MODULES = ["pyro_vae"] + [
@@ -55,6 +57,7 @@ def run(code: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_imports_change_nothing() -> None:
     run(CHECK, *MODULES)
 

@@ -64,7 +64,9 @@ def test_a_large_dispersion_is_poisson() -> None:
     torch.testing.assert_close(likelihood(raw).log_prob(x), truth, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("cls", ["Poisson", "NegativeBinomial"])
+@pytest.mark.parametrize(
+    "cls", ["Poisson", pytest.param("NegativeBinomial", marks=pytest.mark.slow)]
+)
 def test_given_their_total(cls: str) -> None:
     x = counts()
     made = vae(x, cls, library="observed").double()
@@ -85,7 +87,9 @@ def test_given_their_total(cls: str) -> None:
         made.initialise(torch.cat([x, torch.zeros(1, G)]))
 
 
-@pytest.mark.parametrize("cls", ["Poisson", "NegativeBinomial"])
+@pytest.mark.parametrize(
+    "cls", [pytest.param("Poisson", marks=pytest.mark.slow), "NegativeBinomial"]
+)
 def test_a_latent_total_is_integrated(cls: str) -> None:
     """log p(x) by one integral over the total."""
     x = counts()

@@ -299,7 +299,7 @@ def test_flow_mean_leaves_the_random_state() -> None:
     assert torch.equal(first, p.mean)
 
 
-@pytest.mark.parametrize("validate", [True, False])
+@pytest.mark.parametrize("validate", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_importing_flows_leaves_torch_validation(validate: bool) -> None:
     code = (
         "import sys, torch, pyro, pyro_vae.priors as priors\n"
