@@ -291,6 +291,6 @@ def test_two_classes_whose_decoder_ignores_z_are_an_exact_mixture() -> None:
     ]
     truth = (torch.stack(each) + shares.unsqueeze(-1)).logsumexp(0)
     assert (each[0] - each[1]).abs().min() > 1e-3
-    found = log_evidence(vae, x)
+    found = log_evidence(vae, x, tolerance=0.01)
     assert ((found.log_prob - truth).abs() < 5 * found.stderr + 1e-6).all()
-    assert found.stderr.max() < 0.05
+    assert found.stderr.max() < 0.01
