@@ -60,6 +60,7 @@ def equal(first: Evidence, second: Evidence) -> None:
     assert first.extras.keys() == second.extras.keys()
 
 
+@pytest.mark.slow
 def test_two_processes_estimate_what_one_does() -> None:
     owner, x = Gaussian(), data()
     programs, y = (owner.model, owner.guide), data().flip(0) / 3
@@ -80,7 +81,7 @@ FEW = {"num_temperatures": 5, "num_chains": 4}
     ("estimate", "options"),
     [
         (importance_sampling, {"num_samples": 30}),
-        (log_evidence, {"tolerance": 0.5}),
+        pytest.param(log_evidence, {"tolerance": 0.5}, marks=pytest.mark.slow),
         pytest.param(refined_importance_sampling, {"num_samples": 30}, marks=pytest.mark.slow),
         pytest.param(annealed_importance_sampling, FEW, marks=pytest.mark.slow),
         (bidirectional, FEW),
