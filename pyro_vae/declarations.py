@@ -90,9 +90,7 @@ def complete(family: str, declared: Declared) -> dict[str, Any]:
     return {"class_path": short_name(cls), "init_args": options}
 
 
-def declare(
-    family: str, declared: Mapping[str, Any], path: Sequence[str], text: str
-) -> dict[str, Any]:
+def declare(family: str, declared: Declared, path: Sequence[str], text: str) -> dict[str, Any]:
     """A declaration with what an argument such as `--prior.num_components 5` adds to it.
 
     Args:
@@ -106,18 +104,18 @@ def declare(
         ValueError: If it names an unknown class.
     """
     value: Any = _loaded(text)
+    name, options = name_and_options(family, declared)
     if path in ([], ["class_path"]):
-        value = value if isinstance(value, Mapping) else {"class_path": value}
-        cls = named_class(family, str(value.get("class_path")))
-        same = declared.get("class_path") in (cls.__name__, short_name(cls))
-        return dict(declared if same and len(value) == 1 else value)
-    options = dict(declared.get("init_args") or {})
+        chosen, given = name_and_options(family, value)
+        cls = named_class(family, chosen)
+        same = name in (cls.__name__, short_name(cls))
+        return {"class_path": chosen, "init_args": given or (options if same else {})}
     first, *rest = path[1:] if path[0] == "init_args" else path
     if rest:
         inner = options.get(first)
-        inner = inner if isinstance(inner, Mapping) else {"class_path": inner}
+        inner = inner if isinstance(inner, Mapping) else str(inner)
         value = declare("schedule", inner, rest, text)
-    return {**declared, "init_args": {**options, first: value}}
+    return {"class_path": name, "init_args": {**options, first: value}}
 
 
 def named_class(family: str, name: str) -> type:

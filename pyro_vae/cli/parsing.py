@@ -103,9 +103,7 @@ def parse(command: str, argv: list[str]) -> Namespace:
     return options
 
 
-def _declared(
-    argv: list[str], parser: ArgumentParser
-) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def _declared(argv: list[str], parser: ArgumentParser) -> tuple[dict[str, Any], list[str]]:
     """What is declared of each family, in configuration files and then in arguments; the rest.
 
     Other options of the files become defaults of the parser.
@@ -113,9 +111,7 @@ def _declared(
     Raises:
         ValueError: If a class is unknown.
     """
-    declared: dict[str, dict[str, Any]]
-    declared = {family: {"class_path": name} for family, name in FAMILIES.items()}
-    given, rest = [], []
+    declared, given, rest = dict[str, Any](FAMILIES), [], []
     for argument in argv:
         name, _, text = argument.partition("=")
         family, *option = name.removeprefix("--").split(".")
@@ -125,9 +121,7 @@ def _declared(
             raise ValueError(f"argument {name}: expected one argument")
         elif name == "--config":
             content = _read_config(text, parser)
-            for family in FAMILIES.keys() & content.keys():
-                named = content.pop(family)
-                declared[family] = {"class_path": named} if isinstance(named, str) else named
+            declared |= {family: content.pop(family) for family in FAMILIES if family in content}
             parser.set_defaults(content)
         else:
             given.append((family, option, text))

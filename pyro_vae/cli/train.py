@@ -94,15 +94,19 @@ def train(options: Namespace) -> Path:
     print(_described(splits, options), flush=True)
     if splits.train.schema is not None:
         print(splits.train.schema)
-    likelihood = declarations.named_class("likelihood", options.likelihood["class_path"])
-    for hint in hints(splits.train, likelihood):
+    for hint in hints(splits.train, _likelihood(options)):
         print(f"note: {hint}")
     with locked(folder / "train.lock"):
         plain = options.as_dict() | {"transform": splits.transform}
         declared = {key: value for key, value in plain.items() if key not in NOT_DECLARED}
         with declared_run(folder, declared, record(splits)):
             history = _fit(*arguments)
-        print(_ended(history, options.epochs))
+        early = ", for the bound had stopped rising" if len(history) < options.epochs else ""
+        print(
+            f"trained {len(history)} of {options.epochs} epochs{early}; weights of epoch "
+            f"{history.best_epoch} kept, validation ELBO "
+            f"{history.final['validation_elbo']:.2f} nats"
+        )
         draw(folder, vae.eval(), splits, history.rows)
     print(f"run in {folder}, figures in {folder / 'figures'}")
     return folder
@@ -163,10 +167,14 @@ def _fit(
         raise OSError(f"{error}{_go_on(folder, options)}") from error
 
 
+def _likelihood(options: Namespace) -> type:
+    return declarations.named_class("likelihood", options.likelihood["class_path"])
+
+
 def _splits(options: Namespace) -> Splits:
+    """The data; the likelihood of a table becomes that of its columns."""
     known = read_record(options.resume) if options.resume else {}
-    likelihood = declarations.named_class("likelihood", options.likelihood["class_path"])
-    is_table = likelihood is Columns and Path(options.data).is_file()
+    is_table = _likelihood(options) is Columns and Path(options.data).is_file()
     splits = load_data(
         options.data,
         root=options.data_root,
@@ -177,28 +185,20 @@ def _splits(options: Namespace) -> Splits:
         even=known.get("description", {"even": True}).get("even", False),
         schema=options.schema or ({} if is_table else None),
     )
-    _declare_table(options, splits.train)
+    train = splits.train
+    if train.schema is not None:
+        if (cls := _likelihood(options)) not in (Columns, Bernoulli):
+            raise ValueError(
+                f"{options.data} is read as a table of several kinds, which the likelihood "
+                f"Columns is for; got {cls.__name__}: leave the likelihood out"
+            )
+        options.schema = train.schema.plain
+        given = options.likelihood["init_args"].get("columns") or {}
+        options.likelihood = {"class_path": "Columns", "init_args": {"columns": given}}
     name = options.transform
     if name == "auto":
-        likelihood = declarations.named_class("likelihood", options.likelihood["class_path"])
-        name = config.default_transform(likelihood, splits.train.levels, splits.train.x)
+        name = config.default_transform(_likelihood(options), train.levels, train.x)
     return splits.with_transform(name)
-
-
-def _declare_table(options: Namespace, data: Data) -> None:
-    """Makes the likelihood of a table that of its columns, but for those that are declared."""
-    if data.schema is None:
-        return
-    options.schema = data.schema.plain
-    declared = options.likelihood
-    cls = declarations.named_class("likelihood", declared["class_path"])
-    if cls not in (Columns, Bernoulli):
-        raise ValueError(
-            f"{options.data} is read as a table of several kinds, which the likelihood Columns is "
-            f"for; got {cls.__name__}: leave the likelihood out"
-        )
-    given = declared["init_args"].get("columns") or {}
-    options.likelihood = {"class_path": "Columns", "init_args": {"columns": given}}
 
 
 def _of_columns(given: Any, schema: Schema) -> dict[str, Any] | list[Any]:
@@ -223,15 +223,6 @@ def _described(splits: Splits, options: Namespace) -> str:
     return f"{options.data}: {rows} rows; transform {splits.transform}{why}{given}"
 
 
-def _ended(history: History, epochs: int) -> str:
-    """One line on the training: how long it was, and what is kept."""
-    early = ", for the bound had stopped rising" if len(history) < epochs else ""
-    return (
-        f"trained {len(history)} of {epochs} epochs{early}; weights of epoch {history.best_epoch} "
-        f"kept, validation ELBO {history.final['validation_elbo']:.2f} nats"
-    )
-
-
 def _go_on(folder: Path, options: Namespace) -> str:
     """How to go on with an interrupted run, if it has begun."""
     if not (folder / "run.json").exists():
@@ -245,7 +236,7 @@ def _build(options: Namespace, splits: Splits) -> VAE:
     parts: dict[str, Any] = {name: options[name] for name in MODEL}
     arguments = dict(parts["likelihood"]["init_args"])
     parts["likelihood"] = {**parts["likelihood"], "init_args": arguments}
-    cls = declarations.named_class("likelihood", parts["likelihood"]["class_path"])
+    cls = _likelihood(options)
     if "levels" in declarations.option_names(cls) and data.levels is not None:
         default = inspect.signature(cls).parameters["levels"].default
         if arguments.get("levels", default) == default:

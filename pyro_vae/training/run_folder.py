@@ -179,16 +179,12 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
     """What must not change when a run is resumed, by dotted name."""
     flat = {f"training.{k}": v for k, v in (record.get("training") or {}).items()}
     for part, description in (record.get("data") or {}).items():
-        flat |= {f"data.{part}.{k}": _nameless(v) for k, v in (description or {}).items()}
+        for key, value in (description or {}).items():
+            if isinstance(value, dict):  # the digest identifies the data, not their name
+                value = {k: v for k, v in value.items() if k != "name"}
+            flat[f"data.{part}.{key}"] = value
     flat["declaration"] = record.get("declaration")
     return {k: v for k, v in flat.items() if k.removeprefix("training.") not in MAY_CHANGE}
-
-
-def _nameless(description: Any) -> Any:
-    """A description of data without its name: the digest identifies the data."""
-    if isinstance(description, dict):
-        return {key: value for key, value in description.items() if key != "name"}
-    return description
 
 
 def read_run(run: PathLike) -> dict[str, Any]:
@@ -249,7 +245,7 @@ def put_weights(module: nn.Module, weights: dict[str, Tensor], run: PathLike) ->
     Raises:
         ValueError: If names, shapes or types differ.
     """
-    if _is_double(run):
+    if read_run(run)["training"].get("precision") == "64-true":
         module.double()
     own = module.state_dict()
     for name in (name for name in own if name in weights):
@@ -303,10 +299,10 @@ def save_checkpoint(
     }
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    digests = {
-        WEIGHTS: _put(new / WEIGHTS, save(tensors)),
-        STATE: _put(new / STATE, buffer.getvalue()),
-    }
+    contents = {WEIGHTS: save(tensors), STATE: buffer.getvalue()}
+    for name, content in contents.items():
+        write(new / name, content)
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     flush_folder(folder)
     before = _pointers(Path(run)) or {"best": None, "sha256": {}}
     kept = {"last": new.name, "best": new.name if best else before["best"]}
@@ -344,16 +340,6 @@ def _checked(
             f"{path} is damaged: its digest is not that of {POINTERS}; restore it from a copy"
         )
     return path, data
-
-
-def _put(path: Path, data: bytes) -> str:
-    """Writes a file; its digest."""
-    write(path, data)
-    return hashlib.sha256(data).hexdigest()
-
-
-def _is_double(run: PathLike) -> bool:
-    return read_run(run)["training"].get("precision") == "64-true"
 
 
 def _plain(name: Any) -> bool:
