@@ -76,10 +76,6 @@ class Mapped:
         """Whether values are floating point."""
         return self.dtype.is_floating_point
 
-    def is_complex(self) -> bool:
-        """Whether they are complex: no."""
-        return False
-
     def __getitem__(self, at: Any) -> Tensor:
         """The rows at these positions."""
         index = self.index[at.cpu() if isinstance(at, Tensor) else at]
@@ -101,10 +97,6 @@ class Mapped:
     def to(self, device: torch.device | str) -> Mapped:
         """The same rows, which come on a device."""
         return replace(self, device=torch.device(device))
-
-    def changed(self, change: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype) -> Mapped:
-        """What `change` makes of rows and their ids, whenever they are read."""
-        return replace(self, change=change, dtype=dtype)
 
 
 def mapped(

@@ -46,14 +46,11 @@ def read_named(name: str, root: str | Path) -> Parts:
         return _read(name, root, train=True), None, _read(name, root, train=False)
     except (OSError, RuntimeError, EOFError) as error:
         folder = Path(root) / NAMED[name]
+        line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise ValueError(
             f"{name}: expected its published files in {folder} (writable, so that archives can "
-            f"be unpacked there), got: {_last_line(error)}; put them there, or set the data root"
+            f"be unpacked there), got: {line}; put them there, or set the data root"
         ) from error
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def _digits() -> Data:

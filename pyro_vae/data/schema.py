@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from pyro_vae.arguments import check_real
 from pyro_vae.files import as_csv
 
 __all__ = [
@@ -59,7 +60,8 @@ class Column:
             taken in place of a density; None for a density.
 
     Raises:
-        ValueError: If the kind is unknown, or categories are missing, repeated or superfluous.
+        ValueError: If the kind is unknown, categories are missing, repeated or superfluous, or
+            the resolution is not positive.
     """
 
     kind: str
@@ -67,6 +69,7 @@ class Column:
     resolution: float | None = None
 
     def __post_init__(self) -> None:
+        check_real(above=0, optional=True, resolution=self.resolution)
         if self.kind not in KINDS and not self.kind[:1].isupper():
             raise ValueError(
                 f"kind must be one of {', '.join(KINDS)}, or the name of a likelihood; got "
@@ -183,22 +186,19 @@ class Schema:
 
 
 def _restored(name: str, entry: Any) -> Column:
-    given = {"kind": entry} if isinstance(entry, str) else entry
+    given: Any = {"kind": entry} if isinstance(entry, str) else entry
     keys = set(given) if isinstance(given, Mapping) else set()
     if not {"kind"} <= keys <= {"kind", "categories", "resolution"}:
         raise ValueError(
             f"schema of column {name!r} must be a kind, or a mapping of kind, categories and "
             f"resolution; got {entry!r}"
         )
-    width: Any = given.get("resolution")
     categories = given.get("categories") or ()
-    number = isinstance(width, int | float) and not isinstance(width, bool)
-    if width is not None and not (number and math.isfinite(width) and width > 0):
-        raise ValueError(f"schema of column {name!r}: resolution must be positive; got {width!r}")
     if not isinstance(categories, list | tuple):
         raise ValueError(f"schema of column {name!r}: categories must be a list")
     try:
-        return Column(str(given["kind"]), tuple(map(shortened, categories)), width)
+        names = tuple(map(shortened, categories))
+        return Column(str(given["kind"]), names, given.get("resolution"))
     except ValueError as error:
         raise ValueError(f"schema of column {name!r}: {error}") from None
 
@@ -255,15 +255,14 @@ def shortened(value: Any) -> Any:
 def with_levels(entry: Any, read: Callable[[], tuple[Sequence[Any], Sequence[Any] | None]]) -> Any:
     """A declared column; where its kind needs categories and has none, those of its cells."""
     declared = {"kind": entry} if isinstance(entry, str) else entry
-    if not isinstance(declared, Mapping) or declared.get("kind") not in CODED:
-        return entry
-    if declared.get("categories"):
+    coded = isinstance(declared, Mapping) and declared.get("kind") in CODED
+    if not coded or declared.get("categories"):
         return entry
     cells, order = read()
     names = {as_name(cell) for cell in cells if cell is not None}
     found = sorted(names, key=number_or_text) if order is None else list(map(as_name, order))
     ranked = order is not None or all(as_number(name) is not None for name in names)
-    if not (ranked or declared["kind"] != "ordinal") or len(found) > MOST_LEVELS:
+    if (declared["kind"] == "ordinal" and not ranked) or len(found) > MOST_LEVELS:
         return entry
     return {**declared, "categories": found}
 
