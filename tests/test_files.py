@@ -183,17 +183,17 @@ def test_a_failed_write_leaves_the_old_file_alone(
 def test_a_full_disk_is_said_with_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    real = files._create
+    real = os.open
 
-    def full(path: Path, content: bytes) -> None:
-        if "step-" in str(path.parent):
+    def full(path: Any, *flags: int) -> int:
+        if "step-" in str(Path(path).parent):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(path, content)
+        return real(path, *flags)
 
     run = tmp_path / "run"
     small = ["--encoder.hidden=[7]", "--decoder.hidden=[7]", "--limit=53", "--progress=false"]
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_create", full)
+        patch.setattr(os, "open", full)
         assert main(["train", *small, "--epochs=2", f"--run={run}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "No space left on device" in line

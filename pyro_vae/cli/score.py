@@ -47,13 +47,8 @@ def score(options: Namespace) -> None:
     each value given the others of its row.
     """
     check_whole(0, p_values=options.p_values)
-    stream(job, options, written(options))
-
-
-def written(options: Namespace) -> Path:
-    """The file of the scores."""
     default = Path(options.file).with_suffix(".scores.csv")
-    return destination(options.out, default, (".csv",), options.file)
+    stream(job, options, destination(options.out, default, (".csv",), options.file))
 
 
 def job(options: Namespace) -> Job:
@@ -63,29 +58,23 @@ def job(options: Namespace) -> Job:
     estimate = estimator(vae, data, options)
     among = references(vae, estimate, options)
     result = {name: options[name] for name in RESULT}
+    work = {name: options[name] for name in WORK}
 
     def run(part: int, rows: Tensor) -> bytes:
         seed = part_seed(options.seed, part)
         some = data.subset(rows)
-        each = by_column(vae, some, seed=seed, **work(options)) if options.columns else None
+        each = by_column(vae, some, seed=seed, **work) if options.columns else None
         evidence = shifted(estimate(some, seed), some)
         ranks = {name: p_values(evidence.log_prob, other) for name, other in among.items()}
         return lines(rows, evidence, ranks, each, data, part == 0).encode()
 
-    out = written(options)
-    key = partial(key_of, vae, data, result)
-    return Job(len(data), key, run, lambda parts: joined(parts, out))
-
-
-def work(options: Namespace) -> dict[str, Any]:
-    """Options of how an estimator works."""
-    return {name: options[name] for name in WORK}
+    return Job(len(data), partial(key_of, vae, data, result), run, joined)
 
 
 def estimator(vae: VAE, data: Data, options: Namespace) -> Estimate:
     """What gives log p(x) of some of the rows from a seed, held to one audit for all."""
     if options.num_samples is not None:
-        draws = {"num_samples": options.num_samples, **work(options)}
+        draws = {name: options[name] for name in ("num_samples", *WORK)}
         return lambda rows, seed: importance_sampling(vae, *rows.batch(), seed=seed, **draws)
     same: dict[str, Any] = {"tolerance": options.tolerance, "chunk_size": options.chunk_size}
     audit: Any = True  # for each part

@@ -36,13 +36,14 @@ class Job:
         number: Of rows.
         key: What gives a digest of all that the results depend on.
         run: From the number of a part and the positions of its rows to what is kept of it.
-        join: From the files of all parts, in order, to what the command has to say.
+        join: From the files of all parts, in order, and the file to write, to what the command
+            has to say.
     """
 
     number: int
     key: Callable[[], str]
     run: Callable[[int, Tensor], bytes]
-    join: Callable[[list[Path]], str]
+    join: Callable[[list[Path], Path], str]
 
     def parts(self) -> list[slice]:
         """Its parts: a thousand rows each, and what is left over in the last one."""
@@ -106,7 +107,7 @@ def stream(make: Callable[[Namespace], Job], options: Namespace, out: Path) -> N
     if not all(path.exists() for path in paths):
         print(f"this process has done its parts; those of others are not all there, for {out}")
         return
-    print(job.join(paths))
+    print(job.join(paths, out))
     for old in out.parent.glob(f".{glob.escape(out.name)}.*.parts"):
         shutil.rmtree(old, ignore_errors=True)
 

@@ -22,7 +22,7 @@ from pyro_vae.cli.figures import condition, limits
 from pyro_vae.cli.folder import destination, load_run, own_rows, placed, schema_of
 from pyro_vae.cli.stream import Job, key_of, part_seed, stream
 from pyro_vae.data import Data, read_rows
-from pyro_vae.data.schema import Cells, Schema
+from pyro_vae.data.schema import Cells
 from pyro_vae.data.tables import label_cells
 from pyro_vae.files import as_csv, write
 from pyro_vae.generators import forked
@@ -49,12 +49,9 @@ def sample(options: Namespace) -> None:
 
 def encode(options: Namespace) -> None:
     """Posterior means and scales of the rows of a file, in its order."""
-    stream(encoding, options, _codes_file(options))
-
-
-def _codes_file(options: Namespace) -> Path:
     default = Path(options.file).with_suffix(".encoded.npz")
-    return destination(options.out, default, (".npz", ".csv"), options.file)
+    out = destination(options.out, default, (".npz", ".csv"), options.file)
+    stream(encoding, options, out)
 
 
 def encoding(options: Namespace) -> Job:
@@ -70,14 +67,19 @@ def encoding(options: Namespace) -> Job:
         np.save(file, codes.numpy())
         return file.getvalue()
 
-    out = _codes_file(options)
-    join = _codes_archive if out.suffix == ".npz" else _codes_table
-    return Job(len(data), partial(key_of, vae, data, {}), run, lambda parts: join(parts, out))
+    return Job(len(data), partial(key_of, vae, data, {}), run, _codes)
 
 
-def _codes_archive(parts: list[Path], out: Path) -> str:
+def _codes(parts: list[Path], out: Path) -> str:
+    """Writes the means and scales of all parts; what is to be said of them."""
+    shapes = [np.load(part, mmap_mode="r").shape for part in parts]
+    rows, width = sum(rows for rows, _ in shapes), shapes[0][1] // 2
+    (_codes_archive if out.suffix == ".npz" else _codes_table)(parts, out, rows, width)
+    return f"means and scales of {rows} rows in {out}"
+
+
+def _codes_archive(parts: list[Path], out: Path, rows: int, width: int) -> None:
     """Writes `mean` and `scale` [N, D] of all parts."""
-    rows, width = _codes_shape(parts)
     whole = parts[0].with_name("whole.npz")
     with ZipFile(whole, "w") as archive:
         for i, name in enumerate(("mean", "scale")):
@@ -88,12 +90,10 @@ def _codes_archive(parts: list[Path], out: Path) -> str:
                     file.write(np.load(part)[:, i * width : (i + 1) * width].tobytes())
     with whole.open("rb") as file:
         write(out, iter(lambda: file.read(2**20), b""))
-    return f"means and scales of {rows} rows in {out}"
 
 
-def _codes_table(parts: list[Path], out: Path) -> str:
+def _codes_table(parts: list[Path], out: Path, rows: int, width: int) -> None:
     """Writes a table of all parts."""
-    rows, width = _codes_shape(parts)
 
     def blocks() -> Iterator[bytes]:
         head = [f"{kind}{d}" for kind in ("mean", "scale") for d in range(width)]
@@ -104,13 +104,6 @@ def _codes_table(parts: list[Path], out: Path) -> str:
             yield file.getvalue()
 
     write(out, blocks())
-    return f"means and scales of {rows} rows in {out}"
-
-
-def _codes_shape(parts: list[Path]) -> tuple[int, int]:
-    """The number of rows, and of latents."""
-    shapes = [np.load(part, mmap_mode="r").shape for part in parts]
-    return sum(rows for rows, _ in shapes), shapes[0][1] // 2
 
 
 def impute(options: Namespace) -> None:
@@ -119,25 +112,20 @@ def impute(options: Namespace) -> None:
     Observed values are those of the file; the others are in its units.
     """
     check_whole(0, draws=options.draws)
-    schema = schema_of(options.run)
-    stream(imputation, options, _filled_file(options, schema))
-
-
-def _filled_file(options: Namespace, schema: Schema | None) -> Path:
     source = Path(options.file)
-    suffix = source.suffix if schema is None else ".csv"
+    suffix = source.suffix if schema_of(options.run) is None else ".csv"
     default = source.with_suffix(f".imputed{suffix}")
     out = destination(options.out, default, (suffix,), options.file)
     if suffix not in (".csv", ".npy", ".npz"):
         raise ValueError(f"expected a .csv, .npy or .npz file to impute; got {source}")
-    return out
+    stream(imputation, options, out)
 
 
 def imputation(options: Namespace) -> Job:
     """The imputation of a file: of each row the best values, and draws [1 + R, n, *E]."""
     vae = config.load(options.run)
     vae, rows = placed(vae, own_rows(options.run, options.file, vae), options.accelerator)
-    out, schema = _filled_file(options, rows.schema), rows.schema
+    schema = rows.schema
     given = read_rows(options.file) if schema is None else rows
     whole = vae.likelihood.support.is_discrete  # of which a mean is none
     way = {name: options[name] for name in ("chunk_size", "compile")}
@@ -158,7 +146,7 @@ def imputation(options: Namespace) -> Job:
         values = torch.stack([_complete(some, rows, each) for each in filled])
         return _archive(x=values.numpy(), verdict=np.array(found.verdict))
 
-    def join(parts: list[Path]) -> str:
+    def join(parts: list[Path], out: Path) -> str:
         beside = {} if schema is None else label_cells(Path(options.file))
         names = [f"{out.stem}-{i:0{len(str(options.draws))}d}" for i in range(options.draws + 1)]
         for i, name in enumerate([out.stem, *names[1:]]):
