@@ -15,6 +15,7 @@ __all__ = [
     "PathLike",
     "as_csv",
     "check_folder",
+    "damaged",
     "flush_folder",
     "locked",
     "reading",
@@ -113,6 +114,16 @@ def reading(path: PathLike) -> Iterator[None]:
         raise ValueError(
             f"{path} is damaged: {type(error).__name__}: {error}; restore it from a copy"
         ) from error
+
+
+@contextmanager
+def damaged(path: PathLike, what: str, remedy: str = "write it again") -> Iterator[None]:
+    """Makes of the many errors that parsers raise on a damaged file one that names it."""
+    try:
+        yield
+    except Exception as error:
+        line = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: expected {what}, got: {line}; {remedy}") from error
 
 
 @contextmanager

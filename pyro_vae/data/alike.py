@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from pyro_vae.data.data import Data
 from pyro_vae.data.mapped import Mapped
+from pyro_vae.data.schema import differing
 from pyro_vae.data.transforms import Threshold, Transform
 
 __all__ = ["alike", "kind_of"]
@@ -71,11 +71,8 @@ def _ordered(rows: Data, columns: list[str] | None) -> Data:
     """The columns in the order of `columns`, where both have names."""
     if columns is None or rows.columns is None or list(rows.columns) == columns:
         return rows
-    missing, other = Counter(columns) - Counter(rows.columns), Counter(rows.columns)
-    other -= Counter(columns)
-    if missing or other or len(set(columns)) < len(columns):
-        parts = {"missing": missing, "unknown": other}
-        words = "; ".join(f"{word}: {', '.join(n)}" for word, n in parts.items() if n)
+    words = differing(columns, rows.columns)
+    if words or len(set(columns)) < len(columns):
         raise ValueError(
             f"{rows.name}: expected the columns of the run, got others ({words or 'one twice'}): "
             "give the file the columns that the run was trained on"

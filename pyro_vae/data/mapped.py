@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vae.files import damaged
+
 __all__ = ["CHUNK", "LARGE", "Mapped", "mapped", "spooled"]
 
 LARGE = 2**26  # bytes of a file, above which its rows stay there
@@ -149,13 +151,9 @@ def spooled(parts: Iterable[Tensor], rows: int, columns: int, name: str) -> Mapp
 
 
 def _opened(path: Path) -> np.ndarray:
-    try:
+    remedy = "if it was cut or replaced while it was read, write it again"
+    with damaged(path, "a whole .npy file of numbers", remedy):
         rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(
-            f"{path}: expected a whole .npy file of numbers, got: {error}; if it was cut or "
-            "replaced while it was read, write it again"
-        ) from error
     if not isinstance(rows, np.ndarray) or rows.ndim < 1 or len(rows) < 1:
         raise ValueError(f"{path}: expected one array with a row for each datum, got none")
     return rows

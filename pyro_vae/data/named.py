@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data.data import Data, Parts
+from pyro_vae.files import damaged
 
 __all__ = ["FACTORS", "NAMED", "Sprites", "read_dsprites", "read_named"]
 
@@ -96,7 +97,6 @@ def _data(name: str, x: Any, labels: Any) -> Data:
 
 
 FACTORS = ("shape", "scale", "orientation", "x", "y")
-PUBLISHED = (3, 6, 40, 32, 32)
 CHUNK = 4096  # images drawn at once
 
 
@@ -229,15 +229,12 @@ def read_dsprites(path: str | Path) -> tuple[Data, Tensor]:
         ValueError: If the file cannot be read or lacks these arrays. Python objects in it, such
             as its metadata, are never read.
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images, classes = arrays["imgs"], arrays["latents_classes"]
-    # On a damaged file the parsers below numpy.load raise errors of many kinds.
-    except Exception as error:
-        raise ValueError(
-            f"{path}: expected the published dSprites file with arrays imgs and "
-            f"latents_classes, got: {error}; download it again"
-        ) from error
+    what = "the published dSprites file with arrays imgs and latents_classes"
+    with (
+        damaged(path, what, "download it again"),
+        np.load(path, allow_pickle=False) as arrays,
+    ):
+        images, classes = arrays["imgs"], arrays["latents_classes"]
     if images.ndim != 3 or classes.shape != (len(images), 6) or images.dtype != np.uint8:
         raise ValueError(
             f"{path}: expected imgs [N, H, W] of uint8 and latents_classes [N, 6], got "

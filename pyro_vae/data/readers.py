@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_vae.data.data import Data, Parts
 from pyro_vae.data.mapped import LARGE, mapped
+from pyro_vae.files import damaged
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -64,21 +65,11 @@ def read_arrays(path: Path) -> Parts:
 
 def _load(path: Path) -> Mapping[str, np.ndarray]:
     what = "a file that numpy.savez or numpy.save wrote without Python objects"
-    with _damaged(path, what), path.open("rb") as file:
+    with damaged(path, what), path.open("rb") as file:
         loaded = np.load(file, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return {"x": loaded}
         return {name: loaded[name] for name in loaded.files}
-
-
-@contextmanager
-def _damaged(path: Path, what: str, remedy: str = "write it again") -> Iterator[None]:
-    """Makes of the many errors that parsers raise on a damaged file one that names it."""
-    try:
-        yield
-    except Exception as error:
-        line = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: expected {what}, got: {line}; {remedy}") from error
 
 
 def _part(path: Path, arrays: Mapping[str, np.ndarray], part: str) -> Data:
@@ -151,7 +142,7 @@ def read_cells(path: Path) -> Data:
         return _of_h5ad(path)
     import scipy.io
 
-    with _damaged(path, "a whole .mtx file"):
+    with damaged(path, "a whole .mtx file"):
         matrix = scipy.io.mmread(path)
     return Data(_counts(path, matrix), name=str(path))
 
@@ -164,7 +155,7 @@ def _of_h5ad(path: Path) -> Data:
             f"{path}: .h5ad files need anndata, which is not installed: "
             "pip install 'pyro-vae[counts]'"
         ) from None
-    with warnings.catch_warnings(), _damaged(path, "a whole .h5ad file"):
+    with warnings.catch_warnings(), damaged(path, "a whole .h5ad file"):
         warnings.simplefilter("ignore")
         table = read_h5ad(path)
     raw = "counts" in table.layers and (table.X is None or not _whole(table.X))
@@ -264,7 +255,7 @@ def _opened(path: Path) -> Iterator[PIL.Image.Image]:
 
     if not path.is_file():
         raise ValueError(f"{path}: expected an image file, got a special file; remove it")
-    with _damaged(path, "a readable image", "repair or remove it"), Image.open(path) as image:
+    with damaged(path, "a readable image", "repair or remove it"), Image.open(path) as image:
         yield image
 
 

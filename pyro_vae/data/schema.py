@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ __all__ = [
     "Schema",
     "as_name",
     "as_number",
+    "differing",
     "inferred",
     "number_or_text",
     "real_column",
@@ -151,10 +153,7 @@ class Schema:
         Raises:
             ValueError: If columns are missing or others.
         """
-        missing, other = set(self.columns) - set(names), set(names) - set(self.columns)
-        parts = {"missing": missing, "unknown": other}
-        words = "; ".join(f"{w}: {', '.join(sorted(n))}" for w, n in parts.items() if n)
-        if words:
+        if words := differing(self.columns, names):
             raise ValueError(
                 f"{name}: expected the columns of the schema, got others ({words}): give the "
                 "table these columns"
@@ -183,6 +182,13 @@ class Schema:
         """
         cells = self.decode(rows) | (beside or {})
         return as_csv([cells, *zip(*cells.values())])
+
+
+def differing(known: Iterable[str], given: Iterable[str]) -> str:
+    """What columns are missing, and what is unknown, in words; none if they are the same."""
+    missing, other = Counter([*known]), Counter([*given])
+    parts = {"missing": missing - other, "unknown": other - missing}
+    return "; ".join(f"{word}: {', '.join(sorted(n))}" for word, n in parts.items() if n)
 
 
 def _restored(name: str, entry: Any) -> Column:
