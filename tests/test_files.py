@@ -183,17 +183,17 @@ def test_a_failed_write_leaves_the_old_file_alone(
 def test_a_full_disk_is_said_with_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    real = os.open
+    real = files._create
 
-    def full(path: Any, *flags: int) -> int:
-        if "step-" in str(Path(path).parent):
+    def full(path: Path, content: bytes) -> None:
+        if "step-" in str(path.parent):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(path, *flags)
+        real(path, content)
 
     run = tmp_path / "run"
     small = ["--encoder.hidden=[7]", "--decoder.hidden=[7]", "--limit=53", "--progress=false"]
     with monkeypatch.context() as patch:
-        patch.setattr(os, "open", full)
+        patch.setattr(files, "_create", full)
         assert main(["train", *small, "--epochs=2", f"--run={run}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "No space left on device" in line
