@@ -35,6 +35,7 @@ from pyro_vae.training.step import Monitor, StepLoss
         ({"data": [1, 2, 3]}, r"data must be of shape \[N, \*E\] .*; got \[3\]"),
         ({"data": {1, 2}}, "data must be rows .* such as splits.train; got set"),
         ({"data": torch.zeros(0, 7)}, "at least one row"),
+        ({"data": (make_data(), torch.full((53,), torch.nan))}, "finite.* give -1 for a label"),
         ({"data": (make_data(), torch.zeros(3, 2))}, r"y of data must be of shape \[53, C\]"),
         ({"validation": torch.full((5, 7), torch.nan)}, r"validation must be finite.*\[0, 1, 2\]"),
         ({"vae": nn.Linear(2, 2)}, "methods model and guide"),
