@@ -68,10 +68,10 @@ class Network(nn.Module):
         Raises:
             ValueError: If the shape of `x` or `y` is not the declared one.
         """
-        lead = self._lead(x, self.in_shape, "input")
+        own = self._lead(x, self.in_shape, "input")
         if not self.condition_dim:
             flat = x.reshape(-1, *self.in_shape)
-            return self.body(flat, x.new_empty(len(flat), 0)).reshape(*lead, *self.out_shape)
+            return self.body(flat, x.new_empty(len(flat), 0)).reshape(*own, *self.out_shape)
         if y is None:
             raise ValueError(
                 f"{type(self).__name__} is conditioned on a vector y of length "
@@ -79,12 +79,11 @@ class Network(nn.Module):
             )
         rows = self._lead(y, (self.condition_dim,), "condition y")
         try:
-            lead = torch.broadcast_shapes(lead, rows)
+            lead = torch.broadcast_shapes(own, rows)
         except RuntimeError:
             raise ValueError(
-                f"y must have a row for each of the input: {list(lead)}; got {list(rows)}"
+                f"y must have a row for each of the input: {list(own)}; got {list(rows)}"
             ) from None
-        own = x.shape[: x.ndim - len(self.in_shape)]
         if self.repeats or own != lead[len(lead) - len(own) :]:
             x = x.expand(*lead, *self.in_shape)
         x = x.reshape(-1, *self.in_shape)
