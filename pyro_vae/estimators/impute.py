@@ -95,17 +95,17 @@ class Imputation:
         """
         joint = torch.stack([part.log_prob for part in parts])
         share = (joint - joint.logsumexp(0)).exp()  # [C, N]
-        draws = torch.stack([part.draws for part in parts])
-        value = torch.multinomial(share.T, draws.shape[1], True).T
-        n = torch.arange(draws.shape[2])
-        wide = share.view(*share.shape, *[1] * (draws.ndim - 3)).to(draws)
+        draws, event = parts[0].draws, [1] * (parts[0].mean.ndim - 1)
+        value = torch.multinomial(share.T, len(draws), True).T
+        for c, part in enumerate(parts):
+            draws = torch.where((value == c).view(*value.shape, *event), part.draws, draws)
+        wide = share.view(*share.shape, *event).to(draws)
         means, errors = (torch.stack([getattr(p, k) for p in parts]) for k in ("mean", "stderr"))
         mean = (wide * means).sum(0)
         of_share = torch.stack([part.evidence.stderr for part in parts]).view(wide.shape)
         square = (wide * errors).square() + (wide * of_share * (means - mean)).square()
-        chosen = draws[value, torch.arange(draws.shape[1])[:, None], n]
         evidence = Evidence.mixed([part.evidence for part in parts])
-        return cls(chosen, mean, square.sum(0).sqrt().to(mean), evidence)
+        return cls(draws, mean, square.sum(0).sqrt().to(mean), evidence)
 
     def excluded(self, index: Tensor) -> Imputation:
         """The imputations, some of the data excluded by the model."""
