@@ -1,17 +1,21 @@
 """Damages the files of run folders at random, and looks at what the commands make of them.
 
 A damaged file must be refused in one line that names it, or change nothing: weights, state of a
-training, evidence and codes are compared with those of the whole run.
+training, evidence and codes are compared with those of the whole run. Weights and states that
+are forged, well-formed and with a new digest, may give other results, and no traceback. Nothing
+outside the run may change.
 
-    python benchmarks/mutate.py [mutations] [seed]
+    python benchmarks/mutate.py [mutations] [seed] [file ...]
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import json
+import math
 import random
 import shutil
 import sys
@@ -25,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from safetensors.torch import load, save
 
 from pyro_vae.__main__ import main as command
 from pyro_vae.estimators import Evidence
@@ -32,6 +37,14 @@ from pyro_vae.training.run_folder import load_state, load_weights
 
 OPTIONS = ["--encoder.hidden=[11]", "--decoder.hidden=[11]", "--latent_dim=3", "--limit=53"]
 QUIET = "--progress=false"
+TRAININGS = [
+    ["--schedule=ReduceLROnPlateau", "--encoder.norm=batch"],
+    [
+        "--objective=FactorVAE",
+        "--objective.width=11",
+        "--schedule={class_path: StepLR, init_args: {step_size: 1}}",
+    ],
+]
 ODD = [None, True, -1, 0, 1.5, 10**6, "", "x", "8", [], [1], {}, {"x": 1}, {"class_path": [1]}]
 READERS = {
     "run.json": ("sample", "encode", "resume"),
@@ -42,7 +55,7 @@ READERS = {
     "evaluation.json": ("report",),
     "evidence.safetensors": ("report",),
     "current.json": ("sample", "resume"),
-    "weights.safetensors": ("sample",),
+    "weights.safetensors": ("sample", "resume"),
     "state.pt": ("resume",),
     "own.npz": ("encode",),
     "own.csv": ("encode",),
@@ -54,6 +67,7 @@ def make(folder: Path) -> Path:
     run, rng = folder / "run", np.random.default_rng(0)
     np.save(folder / "x.npy", rng.normal(10, 3, (97, 4)).astype(np.float32))
     given = ["--data", str(folder / "x.npy"), "--likelihood=Normal", "--epochs=2", QUIET]
+    given += random.choice(TRAININGS)
     assert command(["train", *OPTIONS, *given, f"--run={run}"]) == 0
     quick = ["--limit=3", "--num_samples=101", "--elbo_samples=7", QUIET]
     assert command(["evaluate", str(run), *quick]) == 0
@@ -120,17 +134,48 @@ def rewritten(data: bytes) -> bytes:
     return text.encode()
 
 
-def changed_state(data: bytes) -> bytes:
-    """A state that torch can load, with something else inside."""
+def forged_state(data: bytes) -> bytes:
+    """A state that torch can load, with something else at one place inside, of any depth."""
     state: Any = torch.load(io.BytesIO(data), weights_only=True)
-    key = random.choice(list(state))
-    if random.random() < 0.3:
-        state.pop(key)
+    inside, key = random.choice([*walk(state), *[(state, key) for key in state]])
+    if random.random() < 0.2 and isinstance(inside, dict):
+        inside.pop(key)
     else:
-        state[key] = random.choice(ODD)
+        inside[key] = random.choice(OTHER)(inside[key])
     file = io.BytesIO()
-    torch.save(random.choice([state] * 9 + [{}, [], 3]), file)
+    torch.save(random.choice([state] * 29 + [{}, [], 3]), file)
     return file.getvalue()
+
+
+def forged_weights(data: bytes) -> bytes:
+    """Weights of which one is another."""
+    weights = load(data)
+    name = random.choice(list(weights))
+    value = random.choice(OTHER)(weights.pop(name))
+    if isinstance(value, torch.Tensor) and not value.is_sparse and value.numel() < 10**6:
+        weights[random.choice([name] * 9 + ["other"])] = value.contiguous()
+    return save(weights)
+
+
+def odd(_: Any) -> Any:
+    return copy.deepcopy(random.choice(ODD))
+
+
+def odd_tensor(value: Any) -> Any:
+    """A tensor of another shape, type or content; of a number, a tensor."""
+    value = torch.as_tensor(value) if isinstance(value, bool | int | float) else value
+    if not isinstance(value, torch.Tensor):
+        return random.choice([math.nan, math.inf, -(10**30), 10**30, 1j, b"x", "x" * 10**4])
+    ways = [
+        value.double(), value.half(), value.long(), value.bool(), value.to(torch.complex64),
+        value.flatten()[:-1], value.unsqueeze(0), value.new_zeros(0), value[..., None] * 0 + 1,
+        torch.full_like(value, 127), value.float() * math.nan, value.float() * 1e38,
+        torch.zeros(()).expand(2**31), value.to_sparse(),
+    ]  # fmt: skip
+    return random.choice(ways)
+
+
+OTHER = (odd, odd_tensor, odd_tensor)
 
 
 def walk(content: Any) -> Any:
@@ -147,7 +192,9 @@ RANDOM = (flipped, zeroed, cut, doubled, noisy, other)
 def chosen(file: str) -> Callable[[bytes], bytes]:
     """How to damage a file."""
     if file == "state.pt":
-        return random.choice([*RANDOM, changed_state])
+        return random.choice([*RANDOM, *[forged_state] * 6])
+    if file == "weights.safetensors":
+        return random.choice([*RANDOM, *[forged_weights] * 6])
     if file.endswith((".safetensors", ".npz")):
         return random.choice(RANDOM)
     return random.choice([*RANDOM, *[rewritten] * 6])
@@ -190,7 +237,7 @@ def attempt(run: Path, name: str, file: str) -> tuple[str, str]:
 def judged(whole: Path, run: Path, file: str, forged: bool) -> tuple[str, str]:
     """What becomes of one damaged file: the worst of what the commands do.
 
-    One that is forged, well-formed and without a digest, may be other; it may not crash.
+    One that is forged, well-formed and with a new digest, may be other; it may not crash.
     """
     try:
         silent = not forged and kept(run, file) != kept(whole, file)
@@ -202,22 +249,24 @@ def judged(whole: Path, run: Path, file: str, forged: bool) -> tuple[str, str]:
     return min(found, key=lambda pair: order.index(pair[0]))
 
 
-def main(mutations: int = 296, seed: int = 0) -> int:
+def main(mutations: int = 296, seed: int = 0, *files: str) -> int:
     """The number of mutations that ended in a traceback, a silent change or unclear words."""
     random.seed(seed)
     counts: Counter[tuple[str, str]] = Counter()
     with TemporaryDirectory() as name:
         whole, run = make(Path(name)), Path(name) / "copy"
+        around = outside(Path(name))
         for _ in range(mutations):
             shutil.copytree(whole, run)
-            file = random.choice(list(READERS))
+            file = random.choice(files or list(READERS))
             (path,) = random.sample(sorted(run.rglob(file)), 1)
             damage = chosen(file)
             path.write_bytes(damage(path.read_bytes()))
-            if damage is changed_state:
-                pointers = run / "checkpoints/current.json"
-                pointers.write_text(without_digests(pointers.read_text()))
-            how, words = judged(whole, run, file, forged=damage is changed_state)
+            forged = damage in (forged_state, forged_weights)
+            if forged:
+                renew_digest(run, path)
+            how, words = judged(whole, run, file, forged)
+            how = how if outside(Path(name)) == around else "written outside"
             counts[file, how] += 1
             if how not in ("refused", "accepted"):
                 print(f"{file}, {damage.__name__}: {how}\n{words}")
@@ -229,10 +278,20 @@ def main(mutations: int = 296, seed: int = 0) -> int:
     return mutations - total["refused"] - total["accepted"]
 
 
-def without_digests(text: str) -> str:
-    """The pointers of an older version, which nothing holds to its files."""
-    return json.dumps({key: value for key, value in json.loads(text).items() if key != "sha256"})
+def outside(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of all files here that are not those of the damaged run."""
+    files = (path for path in folder.rglob("*") if folder / "copy" not in path.parents)
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()}
+
+
+def renew_digest(run: Path, path: Path) -> None:
+    """Makes a forged file of a checkpoint one that its pointers hold for right."""
+    pointers = run / "checkpoints/current.json"
+    content = json.loads(pointers.read_text())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    content["sha256"][path.parent.name][path.name] = digest
+    pointers.write_text(json.dumps(content))
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])) > 0)
+    sys.exit(main(*map(int, sys.argv[1:3]), *sys.argv[3:]) > 0)

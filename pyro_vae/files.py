@@ -108,7 +108,7 @@ def reading(path: PathLike) -> Iterator[None]:
     """Makes of what wrong content raises one ValueError that names the file."""
     try:
         yield
-    except (OSError, MemoryError):
+    except (OSError, MemoryError, FloatingPointError):
         raise
     except Exception as error:
         if isinstance(error, ValueError) and str(path) in str(error):

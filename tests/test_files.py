@@ -122,10 +122,11 @@ def test_a_run_in_double_precision_loads_and_goes_on_exactly(tmp_path: Path) -> 
     assert all(torch.equal(weight, resumed[name]) for name, weight in unbroken.items())
 
 
-def test_a_state_of_another_epoch_is_refused(run: Path) -> None:
+def test_a_state_that_does_not_fit_is_refused(run: Path) -> None:
     without_digests(run)
     (path,) = run.rglob("state.pt")
     state = torch.load(path, weights_only=True)
+    adam, row = state["optimizer"], state["history"]["rows"][0]
     for changed in (
         {"epoch": 10**6},
         {"epoch": 0, "history": {"rows": [], "num_units": 2}},
@@ -133,7 +134,18 @@ def test_a_state_of_another_epoch_is_refused(run: Path) -> None:
         {"rng": {}},
         {"history": {"rows": [{"x": 1}], "num_units": 2}},
         {"optimizer": {}},
-        {"optimizer": {**state["optimizer"], "state": {0: {"step": 1, "exp_avg": torch.ones(3)}}}},
+        {"optimizer": {**adam, "state": {0: {"step": 1, "exp_avg": torch.ones(3)}}}},
+        {"optimizer": {**adam, "state": {0: {"step": torch.ones(())}}}},
+        {"optimizer": {**adam, "state": {99: {}}}},
+        {"optimizer": {**adam, "param_groups": [{**adam["param_groups"][0], "lr": "x"}]}},
+        {"optimizer": {**adam, "param_groups": [{**adam["param_groups"][0], "amsgrad": True}]}},
+        {"history": {"rows": [{**row, "elbo": "x"}], "num_units": 2}},
+        {"history": {"rows": [{**row, "elbo": None}], "num_units": 2}},
+        {"history": {"rows": [row], "num_units": []}},
+        {"step": 3, "offset": 3, "epoch": 0, "history": {"rows": [], "num_units": 2}},
+        {"step": 3, "offset": 3, "epoch": 0, "history": {"rows": [], "num_units": 2}}
+        | {"sums": torch.ones(7, dtype=torch.float64)},
+        {"step": -1, "offset": -6},
     ):
         torch.save({**state, **changed}, path)
         with pytest.raises(ValueError, match=r"state\.pt|the state of run"):

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from jsonargparse import Namespace
 from torch.distributions import MultivariateNormal
 
 from pyro_vae.__main__ import main
@@ -161,6 +163,32 @@ def test_a_file_that_is_cut(
     assert main(["score", str(folder / "run"), str(rows), "--num_samples=7"]) == 2
     assert "cut.npy: expected a whole .npy file" in (error := capsys.readouterr().err)
     assert "1 of 5 parts are kept" in error
+
+
+def test_64_workers_score_each_row_once_and_as_one_does(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "ROWS", 1)
+    rows, whole, out = (tmp_path / name for name in ("rows.npy", "whole.csv", "out.csv"))
+    np.save(rows, np.random.default_rng(1).normal(size=(67, F)))
+    given = dict.fromkeys(score.RESULT) | {"num_samples": 7, "p_values": 0, "seed": 0}
+    given |= {"run": str(folder / "run"), "file": str(rows), "accelerator": "cpu"}
+    given |= {"progress": False, "devices": 1}
+    stream.stream(score.job, Namespace(**given, out=str(whole)), whole)
+    job = score.job(options := Namespace(**given, out=str(out)))
+    made: list[list[int]] = [[] for _ in range(64)]
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    for rank in np.random.default_rng(0).permutation(64).tolist():
+        assert not out.exists()
+        monkeypatch.setenv("RANK", str(rank))
+
+        def run(part: int, at: torch.Tensor, rank: int = rank) -> bytes:
+            made[rank] += at.tolist()
+            return job.run(part, at)
+
+        stream.stream(lambda _: replace(job, run=run), options, out)  # noqa: B023
+    assert made == [[rank, rank + 64] if rank < 3 else [rank] for rank in range(64)]
+    assert out.read_bytes() == whole.read_bytes()
 
 
 @pytest.mark.slow

@@ -20,7 +20,6 @@ from pyro_vae.files import damaged
 __all__ = ["CHUNK", "LARGE", "Mapped", "mapped", "spooled"]
 
 LARGE = 2**26  # bytes of a file, above which its rows stay there
-AT_ONCE = 1000  # rows in any order, each of which may map 64 kB of the file
 CHUNK = 10_000  # rows read at once where all are looked at
 
 
@@ -36,8 +35,8 @@ class Folder:
 class Mapped:
     """N rows [N, *E] of an .npy file: of a tensor, what `Data` needs.
 
-    `x[index]` is a tensor, read there and then. Nothing is kept, so that memory does not grow,
-    and a file that is cut meanwhile is an error, not the end of the process.
+    `x[index]` is a tensor, read there and then. Nothing is kept or mapped, so that memory does
+    not grow, and a file that is cut meanwhile is an error, not the end of the process.
 
     Attributes:
         path: The file.
@@ -82,8 +81,7 @@ class Mapped:
         """The rows at these positions."""
         index = self.index[at.cpu() if isinstance(at, Tensor) else at]
         ids = index.reshape(-1)
-        parts = [self.convert(_part(self.path, some.numpy())) for some in ids.split(AT_ONCE)]
-        rows = torch.cat(parts) if len(parts) > 1 else parts[0]
+        rows = self.convert(_part(self.path, ids.numpy()))
         rows = (rows if self.change is None else self.change(rows, ids)).to(self.device)
         return rows if index.ndim else rows[0]
 
@@ -118,10 +116,10 @@ def mapped(
     Raises:
         ValueError: If the file cannot be read or holds no rows, or a value is infinite.
     """
-    number, first = len(_opened(path)), convert(_part(path, slice(1)))
+    number, first = len(_opened(path)), convert(_part(path, np.arange(1)))
     low, high, gaps = math.inf, -math.inf, False
     for start in range(0, number, CHUNK):
-        part = convert(_part(path, slice(start, start + CHUNK)))
+        part = convert(_part(path, np.arange(start, min(start + CHUNK, number))))
         if bool((bad := part.isinf().flatten(1).any(1)).any()):
             raise ValueError(
                 f"data {name!r}: expected finite values in x, got infinite ones, the first in row "
@@ -150,22 +148,36 @@ def spooled(parts: Iterable[Tensor], rows: int, columns: int, name: str) -> Mapp
     return mapped(path, torch.from_numpy, name, folder)
 
 
-def _opened(path: Path) -> np.ndarray:
+def _opened(path: Path) -> np.memmap:
     remedy = "if it was cut or replaced while it was read, write it again"
     with damaged(path, "a whole .npy file of numbers", remedy):
-        rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    if not isinstance(rows, np.ndarray) or rows.ndim < 1 or len(rows) < 1:
+        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(rows, np.memmap) or rows.ndim < 1 or len(rows) < 1:
         raise ValueError(f"{path}: expected one array with a row for each datum, got none")
     return rows
 
 
-def _part(path: Path, at: Any) -> np.ndarray:
-    """A copy of some rows of a file."""
+def _part(path: Path, at: np.ndarray) -> np.ndarray:
+    """Some rows of a file, read where they lie: pages that are mapped would count as memory."""
     rows = _opened(path)
-    try:
+    if len(at) and at.max() >= len(rows):
+        raise _cut(path, len(rows))
+    if not rows.flags.c_contiguous:  # column by column
         return np.array(rows[at])
-    except IndexError as error:
-        raise ValueError(
-            f"{path}: expected the rows that it had before, got {len(rows)}: it was cut or "
-            "replaced while it was read; write it again"
-        ) from error
+    size = rows.dtype.itemsize * math.prod(rows.shape[1:])
+    found = np.empty((len(at), size), np.uint8)
+    begins = np.flatnonzero(np.diff(at, prepend=at[:1] - 2) != 1)  # of rows that follow each other
+    ends, places = np.append(begins[1:], len(at)), at[begins] * size + rows.offset
+    with path.open("rb", buffering=0) as file:
+        for begin, end, place in zip(begins.tolist(), ends.tolist(), places.tolist()):
+            file.seek(place)
+            if file.readinto(found[begin:end].data) != (end - begin) * size:
+                raise _cut(path, len(rows))
+    return found.view(rows.dtype).reshape(len(at), *rows.shape[1:])
+
+
+def _cut(path: Path, number: int) -> ValueError:
+    return ValueError(
+        f"{path}: expected the rows that it had before, got {number}: it was cut or replaced "
+        "while it was read; write it again"
+    )

@@ -261,12 +261,12 @@ def _transform(name: str, site: Site) -> Transform:
 
 def _whole(support: Any) -> Any:
     """The support of a mixture as that of its components."""
-    if isinstance(support, constraints.MixtureSameFamilyConstraint):
-        return _whole(support.base_constraint)
+    if not hasattr(support, "base_constraint"):
+        return support
+    base = _whole(support.base_constraint)
     if isinstance(support, constraints.independent):
-        base = _whole(support.base_constraint)
         return constraints.independent(base, support.reinterpreted_batch_ndims)
-    return support
+    return base
 
 
 def _base(fn: Any) -> Any:

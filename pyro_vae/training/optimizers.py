@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ __all__ = [
     "ScheduleSpec",
     "make_optimizer",
     "make_schedule",
+    "replay",
     "restore",
     "spec_name",
 ]
@@ -77,17 +79,33 @@ def make_optimizer(
 
 
 def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Loads a state; the implementation stays that of `optimizer`, for its own device."""
+    """Loads a state; the implementation stays that of `optimizer`, for its own device.
+
+    Raises:
+        LookupError: If the state is of other parameters.
+        TypeError: If one of its tensors has another shape than its parameter.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    kept = (*IMPLEMENTATIONS, "params")
     groups = [
-        loaded | {name: own[name] for name in IMPLEMENTATIONS if name in own}
-        for loaded, own in zip(state["param_groups"], optimizer.param_groups, strict=True)
+        loaded | {name: mine[name] for name in kept if name in mine}
+        for loaded, mine in zip(state["param_groups"], own, strict=True)
     ]
-    optimizer.load_state_dict({**state, "param_groups": groups})
-    for parameter, kept in optimizer.state.items():
-        tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
-        for name, value in tensors.items():
-            if torch.broadcast_shapes(value.shape, parameter.shape) != parameter.shape:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, values in state["state"].items():
+        shape = parameters[index].shape
+        for name, value in values.items():
+            if isinstance(value, Tensor) and torch.broadcast_shapes(value.shape, shape) != shape:
                 raise TypeError(f"{name} of the optimizer is {list(value.shape)}")
+    optimizer.load_state_dict({**state, "param_groups": groups})
+
+
+def replay(schedule: LRScheduler, rows: Iterable[dict[str, Any]]) -> None:
+    """Takes a new schedule through the epochs of a history, to where it was after them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # no step of the optimizer came before
+        for row in rows:
+            advance(schedule, row)
 
 
 def make_schedule(spec: ScheduleSpec | None, optimizer: Optimizer) -> LRScheduler | None:
@@ -100,10 +118,11 @@ def make_schedule(spec: ScheduleSpec | None, optimizer: Optimizer) -> LRSchedule
     return cls(optimizer, **options)
 
 
-def advance(schedule: LRScheduler, elbo: float) -> None:
-    """One epoch further; ReduceLROnPlateau looks at minus the ELBO."""
+def advance(schedule: LRScheduler, row: dict[str, Any]) -> None:
+    """One epoch further; ReduceLROnPlateau looks at minus the (validation) ELBO of its row."""
     if isinstance(schedule, ReduceLROnPlateau):
-        schedule.step(-elbo)
+        elbo = row["validation_elbo"]
+        schedule.step(-(row["elbo"] if elbo is None else elbo))
     else:
         schedule.step()
 

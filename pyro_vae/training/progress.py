@@ -25,6 +25,7 @@ COLUMNS = (
     "validation_kl",
     "active_units",
 )
+OPTIONAL = COLUMNS[8:]  # None where they were not measured
 
 
 @dataclass

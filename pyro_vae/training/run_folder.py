@@ -24,7 +24,7 @@ from pyro_vae.arguments import check_real, check_whole
 from pyro_vae.files import PathLike, as_csv, check_folder, flush_folder, reading, sweep, write
 from pyro_vae.objectives import Objective
 from pyro_vae.training.optimizers import OptimizerSpec, ScheduleSpec, spec_name
-from pyro_vae.training.progress import COLUMNS
+from pyro_vae.training.progress import COLUMNS, OPTIONAL
 
 __all__ = [
     "Settings",
@@ -269,9 +269,21 @@ def load_state(run: PathLike) -> dict[str, Any] | None:
         if (optimizer := state.pop("adversary", None)) is not None:  # of older runs
             state["objective"]["_extra_state"] = optimizer
         wrong = [key for key, kind in KEPT.items() if type(state[key]) is not kind]
-        if wrong or len(state["history"]["rows"]) != state["epoch"]:
+        if wrong or not _is_history(state["history"], state["epoch"]):
             raise TypeError(f"not the state of a training: {', '.join(wrong) or 'its epochs'}")
     return state
+
+
+def _is_history(history: dict[str, Any], epochs: int) -> bool:
+    """Whether this holds the numbers of so many epochs."""
+    rows, units = history["rows"], history["num_units"]
+    numbers = all(
+        type(value) in (int, float) or (value is None and name in OPTIONAL)
+        for row in rows
+        for name, value in row.items()
+    )
+    named = all(row.keys() == set(COLUMNS) for row in rows)
+    return numbers and named and len(rows) == epochs and type(units) in (int, type(None))
 
 
 def save_checkpoint(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -26,7 +26,7 @@ from pyro_vae.products import fast_products
 from pyro_vae.training.dataset import Dataset, fetch
 from pyro_vae.training.engine import Group
 from pyro_vae.training.evaluation import Evaluator
-from pyro_vae.training.optimizers import advance, make_optimizer, make_schedule, restore
+from pyro_vae.training.optimizers import advance, make_optimizer, make_schedule, replay, restore
 from pyro_vae.training.progress import Bar, Callback, History, State, make_bar
 from pyro_vae.training.run_folder import (
     Settings,
@@ -127,6 +127,7 @@ class Trainer:
         self.began: float | None = None  # ELBO of the first step
         self.best: dict[str, Tensor] | None = None
         self.compiled: Gradient | None = None  # made when it is first needed
+        self.resuming: AbstractContextManager[None] = nullcontext()  # of the next step
         self.num_batches = -(-len(self.train) // self.settings.batch_size)
         batch = torch.arange(min(self.settings.batch_size, len(self.train)))
         self.local_batch_size = len(group.local_rows(batch)[0])
@@ -161,6 +162,7 @@ class Trainer:
         if options.precision == "64-true":
             self.loss.double()
         if state is not None:
+            self.resuming = reading(f"the state of run {self.run}")
             with reading(f"the state of run {self.run}"):
                 self._load_state(state)
         elif self.group.rank > 0:
@@ -225,7 +227,9 @@ class Trainer:
         began = look = time.monotonic()
         before = self.seconds
         for index in batches[self.offset :]:
-            self._step(index)
+            with self.resuming:
+                self._step(index)
+            self.resuming = nullcontext()
             now = time.monotonic()
             if now > look:
                 self._report()
@@ -317,8 +321,7 @@ class Trainer:
         row["seconds"] = self.seconds + time.monotonic() - began
         self.history.rows.append(row)
         if self.schedule is not None:
-            elbo = row["validation_elbo"]
-            advance(self.schedule, row["elbo"] if elbo is None else elbo)
+            advance(self.schedule, row)
         self.epoch, self.offset, self.seconds = self.epoch + 1, 0, 0.0
         self.monitor.sums = None
         return row
@@ -362,7 +365,6 @@ class Trainer:
             "rng": generators[0],
             "rng_of_others": generators[1:],
             "optimizer": self.optimizer.state_dict(),
-            "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "objective": self.objective.state_dict(),
             "precision": self.scaler.state_dict(),
             "history": {"rows": self.history.rows, "num_units": self.history.num_units},
@@ -371,16 +373,17 @@ class Trainer:
     def _load_state(self, state: dict[str, Any]) -> None:
         for name in ("epoch", "step", "offset", "seconds"):
             setattr(self, name, state[name])
-        if self.step != self.epoch * self.num_batches + self.offset:
+        self.history = History(**state["history"])
+        epochs, offset = divmod(self.step, self.num_batches)
+        if (epochs, offset) != (self.epoch, self.offset):
             raise TypeError(f"step {self.step} is not in epoch {self.epoch}")
-        if state["sums"] is not None:
+        if offset:
             self.monitor.sums = state["sums"].to(self.group.device)
-        restore(self.optimizer, state["optimizer"])
         if self.schedule is not None:
-            self.schedule.load_state_dict(state["schedule"])
+            replay(self.schedule, self.history.rows)
+        restore(self.optimizer, state["optimizer"])
         self.objective.load_state_dict(state["objective"])
         self.scaler.load_state_dict(state["precision"])
-        self.history = History(**state["history"])
         if self.history.best_epoch is not None:
             first = self.group.rank == 0
             self.best = self.group.broadcast(load_weights(self.run, "best") if first else {})  # type: ignore[arg-type]

@@ -74,6 +74,21 @@ def test_an_array(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> 
     same(pickle.loads(pickle.dumps(mapped.train)), memory.train)
 
 
+@pytest.mark.usefixtures("on_disk")
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_rows_in_any_order_are_read_and_not_mapped(
+    order: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page that is mapped counts as memory: 64 kB and more for a row of a few bytes."""
+    values = ARRAYS["counts"].astype(">i4", order=order)
+    np.save(tmp_path / "x.npy", values)
+    rows = read_rows(tmp_path / "x.npy").x
+    if order == "C":
+        monkeypatch.setattr(np.memmap, "__getitem__", None)
+    for at in ([7, 8, 9, 3, 52, 0, 1, 1], [5], []):
+        assert rows[torch.tensor(at, dtype=torch.int64)].tolist() == values[at].tolist()
+
+
 def test_a_parquet_file(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     pandas = pytest.importorskip("pandas")
     colour = RANDOM.choice(["red", "green", None], N)
