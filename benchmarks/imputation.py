@@ -9,8 +9,8 @@ imputed.
 
 mcar: each entry is missing with probability 1/2; mean squared error, after Mattei and Frellsen
 (2019). mnar: in the first half of the columns what is above the mean is missing; root mean
-squared error, after Ipsen, Mattei and Frellsen (2021), by the linear program of
-examples/studies/not_at_random.py.
+squared error, after Ipsen, Mattei and Frellsen (2021), by the program of
+examples/studies/not_at_random.py: linear, or with the network of --mnar_hidden.
 """
 
 from __future__ import annotations
@@ -156,12 +156,12 @@ def mnar(name: str, full: Tensor, seed: int, arguments: argparse.Namespace) -> d
     study = runpy.run_path(str(STUDY))
     torch.manual_seed(seed)
     x = study["large_missing"](full)
-    epochs = max(1, arguments.linear_steps * 100 // len(x))
+    epochs, D = max(1, arguments.mnar_steps * 100 // len(x)), x.shape[1]
     start = time.process_time()
-    program = study["SelfMasking"](study["linear"](full.shape[1], full.shape[1] - 1),
-                                   x.isnan().any(0))  # fmt: skip
+    vae = study["normal"](D, D - 1, arguments.mnar_hidden)
+    program = study["SelfMasking"](vae, x.isnan().any(0))
     filled = study["imputed"](
-        program, x, epochs, arguments.linear_lr, seed, compile=arguments.compile
+        program, x, epochs, arguments.mnar_lr, seed, compile=arguments.compile
     )
     found = squared(filled, full, x) ** 0.5
     seconds = time.process_time() - start
@@ -178,8 +178,9 @@ def main() -> None:
     add("--kind", nargs="+", default=["mcar", "mnar"])
     add("--masks", type=int, nargs="+", default=[0, 1, 2], help="seeds of mask and training")
     add("--steps", type=int, default=16_000)
-    add("--linear_steps", type=int, default=6000)
-    add("--linear_lr", type=float, default=1e-2)
+    add("--mnar_steps", type=int, default=5000)
+    add("--mnar_lr", type=float, default=1e-2)
+    add("--mnar_hidden", type=int, nargs="*", default=[])
     add("--batch_size", type=int, default=32)
     add("--particles", type=int, default=20)
     add("--samples", type=int, default=1000)

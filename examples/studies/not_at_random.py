@@ -18,6 +18,7 @@ Ipsen, Mattei and Frellsen. not-MIWAE: deep generative modelling with missing no
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import pyro
 import pyro.distributions as dist
@@ -61,13 +62,13 @@ class SelfMasking(nn.Module):
             pyro.sample("x_missing", self.vae.likelihood(z))
 
 
-def linear(data_dim: int, latent_dim: int) -> VAE:
-    """Probabilistic PCA, with an encoder of incomplete rows."""
+def normal(data_dim: int, latent_dim: int, hidden: Sequence[int] = ()) -> VAE:
+    """Probabilistic PCA, or a network for its linear map, with an encoder of incomplete rows."""
     return build(
         data_dim, latent_dim, missing=True,
         likelihood={"class_path": "Normal", "init_args": {"scale": "learned"}},
         encoder={"class_path": "MLP", "init_args": {"hidden": [128, 128]}},
-        decoder={"class_path": "MLP", "init_args": {"hidden": []}},
+        decoder={"class_path": "MLP", "init_args": {"hidden": list(hidden)}},
     )  # fmt: skip
 
 
@@ -107,10 +108,10 @@ def main(smoke: bool = False) -> dict[str, float]:
     full = torch.randn(rows, 2) @ torch.randn(2, 5) + 0.3 * torch.randn(rows, 5)
     full = (full - full.mean(0)) / full.std(0)
     x = large_missing(full)
-    vae = linear(5, 2)
+    vae = normal(5, 2)
     return {
         "column means": error(x.nanmean(0).expand_as(x), full, x),
-        "at random": error(imputed(linear(5, 2), x, epochs), full, x),
+        "at random": error(imputed(normal(5, 2), x, epochs), full, x),
         "self-masking known": error(
             imputed(SelfMasking(vae, x.isnan().any(0)), x, epochs), full, x
         ),
