@@ -4,8 +4,8 @@ python benchmarks/imputation.py --root uci --compile [--data banknote red] [--ki
 
 The root holds banknote.csv, concrete.xls (needs xlrd), winequality-red.csv and
 winequality-white.csv of the UCI repository. Columns are standardised before entries are hidden;
-the class, quality or strength is left out. All rows are trained on, and what was hidden is
-imputed.
+the class, quality or strength is left out, but for --whole. All rows are trained on, and what was
+hidden is imputed.
 
 mcar: each entry is missing with probability 1/2; mean squared error, after Mattei and Frellsen
 (2019). mnar: in the first half of the columns what is above the mean is missing; root mean
@@ -50,16 +50,17 @@ class Beside(MLP):
         return super().body(x, y) + self.linear(x)
 
 
-def table(root: Path, name: str) -> Tensor:
-    """A table with standardised columns, float32 [N, D]."""
+def table(root: Path, name: str, whole: bool = False) -> Tensor:
+    """A table with standardised columns, float32 [N, D]; if not whole, without the last."""
     if name == "concrete":
         import pandas
 
-        x = pandas.read_excel(root / "concrete.xls").to_numpy(float)[:, :-1]
+        x = pandas.read_excel(root / "concrete.xls").to_numpy(float)
     elif name == "banknote":
-        x = np.loadtxt(root / "banknote.csv", delimiter=",")[:, :-1]
+        x = np.loadtxt(root / "banknote.csv", delimiter=",")
     else:
-        x = np.loadtxt(root / f"winequality-{name}.csv", delimiter=";", skiprows=1)[:, :-1]
+        x = np.loadtxt(root / f"winequality-{name}.csv", delimiter=";", skiprows=1)
+    x = x if whole else x[:, :-1]
     return torch.tensor((x - x.mean(0)) / x.std(0), dtype=torch.float32)
 
 
@@ -175,6 +176,7 @@ def main() -> None:
     add = parser.add_argument
     add("--root", type=Path, required=True)
     add("--data", nargs="+", default=["banknote", "concrete", "red", "white"])
+    add("--whole", action="store_true", help="with the class, quality or strength")
     add("--kind", nargs="+", default=["mcar", "mnar"])
     add("--masks", type=int, nargs="+", default=[0, 1, 2], help="seeds of mask and training")
     add("--steps", type=int, default=16_000)
@@ -198,7 +200,7 @@ def main() -> None:
         found: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.data}
         for seed in arguments.masks:
             for name, errors in found.items():
-                full = table(arguments.root, name)
+                full = table(arguments.root, name, arguments.whole)
                 errors.append((mcar if kind == "mcar" else mnar)(name, full, seed, arguments))
         for name, errors in found.items():
             for method in errors[0]:
