@@ -43,7 +43,10 @@ class Bernoulli(OfMean):
 
     support = constraints.boolean
     support_name = "{0, 1}"
-    remedy = "binarise them or use ContinuousBernoulli, Normal, or Columns for a table"
+    remedy = (
+        "binarise them or use ContinuousBernoulli, Normal, DiscretizedLogistic, or Columns for a "
+        "table"
+    )
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
         """Bernoulli with logits."""
