@@ -333,5 +333,5 @@ class Data:
         return digest_of(self.x, self.y)
 
 
-Parts = tuple[Data, Data | None, Data | None]
-"""The training rows of a source (or all), and its validation and test part where it has them."""
+Parts = dict[str, Data]
+"""The "train" part of a source (or all of it), its "validation" and "test" part if it has them."""

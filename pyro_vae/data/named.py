@@ -40,11 +40,11 @@ def read_named(name: str, root: str | Path) -> Parts:
         ValueError: If the files can be neither found nor downloaded.
     """
     if name == "digits":
-        return _digits(), None, None
+        return {"train": _digits()}
     if name == "sprites":
-        return Sprites(3, 3, 8, 8, 8, size=32).data(), None, None  # 4608 images
+        return {"train": Sprites(3, 3, 8, 8, 8, size=32).data()}  # 4608 images
     try:
-        return _read(name, root, train=True), None, _read(name, root, train=False)
+        return {part: _read(name, root, part == "train") for part in ("train", "test")}
     except (OSError, RuntimeError, EOFError) as error:
         folder = Path(root) / NAMED[name]
         line = (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -46,7 +46,7 @@ def read_arrays(path: Path) -> Parts:
     if path.suffix == ".npy" and path.stat().st_size > LARGE:
         rows = mapped(path, partial(_values, path), str(path))
         levels = _LEVELS.get(np.load(path, mmap_mode="r").dtype.name)
-        return Data(rows, levels=levels, name=str(path)), None, None
+        return {"train": Data(rows, levels=levels, name=str(path))}
     arrays = _load(path)
     known = {f"{name}{part}" for part in _PARTS if f"x{part}" in arrays for name in _ARRAYS}
     if "x" not in arrays or not known.issuperset(arrays):
@@ -56,11 +56,9 @@ def read_arrays(path: Path) -> Parts:
             "classes) and 'labels' (such integers) of the same ending, got "
             f"{', '.join(sorted(arrays)) or 'none'}; rename or remove arrays"
         )
-    train, held, test = (
-        _part(path, arrays, part) if f"x{part}" in arrays else None for part in _PARTS
-    )
-    assert train is not None
-    return train, held, test
+    names = ("train", "validation", "test")
+    found = zip(names, _PARTS)
+    return {name: _part(path, arrays, part) for name, part in found if f"x{part}" in arrays}
 
 
 def _load(path: Path) -> Mapping[str, np.ndarray]:
@@ -218,7 +216,7 @@ def read_images(folder: Path) -> Parts:
     names = [_class_names(part, found) for part, found in zip(parts, paths)]
     classes = sorted({name for part in names for name in part})
     data = [_data(*part, classes, mode) for part in zip(parts, paths, names)]
-    return data[0], None, data[1] if len(data) == 2 else None
+    return dict(zip(("train", "test"), data))
 
 
 def _paths(folder: Path) -> list[Path]:

@@ -162,18 +162,16 @@ def load_data(
     check_whole(0, seed=seed)
     check_whole(optional=True, limit=limit)
     source = _numbered(_read(name, root, schema))
-    split = _split(source, validation, seed)
-    parts = [
-        part.subset(spread(len(part), limit, seed) if even else torch.arange(len(part))[:limit])
-        for part in split
-    ]
-    if not conditional:
-        parts = [part.unchecked(y=None) for part in parts]
-    else:
-        parts = [part.one_hot() if part.y is None else part for part in parts]
-    train, held, test = (part.unchecked(seed=seed) for part in parts)
-    rows = len(split[1]) if source[1] is None else None
-    splits = Splits(train, held, test, str(name), "none", rows, seed, conditional, limit, even)
+    parts = _split(source, validation, seed)
+    rows = None if "validation" in source else len(parts["validation"])
+    for key, part in parts.items():
+        index = spread(len(part), limit, seed) if even else torch.arange(len(part))[:limit]
+        part = part.subset(index).unchecked(seed=seed)
+        if not conditional:
+            part = part.unchecked(y=None)
+        parts[key] = part.one_hot() if conditional and part.y is None else part
+    way = "none", rows, seed, conditional, limit, even
+    splits = Splits(parts["train"], parts["validation"], parts["test"], str(name), *way)
     return splits.with_transform(transform)
 
 
@@ -187,7 +185,7 @@ def read_rows(path: str | Path, schema: Schema | None = None) -> Data:
     Raises:
         ValueError: If there is none, or it cannot be used.
     """
-    return _read(Path(path), ".", schema)[0]
+    return _read(Path(path), ".", schema)["train"]
 
 
 def locate(name: str) -> str:
@@ -217,11 +215,11 @@ def _read(
     if not path.is_file():
         raise ValueError(f"expected a file or folder at {path}, got none; check the path")
     if path.suffix in TABLES and (schema is not None or is_mixed(path)):
-        return read_rows_of_table(path, schema), None, None
+        return {"train": read_rows_of_table(path, schema)}
     if path.suffix == ".csv":
-        return read_csv(path), None, None
+        return {"train": read_csv(path)}
     if path.suffix in (".h5ad", ".mtx"):
-        return read_cells(path), None, None
+        return {"train": read_cells(path)}
     if path.suffix in (".npz", ".npy"):
         return read_arrays(path)
     raise ValueError(
@@ -235,7 +233,7 @@ def _numbered(source: Parts) -> Parts:
     Raises:
         ValueError: If the parts differ in the shape or grey levels of a datum or the width of y.
     """
-    parts = [part for part in source if part is not None]
+    parts = [*source.values()]
     kinds = [
         f"data of shape {list(part.data_shape)}, {'no' if part.levels is None else part.levels} "
         f"grey levels and {'no' if part.y is None else part.y.shape[1]} columns of y"
@@ -249,35 +247,34 @@ def _numbered(source: Parts) -> Parts:
             )
     classes = max(part.classes or 0 for part in parts) or None
     starts = np.cumsum([0, *map(len, parts)]).tolist()
-    numbered = iter([p.unchecked(rows=p.rows + n, classes=classes) for p, n in zip(parts, starts)])
-    _, held, test = source
-    return next(numbered), held and next(numbered), test and next(numbered)
+    return {
+        name: part.unchecked(rows=part.rows + start, classes=classes)
+        for (name, part), start in zip(source.items(), starts)
+    }
 
 
-def _split(source: Parts, validation: int | float | None, seed: int) -> tuple[Data, Data, Data]:
-    all_rows, own_held, own_test = source
-    rows = len(all_rows)
+def _split(source: Parts, validation: int | float | None, seed: int) -> Parts:
+    """Three parts; those that the source lacks are taken from its training part."""
+    whole, rows = source["train"], len(source["train"])
     order = torch.from_numpy(np.random.default_rng(seed).permutation(rows))
     test = held = 0
-    if own_test is None:
+    if "test" not in source:
         test = max(1, round(rows / 10))
-    if own_held is None:
-        held = _count(validation, rows, 1 / 10 if own_test is None else 1 / 6)
+    if "validation" not in source:
+        held = _count(validation, rows, 1 / 6 if "test" in source else 1 / 10)
     elif validation is not None:
         raise ValueError(
-            f"{all_rows.name}: expected no validation size, since the source has a validation "
+            f"{whole.name}: expected no validation size, since the source has a validation "
             f"part, got {validation}; leave it out"
         )
     if held + test >= rows:
         raise ValueError(
-            f"{all_rows.name}: expected rows left for training, got {rows} rows for {held} of "
+            f"{whole.name}: expected rows left for training, got {rows} rows for {held} of "
             f"validation and {test} of test; choose a smaller validation part or give more rows"
         )
-    return (
-        all_rows.subset(order[held + test :]),
-        own_held or all_rows.subset(order[test : held + test]),
-        own_test or all_rows.subset(order[:test]),
-    )
+    taken = {"validation": order[test : held + test], "test": order[:test]}
+    own = {name: source.get(name) or whole.subset(index) for name, index in taken.items()}
+    return {"train": whole.subset(order[held + test :]), **own}
 
 
 def _count(validation: int | float | None, rows: int, default: float) -> int:
