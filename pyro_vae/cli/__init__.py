@@ -153,6 +153,14 @@ class Command(NamedTuple):
     usage: str = "RUN"
     example: str = ""
 
+    def about(self, name: str) -> dict[str, Any]:
+        """Usage, description and example, as parsers take them."""
+        return {
+            "usage": f"pyro-vae {name} {self.usage} [options]",
+            "description": f"{self.help[0].upper()}{self.help[1:]}.",
+            "epilog": f"example: pyro-vae {name} {self.example}" if self.example else None,
+        }
+
 
 COMMANDS = {
     "demo": Command(
@@ -344,11 +352,7 @@ def help_of(name: str) -> str:
     command = COMMANDS[name]
     if name == "train":
         return TRAIN_HELP
-    parser = ArgumentParser(
-        usage=f"pyro-vae {name} {command.usage} [options]",
-        description=f"{command.help[0].upper()}{command.help[1:]}.",
-        epilog=f"example: pyro-vae {name} {command.example}" if command.example else None,
-    )
+    parser = ArgumentParser(**command.about(name))
     for key, settings in command.options.items():
         kind, default = settings.get("type"), settings.get("default")
         told = "" if default in (None, False) else f" [{str(default).lower()}]"

@@ -175,12 +175,7 @@ def make_parser(name: str) -> ArgumentParser:
     """The parser of a command, from its entry in `COMMANDS`."""
     command = COMMANDS[name]
     parser = ArgumentParser(
-        prog=f"pyro-vae {name}",
-        usage=f"pyro-vae {name} {command.usage} [options]",
-        epilog=f"example: pyro-vae {name} {command.example}" if command.example else None,
-        description=f"{command.help[0].upper()}{command.help[1:]}.",
-        exit_on_error=False,
-        allow_abbrev=False,
+        prog=f"pyro-vae {name}", exit_on_error=False, allow_abbrev=False, **command.about(name)
     )
     for key, settings in command.options.items():
         parser.add_argument(key, **settings)
