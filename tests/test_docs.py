@@ -42,7 +42,7 @@ def test_commands_parse(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "runs/vamp-mnist/config.yaml").write_text("data: mnist\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    for line in "\n".join(blocks(page, "sh")).replace("\\\n", "").splitlines():
+    for line in "\n".join(blocks(page, "sh(?:ell)?")).replace("\\\n", "").splitlines():
         if line.startswith("pyro-vae"):
             _, command, *options = shlex.split(line)
             parse(command, options)
