@@ -83,7 +83,8 @@ SESSION = """
 import subprocess, sys
 def session(commands):
     ours = f'pyro-vae() {{ COLUMNS=88 {sys.executable} -m pyro_vae "$@"; }}'
-    made = subprocess.run(["bash", "-ec", ours + chr(10) + commands], capture_output=True, text=True)
+    run = ["bash", "-ec", ours + chr(10) + commands]
+    made = subprocess.run(run, capture_output=True, text=True)
     print(made.stdout)
     assert made.returncode == 0, made.stderr
 ```
