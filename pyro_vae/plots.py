@@ -54,11 +54,13 @@ STYLE: Any = {
     "ytick.labelsize": 8,
 }
 SCREEN = 96  # points of a page in an inch
-DARK = b"""
-@media (prefers-color-scheme: dark) { svg { fill: #e4e7ea }
-[style*="fill: #ffffff"] { fill: #181c20 !important }
-[style*="stroke: #ffffff"] { stroke: #181c20 !important }
-[style*="stroke: #000000"] { stroke: #e4e7ea !important } }"""
+SHADES = {"#ffffff": "#181c20", "#000000": "#e4e7ea", "#0072b2": "#4aa3df", "#666666": "#a0a9b2"}
+RULES = "\n".join(
+    f'[style*="{part}: {light}"] {{ {part}: {dark} !important }}'
+    for light, dark in SHADES.items()
+    for part in ("fill", "stroke")
+)
+DARK = f"\n@media (prefers-color-scheme: dark) {{ svg {{ fill: #e4e7ea }}\n{RULES} }}".encode()
 
 
 @contextmanager
