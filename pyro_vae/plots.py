@@ -173,7 +173,7 @@ def pairs(data: Tensor, samples: Tensor, names: Sequence[str] | None = None) -> 
     for n, pair in enumerate(chosen):
         for ax, rows, color in zip(axes[n :: len(chosen)], (data, samples), PALETTE):
             x, y = (_spread(rows[:1000, d]).tolist() for d in pair)
-            ax.plot(x, y, ".", ms=2, alpha=0.5, color=color)
+            ax.plot(x, y, ".", ms=2, alpha=0.5, color=color, rasterized=True)
             reach = [_limits(_spread(data[:, d])) for d in pair]
             ax.set(xlim=reach[0], ylim=reach[1], xticks=[], yticks=[])
             ax.set_ylabel(_short(names[pair[1]] if names else f"column {pair[1]}", 18))
@@ -225,7 +225,8 @@ def latent(
     for i, label in enumerate(classes):
         points = means[labels == label][:, [first, second]]
         shape, colour = "o^sDv"[i // len(PALETTE) % 5], PALETTE[i % len(PALETTE)]
-        ax.scatter(*points.T.tolist(), s=6, marker=shape, color=colour, linewidths=0)
+        look = {"marker": shape, "color": colour, "linewidths": 0, "rasterized": True}
+        ax.scatter(*points.T.tolist(), s=6, **look)
         if len(classes) > 1:
             halo = [withStroke(linewidth=3, foreground="#ffffff")]
             place = points.median(0).values.tolist()

@@ -48,7 +48,7 @@ def test_run_folder_holds_its_declaration_and_figures(run: Path) -> None:
     assert declared["transform"] == "threshold"
     names = {path.name for path in (run / "figures").iterdir()}
     assert names == {
-        "curves.svg", "latent.png", "parts.svg", "reconstructions.png", "sample_means.png",
+        "curves.svg", "latent.svg", "parts.svg", "reconstructions.png", "sample_means.png",
         "samples.png",
     }  # fmt: skip
 
