@@ -82,7 +82,7 @@ SESSION = """
 :tags: [remove-cell]
 import subprocess, sys
 def session(commands):
-    ours = f'pyro-vae() {{ COLUMNS=88 {sys.executable} -m pyro_vae "$@"; }}'
+    ours = f'pyro-vae() {{ env -u FORCE_COLOR COLUMNS=88 {sys.executable} -m pyro_vae "$@"; }}'
     run = ["bash", "-ec", ours + chr(10) + commands]
     made = subprocess.run(run, capture_output=True, text=True)
     print(made.stdout)
