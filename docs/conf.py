@@ -77,6 +77,18 @@ import warnings
 warnings.filterwarnings("ignore", "IProgress not found")  # of tqdm, imported by Pyro
 ```
 """
+SESSION = """
+```{code-cell} python
+:tags: [remove-cell]
+import subprocess, sys
+def session(commands):
+    ours = f'pyro-vae() {{ env -u FORCE_COLOR COLUMNS=88 {sys.executable} -m pyro_vae "$@"; }}'
+    run = ["bash", "-ec", ours + chr(10) + commands]
+    made = subprocess.run(run, capture_output=True, text=True)
+    print(made.stdout)
+    assert made.returncode == 0, made.stderr
+```
+"""  # runs the blocks "```shell" of a page, those that show what they print
 
 
 def prepare(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -85,9 +97,17 @@ def prepare(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] = source[0].replace("](../docs/", "](../")
         return
     text = source[0].replace("](../results/", "](results/")
+    if "```shell" in text:
+        text = NOTEBOOK + SESSION + re.sub(r"```shell\n(.*?)```", _with_output, text, flags=re.S)
     if "```python" in text:
         text = NOTEBOOK + text.replace("```python", "```{code-cell} python")
     source[0] = re.sub(r"\.\. automodule:: (\S+)\n(?!   :exclude)", _with_table, text)
+
+
+def _with_output(found: re.Match[str]) -> str:
+    """Commands, and a cell that runs them, of which the output alone is seen."""
+    cell = f"```{{code-cell}} python\n:tags: [remove-input]\nsession({found[1]!r})\n```"
+    return f"```sh\n{found[1]}```\n\n{cell}"
 
 
 def _with_table(found: re.Match[str]) -> str:

@@ -258,7 +258,7 @@ def content(
         ),
         limits=_limits(back(x), data),
         kl=codes.mean.var(0, correction=0) if kl is None else kl,
-        order="the variance of its codes" if kl is None else "its KL",
+        order="the variance of its codes" if kl is None else "KL, in nats",
         names=unit_names(vae),
         layers=list(vae.sizes.values()),
         follow=[Follow(vae, end).eval() for end in accumulate(list(vae.sizes.values())[:-1])],

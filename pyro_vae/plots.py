@@ -54,11 +54,13 @@ STYLE: Any = {
     "ytick.labelsize": 8,
 }
 SCREEN = 96  # points of a page in an inch
-DARK = b"""
-@media (prefers-color-scheme: dark) { svg { fill: #e4e7ea }
-[style*="fill: #ffffff"] { fill: #181c20 !important }
-[style*="stroke: #ffffff"] { stroke: #181c20 !important }
-[style*="stroke: #000000"] { stroke: #e4e7ea !important } }"""
+SHADES = {"#ffffff": "#181c20", "#000000": "#e4e7ea", "#0072b2": "#4aa3df", "#666666": "#a0a9b2"}
+RULES = "\n".join(
+    f'[style*="{part}: {light}"] {{ {part}: {dark} !important }}'
+    for light, dark in SHADES.items()
+    for part in ("fill", "stroke")
+)
+DARK = f"\n@media (prefers-color-scheme: dark) {{ svg {{ fill: #e4e7ea }}\n{RULES} }}".encode()
 
 
 @contextmanager
@@ -171,7 +173,7 @@ def pairs(data: Tensor, samples: Tensor, names: Sequence[str] | None = None) -> 
     for n, pair in enumerate(chosen):
         for ax, rows, color in zip(axes[n :: len(chosen)], (data, samples), PALETTE):
             x, y = (_spread(rows[:1000, d]).tolist() for d in pair)
-            ax.plot(x, y, ".", ms=2, alpha=0.5, color=color)
+            ax.plot(x, y, ".", ms=2, alpha=0.5, color=color, rasterized=True)
             reach = [_limits(_spread(data[:, d])) for d in pair]
             ax.set(xlim=reach[0], ylim=reach[1], xticks=[], yticks=[])
             ax.set_ylabel(_short(names[pair[1]] if names else f"column {pair[1]}", 18))
@@ -223,7 +225,8 @@ def latent(
     for i, label in enumerate(classes):
         points = means[labels == label][:, [first, second]]
         shape, colour = "o^sDv"[i // len(PALETTE) % 5], PALETTE[i % len(PALETTE)]
-        ax.scatter(*points.T.tolist(), s=6, marker=shape, color=colour, linewidths=0)
+        look = {"marker": shape, "color": colour, "linewidths": 0, "rasterized": True}
+        ax.scatter(*points.T.tolist(), s=6, **look)
         if len(classes) > 1:
             halo = [withStroke(linewidth=3, foreground="#ffffff")]
             place = points.median(0).values.tolist()

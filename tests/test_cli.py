@@ -48,7 +48,7 @@ def test_run_folder_holds_its_declaration_and_figures(run: Path) -> None:
     assert declared["transform"] == "threshold"
     names = {path.name for path in (run / "figures").iterdir()}
     assert names == {
-        "curves.svg", "latent.png", "parts.svg", "reconstructions.png", "sample_means.png",
+        "curves.svg", "latent.svg", "parts.svg", "reconstructions.png", "sample_means.png",
         "samples.png",
     }  # fmt: skip
 
@@ -134,6 +134,7 @@ def test_sample_writes_original_units(run: Path) -> None:
     assert set(np.unique(first)) <= {0.0, 16.0}
     assert main(["sample", str(run), "--size", "7", "--seed", "5"]) == 0
     assert np.array_equal(first, np.load(run / "samples.npz")["x"])
+    assert main(["encode", str(run), str(run / "samples.npz")]) == 0  # they are data again
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".csv"])

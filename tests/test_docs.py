@@ -38,11 +38,11 @@ def blocks(page: str, language: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_parse(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_module.py").write_text("\n".join(blocks("extending.md", "python")[:-1]))
-    (tmp_path / "runs/vamp-mnist").mkdir(parents=True)
-    (tmp_path / "runs/vamp-mnist/config.yaml").write_text("data: mnist\n")
+    (tmp_path / "runs/vamp").mkdir(parents=True)
+    (tmp_path / "runs/vamp/config.yaml").write_text("data: mnist\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    for line in "\n".join(blocks(page, "sh")).replace("\\\n", "").splitlines():
+    for line in "\n".join(blocks(page, "sh(?:ell)?")).replace("\\\n", "").splitlines():
         if line.startswith("pyro-vae"):
             _, command, *options = shlex.split(line)
             parse(command, options)

@@ -70,7 +70,7 @@ def content(decoder: nn.Module, shape: tuple[int, ...] = SHAPE, **options: Any) 
         "rows": rows,
         "limits": limits,
         "kl": torch.tensor([0.5, 1.5]),
-        "order": "its KL",
+        "order": "KL, in nats",
     }
     return Content(decoder=decoder, **{**given, **options})
 

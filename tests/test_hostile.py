@@ -175,7 +175,7 @@ LINKS = {  # a path inside a run, and the command that would go through it
     "evaluation.json.tmp": "evaluate",
     "evidence.safetensors": "report",
     "evidence.safetensors.tmp": "evaluate",
-    "figures/latent.png": "plot",
+    "figures/latent.svg": "plot",
     "figures": "plot",
     "samples.npz": "sample",
     "report.html": "report",

@@ -160,19 +160,16 @@ def test_page_says_what_is_missing_and_what_makes_it(run: Path, tmp_path: Path) 
     bare = tmp_path / "bare run"
     shutil.copytree(run, bare)
     shutil.rmtree(bare / "figures")
-    for name in (
-        "evaluation.json",
-        "evidence.safetensors",
-        "metrics.csv",
-        "config.yaml",
-        "data.json",
-    ):
+    for name in ("evaluation.json", "evidence.safetensors", "metrics.csv", "data.json"):
         (bare / name).unlink(missing_ok=True)
     assert main(["report", str(bare)]) == 0
     text = words((bare / "report.html").read_text())
     assert f"Run pyro-vae evaluate '{bare}' and" in text
     assert f"Run pyro-vae plot '{bare}' and" in text
     assert "no metrics.csv" in text
+    (bare / "config.yaml").unlink()
+    assert main(["report", str(bare)]) == 0
+    assert "The run was made by fit" in words((bare / "report.html").read_text())
 
 
 @pytest.mark.parametrize("name", sorted(components("likelihood")))

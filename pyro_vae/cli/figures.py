@@ -100,8 +100,8 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
 
 
 def keep(figure: Figure, place: Path) -> None:
-    """Lines and bars as SVG, images and clouds of points as PNG; one of the two is there."""
-    drawn = any(ax.images or ax.collections for ax in figure.axes)
+    """Images as PNG, all else as SVG; one of the two is there."""
+    drawn = any(ax.images for ax in figure.axes)
     kind, other = (".png", ".svg") if drawn else (".svg", ".png")
     plots.save(figure, str(place.with_suffix(kind)))
     place.with_suffix(other).unlink(missing_ok=True)

@@ -49,10 +49,8 @@ CAPTIONS = {
 }
 PARTS = ("parts", "unit_kl")
 BOUND = ("elbo", "kl", "reconstruction")
-EACH = (
-    "log p(x) of each datum; its ELBO against it, which lies below the line by the inference gap; "
-    "and k-hat, the tail of its weights."
-)
+EACH = "log p(x) of each datum{}; and k-hat, the tail of its weights."
+GAP = "; its ELBO against it, which lies below the line by the inference gap"
 
 
 class Picture(NamedTuple):
@@ -193,7 +191,8 @@ def evidence(folder: Path) -> dict[str, Any] | None:
         here = found.rows(torch.tensor([i for i, other in enumerate(kinds) if other == kind]))
         worst = here.stderr.max().item()
         lines.append((*kind, str(count), f"{here.mean():.2f}", f"{worst:.2g}"))
-    return {"lines": lines, "each": _drawn(each_datum(found), EACH)}
+    caption = EACH.format(GAP if "regret" in found.extras else "")
+    return {"lines": lines, "each": _drawn(each_datum(found), caption)}
 
 
 @plots.style()

@@ -41,6 +41,8 @@ def sample(options: Namespace) -> None:
     y = condition(splits.train, options.size, options.label, vae)
     with forked(torch.device("cpu"), options.seed), torch.no_grad():
         x = splits.train.transform.inverse(vae.sample(options.size, y, mean=options.mean))
+    if splits.train.levels is not None and bool((x == x.round()).all()):
+        x = x.to(torch.uint8)  # as the data were, so that other commands read it
     write(out, _archive(x=x.numpy()) if schema is None else schema.csv(x))
     if x.ndim == 4:
         plots.save(plots.images(x, limits=limits(splits.train)), str(out.with_suffix(".png")))

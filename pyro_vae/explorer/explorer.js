@@ -393,7 +393,7 @@ function drawRow() {
   const lines = {
     row: String(numbers.data[n]),
     ...(labels ? { class: String(labels.data[n]) } : {}),
-    "log p(x)": told ? `${log_prob.data[n].toFixed(2)} ± ${stderr.data[n].toPrecision(2)} nats, ${verdict[n]}` : "not estimated: run evaluate, or raise --judged",
+    "log p(x)": told ? `${log_prob.data[n].toFixed(2)} ± ${stderr.data[n].toPrecision(2)} nats, ${verdict[n]}` : "not estimated: evaluate first, or raise judged",
     ELBO: `${elbo.data[n].toFixed(2)} nats, a lower bound`,
     ...(told ? { "inference gap": `${(log_prob.data[n] - elbo.data[n]).toFixed(2)} nats, log p(x) less ELBO` } : {}),
     "q(z | x)": [...row(held.rows.means, n)].slice(0, 6).map((m, d) => `${m.toFixed(2)} ± ${row(held.rows.scales, n)[d].toFixed(2)}`).join(", ") + (model.size > 6 ? ", ..." : ""),
@@ -649,7 +649,7 @@ function makeChoices() {
 
 function told() {
   $("about").textContent = held.about[0];
-  $("order").textContent = `Ordered by ${held.order}, shown at the right in nats.`.replace(held.order === "its KL" ? "" : " in nats", "");
+  $("order").textContent = `Ordered by ${held.order}, shown at the right.`;
   const notes = [...held.about.slice(1), held.decoder.said];
   notes.push("log p(x), ELBO and gap are in nats per row, of the data as the model sees them. They were computed beforehand, with their errors; the page computes means of decoded data only.");
   notes.push(held.prior.loc ? "The page draws from the prior itself." : `The page cannot draw from this prior itself: it takes one of ${held.draws.z.shape[0]} draws made beforehand.`);
