@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import resource
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,7 +120,9 @@ def chained(x: Tensor, schema: Schema) -> Tensor:
     return torch.stack([part.float() for part in found], 1)
 
 
-def ours(x: Tensor, schema: Schema, shown: Tensor, epochs: int) -> tuple[Tensor, object]:
+def ours(
+    x: Tensor, schema: Schema, shown: Tensor, epochs: int, options: dict[str, Any]
+) -> tuple[Tensor, object]:
     """Columns under IWAE, on incomplete rows the objective of Mattei and Frellsen's MIWAE."""
     torch.manual_seed(0)
     network = {"class_path": "MLP", "init_args": {"hidden": [128], "activation": "relu"}}
@@ -131,10 +135,17 @@ def ours(x: Tensor, schema: Schema, shown: Tensor, epochs: int) -> tuple[Tensor,
         missing=True,
     )
     fit(vae, x, IWAE(num_particles=5), epochs=epochs, lr=2e-3, progress=False)
-    start = time.process_time()
-    found = impute(vae, x[shown], num_draws=100)
-    print(f"  impute: {time.process_time() - start:.0f} s for {len(shown)} rows", flush=True)
+    start, before = time.perf_counter(), processor()
+    found = impute(vae, x[shown], **options)
+    clock, used = time.perf_counter() - start, processor() - before
+    print(f"  impute: {used:.0f} s, {clock:.0f} by the clock, for {len(shown)} rows", flush=True)
     return schema.centre(found.draws, found.mean), vae
+
+
+def processor() -> float:
+    """Seconds of this process and of those that it started and that ended."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def by_column(vae: object, truth: Tensor, hidden: Tensor) -> list[str]:
@@ -164,28 +175,35 @@ def main() -> None:
     parser.add_argument("--shares", nargs="+", type=int, default=[20, 50])
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--conditional", type=int, default=60, help="rows of log p by column")
+    parser.add_argument("--draws", type=int, default=100)
+    parser.add_argument("--proposal", default="refined", help="of impute, or guide")
+    parser.add_argument("--chunk_size", type=int, help="of impute")
+    parser.add_argument("--devices", type=int, default=1, help="processes of impute")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     for table in options.tables:
         for share in options.shares:
-            compare(options.data / table, share, options.rows, options.conditional)
+            compare(options.data / table, share, options)
 
 
-def compare(folder: Path, share: int, rows: int, conditional: int) -> None:
+def compare(folder: Path, share: int, options: argparse.Namespace) -> None:
     """One table with one share of hidden cells."""
     truth, hidden, schema, types = load(folder, share)
     x = truth.masked_fill(hidden, torch.nan)
-    shown = spread(len(x), rows, 0)
+    shown = spread(len(x), options.rows, 0)
     judged = truth, hidden & torch.zeros(len(x), 1).index_fill(0, shown, 1).bool(), types, schema
     print(f"{folder.name}, {share} %", flush=True)
-    some, vae = ours(x, schema, shown, EPOCHS[folder.name])
+    way = {"num_draws": options.draws, "proposal": options.proposal, "devices": options.devices}
+    way["chunk_size"] = options.chunk_size
+    filled, vae = ours(x, schema, shown, EPOCHS[folder.name], way)
     each = [
         errors(made, *judged)
-        for made in (mean_or_mode(x, types), chained(x, schema), x.index_copy(0, shown, some))
+        for made in (mean_or_mode(x, types), chained(x, schema), x.index_copy(0, shown, filled))
     ]
     for name, found in zip(("mean, mode", "IterativeImputer", "pyro_vae"), each):
         print(f"  {name}: {by_sort(found, types)}", flush=True)
-    lines = by_column(vae, truth[shown[:conditional]], hidden[shown[:conditional]])
+    few = shown[: options.conditional]
+    lines = by_column(vae, truth[few], hidden[few])
     for name, *found, line in zip(schema.columns, *each, lines):
         print(f"| {name} | {' | '.join(f'{e:.3f}' for e in found)} | {line}")
     print(f"  log p(hidden | seen): {lines[-1]}", flush=True)
