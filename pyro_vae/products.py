@@ -22,8 +22,8 @@ def fast_products(weights: Iterable[Tensor]) -> Iterator[None]:
 
     torch gives them to the BLAS that it was built with, which on some processors takes twice
     as long. `torch.backends.mkldnn.matmul.fp32_precision = "bf16"` has it call oneDNN, which
-    computes in float32 unless the processor multiplies matrices of bfloat16. One product, once
-    a process, shows which; the switch is then left alone. So it is where a user has set it.
+    computes in float32 unless the processor multiplies matrices of bfloat16: one product, once a
+    process, shows which. Where it is not exact, or a user allows less already, nothing changes.
     """
     switch = getattr(torch.backends.mkldnn, "matmul", None)  # of torch 2.9 and later
     before = getattr(switch, "fp32_precision", None)

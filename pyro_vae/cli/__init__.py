@@ -88,7 +88,7 @@ TRAINING: Options = {
     "--precision": option(str, "32-true"),
     **SPEED,
     "--compile": option(bool | None, None, "compile the step; if training is long"),
-    "--tensorboard": option(bool, False, "also log for TensorBoard"),
+    "--tensorboard": option(bool, False, "also log for TensorBoard; needs pyro-vae[tensorboard]"),
     "--progress": option(bool, True, "show a progress bar"),
     "--run": option(str | None, None, "new folder of the run; runs/NAME-n"),
     "--resume": option(str | None, None, "folder of a run to go on with"),

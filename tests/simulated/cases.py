@@ -29,7 +29,7 @@ from torch.distributions import Independent, Normal
 import pyro_vae
 from pyro_vae import likelihoods, metrics, networks, posteriors, priors
 from pyro_vae.__main__ import main
-from pyro_vae.cli import judge, score
+from pyro_vae.cli import compare, evaluate, score
 from pyro_vae.data import load_data
 from pyro_vae.estimators import evidence_lower_bound
 from pyro_vae.objectives import (
@@ -281,7 +281,7 @@ def test_metrics(name: str) -> None:
 
 @pytest.mark.usefixtures("on_device")
 def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (judge, score):
+    for module in (compare, evaluate, score):
         monkeypatch.setattr(module, "placed", lambda vae, data, _: (vae.to("sim"), data.to("sim")))
     runs = [str(tmp_path / name) for name in ("first", "second")]
     for run, prior in zip(runs, ("StandardNormal", "VampPrior")):

@@ -359,4 +359,4 @@ def test_torchrun(tmp_path: Path) -> None:
     assert state is not None
     assert state["step"] == 2
     assert len(state["rng_of_others"]) == 1
-    assert (run / "figures" / "curves.png").exists()
+    assert (run / "figures" / "curves.svg").exists()
