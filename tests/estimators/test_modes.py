@@ -118,6 +118,25 @@ def test_climbs_reach_the_mode_and_never_end_lower(pair: tuple) -> None:
     torch.testing.assert_close(modes._climb(target, starts, tril, 1, 1e6), starts)
 
 
+def test_first_steps_reach_twice_as_far_as_a_mode_is() -> None:
+    tril = torch.tensor([[[0.5, 0.0], [3.0, 0.2]]])
+    away = torch.tensor([[31.0, -53.0], [0.1, 0.0]]).unsqueeze(1)  # in standard deviations
+    steps = modes._far(tril, away @ tril[0].T)
+    torch.testing.assert_close(steps[:, 0, 0], torch.tensor([4 * 53 / modes.STEPS, modes.LR]))
+
+
+def test_the_lower_of_the_first_climbs_counts_in_the_first_round_alone(
+    pair: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, mode, _ = pair
+    other = mode[:, [1, 0, 2]]
+    search = modes._Search(target, torch.stack([mode, other]), mode[None], torch.zeros_like(mode))
+    monkeypatch.setattr(search, "_starts", lambda target, rows, known, *_: known)
+    for origin, number in ((0, 2), (1, 1)):
+        _, keep = search._extend(torch.arange(3), search.known, 1, origin)
+        assert keep.sum(0).tolist() == [number] * 3
+
+
 def test_lines_leave_out_what_data_do_not_inform() -> None:
     variance = torch.tensor([[1.0, 0.2, 1.02, 0.9], [1.0, 1.0, 1.0, 0.01]])
     order, number = modes._informed(variance)

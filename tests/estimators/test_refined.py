@@ -197,6 +197,12 @@ def test_few_draws_have_no_khat_and_no_trust(num_samples: int) -> None:
     assert set(e.verdict) == {"doubtful"}
 
 
+def test_two_draws_are_of_the_proposal_and_a_third_is_of_each() -> None:
+    with evaluating(seed=0, device=CPU):
+        found = fit(linear(num_data=3), 1)
+    assert [found._numbers(number) for number in (2, 3)] == [(2, 0, 0), (1, 1, 1)]
+
+
 @pytest.mark.parametrize("options", [{"num_samples": 0}, {"num_starts": 0}, {"chunk_size": 0}])
 def test_wrong_numbers_are_refused(options: dict[str, int]) -> None:
     world = linear()
