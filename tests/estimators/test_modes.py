@@ -79,6 +79,21 @@ def test_lines_lead_beyond_a_valley(pair: tuple) -> None:
     assert lines.shape == (6, 3, 3)
 
 
+class Twins:
+    """Peaks at 3.3 and -3.3 in the first coordinate, too narrow for a stride to meet."""
+
+    def log_joint(self, u: Tensor) -> Tensor:
+        return -(((u[..., 0].abs() - 3.3) / 0.1) ** 2) / 2
+
+
+def test_a_line_leads_to_the_mirror_image_of_a_mode() -> None:
+    mode, line = torch.tensor([[3.3, 0.7]]), torch.tensor([1.0, 0.0]).view(1, 1, 2)
+    spread, centre = torch.tensor([[0.1]]), torch.tensor([[0.0, 0.7]])
+    points, reach = modes._walk(Twins(), mode, line, spread, centre)  # type: ignore[arg-type]
+    torch.testing.assert_close(points, torch.tensor([[[-3.3, 0.7]]]))
+    torch.testing.assert_close(reach, torch.zeros(1, 1))
+
+
 def test_a_valley_tells_modes_apart(pair: tuple) -> None:
     target, mode, tril = pair
     other, near = mode[:, [1, 0, 2]], mode + 0.02
