@@ -93,10 +93,14 @@ def codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def mutants(path: Path) -> Iterator[tuple[Key, str, CodeType]]:
-    """The function, a description and the changed code of every mutant of a file."""
+    """The function, a description and the changed code of every mutant of a file.
+
+    A function cannot be given code of other free variables, as without its `super().__init__()`.
+    """
     tree = ast.parse(path.read_text())
     functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
     inner = {n for f in functions for n in ast.walk(f) if n is not f}
+    whole = compile(tree, str(path), "exec")
     for function in (f for f in functions if f not in inner):
         first = min(n.lineno for n in [function, *function.decorator_list])
         for parent, field, index in places(function):
@@ -109,11 +113,16 @@ def mutants(path: Path) -> Iterator[tuple[Key, str, CodeType]]:
             _put(parent, field, index, ast.copy_location(new, node))
             module = compile(ast.fix_missing_locations(tree), str(path), "exec")
             _put(parent, field, index, node)
-            code = next(
-                c
-                for c in codes(module)
-                if c.co_firstlineno == first and c.co_name == function.name
+            old, code = (
+                next(
+                    c
+                    for c in codes(made)
+                    if c.co_firstlineno == first and c.co_name == function.name
+                )
+                for made in (whole, module)
             )
+            if code.co_freevars != old.co_freevars:
+                continue
             where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', first)} {code.co_qualname}"
             yield (str(path), code.co_qualname, first), f"{where}: {what}", code
 
