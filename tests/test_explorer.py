@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from pyro_vae import build, load
 from pyro_vae.__main__ import main
 from pyro_vae.cli.explore import evaluated
-from pyro_vae.data import load_data
+from pyro_vae.data import Data, load_data
+from pyro_vae.data.schema import Schema
 from pyro_vae.data.transforms import Identity, Standardise
 from pyro_vae.estimators import Evidence
 from pyro_vae.explorer import CannotRun, Content, Program, Rows, page, trace
@@ -355,6 +356,24 @@ def test_programs_that_the_page_lacks_become_an_atlas_of_their_means(tmp_path: P
     with torch.no_grad():
         exact = own.decoder(torch.cat([z, y], -1)).sort(-1).values
     torch.testing.assert_close(x, exact)
+
+
+def test_codes_of_a_table_have_their_names(tmp_path: Path) -> None:
+    kinds = {"job": ["baker", "clerk", "pilot"], "member": ["no", "yes"]}
+    plain = {n: {"kind": k, "categories": kinds[n]} for n, k in zip(kinds, ("category", "binary"))}
+    schema = Schema.restore({**plain, "age": "real"})
+    rows = torch.tensor([[0.0, 1, 31.5], [2, 0, 47.5], [1, 1, 23.0]])
+    data = Data(rows, columns=tuple(schema.columns), schema=schema)
+    model = build(3, 2, likelihood=schema.likelihood)
+    held = Held(explore(model, data, tmp_path / "table.html", judged=0).read_text())
+    named = [["baker", "clerk", "pilot"], ["yes"], []]
+    assert held.header["output"]["categories"] == named
+
+
+@pytest.mark.slow
+def test_the_page_names_codes_and_shares(shown: Browser) -> None:
+    cells = "[cell(1.2, ['no', 'yes', 'so']), cell(0.254, ['yes']), cell(3.25, [])]"
+    assert shown.run(cells) == ["yes", "25% yes", "3.25"]
 
 
 def test_programs_of_other_sites_and_evidence_of_other_rows_are_refused(tmp_path: Path) -> None:
