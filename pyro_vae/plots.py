@@ -222,20 +222,31 @@ def latent(
     figure, (ax,) = _axes(1, 1, 4.5)
     labels = torch.zeros(len(means)) if labels is None else labels
     classes = labels.unique().tolist()
+    shown = means[:, [first, second]].float()
+    placed, apart = torch.empty(0, 2), 0.06 * (shown.amax(0) - shown.amin(0)).max().item()
     for i, label in enumerate(classes):
-        points = means[labels == label][:, [first, second]]
+        points = shown[labels == label]
         shape, colour = "o^sDv"[i // len(PALETTE) % 5], PALETTE[i % len(PALETTE)]
         look = {"marker": shape, "color": colour, "linewidths": 0, "rasterized": True}
         ax.scatter(*points.T.tolist(), s=6, **look)
         if len(classes) > 1:
             halo = [withStroke(linewidth=3, foreground="#ffffff")]
-            place = points.median(0).values.tolist()
-            ax.text(*place, f"{label:g}", size=13, weight="bold", path_effects=halo)
+            place = _free(points, placed, apart)
+            placed = torch.cat([placed, place[None]])
+            ax.text(*place.tolist(), f"{label:g}", size=13, weight="bold", path_effects=halo)
     ax.set_xlabel(f"E[{_unit(first, names)} | x]")
     ax.set_ylabel(f"E[{_unit(second, names)} | x]")
     chosen = ", the two dimensions of largest variance" if means.shape[1] > 2 else ""
     ax.set_title(f"posterior means{chosen}")
     return figure
+
+
+def _free(points: Tensor, placed: Tensor, apart: float) -> Tensor:
+    """The median of points [N, 2], or the nearest of them that is far enough from [M, 2]."""
+    median = points.median(0).values
+    near = torch.cat([median[None], points[(points - median).norm(dim=1).argsort()]])
+    clear = (torch.cdist(near, placed) > apart).all(1)
+    return near[int(clear.float().argmax())]
 
 
 def traversals(

@@ -146,7 +146,7 @@ def main(arguments: argparse.Namespace) -> None:
         "morphing": plots.image_rows(rows, names, "from one image to another, 20 latents", light),
     }
     for title, figure in figures.items():
-        plots.save(figure, str(out / f"{title}.png"))
+        plots.save(figure, str(out / f"{title}.{'svg' if title == 'classes' else 'png'}"))
     images, lengths = halfway(large, x)
     with torch.enable_grad():
         table = [score(small, images["test images"], "test images")]
