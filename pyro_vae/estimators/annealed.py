@@ -15,6 +15,7 @@ from pyro_vae.estimators.evidence import Evidence, summarise
 from pyro_vae.estimators.refined import Fit, fit_proposal
 from pyro_vae.estimators.run import estimator, map_targets
 from pyro_vae.estimators.target import Target, gradients
+from pyro_vae.estimators.values import summed
 
 __all__ = [
     "Path",
@@ -36,6 +37,7 @@ GUIDE_DRAWS = 200  # behind the spread of the guide
 
 
 @estimator
+@summed
 def annealed_importance_sampling(
     model: Program,
     guide: Program,

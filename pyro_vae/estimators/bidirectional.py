@@ -14,6 +14,7 @@ from pyro_vae.estimators.annealed import Path, check_path, make_start
 from pyro_vae.estimators.diagnostics import log_mean_exp
 from pyro_vae.estimators.run import estimator, map_targets
 from pyro_vae.estimators.target import Target
+from pyro_vae.estimators.values import not_summed
 
 __all__ = ["Bracket", "bidirectional"]
 
@@ -62,6 +63,7 @@ class Bracket:
 
 
 @estimator
+@not_summed
 def bidirectional(
     model: Program,
     guide: Program,

@@ -11,7 +11,8 @@ from torch import Tensor
 from pyro_vae.densities import Program, summed_values
 from pyro_vae.estimators.evidence import Evidence, worst
 from pyro_vae.estimators.log_evidence import log_evidence
-from pyro_vae.estimators.run import estimator, for_each_value
+from pyro_vae.estimators.run import estimator
+from pyro_vae.estimators.values import for_each_value
 
 __all__ = ["ClassProbabilities", "class_probabilities"]
 

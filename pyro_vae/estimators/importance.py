@@ -17,6 +17,7 @@ from pyro_vae.estimators.diagnostics import (
 from pyro_vae.estimators.evidence import Evidence, summarise
 from pyro_vae.estimators.run import check_support, estimator, map_batches
 from pyro_vae.estimators.target import ROWS, CompiledJoint
+from pyro_vae.estimators.values import summed
 from pyro_vae.memory import check_fits
 
 __all__ = ["Bound", "evidence_lower_bound", "importance_sampling", "lower_bound"]
@@ -25,6 +26,7 @@ DRAWS = 50_000  # draws held at once: more run the guide again
 
 
 @estimator
+@summed
 def importance_sampling(
     model: Program,
     guide: Program,

@@ -20,6 +20,7 @@ from pyro_vae.estimators.proposal import add_components, joined
 from pyro_vae.estimators.refined import METHOD, Fit, fit_proposal
 from pyro_vae.estimators.run import estimator, exact_without_data, map_targets
 from pyro_vae.estimators.target import Target
+from pyro_vae.estimators.values import not_summed, summed
 from pyro_vae.memory import check_fits
 
 __all__ = ["Imputation", "column_log_prob", "impute", "log_conditional"]
@@ -122,6 +123,7 @@ class Imputation:
 
 
 @estimator
+@summed
 def impute(
     model: Program,
     guide: Program,
@@ -322,6 +324,7 @@ def _less(a: Evidence, b: Evidence) -> Evidence:
 
 
 @estimator
+@not_summed
 def column_log_prob(
     model: Program,
     guide: Program,

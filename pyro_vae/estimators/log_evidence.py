@@ -19,6 +19,7 @@ from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.importance import lower_bound
 from pyro_vae.estimators.run import estimator, map_targets
 from pyro_vae.estimators.target import ROWS, Target
+from pyro_vae.estimators.values import not_summed, summed
 
 __all__ = ["Audit", "audit", "kept_audit", "log_evidence"]
 
@@ -29,6 +30,7 @@ FEWEST, MOST, SHARE = 24, 64, 8  # simulated data: N / 8 within these
 
 
 @estimator
+@summed
 def log_evidence(
     model: Program,
     guide: Program,
@@ -205,6 +207,7 @@ class Audit:
 
 
 @estimator
+@not_summed
 def audit(
     model: Program,
     guide: Program,
@@ -269,6 +272,7 @@ def audit(
         seed=None if seed is None else seed + 1,
         devices=devices,
         progress=progress,
+        title="audit",
     )
     evidence = Evidence.cat([part.evidence for part in parts])
     return Audit(evidence, torch.cat([part.upper for part in parts]), tolerance)

@@ -24,6 +24,7 @@ from pyro_vae.estimators.proposal import (
 )
 from pyro_vae.estimators.run import estimator, map_targets
 from pyro_vae.estimators.target import SCALE_DRAWS, Target
+from pyro_vae.estimators.values import summed
 
 __all__ = ["METHOD", "Fit", "fit_cost", "fit_proposal", "refined_importance_sampling"]
 
@@ -36,6 +37,7 @@ NEGLIGIBLE = 8.0  # nats of evidence below a datum's best component
 
 
 @estimator
+@summed
 def refined_importance_sampling(
     model: Program,
     guide: Program,

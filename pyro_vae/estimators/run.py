@@ -1,4 +1,4 @@
-"""How estimators are run: what they are given, for each value of discrete latents, in batches."""
+"""How estimators are run: what they are given, in batches, in processes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 import numpy as np
 import pyro
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_vae.arguments import TakesVAE, as_rows, check_real, check_whole, programs
-from pyro_vae.densities import Program, densities, evaluating, log_weights, summed_values
+from pyro_vae.densities import Program, densities, evaluating
 from pyro_vae.estimators.coordinates import Coordinates
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.target import ROWS, CompiledTarget, Target
@@ -27,23 +26,13 @@ from pyro_vae.processes import in_processes, is_small, threads
 __all__ = [
     "check_support",
     "estimator",
-    "for_each_value",
     "map_batches",
     "map_targets",
 ]
 
-SUMMED = {  # estimators whose results are mixed over the values of a latent
-    "impute",
-    "importance_sampling",
-    "refined_importance_sampling",
-    "annealed_importance_sampling",
-    "log_evidence",
-}
-REFUSED = {"audit", "bidirectional", "column_log_prob"}
 DRAWS_AT_ONCE = 4  # draws of each datum that make up the rows that the model sees at once
 STEP = 100  # rows of a usual step of training, by which models are small for `fit`, too
 NUMBERS = 5_000_000  # coordinates of a thousand draws of a batch
-Values = dict[str, Tensor]
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -54,8 +43,6 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
     x and y may be tensors, arrays, frames or lists; they and the numbers are checked, by name.
     Pyro's own checks are on, whatever flags are set: a density of data that are impossible is no
     number to report. They are flags of the process, so that other threads wait.
-
-    With a model whose discrete latents are to be summed out it is run for each of their values.
     """
     signature = inspect.signature(function)
 
@@ -71,7 +58,7 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
         for name, value in given.items():
             check_number(name, value, optional=signature.parameters[name].default is None)
         with alone, pyro.validation_enabled(True), few_threads(given, x):
-            found = _found(function, bound)
+            found = function(*bound.args, **bound.kwargs)
             if isinstance(found, Evidence) and "model" in given:
                 parts = given["model"], given["guide"], x, given.get("y")
                 return exact_without_data(found, *parts).of(x)  # type: ignore[return-value]
@@ -86,25 +73,6 @@ def few_threads(programs: dict[str, Any], x: Tensor) -> AbstractContextManager[N
     weights = [p for m in modules if isinstance(m, nn.Module) for p in m.parameters()]
     small = bool(weights) and x.device.type == "cpu" and is_small(weights, STEP)
     return threads(1) if small else nullcontext()
-
-
-def _found(function: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
-    """What a function gives; for summed latents what it gives at each value, mixed."""
-    given = bound.arguments
-    if function.__name__ not in SUMMED | REFUSED:
-        return function(*bound.args, **bound.kwargs)
-    values = summed_values(given["model"], given["x"], given.get("y"))
-    if not values:
-        return function(*bound.args, **bound.kwargs)
-    if function.__name__ in REFUSED:
-        raise ValueError(
-            f"{function.__name__} takes no model with discrete latents to be summed out, here "
-            f"{sorted(values)}: give it one at a value, by pyro.condition"
-        )
-    bound.apply_defaults()
-    parts = for_each_value(function, bound.arguments, values)
-    with forked(torch.device("cpu"), bound.arguments["seed"]):
-        return type(parts[0]).mixed(parts)
 
 
 def exact_without_data(
@@ -128,89 +96,6 @@ def check_number(name: str, value: Any, optional: bool) -> None:
         check_whole(0, optional=True, seed=value)
     elif name == "tolerance":
         check_real(above=0, tolerance=value)
-
-
-class OneValue(nn.Module):
-    """A model and a guide with discrete latents at one value, which the model observes."""
-
-    def __init__(self, model: Program, guide: Program, values: Values) -> None:
-        super().__init__()
-        self.programs, self.values = (model, guide), values
-        owners = {id(o): o for o in (getattr(p, "__self__", p) for p in self.programs)}
-        self.owners = nn.ModuleList(o for o in owners.values() if isinstance(o, nn.Module))
-
-    def model(self, *args: Any) -> Any:
-        """The model, observing the value."""
-        with At(self.values, hidden=False):
-            return self.programs[0](*args)
-
-    def guide(self, *args: Any) -> Any:
-        """The guide, given the value."""
-        with At(self.values, hidden=True):
-            return self.programs[1](*args)
-
-
-class At(Messenger):
-    """Gives sites a value, and shows them to handlers outside as observed, or not at all."""
-
-    def __init__(self, values: Values, hidden: bool) -> None:
-        super().__init__()
-        self.values, self.hidden = values, hidden
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.values:
-            value = self.values[msg["name"]]
-            msg["value"] = value.expand(*msg["fn"].batch_shape, *value.shape)
-            msg["is_observed"], msg["stop"] = True, self.hidden
-
-
-def for_each_value(
-    function: Callable[..., Any], given: dict[str, Any], values: Values
-) -> list[Any]:
-    """Evidence of log p(x, c) for each joint value c, or imputations given it.
-
-    Data for which the model excludes a value, such as by a known label, are marked so.
-
-    Args:
-        function: An estimator.
-        given: Its arguments, by name.
-        values: Joint values [C, *event] of each site.
-    """
-    parts, count = [], len(next(iter(values.values())))
-    for c in track(range(count), f"{count} values", bool(given.get("progress"))):
-        one = OneValue(given["model"], given["guide"], {n: v[c] for n, v in values.items()})
-        seed = given.get("seed")
-        own = {"model": one.model, "guide": one.guide, "seed": None if seed is None else seed + c}
-        quiet = {"progress": False} if "progress" in given else {}
-        parts.append(_where_possible(function, given | own | quiet))
-    some = next((part for part in parts if part is not None), None)
-    if some is None:
-        raise ValueError(f"the model excludes all data at every value of {sorted(values)}")
-    return [some.excluded(torch.arange(len(some))) if part is None else part for part in parts]
-
-
-def _where_possible(function: Callable[..., Any], given: dict[str, Any]) -> Any:
-    """Results of all data, found of those that the model does not exclude; None if it does all."""
-    x, y = given["x"], given.get("y")
-    if y is None:
-        return function(**given)
-    possible = _possible(given["model"], given["guide"], x, y)
-    rows = possible.nonzero()[:, 0]
-    if not len(rows):
-        return None
-    found = function(**given | {"x": x[rows], "y": y[rows]})
-    place = (possible.cumsum(0) - 1).clamp(min=0).cpu()
-    return found.rows(place).excluded((~possible).nonzero()[:, 0].cpu())
-
-
-def _possible(model: Program, guide: Program, x: Tensor, y: Tensor) -> Tensor:
-    """Data [N] that the model does not exclude, such as by a known label."""
-    with evaluating(model, guide, seed=0, device=x.device):
-        parts = [
-            log_weights(model, guide, *pair, num_particles=1, chunk_size=len(pair[0]))[0]
-            for pair in zip(x.split(1000), y.split(1000))
-        ]
-    return torch.cat(parts) > -torch.inf
 
 
 def check_support(
@@ -347,6 +232,7 @@ def map_targets(
     devices: int,
     progress: bool,
     compile: bool = False,
+    title: str = "log p(x)",
 ) -> list[T]:
     """What `estimate` gives for the posteriors of each batch of data, as by `map_batches`."""
     rows = 2 * ROWS if chunk_size is None else chunk_size
@@ -363,6 +249,7 @@ def map_targets(
         seed=seed,
         devices=devices,
         progress=progress,
+        title=title,
     )
 
 
