@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,22 @@ def test_a_file_of_few_labels_is_trained_and_classified(
     assert "labels below 2, the number of classes" in capsys.readouterr().err
     assert run([*train[:-1], "--run=two", *small, "--conditional=true"]) == 2
     assert "for few labels use --classes" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:posterior collapse")
+def test_a_table_with_classes_is_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [f"{i % 7 + 0.5},{'uv'[i % 2]},{i % 2}" for i in range(60)]
+    Path("t.csv").write_text("\n".join(["a,b,label", *lines]))
+    small = ["--latent_dim=1", "--encoder.hidden=[4]", "--decoder.hidden=[4]", "--epochs=1"]
+    assert run(["train", "--data=t.csv", "--classes=2", "--run=run", "--no-progress", *small]) == 0
+    capsys.readouterr()
+    assert run(["evaluate", "run", "--json", "--tolerance=1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"] == sum(found["verdicts"].values()) == 6
+    assert "simulated data" in found["audit"]
 
 
 def test_what_cannot_be_is_refused_in_one_line() -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from pyro_vae import plots
+from pyro_vae.classes import ClassVAE
 from pyro_vae.cli.figures import NAMES, decompose, keep, layer_lines, limits
 from pyro_vae.cli.folder import load_run, pairs, placed
 from pyro_vae.cli.judge import estimate, held_out, rows_of, shown
@@ -194,7 +195,7 @@ def by_column(vae: VAE, data: Data, **options: Any) -> Tensor:
 
 def odd_rows(vae: VAE, data: Data, evidence: Evidence) -> list[dict[str, Any]]:
     """The rows of least log p(x), and the column that is farthest below its usual log p."""
-    if data.schema is None:
+    if data.schema is None or isinstance(vae, ClassVAE):
         return []
     lowest = evidence.log_prob.argsort()[:ODD]
     shown = torch.cat([lowest, spread(len(data), OTHERS, 0)])
@@ -236,8 +237,11 @@ def missing_patterns(data: Data) -> list[dict[str, Any]]:
 
 
 def draw_audit(vae: VAE, data: Data, evidence: Evidence, options: Namespace) -> None:
-    """The figure of the audit behind the verdicts, if there was one: it was kept."""
-    if not evidence.audit or evidence.audit.startswith("none"):
+    """The figure of the audit behind the verdicts, if there was one: it was kept.
+
+    With classes there is an audit for each, and no figure.
+    """
+    if not evidence.audit or evidence.audit.startswith("none") or isinstance(vae, ClassVAE):
         return
     x, y = data.batch()
     names = ("tolerance", "chunk_size", "devices", "seed", "progress")
