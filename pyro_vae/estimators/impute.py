@@ -346,11 +346,13 @@ def column_log_prob(
     with the weighted draws that give log p(x): the average of p(x_c | z) over draws weighted for
     the other columns, so that it is never above 0 for a probability. Where leaving a column out
     makes the k-hat of these weights larger than 0.6, the draws are from a mixture of the proposals
-    for x and for the other columns.
+    for x and for the other columns. A VAE without missing=True has no proposal for the others:
+    there, log p of an odd value may come out too high.
 
     Args:
-        model: As in `log_conditional`; its one observed site is x, its entries independent given
-            the latents.
+        model: As in `log_evidence`, or a VAE; its one observed site is x, its entries independent
+            given the latents. One of one's own takes NaN, unless it is a method of a module whose
+            `missing` is False.
         guide: Pyro guide of the same arguments.
         x: Data [N, *E].
         y: What is conditioned on [N, C], or None.
@@ -372,8 +374,9 @@ def column_log_prob(
         Vehtari, Gelman and Gabry. Practical Bayesian model evaluation using leave-one-out
         cross-validation and WAIC. 2017.
     """
+    missing = getattr(getattr(model, "__self__", None), "missing", True)
     parts = map_targets(
-        partial(_columns, num_samples=num_samples),
+        partial(_columns, num_samples=num_samples, missing=missing),
         model,
         guide,
         x,
@@ -387,8 +390,8 @@ def column_log_prob(
     return torch.cat(parts)
 
 
-def _columns(target: Target, num_samples: int) -> Tensor:
-    """log p(x_c | the others) [B, *E]."""
+def _columns(target: Target, num_samples: int, missing: bool) -> Tensor:
+    """log p(x_c | the others) [B, *E]; `missing` is whether the model takes NaN."""
     fit = fit_proposal(target)
     places, weights = fit.draw_with_places(num_samples)
     parts = [target.entry_log_prob(u).double() for u in places.split(target.draws_at_once)]
@@ -396,8 +399,8 @@ def _columns(target: Target, num_samples: int) -> Tensor:
     without = weights - torch.cat(parts)
     found = (weights.logsumexp(0) - without.logsumexp(0)).cpu()
     khat = pareto_khat(without.flatten(1).cpu()).view(found.shape)
-    found[missing := target.x.isnan().cpu()] = math.nan
-    hard = ((khat > KHAT) & ~missing).nonzero()
+    found[empty := target.x.isnan().cpu()] = math.nan
+    hard = ((khat > KHAT) & ~empty & missing).nonzero()
     for cells in hard.split(target.num_data) if len(hard) else ():
         found[tuple(cells.T)] = _cells(
             fit.rows(cells[:, 0].to(places.device)), cells[:, 1:], num_samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pyro
@@ -13,7 +14,7 @@ from exact import LinearGaussian
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from pyro_vae import build, column_log_prob, impute, log_conditional, log_evidence
+from pyro_vae import build, column_log_prob, fit, impute, log_conditional, log_evidence
 from pyro_vae.distributions import Incomplete
 from pyro_vae.estimators import Evidence, importance_sampling
 from pyro_vae.networks import MLP
@@ -213,6 +214,19 @@ def test_column_log_prob_is_exact() -> None:
             exact[i, c] = world.log_prob(i, seen) - world.log_prob(i, others)
     torch.testing.assert_close(found, exact, rtol=0, atol=0.15, equal_nan=True)
     assert found[4].argmin() == 2
+
+
+def test_column_log_prob_needs_no_missing_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With missing=True each value would get draws of its own, of a row without it."""
+    monkeypatch.setattr(import_module("pyro_vae.estimators.impute"), "KHAT", -torch.inf)
+    x = torch.randn(60, 1) + 0.1 * torch.randn(60, 3)
+    vae = build(3, 1, likelihood="Normal")
+    fit(vae, x, epochs=150, lr=0.02, progress=False)
+    x[4, 2] += 6.0
+    found = column_log_prob(vae, x[:9])
+    assert found.isfinite().all()
+    assert found[4].argmin() == 2
+    assert found.argmin() == 14
 
 
 def test_column_log_prob_of_bits_is_the_sum_over_tables_and_never_above_zero() -> None:
