@@ -92,7 +92,8 @@ def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
         for loaded, mine in zip(state["param_groups"], own, strict=True)
     ]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, values in state["state"].items():
+    ours = type(optimizer) in OPTIMIZERS.values()  # others may keep what they like
+    for index, values in state["state"].items() if ours else ():
         shape = parameters[index].shape
         for name, value in values.items():
             if isinstance(value, Tensor) and torch.broadcast_shapes(value.shape, shape) != shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +85,24 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="step 7: weights are not finite"):
         fit(vae, make_data(), epochs=3, run=tmp_path, checkpoint_every=1, **OPTIONS)
     assert all(weight.isfinite().all() for weight in load_weights(tmp_path).values())
+
+
+class Whitened(torch.optim.SGD):
+    """Keeps a matrix for each parameter, of a shape of its own."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["basis"] = self.state[p].get("basis", torch.eye(7)) + 1
+        super().step(closure)
+
+
+def test_a_state_of_other_optimizers_is_loaded_whatever_it_holds() -> None:
+    layer = nn.Linear(3, 2)
+    there, here = (Whitened(layer.parameters(), lr=0.1) for _ in range(2))
+    there.step()
+    restore(here, there.state_dict())
+    assert all(torch.equal(here.state[p]["basis"], torch.eye(7) + 1) for p in layer.parameters())
 
 
 def test_a_state_is_loaded_and_the_implementation_of_the_step_is_kept() -> None:
