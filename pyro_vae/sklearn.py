@@ -23,6 +23,7 @@ from torch import Tensor
 from pyro_vae.arguments import check_real
 from pyro_vae.config import build, component
 from pyro_vae.data import read_table, spread
+from pyro_vae.data.schema import as_name
 from pyro_vae.data.tables import read_numbers
 from pyro_vae.estimators import class_probabilities, impute, log_evidence
 from pyro_vae.generators import forked
@@ -282,6 +283,11 @@ class VariationalAutoencoder(  # type: ignore[misc]
             rows, self.schema_ = read_table(X, self.schema)
             types = X.dtypes if hasattr(X, "iloc") else {}
             self._dtypes = {name: t for name, t in types.items() if t.kind not in "iuf"}
+            self._cells = {  # by the names that the schema has for them
+                name: {as_name(c): c for c in getattr(t, "categories", X[name].dropna().unique())}
+                for name, t in self._dtypes.items()
+                if self.schema_.columns[name].categories
+            }
         else:
             rows, self.schema_ = read_numbers(self._array(X, reset=True), self.schema)
         return rows
@@ -311,5 +317,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
             return rows.numpy()
         import pandas
 
-        index = X.index if hasattr(X, "iloc") else None
-        return pandas.DataFrame(self.schema_.decode(rows), index=index).astype(self._dtypes)
+        index, cells = X.index if hasattr(X, "iloc") else None, dict(self.schema_.decode(rows))
+        for name, known in self._cells.items():
+            cells[name] = [known.get(as_name(cell), cell) for cell in cells[name]]
+        return pandas.DataFrame(cells, index=index).astype(self._dtypes)

@@ -74,6 +74,25 @@ def test_frames_come_in_and_go_out_with_their_categories() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:posterior collapse")
+def test_truth_values_come_back_as_such() -> None:
+    random = np.random.default_rng(0)
+    truth = random.random(60) < 0.5
+    x = pandas.DataFrame({"size": random.normal(size=60), "sure": truth, "seen": truth})
+    x["seen"] = x["seen"].astype(object).where(random.random(60) < 0.8, None)
+    x["level"] = pandas.Categorical(truth + 1.5)
+    model = VariationalAutoencoder(1, **SMALL, random_state=0).fit(x)
+    drawn, full = model.sample(50), model.impute(x, num_draws=5)
+    for name, dtype in x.dtypes.items():
+        known = set(x[name].dropna())
+        assert drawn.dtypes[name] == full.dtypes[name] == dtype
+        if name != "size":
+            assert len(known) == 2
+            assert set(drawn[name]) == known
+            assert set(full[name]) == known
+            assert set(map(type, drawn[name])) == set(map(type, x[name].dropna()))
+
+
+@pytest.mark.filterwarnings("ignore:posterior collapse")
 def test_a_pipeline_a_search_and_named_outputs() -> None:
     x = np.random.default_rng(0).normal(size=(30, 3))
     x[4, 1] = np.nan
