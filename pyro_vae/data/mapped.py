@@ -171,8 +171,11 @@ def _part(path: Path, at: np.ndarray) -> np.ndarray:
     with path.open("rb", buffering=0) as file:
         for begin, end, place in zip(begins.tolist(), ends.tolist(), places.tolist()):
             file.seek(place)
-            if file.readinto(found[begin:end].data) != (end - begin) * size:
-                raise _cut(path, len(rows))
+            left = found[begin:end].reshape(-1).data
+            while left:  # one call reads at most 2 GB, on some systems less
+                if not (count := file.readinto(left)):
+                    raise _cut(path, len(rows))
+                left = left[count:]
     return found.view(rows.dtype).reshape(len(at), *rows.shape[1:])
 
 

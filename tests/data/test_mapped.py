@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,23 @@ def test_rows_in_any_order_are_read_and_not_mapped(
         monkeypatch.setattr(np.memmap, "__getitem__", None)
     for at in ([7, 8, 9, 3, 52, 0, 1, 1], [5], []):
         assert rows[torch.tensor(at, dtype=torch.int64)].tolist() == values[at].tolist()
+
+
+@pytest.mark.usefixtures("on_disk")
+def test_reads_that_return_less_than_was_asked_for_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of more than 2 GB does."""
+
+    class Slow(io.FileIO):
+        def readinto(self, buffer: Any) -> int:
+            return super().readinto(memoryview(buffer)[:5])
+
+    np.save(tmp_path / "x.npy", ARRAYS["real"])
+    rows = read_rows(tmp_path / "x.npy").x
+    expected = rows[torch.arange(N)]
+    monkeypatch.setattr(Path, "open", lambda path, *_, **__: Slow(path))
+    assert rows[torch.arange(N)].equal(expected)
 
 
 def test_a_parquet_file(tmp_path: Path, request: pytest.FixtureRequest) -> None:
