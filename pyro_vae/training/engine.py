@@ -166,6 +166,10 @@ class Engine:
         self.on_cuda, launched, here = uses_cuda(accelerator), _under_torchrun(), len(self.indices)
         self._kind, self._backend = ("cuda", "nccl") if self.on_cuda else ("cpu", "gloo")
         check_processes(here, self._kind)
+        if self.on_cuda and (count := torch.cuda.device_count()) <= max(self.indices):
+            raise ValueError(
+                f"devices={devices!r}, but the GPUs of this machine are 0 to {count - 1}"
+            )
         if launched and here not in (1, int(os.environ["LOCAL_WORLD_SIZE"])):
             raise ValueError(
                 f"devices={devices!r}, but {os.environ['LOCAL_WORLD_SIZE']} processes were "

@@ -304,6 +304,12 @@ def test_more_devices_than_processors_are_refused() -> None:
         in_processes(abs, range(1000), "cpu")
 
 
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"devices=\[3\], but the GPUs .* are 0 to 1"):
+        Engine("cuda", [3])
+
+
 def test_batch_level_objectives_say_what_they_see(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: Any) -> None:
         raise ZeroDivisionError
