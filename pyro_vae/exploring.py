@@ -78,7 +78,7 @@ def explore(
     check_whole(0, judged=judged, seed=seed)
     check_whole(limit=limit)
     if not isinstance(data, Data):
-        data = Data(*data) if isinstance(data, tuple | list) else Data(data)
+        data = Data(*data) if isinstance(data, tuple) and len(data) == 2 else Data(data)
     index = spread(len(data), limit, seed)
     data = data.subset(index).fixed()
     if any(part.device.type != "cpu" for part in vae.parameters()):

@@ -368,6 +368,10 @@ def test_codes_of_a_table_have_their_names(tmp_path: Path) -> None:
     held = Held(explore(model, data, tmp_path / "table.html", judged=0).read_text())
     named = [["baker", "clerk", "pilot"], ["yes"], []]
     assert held.header["output"]["categories"] == named
+    lines = explore(model, data.x.tolist(), tmp_path / "lists.html", judged=0)
+    found = Held(lines.read_text())
+    means = [each.tensor(each.header["rows"]["means"]) for each in (held, found)]
+    assert torch.equal(*means)
 
 
 @pytest.mark.slow
