@@ -202,7 +202,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
         whole = X.copy()
         for name, missing in zip(X.columns, rows.isnan().T.numpy()):
             if missing.any():
-                whole[name] = filled[name].where(missing, X[name])
+                whole[name] = filled[str(name)].where(missing, X[name])
         return whole
 
     def score_samples(self, X: Any) -> Array:
@@ -282,11 +282,12 @@ class VariationalAutoencoder(  # type: ignore[misc]
             validate_data(self, X, skip_check_array=True)
             rows, self.schema_ = read_table(X, self.schema)
             types = X.dtypes if hasattr(X, "iloc") else {}
-            self._dtypes = {name: t for name, t in types.items() if t.kind not in "iuf"}
+            others = {name: t for name, t in types.items() if t.kind not in "iuf"}
+            self._dtypes = {str(name): t for name, t in others.items()}
             self._cells = {  # by the names that the schema has for them
-                name: {as_name(c): c for c in getattr(t, "categories", X[name].dropna().unique())}
-                for name, t in self._dtypes.items()
-                if self.schema_.columns[name].categories
+                str(n): {as_name(c): c for c in getattr(t, "categories", X[n].dropna().unique())}
+                for n, t in others.items()
+                if self.schema_.columns[str(n)].categories
             }
         else:
             rows, self.schema_ = read_numbers(self._array(X, reset=True), self.schema)

@@ -90,6 +90,10 @@ def test_truth_values_come_back_as_such() -> None:
             assert set(drawn[name]) == known
             assert set(full[name]) == known
             assert set(map(type, drawn[name])) == set(map(type, x[name].dropna()))
+    numbered = x.set_axis(range(4), axis=1)
+    model = VariationalAutoencoder(1, **SMALL, random_state=0).fit(numbered)
+    assert set(model.sample(50)["1"]) == {False, True}
+    assert model.impute(numbered, num_draws=5).notna().all().all()
 
 
 @pytest.mark.filterwarnings("ignore:posterior collapse")
