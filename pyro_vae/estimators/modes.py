@@ -55,9 +55,9 @@ def find_modes(target: Target, num_starts: int) -> Modes:
     The first mode is climbed to from the guide's mean and from the best of 500 draws of the
     prior. Its covariance is the metric of all later climbs. Half of these start beyond a valley
     of the density: on straight lines from a known mode along the most informed units and along
-    the principal directions of its covariance, its mirror image among them, or where two units
-    are exchanged. The others
-    start from likely draws of the prior, the farthest first. Data of which these found more
+    the principal directions of its covariance, its mirror image among them, where two units are
+    exchanged, or as far on from a mode as another one lies behind it. The others start from
+    likely draws of the prior, the farthest first. Data of which these found more
     than one mode are searched again, sixteen starts a round, each round from another mode,
     until eight starts for each known mode have found nothing new: a mode of equal share is then
     missed once in a thousand times.
@@ -161,9 +161,10 @@ class _Search:
         mode, centre = known[origin], self.centre[rows]
         walked, reach = _walk(target, mode, self.lines[:, rows], self.spread[:, rows], centre)
         exchanged, gain = _exchange(target, mode, self.pairs[:, rows], centre)
-        height, order = torch.cat([reach, gain]).sort(0, descending=True)
-        beyond = _gather(torch.cat([walked, exchanged]), order)
         others = torch.cat([known[:origin], known[origin + 1 : number]])
+        onward, rise = _onward(target, mode, others)
+        height, order = torch.cat([reach, gain, rise]).sort(0, descending=True)
+        beyond = _gather(torch.cat([walked, exchanged, onward]), order)
         new = _apart(target, others, beyond, height)
         new, order = new.sort(dim=0, descending=True, stable=True)
         beyond = _gather(beyond, order)
@@ -234,6 +235,17 @@ def _exchange(
     way, height = _gather(way, best[:MORE_STARTS]), height[:MORE_STARTS]
     valid = target.log_joint(mode - way) < height - BARRIER
     return mode - 2 * way, torch.where(valid, height, -torch.inf)
+
+
+def _onward(target: Target, mode: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """As far on from the mode as another lies behind it, and on from that one, with the height."""
+    points = torch.cat([2 * mode - others, 2 * others - mode])
+    if not len(points):
+        return points, points[..., 0]
+    height = target.log_joint(points)
+    between = points.lerp(torch.cat([mode.expand_as(others), others]), 0.5)
+    valid = target.log_joint(between) < height - BARRIER
+    return points, torch.where(valid, height, -torch.inf)
 
 
 def _apart(target: Target, known: Tensor, points: Tensor, height: Tensor) -> Tensor:
