@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,16 +19,16 @@ from pyro_vae.estimators.annealed import (
     hmc_step,
 )
 from pyro_vae.estimators.evidence import Evidence, summarise
-from pyro_vae.estimators.proposal import add_components, components_cost
-from pyro_vae.estimators.refined import METHOD, Fit, fit_cost, fit_proposal
+from pyro_vae.estimators.proposal import components_cost
+from pyro_vae.estimators.refined import METHOD, Fit, again_cost, fit_cost, fit_proposal
 from pyro_vae.estimators.target import Target, gradients
 
 __all__ = ["Result", "escalate", "walk", "walk_cost"]
 
-PILOT = 400  # draws that choose the number of draws, and are not scored
-NUMBERS = (1000, 1500, 2000, 3000, 4000, 6000, 8000, 16_000, 32_000, 64_000)
-ENOUGH = 8000  # draws that have to be, or else the proposal gets more components
-AGAIN = 4000  # draws where the first ones were not enough, and of the pilot of a richer proposal
+PILOT, SECOND = 400, 2000  # draws that choose the number of draws, and are not scored
+NUMBERS = 1000, 1500, 2000, 3000, 4000, 6000, 8000, 12_000, 16_000, 24_000, 32_000, 48_000, 64_000
+ENOUGH = 8000  # draws that have to be, or else the proposal is improved
+AGAIN = 4000  # draws of an improved proposal, at least
 AIS_CHAINS, AIS_TEMPERATURES, AIS_LEAPFROG = 384, 20, 3  # of annealing
 AIS_COST = (AIS_CHAINS + PILOT_CHAINS) * AIS_TEMPERATURES * AIS_LEAPFROG
 TWICE = 2000  # draws above which a second walk starts where the first one led
@@ -83,27 +84,38 @@ def escalate(
             f"for each datum, at {target.dim} latent dimensions; got {budget}: raise it, or use "
             "importance_sampling"
         )
-    fit = fit_proposal(target)
-    needed, visited = _pilot(fit, tolerance, PILOT)
-    after = left - ENOUGH - AGAIN - components_cost(target.dim) - AGAIN - 2 * walk_cost()
-    if after < AGAIN:
-        return _by_need(fit, needed, tolerance, left, exact)
-    hard = needed > ENOUGH
-    result = _by_need(fit, needed.masked_fill(hard, 0), tolerance, left, exact)
-    rows = (result.short(tolerance) & ~hard).nonzero()[:, 0]
-    if len(rows):
-        again = needed[rows].clamp(min=AGAIN)
-        stars = None if exact is None else exact[:, rows]
-        result = result.put(rows, _by_need(fit.rows(rows), again, tolerance, left, stars))
+    improvements: list[Callable[[Fit, Tensor], Fit]] = []
+    for improve, cost in (
+        (lambda fit, _: fit.again(), again_cost()),
+        (Fit.with_components, components_cost(target.dim)),
+    ):
+        after = left - ENOUGH - cost - SECOND - 2 * walk_cost()
+        if after < AGAIN:
+            break
+        improvements, left = [*improvements, improve], after
+    return _staged(fit_proposal(target), PILOT, improvements, tolerance, left, exact)
+
+
+def _staged(
+    fit: Fit,
+    pilot: int,
+    improvements: Sequence[Callable[[Fit, Tensor], Fit]],
+    tolerance: float,
+    budget: float,
+    exact: Tensor | None,
+) -> Result:
+    """Results of B data; where many draws are needed, or too few were made, after improvements."""
+    needed, visited = _pilot(fit, tolerance, pilot)
+    if pilot > PILOT:
+        needed = needed.clamp(min=AGAIN)
+    hard = (needed > (ENOUGH if pilot == PILOT else AGAIN)) & bool(improvements)
+    result = _by_need(fit, needed.masked_fill(hard, 0), tolerance, budget, exact)
     rows = (result.short(tolerance) | hard).nonzero()[:, 0]
-    if not len(rows):
+    if not improvements or not len(rows):
         return result
-    richer = fit.rows(rows)
-    proposal = add_components(richer.target, richer.proposal, visited[:, rows])
-    richer = replace(richer, proposal=proposal)
-    needed, _ = _pilot(richer, tolerance, AGAIN)
+    better = improvements[0](fit.rows(rows), visited[:, rows])
     exact = None if exact is None else exact[:, rows]
-    return result.put(rows, _by_need(richer, needed.clamp(min=AGAIN), tolerance, after, exact))
+    return result.put(rows, _staged(better, SECOND, improvements[1:], tolerance, budget, exact))
 
 
 def _pilot(fit: Fit, tolerance: float, number: int) -> tuple[Tensor, Tensor]:
@@ -137,7 +149,7 @@ def _pilot(fit: Fit, tolerance: float, number: int) -> tuple[Tensor, Tensor]:
         visited[:, rows], found = _walked(fit.rows(rows), *seen)
         beyond[rows] = (beyond[rows] + _variance(found, pilot.rows(rows))) / 2
     needed = draws_for * torch.maximum(spread, beyond)
-    if number >= AGAIN:
+    if number > PILOT:
         needed = torch.where(pilot.khat < KHAT, needed, torch.inf)
     return needed, visited
 

@@ -16,7 +16,7 @@ from pyro_vae.estimators.diagnostics import pareto_khat
 from pyro_vae.estimators.escalating import walk
 from pyro_vae.estimators.evidence import Evidence, summarise
 from pyro_vae.estimators.log_evidence import log_evidence
-from pyro_vae.estimators.proposal import add_components, joined
+from pyro_vae.estimators.proposal import joined
 from pyro_vae.estimators.refined import METHOD, Fit, fit_proposal
 from pyro_vae.estimators.run import estimator, exact_without_data, map_targets
 from pyro_vae.estimators.target import Target
@@ -218,7 +218,7 @@ def _imputed(target: Target, num_draws: int, num_samples: int) -> Imputation:
     poor = fit.rows(rows)
     start = places[:, rows], weights[:, rows]
     visited = walk(poor.target, *start, scale_tril=poor.proposal.scale_tril)
-    rich = replace(poor, proposal=add_components(poor.target, poor.proposal, visited))
+    rich = poor.with_components(visited)
     drawn = rich.draw_with_places(4 * num_samples)
     evidence = rich.judge(summarise(drawn[1].cpu(), METHOD, "doubtful"), TOLERANCE)
     again = _picked(rich.target, *drawn, evidence, num_draws)

@@ -50,9 +50,10 @@ def log_evidence(
 
     A proposal is fitted to each datum's posterior (`refined_importance_sampling`). A pilot of
     400 draws, and short walks through the posterior, say how many fresh draws the tolerance
-    needs, 1000 to 8000. Where these are not enough, the proposal gets up to 24 more components,
-    and up to 64,000 draws; where that is not enough, annealed importance sampling starts from
-    it with 384 chains. No draw that chose the number of draws is scored.
+    needs, 1000 to 8000. Where these are not enough, a longer fit is put beside the first; then it
+    gets up to 24 more components, and up to 64,000 draws; where that is not enough, annealed
+    importance sampling starts from it with 384 chains. No draw that chose the number of draws is
+    scored.
 
     "reliable" means: a standard error below the tolerance, a k-hat below 0.6 (and below its
     published threshold), a search for modes that ended, no part of the posterior that draws of

@@ -192,7 +192,9 @@ def ascend(
             parameters[i].add_(first[i] * unbias[0] / scale, alpha=rate)
 
 
-def fit_gaussian(target: Target, loc: Tensor, tril: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fit_gaussian(
+    target: Target, loc: Tensor, tril: Tensor, num_steps: int = FIT_STEPS
+) -> tuple[Tensor, Tensor, Tensor]:
     r"""The Gaussian of highest ELBO, from a first one, which is kept where that is better.
 
     .. math:: u = \mu + A (m + L \epsilon), \qquad
@@ -200,12 +202,14 @@ def fit_gaussian(target: Target, loc: Tensor, tril: Tensor) -> tuple[Tensor, Ten
         g = A^\top \nabla_u \log p(x, u) + L^{-\top} \epsilon
 
     in coordinates whitened by the first Gaussian, :math:`\mathcal{N}(\mu, A A^\top)`. The
-    gradient is that of sticking the landing, without noise where the fit is exact.
+    gradient is that of sticking the landing, without noise where the fit is exact. Noise comes
+    in opposite pairs, so that odd terms cancel in the first average and even ones in the second.
 
     Args:
         target: The posteriors of B data.
         loc: Mean of the first Gaussian [B, D].
         tril: Cholesky factor of its covariance [B, D, D].
+        num_steps: Steps of Adam.
 
     Returns:
         Mean [B, D], Cholesky factor [B, D, D], and the bound [B] in nats.
@@ -218,7 +222,8 @@ def fit_gaussian(target: Target, loc: Tensor, tril: Tensor) -> tuple[Tensor, Ten
     below = torch.zeros_like(tril)  # L, with the logarithm of its diagonal
 
     def slopes() -> tuple[Tensor, Tensor]:
-        noise = torch.randn(FIT_DRAWS, B, D, dtype=loc.dtype, device=loc.device)
+        noise = torch.randn(FIT_DRAWS // 2, B, D, dtype=loc.dtype, device=loc.device)
+        noise = torch.cat([noise, -noise])
         factor = _tril(below)
         u = _move(noise, loc + _times(tril, mean), tril @ factor)
         (slope,) = gradients(lambda u: (target.log_joint(u),), u, target.draws_at_once)[1]
@@ -229,7 +234,7 @@ def fit_gaussian(target: Target, loc: Tensor, tril: Tensor) -> tuple[Tensor, Ten
         diagonal = torch.diag_embed((outer * factor).diagonal(dim1=-2, dim2=-1))
         return g.mean(-1), outer.tril(-1) + diagonal
 
-    ascend([mean, below], slopes, num_steps=FIT_STEPS, lr=FIT_LR, eps=FIT_EPS)
+    ascend([mean, below], slopes, num_steps=num_steps, lr=FIT_LR, eps=FIT_EPS)
     noise = torch.randn(CHECKS, B, D, dtype=loc.dtype, device=loc.device)
     fitted = loc + _times(tril, mean), tril @ _tril(below)
     before, after = _bound(target, noise, loc, tril), _bound(target, noise, *fitted)

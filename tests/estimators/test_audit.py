@@ -67,7 +67,7 @@ def test_what_misses_a_mode_is_not_called_reliable(monkeypatch: pytest.MonkeyPat
         return rows, self.known[0], torch.ones_like(rows, dtype=torch.bool)  # type: ignore[attr-defined]
 
     monkeypatch.setattr(modes._Search, "run", first)
-    monkeypatch.setattr("pyro_vae.estimators.escalating.add_components", lambda t, q, u: q)
+    monkeypatch.setattr("pyro_vae.estimators.refined.add_components", lambda t, q, u: q)
     blind = log_evidence(world.model, world.guide, world.x, audit=False)
     assert blind.verdict.count("reliable") > 8
     assert (blind.log_prob - world.truth < -0.5).sum() > 8

@@ -187,6 +187,29 @@ def test_where_a_walk_leads_counts_in_a_pilot(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(needed, expected, rtol=0.5, atol=0)
 
 
+def test_a_second_fit_mends_every_component_beside_the_first() -> None:
+    with evaluating(seed=0, device=CPU):
+        target = target_of(linear(num_data=3))
+        loc, tril = laplace(target, target.draw_guide(1)[0])
+        poor = Proposal(
+            torch.tensor([[0.5, 1.0, 0.5], [0.5, 0.0, 0.5]]).log(),
+            torch.stack([loc + tril[..., 0], loc - tril[..., 0]]),
+            torch.stack([1.7 * tril, 0.6 * tril]),
+        )
+        first = fit_of(target, poor)
+        both = first.again().proposal
+    torch.testing.assert_close(both.log_weight.logsumexp(0), torch.zeros(3))
+    torch.testing.assert_close(both.log_weight[:2], poor.log_weight - math.log(2))
+    torch.testing.assert_close(both.loc[:2], poor.loc)
+    torch.testing.assert_close(both.tril[:2], poor.tril)
+    kept = poor.log_weight.isfinite()
+    assert torch.equal(both.log_weight[2:].isfinite(), kept)
+    away = torch.linalg.solve(tril, (both.loc[2:] - loc).unsqueeze(-1)).norm(dim=(-2, -1))
+    assert (away[kept] < 0.1).all()
+    scale = torch.linalg.solve(tril, both.tril[2:])[kept].diagonal(dim1=-2, dim2=-1)
+    assert ((scale > 0.95) & (scale < 1.15)).all()
+
+
 def test_a_pilot_follows_large_weights_into_a_tail_that_its_draws_hardly_reach() -> None:
     """Two fifths of each posterior have weights above 10, but two draws of a hundred."""
     with evaluating(seed=0, device=CPU):

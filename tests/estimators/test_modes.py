@@ -94,6 +94,23 @@ def test_a_line_leads_to_the_mirror_image_of_a_mode() -> None:
     torch.testing.assert_close(reach, torch.zeros(1, 1))
 
 
+class Comb:
+    """Peaks at every third whole number in the first coordinate."""
+
+    def log_joint(self, u: Tensor) -> Tensor:
+        away = u[..., 0] - 3 * (u[..., 0] / 3).round()
+        return -((away / 0.1) ** 2) / 2
+
+
+def test_modes_lead_on_to_those_as_far_again() -> None:
+    mode, others = torch.tensor([[3.0, 0.7]]), torch.tensor([[[0.0, 0.2]], [[3.2, 0.7]]])
+    points, height = modes._onward(Comb(), mode, others)  # type: ignore[arg-type]
+    expected = torch.tensor([[6.0, 1.2], [2.8, 0.7], [-3.0, -0.3], [3.4, 0.7]])
+    torch.testing.assert_close(points[:, 0], expected)
+    assert height[:, 0].isfinite().tolist() == [True, False, True, False]
+    assert modes._onward(Comb(), mode, others[:0])[1].shape == (0, 1)  # type: ignore[arg-type]
+
+
 def test_a_valley_tells_modes_apart(pair: tuple) -> None:
     target, mode, tril = pair
     other, near = mode[:, [1, 0, 2]], mode + 0.02
