@@ -44,6 +44,7 @@ DEFENSIVE_SHARE = 0.05  # of the draws, from the guide and from the prior
 LEAST_WEIGHT = 0.05  # of a component
 SURPRISE = 3.0  # standard errors by which draws of the prior may give more
 NEGLIGIBLE = 8.0  # nats of evidence below a datum's best component
+LOWEST = -1e30  # a bound that is no number
 
 
 @estimator
@@ -304,7 +305,8 @@ def _mixture(row: Tensor, loc: Tensor, tril: Tensor, bound: Tensor) -> Proposal:
     nth = (row == row[:, None]).tril(-1).sum(1)
     C, B = int(nth.max()) + 1, int(row.max()) + 1
     D = loc.shape[-1]
-    log_weight = bound.new_full((C, B), -torch.inf).index_put((nth, row), bound)
+    known = bound.nan_to_num(LOWEST, neginf=LOWEST)  # where a draw has no density
+    log_weight = bound.new_full((C, B), -torch.inf).index_put((nth, row), known)
     weight = torch.softmax(log_weight, 0)
     weight = (weight + LEAST_WEIGHT * (log_weight > -torch.inf)).log()
     identity = torch.eye(D, dtype=tril.dtype, device=tril.device)
