@@ -86,7 +86,7 @@ def escalate(
         )
     improvements: list[Callable[[Fit, Tensor], Fit]] = []
     for improve, cost in (
-        (lambda fit, _: fit.again(), again_cost()),
+        (lambda fit, _: fit.again(), again_cost(target.dim)),
         (Fit.with_components, components_cost(target.dim)),
     ):
         after = left - ENOUGH - cost - SECOND - 2 * walk_cost()

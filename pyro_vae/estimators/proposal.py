@@ -18,6 +18,7 @@ __all__ = [
     "components_cost",
     "curvature",
     "factor",
+    "fit_draws",
     "fit_gaussian",
     "joined",
     "laplace",
@@ -29,7 +30,7 @@ CONVERGED = 0.01  # nats that a Newton step promises
 STEP_SIZES = (1.0, 0.5, 0.2, 0.05)
 DECAYS = (0.9, 0.999)
 FIT_STEPS = 100
-FIT_DRAWS = 8
+LEAST_DRAWS = 8
 FIT_LR = 0.1
 FIT_EPS = 1.0  # slopes are in nats for a standard deviation
 CHECKS = 64  # draws of the comparison at the end
@@ -222,7 +223,7 @@ def fit_gaussian(
     below = torch.zeros_like(tril)  # L, with the logarithm of its diagonal
 
     def slopes() -> tuple[Tensor, Tensor]:
-        noise = torch.randn(FIT_DRAWS // 2, B, D, dtype=loc.dtype, device=loc.device)
+        noise = torch.randn(fit_draws(D) // 2, B, D, dtype=loc.dtype, device=loc.device)
         noise = torch.cat([noise, -noise])
         factor = _tril(below)
         u = _move(noise, loc + _times(tril, mean), tril @ factor)
@@ -230,7 +231,7 @@ def fit_gaussian(
         noise = noise.permute(1, 2, 0)
         pull = torch.linalg.solve_triangular(factor.mT, noise, upper=True)
         g = (tril.mT @ slope.permute(1, 2, 0) + pull).nan_to_num(0.0, 0.0, 0.0)
-        outer = (g @ noise.mT / FIT_DRAWS).tril()
+        outer = (g @ noise.mT / len(u)).tril()
         diagonal = torch.diag_embed((outer * factor).diagonal(dim1=-2, dim2=-1))
         return g.mean(-1), outer.tril(-1) + diagonal
 
@@ -242,6 +243,11 @@ def fit_gaussian(
     loc = torch.where(better, fitted[0], loc)
     tril = torch.where(better.unsqueeze(-1), fitted[1], tril)
     return loc, tril, torch.maximum(before, after)
+
+
+def fit_draws(dim: int) -> int:
+    """Draws for a gradient of D x D numbers, in pairs: it has as many directions as pairs."""
+    return max(LEAST_DRAWS, 2 * (dim // 16))
 
 
 def _bound(target: Target, noise: Tensor, loc: Tensor, tril: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ from pyro_vae.estimators.evidence import Evidence, summarise
 from pyro_vae.estimators.modes import find_modes, search_cost
 from pyro_vae.estimators.proposal import (
     CHECKS,
-    FIT_DRAWS,
     FIT_STEPS,
     ROUNDS,
     Proposal,
     add_components,
+    fit_draws,
     fit_gaussian,
     joined,
     laplace,
@@ -285,14 +285,14 @@ def fit_cost(dim: int, num_starts: int = 5) -> int:
         SCALE_DRAWS
         + search_cost(dim, num_starts)
         + ROUNDS * (dim + 6)
-        + FIT_STEPS * FIT_DRAWS
+        + FIT_STEPS * fit_draws(dim)
         + 2 * CHECKS
     )
 
 
-def again_cost() -> int:
+def again_cost(dim: int) -> int:
     """About how often `Fit.again` evaluates the model for one datum of one mode."""
-    return AGAIN * FIT_DRAWS + 2 * CHECKS
+    return AGAIN * fit_draws(dim) + 2 * CHECKS
 
 
 def _highest(mass: Tensor, row: Tensor) -> Tensor:
