@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,17 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vae import likelihoods, networks
-from pyro_vae.arguments import as_shape, check_options, check_whole, name_and_options
+from pyro_vae.arguments import as_shape, check_whole
 from pyro_vae.classes import ClassVAE
 from pyro_vae.data.mapped import Mapped
 from pyro_vae.declarations import (
     BASES,
+    Component,
     Declared,
     component,
     components,
-    make,
+    given,
     named_class,
-    option_names,
-    parameters,
-    short_name,
-    size_of,
 )
 from pyro_vae.files import reading
 from pyro_vae.hierarchy import Layers, Lowest
@@ -96,38 +94,36 @@ def build(
     labelled = _labelled(classes, label_weight, condition_dim)
     condition_dim = condition_dim or classes
     shape = as_shape("data_shape", data_shape)
-    declared = {
+    parts = {
         "prior": component("prior", prior),
         "likelihood": component("likelihood", likelihood),
         "posterior": component("posterior", posterior),
-        "encoder": component("encoder", _conditioned("encoder", encoder, condition_dim)),
-        "decoder": component("decoder", _conditioned("decoder", decoder, condition_dim)),
+        "encoder": component("encoder", encoder),
+        "decoder": component("decoder", decoder),
+        **({} if order is None else {"hierarchy": order}),
     }
-    likelihood_class, options = declared["likelihood"]
-    inputs = size_of(declared["likelihood"], "input_shape", shape, missing=missing)
+    for family in ("encoder", "decoder") if condition_dim else ():
+        own = parts[family].options.get("condition_dim")
+        parts[family] = parts[family].having(condition_dim=own or condition_dim)
+    cls, options = parts["likelihood"]
+    inputs = given(cls.input_shape, {**options, "missing": missing}, shape)
     filled: dict[str, Any] = {"latent_dim": sizes[-1], "data_shape": shape}
     filled |= {"classes": classes} if classes else {}
     seen = sum(sizes) if skip else sizes[0]
-    raw = likelihood_class.out_shape(shape, **options)  # type: ignore[attr-defined]
-    network = make(declared["decoder"], {"in_shape": (seen,), "out_shape": raw})
+    network = parts["decoder"].made(in_shape=(seen,), out_shape=cls.out_shape(shape, **options))
     filled["decoder"] = Lowest(network, seen) if seen < sum(sizes) else network
-    made_likelihood = make(declared["likelihood"], filled)
+    made_likelihood = parts["likelihood"].made(**filled)
     filled["data_shape"] = inputs  # a prior's pseudo-inputs lie where the encoder reads
-    made_prior, made_posterior = _latents(declared, order, filled, sizes)
+    made_prior, made_posterior = _latents(parts, filled, sizes)
     kind: Any = ClassVAE if classes else VAE
     vae: VAE = kind(made_prior, made_likelihood, made_posterior, missing, **labelled)
-    if order is not None:
-        declared["hierarchy"] = order
     vae.declaration = {
         "data_shape": list(shape),
         "latent_dim": sizes[0] if order is None else list(sizes),
         **({} if order is None else {"skip": skip}),
         **({"missing": True} if missing else {}),
         **labelled,
-        **{
-            family: {"class_path": short_name(cls), "init_args": options}
-            for family, (cls, options) in declared.items()
-        },
+        **{family: part.plain for family, part in parts.items()},
     }
     return vae
 
@@ -144,9 +140,7 @@ def _labelled(classes: int, label_weight: float, condition_dim: int) -> dict[str
     return {"classes": classes, "label_weight": label_weight} if classes else {}
 
 
-def _order(
-    latent_dim: Any, hierarchy: Declared | None, skip: bool
-) -> tuple[type, dict[str, Any]] | None:
+def _order(latent_dim: Any, hierarchy: Declared | None, skip: bool) -> Component | None:
     """The order of inference that is declared for several layers of latents; None for one."""
     if not isinstance(skip, bool):
         raise ValueError(f"skip must be True or False; got {skip!r}")
@@ -162,78 +156,51 @@ def _order(
 
 
 def _latents(
-    declared: dict[str, Any],
-    order: tuple[type, dict[str, Any]] | None,
-    filled: dict[str, Any],
-    sizes: tuple[int, ...],
+    parts: dict[str, Component], filled: dict[str, Any], sizes: tuple[int, ...]
 ) -> tuple[Any, Any]:
     """Prior and posterior, of one layer or of several."""
-    shape, encoder = filled["data_shape"], declared["encoder"]
-    reads = [(shape, 0)] if order is None else order[0].reads(shape, sizes)  # type: ignore[attr-defined]
-    posteriors = [
-        _posterior(declared, encoder if read[0] == shape else _dense(encoder), size, read)
-        for size, read in zip(sizes, reads)
-    ]
+    order, encoder, shape = parts.get("hierarchy"), parts["encoder"], filled["data_shape"]
+    condition_dim = encoder.options.get("condition_dim", 0)
+    reads = [(shape, 0)] if order is None else order.cls.reads(shape, sizes)
+    posteriors = []
+    for size, (in_shape, above) in zip(sizes, reads):
+        network = encoder if in_shape == shape else _dense(encoder)
+        network = network.having(condition_dim=condition_dim + above) if above else network
+        out_shape = (given(parts["posterior"].cls.num_params, parts["posterior"].options, size),)
+        made = network.made(in_shape=in_shape, out_shape=out_shape)
+        posteriors.append(parts["posterior"].made(latent_dim=size, encoder=made))
     filled = {**filled, "posterior": posteriors[-1], "data_shape": reads[-1][0]}
-    prior = _prior(declared, filled)
-    if order is None:
-        return prior, posteriors[0]
-    lower, given = component("prior", "ConditionalNormal"), _condition_dim(declared)
-    below = [_given(declared, lower, size, up + given) for size, up in zip(sizes, sizes[1:])]
-    layers = Layers([*below, prior])
-    return layers, make(order, {"posteriors": posteriors, "prior": layers})
-
-
-def _posterior(
-    declared: dict[str, Any],
-    encoder: tuple[type, dict[str, Any]],
-    latent_dim: int,
-    reads: tuple[tuple[int, ...], int],
-) -> Any:
-    """A posterior whose encoder reads an input of a shape, and so many latents beside `y`."""
-    (cls, options), (in_shape, latents) = encoder, reads
-    out = (size_of(declared["posterior"], "num_params", latent_dim),)
-    if latents:
-        check_options(f"encoder {cls.__name__}", ["condition_dim"], option_names(cls))
-        options = {**options, "condition_dim": options["condition_dim"] + latents}
-    made = make((cls, options), {"in_shape": in_shape, "out_shape": out})
-    return make(declared["posterior"], {"latent_dim": latent_dim, "encoder": made})
-
-
-def _prior(declared: dict[str, Any], filled: dict[str, Any]) -> Any:
-    """The prior of the top layer, or of the only one."""
-    cls, options = declared["prior"]
-    if "network" in parameters(cls):
-        if not (count := _condition_dim(declared)):
+    top = parts["prior"]
+    if "network" in signature(top.cls).parameters:
+        if not condition_dim:
             raise ValueError(
-                f"prior {cls.__name__} of the top layer has nothing above it but y: give "
+                f"prior {top.cls.__name__} of the top layer has nothing above it but y: give "
                 "condition_dim, or another prior"
             )
-        return _given(declared, declared["prior"], filled["latent_dim"], count)
-    return make(declared["prior"], filled)
+        filled["network"] = _network_of(top, parts["decoder"], sizes[-1], condition_dim)
+    prior = top.made(**filled)
+    if order is None:
+        return prior, posteriors[0]
+    lower, below = component("prior", "ConditionalNormal"), []
+    for size, above in zip(sizes, sizes[1:]):
+        network = _network_of(lower, parts["decoder"], size, above + condition_dim)
+        below.append(lower.made(latent_dim=size, network=network))
+    layers = Layers([*below, prior])
+    return layers, order.made(posteriors=posteriors, prior=layers)
 
 
-def _given(
-    declared: dict[str, Any], prior: tuple[type, dict[str, Any]], latent_dim: int, above: int
-) -> Any:
-    """A prior given `above` numbers, by a network of the decoder's class if it reads vectors."""
-    cls, options = _dense(declared["decoder"])
-    shapes = {"in_shape": (above,), "out_shape": (size_of(prior, "num_params", latent_dim),)}
-    network = make((cls, {**options, "condition_dim": 0}), shapes)
-    return make(prior, {"latent_dim": latent_dim, "network": network})
+def _network_of(prior: Component, decoder: Component, latent_dim: int, above: int) -> Any:
+    """The network of a prior given `above` numbers, of the decoder's class if it reads vectors."""
+    out_shape = (given(prior.cls.num_params, prior.options, latent_dim),)
+    return _dense(decoder).having(condition_dim=0).made(in_shape=(above,), out_shape=out_shape)
 
 
-def _dense(network: tuple[type, dict[str, Any]]) -> tuple[type, dict[str, Any]]:
+def _dense(network: Component) -> Component:
     """A declared network if it reads vectors, else an MLP on the same condition."""
-    cls, options = network
-    if cls in DENSE:
+    if network.cls in DENSE:
         return network
-    given = {"condition_dim": options.get("condition_dim", 0)}
-    return component("encoder", {"class_path": "MLP", "init_args": given})
-
-
-def _condition_dim(declared: dict[str, Any]) -> int:
-    return declared["encoder"][1].get("condition_dim", 0)
+    mlp = component("encoder", "MLP")
+    return mlp.having(condition_dim=network.options.get("condition_dim", 0))
 
 
 def load(run: str | os.PathLike[str], vae: VAE | None = None) -> VAE:
@@ -254,27 +221,12 @@ def load(run: str | os.PathLike[str], vae: VAE | None = None) -> VAE:
         if declaration is None:
             raise ValueError(f"{run}: the VAE was not made by build(): give it, load(run, vae)")
         with reading(Path(run) / "run.json"):
-            vae = build(**_as_then(declaration))
+            named = declaration["likelihood"]
+            cls: Any = named_class("likelihood", named["class_path"])
+            options = {**cls.before, **named["init_args"]}  # what older runs left unnamed
+            vae = build(**{**declaration, "likelihood": {**named, "init_args": options}})
     put_weights(vae, load_weights(run), run)
     return vae.eval()
-
-
-def _as_then(declaration: dict[str, Any]) -> dict[str, Any]:
-    """The declaration of a run, with what its options meant before they had names."""
-    named = declaration["likelihood"]
-    cls: Any = named_class("likelihood", named["class_path"])
-    return {
-        **declaration,
-        "likelihood": {**named, "init_args": {**cls.before, **named["init_args"]}},
-    }
-
-
-def _conditioned(family: str, declared: Declared, condition_dim: int) -> Declared:
-    if not condition_dim:
-        return declared
-    name, options = name_and_options(family, declared)
-    given = options.get("condition_dim") or condition_dim  # 0 is the default, filled in by parsers
-    return {"class_path": name, "init_args": {**options, "condition_dim": given}}
 
 
 def default_transform(likelihood: type, levels: int | None, x: Tensor | Mapped) -> str:

@@ -4,34 +4,65 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import EllipsisType, NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from pyro_vae import likelihoods, networks, objectives, posteriors, priors
 from pyro_vae.arguments import check_options, closest, final_subclasses, name_and_options
+from pyro_vae.data.schema import as_number
 from pyro_vae.hierarchy import Inference
 
 __all__ = [
     "BASES",
     "INJECTED",
+    "Component",
     "Declared",
-    "complete",
     "component",
-    "declare",
     "components",
-    "make",
+    "declare",
+    "given",
     "named_class",
     "option_names",
-    "parameters",
     "short_name",
-    "size_of",
 ]
 
-Declared = str | Mapping[str, Any]
+
+class Component(NamedTuple):
+    """A class, and all of its options, checked."""
+
+    cls: Any
+    options: dict[str, Any]
+
+    def made(self, **filled: Any) -> Any:
+        """The object, with those of `filled` that its class takes."""
+        return given(self.cls, {**filled, **self.options})
+
+    def having(self, **options: Any) -> Component:
+        """The same class with other options.
+
+        Raises:
+            ValueError: If it has none of that name.
+        """
+        check_options(self.cls.__name__, options, self.options)
+        return Component(self.cls, {**self.options, **options})
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """A declaration for a file; our classes by short names, which outlast a move."""
+        options = {}
+        for name, value in self.options.items():
+            if isinstance(value, objectives.Schedule):
+                cls = type(value)
+                value = Component(cls, {n: getattr(value, n) for n in option_names(cls)}).plain
+            options[name] = list(value) if isinstance(value, tuple) else value
+        return {"class_path": short_name(self.cls), "init_args": options}
+
+
+Declared = str | Mapping[str, Any] | Component
 
 BASES: dict[str, type] = {
     "prior": priors.Prior,
@@ -59,35 +90,24 @@ def components(family: str) -> dict[str, type]:
     return {cls.__name__: cls for cls in found}
 
 
-def component(family: str, declared: Declared) -> tuple[type, dict[str, Any]]:
+def component(family: str, declared: Declared) -> Component:
     """The class that `declared` names, and its options, checked and complete.
 
     An option that takes a schedule may be declared in the same way; it comes back made.
     """
+    if isinstance(declared, Component):
+        return declared
     name, options = name_and_options(family, declared)
     cls = named_class(family, name)
     check_options(f"{family} {cls.__name__}", options, option_names(cls))
     options = {name: _value(cls, name, value) for name, value in options.items()}
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, family, skip=INJECTED & set(parameters(cls)))
+    parser.add_class_arguments(cls, family, skip=INJECTED)
     try:
         checked = parser.parse_object({family: options} if options else {})
     except ArgumentError as error:
         raise ValueError(f"{family} {cls.__name__}: {error}") from error
-    return cls, {key: _plain(checked[family][key]) for key in option_names(cls)}
-
-
-def complete(family: str, declared: Declared) -> dict[str, Any]:
-    """A declaration for a file: checked, with all options, and our classes by their short names.
-
-    Short names keep old runs when a class moves.
-    """
-    cls, options = component(family, declared)
-    _, given = name_and_options(family, declared)
-    for name in given:
-        if isinstance(options[name], objectives.Schedule):
-            options[name] = complete("schedule", given[name])
-    return {"class_path": short_name(cls), "init_args": options}
+    return Component(cls, {key: checked[family][key] for key in option_names(cls)})
 
 
 def declare(family: str, declared: Declared, path: Sequence[str], text: str) -> dict[str, Any]:
@@ -103,7 +123,10 @@ def declare(family: str, declared: Declared, path: Sequence[str], text: str) -> 
     Raises:
         ValueError: If it names an unknown class.
     """
-    value: Any = _loaded(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
     name, options = name_and_options(family, declared)
     if path in ([], ["class_path"]):
         chosen, given = name_and_options(family, value)
@@ -136,7 +159,7 @@ def named_class(family: str, name: str) -> type:
 def _value(cls: type, option: str, declared: Any) -> Any:
     """An option of `cls`, a schedule made; other classes are refused, so nothing is imported."""
     hint = get_type_hints(cls.__init__).get(option)  # type: ignore[misc]
-    is_text = isinstance(declared, str) and not _is_number(declared)
+    is_text = isinstance(declared, str) and as_number(declared) is None
     if objectives.Schedule in get_args(hint) and (is_text or isinstance(declared, Mapping)):
         schedule, settings = component("schedule", declared)
         return schedule(**settings)
@@ -151,7 +174,7 @@ def _value(cls: type, option: str, declared: Any) -> Any:
 
 def option_names(cls: type) -> list[str]:
     """Names of the arguments of `cls` that a user sets."""
-    return [name for name in parameters(cls) if name not in INJECTED]
+    return [name for name in inspect.signature(cls).parameters if name not in INJECTED]
 
 
 def _is_plain(hint: Any) -> bool:
@@ -160,15 +183,6 @@ def _is_plain(hint: Any) -> bool:
     if get_origin(hint) is Literal or hint in PLAIN:
         return True
     return get_origin(hint) in (*PLAIN, Union, UnionType, Sequence) and all(map(_is_plain, parts))
-
-
-def _loaded(text: str) -> Any:
-    """What a text means in YAML; and numbers such as 1e-3, which YAML takes for text."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    return float(value) if isinstance(value, str) and _is_number(value) else value
 
 
 def _class_paths(value: Any) -> Iterator[str]:
@@ -180,39 +194,13 @@ def _class_paths(value: Any) -> Iterator[str]:
         yield value
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def short_name(cls: type) -> str:
     """The name of a class, with its module unless it is ours."""
     ours = cls.__module__.startswith("pyro_vae.")
     return cls.__name__ if ours else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def parameters(function: Any) -> list[str]:
-    """Names of the arguments of a function or class."""
-    return list(inspect.signature(function).parameters)
-
-
-def size_of(declared: tuple[type, dict[str, Any]], name: str, *args: Any, **more: Any) -> Any:
-    """What the class method `name` gives, with those of its class's options that it takes."""
-    cls, options = declared
-    method = getattr(cls, name)
-    taken = set(parameters(method))
-    return method(*args, **{k: v for k, v in {**options, **more}.items() if k in taken})
-
-
-def make(declared: tuple[type, dict[str, Any]], filled: dict[str, Any]) -> Any:
-    """The object that is declared, with those of `filled` that its class takes."""
-    cls, options = declared
-    taken = set(parameters(cls))
-    return cls(**{k: v for k, v in filled.items() if k in taken}, **options)
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+def given(function: Callable[..., Any], known: Mapping[str, Any], *args: Any) -> Any:
+    """What a function or class makes of `args` and those of `known` that it takes."""
+    taken = inspect.signature(function).parameters
+    return function(*args, **{name: value for name, value in known.items() if name in taken})

@@ -181,7 +181,8 @@ def test_arguments_declare_as_yaml_does(
     declared: dict = {"class_path": "StandardNormal"}
     for path, text in arguments:
         declared = declare("prior", declared, path.split(".") if path else [], text)
-    assert (declared["class_path"], declared.get("init_args", {})) == expected
+    cls, options = component("prior", declared)
+    assert (cls.__name__, {**options, **expected[1]}) == (expected[0], options)
 
 
 def test_arguments_declare_a_schedule_by_its_parts() -> None:

@@ -268,7 +268,7 @@ def test_a_declaration_is_kept_plain_with_short_names() -> None:
     }
     defaults = {"start": 0.0, "end": 1.0, "delay": 0.0, "unit": "step"}
     linear = {"class_path": "Linear", "init_args": {"length": 7, **defaults}}
-    assert declarations.complete("objective", declared) == {
+    assert declarations.component("objective", declared).plain == {
         "class_path": "ELBO",
         "init_args": {"beta": linear, "kl": "auto", "num_particles": 1},
     }

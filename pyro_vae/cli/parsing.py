@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +24,7 @@ __all__ = [
     "data_options",
     "make_parser",
     "parse",
+    "plain_options",
     "run",
     "spelled",
 ]
@@ -95,12 +96,17 @@ def parse(command: str, argv: list[str]) -> Namespace:
     declared, argv = _declared(argv, parser)
     options = parser.parse_args(argv)
     for family in FAMILIES:
-        options[family] = declarations.complete(family, declared[family])
+        options[family] = declarations.component(family, declared[family])
     if options.print_config:
-        plain = {key: value for key, value in options.as_dict().items() if key not in TYPED_ONLY}
-        print(yaml.safe_dump(plain, sort_keys=False), end="")
+        print(yaml.safe_dump(plain_options(options, TYPED_ONLY), sort_keys=False), end="")
         raise SystemExit(0)
     return options
+
+
+def plain_options(options: Namespace, without: Collection[str]) -> dict[str, Any]:
+    """The options of `train`, as a configuration file holds them."""
+    plain = {key: value for key, value in vars(options).items() if key not in without}
+    return plain | {family: options[family].plain for family in FAMILIES}
 
 
 def _declared(argv: list[str], parser: ArgumentParser) -> tuple[dict[str, Any], list[str]]:
@@ -137,8 +143,7 @@ def _print_options(family: str, name: str) -> NoReturn:
     cls = declarations.named_class(family, name)
     usage = f"pyro-vae train --{family} {cls.__name__} [--{family}.OPTION VALUE ...]"
     parser = ArgumentParser(usage=usage, add_help=False)
-    skip = declarations.INJECTED & set(declarations.parameters(cls))
-    parser.add_class_arguments(cls, skip=skip)
+    parser.add_class_arguments(cls, skip=declarations.INJECTED)
     parser.print_help()
     raise SystemExit(0)
 

@@ -18,7 +18,7 @@ from pyro_vae.arguments import check_whole, closest
 from pyro_vae.cli.evaluate import evaluate
 from pyro_vae.cli.figures import KlParts, draw
 from pyro_vae.cli.folder import check_support, declared_run, read_record, record
-from pyro_vae.cli.parsing import NOT_IN_FILES, parse
+from pyro_vae.cli.parsing import NOT_IN_FILES, parse, plain_options
 from pyro_vae.data import Data, Schema, Splits, load_data, locate, spread
 from pyro_vae.files import locked
 from pyro_vae.likelihoods import Bernoulli, Columns
@@ -85,20 +85,19 @@ def train(options: Namespace) -> Path:
     splits = _splits(options)
     vae = _build(options, splits)
     folder = _run_folder(options)
-    objective, settings = declarations.component("objective", options.objective)
+    objective = options.objective.made()
     check_support(vae, splits.train)
-    arguments = (options, vae, splits, folder, objective(**settings))
+    arguments = (options, vae, splits, folder, objective)
     if not first:
         _fit(*arguments)
         return folder
     print(_described(splits, options), flush=True)
     if splits.train.schema is not None:
         print(splits.train.schema)
-    for hint in hints(splits.train, _likelihood(options)):
+    for hint in hints(splits.train, options.likelihood.cls):
         print(f"note: {hint}")
     with locked(folder / "train.lock"):
-        plain = options.as_dict() | {"transform": splits.transform}
-        declared = {key: value for key, value in plain.items() if key not in NOT_DECLARED}
+        declared = plain_options(options, NOT_DECLARED) | {"transform": splits.transform}
         with declared_run(folder, declared, record(splits)):
             history = _fit(*arguments)
         early = ", for the bound had stopped rising" if len(history) < options.epochs else ""
@@ -167,14 +166,10 @@ def _fit(
         raise OSError(f"{error}{_go_on(folder, options)}") from error
 
 
-def _likelihood(options: Namespace) -> type:
-    return declarations.named_class("likelihood", options.likelihood["class_path"])
-
-
 def _splits(options: Namespace) -> Splits:
     """The data; the likelihood of a table becomes that of its columns."""
     known = read_record(options.resume) if options.resume else {}
-    is_table = _likelihood(options) is Columns and Path(options.data).is_file()
+    is_table = options.likelihood.cls is Columns and Path(options.data).is_file()
     splits = load_data(
         options.data,
         root=options.data_root,
@@ -187,17 +182,17 @@ def _splits(options: Namespace) -> Splits:
     )
     train = splits.train
     if train.schema is not None:
-        if (cls := _likelihood(options)) not in (Columns, Bernoulli):
+        if (cls := options.likelihood.cls) not in (Columns, Bernoulli):
             raise ValueError(
                 f"{options.data} is read as a table of several kinds, which the likelihood "
                 f"Columns is for; got {cls.__name__}: leave the likelihood out"
             )
         options.schema = train.schema.plain
-        given = options.likelihood["init_args"].get("columns") or {}
-        options.likelihood = {"class_path": "Columns", "init_args": {"columns": given}}
+        columns = {"columns": options.likelihood.options.get("columns") or {}}
+        options.likelihood = declarations.component("likelihood", {"Columns": columns})
     name = options.transform
     if name == "auto":
-        name = config.default_transform(_likelihood(options), train.levels, train.x)
+        name = config.default_transform(options.likelihood.cls, train.levels, train.x)
     return splits.with_transform(name)
 
 
@@ -214,7 +209,7 @@ def _of_columns(given: Any, schema: Schema) -> dict[str, Any] | list[Any]:
 def _described(splits: Splits, options: Namespace) -> str:
     """One line on the data: rows of each part, and what was chosen for them."""
     rows = ", ".join(f"{rows} {name}" for name, rows in splits.sizes.items())
-    likelihood = options.likelihood["class_path"].rpartition(".")[2]
+    likelihood = options.likelihood.cls.__name__
     why = f", which fits {likelihood}" if options.transform == "auto" else ""
     y = splits.train.y
     given = "" if y is None else f"; conditional on y of length {y.shape[1]}"
@@ -233,16 +228,14 @@ def _go_on(folder: Path, options: Namespace) -> str:
 
 def _build(options: Namespace, splits: Splits) -> VAE:
     data = splits.train
-    parts: dict[str, Any] = {name: options[name] for name in MODEL}
-    arguments = dict(parts["likelihood"]["init_args"])
-    parts["likelihood"] = {**parts["likelihood"], "init_args": arguments}
-    cls = _likelihood(options)
-    if "levels" in declarations.option_names(cls) and data.levels is not None:
-        default = inspect.signature(cls).parameters["levels"].default
-        if arguments.get("levels", default) == default:
-            arguments["levels"] = data.levels
+    parts = {name: options[name] for name in MODEL}
+    cls, own = options.likelihood
+    if data.levels is not None and "levels" in own:
+        if own["levels"] == inspect.signature(cls).parameters["levels"].default:
+            parts["likelihood"] = options.likelihood.having(levels=data.levels)
     if data.schema is not None:
-        arguments["columns"] = _of_columns(arguments["columns"], data.schema)
+        columns = _of_columns(own["columns"], data.schema)
+        parts["likelihood"] = options.likelihood.having(columns=columns)
     condition = 0 if data.y is None else data.y.shape[1]
     if options.conditional and data.labels is not None and bool((data.labels < 0).any()):
         raise ValueError("--conditional needs a label in every row: for few labels use --classes")
@@ -281,9 +274,8 @@ def hints(data: Data, likelihood: type) -> list[str]:
         return []
     x = data.x[spread(len(data), ROWS, 0)].double()
     support: constraints.Constraint = likelihood.support  # type: ignore[attr-defined]
-    if support is constraints.nonnegative_integer and "levels" not in declarations.option_names(
-        likelihood
-    ):
+    counts = support is constraints.nonnegative_integer
+    if counts and "levels" not in declarations.option_names(likelihood):
         return _totals(x) if data.y is None else []
     whole_line = bool(support.check(x.new_tensor([-10.0, 10.0])).all())
     return _codes(x, data.columns, likelihood.__name__) if whole_line else []
