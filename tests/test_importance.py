@@ -17,7 +17,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_vae.densities import densities, scale_latents
-from pyro_vae.estimators import Evidence, evidence_lower_bound, importance_sampling
+from pyro_vae.estimators import Evidence, Imputation, evidence_lower_bound, importance_sampling
 from pyro_vae.estimators.diagnostics import (
     effective_sample_size,
     log_mean_exp,
@@ -563,3 +563,20 @@ def test_evidence_as_a_frame() -> None:
     frame = found.to_frame()
     assert frame.log_prob.tolist() == found.log_prob.tolist()
     assert frame.verdict.tolist() == found.verdict
+
+
+def test_arviz_takes_evidences_and_draws() -> None:
+    with warnings.catch_warnings(action="ignore"):  # of its next version
+        arviz = pytest.importorskip("arviz")
+        exact = LinearGaussian.draw()
+        x = exact.vae.sample(7)
+        found, other = (importance_sampling(exact.vae, x, num_samples=k) for k in (31, 37))
+        table = {"found": found.to_inference_data(), "other": other.to_inference_data()}
+        ranked = arviz.compare(table, ic="waic")
+        rows = arviz.waic(table["found"], pointwise=True).waic_i
+        draws = Imputation(torch.randn(5, *x.shape), x, x, found).to_inference_data()
+    assert rows.values == pytest.approx(found.log_prob.numpy())
+    assert ranked.dse.max() == pytest.approx(found.difference(other)[1] * 42**0.5)
+    assert table["found"].sample_stats.stderr.dims == ("chain", "draw", "row")
+    assert draws.posterior_predictive.x.shape == (1, 5, *x.shape)
+    assert draws.posterior_predictive.x.dims[2] == "row"

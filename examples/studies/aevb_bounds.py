@@ -30,13 +30,13 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.table import Table
 
 from pyro_vae import VAE, build, fit, log_evidence, plots
 from pyro_vae.data import Data, Splits, load_data
 from pyro_vae.estimators import evidence_lower_bound
+from pyro_vae.training import History
 
 # by latents, the bound: of test images at 1e7 and 1e8 training samples, of training ones at 1e8
 MNIST = {
@@ -58,14 +58,18 @@ MARGINAL = {
     50_000: {"training": (-135.5, -131.0), "test": (-142.3, -138.1)},
 }
 GAUSSIAN = {"class_path": "Normal", "init_args": {"scale": "predicted", "mean": "sigmoid"}}
+SHOWN = {
+    "test bound": ("here, 1e6 samples seen", "o", 7),
+    "published test, 1e8": ("published, 1e8", "s", 4),
+    "published test, 1e7": ("published, 1e7", "D", 4),
+}
 Row = dict[str, str]
-Curve = list[dict[str, Any]]
 
 
 def train(
     name: str, data: Data, held: Data, sizes: tuple[int, int], epochs: int, options: dict[str, Any]
-) -> tuple[VAE, Curve]:
-    """A VAE of so many latents and hidden units, and what was measured in each epoch."""
+) -> tuple[VAE, History]:
+    """A VAE of so many latents and hidden units, and how it was trained."""
     torch.manual_seed(options["seed"])
     network = {"class_path": "MLP", "init_args": {"hidden": [sizes[1]]}}
     likelihood = "Bernoulli" if data.transform.binary else GAUSSIAN
@@ -73,33 +77,31 @@ def train(
     vae = build(data.data_shape, sizes[0], **parts)
     options = {**options, "run": Path(options["run"]) / name}
     schedule = {"class_path": "CosineAnnealingLR", "init_args": {"T_max": epochs}}
-    history = fit(vae, data, epochs=epochs, schedule=schedule, validation=held, **options)
-    return vae, [{**row, "samples": row["epoch"] * len(data)} for row in history.rows]
+    return vae, fit(vae, data, epochs=epochs, schedule=schedule, validation=held, **options)
 
 
 def bounds(
     data: Splits, known: dict[int, Any], hidden: int, epochs: int, options: dict[str, Any]
-) -> tuple[list[Row], dict[int, Curve]]:
-    """A VAE for each latent size: the table's rows, and the curves."""
+) -> list[Row]:
+    """A VAE for each latent size: the table's rows."""
     x, _ = data.test.fixed().batch(torch.arange(len(data.test)))
-    rows, curves = [], {}
+    rows = []
     for latents, published in known.items():
         name, sizes = f"{data.transform}-{latents}", (latents, hidden)
-        vae, curve = train(name, data.train, data.validation, sizes, epochs, options)
-        curves[latents] = curve
-        best = max(curve, key=lambda row: row["validation_elbo"])
+        vae, history = train(name, data.train, data.validation, sizes, epochs, options)
+        best = max(history.rows, key=lambda row: row["validation_elbo"])
         elbo = evidence_lower_bound(vae.model, vae.guide, x).elbo
         rows.append(
             {
                 "latents": str(latents),
-                "samples": f"{curve[-1]['samples']:.1e}",
+                "samples": f"{len(history) * len(data.train):.1e}",
                 "training bound": f"{best['elbo']:.1f}",
                 "test bound": f"{elbo.mean():.1f} +- {elbo.std() / len(x) ** 0.5:.1f}",
                 "published test, 1e7": str(published[0]) if published else "-",
                 "published test, 1e8": str(published[1]) if published else "-",
             }
         )
-    return rows, curves
+    return rows
 
 
 def marginal(data: Splits, epochs: int, images: int, options: dict[str, Any]) -> list[Row]:
@@ -109,7 +111,7 @@ def marginal(data: Splits, epochs: int, images: int, options: dict[str, Any]) ->
     for size, known in MARGINAL.items():
         part = data.train.subset(torch.arange(min(size, len(data.train))))
         passes = epochs * (25 if size == 1000 else 1)
-        vae, curve = train(f"marginal-{size}", part, held, (3, 100), passes, options)
+        vae, history = train(f"marginal-{size}", part, held, (3, 100), passes, options)
         for name, chosen in {"training": part, "test": data.test}.items():
             x, _ = chosen.fixed().batch(torch.arange(images))
             evidence = log_evidence(vae.model, vae.guide, x)
@@ -117,7 +119,7 @@ def marginal(data: Splits, epochs: int, images: int, options: dict[str, Any]) ->
             rows.append(
                 {
                     "training images": str(len(part)),
-                    "samples": f"{curve[-1]['samples']:.1e}",
+                    "samples": f"{len(history) * len(part):.1e}",
                     "of": f"{images} {name} images",
                     "log p(x)": f"{evidence.mean():.2f} +- {monte_carlo:.2f} +- {over_images:.2f}",
                     "reliable": str(evidence.verdict.count("reliable")),
@@ -128,33 +130,28 @@ def marginal(data: Splits, epochs: int, images: int, options: dict[str, Any]) ->
     return rows
 
 
-def draw(curves: dict[int, Curve], known: dict[int, Any]) -> Figure:
-    """The bound over the training samples seen, a panel for each latent size."""
-    figure = Figure(figsize=(2.7 * len(curves), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
-    for ax, (latents, curve) in zip(axes, curves.items()):
-        samples = [row["samples"] for row in curve]
-        ax.plot(samples, [row["elbo"] for row in curve], "C0", label="ours, training")
-        ax.plot(samples, [row["validation_elbo"] for row in curve], "C1", label="ours, validation")
-        if known[latents]:
-            early, test, training = known[latents]
-            ax.plot([1e8], [training], "s", color="C0", mfc="w", label="published, training")
-            ax.plot([1e7, 1e8], [early, test], "o:", color="C1", mfc="w", label="published, test")
-            ax.axvline(1e8, color="0.8", linewidth=1, zorder=0)
-        ax.set_xscale("log")
-        ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.set_title(f"{latents} latents", fontsize=10)
-        ax.set_xlabel("training samples seen")
-    ends = [row["validation_elbo"] for curve in curves.values() for row in curve[3:]]
-    lowest = min(ends + [v for values in known.values() for v in values])
-    axes[0].set_ylim(bottom=lowest - 0.05 * abs(lowest))
-    axes[0].set_ylabel("ELBO, nats per image")
-    axes[-1].legend(frameon=False, fontsize=8)
+@plots.style()
+def draw(rows: list[Row]) -> Figure:
+    """Bounds for each number of latents, beside the published ones where there are any."""
+    figure = Figure(figsize=(6.5, 2.4), layout="constrained")
+    ax = figure.subplots()
+    for column, (name, marker, size) in SHOWN.items():
+        known = [
+            (float(row[column].split()[0]), i) for i, row in enumerate(rows) if row[column] != "-"
+        ]
+        if known:
+            ax.plot(*zip(*known), marker, ms=size, label=name)
+    ax.set_yticks(range(len(rows)), [f"{row['latents']} latents" for row in rows])
+    ax.set(
+        xlabel="ELBO of test images, nats, further right is better", ylim=(len(rows) - 0.5, -0.5)
+    )
+    ax.grid(axis="y", lw=0.4)
+    figure.legend(loc="outside upper center", ncols=len(SHOWN))
     return figure
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Trains all; prints and writes the tables, and draws the curves."""
+    """Trains all; prints and writes the tables, and draws the first."""
     smoke, out, epochs = arguments.smoke, Path(arguments.out), arguments.epochs
     if smoke:
         epochs, arguments.images = 4, 7
@@ -174,20 +171,19 @@ def main(arguments: argparse.Namespace) -> None:
         FREY if arguments.frey else dict.fromkeys((2, 5) if smoke else FREY, ())
     )
     tables: dict[str, list[Row]] = {}
-    tables["bound; +- over images"], curves = bounds(mnist, known, 500, epochs, options)
-    plots.save(draw(curves, known), str(out / "bound.png"))
+    tables["bound; +- over images"] = bounds(mnist, known, 500, epochs, options)
+    plots.save(draw(tables["bound; +- over images"]), str(out / "bound.svg"))
     title = "log p(x); +- Monte Carlo +- over images"
     tables[title] = marginal(mnist, epochs, arguments.images, options)
     title = "bound of a Gaussian decoder; +- over images"
-    tables[title], curves = bounds(faces, gaussian, 200, 10 * epochs, options)
-    plots.save(draw(curves, gaussian), str(out / "gaussian.png"))
+    tables[title] = bounds(faces, gaussian, 200, 10 * epochs, options)
     (out / "table.json").write_text(json.dumps(tables, indent=1))
     for title, rows in tables.items():
         table = Table(*rows[0], title=f"nats per image: {title}")
         for row in rows:
             table.add_row(*row.values())
         Console(width=130).print(table)
-    print(f"tables and curves in {out}")
+    print(f"tables and figure in {out}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ log p(x) is one number, but of four different things:
   bound: it grows a spike at black, and its bits can fall below zero, which no code can do.
 
 Models of one of these compare; one of the third bounds its own probability of grey images, and so
-compares with the second from below; nothing else does. Table and figure grow with each model; run
+compares with the second from below; nothing else does. Table and figures grow with each model; run
 again, it goes on where it was.
 
 784-500-500-20, ReLU, as in Loaiza-Ganem and Cunningham. The continuous Bernoulli. 2019, whose
@@ -98,9 +98,9 @@ def models(levels: int | None, scale: float) -> list[tuple[str, str, Declared, f
 
 
 def main(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Trains and judges each, writes the table and the figure, and returns the rows."""
+    """Trains and judges each, writes the table and the figures, and returns the rows."""
     grey = load_data("digits" if arguments.smoke else "MNIST", root=arguments.root)
-    rows, pictures = [], {"data": grey.test.batch(torch.arange(20))[0]}
+    rows, pictures = [], {}
     scale = 0.2 if arguments.smoke else 1.0  # all of digits' variance is below 1
     for kind, name, likelihood, published in models(grey.train.levels, scale):
         data = grey.with_transform(TRANSFORMS[kind])
@@ -110,7 +110,8 @@ def main(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append(row)
         pictures[f"{name}\n({kind})"] = sampled(vae, data.test, arguments.seed)
         report(rows, arguments)
-        plots.save(gallery(pictures), f"{arguments.out}/samples.png")
+        plots.save(bits(rows), f"{arguments.out}/bits.svg")
+        plots.save(gallery(pictures, grey.train.levels - 1), f"{arguments.out}/samples.png")
     return rows
 
 
@@ -191,19 +192,40 @@ def report(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     Console(width=170).print(shown)
 
 
-def gallery(pictures: dict[str, Tensor]) -> Figure:
+@plots.style()
+def bits(rows: list[dict[str, Any]]) -> Figure:
+    """Bits per pixel of each, in the colour of what its log p(x) is."""
+    figure = Figure(figsize=(6.5, 3.2), layout="constrained")
+    ax = figure.subplots()
+    for kind, colour in zip(TRANSFORMS, plots.PALETTE):
+        known = [
+            (r["bits per pixel"], i) for i, r in enumerate(rows) if r["log p(x) is the"] == kind
+        ]
+        if known:
+            ax.plot(*zip(*known), "o", ms=6, color=colour, label=kind)
+    for side, limit in ((0, "no code can be shorter"), (8, "a raw pixel")):
+        ax.axvline(side, color="#666666", lw=0.8, ls="--", zorder=0)
+        ax.text(side, 1.01, limit, transform=ax.get_xaxis_transform(), ha="center", fontsize=8)
+    ax.set_yticks(range(len(rows)), [row["likelihood"] for row in rows])
+    ax.set(xlabel="bits per pixel, further left is better", ylim=(len(rows) - 0.5, -0.5))
+    ax.grid(axis="y", lw=0.4)
+    figure.legend(loc="outside upper center", ncols=2)
+    return figure
+
+
+@plots.style()
+def gallery(pictures: dict[str, Tensor], top: float) -> Figure:
     """A row for each: ten means, ten draws of x."""
     figure = Figure(figsize=(11, 0.62 * len(pictures) + 0.4), layout="constrained")
     grid = figure.subplots(len(pictures), 2, squeeze=False)
-    top = pictures["data"].max().item()
     for (left, right), (name, x) in zip(grid, pictures.items()):
         for ax, part in ((left, x[:10]), (right, x[10:])):
             strip = make_grid(part, nrow=10, padding=1, pad_value=top / 2)[0]
             ax.imshow(strip.tolist(), cmap="gray", vmin=0, vmax=top)
             ax.set(xticks=[], yticks=[])
         left.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
-    grid[0][0].set_title("E[x | z], z from the prior", fontsize=9)
-    grid[0][1].set_title("x drawn at the same z", fontsize=9)
+    grid[0][0].set_title("E[x | z], z from the prior")
+    grid[0][1].set_title("x drawn at the same z")
     return figure
 
 

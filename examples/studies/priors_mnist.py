@@ -51,13 +51,12 @@ PUBLISHED = {("StandardNormal", "dynamic"): -84.45, ("VampPrior", "dynamic"): -8
 
 def main(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Trains and judges each, writes tables and figures, and returns the rows."""
-    rows, evidence, curves, pictures = [], {}, {}, {}
+    rows, evidence, pictures = [], {}, {}
     for prior, transform in RUNS:
         name = f"{prior}, {SHOWN[transform]}"
         source = "digits" if arguments.smoke else "MNIST"
         data = load_data(source, root=arguments.root, transform=transform)
         vae, history = trained(prior, data, arguments)
-        curves[name] = history["validation_elbo"]
         evidence[name], row = judged(vae, data, arguments)
         rows.append({"model": name, **row, "epochs": len(history)})
         rows[-1]["seconds"] = round(sum(history["seconds"]))
@@ -68,8 +67,8 @@ def main(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             pictures[name] = vae.sample(25, mean=True)
             if prior == "VampPrior":
                 pictures[f"pseudo-inputs, {SHOWN[transform]}"] = vae.prior.inputs[:25]
-        report(rows, evidence, arguments)
-        plots.save(compared(curves, evidence), f"{arguments.out}/priors.png")
+        pairs = report(rows, evidence, arguments)
+        plots.save(compared(rows, pairs), f"{arguments.out}/priors.svg")
         plots.save(gallery(pictures), f"{arguments.out}/samples.png")
     return rows
 
@@ -141,8 +140,8 @@ def paired(a: Evidence, b: Evidence) -> tuple[float, float]:
 
 def report(
     rows: list[dict[str, Any]], evidence: dict[str, Evidence], arguments: argparse.Namespace
-) -> None:
-    """Writes and prints the table, and that of the differences."""
+) -> dict[str, tuple[float, float]]:
+    """Writes and prints the table, and that of the differences, which it gives back."""
     title = f"{arguments.images} test images of digits, nats per image"
     if not arguments.smoke:
         title = (
@@ -165,24 +164,23 @@ def report(
         differences.add_row(name, f"{mean:+.2f}", f"{error:.2f}")
     for each in (shown, differences):
         Console(width=150).print(each)
+    return pairs
 
 
-def compared(curves: dict[str, list[float]], evidence: dict[str, Evidence]) -> Figure:
-    """Validation bound over epochs; what each adds to the log p(x) of the first."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    first, *others = evidence
-    for name, values in curves.items():
-        left.plot(range(1, len(values) + 1), values, label=name, marker=".")
-    best = max(max(values) for values in curves.values())
-    left.set(xlabel="epoch", ylabel="ELBO of validation images, nats", ylim=(best - 30, best + 2))
-    left.legend(frameon=False, fontsize=8)
+@plots.style()
+def compared(rows: list[dict[str, Any]], pairs: dict[str, tuple[float, float]]) -> Figure:
+    """What each adds to the log p(x) of the first, with two standard errors."""
+    first, *others = (row["model"] for row in rows)
+    figure = Figure(figsize=(6.5, 2.4), layout="constrained")
+    ax = figure.subplots()
     for i, name in enumerate(others):
-        gain, error = paired(evidence[name], evidence[first])
-        right.errorbar(gain, -i, xerr=2 * error, color=f"C{i + 1}", fmt="o", capsize=3)
-    right.axvline(0, color="0.6", linewidth=1)
-    right.set_yticks([-i for i in range(len(others))], others, fontsize=8)
-    right.set_xlabel(f"log p(x) less that of {first}, nats; 2 standard errors", fontsize=8)
+        gain, error = pairs[f"{name} less {first}"]
+        colour = plots.PALETTE[name.endswith(SHOWN["static"])]
+        ax.errorbar(gain, i, xerr=2 * error, color=colour, fmt="o", capsize=3)
+    ax.axvline(0, color="#000000", lw=0.8, zorder=0)
+    ax.set_yticks(range(len(others)), others)
+    ax.set(xlabel=f"log p(x) less that of {first}: nats, 2 standard errors")
+    ax.set_ylim(len(others), -1)
     return figure
 
 

@@ -197,6 +197,18 @@ class Evidence:
         columns = {name: value.numpy() for name, value in tensors.items()}
         return pd.DataFrame({**columns, "method": self.method, "verdict": self.verdict})
 
+    def to_inference_data(self) -> Any:
+        """ArviZ's InferenceData: log p(x) in `log_likelihood`, the rest in `sample_stats`.
+
+        Each datum has one draw, so that `arviz.waic` gives the sum of log p(x) with its error over
+        data, and `arviz.compare(..., ic="waic")` paired differences.
+        """
+        import arviz
+
+        frame = {name: column.to_numpy()[None, None] for name, column in self.to_frame().items()}
+        x, dims = {"x": frame.pop("log_prob")}, dict.fromkeys([*frame, "x"], ["row"])
+        return arviz.from_dict(log_likelihood=x, sample_stats=frame, dims=dims)
+
     def known(self, index: Tensor, log_prob: float) -> Evidence:
         """The evidence with log p(x) of some of the data known without error."""
         new = {name: getattr(self, name).clone() for name in TENSORS[:-1]}

@@ -78,6 +78,13 @@ class Imputation:
         """Whether each datum is "reliable", "doubtful" or, from the guide, a "lower bound"."""
         return self.evidence.verdict
 
+    def to_inference_data(self) -> Any:
+        """ArviZ's InferenceData: `draws` in `posterior_predictive`, and what `evidence` gives."""
+        found = self.evidence.to_inference_data()
+        draws = {"x": self.draws[None].numpy()}
+        found.add_groups(posterior_predictive=draws, dims={"x": ["row"]})
+        return found
+
     @classmethod
     def cat(cls, parts: Sequence[Imputation]) -> Imputation:
         """The data of all `parts`, in order."""
