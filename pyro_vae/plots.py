@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import matplotlib
@@ -78,7 +80,7 @@ class _Shown(Figure):
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
         width, height = (round(side * SCREEN) for side in self.get_size_inches())
-        return _png(self), {"width": width, "height": height}
+        return _drawn(self, "png"), {"width": width, "height": height}
 
 
 def images(x: Tensor, title: str = "", limits: tuple[float, float] | None = None) -> Figure:
@@ -91,7 +93,7 @@ def images(x: Tensor, title: str = "", limits: tuple[float, float] | None = None
     """
     side = max(1, round(len(x) ** 0.5))
     rows = [_row(x[i : i + side], side) for i in range(0, len(x), side)]
-    return _picture(torch.cat(rows, -2), title, limits or _limits(x), width=5)
+    return _picture(torch.cat(rows, -2), title, limits, width=5)
 
 
 def reconstructions(
@@ -99,9 +101,9 @@ def reconstructions(
 ) -> Figure:
     """Images [N, C, H, W] in a row, above what the model makes of them, in rows of ten."""
     parts = []
-    for i in range(0, len(x), 10):
-        pair = [_row(x[i : i + 10], 10), _row(reconstructed[i : i + 10], 10)]
-        parts += [*pair, torch.full_like(pair[0][..., :2, :], float("nan"))]
+    for some in torch.stack([x, reconstructed], 1).split(10):
+        pair = [_row(row, 10) for row in some.unbind(1)]
+        parts += [*pair, torch.full_like(pair[0][..., :2, :], math.nan)]
     title = "data (upper rows) and their reconstructions (lower rows)"
     return _picture(torch.cat(parts[:-1], -2), title, limits or _limits(x), width=7)
 
@@ -114,12 +116,9 @@ def image_rows(
     Raises:
         ValueError: If there is not one name for each row.
     """
-    if x.ndim != 5 or len(x) != len(names):
-        raise ValueError(
-            f"expected images [R, T, C, H, W] and R names; got {list(x.shape)} and {len(names)}"
-        )
+    _check(x, 5, len(names), "images [R, T, C, H, W] and R names")
     picture = torch.cat([_row(row, x.shape[1]) for row in x], -2)
-    return _picture(picture, title, limits or _limits(x), width=6, names=names)
+    return _picture(picture, title, limits, width=6, names=names)
 
 
 @style()
@@ -136,15 +135,13 @@ def columns(data: Tensor, samples: Tensor, names: Sequence[str] | None = None) -
     count = data.shape[1]
     shown = min(count, 9)
     figure, axes = _axes(-(-shown // 3), min(shown, 3), 2)
-    for d, ax in enumerate(axes[:shown]):
-        known = data[:, d][~data[:, d].isnan()]
-        bins = _bins(known)
-        drawn = samples[:, d]
-        for values, label, kind in ((known, "data", "stepfilled"), (drawn, "samples", "step")):
-            weights = [1 / len(values)] * len(values)
-            column, alpha = values.tolist(), 0.4 if kind == "stepfilled" else 1
-            ax.hist(column, bins, weights=weights, histtype=kind, alpha=alpha, label=label)
-        ax.set_title(_short(names[d] if names else f"column {d}"), fontsize=9)
+    for ax, name, held, drawn in zip(axes, _named(names, count, "column "), data.T, samples.T):
+        held = held[~held.isnan()]
+        bins = _bins(held)
+        for values, label, kind in ((held, "data", "stepfilled"), (drawn, "samples", "step")):
+            look = {"histtype": kind, "alpha": 0.4 if label == "data" else 1, "label": label}
+            ax.hist(values.tolist(), bins, weights=[1 / len(values)] * len(values), **look)
+        ax.set_title(_short(name), fontsize=9)
         ax.locator_params(axis="x", nbins=4, prune="both")
         ax.set_yticks([])
     for ax in axes[shown:]:
@@ -170,16 +167,16 @@ def pairs(data: Tensor, samples: Tensor, names: Sequence[str] | None = None) -> 
     """
     chosen = _strongest(data[:, :100], 4)
     figure, axes = _axes(2, len(chosen), 1.8)
-    for n, pair in enumerate(chosen):
-        for ax, rows, color in zip(axes[n :: len(chosen)], (data, samples), PALETTE):
-            x, y = (_spread(rows[:1000, d]).tolist() for d in pair)
-            ax.plot(x, y, ".", ms=2, alpha=0.5, color=color, rasterized=True)
-            reach = [_limits(_spread(data[:, d])) for d in pair]
-            ax.set(xlim=reach[0], ylim=reach[1], xticks=[], yticks=[])
-            ax.set_ylabel(_short(names[pair[1]] if names else f"column {pair[1]}", 18))
-            ax.set_xlabel(_short(names[pair[0]] if names else f"column {pair[0]}", 18))
-    for ax, title in zip(axes[:: len(chosen)], ("data", "samples")):
-        ax.set_title(title, loc="left")
+    names = _named(names, data.shape[1], "column ")
+    parts = (("data", data), ("samples", samples))
+    for ax, ((title, rows), pair) in zip(axes, product(parts, chosen)):
+        x, y = (_spread(rows[:1000, d]).tolist() for d in pair)
+        ax.plot(x, y, ".", ms=2, alpha=0.5, color=PALETTE[rows is samples], rasterized=True)
+        xlim, ylim = (_limits(_spread(data[:, d])) for d in pair)
+        xlabel, ylabel = (_short(names[d], 18) for d in pair)
+        ax.set(xlim=xlim, ylim=ylim, xlabel=xlabel, ylabel=ylabel, xticks=[], yticks=[])
+        if pair == chosen[0]:
+            ax.set_title(title, loc="left")
     return figure
 
 
@@ -195,12 +192,11 @@ def curves(rows: Sequence[Mapping[str, float | None]]) -> Figure:
     titles = {"elbo": "ELBO", "kl": "KL", "reconstruction": "reconstruction"}
     for ax, (term, title) in zip(axes, titles.items()):
         for part, start in (("training", ""), ("validation", "validation_")):
-            points = [(row["epoch"], row.get(start + term)) for row in rows]
-            points = [(e, v) for e, v in points if v is not None]
+            key = start + term
+            points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
             if points:
                 ax.plot(*zip(*points), label=part, marker="." if len(points) < 3 else None)
-        ax.set_title(title)
-        ax.set_xlabel("epoch")
+        ax.set(title=title, xlabel="epoch")
     axes[0].set_ylabel("nats per datum")
     _name_lines(axes[-1])
     return figure
@@ -218,26 +214,23 @@ def latent(
         names: Names of the D dimensions; z0, z1, ... if None.
     """
     pair = sorted(means.var(0).argsort(descending=True)[:2].tolist())
-    first, second = pair if len(pair) == 2 else (pair[0], pair[0])
-    figure, (ax,) = _axes(1, 1, 4.5)
+    shown = means[:, [pair[0], pair[-1]]].float()
     labels = torch.zeros(len(means)) if labels is None else labels
-    classes = labels.unique().tolist()
-    shown = means[:, [first, second]].float()
+    figure, (ax,) = _axes(1, 1, 4.5)
     placed, apart = torch.empty(0, 2), 0.06 * (shown.amax(0) - shown.amin(0)).max().item()
-    for i, label in enumerate(classes):
+    for i, label in enumerate(classes := labels.unique().tolist()):
         points = shown[labels == label]
-        shape, colour = "o^sDv"[i // len(PALETTE) % 5], PALETTE[i % len(PALETTE)]
-        look = {"marker": shape, "color": colour, "linewidths": 0, "rasterized": True}
-        ax.scatter(*points.T.tolist(), s=6, **look)
+        look = {"marker": "o^sDv"[i // len(PALETTE) % 5], "color": PALETTE[i % len(PALETTE)]}
+        ax.scatter(*points.T.tolist(), s=6, linewidths=0, rasterized=True, **look)
         if len(classes) > 1:
             halo = [withStroke(linewidth=3, foreground="#ffffff")]
-            place = _free(points, placed, apart)
-            placed = torch.cat([placed, place[None]])
-            ax.text(*place.tolist(), f"{label:g}", size=13, weight="bold", path_effects=halo)
-    ax.set_xlabel(f"E[{_unit(first, names)} | x]")
-    ax.set_ylabel(f"E[{_unit(second, names)} | x]")
+            placed = torch.cat([placed, _free(points, placed, apart)[None]])
+            at = placed[-1].tolist()
+            ax.text(*at, f"{label:g}", size=13, weight="bold", path_effects=halo)
+    names = _named(names, means.shape[1], "z")
+    xlabel, ylabel = (f"E[{names[d]} | x]" for d in (pair[0], pair[-1]))
     chosen = ", the two dimensions of largest variance" if means.shape[1] > 2 else ""
-    ax.set_title(f"posterior means{chosen}")
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=f"posterior means{chosen}")
     return figure
 
 
@@ -255,7 +248,7 @@ def traversals(
     values: Tensor | None = None,
     top: int | None = None,
     limits: tuple[float, float] | None = None,
-    dims: Sequence[int | str] | None = None,
+    dims: Sequence[str] | None = None,
 ) -> Figure:
     """What each latent dimension does: a row of images for each, of most KL first.
 
@@ -265,37 +258,27 @@ def traversals(
         values: The T values of a dimension, for the title.
         top: Rows shown; all if None.
         limits: As in `images`.
-        dims: Numbers or names of the D dimensions, where they are some of more.
+        dims: Names of the D dimensions; z0, z1, ... if None.
     """
-    if decoded.ndim != 5 or len(decoded) != len(kl):
-        raise ValueError(
-            f"expected images [D, T, C, H, W] and kl [D]; got {list(decoded.shape)} and "
-            f"{list(kl.shape)}"
-        )
+    _check(decoded, 5, len(kl), "images [D, T, C, H, W] and kl [D]")
     order = kl.argsort(descending=True)[:top].tolist()
-    shown = [d if dims is None else dims[d] for d in order]
-    named = [name if isinstance(name, str) else f"z{name}" for name in shown]
-    names = [f"{name}, {kl[d]:.2f} nats" for name, d in zip(named, order)]
-    title = "each latent dimension by itself"
-    if values is not None:
-        title += f", from {values.min():.1f} to {values.max():.1f}"
+    named = _named(dims, len(kl), "z")
+    names = [f"{named[d]}, {kl[d]:.2f} nats" for d in order]
+    reach = "" if values is None else f", from {values.min():.1f} to {values.max():.1f}"
+    title = f"each latent dimension by itself{reach}"
     return image_rows(decoded[order], names, title, limits or _limits(decoded))
 
 
 @style()
 def factor_matrix(information: Tensor, names: Sequence[str]) -> Figure:
     """Mutual information of each factor with each latent dimension [F, D], in nats."""
-    if information.ndim != 2 or len(information) != len(names):
-        raise ValueError(
-            f"expected a matrix [F, D] and F names; got {list(information.shape)} and {names}"
-        )
+    _check(information, 2, len(names), "a matrix [F, D] and F names")
     figure, (ax,) = _axes(1, 1, max(3.0, 0.45 * max(information.shape)))
     picture = ax.imshow(information.tolist(), cmap="viridis", vmin=0, aspect="auto")
     figure.colorbar(picture, ax=ax, label="nats")
     ax.set_yticks(range(len(names)), names)
     ax.set_xticks(range(information.shape[1]))
-    ax.set_xlabel("latent dimension")
-    ax.set_title("mutual information of factors and latents")
+    ax.set(xlabel="latent dimension", title="mutual information of factors and latents")
     return figure
 
 
@@ -312,13 +295,14 @@ def unit_kl(epochs: Tensor, kl: Tensor, names: Sequence[str] | None = None) -> F
     """
     figure, (ax, bars) = _axes(1, 2, 3)
     order = kl[-1].argsort(descending=True).tolist()
-    sites = [_unit(d, names).partition("[")[0] if "[" in _unit(d, names) else "" for d in order]
+    names = _named(names, kl.shape[1], "z")
+    sites = [names[d].rpartition("[")[0] for d in order]
     for site, colour in zip(sorted(set(sites)), PALETTE):
         mine = [(i, kl[-1, d].item()) for i, d in enumerate(order) if sites[i] == site]
         total = sum(value for _, value in mine)
         bars.bar(*zip(*mine), color=colour, label=f"{site}, {total:.1f} nats".lstrip(", "))
     for place, d in enumerate(order):
-        look = {"color": "0.8"} if place >= 10 else {"label": _unit(d, names)}
+        look = {"color": "0.8"} if place >= 10 else {"label": names[d]}
         line = "--" if len(PALETTE) <= place < 10 else "-"
         ax.plot(epochs.tolist(), kl[:, d].tolist(), line, **look)
     _over_epochs(ax, "KL of each latent dimension")
@@ -346,12 +330,11 @@ def calibration(uniforms: Tensor, names: Sequence[str]) -> Figure:
     band = 1.36 / len(uniforms) ** 0.5  # the Kolmogorov-Smirnov distance of 5 %
     ax.fill_between(levels, levels - band, levels + band, color="0.9", lw=0)
     ax.plot([0, 1], [0, 1], "k--", lw=0.8)
-    for d in range(len(names)):
-        ax.plot(levels, shares[:, d], color="0.7", lw=0.8)
+    ax.plot(levels, shares, color="0.7", lw=0.8)
     for d in furthest:
         ax.plot(levels, shares[:, d], lw=1.6, label=names[d])
     ax.legend(title="furthest off", loc="upper left")
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="mass of the guide's interval")
+    ax.set(xlabel="mass of the guide's interval", xlim=(0, 1), ylim=(0, 1))
     ax.set_ylabel("share of simulated data whose latent it holds")
     return figure
 
@@ -382,8 +365,7 @@ def audit(gap: Tensor, reliable: Tensor, reach: float) -> Figure:
         ax.plot(place.tolist(), gap[place].tolist(), ".", label=f"{name}: {len(place)}")
     ax.axhline(reach, color="grey", linewidth=1, linestyle="--")
     ax.set_yscale("symlog", linthresh=reach)
-    ax.set_xlabel("simulated data, by gap")
-    ax.set_ylabel("gap of the bounds, nats")
+    ax.set(xlabel="simulated data, by gap", ylabel="gap of the bounds, nats")
     ax.set_title("audit: what an exact draw adds")
     ax.legend()
     return figure
@@ -391,26 +373,24 @@ def audit(gap: Tensor, reliable: Tensor, reach: float) -> Figure:
 
 def save(figure: Figure, path: str) -> None:
     """Writes an SVG where `path` ends so, which turns dark with the page, or else a PNG."""
-    files.write(path, svg(figure) if path.endswith(".svg") else _png(figure))
+    files.write(path, svg(figure) if path.endswith(".svg") else _drawn(figure, "png"))
 
 
-@style()
 def svg(figure: Figure) -> bytes:
     """A figure as SVG, the same bytes each time; dark where the reader's screen is."""
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue().replace(b"</style>", DARK + b"</style>", 1)
+    drawn = _drawn(figure, "svg", metadata={"Date": None})
+    return drawn.replace(b"</style>", DARK + b"</style>", 1)
 
 
 @style()
-def _png(figure: Figure) -> bytes:
+def _drawn(figure: Figure, kind: str, **options: Any) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format="png")
+    figure.savefig(file, format=kind, **options)
     return file.getvalue()
 
 
-def _unit(d: int, names: Sequence[str] | None) -> str:
-    return f"z{d}" if names is None else names[d]
+def _named(names: Sequence[str] | None, count: int, prefix: str) -> Sequence[str]:
+    return names or [f"{prefix}{d}" for d in range(count)]
 
 
 def _axes(rows: int, columns: int, size: float) -> tuple[Figure, list[Any]]:
@@ -418,13 +398,23 @@ def _axes(rows: int, columns: int, size: float) -> tuple[Figure, list[Any]]:
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
+def _check(x: Tensor, dims: int, count: int, expected: str) -> None:
+    if x.ndim != dims or len(x) != count:
+        raise ValueError(f"expected {expected}; got {list(x.shape)} and {count}")
+
+
+def _few(column: Tensor) -> bool:
+    """Whether a column is of few integers."""
+    low, high = _limits(column)
+    return bool((column == column.round()).all()) and high - low < 40
+
+
 def _bins(column: Tensor) -> list[float]:
     """Edges of bins: about the root of the count of rows, or one for each of few integers."""
-    low, high = (column.min().item(), column.max().item()) if len(column) else (0.0, 1.0)
-    if bool((column == column.round()).all()) and high - low < 40:
+    low, high = _limits(column)
+    if _few(column):
         return torch.arange(low - 0.5, high + 1).tolist()
-    count = min(max(round(len(column) ** 0.5), 5), 40)
-    return torch.linspace(low, high, count + 1).tolist()
+    return torch.linspace(low, high, min(max(round(len(column) ** 0.5), 5), 40) + 1).tolist()
 
 
 def _strongest(data: Tensor, count: int) -> list[list[int]]:
@@ -439,8 +429,7 @@ def _strongest(data: Tensor, count: int) -> list[list[int]]:
 
 def _spread(column: Tensor) -> Tensor:
     """A column, with noise if it is of few integers."""
-    known = column[~column.isnan()]
-    if not len(known) or (known != known.round()).any() or known.max() - known.min() >= 40:
+    if not _few(column[~column.isnan()]):
         return column
     noise = torch.rand(column.shape, generator=torch.Generator().manual_seed(0))
     return column + 0.6 * noise.to(column) - 0.3
@@ -452,9 +441,7 @@ def _short(name: str, most: int = 26) -> str:
 
 
 def _over_epochs(ax: Any, title: str) -> None:
-    ax.set_xlabel("epoch")
-    ax.set_ylabel("nats per datum")
-    ax.set_title(title)
+    ax.set(title=title, xlabel="epoch", ylabel="nats per datum")
     _name_lines(ax)
 
 
@@ -473,11 +460,7 @@ def _name_lines(ax: Any) -> None:
 
 @style()
 def _picture(
-    x: Tensor,
-    title: str,
-    limits: tuple[float, float],
-    width: float,
-    names: Sequence[str] = (),
+    x: Tensor, title: str, limits: Sequence[float] | None, width: float, names: Sequence[str] = ()
 ) -> Figure:
     """An image [C, H, W], each of its pixels a whole number of pixels, beside names of rows."""
     high, wide = x.shape[-2:]
@@ -488,16 +471,14 @@ def _picture(
     figure = _Shown(figsize=(size[0] / SCREEN, size[1] / SCREEN))
     box = left / size[0], 0, wide * scale / size[0], high * scale / size[1]
     ax = figure.add_axes(box)
-    darkest, lightest = limits
+    darkest, lightest = limits or _limits(x)
     shown = ((x.float() - darkest) / (lightest - darkest)).clamp(0, 1).nan_to_num(0.4)
-    picture = shown.movedim(0, -1).squeeze(-1)
-    ax.imshow(
-        picture.tolist(), cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto"
-    )
+    picture = shown.movedim(0, -1).squeeze(-1).tolist()
+    ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
     ax.set_title(title, loc="left")
     ax.spines[:].set_visible(False)
     middles = [(i + 0.5) * high / len(names) - 1 for i in range(len(names))]
-    ax.set_yticks(middles, list(names), fontsize=8)
+    ax.set_yticks(middles, names, fontsize=8)
     ax.set_xticks([])
     ax.tick_params(length=0)
     return figure
@@ -505,9 +486,8 @@ def _picture(
 
 def _row(x: Tensor, count: int) -> Tensor:
     """Images [n, C, H, W] side by side, padded to `count`, a grey line between them."""
-    x = torch.nn.functional.pad(x.float().cpu(), (0, 1, 0, 1), value=float("nan"))
-    blank = torch.full((count - len(x), *x.shape[1:]), float("nan"))
-    return torch.cat([*x, *blank], -1)
+    added = (0, 1, 0, 1, 0, 0, 0, count - len(x))  # on both sides of W, H, C and n
+    return torch.cat([*torch.nn.functional.pad(x.float().cpu(), added, value=math.nan)], -1)
 
 
 def _limits(x: Tensor) -> tuple[float, float]:
