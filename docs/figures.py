@@ -73,9 +73,11 @@ def posteriors(vae: VAE, rows: Tensor) -> Figure:
         z, first, second = grid(q.mean, half, 201)
         log_q, log_posterior = q.log_prob(z).double(), log_joint(z) - log_px
         kl = (log_q.exp() * (log_q - log_posterior)).sum() * (half / 100) ** 2
-        ax.contourf(first, second, log_posterior.exp().view(201, 201).T, 12, cmap="viridis")
+        ax.contourf(first, second, log_posterior.exp().view(201, 201).T, 12, cmap="Blues")
         height = (log_q - log_q.max()).exp().view(201, 201).T
-        ax.contour(first, second, height, [0.05, 0.3, 0.7], colors="white", linewidths=0.9)
+        ax.contour(
+            first, second, height, [0.05, 0.3, 0.7], colors=plots.PALETTE[1], linewidths=0.9
+        )
         ax.set_title(
             f"log p(x) = {log_px:.2f}\nELBO = {bound.elbo[i]:.2f}\nKL(q ‖ p(z | x)) = {kl:.2f}",
             fontsize=9,

@@ -56,6 +56,7 @@ STYLE: Any = {
     "ytick.labelsize": 8,
 }
 SCREEN = 96  # points of a page in an inch
+GREY = "#767676"  # text that is read on white and on black
 SHADES = {"#ffffff": "#181c20", "#000000": "#e4e7ea", "#0072b2": "#4aa3df", "#666666": "#a0a9b2"}
 RULES = "\n".join(
     f'[style*="{part}: {light}"] {{ {part}: {dark} !important }}'
@@ -462,23 +463,26 @@ def _name_lines(ax: Any) -> None:
 def _picture(
     x: Tensor, title: str, limits: Sequence[float] | None, width: float, names: Sequence[str] = ()
 ) -> Figure:
-    """An image [C, H, W], each of its pixels a whole number of pixels, beside names of rows."""
+    """An image [C, H, W], each of its pixels a whole number of pixels, beside names of rows.
+
+    The ground is transparent, for pages of either kind.
+    """
     high, wide = x.shape[-2:]
     scale = max(1, round(width * SCREEN / wide))
     left = round(6 * max(map(len, names))) + 8 if names else 0
     top = 24 if title else 0
     size = max(wide * scale + left, 6 * len(title)), high * scale + top
-    figure = _Shown(figsize=(size[0] / SCREEN, size[1] / SCREEN))
+    figure = _Shown(figsize=(size[0] / SCREEN, size[1] / SCREEN), facecolor="none")
     box = left / size[0], 0, wide * scale / size[0], high * scale / size[1]
     ax = figure.add_axes(box)
     darkest, lightest = limits or _limits(x)
     shown = ((x.float() - darkest) / (lightest - darkest)).clamp(0, 1).nan_to_num(0.4)
     picture = shown.movedim(0, -1).squeeze(-1).tolist()
     ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-    ax.set_title(title, loc="left")
+    ax.set_title(title, loc="left", color=GREY)
     ax.spines[:].set_visible(False)
     middles = [(i + 0.5) * high / len(names) - 1 for i in range(len(names))]
-    ax.set_yticks(middles, names, fontsize=8)
+    ax.set_yticks(middles, names, fontsize=8, color=GREY)
     ax.set_xticks([])
     ax.tick_params(length=0)
     return figure

@@ -104,11 +104,11 @@ RUN: Options = {"run": {"help": "folder of a run"}, **ROOT}
 FILE: Options = {**RUN, "file": {"help": "table, .npz or .npy file, or a folder of images"}}
 JSON: Options = {"--json": {"action": "store_true", "help": "print JSON, and no progress"}}
 PART: Options = {
-    "--part": option(Literal["test", "validation", "train"], "test"),
+    "--part": option(Literal["test", "validation", "train"], "test", "of the data"),
     "--limit": option(int | None, 1000, "rows, spread over the part; null for all"),
 }
 SEEDED: Options = {
-    "--seed": option(int, 0),
+    "--seed": option(int, 0, "of all draws"),
     "--progress": option(bool, True, "show a progress bar"),
 }
 WORK: Options = {
@@ -156,7 +156,7 @@ class Command(NamedTuple):
     def about(self, name: str) -> dict[str, Any]:
         """Usage, description and example, as parsers take them."""
         return {
-            "usage": f"pyro-vae {name} {self.usage} [options]",
+            "usage": " ".join(["pyro-vae", name, *self.usage.split(), "[options]"]),
             "description": f"{self.help[0].upper()}{self.help[1:]}.",
             "epilog": f"example: pyro-vae {name} {self.example}" if self.example else None,
         }
@@ -165,13 +165,13 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command(
         "train.demo",
-        "train on bundled digits, evaluate, draw figures: three minutes, no options needed",
+        "train on bundled digits, evaluate, draw figures: three minutes",
         {"--run": option(str | None, None, "new folder of the run")},
         usage="",
     ),
     "train": Command(
         "train.train",
-        "train a VAE on a data set, file or folder of images; leaves a run folder",
+        "train a VAE on a data set, file or image folder; leaves a run folder",
         {**DATA, **MODEL, **TRAINING},
         usage="",
     ),
@@ -210,7 +210,7 @@ COMMANDS = {
     ),
     "compare": Command(
         "compare.compare",
-        "runs on the same data: paired differences of log p(x) with their errors",
+        "paired differences of log p(x) of runs on the same data",
         {
             "runs": {"nargs": "+", "help": "folders of two runs or more"},
             **JSON,
@@ -226,10 +226,10 @@ COMMANDS = {
         "draws of a run's model, as a picture and an .npz file",
         {
             **RUN,
-            "--size": option(int, 100),
+            "--size": option(int, 100, "number of draws"),
             "--mean": option(bool, False, "E[x | z] of drawn z instead of draws of x"),
             "--label": option(int | None, None, "class, for a conditional model"),
-            "--seed": option(int, 0),
+            "--seed": option(int, 0, "of the draws"),
             **out(".npz file, RUN/samples.npz; .csv of tables"),
         },
         example="runs/mnist-1 --size 64 --mean",
@@ -252,6 +252,7 @@ COMMANDS = {
             **WORK,
         },
         usage="RUN FILE",
+        example="runs/people-1 new.csv --draws 5",
     ),
     "classify": Command(
         "use.classify",
@@ -268,17 +269,18 @@ COMMANDS = {
             **out(".csv file; FILE.classes.csv"),
         },
         usage="RUN FILE",
+        example="runs/few new.csv --out classes.csv",
     ),
     "plot": Command("figures.plot", "the figures of a run again", RUN),
     "report": Command(
         "report.report",
-        "one HTML page of a run, with all of the above, that opens from disk",
+        "one HTML page of a run: configuration, curves, numbers, figures",
         {**RUN, **out(".html file; RUN/report.html")},
         example="runs/mnist-1 --out report.html",
     ),
     "explore": Command(
         "explore.explore",
-        "one HTML page that runs a run's decoder: move in its latent space, pick data",
+        "one HTML page that runs the decoder: move in latent space, pick data",
         {
             **RUN,
             **out(".html file; RUN/explore.html"),
@@ -345,6 +347,9 @@ Options may be written with - or _. All of them: pyro-vae train --help-all
 """
 
 
+PATHS = {"--out": "FILE", "--run": "FOLDER", "--data_root": "FOLDER"}
+
+
 def help_of(name: str) -> str:
     """The help of a command, at most 50 lines of 80 columns; of `train`, what is needed most."""
     from argparse import ArgumentParser
@@ -355,16 +360,20 @@ def help_of(name: str) -> str:
     parser = ArgumentParser(**command.about(name))
     for key, settings in command.options.items():
         kind, default = settings.get("type"), settings.get("default")
-        told = "" if default in (None, False) else f" [{str(default).lower()}]"
+        told = "" if isinstance(default, bool | None) else f" [{str(default).lower()}]"
         shown: dict[str, Any] = {k: settings[k] for k in ("action", "nargs") if k in settings}
         if kind in (bool, bool | None):
             shown = {"action": "store_true"}
         elif get_origin(kind) is Literal:
             shown = {"choices": get_args(kind)}
         elif key.startswith("--") and not shown:
-            shown = {"metavar": "X" if kind is float else "N" if "int" in str(kind) else "NAME"}
-        name = key.replace("_", "-") if key.startswith("--") else key
-        parser.add_argument(name, help=settings.get("help", "") + told, **shown)
+            plain = "X" if kind is float else "N" if "int" in str(kind) else "NAME"
+            shown = {"metavar": PATHS.get(key, plain)}
+        spelled = key.replace("_", "-") if key.startswith("--") else key
+        said = settings.get("help", "") + told
+        if default is True:
+            spelled, said = spelled.replace("--", "--no-"), f"do not {said}"
+        parser.add_argument(spelled, help=said, **shown)
     return parser.format_help()
 
 
