@@ -91,7 +91,16 @@ def build(
     """
     sizes = as_shape("latent_dim", latent_dim)
     order = _order(latent_dim, hierarchy, skip)
-    labelled = _labelled(classes, label_weight, condition_dim)
+    check_whole(0, condition_dim=condition_dim, classes=classes)
+    if condition_dim and classes or label_weight and not classes:
+        raise ValueError(
+            "classes go with condition_dim=0, for a datum has one y, and label_weight with "
+            f"classes; got classes={classes}, condition_dim={condition_dim}, "
+            f"label_weight={label_weight}"
+        )
+    labelled: dict[str, Any] = {}
+    if classes:
+        labelled = {"classes": classes, "label_weight": label_weight}
     condition_dim = condition_dim or classes
     shape = as_shape("data_shape", data_shape)
     parts = {
@@ -126,18 +135,6 @@ def build(
         **{family: part.plain for family, part in parts.items()},
     }
     return vae
-
-
-def _labelled(classes: int, label_weight: float, condition_dim: int) -> dict[str, Any]:
-    """What is declared of classes; empty if there are none."""
-    check_whole(0, condition_dim=condition_dim, classes=classes)
-    if condition_dim and classes or label_weight and not classes:
-        raise ValueError(
-            "classes go with condition_dim=0, for a datum has one y, and label_weight with "
-            f"classes; got classes={classes}, condition_dim={condition_dim}, "
-            f"label_weight={label_weight}"
-        )
-    return {"classes": classes, "label_weight": label_weight} if classes else {}
 
 
 def _order(latent_dim: Any, hierarchy: Declared | None, skip: bool) -> Component | None:

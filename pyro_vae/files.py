@@ -19,7 +19,6 @@ __all__ = [
     "flush_folder",
     "locked",
     "reading",
-    "sweep",
     "write",
 ]
 
@@ -66,12 +65,6 @@ def as_csv(rows: Iterable[Iterable[Any]]) -> str:
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
-
-
-def sweep(folder: Path) -> None:
-    """Removes what processes that were killed within `write` have left."""
-    for left in folder.glob(".*.tmp"):
-        left.unlink(missing_ok=True)
 
 
 def flush_folder(path: Path) -> None:

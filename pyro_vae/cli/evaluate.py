@@ -94,8 +94,7 @@ def evaluate(options: Namespace) -> None:
         # as those of images; columns of a table seldom are
         "of_one_unit": data.levels is not None or len(data.data_shape) > 1,
         "odd_rows": odd_rows(vae, data, evidence),
-        "missing": missing_columns(data),
-        "missing_patterns": missing_patterns(data),
+        **missing_values(data),
     }
     text = json.dumps(numbers, indent=1)
     write(Path(options.run) / "evaluation.json", text)
@@ -216,24 +215,22 @@ def odd_rows(vae: VAE, data: Data, evidence: Evidence) -> list[dict[str, Any]]:
     ]
 
 
-def missing_columns(data: Data) -> dict[str, float]:
-    """The share of rows that lack each column, where some do."""
+def missing_values(data: Data) -> dict[str, Any]:
+    """The share of rows without each column, and the commonest sets of columns they lack."""
     if data.columns is None or not data.missing:
-        return {}
-    shares = data.x[:].isnan().double().mean(0).tolist()
-    return {name: share for name, share in zip(data.columns, shares) if share}
-
-
-def missing_patterns(data: Data) -> list[dict[str, Any]]:
-    """The commonest sets of columns that rows lack, and how many rows lack just these."""
-    if data.columns is None or not data.missing:
-        return []
-    sets, counts = data.x[:].isnan().unique(dim=0, return_counts=True)
+        return {"missing": {}, "missing_patterns": []}
+    missing = data.x[:].isnan()
+    shares = zip(data.columns, missing.double().mean(0).tolist())
+    sets, counts = missing.unique(dim=0, return_counts=True)
     common = counts.argsort(descending=True)[:PATTERNS].tolist()
-    return [
+    patterns = [
         {"columns": list(compress(data.columns, sets[i].tolist())), "rows": counts[i].item()}
         for i in common
     ]
+    return {
+        "missing": {name: share for name, share in shares if share},
+        "missing_patterns": patterns,
+    }
 
 
 def draw_audit(vae: VAE, data: Data, evidence: Evidence, options: Namespace) -> None:

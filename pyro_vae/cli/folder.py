@@ -169,8 +169,9 @@ def check_support(vae: VAE, data: Data) -> None:
     Raises:
         ValueError: If a value is.
     """
-    some = data.subset(spread(len(data), NOISY, 0)).fixed() if data.transform.noisy else data
-    for x, _ in pairs(some, 10_000):
+    if data.transform.noisy and not data.applied:
+        data = data.subset(spread(len(data), NOISY, 0)).fixed()
+    for x, _ in pairs(data, 10_000):
         vae.likelihood.check(x)
 
 

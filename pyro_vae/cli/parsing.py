@@ -78,22 +78,21 @@ def parse(command: str, argv: list[str]) -> Namespace:
         ValueError: If a name is unknown, with the closest known one, or a value does not fit.
     """
     argv = ["--help" if argument == "--help_all" else argument for argument in spelled(argv)]
-    if command == "train":
-        argv = _resumed(argv)
     parser = make_parser(command)
-    known = _known(parser) | {"help"}
+    known = {*parser.get_defaults().keys(), "help"}
     for argument in argv:
-        name = argument.partition("=")[0].partition(".")[0]
-        if name.startswith("--") and name[2:] not in known:
-            hint = closest(name, [f"--{option}" for option in known])
-            raise ValueError(f"there is no option {name}{hint}: see {parser.prog} --help")
-    for name in _values(argv, "--import"):
-        if os.getcwd() not in sys.path:  # a console script does not look where it is started
-            sys.path.insert(0, os.getcwd())
-        import_module(name)
+        name, _, value = argument.partition("=")
+        option = name.partition(".")[0]
+        if option.startswith("--") and option[2:] not in known:
+            hint = closest(option, [f"--{one}" for one in known])
+            raise ValueError(f"there is no option {option}{hint}: see {parser.prog} --help")
+        if name == "--import" and value:
+            if os.getcwd() not in sys.path:  # a console script does not look where it is started
+                sys.path.insert(0, os.getcwd())
+            import_module(value)
     if command != "train":
         return parser.parse_args(argv)
-    declared, argv = _declared(argv, parser)
+    declared, argv = _declared(_resumed(argv), parser)
     options = parser.parse_args(argv)
     for family in FAMILIES:
         options[family] = declarations.component(family, declared[family])
@@ -193,7 +192,10 @@ def make_parser(name: str) -> ArgumentParser:
 
 def _resumed(argv: list[str]) -> list[str]:
     """With `--resume RUN`, the options of that run come first."""
-    for folder in _values(argv, "--resume"):
+    for argument in argv:
+        name, _, folder = argument.partition("=")
+        if name != "--resume" or not folder:
+            continue
         check_folder(folder)
         declaration = Path(folder) / "config.yaml"
         if not declaration.exists():
@@ -207,7 +209,7 @@ def _resumed(argv: list[str]) -> list[str]:
 
 def _read_config(path: str, parser: ArgumentParser) -> dict[str, Any]:
     """The options of a configuration file, each known, its classes too."""
-    content, known = _read_yaml(path), _known(parser)
+    content, known = _read_yaml(path), {*parser.get_defaults().keys()}
     for key in content:
         if key not in known or (key in NOT_IN_FILES and content[key] is not None):
             raise ValueError(
@@ -256,11 +258,11 @@ def _is_small(content: Any) -> bool:
 
 def data_options(path: Path) -> Namespace:
     """The options of the data in a run's configuration, of their types."""
-    parser, content = ArgumentParser(exit_on_error=False), _read_yaml(path)
+    parser = ArgumentParser(exit_on_error=False)
     for key, settings in DATA.items():
         parser.add_argument(key, **settings)
-    typed = _typed(path, {k: v for k, v in content.items() if k in _known(parser)}, parser)
-    return Namespace(**(parser.get_defaults().as_dict() | typed))
+    content = {key: value for key, value in _read_yaml(path).items() if f"--{key}" in DATA}
+    return Namespace(**(parser.get_defaults().as_dict() | _typed(path, content, parser)))
 
 
 def _typed(path: str | Path, content: dict[str, Any], parser: ArgumentParser) -> dict[str, Any]:
@@ -275,15 +277,6 @@ def _typed(path: str | Path, content: dict[str, Any], parser: ArgumentParser) ->
         except ArgumentError as error:
             raise ValueError(str(error)) from error
     return {key: typed[key] for key in content}
-
-
-def _known(parser: ArgumentParser) -> set[str]:
-    return {key.partition(".")[0] for key in parser.get_defaults().keys()}
-
-
-def _values(argv: list[str], option: str) -> list[str]:
-    """What an option is set to on the command line, each time."""
-    return [value for key, _, value in (a.partition("=") for a in argv) if key == option and value]
 
 
 @contextmanager

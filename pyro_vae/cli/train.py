@@ -19,7 +19,7 @@ from pyro_vae.cli.evaluate import evaluate
 from pyro_vae.cli.figures import KlParts, draw
 from pyro_vae.cli.folder import check_support, declared_run, read_record, record
 from pyro_vae.cli.parsing import NOT_IN_FILES, parse, plain_options
-from pyro_vae.data import Data, Schema, Splits, load_data, locate, spread
+from pyro_vae.data import Data, Schema, Splits, load_data, spread
 from pyro_vae.files import locked
 from pyro_vae.likelihoods import Bernoulli, Columns
 from pyro_vae.objectives import Objective
@@ -80,9 +80,9 @@ def train(options: Namespace) -> Path:
     if options.seeds > 1:
         return replicas(options)
     first = is_first_process()
-    options.data = locate(options.data)
     options.data_root = os.path.abspath(options.data_root)
     splits = _splits(options)
+    options.data = splits.name
     vae = _build(options, splits)
     folder = _run_folder(options)
     objective = options.objective.made()
@@ -208,7 +208,7 @@ def _of_columns(given: Any, schema: Schema) -> dict[str, Any] | list[Any]:
 
 def _described(splits: Splits, options: Namespace) -> str:
     """One line on the data: rows of each part, and what was chosen for them."""
-    rows = ", ".join(f"{rows} {name}" for name, rows in splits.sizes.items())
+    rows = ", ".join(f"{len(part)} {name}" for name, part in splits.parts.items())
     likelihood = options.likelihood.cls.__name__
     why = f", which fits {likelihood}" if options.transform == "auto" else ""
     y = splits.train.y

@@ -4,7 +4,7 @@ from pyro_vae.data.alike import alike, kind_of
 from pyro_vae.data.data import Data
 from pyro_vae.data.named import Sprites, read_dsprites
 from pyro_vae.data.schema import Column, Schema
-from pyro_vae.data.splits import Splits, load_data, locate, read_rows, spread
+from pyro_vae.data.splits import Splits, load_data, read_rows, spread
 from pyro_vae.data.tables import read_table
 from pyro_vae.data.transforms import (
     Binarise,
@@ -38,7 +38,6 @@ __all__ = [
     "epoch_order",
     "load_data",
     "kind_of",
-    "locate",
     "make_transform",
     "read_dsprites",
     "read_rows",

@@ -56,9 +56,10 @@ def alike(
         rows = _grey(rows, levels)
     elif levels is None and rows.levels is not None and known:
         if known["dtype"].startswith("float"):
+            low, high = known["range"]
             raise ValueError(
                 f"{rows.name}: expected numbers in the units that the run was trained on, "
-                f"{_range(*known['range'])}; got grey values ({rows.x.dtype}): store them as "
+                f"from {low:g} to {high:g}; got grey values ({rows.x.dtype}): store them as "
                 "floats in these units"
             )
         rows = rows.unchecked(levels=None)
@@ -88,8 +89,8 @@ def _grey(rows: Data, levels: int) -> Data:
     if not whole or low < 0 or high > levels - 1:
         raise ValueError(
             f"{rows.name}: expected whole grey values from 0 to {levels - 1}, as those that the "
-            f"run was trained on; got {rows.x.dtype} {_range(low, high)}: store them as uint8, "
-            "not divided"
+            f"run was trained on; got {rows.x.dtype} from {low:g} to {high:g}: store them as "
+            "uint8, not divided"
         )
     return rows.unchecked(levels=levels)
 
@@ -119,7 +120,3 @@ def _levels(transform: Transform) -> int | None:
     if isinstance(transform, Threshold):
         return int(transform.top) + 1
     return getattr(transform, "levels", None)
-
-
-def _range(low: float, high: float) -> str:
-    return f"from {low:g} to {high:g}"

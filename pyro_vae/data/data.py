@@ -20,26 +20,6 @@ _CHUNK = 1024
 MOST_CLASSES = 1_000_000  # a greater label is no number of a class
 
 
-@dataclass(frozen=True)
-class _Applied(Transform):
-    """What is left of a transform once it is applied: its way back and its Jacobian."""
-
-    of: Transform
-
-    @property
-    def binary(self) -> bool:  # type: ignore[override]
-        return self.of.binary
-
-    def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
-        return x.float()
-
-    def inverse(self, x: Tensor) -> Tensor:
-        return self.of.inverse(x)
-
-    def log_slope(self) -> float | Tensor:
-        return self.of.log_slope()
-
-
 def _fix(transform: Transform, seed: int, dtype: torch.dtype, x: Tensor, rows: Tensor) -> Tensor:
     """Model values of rows, whose noise belongs to their ids."""
     u = row_noise(rows, x.shape[1:], seed) if transform.noisy else None
@@ -65,6 +45,7 @@ class Data:
         classes: The number of classes; the largest label and 1 if None.
         columns: The names of the values, for tables [N, D] that have them.
         schema: What these columns hold, for tables that `read_table` reads.
+        applied: Whether x holds the model values already, as ``fixed`` leaves them.
 
     Raises:
         ValueError: If there is no row, lengths or the number of columns differ, a value is
@@ -82,6 +63,7 @@ class Data:
     classes: int | None = None
     columns: tuple[str, ...] | None = None
     schema: Schema | None = None
+    applied: bool = False
 
     def __post_init__(self) -> None:
         for name in ("x", "y", "labels"):
@@ -96,7 +78,18 @@ class Data:
         if self.rows is None:
             rows = self.x.index if isinstance(self.x, Mapped) else torch.arange(len(self.x))
             object.__setattr__(self, "rows", rows.to(self.x.device))
-        self._check_lengths()
+        for name, ndim in (("y", 2), ("labels", 1), ("rows", 1)):
+            part = getattr(self, name)
+            if part is not None and (part.ndim != ndim or len(part) != len(self.x)):
+                raise ValueError(
+                    f"{self._title}: expected {name} of {ndim} dimension(s) with one row for each "
+                    f"of the {len(self.x)} rows of x, got shape {list(part.shape)}"
+                )
+        if self.columns is not None and (len(self.columns),) != tuple(self.data_shape):
+            raise ValueError(
+                f"{self._title}: expected one name for each of the {self.data_shape.numel()} "
+                f"columns; got {len(self.columns)}"
+            )
         self._check_values()
         check_whole(0, seed=self.seed)
 
@@ -111,31 +104,12 @@ class Data:
         parts += [] if self.levels is None else [f"{self.levels} levels"]
         parts += [] if self.classes is None else [f"{self.classes} classes"]
         parts += [] if self.y is None else [f"y of {self.y.shape[1]}"]
-        done = ", applied" if isinstance(self.transform, _Applied) else ""
-        return ", ".join([*parts, f"transform {type(self._original).__name__}{done}"])
-
-    @property
-    def _original(self) -> Transform:
-        """The transform, also of rows that it has been applied to."""
-        return self.transform.of if isinstance(self.transform, _Applied) else self.transform
+        done = ", applied" if self.applied else ""
+        return ", ".join([*parts, f"transform {type(self.transform).__name__}{done}"])
 
     @property
     def _title(self) -> str:
         return f"data {self.name!r}" if self.name else "data"
-
-    def _check_lengths(self) -> None:
-        for name, ndim in (("y", 2), ("labels", 1), ("rows", 1)):
-            part = getattr(self, name)
-            if part is not None and (part.ndim != ndim or len(part) != len(self.x)):
-                raise ValueError(
-                    f"{self._title}: expected {name} of {ndim} dimension(s) with one row for each "
-                    f"of the {len(self.x)} rows of x, got shape {list(part.shape)}"
-                )
-        if self.columns is not None and (len(self.columns),) != tuple(self.data_shape):
-            raise ValueError(
-                f"{self._title}: expected one name for each of the {self.data_shape.numel()} "
-                f"columns; got {len(self.columns)}"
-            )
 
     def _check_values(self) -> None:
         for name, part in (("x", self.x), ("y", self.y)):
@@ -149,8 +123,7 @@ class Data:
                 self._check(good, f"finite values in {name}", came)
         if self.labels is not None:
             self._check_labels(self.labels)
-        original = not isinstance(self.transform, _Applied)
-        if self.levels is not None and original and isinstance(self.x, Tensor):
+        if self.levels is not None and not self.applied and isinstance(self.x, Tensor):
             good = (self.x >= 0) & (self.x <= self.levels - 1)
             self._check(good, f"grey values from 0 to {self.levels - 1}", "others")
 
@@ -240,12 +213,14 @@ class Data:
             x, float32 [B, *E], and y, [B, C] or None.
         """
         index = torch.arange(len(self)) if index is None else index
-        if self.transform.noisy and not self.transform.fresh:
+        noisy = self.transform.noisy and not self.applied
+        if noisy and not self.transform.fresh:
             return self._kept.batch(index)
         index = index.to(self.x.device)
-        x = self.x[index]
-        u = torch.rand(x.shape, device=x.device) if self.transform.noisy else None
-        return self.transform(x, u), None if self.y is None else self.y[index]
+        x, y = self.x[index], None if self.y is None else self.y[index]
+        if self.applied:
+            return x.float(), y
+        return self.transform(x, torch.rand(x.shape, device=x.device) if noisy else None), y
 
     @cached_property
     def _kept(self) -> Data:
@@ -264,14 +239,16 @@ class Data:
         """
         seed = self.seed if seed is None else seed
         check_whole(0, seed=seed)
+        if self.applied:
+            return self.unchecked(seed=seed)
         dtype = torch.uint8 if self.transform.binary else torch.float32
-        done, change = _Applied(self.transform), partial(_fix, self.transform, seed, dtype)
+        change = partial(_fix, self.transform, seed, dtype)
         if isinstance(self.x, Mapped):
             later = replace(self.x, change=change, dtype=dtype)
-            return self.unchecked(x=later, transform=done, seed=seed)
+            return self.unchecked(x=later, applied=True, seed=seed)
         x = torch.cat(list(map(change, self.x.split(_CHUNK), self.rows.split(_CHUNK))))
         self._check(~x.isinf(), "finite values in x", "infinite ones")
-        return self.unchecked(x=x, transform=done, seed=seed)
+        return self.unchecked(x=x, applied=True, seed=seed)
 
     def with_transform(self, transform: Transform) -> Data:
         """The same rows under another transform.
@@ -279,7 +256,7 @@ class Data:
         Raises:
             ValueError: If these rows came from ``fixed``, which keeps no original values.
         """
-        if isinstance(self.transform, _Applied):
+        if self.applied:
             raise ValueError(
                 f"{self._title}: expected original values, got the model values that fixed() "
                 "keeps; choose the transform before fixed()"
@@ -326,7 +303,7 @@ class Data:
 
     def describe(self) -> dict[str, Any]:
         """What was done to the rows, for JSON: their name, seed and transform."""
-        return {"name": self.name, "seed": self.seed, "transform": declare(self._original)}
+        return {"name": self.name, "seed": self.seed, "transform": declare(self.transform)}
 
     def digest(self) -> str:
         """The SHA-256, in hex, of the dtype, shape and bytes of x and y."""

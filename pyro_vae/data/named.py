@@ -40,7 +40,12 @@ def read_named(name: str, root: str | Path) -> Parts:
         ValueError: If the files can be neither found nor downloaded.
     """
     if name == "digits":
-        return {"train": _digits()}
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        x = torch.from_numpy(digits.images.astype(np.uint8)).unsqueeze(1)
+        labels = torch.from_numpy(digits.target.astype(np.int64))
+        return {"train": Data(x, labels=labels, levels=17, name=name)}
     if name == "sprites":
         return {"train": Sprites(3, 3, 8, 8, 8, size=32).data()}  # 4608 images
     try:
@@ -54,15 +59,6 @@ def read_named(name: str, root: str | Path) -> Parts:
         ) from error
 
 
-def _digits() -> Data:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    x = torch.from_numpy(digits.images.astype(np.uint8)).unsqueeze(1)
-    labels = torch.from_numpy(digits.target.astype(np.int64))
-    return Data(x, labels=labels, levels=17, name="digits")
-
-
 def _read(name: str, root: str | Path, train: bool) -> Data:
     from torchvision import datasets
 
@@ -72,7 +68,10 @@ def _read(name: str, root: str | Path, train: bool) -> Data:
             part = datasets.EMNIST(root, split="balanced", train=train, download=True)
             return _data(name, part.data.transpose(1, 2).unsqueeze(1), part.targets)
         case "Omniglot":
-            return _omniglot(datasets.Omniglot(root, background=train, download=True))
+            # The alphabets of the two parts are disjoint: a class would mean two characters.
+            part = datasets.Omniglot(root, background=train, download=True)
+            ink = np.stack([np.asarray(image) < 128 for image, _ in part])
+            return Data(torch.from_numpy(ink).byte().unsqueeze(1), levels=2, name=name)
         case "SVHN":
             part = datasets.SVHN(root, split="train" if train else "test", download=True)
             return _data(name, part.data, part.labels)
@@ -83,12 +82,6 @@ def _read(name: str, root: str | Path, train: bool) -> Data:
             kind = {"FashionMNIST": datasets.FashionMNIST, "KMNIST": datasets.KMNIST}
             part = kind.get(name, datasets.MNIST)(root, train=train, download=True)
             return _data(name, part.data.unsqueeze(1), part.targets)
-
-
-def _omniglot(part: Any) -> Data:
-    # The alphabets of the two parts are disjoint, so a class number would mean two characters.
-    ink = [(np.asarray(image) < 128).astype(np.uint8) for image, _ in part]
-    return Data(torch.from_numpy(np.stack(ink)).unsqueeze(1), levels=2, name="Omniglot")
 
 
 def _data(name: str, x: Any, labels: Any) -> Data:

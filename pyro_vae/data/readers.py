@@ -47,7 +47,13 @@ def read_arrays(path: Path) -> Parts:
         rows = mapped(path, partial(_values, path), str(path))
         levels = _LEVELS.get(np.load(path, mmap_mode="r").dtype.name)
         return {"train": Data(rows, levels=levels, name=str(path))}
-    arrays = _load(path)
+    what = "a file that numpy.savez or numpy.save wrote without Python objects"
+    with damaged(path, what), path.open("rb") as file:
+        loaded = np.load(file, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            arrays = {"x": loaded}
+        else:
+            arrays = {name: loaded[name] for name in loaded.files}
     known = {f"{name}{part}" for part in _PARTS if f"x{part}" in arrays for name in _ARRAYS}
     if "x" not in arrays or not known.issuperset(arrays):
         raise ValueError(
@@ -61,15 +67,6 @@ def read_arrays(path: Path) -> Parts:
     return {name: _part(path, arrays, part) for name, part in found if f"x{part}" in arrays}
 
 
-def _load(path: Path) -> Mapping[str, np.ndarray]:
-    what = "a file that numpy.savez or numpy.save wrote without Python objects"
-    with damaged(path, what), path.open("rb") as file:
-        loaded = np.load(file, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return {"x": loaded}
-        return {name: loaded[name] for name in loaded.files}
-
-
 def _part(path: Path, arrays: Mapping[str, np.ndarray], part: str) -> Data:
     x, y, labels = arrays[f"x{part}"], arrays.get(f"y{part}"), arrays.get(f"labels{part}")
     if y is not None and y.ndim == 1 and y.dtype.kind in "biu":
@@ -81,7 +78,7 @@ def _part(path: Path, arrays: Mapping[str, np.ndarray], part: str) -> Data:
         labels, y = y.astype(np.int64), None
     return Data(
         _values(path, x),
-        y=None if y is None else _numbers(path, y).float(),
+        y=None if y is None else _values(path, y).float(),
         labels=None if labels is None else _labels(path, labels),
         levels=_LEVELS.get(x.dtype.name),
         name=f"{path}{part and f' ({part[1:]})'}",
@@ -89,19 +86,14 @@ def _part(path: Path, arrays: Mapping[str, np.ndarray], part: str) -> Data:
 
 
 def _values(path: Path, x: np.ndarray) -> Tensor:
+    """A tensor [N, *E] of an array; [N] becomes [N, 1]."""
     grey = x.dtype.name in _LEVELS
     if grey and x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
         raise ValueError(
             f"{path}: expected images [N, C, H, W], got shape {list(x.shape)}, which looks like "
             "[N, H, W, C]; store x.transpose(0, 3, 1, 2)"
         )
-    values = _numbers(path, x)
-    return values.unsqueeze(1) if grey and x.ndim == 3 else values
-
-
-def _numbers(path: Path, x: np.ndarray) -> Tensor:
-    """A tensor [N, *E] of an array; [N] becomes [N, 1]."""
-    x = x[:, None] if x.ndim == 1 else x
+    x = x[:, None] if x.ndim == 1 or (grey and x.ndim == 3) else x
     if x.dtype.kind not in "fbiu":
         raise ValueError(f"{path}: expected arrays of real numbers, got dtype {x.dtype}")
     if x.dtype.kind == "f":
@@ -110,7 +102,6 @@ def _numbers(path: Path, x: np.ndarray) -> Tensor:
             return torch.from_numpy(x.astype(np.float32, copy=False))
     if x.dtype.kind == "u" and x.size and x.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{path}: expected integers below 2**63, got {x.max()}; store floats")
-    grey = x.dtype.name in _LEVELS
     return torch.from_numpy(x.astype(np.uint8 if grey else np.int64, copy=False))
 
 

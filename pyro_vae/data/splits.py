@@ -20,7 +20,7 @@ from pyro_vae.data.schema import Schema
 from pyro_vae.data.tables import TABLES, is_mixed, read_csv, read_rows_of_table
 from pyro_vae.data.transforms import make_transform
 
-__all__ = ["Splits", "load_data", "locate", "read_rows", "spread"]
+__all__ = ["Splits", "load_data", "read_rows", "spread"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class Splits:
         train: The training part.
         validation: The validation part.
         test: The test part.
-        name: The name of the data set, or the path of its file or folder.
+        name: The name of the data set, or the absolute path of its file or folder.
         transform: The name of the transform.
         validation_rows: The number of rows of the validation part before the limit.
         seed: The seed of the split and of the noise of the rows.
@@ -52,18 +52,13 @@ class Splits:
     even: bool = True
 
     def __repr__(self) -> str:
-        rows = ", ".join(f"{n} {part}" for part, n in self.sizes.items())
+        rows = ", ".join(f"{len(part)} {name}" for name, part in self.parts.items())
         return f"Splits({self.name!r}, {rows} rows of {self.train.summary})"
 
     @property
     def parts(self) -> dict[str, Data]:
         """The parts by name."""
         return {"train": self.train, "validation": self.validation, "test": self.test}
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """How many rows each part has."""
-        return {name: len(part) for name, part in self.parts.items()}
 
     @property
     def missing(self) -> bool:
@@ -161,7 +156,9 @@ def load_data(
     """
     check_whole(0, seed=seed)
     check_whole(optional=True, limit=limit)
-    source = _numbered(_read(name, root, schema))
+    named = {key.lower(): key for key in NAMED}.get(name.lower() if isinstance(name, str) else "")
+    name = os.path.abspath(name) if named is None and os.path.exists(name) else name
+    source = _numbered(_read(Path(name), schema) if named is None else read_named(named, root))
     parts = _split(source, validation, seed)
     rows = None if "validation" in source else len(parts["validation"])
     for key, part in parts.items():
@@ -185,32 +182,16 @@ def read_rows(path: str | Path, schema: Schema | None = None) -> Data:
     Raises:
         ValueError: If there is none, or it cannot be used.
     """
-    return _read(Path(path), ".", schema)["train"]
+    return _read(Path(path), schema)["train"]
 
 
-def locate(name: str) -> str:
-    """`name` itself if it is that of a data set, else the path made absolute, if there is one."""
-    return os.path.abspath(name) if _named(name) is None and os.path.exists(name) else name
-
-
-def _named(name: str | Path) -> str | None:
-    known = {known.lower(): known for known in NAMED}
-    return None if isinstance(name, Path) else known.get(name.lower())
-
-
-def _read(
-    name: str | Path, root: str | Path, schema: Schema | Mapping[str, Any] | None = None
-) -> Parts:
-    named = _named(name)
-    if named is not None:
-        return read_named(named, root)
-    path = Path(name)
+def _read(path: Path, schema: Schema | Mapping[str, Any] | None) -> Parts:
     if path.is_dir():
         return read_images(path)
     if not path.suffix and not path.exists():
         raise ValueError(
             f"expected one of {', '.join(NAMED)}, or the path of a table, of an .npz or .npy file "
-            f"or of a folder of images, got {str(name)!r}{closest(str(name), NAMED)}"
+            f"or of a folder of images, got {str(path)!r}{closest(str(path), NAMED)}"
         )
     if not path.is_file():
         raise ValueError(f"expected a file or folder at {path}, got none; check the path")

@@ -218,15 +218,12 @@ def is_mixed(path: Path) -> bool:
     """Whether a file is a table that `read_table` alone can read: with a column of text."""
     if path.suffix != ".csv":
         return path.suffix in TABLES
-    try:
-        with _lines(path) as (_, lines):
-            names, *rows = (row for _, row in islice(lines, LOOKED_AT))
-    except ValueError:
-        return False
-    if len(names) == 1 and any(delimiter in names[0] for delimiter in DELIMITERS):
-        return True
-    columns = [[_text(cell, False) for cell in column] for column in zip(*rows)]
-    texts = [[cell for cell in column if cell is not None] for column in columns]
+    with _lines(path) as (_, lines):
+        _, names = next(lines, (1, []))
+        if len(names) == 1 and any(delimiter in names[0] for delimiter in DELIMITERS):
+            return True
+        columns = [*zip(*(row for _, row in islice(lines, LOOKED_AT)))]
+    texts = [[cell for cell in (_text(c, False) for c in column) if cell] for column in columns]
     numbers = [sum(as_number(cell) is not None for cell in column) for column in texts]
     words = any(2 * count < len(column) for count, column in zip(numbers, texts))
     return words and not any(as_number(name) is not None for name in names)
@@ -236,13 +233,15 @@ def is_mixed(path: Path) -> bool:
 def _lines(
     path: Path, delimiters: str = ","
 ) -> Iterator[tuple[str, Iterator[tuple[int, list[str]]]]]:
-    """The delimiter that the first line of a file has most of; its lines, numbered, as cells."""
+    """The delimiter that the first line of a file has most of; its lines, numbered, as cells.
+
+    A line of another length than the first is refused.
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             delimiter = max(delimiters, key=file.readline().count)
             file.seek(0)
-            reader = csv.reader(file, delimiter=delimiter)
-            yield delimiter, ((reader.line_num, row) for row in reader if row)
+            yield delimiter, _of_one_width(path, csv.reader(file, delimiter=delimiter))
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise ValueError(
             f"{path}: expected a table in UTF-8, of commas, semicolons or tabs, got: {error}; "
@@ -250,25 +249,22 @@ def _lines(
         ) from error
 
 
-def _of_one_width(
-    path: Path, lines: Iterator[tuple[int, list[str]]]
-) -> Iterator[tuple[int, list[str]]]:
-    """The same lines; one of another length than the first is refused."""
-    width = None
-    for line, row in lines:
-        width = len(row) if width is None else width
+def _of_one_width(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    width = 0
+    for row in filter(None, reader):
+        width = width or len(row)
         if len(row) != width:
             raise ValueError(
                 f"{path}: expected {width} columns as in the first line, got {len(row)} in line "
-                f"{line}; give every line the same columns"
+                f"{reader.line_num}; give every line the same columns"
             )
-        yield line, row
+        yield reader.line_num, row
 
 
 def _text_cells(path: Path) -> Cells:
     """The cells of a text file by column, None where they are empty."""
     with _lines(path, DELIMITERS) as (delimiter, lines):
-        rows = [row for _, row in _of_one_width(path, lines)]
+        rows = [row for _, row in lines]
     if len(rows) < 2:
         raise ValueError(
             f"{path}: expected a line of names and rows below it, got {len(rows)} lines"
@@ -380,13 +376,19 @@ def read_csv(path: Path) -> Data:
 
 def _numbers(path: Path) -> tuple[list[str], Tensor]:
     """The names of columns, none without a line of them, and the numbers below."""
-    with _lines(path) as (_, lines):
-        rows = _of_one_width(path, lines)
+    with _lines(path) as (_, rows):
         start, first = next(rows, (1, []))
         named = bool(first) and all(as_number(cell) is None for cell in first)
         values = array("d")
         for line, row in rows if named else chain([(start, first)], rows):
-            values.extend(_number(path, line, *place) for place in enumerate(row, start=1))
+            for column, cell in enumerate(row, start=1):
+                number = as_number(cell) if cell.strip() else math.nan
+                if number is None:
+                    raise ValueError(
+                        f"{path}: expected numbers, got {cell!r} in line {line}, column {column} "
+                        "(from 1); replace or remove it"
+                    )
+                values.append(number)
     if not values:
         raise ValueError(f"{path}: expected at least one row of numbers, got none; fill the file")
     table = torch.from_numpy(np.array(values)).unflatten(0, (-1, len(first)))
@@ -398,16 +400,6 @@ def _numbers(path: Path) -> tuple[list[str], Tensor]:
             "text, such as y2019; if data, give the columns names in a line above"
         )
     return first if named else [], table
-
-
-def _number(path: Path, line: int, column: int, cell: str) -> float:
-    number = as_number(cell) if cell.strip() else math.nan
-    if number is None:
-        raise ValueError(
-            f"{path}: expected numbers, got {cell!r} in line {line}, column {column} "
-            "(from 1); replace or remove it"
-        )
-    return number
 
 
 def _counts_up(table: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.arguments import check_real, check_whole
-from pyro_vae.files import PathLike, as_csv, check_folder, flush_folder, reading, sweep, write
+from pyro_vae.files import PathLike, as_csv, check_folder, flush_folder, reading, write
 from pyro_vae.objectives import Objective
 from pyro_vae.training.optimizers import OptimizerSpec, ScheduleSpec, spec_name
 from pyro_vae.training.progress import COLUMNS, OPTIONAL
@@ -29,7 +29,6 @@ from pyro_vae.training.progress import COLUMNS, OPTIONAL
 __all__ = [
     "Settings",
     "check_run",
-    "describe_objective",
     "load_state",
     "load_weights",
     "put_weights",
@@ -84,19 +83,14 @@ class Settings:
 
     def record(self, objective: Objective) -> dict[str, Any]:
         """As a run records it."""
+        objective.at(0)
+        options = {name: _as_json(value) for name, value in objective.options.items()}
         return {
             **asdict(self),
             "optimizer": spec_name(self.optimizer),
             "schedule": spec_name(self.schedule),
-            "objective": describe_objective(objective),
+            "objective": {"class_path": type(objective).__name__, "init_args": options},
         }
-
-
-def describe_objective(objective: Objective) -> dict[str, Any]:
-    """Class and arguments, for JSON."""
-    objective.at(0)
-    arguments = {name: _as_json(value) for name, value in objective.options.items()}
-    return {"class_path": type(objective).__name__, "init_args": arguments}
 
 
 def _as_json(value: Any) -> Any:
@@ -138,17 +132,11 @@ def start_run(run: PathLike, record: dict[str, Any]) -> None:
 
     for folder in (Path(run), Path(run) / "checkpoints"):
         folder.mkdir(parents=True, exist_ok=True)
-        sweep(folder)
+        for left in folder.glob(".*.tmp"):  # by processes that were killed within `write`
+            left.unlink(missing_ok=True)
     path = Path(run) / "run.json"
-    made = (_read_json(path) if path.exists() else {}).get("made", _made())
-    whole = {"format": FORMAT, "pyro_vae": __version__, "made": made, **record}
-    write(path, json.dumps(whole, indent=2) + "\n")
-
-
-def _made() -> dict[str, str]:
-    """When and by what a run was begun."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {
+    made = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": f"{device}, {os.cpu_count()} processors",
         "python": platform.python_version(),
@@ -156,6 +144,10 @@ def _made() -> dict[str, str]:
         "pyro": pyro.__version__,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+    if path.exists():  # a run that goes on keeps when and by what it was begun
+        made = _read_json(path).get("made", made)
+    whole = {"format": FORMAT, "pyro_vae": __version__, "made": made, **record}
+    write(path, json.dumps(whole, indent=2) + "\n")
 
 
 def write_metrics(run: PathLike, rows: list[dict[str, Any]]) -> None:
