@@ -68,7 +68,7 @@ def by_hand(turns: Turns) -> Any:
     return lambda: loss(x[:BATCH]).item()
 
 
-def pyro_vae(compiled: bool, turns: Turns) -> Any:
+def pyro_vae(options: dict[str, Any], turns: Turns) -> Any:
     """`fit` of a declared VAE with classes."""
     import torch
 
@@ -90,7 +90,7 @@ def pyro_vae(compiled: bool, turns: Turns) -> Any:
     vae, x = build(X, D, encoder=wide, decoder=wide, classes=C), rows()
     vae.initialised.fill_(True)  # start where the others start
     with contextlib.suppress(Done):
-        fit(vae, Waiting(x), epochs=10_000, batch_size=BATCH, compile=compiled, progress=False)
+        fit(vae, Waiting(x), epochs=10_000, batch_size=BATCH, progress=False, **options)
     return lambda: -evidence_lower_bound(vae, x[:BATCH]).elbo.mean().item()
 
 
@@ -143,8 +143,9 @@ def main() -> None:
     options = parser.parse_args()
     candidates: Any = {
         "by hand": by_hand,
-        "pyro_vae": partial(pyro_vae, False),
-        "pyro_vae, compiled": partial(pyro_vae, True),
+        "pyro_vae": partial(pyro_vae, {"compile": False}),
+        "pyro_vae, compiled": partial(pyro_vae, {"compile": True}),
+        "the same, bf16": partial(pyro_vae, {"compile": True, "precision": "bf16-mixed"}),
         "Pyro, TraceEnum_ELBO": pyro_example,
     }
     # processor time, so that other work beside it counts less

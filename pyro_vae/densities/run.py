@@ -23,8 +23,8 @@ from pyro_vae.densities.programs import (
     program_args,
     sample_sites,
 )
-from pyro_vae.densities.result import Densities, Latents, Site
-from pyro_vae.densities.summed import plate_fields, summed_densities, summed_values
+from pyro_vae.densities.result import Densities, Latents
+from pyro_vae.densities.summed import fields, summed_densities, summed_values
 
 __all__ = [
     "NotSimulated",
@@ -92,15 +92,8 @@ def registered_densities(
     q = sample_sites(guide_trace, "guide")
     replay = poutine.replay(trace=guide_trace)
     p = sample_sites(run_program(model, x, y, num_particles, replay, fold=fold[1]), "model")
-    latent = [name for name, site in p.items() if not site["is_observed"]]
-    check_latents(latent, list(q))
-    return Densities(
-        sites={name: Site(p[name]["value"], q[name]["fn"], p[name]["fn"]) for name in latent},
-        observed={n: (s["fn"], s["value"]) for n, s in p.items() if s["is_observed"]},
-        num_particles=num_particles,
-        same_order=latent == list(q),
-        **plate_fields(p, q),
-    )
+    check_latents([name for name, site in p.items() if not site["is_observed"]], q)
+    return Densities(**fields(p, q), num_particles=num_particles)
 
 
 def draw_latents(

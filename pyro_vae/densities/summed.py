@@ -24,7 +24,7 @@ from pyro_vae.densities.programs import (
 )
 from pyro_vae.densities.result import Densities, Latents, Site
 
-__all__ = ["plate_fields", "summed_densities", "summed_values"]
+__all__ = ["fields", "summed_densities", "summed_values"]
 
 MOST = 10_000  # joint values
 Values = dict[str, Tensor]
@@ -201,25 +201,27 @@ def summed_densities(
     p = sample_sites(traced, "model")
     latent = [n for n, s in p.items() if not s["is_observed"] and n not in values]
     if latent or q:
-        check_latents(latent, list(q))
-    fields = {**plate_fields(p, q), "same_order": latent == list(q)}
-    shape = torch.zeros(()).expand(C, K, fields["num_data"])
+        check_latents(latent, q)
+    apart = fields(p, q)
+    shape = torch.zeros(()).expand(C, K, apart["num_data"])
     log_p = {n: _terms(s["fn"], s["value"], shape) for n, s in p.items()}
     log_q = {n: _terms(s["fn"], s["value"], shape if own else shape[:1]) for n, s in q.items()}
     parts = _averages(p, q, log_p, log_q, values) if own else _mixtures(p, q, log_p, values)
     return Densities(
-        *parts,
-        K,
-        **fields,
-        each=_apart(p, q, values, C * K, fields) if own else None,
+        **apart | dict(zip(("sites", "observed"), parts)),
+        num_particles=K,
+        each=Densities(**apart, num_particles=rows) if own else None,
         label_term=_label_term(p, log_p, log_q),
     )
 
 
-def plate_fields(p: Sites, q: Sites) -> dict[str, Any]:
-    """What `Densities` tells of the plate "data" and of scales, from both programs."""
+def fields(p: Sites, q: Sites) -> dict[str, Any]:
+    """What `Densities` is made of, from a model's sites and a guide's; others are observed."""
     (plate,) = (f for f in next(iter(p.values()))["cond_indep_stack"] if f.name == "data")
     return {
+        "sites": {n: Site(s["value"], q[n]["fn"], s["fn"]) for n, s in p.items() if n in q},
+        "observed": {n: (s["fn"], s["value"]) for n, s in p.items() if n not in q},
+        "same_order": [n for n in p if n in q] == list(q),
         "num_data": plate.size,
         "scale": (plate.full_size or plate.size) / plate.size,
         "site_scales": [(n, s["scale"]) for sites in (p, q) for n, s in sites.items()],
@@ -286,25 +288,15 @@ def _averages(
     return latents, observed
 
 
-def _apart(
-    p: Sites, q: Sites, values: Values, num_particles: int, fields: dict[str, Any]
-) -> Densities:
-    """Each draw of each value as a particle, its value as though it were observed."""
-    sites = {n: Site(s["value"], q[n]["fn"], s["fn"]) for n, s in p.items() if n in q}
-    observed = {n: (s["fn"], s["value"]) for n, s in p.items() if n not in q}
-    return Densities(sites, observed, num_particles, **fields)
-
-
 def _label_term(p: Sites, log_p: dict[str, Tensor], log_q: dict[str, Tensor]) -> Tensor | None:
     """Sum over sites with infer={"label_weight": w} of w log p(label | x) [B], or None."""
-    found = {n: s["infer"].get("label_weight") for n, s in p.items()}
-    weighted = {name: weight for name, weight in found.items() if weight}
-    if not weighted:
+    weights = {n: s["infer"].get("label_weight") for n, s in p.items()}
+    weights = {name: weight for name, weight in weights.items() if weight}
+    if not weights:
         return None
-    rest = _total({n: v for n, v in log_p.items() if n not in weighted}) - _total(log_q)
-    whole = rest.flatten(0, 1).logsumexp(0)
-    terms = {n: (rest + log_p[n]).flatten(0, 1).logsumexp(0) - whole for n in weighted}
-    return _total({n: weight * terms[n] for n, weight in weighted.items()})
+    rest = _total({n: v for n, v in log_p.items() if n not in weights}) - _total(log_q)
+    terms = {n: w * (rest + log_p[n]).logsumexp((0, 1)) for n, w in weights.items()}
+    return _total(terms) - sum(weights.values()) * rest.logsumexp((0, 1))
 
 
 def _total(terms: dict[str, Tensor]) -> Tensor:
