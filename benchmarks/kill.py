@@ -27,7 +27,7 @@ from pyro_vae.cli.figures import KlParts
 from pyro_vae.data import load_data
 from pyro_vae.training import run_folder
 
-IMPORTED = ("pyro_vae.config", "safetensors.torch", "sklearn.datasets")
+IMPORTED = ("pyro_vae.config", "safetensors.torch", "sklearn.datasets", "torch._dynamo")
 BROKEN = 9  # the checkpoint whose write is broken off
 
 
@@ -92,40 +92,55 @@ def same(first: Any, second: Any) -> bool:
 
 
 def left_behind(run: Path) -> tuple[int, bool]:
-    """Steps that are kept of a killed run, and whether a checkpoint is half written."""
+    """Steps that are kept of a run, and whether a checkpoint is half written."""
     pointers, folder = run / run_folder.POINTERS, run / "checkpoints"
     known = json.loads(pointers.read_text()) if pointers.exists() else {"last": None}
     half = any(path.name not in known.values() for path in folder.glob("step-*"))
     return int(known["last"].split("-")[1]) if known["last"] else 0, half
 
 
-def main(kills: int = 50, seed: int = 0) -> int:
-    """The number of runs that did not end as the unbroken one."""
+def killed(process: Any, run: Path, after: int, within: float) -> bool:
+    """Kills a training at some moment after a step; whether that was before its end."""
+    while process.is_alive() and left_behind(run)[0] < after:
+        time.sleep(0.001)
+    process.join(random.uniform(0, within))
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+def main(kills: int = 60, seed: int = 0) -> int:
+    """The number of runs that did not end as the unbroken one.
+
+    Every third run is killed twice, the second time when it has been resumed.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
     random.seed(seed)
-    bad = writes = 0
+    bad = runs = hit = writes = 0
     with TemporaryDirectory() as name:
         whole = Path(name) / "whole"
         process, began = start(context, whole), time.monotonic()
         process.join()
-        seconds, unbroken = time.monotonic() - began, outcome(whole)
-        for kill in range(kills):
-            run = Path(name) / f"run-{kill}"
-            process = start(context, run, dies_in_write=kill == 0)
-            process.join(random.uniform(0, seconds) if kill else None)
-            process.kill()
-            process.join()
-            steps, half_written = left_behind(run)
+        unbroken, (steps, _) = outcome(whole), left_behind(whole)
+        step = (time.monotonic() - began) / steps
+        while hit < kills:
+            run, told = Path(name) / f"run-{runs}", []
+            for after in sorted(random.choices(range(steps - 4), k=2 if runs % 3 == 2 else 1)):
+                process = start(context, run, dies_in_write=not runs)
+                hit += killed(process, run, after if runs else steps, 4 * step)
+                kept, half = left_behind(run)
+                writes += half
+                how = "ended before" if process.exitcode == 0 else "killed"
+                told.append(f"{how}{' in a write' * half}, {kept} steps kept")
             resumed = start(context, run)
             resumed.join()
             good = resumed.exitcode == 0 and same(outcome(run), unbroken)
-            bad, writes = bad + (not good), writes + half_written
-            how = "killed in a write" if half_written else "killed"
-            how = "ended before" if process.exitcode == 0 else how
-            print(f"{kill + 1}: {how}, {steps} steps kept: {'same' if good else 'OTHER'}")
+            runs, bad = runs + 1, bad + (not good)
+            print(f"{runs}: {'; '.join(told)}: {'same' if good else 'OTHER'}", flush=True)
     print(
-        f"{kills - bad} of {kills} resumed runs end as the unbroken one; {writes} died in a write"
+        f"{runs - bad} of {runs} resumed runs end as the unbroken one; of {hit} kills {writes} "
+        "were in a write"
     )
     return bad
 
