@@ -49,7 +49,7 @@ def write(path: PathLike, content: bytes | str | Iterable[bytes]) -> None:
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            error.filename, error.filename2 = str(path), None
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

@@ -739,6 +739,8 @@ def test_grey_values_that_were_divided_are_refused(
         ("encode", "x.txt", "out must end in .npz or .csv; got"),
         ("sample", "x.txt", "out must end in .npz; got"),
         ("sample", "", "out must end in .npz; got ''"),
+        ("report", "x.txt", "out must end in .html; got"),
+        ("report", "none/x.html", "there is no"),
     ],
 )
 def test_a_place_that_is_none_is_refused_before_any_work(
@@ -751,7 +753,7 @@ def test_a_place_that_is_none_is_refused_before_any_work(
 ) -> None:
     (tmp_path / "x.csv").write_text("kept")
     out = out and str(tmp_path / out.format(folder=tmp_path.name))
-    files = [] if command == "sample" else [str(tmp_path / "x.csv")]
+    files = [] if command in ("sample", "report") else [str(tmp_path / "x.csv")]
     assert main([command, str(run), *files, "--out", out]) == 2
     assert words in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]

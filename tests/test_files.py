@@ -187,7 +187,7 @@ def test_a_failed_write_leaves_the_old_file_alone(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'$"):
         files.write(path, "new")
     assert [(p, p.read_text()) for p in tmp_path.iterdir()] == [(path, "old")]
 

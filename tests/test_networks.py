@@ -167,6 +167,10 @@ def test_no_hidden_layer_is_a_linear_map() -> None:
         (lambda: ConvTranspose(3, 784), "needs an image: out_shape"),
         (lambda: MLP(3, 5, activation="nope"), "activation 'nope' is unknown"),
         (lambda: MLP(3, 5, norm="nope"), "norm 'nope' is unknown"),
+        (lambda: MLP(3, 5, (7, 0)), "hidden must be at least 1; got 0"),
+        (lambda: Conv((1, 5, 5), 5, (3, -2)), "channels must be at least 1; got -2"),
+        (lambda: ResNet((1, 5, 5), 5, ()), "channels must have at least one size"),
+        (lambda: ResNetTranspose(3, (1, 5, 5), ()), "channels must have at least one size"),
         (lambda: Conv((1, 5, 5), 5, norm="layer"), "norm 'layer' does not fit images"),
     ],
 )

@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from pyro_vae import declarations
-from pyro_vae.arguments import closest
+from pyro_vae.arguments import check_whole, closest
 from pyro_vae.cli import COMMANDS, DATA, FAMILIES
 from pyro_vae.files import check_folder, reading
 
@@ -193,8 +193,8 @@ def make_parser(name: str) -> ArgumentParser:
 def _resumed(argv: list[str]) -> list[str]:
     """With `--resume RUN`, the options of that run come first."""
     for argument in argv:
-        name, _, folder = argument.partition("=")
-        if name != "--resume" or not folder:
+        name, given, folder = argument.partition("=")
+        if name != "--resume" or not given:
             continue
         check_folder(folder)
         declaration = Path(folder) / "config.yaml"
@@ -288,6 +288,7 @@ def _computing(options: Namespace) -> Iterator[None]:
 
     precision, number = torch.get_float32_matmul_precision(), options.get("threads")
     most = os.cpu_count() or 1
+    check_whole(devices=options.get("devices", 1))
     if number is not None and not 1 <= number <= most:
         raise ValueError(
             f"threads must be from 1 to {most}, the processors of this machine; got {number}"

@@ -20,7 +20,7 @@ from pyro.infer.inspect import get_model_relations
 
 from pyro_vae import config, plots
 from pyro_vae.cli.evaluate import QUANTITIES, lines_of
-from pyro_vae.cli.folder import read_table
+from pyro_vae.cli.folder import destination, read_table
 from pyro_vae.estimators import Evidence
 from pyro_vae.files import reading, write
 from pyro_vae.generators import forked
@@ -69,7 +69,7 @@ def report(options: Namespace) -> None:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    out = Path(options.out or folder / "report.html")
+    out = destination(options.out, folder / "report.html", (".html",))
     drawn = figures(folder)
     template = environment.from_string(Path(__file__).with_suffix(".html").read_text("utf-8"))
     with reading(folder / "run.json"):

@@ -239,6 +239,7 @@ def _build(options: Namespace, splits: Splits) -> VAE:
     condition = 0 if data.y is None else data.y.shape[1]
     if options.conditional and data.labels is not None and bool((data.labels < 0).any()):
         raise ValueError("--conditional needs a label in every row: for few labels use --classes")
+    check_whole(0, seed=options.seed)
     torch.manual_seed(options.seed)
     return config.build(
         tuple(data.data_shape),

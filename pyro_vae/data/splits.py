@@ -156,6 +156,10 @@ def load_data(
     """
     check_whole(0, seed=seed)
     check_whole(optional=True, limit=limit)
+    if not name:
+        raise ValueError("expected the name of a data set or a path, got ''")
+    if schema and Path(name).suffix not in TABLES:
+        raise ValueError(f"a schema is of tables ({', '.join(TABLES)}); {name} is none")
     named = {key.lower(): key for key in NAMED}.get(name.lower() if isinstance(name, str) else "")
     name = os.path.abspath(name) if named is None and os.path.exists(name) else name
     source = _numbered(_read(Path(name), schema) if named is None else read_named(named, root))

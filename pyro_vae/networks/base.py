@@ -35,6 +35,7 @@ class Network(nn.Module):
         in_shape: Shape of one input, an int or a tuple.
         out_shape: Shape of one output.
         condition_dim: Length of the vector `y` that the output also depends on; 0 for none.
+        widths: Sizes of layers, by the option that sets them.
 
     Attributes:
         repeats: Whether `body` gets x as often as there are `y` for it. If not, `y` may have R
@@ -45,12 +46,19 @@ class Network(nn.Module):
     output: Any
 
     def __init__(
-        self, in_shape: int | tuple[int, ...], out_shape: int | tuple[int, ...], condition_dim: int
+        self,
+        in_shape: int | tuple[int, ...],
+        out_shape: int | tuple[int, ...],
+        condition_dim: int,
+        **widths: Sequence[int],
     ) -> None:
         super().__init__()
         self.in_shape = as_shape("in_shape", in_shape)
         self.out_shape = as_shape("out_shape", out_shape)
         check_whole(0, condition_dim=condition_dim)
+        for name, sizes in widths.items():
+            if sizes:
+                as_shape(name, sizes)
         self.condition_dim = condition_dim
 
     @abstractmethod

@@ -36,7 +36,7 @@ class Conv(Network):
         condition_dim: int = 0,
         norm: str | None = None,
     ) -> None:
-        super().__init__(in_shape, out_shape, condition_dim)
+        super().__init__(in_shape, out_shape, condition_dim, channels=channels, hidden=hidden)
         side = image_shape(self.in_shape, "Conv", "in_shape", "ConvTranspose")[1:]
         layers: list[nn.Module] = []
         for i, o in zip((self.in_shape[0], *channels), channels):
@@ -83,7 +83,7 @@ class ConvTranspose(Network):
         condition_dim: int = 0,
         norm: str | None = None,
     ) -> None:
-        super().__init__(in_shape, out_shape, condition_dim)
+        super().__init__(in_shape, out_shape, condition_dim, channels=channels, hidden=hidden)
         side = image_shape(self.out_shape, "ConvTranspose", "out_shape", "Conv")[1:]
         heights, widths = (halvings(s, len(channels))[::-1] for s in side)
         self.start = (channels[0] if channels else self.out_shape[0], heights[0], widths[0])

@@ -34,7 +34,7 @@ class MLP(Network):
         condition_dim: int = 0,
         norm: str | None = None,
     ) -> None:
-        super().__init__(in_shape, out_shape, condition_dim)
+        super().__init__(in_shape, out_shape, condition_dim, hidden=hidden)
         sizes = (prod(self.in_shape) + condition_dim, *hidden)
         self.hidden = nn.Sequential(*dense(sizes, activation, norm))
         self.output = nn.Linear(sizes[-1], prod(self.out_shape))
@@ -69,7 +69,7 @@ class GatedMLP(Network):
         condition_dim: int = 0,
         norm: str | None = None,
     ) -> None:
-        super().__init__(in_shape, out_shape, condition_dim)
+        super().__init__(in_shape, out_shape, condition_dim, hidden=hidden)
         sizes = (prod(self.in_shape) + condition_dim, *hidden)
         layers: list[nn.Module] = []
         for i, o in zip(sizes, sizes[1:]):

@@ -7,6 +7,7 @@ from math import prod
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_vae.arguments import as_shape
 from pyro_vae.networks.base import Network, activation_layer, joint
 from pyro_vae.networks.conv import halvings, image_shape, norm_2d
 
@@ -40,6 +41,7 @@ class ResNet(Network):
         norm: str | None = None,
     ) -> None:
         super().__init__(in_shape, out_shape, condition_dim)
+        channels = as_shape("channels", channels)
         side = image_shape(self.in_shape, "ResNet", "in_shape", "ResNetTranspose")[1:]
         layers: list[nn.Module] = []
         for i, o in zip((self.in_shape[0], *channels), channels):
@@ -77,6 +79,7 @@ class ResNetTranspose(Network):
         norm: str | None = None,
     ) -> None:
         super().__init__(in_shape, out_shape, condition_dim)
+        channels = as_shape("channels", channels)
         side = image_shape(self.out_shape, "ResNetTranspose", "out_shape", "ResNet")[1:]
         heights, widths = (halvings(s, len(channels))[::-1] for s in side)
         self.sizes = list(zip(heights, widths))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,6 +70,10 @@ def make_optimizer(
     if callable(spec):
         return _made(spec(parameters), Optimizer, "optimizer")
     cls, options = _parse("optimizer", spec, OPTIMIZERS, parameters, lr=lr)
+    weight = nn.Parameter(parameters[0].new_zeros(1, 1))
+    weight.grad = torch.zeros_like(weight)
+    with _options_of("optimizer", cls):
+        cls([weight], **options).step()
     chosen = options.keys() & IMPLEMENTATIONS
     if fused and "fused" in inspect.signature(cls).parameters and not chosen:
         try:
@@ -116,7 +121,20 @@ def make_schedule(spec: ScheduleSpec | None, optimizer: Optimizer) -> LRSchedule
     if callable(spec):
         return _made(spec(optimizer), LRScheduler, "schedule")
     cls, options = _parse("schedule", spec, SCHEDULES, optimizer)
+    groups = [{"params": [torch.zeros(1)]} for _ in optimizer.param_groups]
+    trial = torch.optim.SGD(groups, momentum=0.9)
+    with _options_of("schedule", cls):
+        replay(cls(trial, **options), [{"elbo": 0.0, "validation_elbo": None}])
     return cls(optimizer, **options)
+
+
+@contextmanager
+def _options_of(what: str, cls: type) -> Iterator[None]:
+    """Makes of whatever torch raises of options, in a first step or before, one ValueError."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what} {cls.__name__}: {error}; correct its init_args") from error
 
 
 def advance(schedule: LRScheduler, row: dict[str, Any]) -> None:

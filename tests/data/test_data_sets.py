@@ -130,6 +130,8 @@ def test_changed_data_are_noticed() -> None:
     [
         ({"name": "mnits"}, "did you mean 'MNIST'"),
         ({"name": "nothing.npz"}, "expected a file or folder at nothing.npz"),
+        ({"name": ""}, "expected the name of a data set or a path, got ''"),
+        ({"name": "digits", "schema": {"a": "real"}}, "a schema is of tables"),
         ({"name": "digits", "validation": 0}, "got 0"),
         ({"name": "digits", "validation": 1.0}, "fraction between 0 and 1, got 1.0"),
         ({"name": "digits", "validation": 1617}, "rows left for training"),

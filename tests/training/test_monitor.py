@@ -107,8 +107,7 @@ def test_a_state_of_other_optimizers_is_loaded_whatever_it_holds() -> None:
 
 def test_a_state_is_loaded_and_the_implementation_of_the_step_is_kept() -> None:
     layer = nn.Linear(3, 2)
-    other = {"class_path": "Adam", "init_args": {"capturable": True}}
-    there = make_optimizer(other, layer, 0.5)
+    there = torch.optim.Adam(layer.parameters(), lr=0.5, capturable=True)
     layer(torch.ones(1, 3)).sum().backward()
     for p in layer.parameters():
         there.state[p] = {"step": torch.zeros(()), "exp_avg": p.grad, "exp_avg_sq": p.grad**2}

@@ -140,6 +140,10 @@ def test_a_device_that_is_not_waited_for() -> None:
             "no option 'beta', did you mean 'betas'",
         ),
         ({"class_path": "Adam", "args": {}}, "optimizer must be a name"),
+        ({"class_path": "Adam", "init_args": {"betas": 3}}, "optimizer Adam: 'int' object is"),
+        ({"class_path": "Rprop", "init_args": {"etas": [1]}}, "Rprop: list index out of range"),
+        ({"class_path": "Adam", "init_args": {"differentiable": True}}, "Adam: a leaf Variable"),
+        ({"class_path": "Adam", "init_args": {"lr": None}}, "optimizer Adam: .* correct its init"),
         (lambda parameters: "Adam", "must return a torch Optimizer; got str"),
     ],
 )
@@ -153,6 +157,10 @@ def test_bad_optimizers(spec: Any, words: str) -> None:
     [
         ("StepL", "schedule 'StepL' is unknown, did you mean 'StepLR'"),
         ("CosineAnnealingLR", "missing a required argument: 'T_max'"),
+        ({"class_path": "StepLR", "init_args": {"step_size": 0}}, "StepLR: integer modulo by"),
+        ({"class_path": "StepLR", "init_args": {"step_size": "x"}}, "StepLR: unsupported operand"),
+        ({"class_path": "LambdaLR", "init_args": {"lr_lambda": 3}}, "LambdaLR: 'int' object is"),
+        ({"class_path": "ReduceLROnPlateau", "init_args": {"factor": 2}}, "Plateau: Factor"),
         (lambda optimizer: None, "must return a torch LRScheduler"),
     ],
 )
