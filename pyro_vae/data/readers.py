@@ -133,7 +133,7 @@ def read_cells(path: Path) -> Data:
 
     with damaged(path, "a whole .mtx file"):
         matrix = scipy.io.mmread(path)
-    return Data(_counts(path, matrix), name=str(path))
+    return Data(_counts(path, [matrix]), name=str(path))
 
 
 def _of_h5ad(path: Path) -> Data:
@@ -147,35 +147,28 @@ def _of_h5ad(path: Path) -> Data:
     with warnings.catch_warnings(), damaged(path, "a whole .h5ad file"):
         warnings.simplefilter("ignore")
         table = read_h5ad(path)
-    raw = "counts" in table.layers and (table.X is None or not _whole(table.X))
     return Data(
-        _counts(path, table.layers["counts"] if raw else table.X),
+        _counts(path, [table.X, table.layers.get("counts")]),
         labels=_cell_labels(table.obs),
         name=str(path),
         columns=tuple(map(str, table.var_names)),
     )
 
 
-def _stored(matrix: Any) -> np.ndarray:
-    """What is stored of a dense or sparse matrix."""
-    return np.asarray(matrix.data if hasattr(matrix, "tocsr") else matrix)
-
-
-def _whole(matrix: Any) -> bool:
-    values = _stored(matrix)
-    return bool((values == np.round(values)).all() and (values >= 0).all())
-
-
-def _counts(path: Path, matrix: Any) -> Tensor:
-    if not _whole(matrix):
-        values = _stored(matrix)
-        raise ValueError(
-            f"{path}: expected counts, whole numbers from 0, got values in [{values.min():g}, "
-            f"{values.max():g}] that are not whole, as normalised ones are: give the raw counts, "
-            'as X or as the layer "counts"'
-        )
-    dense = matrix.toarray() if hasattr(matrix, "tocsr") else np.asarray(matrix)
-    return torch.from_numpy(np.ascontiguousarray(dense.astype(np.int64)))
+def _counts(path: Path, matrices: list[Any]) -> Tensor:
+    """The first of these matrices, dense, sparse or None, that holds counts."""
+    came = "no values"
+    for matrix in (matrix for matrix in matrices if matrix is not None):
+        sparse = hasattr(matrix, "tocsr")
+        values = np.asarray(matrix.data if sparse else matrix)
+        if bool((values == np.round(values)).all() and (values >= 0).all()):
+            dense = matrix.toarray() if sparse else values
+            return torch.from_numpy(np.ascontiguousarray(dense.astype(np.int64)))
+        came = f"values in [{values.min():g}, {values.max():g}] that are not whole"
+    raise ValueError(
+        f"{path}: expected counts, whole numbers from 0, got {came}, as normalised ones are: give "
+        'the raw counts, as X or as the layer "counts"'
+    )
 
 
 def _cell_labels(obs: Any) -> Tensor | None:
@@ -248,12 +241,6 @@ def _opened(path: Path) -> Iterator[PIL.Image.Image]:
         yield image
 
 
-def _image(path: Path, mode: str) -> Tensor:
-    with _opened(path) as image:
-        pixels = np.array(image.convert(mode), dtype=np.uint8)
-    return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1)
-
-
 def _class_names(folder: Path, paths: list[Path]) -> list[str]:
     inside = [path.relative_to(folder).parts for path in paths]
     names = [parts[0] for parts in inside if len(parts) > 1]
@@ -269,12 +256,16 @@ def _class_names(folder: Path, paths: list[Path]) -> list[str]:
 def _data(
     folder: Path, paths: list[Path], names: list[str], classes: list[str], mode: str
 ) -> Data:
-    images = [_image(path, mode) for path in paths]
-    for path, image in zip(paths, images):
-        if image.shape != images[0].shape:
+    images: list[Tensor] = []
+    for path in paths:
+        with _opened(path) as image:
+            pixels = np.array(image.convert(mode), dtype=np.uint8)
+        images.append(torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1))
+        first, size = images[0].shape[1:], images[-1].shape[1:]
+        if size != first:
             raise ValueError(
-                f"expected images of one size, got {paths[0]} of {_size(images[0])} and {path} of "
-                f"{_size(image)}; resize them to one"
+                f"expected images of one size, got {paths[0]} of {first[0]} x {first[1]} "
+                f"(height x width) and {path} of {size[0]} x {size[1]}; resize them to one"
             )
     return Data(
         torch.stack(images),
@@ -283,7 +274,3 @@ def _data(
         name=str(folder),
         classes=len(classes) or None,
     )
-
-
-def _size(image: Tensor) -> str:
-    return f"{image.shape[1]} x {image.shape[2]} (height x width)"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data.data import Data
-from pyro_vae.data.mapped import CHUNK, LARGE, spooled
+from pyro_vae.data.mapped import CHUNK, LARGE, Mapped, spooled
 from pyro_vae.data.schema import (
     Cells,
     Schema,
@@ -76,14 +76,17 @@ def read_table(
 
 def read_rows_of_table(path: Path, schema: Schema | Mapping[str, Any] | None) -> Data:
     """As `read_table`, for `load_data`; a column of the name ``label`` holds labels."""
+    rows: Tensor | Mapped
     if path.suffix == ".parquet" and path.is_file() and path.stat().st_size > LARGE:
-        return _streamed(path, schema)
-    cells, orders = _cells(path)
-    labels = [_labels(f"{path}: column {k!r}", c) for k, c in _without_labels(cells).items()]
-    rows, found = _table(str(path), cells, orders, schema)
+        labels, rows, found = _streamed(path, schema)
+    else:
+        cells, orders = _cells(path)
+        labels = _without_labels(cells)
+        rows, found = _table(str(path), cells, orders, schema)
+    codes = [_labels(f"{path}: column {key!r}", column) for key, column in labels.items()]
     return Data(
         rows,
-        labels=labels[0] if labels else None,
+        labels=codes[0] if codes else None,
         name=str(path),
         columns=tuple(found.columns),
         schema=found,
@@ -101,13 +104,14 @@ def _without_labels(cells: Cells) -> Cells:
     return {key: cells.pop(key) for key in names[:1]}
 
 
-def _streamed(path: Path, schema: Schema | Mapping[str, Any] | None) -> Data:
-    """The same of a large .parquet file: one column at a time, then ten thousand rows."""
+def _streamed(
+    path: Path, schema: Schema | Mapping[str, Any] | None
+) -> tuple[Cells, Mapped, Schema]:
+    """Labels, rows and schema of a large .parquet file: a column at a time, then parts of rows."""
     pyarrow = _pyarrow()
     with _arrow_errors(str(path)):
         file = pyarrow.parquet.ParquetFile(path)
         names = [n for n in file.schema_arrow.names if not n.startswith("__index_level_")]
-    labels = [key for key in names if key.lower() == "label" and len(names) > 1][:1]
 
     def column(key: str) -> tuple[list[Any], list[Any] | None]:
         with _arrow_errors(str(path)):
@@ -122,17 +126,12 @@ def _streamed(path: Path, schema: Schema | Mapping[str, Any] | None) -> Data:
                 yield found.encode(cells, str(path), first)
                 first += len(batch)
 
-    values = [key for key in names if key not in labels]
-    found = schema if isinstance(schema, Schema) else _schema(str(path), values, column, schema)
-    found.check(values, str(path))
+    columns: Cells = {name: [] for name in names}
+    labels = _without_labels(columns)
+    found = schema if isinstance(schema, Schema) else _schema(str(path), columns, column, schema)
+    found.check(columns, str(path))
     rows = spooled(parts(found), file.metadata.num_rows, len(found.columns), str(path))
-    return Data(
-        rows,
-        labels=_labels(f"{path}: column {labels[0]!r}", column(labels[0])[0]) if labels else None,
-        name=str(path),
-        columns=tuple(found.columns),
-        schema=found,
-    )
+    return {key: column(key)[0] for key in labels}, rows, found
 
 
 def _schema(
