@@ -19,10 +19,8 @@ __all__ = [
     "Term",
     "active_units",
     "check_posterior",
-    "chunks",
     "draws_of",
     "elbo_decomposition",
-    "evenly",
     "log_mean",
 ]
 
@@ -119,7 +117,7 @@ def elbo_decomposition(
         Hoffman and Johnson. ELBO surgery. 2016.
         Chen et al. Isolating sources of disentanglement in variational autoencoders. 2018.
     """
-    num_data, _ = check_posterior(posterior)
+    num_data = check_posterior(posterior)
     if prior.batch_shape or prior.event_shape != posterior.event_shape:
         raise ValueError(
             f"prior must have batch () and event {tuple(posterior.event_shape)}; got "
@@ -127,17 +125,15 @@ def elbo_decomposition(
         )
     check_whole(2, num_samples=num_samples)
     check_whole(0, seed=seed)
-    rows = evenly(num_data, num_rows).to(marginals(posterior).loc.device)
     parts, dims = [], []
     with torch.no_grad():
-        index, z = draws_of(posterior, rows, num_samples, seed)
-        for chunk in chunks(index, z, num_data):
-            terms, each = _terms(posterior, prior, *chunk)
+        for index, z in draws_of(posterior, num_samples, num_rows, seed):
+            terms, each = _terms(posterior, prior, index, z)
             parts.append(terms)
             if isinstance(prior, Independent) and not prior.base_dist.event_shape:
-                dims.append(each - prior.base_dist.log_prob(chunk[1]))
+                dims.append(each - prior.base_dist.log_prob(z))
     kl, information, aggregate, correlation, mismatch = (
-        _term(term) for term in torch.cat(parts, 1).reshape(5, len(rows), num_samples)
+        _term(term) for term in torch.cat(parts, 1).reshape(5, -1, num_samples)
     )
     per_dimension = torch.cat(dims).mean(0) if dims else None
     return Decomposition(
@@ -166,20 +162,34 @@ def _terms(
 
 
 def draws_of(
-    posterior: Distribution, rows: Tensor, num_samples: int, seed: int
-) -> tuple[Tensor, Tensor]:
-    """`num_samples` draws of q(z | x_n) for each datum of `rows` [R], one datum after another.
+    posterior: Distribution, num_samples: int, num_rows: int | None, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draws of q(z | x_n) for evenly spaced data, in chunks whose pairs with all data fit.
 
-    Returns:
-        The data that they are of, int64 [R num_samples], and the draws [R num_samples, D].
+    Args:
+        posterior: q(z | x_n) of all data, batch [N], event (D,).
+        num_samples: Draws for each datum, which follow one another.
+        num_rows: How many of the data; all if None.
+        seed: Of the draws.
+
+    Yields:
+        The data that draws are of, int64 [m], and the draws [m, D].
     """
+    each = marginals(posterior).loc
+    check_whole(optional=True, num_rows=num_rows)
+    if num_rows is not None and not 2 <= num_rows <= len(each):
+        raise ValueError(f"num_rows must be from 2 to the {len(each)} data; got {num_rows}")
+    rows = torch.linspace(0, len(each) - 1, num_rows or len(each), dtype=torch.float64)
+    rows = rows.long().to(each.device)
     with forked(rows.device, seed):
         z = posterior.sample(torch.Size((num_samples,)))[:, rows]
-    return rows.repeat_interleave(num_samples), z.transpose(0, 1).flatten(0, 1)
+    size = max(1, PAIRS // each.numel())
+    index, z = rows.repeat_interleave(num_samples), z.transpose(0, 1).flatten(0, 1)
+    yield from zip(index.split(size), z.split(size))
 
 
-def check_posterior(posterior: Distribution) -> tuple[int, int]:
-    """N and D of a posterior over all data.
+def check_posterior(posterior: Distribution) -> int:
+    """The number N of data of a posterior over all of them.
 
     Raises:
         ValueError: If its shapes do not fit, or a parameter is not finite.
@@ -192,26 +202,12 @@ def check_posterior(posterior: Distribution) -> tuple[int, int]:
     each = marginals(posterior)
     if not (each.loc.isfinite().all() and each.scale.isfinite().all()):
         raise ValueError("posterior must have finite parameters: look at the encoder")
-    return len(each.loc), each.loc.shape[1]
-
-
-def chunks(index: Tensor, z: Tensor, num_data: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The draws in chunks whose pairs with all data fit in memory."""
-    size = max(1, PAIRS // (num_data * z.shape[1]))
-    return zip(index.split(size), z.split(size))
+    return len(each.loc)
 
 
 def log_mean(log_prob: Tensor) -> Tensor:
     """Logarithm of the mean over the data, the second dimension, in float64."""
     return log_prob.double().logsumexp(1) - math.log(log_prob.shape[1])
-
-
-def evenly(num_data: int, num_rows: int | None) -> Tensor:
-    """Indices of `num_rows` of the data, evenly spaced; of all if None."""
-    check_whole(optional=True, num_rows=num_rows)
-    if num_rows is not None and not 2 <= num_rows <= num_data:
-        raise ValueError(f"num_rows must be from 2 to the {num_data} data; got {num_rows}")
-    return torch.linspace(0, num_data - 1, num_rows or num_data, dtype=torch.float64).long()
 
 
 def _term(values: Tensor) -> Term:

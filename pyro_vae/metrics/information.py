@@ -11,7 +11,7 @@ from torch.nn.functional import one_hot
 
 from pyro_vae.arguments import check_whole
 from pyro_vae.marginals import marginals, pair_marginals
-from pyro_vae.metrics.decomposition import check_posterior, chunks, draws_of, evenly, log_mean
+from pyro_vae.metrics.decomposition import check_posterior, draws_of, log_mean
 from pyro_vae.metrics.factors import (
     Score,
     check,
@@ -132,20 +132,20 @@ def factor_information(
     over all N data: a mean over draws, so zero information may come out a little below zero.
     Arguments are those of `mig`. Cost: N^2 D densities for each draw, and a matrix product.
     """
-    num_data, _ = check_posterior(posterior)
+    check_posterior(posterior)
     means, values, _ = check(marginals(posterior).loc, factors)
     device = marginals(posterior).loc.device
     members = [one_hot(v.unique(return_inverse=True)[1]).double().to(device) for v in values.T]
-    rows = evenly(num_data, num_rows).to(device)
     total = torch.zeros(len(members), means.shape[1], dtype=torch.float64, device=device)
+    number = 0
     with torch.no_grad():
-        index, z = draws_of(posterior, rows, num_samples, seed)
-        for own, part in chunks(index, z, num_data):
-            pairs = pair_marginals(posterior, part).double()
+        for own, z in draws_of(posterior, num_samples, num_rows, seed):
+            number += len(z)
+            pairs = pair_marginals(posterior, z).double()
             marginal = log_mean(pairs)
             for f, member in enumerate(members):
                 total[f] += (_log_mean_within(pairs, member, own) - marginal).sum(0)
-    return (total / len(z)).cpu()
+    return (total / number).cpu()
 
 
 def _log_mean_within(pairs: Tensor, member: Tensor, own: Tensor) -> Tensor:
