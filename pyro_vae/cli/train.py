@@ -30,22 +30,6 @@ from pyro_vae.vae import VAE
 
 __all__ = ["demo", "hints", "train"]
 
-MODEL = ("prior", "likelihood", "posterior", "encoder", "decoder")
-TRAINING = (
-    "epochs",
-    "batch_size",
-    "optimizer",
-    "lr",
-    "schedule",
-    "clip_norm",
-    "patience",
-    "devices",
-    "accelerator",
-    "precision",
-    "compile",
-    "seed",
-    "progress",
-)
 NOT_DECLARED = (*NOT_IN_FILES, "progress", "seeds")
 DEMO = {
     "data": "digits",
@@ -149,17 +133,18 @@ def _fit(
     if options.classes and data.labels is not None:
         data = replace(data, classes=options.classes).one_hot()
     try:
-        return fit(
-            vae,
-            data,
-            objective,
-            run=folder,
-            validation=splits.validation,
-            resume=options.resume is not None,
-            callbacks=[KlParts(folder, splits.validation)],
-            loggers=loggers,
-            **{name: options[name] for name in TRAINING},
-        )
+        arguments = {
+            "vae": vae,
+            "data": data,
+            "objective": objective,
+            "run": folder,
+            "validation": splits.validation,
+            "resume": options.resume is not None,
+            "callbacks": [KlParts(folder, splits.validation)],
+            "loggers": loggers,
+        }
+        history: History = declarations.given(fit, {**vars(options), **arguments})
+        return history
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_go_on(folder, options)) from None
     except OSError as error:
@@ -227,31 +212,24 @@ def _go_on(folder: Path, options: Namespace) -> str:
 
 
 def _build(options: Namespace, splits: Splits) -> VAE:
-    data = splits.train
-    parts = {name: options[name] for name in MODEL}
-    cls, own = options.likelihood
+    data, likelihood = splits.train, options.likelihood
+    cls, own = likelihood
     if data.levels is not None and "levels" in own:
         if own["levels"] == inspect.signature(cls).parameters["levels"].default:
-            parts["likelihood"] = options.likelihood.having(levels=data.levels)
+            likelihood = likelihood.having(levels=data.levels)
     if data.schema is not None:
-        columns = _of_columns(own["columns"], data.schema)
-        parts["likelihood"] = options.likelihood.having(columns=columns)
-    condition = 0 if data.y is None else data.y.shape[1]
+        likelihood = likelihood.having(columns=_of_columns(own["columns"], data.schema))
     if options.conditional and data.labels is not None and bool((data.labels < 0).any()):
         raise ValueError("--conditional needs a label in every row: for few labels use --classes")
     check_whole(0, seed=options.seed)
     torch.manual_seed(options.seed)
-    return config.build(
-        tuple(data.data_shape),
-        options.latent_dim,
-        **parts,
-        condition_dim=condition,
-        missing=splits.missing if options.missing is None else options.missing,
-        hierarchy=options.hierarchy,
-        skip=options.skip,
-        classes=options.classes,
-        label_weight=options.label_weight,
-    )
+    found = {
+        "likelihood": likelihood,
+        "condition_dim": 0 if data.y is None else data.y.shape[1],
+        "missing": splits.missing if options.missing is None else options.missing,
+    }
+    vae: VAE = declarations.given(config.build, {**vars(options), **found}, data.data_shape)
+    return vae
 
 
 def _run_folder(options: Namespace) -> Path:

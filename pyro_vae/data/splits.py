@@ -242,11 +242,17 @@ def _split(source: Parts, validation: int | float | None, seed: int) -> Parts:
     """Three parts; those that the source lacks are taken from its training part."""
     whole, rows = source["train"], len(source["train"])
     order = torch.from_numpy(np.random.default_rng(seed).permutation(rows))
-    test = held = 0
-    if "test" not in source:
-        test = max(1, round(rows / 10))
+    test = 0 if "test" in source else max(1, round(rows / 10))
+    held = 0
     if "validation" not in source:
-        held = _count(validation, rows, 1 / 6 if "test" in source else 1 / 10)
+        share = validation if validation is not None else 1 / 6 if "test" in source else 1 / 10
+        check_real(validation=share)
+        if share <= 0 or (isinstance(share, float) and share >= 1):
+            raise ValueError(
+                "expected the validation part as a number of rows of at least 1 or as a fraction "
+                f"between 0 and 1, got {share}"
+            )
+        held = share if isinstance(share, int) else max(1, round(rows * share))
     elif validation is not None:
         raise ValueError(
             f"{whole.name}: expected no validation size, since the source has a validation "
@@ -260,18 +266,6 @@ def _split(source: Parts, validation: int | float | None, seed: int) -> Parts:
     taken = {"validation": order[test : held + test], "test": order[:test]}
     own = {name: source.get(name) or whole.subset(index) for name, index in taken.items()}
     return {"train": whole.subset(order[held + test :]), **own}
-
-
-def _count(validation: int | float | None, rows: int, default: float) -> int:
-    if validation is None:
-        return max(1, round(rows * default))
-    check_real(validation=validation)
-    if validation <= 0 or (isinstance(validation, float) and validation >= 1):
-        raise ValueError(
-            "expected the validation part as a number of rows of at least 1 or as a fraction "
-            f"between 0 and 1, got {validation}"
-        )
-    return validation if isinstance(validation, int) else max(1, round(rows * validation))
 
 
 def spread(num_data: int, limit: int | None, seed: int) -> Tensor:
