@@ -54,7 +54,7 @@ class Scorer:
         if self._vae is None:
             self._vae = config.load(self.run)
         rows = as_trained(self.run, self._rows(batch), self._vae)
-        evidence = log_evidence(self._vae, *rows.batch(torch.arange(len(rows))), **self.options)
+        evidence = log_evidence(self._vae, *rows.batch(), **self.options)
         found = {
             "log_prob": (evidence.log_prob + rows.log_jacobians).numpy(),
             "stderr": evidence.stderr.numpy(),

@@ -59,8 +59,7 @@ def evaluate(options: Namespace) -> None:
     """The table of a run: log p(x) with its error, ELBO and its terms, active units."""
     vae, splits = load_run(options.run, options.data_root)
     vae, data = placed(vae, held_out(splits, options.part, options.limit), options.accelerator)
-    x, y = data.batch()
-    bound = evidence_lower_bound(vae.model, vae.guide, x, y, num_samples=options.elbo_samples)
+    bound = evidence_lower_bound(vae, *data.batch(), num_samples=options.elbo_samples)
     alone = encoder_bound(vae, data, options)
     evidence = estimate(vae, data, options)
     evidence.save(Path(options.run) / "evidence.safetensors")
@@ -151,10 +150,8 @@ def encoder_bound(vae: VAE, data: Data, options: Namespace) -> dict[str, float]:
     if options.num_samples is None:
         return {}
     names = ("num_samples", "chunk_size", "compile", "devices", "seed")
-    x, y = data.batch()
-    found = importance_sampling(
-        vae.model, vae.guide, x, y, progress=shown(options), **{n: options[n] for n in names}
-    )
+    asked = {name: options[name] for name in names}
+    found = importance_sampling(vae, *data.batch(), progress=shown(options), **asked)
     return {"encoder_bound": found.mean(), "encoder_bound_samples": options.num_samples}
 
 
@@ -187,8 +184,7 @@ def by_column(vae: VAE, data: Data, **options: Any) -> Tensor:
     """
     if len(data.data_shape) != 1:
         raise ValueError("columns are those of tables: leave --columns out")
-    x, y = data.batch()
-    found = column_log_prob(vae, x, y, **options)
+    found = column_log_prob(vae, *data.batch(), **options)
     return found + torch.as_tensor(data.transform.log_slope()).to(found)
 
 
@@ -240,10 +236,9 @@ def draw_audit(vae: VAE, data: Data, evidence: Evidence, options: Namespace) -> 
     """
     if not evidence.audit or evidence.audit.startswith("none") or isinstance(vae, ClassVAE):
         return
-    x, y = data.batch()
     names = ("tolerance", "chunk_size", "devices", "seed", "progress")
-    given = {name: getattr(options, name) for name in names}
-    found = kept_audit(vae.model, vae.guide, x, y, budget=None, **given)
+    asked = {name: options[name] for name in names}
+    found = kept_audit(vae.model, vae.guide, *data.batch(), budget=None, **asked)
     figures = Path(options.run) / "figures"
     figures.mkdir(exist_ok=True)
     keep(plots.audit(found.gap, found.reliable, REACH), figures / "audit")

@@ -43,8 +43,7 @@ def explore(options: Namespace) -> None:
 def _known(vae: VAE, data: Data, where: str, seed: int, options: Namespace) -> dict[str, Any]:
     """ELBO of each row, and log p(x): what evaluate found, or of some rows now."""
     vae, rows = placed(vae, data, options.accelerator)
-    x, y = rows.batch(torch.arange(len(rows)))
-    elbo = evidence_lower_bound(vae.model, vae.guide, x, y, num_samples=100).elbo
+    elbo = evidence_lower_bound(vae, *rows.batch(), num_samples=100).elbo
     found = evaluated(Path(options.run), where, elbo.mean().item())
     some = torch.arange(len(data))
     if found is None:

@@ -29,19 +29,9 @@ def rows_of(splits: Splits, part: str, data: Data) -> str:
 
 def estimate(vae: VAE, data: Data, options: Namespace) -> Evidence:
     """log p(x) of all rows, by the one estimator to call."""
-    x, y = data.batch()
-    return log_evidence(
-        vae.model,
-        vae.guide,
-        x,
-        y,
-        tolerance=options.tolerance,
-        chunk_size=options.chunk_size,
-        compile=options.compile,
-        devices=options.devices,
-        seed=options.seed,
-        progress=shown(options),
-    )
+    names = ("tolerance", "chunk_size", "compile", "devices", "seed")
+    asked = {name: options[name] for name in names}
+    return log_evidence(vae, *data.batch(), progress=shown(options), **asked)
 
 
 def shown(options: Namespace) -> bool:

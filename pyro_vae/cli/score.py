@@ -6,6 +6,7 @@ import csv
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -80,19 +81,12 @@ def estimator(vae: VAE, data: Data, options: Namespace) -> Estimate:
     audit: Any = True  # for each part
     if not isinstance(vae, ClassVAE):
         first = data.subset(torch.arange(min(len(data), 1000)))
-        x, y = first.batch()
-        try:
-            audit = kept_audit(vae.model, vae.guide, x, y, budget=None, seed=options.seed, **same)
-        except NotSimulated:
-            pass
-    return lambda rows, seed: log_evidence(
-        vae,
-        *rows.batch(),
-        seed=seed,
-        audit=audit,
-        compile=options.compile,
-        **same,
-    )
+        with suppress(NotSimulated):
+            audit = kept_audit(
+                vae.model, vae.guide, *first.batch(), budget=None, seed=options.seed, **same
+            )
+    same |= {"audit": audit, "compile": options.compile}
+    return lambda rows, seed: log_evidence(vae, *rows.batch(), seed=seed, **same)
 
 
 def references(vae: VAE, estimate: Estimate, options: Namespace) -> dict[str, Tensor]:

@@ -168,13 +168,13 @@ def imputation(options: Namespace) -> Job:
 
 def classify(options: Namespace) -> None:
     """The class of each row of a file, probabilities, standard error and verdict, as CSV."""
-    out = destination(
-        options.out, Path(options.file).with_suffix(".classes.csv"), (".csv",), options.file
-    )
+    default = Path(options.file).with_suffix(".classes.csv")
+    out = destination(options.out, default, (".csv",), options.file)
     vae = config.load(options.run)
     if not isinstance(vae, ClassVAE):
         raise ValueError(f"{options.run} has no classes: train with --classes, a number of them")
-    x, _ = (data := own_rows(options.run, options.file, vae)).batch(torch.arange(len(data)))
+    data = own_rows(options.run, options.file, vae)
+    x, _ = data.batch()
     way: dict[str, Any] = {"seed": options.seed, "progress": options.progress}
     if options.num_samples is not None:
         way |= {"estimator": estimators.importance_sampling, "num_samples": options.num_samples}
