@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +141,12 @@ def joined(parts: list[Path], out: Path) -> str:
     write(out, (part.read_bytes() for part in parts))
     count, total, squares, variance, verdicts, annealed = 0, 0.0, 0.0, 0.0, Counter[str](), 0
     with out.open(newline="") as file:
-        for line in csv.DictReader(file):
-            value = float(line["log_prob"] or "nan")
+        for _, log_prob, stderr, verdict, method, *_ in islice(csv.reader(file), 1, None):
+            value = float(log_prob or "nan")
             count, total, squares = count + 1, total + value, squares + value**2
-            variance += float(line["stderr"] or "nan") ** 2
-            verdicts[line["verdict"]] += 1
-            annealed += line["method"].startswith("annealed")
+            variance += float(stderr or "nan") ** 2
+            verdicts[verdict] += 1
+            annealed += method.startswith("annealed")
     mean = total / count
     spread = math.sqrt(max(0.0, squares / count - mean**2) / max(1, count - 1))
     words = ", ".join(f"{n} of {count} {verdict}" for verdict, n in verdicts.items())
