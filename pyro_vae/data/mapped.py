@@ -107,6 +107,8 @@ def mapped(
 ) -> Mapped:
     """All rows of an .npy file, which are looked at once.
 
+    A file that is stored column by column is first written row by row to a temporary one.
+
     Args:
         path: The file.
         convert: From an array of rows to a tensor [N, *E].
@@ -116,7 +118,10 @@ def mapped(
     Raises:
         ValueError: If the file cannot be read or holds no rows, or a value is infinite.
     """
-    number, first = len(_opened(path)), convert(_part(path, np.arange(1)))
+    if not (rows := _opened(path)).flags.c_contiguous:
+        folder = Folder()
+        path = _written(folder, _turned(path, rows), rows.dtype, rows.shape)
+    number, first = len(rows), convert(_part(path, np.arange(1)))
     low, high, gaps = math.inf, -math.inf, False
     for start in range(0, number, CHUNK):
         part = convert(_part(path, np.arange(start, min(start + CHUNK, number))))
@@ -139,13 +144,31 @@ def mapped(
 def spooled(parts: Iterable[Tensor], rows: int, columns: int, name: str) -> Mapped:
     """Rows float32 [N, C] that come in parts, written to a temporary file and mapped."""
     folder = Folder()
+    arrays = (part.numpy().astype("<f4") for part in parts)
+    path = _written(folder, arrays, np.dtype("<f4"), (rows, columns))
+    return mapped(path, torch.from_numpy, name, folder)
+
+
+def _written(
+    folder: Folder, parts: Iterable[np.ndarray], dtype: np.dtype, shape: tuple[int, ...]
+) -> Path:
+    """An .npy file in a folder of our own, of rows that come in parts."""
     path = folder.path / "rows.npy"
-    head = {"descr": "<f4", "fortran_order": False, "shape": (rows, columns)}
+    head = {"descr": dtype.str, "fortran_order": False, "shape": shape}
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, head)
-        for part in parts:
-            file.write(part.numpy().astype("<f4").tobytes())
-    return mapped(path, torch.from_numpy, name, folder)
+        file.writelines(part.tobytes() for part in parts)
+    return path
+
+
+def _turned(path: Path, rows: np.memmap) -> Iterator[np.ndarray]:
+    """Rows of a file that is stored column by column, some at once."""
+    number, item = len(rows), rows.dtype.itemsize
+    for start in range(0, number, CHUNK):
+        columns = np.empty((rows.size // number, min(CHUNK, number - start)), rows.dtype)
+        first, end = rows.offset + start * item, rows.offset + rows.nbytes
+        _read(path, number, range(first, end, number * item), columns)
+        yield columns.T.reshape(-1, *rows.shape[1:], order="F")
 
 
 def _opened(path: Path) -> np.memmap:
@@ -162,21 +185,25 @@ def _part(path: Path, at: np.ndarray) -> np.ndarray:
     rows = _opened(path)
     if len(at) and at.max() >= len(rows):
         raise _cut(path, len(rows))
-    if not rows.flags.c_contiguous:  # column by column
-        return np.array(rows[at])
     size = rows.dtype.itemsize * math.prod(rows.shape[1:])
     found = np.empty((len(at), size), np.uint8)
     begins = np.flatnonzero(np.diff(at, prepend=at[:1] - 2) != 1)  # of rows that follow each other
     ends, places = np.append(begins[1:], len(at)), at[begins] * size + rows.offset
+    parts = (found[begin:end] for begin, end in zip(begins.tolist(), ends.tolist()))
+    _read(path, len(rows), places.tolist(), parts)
+    return found.view(rows.dtype).reshape(len(at), *rows.shape[1:])
+
+
+def _read(path: Path, number: int, places: Iterable[int], into: Iterable[np.ndarray]) -> None:
+    """Fills arrays with the bytes at places of a file of so many rows."""
     with path.open("rb", buffering=0) as file:
-        for begin, end, place in zip(begins.tolist(), ends.tolist(), places.tolist()):
+        for place, part in zip(places, into):
             file.seek(place)
-            left = found[begin:end].reshape(-1).data
+            left = part.reshape(-1).view(np.uint8).data
             while left:  # one call reads at most 2 GB, on some systems less
                 if not (count := file.readinto(left)):
-                    raise _cut(path, len(rows))
+                    raise _cut(path, number)
                 left = left[count:]
-    return found.view(rows.dtype).reshape(len(at), *rows.shape[1:])
 
 
 def _cut(path: Path, number: int) -> ValueError:

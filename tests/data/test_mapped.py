@@ -77,17 +77,21 @@ def test_an_array(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> 
 
 @pytest.mark.usefixtures("on_disk")
 @pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("kind", ["real", "counts", "grey"])
 def test_rows_in_any_order_are_read_and_not_mapped(
-    order: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, order: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A page that is mapped counts as memory: 64 kB and more for a row of a few bytes."""
-    values = ARRAYS["counts"].astype(">i4", order=order)
+    monkeypatch.setattr(np.memmap, "__getitem__", None)
+    values = ARRAYS[kind].astype(ARRAYS[kind].dtype.newbyteorder(">"), order=order)
     np.save(tmp_path / "x.npy", values)
-    rows = read_rows(tmp_path / "x.npy").x
-    if order == "C":
-        monkeypatch.setattr(np.memmap, "__getitem__", None)
+    data = read_rows(tmp_path / "x.npy")
+    assert data.levels == (256 if kind == "grey" else None)
     for at in ([7, 8, 9, 3, 52, 0, 1, 1], [5], []):
-        assert rows[torch.tensor(at, dtype=torch.int64)].tolist() == values[at].tolist()
+        found = data.x[torch.tensor(at, dtype=torch.int64)].numpy()
+        np.testing.assert_array_equal(
+            found.reshape(len(at), *values.shape[1:]), values[at].astype(found.dtype)
+        )
 
 
 @pytest.mark.usefixtures("on_disk")
