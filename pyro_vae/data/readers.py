@@ -37,7 +37,7 @@ def read_arrays(path: Path) -> Parts:
     Floating point becomes float32. uint8 is taken for grey values 0..255 and bool for 0 and 1,
     both as images: [N, H, W] becomes [N, 1, H, W]. Other integers stay integers.
 
-    An .npy file of more than 64 MB is not read but mapped (`Mapped`).
+    Rows of an .npy file of more than 64 MB stay there (`Mapped`).
 
     Raises:
         ValueError: If the file cannot be read, holds Python objects or lacks ``x``, or an array
@@ -157,16 +157,17 @@ def _of_h5ad(path: Path) -> Data:
 
 def _counts(path: Path, matrices: list[Any]) -> Tensor:
     """The first of these matrices, dense, sparse or None, that holds counts."""
-    came = "no values"
+    came = "none"
     for matrix in (matrix for matrix in matrices if matrix is not None):
         sparse = hasattr(matrix, "tocsr")
         values = np.asarray(matrix.data if sparse else matrix)
-        if bool((values == np.round(values)).all() and (values >= 0).all()):
+        good = (values == np.round(values)) & (values >= 0) & (values < 2.0**63)
+        if good.all():
             dense = matrix.toarray() if sparse else values
             return torch.from_numpy(np.ascontiguousarray(dense.astype(np.int64)))
-        came = f"values in [{values.min():g}, {values.max():g}] that are not whole"
+        came = f"{int((~good).sum())} others, such as {values[~good][0]:g}"
     raise ValueError(
-        f"{path}: expected counts, whole numbers from 0, got {came}, as normalised ones are: give "
+        f"{path}: expected counts, whole numbers from 0, got {came}; if they are normalised, give "
         'the raw counts, as X or as the layer "counts"'
     )
 

@@ -65,9 +65,11 @@ def test_matrix_market(tmp_path: Path) -> None:
 
 def test_what_holds_no_counts_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cells.h5ad"
-    table(np.log1p(X)).write_h5ad(path)
-    with pytest.raises(ValueError, match=r"expected counts.*not whole, as normalised ones are"):
-        read_rows(path)
+    for bad in (np.log(2), -1, np.nan, np.inf):
+        table(np.where(X == X.max(), bad, X)).write_h5ad(path)
+        words = f"expected counts.*others, such as {bad:g}; if they are normalised, give the raw"
+        with pytest.raises(ValueError, match=words):
+            read_rows(path)
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match=r"expected a whole \.h5ad file"):
         read_rows(path)
