@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,12 +11,15 @@ import numpy as np
 import torch
 
 from pyro_vae import config
+from pyro_vae.arguments import as_tensor, check_options
 from pyro_vae.cli.folder import as_trained, read_record, schema_of
 from pyro_vae.data import Data, read_table
 from pyro_vae.estimators import log_evidence
 from pyro_vae.vae import VAE
 
 __all__ = ["Scorer"]
+
+OPTIONS = tuple(inspect.signature(log_evidence).parameters)[4:]  # after model, guide, x, y
 
 
 class Scorer:
@@ -34,6 +38,7 @@ class Scorer:
     """
 
     def __init__(self, run: str | os.PathLike[str], **options: Any) -> None:
+        check_options("log_evidence", options, OPTIONS)
         self.run, self.options = os.path.abspath(run), options
         read_record(self.run)
         self._vae: VAE | None = config.load(self.run)  # here, where a broken run is seen early
@@ -46,11 +51,18 @@ class Scorer:
 
         Args:
             batch: A pandas frame, or a mapping of arrays: of "x" [N, *E] (and "y" [N, C]), or of
-                the columns of a table by name.
+                the columns of a table by name. Other columns, such as an id, are passed on.
 
         Raises:
             ValueError: If the rows are not of the kind that the run was trained on.
         """
+        if not isinstance(batch, Mapping) and not hasattr(batch, "assign"):
+            raise ValueError(
+                "a batch must be a pandas frame or a mapping of arrays; got "
+                f"{type(batch).__name__}"
+            )
+        if getattr(batch, "empty", False):  # a part of a frame that a filter left no row of
+            return batch.assign(log_prob=0.0, stderr=0.0, verdict="")
         if self._vae is None:
             self._vae = config.load(self.run)
         rows = as_trained(self.run, self._rows(batch), self._vae)
@@ -64,22 +76,23 @@ class Scorer:
 
     def _rows(self, batch: Any) -> Data:
         """The batch as rows, untransformed."""
-        if not isinstance(batch, Mapping) and not hasattr(batch, "assign"):
-            raise ValueError(
-                "a batch must be a pandas frame or a mapping of arrays; got "
-                f"{type(batch).__name__}"
-            )
         if isinstance(batch, Mapping) and "x" in batch:
             return Data(batch["x"], batch.get("y"), name="the batch")
-        names = tuple(map(str, batch))
-        schema = schema_of(self.run)
+        schema, known = schema_of(self.run), read_record(self.run).get("rows", {}).get("columns")
+        cells = {str(name): batch[name] for name in batch}
+        if known is not None and cells.keys() >= set(known):
+            cells = {name: cells[name] for name in known}
+        if len(lengths := {len(cell) for cell in cells.values()}) != 1:
+            raise ValueError(
+                "the batch: expected columns of one length; got "
+                f"{', '.join(map(str, sorted(lengths))) or 'no column'}"
+            )
         if schema is None:
-            columns = [np.asarray(batch[name], dtype=np.float32) for name in batch]
-            rows = torch.from_numpy(np.stack(columns, 1))
-            return Data(rows, name="the batch", columns=names)
-        if isinstance(batch, Mapping):
-            import pandas as pd
+            columns = [
+                as_tensor(f"the batch: {name}", cell).float() for name, cell in cells.items()
+            ]
+            return Data(torch.stack(columns, 1), name="the batch", columns=tuple(cells))
+        import pandas as pd
 
-            batch = pd.DataFrame(dict(batch))
-        rows, _ = read_table(batch, schema)
+        rows, _ = read_table(pd.DataFrame(cells), schema)
         return Data(rows, name="the batch", columns=tuple(schema.columns), schema=schema)

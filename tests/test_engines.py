@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,3 +84,30 @@ def test_dask_in_two_processes(run: Path, frame: Any, alone: np.ndarray) -> None
     parts = dask.from_pandas(frame, npartitions=N // B)
     found = parts.map_partitions(scorer, meta=meta).compute(scheduler="processes", num_workers=2)
     np.testing.assert_allclose(found["log_prob"], alone, atol=1e-6)
+
+
+@pytest.fixture
+def spark(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A local Spark of two processes, which puts B rows into each part."""
+    reason = "needs pyspark and Java"
+    sql = pytest.importorskip("pyspark.sql", reason=reason)
+    if shutil.which("java") is None:
+        pytest.skip(reason)
+    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.setenv("PYSPARK_PYTHON", sys.executable)
+    session = sql.SparkSession.builder.master("local[2]").config("spark.ui.enabled", False)
+    session = session.config("spark.default.parallelism", N // B).getOrCreate()
+    yield session
+    session.stop()
+
+
+def test_spark_in_two_processes(run: Path, frame: Any, alone: np.ndarray, spark: Any) -> None:
+    rows, scorer = spark.createDataFrame(frame.reset_index()), Scorer(run)
+    schema = ", ".join(f"{name} double" for name in ("a", "b", "c", "log_prob", "stderr"))
+    schema = f"index long, {schema}, verdict string"
+    scored = rows.mapInPandas(lambda batches: map(scorer, batches), schema).toPandas()
+    found = scored.sort_values("index")
+    assert list(found["index"]) == list(range(N))
+    np.testing.assert_allclose(found["log_prob"], alone, atol=1e-6)
+    assert set(found["verdict"]) <= {"reliable", "doubtful", "lower bound"}

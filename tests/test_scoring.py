@@ -59,10 +59,15 @@ def test_arrays(folder: Path) -> None:
 def test_tables(kind: str, folder: Path) -> None:
     frame = pytest.importorskip("pandas").read_csv(folder / "table.csv")[["size", "colour"]]
     batch: Any = frame if kind == "frame" else {name: frame[name].to_numpy() for name in frame}
+    batch["id"] = np.arange(N)
     found = Scorer(folder / "table")(batch)
     log_prob = np.asarray(found["log_prob"])
     np.testing.assert_allclose(log_prob, scores(folder / "table.scores.csv"), atol=1e-5)
-    assert list(found)[:2] == ["size", "colour"]
+    assert list(found) == ["size", "colour", "id", "log_prob", "stderr", "verdict"]
+    if kind == "frame":
+        none = Scorer(folder / "table")(frame[:0])
+        assert none.dtypes.equals(found.dtypes)
+        assert len(none) == 0
 
 
 def test_what_is_no_batch_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -79,3 +84,13 @@ def test_what_is_no_batch_is_refused(folder: Path, tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="rows of shape"):
         Scorer(folder / "x")({"x": np.zeros((2, F + 1), np.float32)})
+    with pytest.raises(ValueError, match="log_evidence has no option 'tol', did you mean 'tole"):
+        Scorer(folder / "x", tol=0.1)
+    batches: dict[str, dict[str, list[Any]]] = {
+        "columns of one length; got 1, 2": {"a": [1.0, 2.0], "b": [1.0]},
+        "columns of one length; got no column": {},
+        "the batch: b must hold real numbers": {"a": [1.0], "b": ["red"]},
+    }
+    for words, batch in batches.items():
+        with pytest.raises(ValueError, match=words):
+            Scorer(folder / "x")(batch)
