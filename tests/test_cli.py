@@ -832,16 +832,18 @@ def test_what_a_table_will_teach_is_said(tmp_path: Path, capsys: pytest.CaptureF
     np.save(tmp_path / "even.npy", rng.poisson(20, (211, 5)))
     for name, likelihood, words in (
         ("x.csv", "Normal", ["note: 1 column(s) hold at most 10 whole numbers", "(kind)"]),
-        ("counts.npy", "Poisson", ["note: the sums of rows go from"]),
+        ("counts.npy", "Poisson", ["note: the sums of rows go from", "library latent"]),
+        ("counts.npy", "Poisson --likelihood.library=latent", []),
         ("even.npy", "NegativeBinomial", []),
     ):
-        run = tmp_path / name.split(".")[0]
-        options = ["--data", str(tmp_path / name), "--likelihood", likelihood, "--epochs", "1"]
+        run = tmp_path / f"{name.split('.')[0]}{len(words)}"
+        options = ["--data", str(tmp_path / name), "--epochs=1", "--likelihood"]
+        options += likelihood.split()
         assert main(["train", *SMALL, *options, "--run", str(run)]) == 0
         printed = capsys.readouterr().out
         assert all(word in printed for word in words)
         assert printed.count("note:") == bool(words)
-    assert main(["evaluate", str(tmp_path / "x"), "--limit", "3", "--progress", "false"]) == 0
+    assert main(["evaluate", str(tmp_path / "x2"), "--limit", "3", "--progress", "false"]) == 0
     assert "bits per dimension" not in capsys.readouterr().out
 
 

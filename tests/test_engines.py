@@ -104,8 +104,8 @@ def spark(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 def test_spark_in_two_processes(run: Path, frame: Any, alone: np.ndarray, spark: Any) -> None:
     rows, scorer = spark.createDataFrame(frame.reset_index()), Scorer(run)
-    schema = ", ".join(f"{name} double" for name in ("a", "b", "c", "log_prob", "stderr"))
-    schema = f"index long, {schema}, verdict string"
+    columns = ", ".join(f"{name} {kind}" for name, kind in rows.dtypes)
+    schema = f"{columns}, log_prob double, stderr double, verdict string"
     scored = rows.mapInPandas(lambda batches: map(scorer, batches), schema).toPandas()
     found = scored.sort_values("index")
     assert list(found["index"]) == list(range(N))

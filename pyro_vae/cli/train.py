@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from torch import Tensor
-from torch.distributions import constraints
 
 from pyro_vae import config, declarations
 from pyro_vae.arguments import check_whole, closest
@@ -21,7 +20,7 @@ from pyro_vae.cli.folder import check_support, declared_run, read_record, record
 from pyro_vae.cli.parsing import NOT_IN_FILES, parse, plain_options
 from pyro_vae.data import Data, Schema, Splits, load_data, spread
 from pyro_vae.files import locked
-from pyro_vae.likelihoods import Bernoulli, Columns
+from pyro_vae.likelihoods import Bernoulli, Columns, Likelihood
 from pyro_vae.objectives import Objective
 from pyro_vae.processes import in_processes
 from pyro_vae.training import History, fit, is_first_process, read_run
@@ -78,7 +77,7 @@ def train(options: Namespace) -> Path:
     print(_described(splits, options), flush=True)
     if splits.train.schema is not None:
         print(splits.train.schema)
-    for hint in hints(splits.train, options.likelihood.cls):
+    for hint in hints(splits.train, vae.likelihood):
         print(f"note: {hint}")
     with locked(folder / "train.lock"):
         declared = plain_options(options, NOT_DECLARED) | {"transform": splits.transform}
@@ -247,17 +246,15 @@ def _run_folder(options: Namespace) -> Path:
     return folder
 
 
-def hints(data: Data, likelihood: type) -> list[str]:
+def hints(data: Data, likelihood: Likelihood) -> list[str]:
     """One line each on what a table will make a model learn that nobody asked for."""
     if len(data.data_shape) != 1 or data.levels is not None or data.schema is not None:
         return []
     x = data.x[spread(len(data), ROWS, 0)].double()
-    support: constraints.Constraint = likelihood.support  # type: ignore[attr-defined]
-    counts = support is constraints.nonnegative_integer
-    if counts and "levels" not in declarations.option_names(likelihood):
-        return _totals(x) if data.y is None else []
-    whole_line = bool(support.check(x.new_tensor([-10.0, 10.0])).all())
-    return _codes(x, data.columns, likelihood.__name__) if whole_line else []
+    if library := getattr(likelihood, "library", None):
+        return _totals(x) if library == "none" and data.y is None else []
+    whole_line = bool(likelihood.support.check(x.new_tensor([-10.0, 10.0])).all())
+    return _codes(x, data.columns, type(likelihood).__name__) if whole_line else []
 
 
 def _totals(x: Tensor) -> list[str]:
@@ -266,8 +263,7 @@ def _totals(x: Tensor) -> list[str]:
         return []
     return [
         f"the sums of rows go from {low:.0f} to {high:.0f}: the latents will tell large rows from "
-        "small before kinds of rows; to set size aside give its logarithm as y, and --conditional "
-        "true"
+        "small before kinds of rows; to set size aside give --likelihood.library latent"
     ]
 
 
