@@ -57,7 +57,10 @@ STYLE: Any = {
 }
 SCREEN = 96  # points of a page in an inch
 GREY = "#767676"  # text that is read on white and on black
-SHADES = {"#ffffff": "#181c20", "#000000": "#e4e7ea", "#0072b2": "#4aa3df", "#666666": "#a0a9b2"}
+SHADES = {
+    **{"#ffffff": "#181c20", "#000000": "#e4e7ea", "#0072b2": "#4aa3df", "#666666": "#a0a9b2"},
+    **{"#b0b0b0": "#444b52", "#b3b3b3": "#5a626a", "#cccccc": "#4a5158", "#e6e6e6": "#2b3138"},
+}
 RULES = "\n".join(
     f'[style*="{part}: {light}"] {{ {part}: {dark} !important }}'
     for light, dark in SHADES.items()

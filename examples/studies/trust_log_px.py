@@ -53,7 +53,7 @@ def draw(estimates: dict[str, Evidence], reference: Evidence) -> Figure:
             ax.scatter(values.tolist(), error, s=10, color=plots.PALETTE[colour], linewidths=0)
             ax.set_title(name)
         edge = torch.logspace(*found.stderr.log10().aminmax(), 50)
-        row[0].fill_between(edge, -2 * edge, 2 * edge, color="0.88", lw=0, zorder=0)
+        row[0].fill_between(edge, -2 * edge, 2 * edge, color="0.9", lw=0, zorder=0)
         row[0].text(0.02, 0.02, "grey: 2 standard errors", transform=row[0].transAxes)
         row[0].set(xscale="log", xlabel="standard error, nats")
         row[0].xaxis.set_minor_formatter("")
