@@ -378,6 +378,7 @@ def test_codes_of_a_table_have_their_names(tmp_path: Path) -> None:
 def test_the_page_names_codes_and_shares(shown: Browser) -> None:
     cells = "[cell(1.2, ['no', 'yes', 'so']), cell(0.254, ['yes']), cell(3.25, [])]"
     assert shown.run(cells) == ["yes", "25% yes", "3.25"]
+    assert shown.run("values([1.5, NaN])") == "x0 1.5, x1 missing"
 
 
 def test_programs_of_other_sites_and_evidence_of_other_rows_are_refused(tmp_path: Path) -> None:

@@ -350,12 +350,16 @@ function drawMade() {
 
 let bars = [];
 
+function columnName(i) {
+  return held.output.columns[i] || `x${i}`;
+}
+
 function makeColumns() {
-  const { shape, columns } = held.output, most = Math.min(500, count(shape));
+  const { shape } = held.output, most = Math.min(500, count(shape));
   bars = Array.from({ length: most }, (_, i) => {
     const line = added($("columns"), "div", "column");
     const name = added(line, "span"), bar = added(line, "span", "bar"), value = added(line, "span");
-    name.textContent = name.title = columns[i] || `x${i}`;
+    name.textContent = name.title = columnName(i);
     return { fill: added(bar, "i"), mark: added(bar, "b"), value };
   });
   added($("columns"), "p", "soft").textContent = `Bars: E[x | z], from the 1st to the 99th percentile of the rows.${held.rows.shown ? " Marks: the picked row." : ""}`;
@@ -380,6 +384,12 @@ function cell(v, names) {
   return Number(v.toPrecision(4)).toLocaleString();
 }
 
+// The values of a row of a table, the first dozen.
+function values(x) {
+  const each = [...x].slice(0, 12).map((v, i) => `${columnName(i)} ${Number.isFinite(v) ? cell(v, held.output.categories[i] || []) : "missing"}`);
+  return each.join(", ") + (x.length > 12 ? ", ..." : "");
+}
+
 function drawRow() {
   const n = state.row;
   $("numbers").hidden = n < 0;
@@ -393,6 +403,7 @@ function drawRow() {
   const lines = {
     row: String(numbers.data[n]),
     ...(labels ? { class: String(labels.data[n]) } : {}),
+    ...(!model.image && held.rows.shown ? { values: values(row(held.rows.shown, n)) } : {}),
     "log p(x)": told ? `${log_prob.data[n].toFixed(2)} ± ${stderr.data[n].toPrecision(2)} nats, ${verdict[n]}` : "not estimated: evaluate first, or raise judged",
     ELBO: `${elbo.data[n].toFixed(2)} nats, a lower bound`,
     ...(told ? { "inference gap": `${(log_prob.data[n] - elbo.data[n]).toFixed(2)} nats, log p(x) less ELBO` } : {}),
