@@ -52,6 +52,7 @@ def demo(options: Namespace) -> None:
     arguments += [f"--run={options.run}"] if options.run else []
     folder = train(parse("train", arguments))
     evaluate(parse("evaluate", [str(folder)]))
+    print(f"in one page: pyro-vae report {folder}; to play with: pyro-vae explore {folder}")
 
 
 def train(options: Namespace) -> Path:
@@ -90,7 +91,9 @@ def train(options: Namespace) -> Path:
             f"{history.final['validation_elbo']:.2f} nats"
         )
         draw(folder, vae.eval(), splits, history.rows)
-    print(f"run in {folder}, figures in {folder / 'figures'}")
+    print(
+        f"run in {folder}, figures in {folder / 'figures'}; log p(x): pyro-vae evaluate {folder}"
+    )
     return folder
 
 
