@@ -179,11 +179,6 @@ class MixtureOfLogistics(dist.MixtureSameFamily):
         logits = self.mixture_distribution.logits.expand(shape)
         return type(self)(logits, each.expand(shape), validate_args=False)
 
-    @property
-    def variance(self) -> Tensor:
-        """Not known in closed form."""
-        raise NotImplementedError
-
 
 class Levels(dist.Categorical):
     """Categorical over the integers 0, ..., C - 1 as numbers: draws are, and it has a mean."""
