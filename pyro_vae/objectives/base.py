@@ -132,10 +132,6 @@ class Objective(pyro.infer.ELBO, nn.Module):
             if self._position(name, schedule, step) < schedule.finish
         ]
 
-    def settled(self, step: int) -> bool:
-        """Whether every weight has its last value from optimisation step `step` on."""
-        return not self.unsettled(step)
-
     def _position(self, name: str, schedule: Schedule, step: int) -> float:
         if schedule.unit == "step" or step == 0:
             return step
