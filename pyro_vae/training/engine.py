@@ -48,10 +48,6 @@ class Group:
         rows = index.tensor_split(self.size)[self.rank]
         return rows, len(rows) / len(index)
 
-    def local_items(self, items: Sequence[T]) -> Sequence[T]:
-        """The items assigned to this rank."""
-        return items[self.rank :: self.size]
-
     def seed(self, *numbers: int) -> int:
         """A seed that differs between ranks."""
         return int(np.random.SeedSequence([*numbers, self.rank]).generate_state(1, np.uint64)[0])
@@ -200,19 +196,17 @@ class Engine:
         """
         with alone:
             if self.spawns:
-                return self._spawn(function, task)
+                work = partial(_in_process, self, function, task)
+                indices = self.indices if self.on_cuda else None
+                with TemporaryDirectory() as folder:
+                    parts = [(f"file://{folder}/store", *part) for part in enumerate(self.indices)]
+                    return in_processes(work, parts, self._kind, indices)[0]
             if not _under_torchrun():
                 return function(Group(device=self._device(self.indices[0])), task)
             if not distributed.is_initialized():
                 distributed.init_process_group(self._backend)
                 atexit.register(_leave)
             return self._joined(function, task, int(os.environ["LOCAL_RANK"]))
-
-    def _spawn(self, function: Function, task: Any) -> Any:
-        work = partial(_in_process, self, function, task)
-        with TemporaryDirectory() as folder:
-            parts = [(f"file://{folder}/store", *part) for part in enumerate(self.indices)]
-            return in_processes(work, parts, self._kind, self.indices if self.on_cuda else None)[0]
 
     def _joined(self, function: Function, task: Any, index: int) -> Any:
         """Runs `function` in this process, one of several that are connected."""

@@ -8,13 +8,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_vae.densities import (
-    Densities,
-    Program,
-    densities,
-    evaluating,
-    run_program,
-)
+from pyro_vae.densities import Densities, Program, densities, evaluating, run_program
 from pyro_vae.densities.programs import is_random
 from pyro_vae.estimators.importance import lower_bound
 from pyro_vae.generators import forked
@@ -74,9 +68,8 @@ class Evaluator:
         if self.validation is None:
             return {f"validation_{name}": None for name in names}
         values = torch.zeros(3, len(self.validation), dtype=torch.float64)
-        for i, rows in self.group.local_items(
-            list(enumerate(torch.arange(len(values[0])).split(CHUNK)))
-        ):
+        chunks = list(enumerate(torch.arange(len(values[0])).split(CHUNK)))
+        for i, rows in chunks[self.group.rank :: self.group.size]:  # this rank's share
             x, *y = fetch(self.validation, rows.to(self.device), self.weight)
             bound = lower_bound(*self.programs, x, y[0] if y else None, seed=self.seed + i)
             values[:, rows] = torch.stack([getattr(bound, name) for name in names])

@@ -158,6 +158,19 @@ def test_more_epochs_go_on(tmp_path: Path) -> None:
     assert len(history) == 4
 
 
+def test_an_error_of_the_first_resumed_step_is_raised_as_it_is(tmp_path: Path) -> None:
+    fit(make_vae(), make_data(), run=tmp_path, **{**OPTIONS, "epochs": 1})
+    vae = make_vae()
+
+    def fail(*_: Any) -> None:
+        if vae.training:
+            raise LookupError("of one's own")
+
+    vae.posterior.register_forward_hook(fail)
+    with pytest.raises(LookupError, match="^.of one's own.$|^of one's own$"):
+        fit(vae, make_data(), run=tmp_path, resume=True, **OPTIONS)
+
+
 def test_resume_before_the_first_checkpoint_starts_over(tmp_path: Path) -> None:
     with pytest.raises(Stop):
         fit(make_vae(), noisy_data(), Breaking(3), run=tmp_path, **OPTIONS)
