@@ -150,5 +150,5 @@ def test_the_vae_takes_base_classes_only() -> None:
     }
     assert names - {*arguments.__all__, "check_fits"} == {
         *("Prior", "Likelihood", "Posterior"),
-        *("Layers", "Lowest", "Inference", "Joint", "Draw"),
+        *("Layers", "Lowest", "Inference", "Joint"),
     }

@@ -54,25 +54,22 @@ def summed_values(model: Program, x: Tensor, y: Tensor | None = None) -> Values:
 def _latents(program: Program, x: Tensor, y: Tensor | None) -> dict[str, Tensor | None]:
     """The latent sites of a program; the support [C, *event] of one marked to be summed."""
     known, key = known_of(program), ("latents", y is None, x.dtype, x.device)
-    if key not in known:
-        if is_traced(x):
-            return {}
-        known[key] = _look(program, x[:1], None if y is None else y[:1])
-    return known[key]
-
-
-def _look(program: Program, x: Tensor, y: Tensor | None) -> dict[str, Tensor | None]:
+    if key in known:
+        return known[key]
+    if is_traced(x):
+        return {}
+    x, y = x[:1], None if y is None else y[:1]
     with poutine.block(), evaluating(program, seed=None, device=x.device):
         try:
             nodes: Any = run_program(program, x, y, 1, fold=folds(program, x, y)).nodes
         except Exception:  # which the run itself will show
-            return {}
-    latents = {
-        name: site["fn"]
+            nodes = {}
+    known[key] = {
+        name: _support(name, site["infer"], site["fn"])
         for name, site in nodes.items()
         if site["type"] == "sample" and is_random(site) and not site["is_observed"]
     }
-    return {name: _support(name, nodes[name]["infer"], fn) for name, fn in latents.items()}
+    return known[key]
 
 
 def _support(name: str, infer: dict[str, Any], fn: Any) -> Tensor | None:
