@@ -191,9 +191,9 @@ class Columns(Likelihood):
         return zip(self.parts, self.columns)
 
     def _numbers(self, x: Tensor) -> Tensor:
-        """The columns that are no categories, on the scale of an encoder's input."""
+        """The columns that are no categories, on a scale where their deviation says most."""
         parts = [
-            _line(part, x[..., group])
+            (part.line if isinstance(part, LocationScale) else part.inputs)(x[..., group])
             for part, group in self._pairs()
             if not isinstance(part, Categorical)
         ]
@@ -257,8 +257,3 @@ def _grouped(kinds: list[Kind]) -> list[list[int]]:
         key = f"{kind.cls.__name__}, {options}, {column if kind.alone else 'shared'}"
         groups.setdefault(key, []).append(column)
     return list(groups.values())
-
-
-def _line(part: Likelihood, x: Tensor) -> Tensor:
-    """Numbers on a scale on which their deviation says most of them."""
-    return part.line(x) if isinstance(part, LocationScale) else part.inputs(x)
