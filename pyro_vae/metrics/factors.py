@@ -52,11 +52,7 @@ def check(
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Codes [N, D] in float64, factors [N, F] in int64, on the CPU, and the factors' names.
 
-    Args:
-        codes: A row for each datum.
-        factors: Index of each factor's value.
-        names: Of the factors; "factor 0" and so on if None.
-        numbers: Other arguments, which must be whole numbers from 1; a seed from 0.
+    Other arguments must be whole numbers from 1; a seed from 0.
 
     Raises:
         ValueError: If the shapes do not fit, a code is not finite, a factor is not a whole number,

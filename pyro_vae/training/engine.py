@@ -55,14 +55,10 @@ class Group:
     def all_reduce_mean(
         self, weight: float, parameters: Sequence[nn.Parameter], *more: Tensor
     ) -> list[Tensor]:
-        """Replaces gradients by their weighted sums over the ranks, in one all-reduce.
+        """Replaces gradients by their sums over the ranks, each times the weight of its rank.
 
-        A missing gradient counts as zero.
-
-        Args:
-            weight: The weight of this rank.
-            parameters: The parameters whose gradients are replaced.
-            more: Other tensors, whose weighted sums are returned.
+        A missing gradient counts as zero. The sums of other tensors are returned; all of it in
+        one all-reduce.
         """
         if self.size == 1:
             return list(more)
@@ -175,12 +171,7 @@ class Engine:
         self.spawns = self.size > 1 and not launched
 
     def threads(self, vae: nn.Module, rows: int) -> int:
-        """The number of threads that each process trains on: one for a small model.
-
-        Args:
-            vae: The module that is trained.
-            rows: The rows of a step, on all devices together.
-        """
+        """Threads of each process: one for a small model at these rows of a step, of all."""
         share = self.size if self.spawns else 1
         small = not self.on_cuda and is_small(vae.parameters(), rows // self.size)
         return 1 if small else max(1, torch.get_num_threads() // share)
