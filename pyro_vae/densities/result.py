@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, kl_divergence
 
-__all__ = ["Densities", "Latents", "Site", "check_kl", "log_mean_exp"]
+__all__ = ["Densities", "Latents", "Site", "check_kl", "factors", "log_mean_exp"]
 
 Latents = dict[str, Tensor]
 
@@ -210,7 +210,7 @@ def log_mean_exp(log_weights: Tensor) -> Tensor:
 
 def _by_dimension(name: str, site: Site) -> Site:
     """The site with its dimensions as batch dimensions, [K, B, *event]."""
-    guide, model = _factors(site.guide), _factors(site.model)
+    guide, model = factors(site.guide), factors(site.model)
     if guide.event_shape or model.event_shape:
         raise ValueError(
             f"the KL from {_name(site.guide)} to {_name(site.model)} at site {name!r} is not a "
@@ -220,8 +220,9 @@ def _by_dimension(name: str, site: Site) -> Site:
     return Site(site.value, guide, model)
 
 
-def _factors(fn: Distribution) -> Distribution:
-    return _factors(fn.base_dist) if isinstance(fn, Independent) else fn
+def factors(fn: Distribution) -> Distribution:
+    """The distribution of each entry, if these are declared to be independent."""
+    return factors(fn.base_dist) if isinstance(fn, Independent) else fn
 
 
 def _score_again(name: str, site: Site) -> Tensor:

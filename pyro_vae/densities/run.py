@@ -10,7 +10,6 @@ import pyro
 import pyro.poutine as poutine
 import torch
 from torch import Tensor
-from torch.distributions import Independent
 
 from pyro_vae.arguments import check_whole, takes_vae
 from pyro_vae.densities.particles import folds, run_program
@@ -23,7 +22,7 @@ from pyro_vae.densities.programs import (
     program_args,
     sample_sites,
 )
-from pyro_vae.densities.result import Densities, Latents
+from pyro_vae.densities.result import Densities, Latents, factors
 from pyro_vae.densities.summed import fields, summed_densities, summed_values
 
 __all__ = [
@@ -244,8 +243,7 @@ def entry_log_prob(model: Program, x: Tensor, y: Tensor | None, latents: Latents
     fn, value = sites[name]["fn"], sites[name]["value"]
     if hasattr(fn, "entry_log_prob"):
         return fn.entry_log_prob(value)
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
+    fn = factors(fn)
     if fn.event_shape:
         raise ValueError(
             f"the entries of x are not independent under {type(fn).__name__}: densities of single "
