@@ -205,6 +205,20 @@ def test_ordinal_by_its_own_formula() -> None:
     assert (likelihood.thresholds.diff(dim=-1) > 0).all()
 
 
+def test_an_ordinal_starts_at_the_mean_of_its_logits_by_their_precision() -> None:
+    shares = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.3, 0.6]])  # of three levels at two positions
+    x = torch.stack([torch.arange(3.0).repeat_interleave((s * 10**4).int()) for s in shares], 1)
+    likelihood = likelihoods.Ordinal(Raw(), (2,), levels=3)
+    expected = torch.empty(2)
+    for i, cumulative in enumerate(shares.cumsum(-1)[:, :2]):
+        distance = likelihood.thresholds[i] - torch.logit(cumulative)
+        precision = cumulative * (1 - cumulative)  # of the logit of a share, by the delta method
+        expected[i] = (precision * distance).sum() / precision.sum()
+    with torch.no_grad():
+        found = likelihood.raw_start(x)
+    torch.testing.assert_close(found.flatten(), expected, rtol=0, atol=1e-3)
+
+
 def test_an_encoder_sees_one_hot_scaled_numbers_and_the_mask() -> None:
     x = table()
     vae = made(missing=True)

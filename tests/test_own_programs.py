@@ -236,6 +236,15 @@ def test_finding_out_changes_nothing() -> None:
     assert torch.equal(torch.manual_seed(3).get_state(), state)
 
 
+def test_what_is_traced_counts_as_broadcasting_and_is_tried_later() -> None:
+    class Traced(Tensor):
+        pass
+
+    program, (x, _) = pair(Normalised)[0], data(Normalised)
+    assert not folds(program.model, x.as_subclass(Traced), None)
+    assert folds(program.model, x, None)
+
+
 def test_what_can_be_run_in_neither_way_runs_with_one_particle_and_says_what_to_write() -> None:
     def model(x: Tensor) -> None:
         with rows(len(x)):

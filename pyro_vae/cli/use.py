@@ -82,16 +82,37 @@ def _codes(parts: list[Path], out: Path) -> str:
 
 def _codes_archive(parts: list[Path], out: Path, rows: int, width: int) -> None:
     """Writes `mean` and `scale` [N, D] of all parts."""
-    whole = parts[0].with_name("whole.npz")
-    with ZipFile(whole, "w") as archive:
-        for i, name in enumerate(("mean", "scale")):
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                head = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
-                np.lib.format.write_array_header_1_0(file, head)
-                for part in parts:
-                    file.write(np.load(part)[:, i * width : (i + 1) * width].tobytes())
-    with whole.open("rb") as file:
-        write(out, iter(lambda: file.read(2**20), b""))
+
+    def blocks() -> Iterator[bytes]:
+        made = Taken()
+        with ZipFile(made, "w") as archive:
+            for i, name in enumerate(("mean", "scale")):
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    head = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
+                    np.lib.format.write_array_header_1_0(file, head)
+                    for part in parts:
+                        file.write(np.load(part)[:, i * width : (i + 1) * width].tobytes())
+                        yield made.take()
+        yield made.take()
+
+    write(out, blocks())
+
+
+class Taken(io.RawIOBase):
+    """A file whose bytes are taken away while it is written."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+
+    def write(self, data: Any) -> int:
+        """Keeps `data` until it is taken."""
+        self.written.append(bytes(data))
+        return len(data)
+
+    def take(self) -> bytes:
+        """What was written since the last time."""
+        taken, self.written = b"".join(self.written), []
+        return taken
 
 
 def _codes_table(parts: list[Path], out: Path, rows: int, width: int) -> None:

@@ -339,6 +339,16 @@ def test_shares_of_a_batch() -> None:
     assert weight == 1
 
 
+def test_gradients_are_summed_by_the_weights_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda flat: flat.mul_(3))
+    p, q = torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(5))
+    p.grad = gradient = torch.randn(2, 3)
+    (total,) = Group(0, 3).all_reduce_mean(0.25, [p, q], torch.tensor(7.0))
+    torch.testing.assert_close(p.grad, 0.75 * gradient)
+    assert torch.equal(q.grad, torch.zeros(5))
+    assert total == 5.25
+
+
 @pytest.mark.slow
 def test_torchrun(tmp_path: Path) -> None:
     run = tmp_path / "run"
