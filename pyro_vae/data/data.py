@@ -256,6 +256,11 @@ class Data:
         Raises:
             ValueError: If these rows came from ``fixed``, which keeps no original values.
         """
+        if isinstance(transform, str):
+            raise ValueError(
+                f"{self._title}: expected a Transform, got {transform!r}; a name goes to "
+                "with_transform of the Splits, which fits it to the training part"
+            )
         if self.applied:
             raise ValueError(
                 f"{self._title}: expected original values, got the model values that fixed() "

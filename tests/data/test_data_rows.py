@@ -117,6 +117,8 @@ def test_fixed_data_takes_no_other_transform() -> None:
     with pytest.raises(ValueError, match="choose the transform before"):
         make(Dequantise(17)).fixed().with_transform(Threshold(8))
     assert make(Dequantise(17)).with_transform(Threshold(8)).transform == Threshold(8)
+    with pytest.raises(ValueError, match="'standardise'; a name goes to with_transform of the S"):
+        Data(torch.randn(7, 3)).with_transform("standardise")
 
 
 def test_batches_carry_y() -> None:
