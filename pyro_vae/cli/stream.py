@@ -58,7 +58,7 @@ class Share:
 
     make: Callable[[Namespace], Job]
     options: Namespace
-    folder: Path
+    paths: list[Path]
     rank: int
     world: int
 
@@ -66,15 +66,11 @@ class Share:
         """Makes those parts that are not there yet."""
         job = job or self.make(self.options)
         shown = self.options.get("progress", True) and self.rank == 0
-        parts = job.parts()
-        left = [k for k in range(len(parts))[self.rank :: self.world] if not self.path(k).exists()]
+        parts, own = job.parts(), range(len(self.paths))[self.rank :: self.world]
+        left = [k for k in own if not self.paths[k].exists()]
         for k in track(left, "rows, by the thousand", disable=not shown):
             rows = torch.arange(parts[k].start, parts[k].stop)
-            write(self.path(k), job.run(k, rows))
-
-    def path(self, part: int) -> Path:
-        """Where a part is kept."""
-        return self.folder / f"{part:08d}"
+            write(self.paths[k], job.run(k, rows))
 
 
 def stream(make: Callable[[Namespace], Job], options: Namespace, out: Path) -> None:
@@ -95,13 +91,12 @@ def stream(make: Callable[[Namespace], Job], options: Namespace, out: Path) -> N
     folder.mkdir(exist_ok=True)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     devices = options.get("devices", 1)
-    share = Share(make, options, folder, rank, world)
-    paths = [share.path(part) for part in range(len(job.parts()))]
+    paths = [folder / f"{part:08d}" for part in range(len(job.parts()))]
     with keeping(paths):
         if devices == 1:
-            share(job)
+            Share(make, options, paths, rank, world)(job)
         else:
-            shares = [Share(make, options, folder, i, devices) for i in range(devices)]
+            shares = [Share(make, options, paths, i, devices) for i in range(devices)]
             device = "cuda" if uses_cuda(options.accelerator) else "cpu"
             in_processes(Share.__call__, shares, device)
     if not all(path.exists() for path in paths):

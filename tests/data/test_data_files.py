@@ -240,7 +240,7 @@ def test_a_csv_column_of_labels(tmp_path: Path) -> None:
         ("a,label\n1,0\n2,1e18\n3,1\n", "labels below 1000000, got others in 1 row"),
         ("1,2\n3\n", "expected 2 columns as in the first line, got 1 in line 2"),
         ("a,label\n1,0\n2,0.5\n3,1\n", "labels that are integers from 0, got 0.5 in row 1"),
-        ("1,2\n3,inf\n5,\n", r"infinite ones in 1 row\(s\), the first one row 1 "),
+        ("1,2\n3,inf\n5,\n", r"1 row\(s\) hold infinite values, first \[1\]"),
     ],
 )
 def test_bad_tables_are_refused(tmp_path: Path, text: str, message: str) -> None:
