@@ -227,11 +227,10 @@ def _read_config(path: str, parser: ArgumentParser) -> dict[str, Any]:
                 f"configuration {path} cannot set {key!r}{closest(str(key), known)}: "
                 f"see {parser.prog} --help"
             )
+    parts = {family: content.pop(family) for family in FAMILIES if family in content}
     with reading(path):
-        for family in FAMILIES.keys() & content.keys():
-            declarations.component(family, content[family])
-    plain = {key: value for key, value in content.items() if key not in FAMILIES}
-    return content | _typed(path, plain, parser)
+        made = {family: declarations.component(family, part) for family, part in parts.items()}
+    return made | _typed(path, content, parser)
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
