@@ -277,8 +277,9 @@ def draw_parts(folder: Path, vae: VAE, num_data: int) -> None:
             with torch.no_grad():
                 prior = vae.prior()
             if not isinstance(prior, Independent) or prior.base_dist.event_shape:
+                # the last two terms are no KL where the prior does not factorise; their sum is
                 correlation, mismatch = (parts.pop(NAMES[name]) for name in TERMS[1:])
-                parts[NAMES["aggregate_kl"]] = correlation + mismatch  # which alone mean nothing
+                parts[NAMES["aggregate_kl"]] = correlation + mismatch
             parts["log N, ceiling of the first"] = torch.full_like(epochs, math.log(num_data))
             keep(plots.terms(epochs, parts), folder / "figures" / "parts")
         if units := [key for key in rows[0] if key.startswith("kl_z")]:
