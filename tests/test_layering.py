@@ -39,6 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "objectives": {"torch", "arguments", "pyro", "densities", "marginals"},
     "estimators": {
         "pandas",
+        "arviz",
         "torch",
         "pyro",
         "densities",
