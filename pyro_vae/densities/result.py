@@ -102,7 +102,7 @@ class Densities:
 
     @cached_property
     def log_posterior_detached(self) -> Tensor:
-        """log q(z | x) [K, B], its gradient through z alone: none of the guide's parameters'.
+        """log q(z | x) [K, B], whose gradient passes through z, not the guide's parameters.
 
         That of a draw of several sites is right too: a site's draw moves the distributions of
         later ones. Costs one more density of each site, and no run of the guide.

@@ -97,7 +97,7 @@ class Likelihood(Shown):
 
     @property
     def measure(self) -> list[bool | float]:
-        """What log p is of: True of a mass, False of a density, or the width of an interval."""
+        """True where log p is of a mass, False of a density, or the width of an interval."""
         return [getattr(self, "resolution", None) or bool(self.support.is_discrete)]
 
     def observed(self, p: Distribution) -> Distribution:

@@ -141,7 +141,7 @@ class Columns(Likelihood):
 
     @property
     def measure(self) -> list[bool | float]:
-        """Of each column: True of a mass, False of a density, or the width of an interval."""
+        """True for each column of a mass, False of a density, or the width of an interval."""
         measures = [part.measure[0] for part, group in self._pairs() for _ in group]
         order = [column for _, group in self._pairs() for column in group]
         return [measures[order.index(column)] for column in range(len(order))]

@@ -84,7 +84,7 @@ class History:
 
     @property
     def final(self) -> dict[str, Any]:
-        """The row of the weights that `fit` leaves: the best epoch's, else the last one's."""
+        """The row of the weights that `fit` leaves, the best epoch's, else the last one's."""
         return self.rows[(self.best_epoch or len(self.rows)) - 1]
 
     @property
