@@ -26,12 +26,8 @@ ACTIVE = 0.01  # least variance over data of an active unit's posterior mean
 class Evaluator:
     """Measures a vae between epochs; generators and modes are left as they were.
 
-    Args:
-        vae: A module with `model` and `guide`.
-        train: The training rows.
-        validation: Rows for the bound, or None.
-        seed: Of the rows' noise and of the draws, the same at every call.
-        group: The processes that share the work; all of them call each method.
+    The noise of rows and the draws are of `seed`, the same at every call. All processes of the
+    group call each method.
 
     Attributes:
         weight: A parameter, for the device and the type of the others and of data.
