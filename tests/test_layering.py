@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "processes": {"torch"},
     "objectives": {"torch", "arguments", "pyro", "densities", "marginals"},
     "estimators": {
+        "arviz",
         "pandas",
         "arviz",
         "torch",
