@@ -174,9 +174,10 @@ class BottomUp(Inference):
         first = self.layers[0](x, y)
 
         def program(draw: Draw) -> None:
-            z = draw(site(1), first)
-            for number, posterior in enumerate(list(self.layers)[1:], 2):
-                z = draw(site(number), posterior(z, y))
+            lowest, *higher = self.sizes
+            z = draw(lowest, first)
+            for name, posterior in zip(higher, list(self.layers)[1:]):
+                z = draw(name, posterior(z, y))
 
         return Joint(program, self.sizes, first.batch_shape)
 
@@ -220,7 +221,7 @@ class Ladder(Inference):
         """q(z_L | x), then each layer given x and, through the model, the one above."""
         seen = {name: q(x, y) for name, q in zip(self.sizes, self.layers)}
         priors = dict(zip(self.sizes, self.prior.layers))
-        top = seen[site(len(self.layers))]
+        *_, top = seen.values()
 
         def below(name: str, above: Tensor) -> Independent:
             return merged(seen[name], priors[name](above))
@@ -270,14 +271,9 @@ class Lowest(nn.Module):
         return self.decoder(z[..., : self.latent_dim], y)
 
 
-def site(number: int) -> str:
-    """Name of the site of a layer, counted from 1 at the data."""
-    return f"z{number}"
-
-
 def named(sizes: Sequence[int]) -> dict[str, int]:
-    """Sizes of the layers by their sites."""
-    return {site(number): size for number, size in enumerate(sizes, 1)}
+    """Sizes of the layers by their sites, which are numbered from 1 at the data."""
+    return {f"z{number}": size for number, size in enumerate(sizes, 1)}
 
 
 def downwards(
