@@ -193,9 +193,10 @@ def summed_densities(
     own = own or not others
     rows = C * K
     draws = {n: s["value"] for n, s in q.items()}
-    repeated = draws if own else {n: z.repeat(C, *(1,) * (z.ndim - 1)) for n, z in draws.items()}
-    traced = run_program(model, x, y, rows, Given(values, repeated), fold=folds(model, x, y, rows))
-    p = sample_sites(traced, "model")
+    if not own:
+        draws = {n: z.repeat(C, *(1,) * (z.ndim - 1)) for n, z in draws.items()}
+    given, fold = Given(values, draws), folds(model, x, y, rows)
+    p = sample_sites(run_program(model, x, y, rows, given, fold=fold), "model")
     latent = [n for n, s in p.items() if not s["is_observed"] and n not in values]
     if latent or q:
         check_latents(latent, q)
