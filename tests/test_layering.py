@@ -40,7 +40,6 @@ ALLOWED: dict[str, set[str]] = {
     "estimators": {
         "arviz",
         "pandas",
-        "arviz",
         "torch",
         "pyro",
         "densities",
