@@ -70,7 +70,9 @@ class Product(TorchDistribution):
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
         joined = torch.cat(parts, -1)
-        return joined if self.order == sorted(self.order) else joined[..., self.order]
+        if self.order == sorted(self.order):
+            return joined
+        return joined.index_select(-1, torch.tensor(self.order, device=joined.device))
 
 
 class Rows(constraints.Constraint):

@@ -245,7 +245,9 @@ class Interval(TorchDistribution):
 
     def sample(self, sample_shape: Shape = Size()) -> Tensor:
         """Draws, rounded to multiples of the width."""
-        return (self.base.sample(Size(sample_shape)) / self.width).round() * self.width
+        draws = self.base.sample(Size(sample_shape))
+        width = torch.as_tensor(self.width).to(draws)
+        return (draws / width).round() * width
 
     @property
     def mean(self) -> Tensor:

@@ -236,8 +236,10 @@ def _imputed(target: Target, num_draws: int, num_samples: int) -> Imputation:
 
 def _guided(target: Target, num_draws: int, num_samples: int) -> Imputation:
     """Imputations of B data from draws of the guide."""
-    places = target.draw_guide(num_samples)
-    weights = target.log_joint(places) - target.log_guide(places)
+    counts = torch.ones(num_samples).split(target.draws_at_once)
+    draws = [target.draw_guide(len(count)) for count in counts]  # all at once fall out of cache
+    places = torch.cat(draws)
+    weights = torch.cat([target.log_joint(u) - target.log_guide(u) for u in draws])
     evidence = summarise(weights.cpu(), "importance sampling, guide", "lower bound")
     return _picked(target, places, weights, evidence, num_draws)
 
