@@ -147,8 +147,8 @@ class LocationScale(Likelihood):
                 f"resolution must be a number, or one for each of the {channels} channels; got "
                 f"{len(widths)}"
             )
-        width = torch.tensor(widths, dtype=torch.float64).view(channels, *[1] * len(rest))
-        self.register_buffer("width", width, persistent=False)
+        numbers = torch.tensor(widths, dtype=torch.float64).view(channels, *[1] * len(rest))
+        self.register_buffer("width", numbers, persistent=False)
 
     def _scale(self, predicted: Tensor | None) -> Tensor:
         if isinstance(self.scale_option, int | float):
