@@ -251,10 +251,9 @@ def _kind(name: str, declared: Any) -> Kind:
     check_options(f"column {name!r}: {path}", options, taken)
     options = {**{k: v for k, v in DEFAULTS.items() if k in taken}, **options}
     try:
-        part = cls(Given(), (1,), **options)
+        part, two = (cls(Given(), (n,), **options) for n in (1, 2))
     except (TypeError, ValueError) as error:
         raise ValueError(f"column {name!r}: {error}") from error
-    two = cls(Given(), (2,), **options)
     shared = any(p.shape == q.shape for p, q in zip(part.parameters(), two.parameters()))
     own = next(part.parameters(), None) is not None
     inputs = part.levels if isinstance(part, Categorical) else 1
