@@ -66,12 +66,15 @@ class Counts(Likelihood):
     def check(self, x: Tensor) -> None:
         """Raises a ValueError if `x` is outside the support, or a total to be given is zero."""
         super().check(x)
-        empty = x.flatten(x.ndim - len(self.data_shape)).sum(-1) == 0
-        if self.library == "observed" and bool(empty.any()):
-            raise ValueError(
-                'library="observed" needs counts in every row; '
-                f"{int(empty.sum())} row(s) are all zero: remove them"
-            )
+        if self.library != "observed":
+            return
+        total = x.flatten(x.ndim - len(self.data_shape)).sum(-1)
+        for bad, what in ((total.isnan(), "lack values"), (total == 0, "are all zero")):
+            if bool(bad.any()):
+                raise ValueError(
+                    'library="observed" needs counts and their total in every row; '
+                    f'{int(bad.sum())} row(s) {what}: remove them, or take library="latent"'
+                )
 
     def latents(self) -> dict[str, Distribution]:
         """The total of each datum, where it is a latent of the model."""
