@@ -262,6 +262,23 @@ def test_what_can_be_run_in_neither_way_runs_with_one_particle_and_says_what_to_
         densities(model, guide, x, num_particles=3)
 
 
+def test_what_a_program_says_of_more_rows_is_passed_on() -> None:
+    def model(x: Tensor) -> None:
+        if len(x) > 1:
+            raise RuntimeError("one row at a time, please")
+        with rows(len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(D), 1.0).to_event(1))
+            logits = z.view(len(x), D).sum(-1, keepdim=True)
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with rows(len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(D), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match="neither .*one row at a time, please"):
+        densities(model, guide, data(Viewed)[0][:1], num_particles=3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [Joined, TwoLayers])
 def test_a_compiled_step_of_a_folded_program_is_the_eager_one(kind: type[Program]) -> None:
