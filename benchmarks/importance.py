@@ -1,10 +1,11 @@
 """Importance sampling at K = 5000 beside its peers, interleaved: ratios of time, peak memory.
 
-python benchmarks/importance.py [--images 20] [--threads 2] [--matmul medium]
+python benchmarks/importance.py [--images 20] [--threads 2] [--matmul medium] [--beside CHECKOUT]
 
 Peers: PyTorch by hand in chunks of 1000, pyro_vae, NumPyro jitted, pythae's get_nll; those that
 are not installed are left out. All score the same weights (784-500 tanh-20, Bernoulli) on the same
-images, each in a process of its own; the means are checked to agree.
+images, each in a process of its own; the means are checked to agree. `--beside` compares the
+eager call alone with that of another checkout of this repository, by processor time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -77,9 +79,6 @@ def pyro_vae(images: int, compiled: bool = False, matmul: str | None = None) -> 
     import torch
 
     from pyro_vae import Evidence, build, importance_sampling
-    from pyro_vae.estimators.importance import _estimate
-    from pyro_vae.estimators.run import map_batches
-    from pyro_vae.estimators.target import CompiledJoint
 
     arrays, draw = weights()
     vae = build(784, D)
@@ -99,6 +98,10 @@ def pyro_vae(images: int, compiled: bool = False, matmul: str | None = None) -> 
         torch.set_float32_matmul_precision(matmul)
     if not compiled:
         return lambda: importance_sampling(vae.model, vae.guide, x, num_samples=K).mean()
+    from pyro_vae.estimators.importance import _estimate
+    from pyro_vae.estimators.run import map_batches
+    from pyro_vae.estimators.target import CompiledJoint
+
     joint = CompiledJoint()  # kept, so that what is timed is the code and not its compilation
     options = {"num_samples": K, "rows": CHUNK, "proposal": "guide", "joint": joint}
 
@@ -205,20 +208,23 @@ CANDIDATES = {
 NEEDS = {"NumPyro": "numpyro", "pythae": "pythae"}
 
 
-def serve(name: str, images: int, matmul: str, pipe: Connection) -> None:
+def serve(name: str, images: int, matmul: str, beside: str | None, pipe: Connection) -> None:
     """One candidate: a mean for each request, with its seconds; at last its peak memory."""
+    clock = time.process_time if beside else time.perf_counter
+    if name == "the other":
+        sys.path.insert(0, str(beside))
     if name != "NumPyro":
         import torch
 
         torch.set_float32_matmul_precision(matmul)
-    run = CANDIDATES[name](images)
+    run = CANDIDATES.get(name, pyro_vae)(images)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run()
     pipe.send("ready")
     while pipe.recv():
-        start = time.perf_counter()
+        start = clock()
         mean = run()
-        pipe.send((mean, time.perf_counter() - start))
+        pipe.send((mean, clock() - start))
     pipe.send((before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
@@ -230,17 +236,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", help="JSON file")
     parser.add_argument("--matmul", default="highest", help="torch's float32 matmul precision")
+    parser.add_argument("--beside", metavar="CHECKOUT", help="folder of another checkout")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
     context = multiprocessing.get_context("spawn")
     pipes, seconds, means = {}, {}, {}
-    for name in CANDIDATES:
-        if name not in NEEDS or find_spec(NEEDS[name]):
-            pipes[name], child = context.Pipe()
-            context.Process(
-                target=serve, args=(name, arguments.images, arguments.matmul, child), daemon=True
-            ).start()
-            seconds[name] = []
+    found = [name for name in CANDIDATES if name not in NEEDS or find_spec(NEEDS[name])]
+    for name in ["by hand", "pyro_vae", "the other"] if arguments.beside else found:
+        pipes[name], child = context.Pipe()
+        given = name, arguments.images, arguments.matmul, arguments.beside, child
+        context.Process(target=serve, args=given, daemon=True).start()
+        seconds[name] = []
     for pipe in pipes.values():
         pipe.recv()
     for _ in range(arguments.repeats):

@@ -3,7 +3,7 @@
 A damaged file must be refused in one line that names it, or change nothing: weights, state of a
 training, evidence and codes are compared with those of the whole run. Weights and states that
 are forged, well-formed and with a new digest, may give other results, and no traceback. Nothing
-outside the run may change.
+outside the run may change. With 0 mutations each value of each record becomes another in turn.
 
     python benchmarks/mutate.py [mutations] [seed] [file ...]
 """
@@ -21,7 +21,8 @@ import shutil
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -132,6 +133,23 @@ def rewritten(data: bytes) -> bytes:
         inside[key] = random.choice(ODD)
     text = json.dumps(content) if text.startswith("{") else yaml.safe_dump(content)
     return text.encode()
+
+
+def each_value(run: Path) -> Iterator[tuple[str, Callable[[bytes], bytes]]]:
+    """One damage for each place in the records of a run: its value is an odd one."""
+    for file in ("run.json", "config.yaml", "data.json", "evaluation.json", "current.json"):
+        (path,) = run.rglob(file)
+        content = yaml.safe_load(path.read_text())
+        for place in range(len(list(walk(content)))):
+            yield file, partial(with_odd_value, place)
+
+
+def with_odd_value(place: int, data: bytes) -> bytes:
+    """A record of which the value at one place is another."""
+    content = yaml.safe_load(data)
+    inside, key = list(walk(content))[place]
+    inside[key] = random.choice(ODD)
+    return json.dumps(content).encode()  # YAML too
 
 
 def forged_state(data: bytes) -> bytes:
@@ -256,11 +274,10 @@ def main(mutations: int = 296, seed: int = 0, *files: str) -> int:
     with TemporaryDirectory() as name:
         whole, run = make(Path(name)), Path(name) / "copy"
         around = outside(Path(name))
-        for _ in range(mutations):
+        some = (random.choice(files or list(READERS)) for _ in range(mutations))
+        for file, damage in ((f, chosen(f)) for f in some) if mutations else each_value(whole):
             shutil.copytree(whole, run)
-            file = random.choice(files or list(READERS))
             (path,) = random.sample(sorted(run.rglob(file)), 1)
-            damage = chosen(file)
             path.write_bytes(damage(path.read_bytes()))
             forged = damage in (forged_state, forged_weights)
             if forged:
@@ -269,11 +286,12 @@ def main(mutations: int = 296, seed: int = 0, *files: str) -> int:
             how = how if outside(Path(name)) == around else "written outside"
             counts[file, how] += 1
             if how not in ("refused", "accepted"):
-                print(f"{file}, {damage.__name__}: {how}\n{words}")
+                print(f"{file}, {damage}: {how}\n{words}", flush=True)
             shutil.rmtree(run)
     total = Counter(how for _, how in counts.elements())
     for (file, how), count in sorted(counts.items()):
         print(f"{file:24}{how:16}{count}")
+    mutations = total.total()
     print(f"{mutations} mutations: " + ", ".join(f"{n} {how}" for how, n in total.items()))
     return mutations - total["refused"] - total["accepted"]
 

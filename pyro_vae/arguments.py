@@ -141,7 +141,7 @@ def name_and_options(what: str, declared: Any) -> tuple[str, dict[str, Any]]:
     if not (known and isinstance(name, str) and isinstance(options, Mapping | None)):
         raise ValueError(
             f"{what} must be a name, {{name: options}} or a mapping of class_path and init_args; "
-            f"got {declared!r}"
+            f"got {' '.join(repr(declared).split())[:60]}"
         )
     return name, dict(options or {})
 

@@ -127,7 +127,8 @@ def declare(family: str, declared: Declared, path: Sequence[str], text: str) -> 
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    name, options = name_and_options(family, declared)
+    so_far = declared.plain if isinstance(declared, Component) else declared
+    name, options = name_and_options(family, so_far)
     if path in ([], ["class_path"]):
         chosen, given = name_and_options(family, value)
         cls = named_class(family, chosen)

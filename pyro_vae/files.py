@@ -42,7 +42,10 @@ def write(path: PathLike, content: bytes | str | Iterable[bytes]) -> None:
     temporary = path.with_name(f".{uuid4().hex}.tmp")
     try:
         content = content.encode() if isinstance(content, str) else content
-        _create(temporary, [content] if isinstance(content, bytes) else content)
+        with open(os.open(temporary, NEW, 0o666), "wb") as file:
+            file.writelines([content] if isinstance(content, bytes) else content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
         flush_folder(path.parent)
     except BaseException as error:
@@ -51,13 +54,6 @@ def write(path: PathLike, content: bytes | str | Iterable[bytes]) -> None:
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-
-
-def _create(path: Path, content: Iterable[bytes]) -> None:
-    with open(os.open(path, NEW, 0o666), "wb") as file:
-        file.writelines(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def as_csv(rows: Iterable[Iterable[Any]]) -> str:

@@ -41,17 +41,9 @@ def seed_generators(device: torch.device, seed: int) -> None:
 
 
 def epoch_order(num_data: int, seed: int, epoch: int) -> Tensor:
-    """The order in which an epoch visits the rows.
+    """The order in which an epoch visits the rows, a permutation of 0, ..., N - 1, int64 [N].
 
     It depends on the three arguments only, so a resumed run needs no saved state.
-
-    Args:
-        num_data: The number of rows N.
-        seed: The seed of the run, 0 or more.
-        epoch: The number of the epoch, 0 or more.
-
-    Returns:
-        A permutation of 0, ..., N - 1, int64 [N].
 
     Raises:
         ValueError: If the seed or the epoch is negative.

@@ -6,7 +6,7 @@ Layers are counted from the data upwards: the sites are "z1", next to the data, 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -48,14 +48,10 @@ class Layers(nn.Module):
     def forward(self, y: Tensor | None = None) -> Joint:
         """p(z1, ..., zL | y)."""
         top = self.layers[-1](y)
-        sizes = [*(p.latent_dim for p in self.layers[:-1]), top.event_shape.numel()]
-
-        def program(draw: Draw) -> None:
-            z = draw(site(len(self.layers)), top)
-            for name, prior in downwards(self.layers):
-                z = draw(name, prior(beside(z, y)))
-
-        return Joint(program, named(sizes), top.batch_shape if y is None else y.shape[:-1])
+        sizes = named([*(p.latent_dim for p in self.layers[:-1]), top.event_shape.numel()])
+        priors = dict(zip(sizes, self.layers))
+        program = downwards(sizes, top, lambda name, above: priors[name](above), y)
+        return Joint(program, sizes, top.batch_shape if y is None else y.shape[:-1])
 
     def initialise(self, x: Tensor) -> None:
         """Nothing: the order of inference knows what the top layer's posterior sees."""
@@ -152,13 +148,8 @@ class TopDown(Inference):
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Joint:
         """q(z_L | x), then each layer given x and the one above."""
-        top = self.layers[-1](x, y)
-
-        def program(draw: Draw) -> None:
-            z = draw(site(len(self.layers)), top)
-            for name, posterior in downwards(self.layers):
-                z = draw(name, posterior(x, beside(z, y)))
-
+        top, posteriors = self.layers[-1](x, y), dict(zip(self.sizes, self.layers))
+        program = downwards(self.sizes, top, lambda name, above: posteriors[name](x, above), y)
         return Joint(program, self.sizes, top.batch_shape)
 
 
@@ -183,9 +174,10 @@ class BottomUp(Inference):
         first = self.layers[0](x, y)
 
         def program(draw: Draw) -> None:
-            z = draw(site(1), first)
-            for number, posterior in enumerate(list(self.layers)[1:], 2):
-                z = draw(site(number), posterior(z, y))
+            lowest, *higher = self.sizes
+            z = draw(lowest, first)
+            for name, posterior in zip(higher, list(self.layers)[1:]):
+                z = draw(name, posterior(z, y))
 
         return Joint(program, self.sizes, first.batch_shape)
 
@@ -228,14 +220,13 @@ class Ladder(Inference):
     def forward(self, x: Tensor, y: Tensor | None = None) -> Joint:
         """q(z_L | x), then each layer given x and, through the model, the one above."""
         seen = {name: q(x, y) for name, q in zip(self.sizes, self.layers)}
+        priors = dict(zip(self.sizes, self.prior.layers))
+        *_, top = seen.values()
 
-        def program(draw: Draw) -> None:
-            top = site(len(self.layers))
-            z = draw(top, seen[top])
-            for name, prior in downwards(self.prior.layers):
-                z = draw(name, merged(seen[name], prior(beside(z, y))))
+        def below(name: str, above: Tensor) -> Independent:
+            return merged(seen[name], priors[name](above))
 
-        return Joint(program, self.sizes, seen[site(1)].batch_shape)
+        return Joint(downwards(self.sizes, top, below, y), self.sizes, top.batch_shape)
 
     def _check(self) -> None:
         super()._check()
@@ -280,28 +271,26 @@ class Lowest(nn.Module):
         return self.decoder(z[..., : self.latent_dim], y)
 
 
-def site(number: int) -> str:
-    """Name of the site of a layer, counted from 1 at the data."""
-    return f"z{number}"
-
-
 def named(sizes: Sequence[int]) -> dict[str, int]:
-    """Sizes of the layers by their sites."""
-    return {site(number): size for number, size in enumerate(sizes, 1)}
+    """Sizes of the layers by their sites, which are numbered from 1 at the data."""
+    return {f"z{number}": size for number, size in enumerate(sizes, 1)}
 
 
-def downwards(layers: Any) -> Iterator[tuple[str, Any]]:
-    """The layers below the top with their sites, the highest first."""
-    for index in reversed(range(len(layers) - 1)):
-        yield site(index + 1), layers[index]
+def downwards(
+    names: Iterable[str], top: Any, below: Callable[[str, Tensor], Any], y: Tensor | None
+) -> Callable[[Draw], None]:
+    """Draws the top layer, then each one below it given the one above, joined with `y`."""
 
+    def program(draw: Draw) -> None:
+        *lower, highest = names
+        z = draw(highest, top)
+        for name in reversed(lower):
+            if y is not None:
+                lead = torch.broadcast_shapes(z.shape[:-1], y.shape[:-1])
+                z = torch.cat([z.expand(*lead, -1), y.to(z.dtype).expand(*lead, -1)], -1)
+            z = draw(name, below(name, z))
 
-def beside(z: Tensor, y: Tensor | None) -> Tensor:
-    """What a layer is conditioned on: the layer above [*S, D], joined with `y` [*S, C]."""
-    if y is None:
-        return z
-    lead = torch.broadcast_shapes(z.shape[:-1], y.shape[:-1])
-    return torch.cat([z.expand(*lead, -1), y.to(z.dtype).expand(*lead, -1)], -1)
+    return program
 
 
 def merged(a: Any, b: Any) -> Independent:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MultivariateNormal, Normal
 
-__all__ = ["factorises", "marginals", "pair_log_prob", "pair_marginals"]
+__all__ = ["marginals", "pair_log_prob", "pair_marginals"]
 
 
 def marginals(q: Distribution) -> Normal:
@@ -67,11 +67,6 @@ def pair_log_prob(q: Distribution, z: Tensor, dims: Sequence[int] | None = None)
 def _at(tensor: Tensor, dims: Sequence[int] | None) -> Tensor:
     """Some of the last dimension, or all: without an index, which a GPU would wait for."""
     return tensor if dims is None else torch.stack([tensor[..., dim] for dim in dims], -1)
-
-
-def factorises(q: Distribution) -> bool:
-    """Whether the dimensions of `q` are known to be independent Normals."""
-    return isinstance(q, Independent) and isinstance(q.base_dist, Normal)
 
 
 def _name(q: Distribution) -> str:

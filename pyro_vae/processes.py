@@ -23,15 +23,11 @@ T = TypeVar("T")
 
 
 def is_small(parameters: Iterable[Tensor], rows: int) -> bool:
-    """Whether a second thread costs more than it helps.
+    """Whether a second thread costs more than it helps a model of these parameters.
 
     It saves a fifth to a third of the time of a small model on an idle machine. Beside other
-    work it makes small operations ten times as slow.
-
-    Args:
-        parameters: Of a model, which is large if its largest weight times `rows` is, or if it
-            has convolutions.
-        rows: The rows of a step.
+    work it makes small operations ten times as slow. A model is large if its largest weight
+    times the rows of a step is, or if it has convolutions.
     """
     return all(p.ndim < 2 or (p.ndim == 2 and p.numel() * rows < LARGE) for p in parameters)
 
@@ -49,81 +45,6 @@ def threads(number: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-class Exchange:
-    """Values and errors on their way between processes.
-
-    Files do not fill up as pipes do, and need no shared memory.
-
-    Args:
-        folder: Where they lie.
-    """
-
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
-
-    def send(self, name: str, value: Any) -> None:
-        """Leaves a value for others.
-
-        Raises:
-            ValueError: If it cannot be pickled.
-        """
-        try:
-            torch.save(value, self.folder / name)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"several devices have a process each, and this cannot be sent there: {error}; "
-                "use classes and functions from the top of a module, no lambdas"
-            ) from error
-
-    def receive(self, name: str, device: str | torch.device = "cpu") -> Any:
-        """A value that was left, its tensors on a device."""
-        return torch.load(self.folder / name, map_location=device, weights_only=False)
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """For a process that works: its error is kept, if it is the first.
-
-        It ends with the one that started it, however that ends.
-        """
-        Thread(target=_end_with_parent, daemon=True).start()
-        try:
-            yield
-        except Exception as error:
-            with suppress(FileExistsError), open(self.folder / "error", "xb") as file:
-                pickle.dump(error, file)
-            raise
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """For the one that starts them: raises their first error, and leaves none running."""
-        others = set(multiprocessing.active_children())
-        try:
-            yield
-        except (ProcessExitedException, ProcessRaisedException) as error:
-            raise self._first_error(error) from error
-        finally:
-            for process in set(multiprocessing.active_children()) - others:
-                process.kill()
-
-    def _first_error(self, error: Exception) -> Exception:
-        try:
-            return pickle.loads((self.folder / "error").read_bytes())
-        except FileNotFoundError:
-            return ChildProcessError(
-                f"a process ended by itself ({error}): a script that uses several devices must do "
-                'so under if __name__ == "__main__", and the memory must suffice for all of them'
-            )
-        except Exception:  # of a kind that cannot be sent
-            return RuntimeError(str(error))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
 def check_processes(number: int, device: str) -> None:
     """Refuses more processes than this machine has devices of a kind for, "cpu" or "cuda"."""
     most = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
@@ -132,6 +53,25 @@ def check_processes(number: int, device: str) -> None:
         raise ValueError(
             f"devices={number} were asked for; this machine has {most} {what}: give no more"
         )
+
+
+def _send(path: Path, value: Any) -> None:
+    """Leaves a value in a file: that does not fill up as a pipe does, and needs no shared memory.
+
+    Raises:
+        ValueError: If it cannot be pickled.
+    """
+    try:
+        torch.save(value, path)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"several devices have a process each, and this cannot be sent there: {error}; "
+            "use classes and functions from the top of a module, no lambdas"
+        ) from error
+
+
+def _receive(path: Path, device: str | torch.device = "cpu") -> Any:
+    return torch.load(path, map_location=device, weights_only=False)
 
 
 def in_processes(
@@ -156,27 +96,56 @@ def in_processes(
     check_processes(len(parts), device)
     threads = max(1, torch.get_num_threads() // len(parts))
     matmul = torch.get_float32_matmul_precision()
-    with TemporaryDirectory() as folder:
-        exchange = Exchange(folder)
-        exchange.send("function", function)
+    places = [device if device == "cpu" else f"{device}:{i}" for i in indices or range(len(parts))]
+    others = set(multiprocessing.active_children())
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        _send(folder / "function", function)
         for i, part in enumerate(parts):
-            exchange.send(f"part{i}", part)
-        places = [
-            device if device == "cpu" else f"{device}:{i}" for i in indices or range(len(parts))
-        ]
-        with exchange.waiting():
-            start_processes(
-                _work, (exchange, places, threads, matmul), nprocs=len(parts), start_method="spawn"
-            )
-        return [exchange.receive(f"result{i}") for i in range(len(parts))]
+            _send(folder / f"part{i}", part)
+        given = folder, places, threads, matmul
+        try:
+            start_processes(_work, given, nprocs=len(parts), start_method="spawn")
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            raise _first_error(folder, error) from error
+        finally:
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+        return [_receive(folder / f"result{i}") for i in range(len(parts))]
 
 
-def _work(number: int, exchange: Exchange, places: list[str], threads: int, matmul: str) -> None:
+def _first_error(folder: Path, error: Exception) -> Exception:
+    try:
+        return pickle.loads((folder / "error").read_bytes())
+    except FileNotFoundError:
+        return ChildProcessError(
+            f"a process ended by itself ({error}): a script that uses several devices must do so "
+            'under if __name__ == "__main__", and the memory must suffice for all of them'
+        )
+    except Exception:  # of a kind that cannot be sent
+        return RuntimeError(str(error))
+
+
+def _work(number: int, folder: Path, places: list[str], threads: int, matmul: str) -> None:
+    """Leaves what the function returns for one part, or its error, if that is the first."""
+    Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(matmul)
-    with exchange.working():
+    try:
         here = torch.device(places[number])
         if here.type == "cuda":
             torch.cuda.set_device(here)
-        function, part = exchange.receive("function"), exchange.receive(f"part{number}", here)
-        exchange.send(f"result{number}", function(part))
+        function, part = _receive(folder / "function"), _receive(folder / f"part{number}", here)
+        _send(folder / f"result{number}", function(part))
+    except Exception as error:
+        with suppress(FileExistsError), open(folder / "error", "xb") as file:
+            pickle.dump(error, file)
+        raise
+
+
+def _end_with_parent() -> None:
+    """Ends this process with the one that started it, however that ends."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_vae.arguments import as_rows, as_tensor, check_finite, check_whole, completed
-from pyro_vae.distributions import Draw, Joint
+from pyro_vae.distributions import Joint
 from pyro_vae.hierarchy import Inference, Layers, Lowest
 from pyro_vae.likelihoods import Likelihood
 from pyro_vae.memory import check_fits
@@ -106,8 +106,10 @@ class VAE(nn.Module):
 
     def _joint(self, x: Tensor | None, y: Tensor | None) -> Tensor:
         """The sites of one datum, inside the plate."""
-        z = _drawn(self.prior(y), self._sample)
-        own = self._sampled(self.likelihood.latents())
+        prior: Any = self.prior(y)
+        z = prior.draw(self._sample) if isinstance(prior, Joint) else self._sample("z", prior)
+        latents: dict[str, Any] = self.likelihood.latents()
+        own = {name: pyro.sample(name, fn) for name, fn in latents.items()}
         p: Any = self.likelihood.observed(self.likelihood(z, y, **own))
         return pyro.sample("x", p, obs=x)
 
@@ -125,10 +127,12 @@ class VAE(nn.Module):
         with pyro.plate("data", len(x), dim=-1):
             return self._proposed(x, self.encode(x, y))
 
-    def _proposed(self, x: Tensor, q: Distribution) -> Tensor:
+    def _proposed(self, x: Tensor, q: Any) -> Tensor:
         """The latents of one datum, inside the plate."""
-        z = _drawn(q, pyro.sample)
-        self._sampled(self.likelihood.propose(self._cast(x)))
+        z = q.draw(pyro.sample) if isinstance(q, Joint) else pyro.sample("z", q)
+        own: dict[str, Any] = self.likelihood.propose(self._cast(x))
+        for name, fn in own.items():
+            pyro.sample(name, fn)
         return z
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
@@ -235,10 +239,6 @@ class VAE(nn.Module):
         """Whether NaN in x stands for a missing entry."""
         return self.likelihood.missing
 
-    def _sampled(self, latents: dict[str, Any]) -> dict[str, Tensor]:
-        """Sites of latents that the likelihood has besides z."""
-        return {name: pyro.sample(name, fn) for name, fn in latents.items()}
-
     def _data(self, x: Tensor) -> Tensor:
         """`x` in the type of the weights, refused where the likelihood has no density."""
         x = self._cast(x)
@@ -268,7 +268,10 @@ class VAE(nn.Module):
             self.posterior,
             getattr(self.posterior, "encoder", None),
         )
-        if not any(getattr(p, "condition_dim", _is_own(p)) for p in parts):
+        if not any(
+            getattr(part, "condition_dim", not type(part).__module__.startswith("pyro_vae."))
+            for part in parts
+        ):
             raise ValueError(
                 f"y of shape {list(y.shape)} was given, but no part of this VAE is conditioned on "
                 "it: give its networks condition_dim, the length of a row of y, as "
@@ -297,22 +300,12 @@ class VAE(nn.Module):
         return z
 
 
-def _drawn(z: Distribution, sample: Draw) -> Tensor:
-    """The latents: the site "z", or those of all layers, joined."""
-    return z.draw(sample) if isinstance(z, Joint) else sample("z", z)
-
-
 def _checked(name: str, value: Any, missing: bool | None = None) -> Tensor:
     """A tensor of rows; that all numbers are finite is looked at while Pyro checks."""
     value = as_tensor(name, value)
     if is_validation_enabled():
         check_finite(name, value, missing)
     return value
-
-
-def _is_own(part: nn.Module | None) -> bool:
-    """Whether a part is a user's own class."""
-    return not type(part).__module__.startswith("pyro_vae.")
 
 
 def register(parts: dict[str, nn.Module]) -> None:

@@ -99,7 +99,7 @@ def test_impute_fills_arrays(folder: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("a,b\n1,inf\n", [], "infinite ones in 1 row"),
+        ("a,b\n1,inf\n", [], "1 row(s) hold infinite values"),
         ("a,c\n1,\n", [], "expected the columns of the run"),
         ("a,b\n9,\n", ["--out=x.npz"], "out must end in .csv"),
         ("a,b\n9,\n", ["--draws=-1"], "draws must be at least 0"),

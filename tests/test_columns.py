@@ -102,6 +102,32 @@ def test_a_row_is_the_sum_of_its_columns_in_their_order() -> None:
     assert p.mean.shape == (3, 101, 7)
 
 
+def test_columns_computed_as_one_have_the_densities_of_each_alone() -> None:
+    wide = {"class_path": "Normal", "init_args": {"resolution": 0.5}}
+    fine = {"class_path": "Normal", "init_args": {"resolution": 0.001}}
+    coarse = {"class_path": "LogNormal", "init_args": {"resolution": 3.0}}
+    small = {"class_path": "LogNormal", "init_args": {"resolution": 0.02}}
+    grade = KINDS["grade"]
+    kinds = [wide, small, grade, "NegativeBinomial", fine, coarse, grade, "NegativeBinomial"]
+    x = table()[:, [0, 2, 3, 4, 6, 2, 3, 4]]
+    x[:, 6:] = x[:, 6:].flip(0)
+    x[0, 5] = 0
+    raw = [torch.randn(101, Columns.out_shape((1,), [kind])[0]) for kind in kinds]
+    found, measures = [], []
+    for together, count in ((True, 4), (False, 8)):  # as declared, and as runs had it before
+        one = Columns(Raw(), (8,), kinds, together)
+        one.initialise(x)
+        assert len(one.parts) == count
+        pieces = [torch.stack([raw[c] for c in group], -1).flatten(1) for group in one.columns]
+        p = one(torch.cat(pieces, 1))
+        found.append(p.base_dist.log_prob(x))
+        measures.append(one.measure)
+        one.check(p.sample())
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    assert one.float()(torch.cat(pieces, 1).float()).sample().dtype == torch.float32
+    assert measures == [[0.5, 0.02, True, True, 0.001, 3.0, True, True]] * 2
+
+
 def test_a_decoder_that_ignores_z_is_naive_bayes() -> None:
     vae, x = made(), table(1009)
     vae.initialise(x)
@@ -205,6 +231,20 @@ def test_ordinal_by_its_own_formula() -> None:
     assert (likelihood.thresholds.diff(dim=-1) > 0).all()
 
 
+def test_an_ordinal_starts_at_the_mean_of_its_logits_by_their_precision() -> None:
+    shares = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.3, 0.6]])  # of three levels at two positions
+    x = torch.stack([torch.arange(3.0).repeat_interleave((s * 10**4).int()) for s in shares], 1)
+    likelihood = likelihoods.Ordinal(Raw(), (2,), levels=3)
+    expected = torch.empty(2)
+    for i, cumulative in enumerate(shares.cumsum(-1)[:, :2]):
+        distance = likelihood.thresholds[i] - torch.logit(cumulative)
+        precision = cumulative * (1 - cumulative)  # of the logit of a share, by the delta method
+        expected[i] = (precision * distance).sum() / precision.sum()
+    with torch.no_grad():
+        found = likelihood.raw_start(x)
+    torch.testing.assert_close(found.flatten(), expected, rtol=0, atol=1e-3)
+
+
 def test_an_encoder_sees_one_hot_scaled_numbers_and_the_mask() -> None:
     x = table()
     vae = made(missing=True)
@@ -219,7 +259,7 @@ def test_an_encoder_sees_one_hot_scaled_numbers_and_the_mask() -> None:
     assert torch.equal(job[2:].argmax(-1), x[2:, 1].long())
     assert torch.equal(mask, (~x.isnan()).double())
     p = vae.likelihood.observed(vae.likelihood(torch.randn(101, 2)))
-    whole = p.base.base_dist.log_prob(x.nan_to_num(1.0))
+    whole = p.base_dist.log_prob(x.nan_to_num(1.0))
     torch.testing.assert_close(p.log_prob(x), torch.where(x.isnan(), 0.0, whole).sum(-1))
     p.log_prob(x).sum().backward()
     assert all(q.grad is None or q.grad.isfinite().all() for q in vae.parameters())
@@ -236,6 +276,8 @@ def test_an_encoder_sees_one_hot_scaled_numbers_and_the_mask() -> None:
         ({"a": "Normal", "b": {"kind": "Poisson"}}, "column 'b' must be a name"),
         ({"a": {"class_path": "Normal", "init_args": {"resolution": -1}}, "b": "Normal"},
          "column 'a': resolution must be positive; got -1"),
+        ({"a": {"class_path": "Normal", "init_args": {"resolution": [1.0, 2.0]}}, "b": "Normal"},
+         "column 'a': resolution must be a number, or one for each of the 1 channels; got 2"),
     ],
 )  # fmt: skip
 def test_wrong_columns_are_refused(columns: object, message: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import CONDITIONAL
 
-from pyro_vae import config, likelihoods, networks, priors
+from pyro_vae import config, declarations, likelihoods, networks, priors
 from pyro_vae.config import build
 from pyro_vae.declarations import component, declare
 from pyro_vae.objectives import Cyclical
@@ -87,6 +87,17 @@ def test_condition_dim_reaches_both_networks() -> None:
 def test_bad_declarations(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**{"data_shape": 7, "latent_dim": 2, **arguments})
+
+
+def test_what_was_checked_is_not_parsed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"prior": "VampPrior", "likelihood": "Normal", "posterior": "FullNormal"}
+    parts = {f: component(f, n) for f, n in {**names, "encoder": "MLP", "decoder": "MLP"}.items()}
+    monkeypatch.setattr(declarations, "ArgumentParser", lambda **_: pytest.fail("parsed again"))
+    vae = build(7, 2, **parts, condition_dim=3)
+    assert {family: vae.declaration[family] for family in names} == {
+        family: parts[family].plain for family in names
+    }
+    assert vae.declaration["encoder"] == parts["encoder"].having(condition_dim=3).plain
 
 
 def test_a_part_may_be_given_as_its_name_and_options() -> None:

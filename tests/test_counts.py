@@ -85,6 +85,9 @@ def test_given_their_total(cls: str) -> None:
     assert abs(total.mean() - truth) < 4 * total.std() / 20_011**0.5
     with pytest.raises(ValueError, match="1 row\\(s\\) are all zero"):
         made.initialise(torch.cat([x, torch.zeros(1, G)]))
+    made.likelihood.missing = True
+    with pytest.raises(ValueError, match="2 row\\(s\\) lack values"):
+        made.likelihood.check(x.index_fill(0, torch.tensor([0, 3]), torch.nan))
 
 
 @pytest.mark.parametrize(

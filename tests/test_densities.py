@@ -12,6 +12,7 @@ from exact import LinearGaussian, linear_vae, two_sites
 from families import POSTERIORS, PRIORS, draw, make, name
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.poutine.util import is_validation_enabled
 from torch import Tensor, nn
 
 from pyro_vae.densities import densities, evaluating, log_weights, scale_latents
@@ -141,6 +142,18 @@ def test_chunks_of_the_same_draws_give_the_same_weights(chunk_size: int) -> None
     torch.manual_seed(1)
     parts = log_weights(vae.model, vae.guide, x, num_particles=K, chunk_size=chunk_size)
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-10)
+
+
+def test_the_first_chunk_alone_is_validated() -> None:
+    vae, seen = make(), []
+
+    def model(*args: Tensor) -> None:
+        seen.append(is_validation_enabled())
+        vae.model(*args)
+
+    with pyro.validation_enabled(True):
+        log_weights(model, vae.guide, draw(vae, B), num_particles=3, chunk_size=B)
+    assert seen[-3:] == [True, False, False]
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -195,17 +195,17 @@ def test_a_failed_write_leaves_the_old_file_alone(
 def test_a_full_disk_is_said_with_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    real = files._create
+    real = os.replace
 
-    def full(path: Path, content: bytes) -> None:
-        if "step-" in str(path.parent):
+    def full(source: Path, target: Path) -> None:
+        if "step-" in str(target.parent):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(path, content)
+        real(source, target)
 
     run = tmp_path / "run"
     small = ["--encoder.hidden=[7]", "--decoder.hidden=[7]", "--limit=53", "--progress=false"]
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_create", full)
+        patch.setattr(os, "replace", full)
         assert main(["train", *small, "--epochs=2", f"--run={run}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "No space left on device" in line

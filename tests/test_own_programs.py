@@ -236,6 +236,15 @@ def test_finding_out_changes_nothing() -> None:
     assert torch.equal(torch.manual_seed(3).get_state(), state)
 
 
+def test_what_is_traced_counts_as_broadcasting_and_is_tried_later() -> None:
+    class Traced(Tensor):
+        pass
+
+    program, (x, _) = pair(Normalised)[0], data(Normalised)
+    assert not folds(program.model, x.as_subclass(Traced), None)
+    assert folds(program.model, x, None)
+
+
 def test_what_can_be_run_in_neither_way_runs_with_one_particle_and_says_what_to_write() -> None:
     def model(x: Tensor) -> None:
         with rows(len(x)):
@@ -251,6 +260,23 @@ def test_what_can_be_run_in_neither_way_runs_with_one_particle_and_says_what_to_
     assert densities(model, guide, x).log_weights.shape == (1, B)
     with pytest.raises(ValueError, match="model runs with one particle alone.*changes the dens"):
         densities(model, guide, x, num_particles=3)
+
+
+def test_what_a_program_says_of_more_rows_is_passed_on() -> None:
+    def model(x: Tensor) -> None:
+        if len(x) > 1:
+            raise RuntimeError("one row at a time, please")
+        with rows(len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(D), 1.0).to_event(1))
+            logits = z.view(len(x), D).sum(-1, keepdim=True)
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with rows(len(x)):
+            pyro.sample("z", dist.Normal(x.new_zeros(D), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match="neither .*one row at a time, please"):
+        densities(model, guide, data(Viewed)[0][:1], num_particles=3)
 
 
 @pytest.mark.slow

@@ -175,6 +175,8 @@ def test_the_style_is_of_the_figures_alone() -> None:
 
 
 def test_a_notebook_shows_a_figure_at_its_size() -> None:
-    figure = plots.images(torch.rand(4, 1, 3, 5))
+    figure = plots.images(torch.rand(4, 1, 3, 5), "four")
     data, shown = figure._repr_png_()
-    assert Image.open(io.BytesIO(data)).size == (2 * shown["width"], 2 * shown["height"])
+    picture = Image.open(io.BytesIO(data))
+    assert picture.size == (2 * shown["width"], 2 * shown["height"])
+    assert picture.getpixel((picture.width - 1, 0))[3] == 0  # no ground beside the title

@@ -18,8 +18,9 @@ import torch
 from jsonargparse import Namespace
 from torch.distributions import MultivariateNormal
 
+from pyro_vae import files
 from pyro_vae.__main__ import main
-from pyro_vae.cli import score, stream
+from pyro_vae.cli import score, stream, use
 from pyro_vae.data import readers
 from pyro_vae.metrics import p_values
 
@@ -219,6 +220,12 @@ def with_processes(folder: Path, tmp_path: Path) -> Iterator[bytes]:
 def test_codes_in_parts(
     ending: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def written(path: Path, content: Iterator[bytes]) -> None:
+        """Nothing else is put on the disk before."""
+        assert all(part.name.isdigit() for part in tmp_path.glob(".*.parts/*"))
+        files.write(path, content)
+
+    monkeypatch.setattr(use, "write", written)
     command = ["encode", str(folder / "run"), str(folder / "new.npy"), "--out"]
     assert main([*command, str(tmp_path / f"parts.{ending}")]) == 0
     monkeypatch.setattr(stream, "ROWS", 1000)

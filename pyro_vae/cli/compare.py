@@ -137,7 +137,7 @@ def ranking(numbers: dict[str, Any]) -> Table:
 
 def differences(paired: dict[tuple[str, str], Difference]) -> Table:
     """Differences of each two models with their errors over data and seeds, and which is worse."""
-    shown = Table("first less second", title="paired differences, nats")
+    shown = Table("first less second", title="paired differences, nats, +- over data")
     for name in ("difference", "+- over seeds", "P(first is worse)"):
         shown.add_column(name, no_wrap=True)
     for (a, b), d in paired.items():

@@ -38,7 +38,6 @@ __all__ = [
     "layer_lines",
     "limits",
     "plot",
-    "shown_terms",
     "unit_kl",
     "unit_names",
 ]
@@ -65,7 +64,7 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
     figures.mkdir(exist_ok=True)
     data = splits.validation
     data = data.subset(torch.arange(min(len(data), 2000))).fixed()
-    x, y = data.batch(torch.arange(len(data)))
+    x, y = data.batch()
     with forked(torch.device("cpu"), 0), torch.no_grad():
         means = torch.cat([vae.encode(*pair).mean for pair in pairs(data)])
         classes = condition(splits.train, 100, None, vae)
@@ -113,7 +112,7 @@ def _of_tables(vae: VAE, data: Data) -> tuple[Tensor, Tensor, Any]:
     with forked(torch.device("cpu"), 0), torch.no_grad():
         draws = vae.sample(len(data), condition(data, len(data), None, vae))
     back = data.transform.inverse
-    rows = data.batch(torch.arange(len(data)))[0]
+    rows = data.batch()[0]
     return back(rows).flatten(1), back(draws).flatten(1), data.columns
 
 
@@ -174,11 +173,6 @@ def limits(data: Data) -> tuple[float, float] | None:
     return None if data.levels is None else (0.0, float(data.levels - 1))
 
 
-def shown_terms(factorises: bool) -> tuple[str, ...]:
-    """The parts of the KL that mean something: of one that factorises, or of any prior."""
-    return TERMS if factorises else ("mutual_information", "aggregate_kl")
-
-
 def decompose(vae: VAE, data: Data, num_rows: int) -> Decomposition | None:
     """Parts of the KL against the aggregate posterior of all `data`, drawn from `num_rows`.
 
@@ -187,7 +181,7 @@ def decompose(vae: VAE, data: Data, num_rows: int) -> Decomposition | None:
     """
     if len(vae.sizes) > 1 or isinstance(vae, ClassVAE):
         return None
-    x, y = data.to(home(vae)).batch(torch.arange(len(data)))
+    x, y = data.to(home(vae)).batch()
     try:
         with torch.no_grad():
             posterior, prior = vae.encode(x, y), vae.prior()
@@ -198,7 +192,7 @@ def decompose(vae: VAE, data: Data, num_rows: int) -> Decomposition | None:
 
 def unit_kl(vae: VAE, data: Data) -> Tensor | None:
     """KL(q(z_d | x) || p(z_d)) averaged over `data` [D], or None where dimensions depend."""
-    x, y = data.to(home(vae)).batch(torch.arange(len(data)))
+    x, y = data.to(home(vae)).batch()
     with forked(x.device, 0), torch.no_grad():
         try:
             kl = densities(vae.model, vae.guide, x, y).kl_by_dimension()
@@ -219,7 +213,7 @@ def layer_lines(vae: VAE, data: Data) -> dict[str, str]:
     """KL and active units of each layer of several, for a table."""
     if len(vae.sizes) == 1:
         return {}
-    x, y = data.to(home(vae)).batch(torch.arange(len(data)))
+    x, y = data.to(home(vae)).batch()
     with forked(x.device, 0), torch.no_grad():
         kl = densities(vae.model, vae.guide, x, y).kl()
         means = vae.encode(x, y).mean.split(list(vae.sizes.values()), -1)
@@ -277,29 +271,18 @@ def draw_parts(folder: Path, vae: VAE, num_data: int) -> None:
         return
     with reading(path):
         rows = read_table(folder, path.name)
+        epochs = torch.tensor([row["epoch"] for row in rows])
         if len(vae.sizes) == 1:
+            parts = {NAMES[name]: torch.tensor([row[name] for row in rows]) for name in TERMS}
             with torch.no_grad():
                 prior = vae.prior()
-            factorises = isinstance(prior, Independent) and not prior.base_dist.event_shape
-            _draw_parts(rows, folder / "figures", factorises, math.log(num_data))
-        _draw_units(rows, folder / "figures")
-
-
-def _draw_parts(
-    rows: list[dict[str, float | None]], figures: Path, factorises: bool, ceiling: float
-) -> None:
-    epochs = torch.tensor([row["epoch"] for row in rows])
-    parts = {name: torch.tensor([row[name] for row in rows]) for name in TERMS}
-    parts["aggregate_kl"] = parts["total_correlation"] + parts["dimension_wise_kl"]
-    shown = {NAMES[name]: parts[name] for name in shown_terms(factorises)}
-    shown["log N, ceiling of the first"] = torch.full_like(epochs, ceiling)
-    keep(plots.terms(epochs, shown), figures / "parts")
-
-
-def _draw_units(rows: list[dict[str, float | None]], figures: Path) -> None:
-    units = [key for key in rows[0] if key.startswith("kl_z")]
-    if units:
-        epochs = torch.tensor([row["epoch"] for row in rows])
-        kl = torch.tensor([[row[unit] for unit in units] for row in rows])
-        names = [unit.removeprefix("kl_") for unit in units]
-        keep(plots.unit_kl(epochs, kl, names), figures / "unit_kl")
+            if not isinstance(prior, Independent) or prior.base_dist.event_shape:
+                # the last two terms are no KL where the prior does not factorise; their sum is
+                correlation, mismatch = (parts.pop(NAMES[name]) for name in TERMS[1:])
+                parts[NAMES["aggregate_kl"]] = correlation + mismatch
+            parts["log N, ceiling of the first"] = torch.full_like(epochs, math.log(num_data))
+            keep(plots.terms(epochs, parts), folder / "figures" / "parts")
+        if units := [key for key in rows[0] if key.startswith("kl_z")]:
+            kl = torch.tensor([[row[unit] for unit in units] for row in rows])
+            names = [unit.removeprefix("kl_") for unit in units]
+            keep(plots.unit_kl(epochs, kl, names), folder / "figures" / "unit_kl")

@@ -44,7 +44,6 @@ __all__ = [
     "read_part",
     "read_record",
     "read_table",
-    "record",
 ]
 
 RECORD: dict[str, tuple[type, ...]] = {  # of data.json
@@ -64,13 +63,20 @@ NOISY = 1000  # rows that are checked of values that a transform draws within th
 
 
 @contextmanager
-def declared_run(
-    folder: Path, declaration: dict[str, Any], data: dict[str, Any]
-) -> Iterator[None]:
-    """Writes what the run is made of; takes it back if training refuses to start.
+def declared_run(folder: Path, declaration: dict[str, Any], splits: Splits) -> Iterator[None]:
+    """Writes what the run is made of, and what the commands need to know of its data.
 
-    A run that is resumed keeps its own until its training is accepted.
+    It is taken back if training refuses to start; a run that is resumed keeps its own until its
+    training is accepted.
     """
+    data = {
+        "description": splits.describe(),
+        "transform": declare(splits.train.transform),
+        "rows": kind_of(splits.train),
+        "conditional": splits.conditional,
+        "classes": splits.train.classes,
+        "seed": splits.seed,
+    }
     accepted = folder / "run.json"
     before = accepted.read_text() if accepted.exists() else None
     files = {
@@ -90,18 +96,6 @@ def declared_run(
                 path.unlink(missing_ok=True)
             elif kept or now != before:
                 write(path, text)
-
-
-def record(splits: Splits) -> dict[str, Any]:
-    """What the commands need to know of the data of a run."""
-    return {
-        "description": splits.describe(),
-        "transform": declare(splits.train.transform),
-        "rows": kind_of(splits.train),
-        "conditional": splits.conditional,
-        "classes": splits.train.classes,
-        "seed": splits.seed,
-    }
 
 
 def load_run(run: str, data_root: str | None) -> tuple[VAE, Splits]:
@@ -176,7 +170,7 @@ def check_support(vae: VAE, data: Data) -> None:
 
 
 def read_record(run: str | Path) -> dict[str, Any]:
-    """What `record` gave at training, from data.json.
+    """What `declared_run` wrote of the data, in data.json.
 
     Raises:
         ValueError: If the file is missing, damaged, or of other data than run.json.

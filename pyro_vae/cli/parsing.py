@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Collection, Iterator
@@ -50,6 +51,7 @@ SWITCHES = {
     if settings.get("action") == "store_true"
 } | {"help", "help_all"}
 LARGEST = 10_000  # values of a configuration
+KINDS = {"int": "a whole number", "float": "a number", "tuple": 'a list, such as "[300,300]"'}
 TYPED_ONLY = ("config", "print_config")  # options that no file holds
 NOT_IN_FILES = (*TYPED_ONLY, "run", "resume", "import")
 
@@ -66,9 +68,18 @@ def run(argv: list[str]) -> int:
             getattr(import_module(f"pyro_vae.cli.{module}"), function)(options)
     except ERRORS as error:
         line = " ".join(str(error).partition("\nTrace Shapes:")[0].split())  # which Pyro adds
-        print(f"pyro-vae {name}: {line}", file=sys.stderr)
+        print(f"pyro-vae {name}: {_plain(line)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _plain(line: str) -> str:
+    """What jsonargparse says of a value, in the words of the command line."""
+    form = r"(.*)Parser key \"([\w.]+)\": Expected a <class '(\w+)'>(.*)"
+    found = re.fullmatch(form, line)
+    if found is None or found[3] not in KINDS:
+        return line
+    return f"{found[1]}--{found[2].replace('_', '-')} expects {KINDS[found[3]]}{found[4]}"
 
 
 def parse(command: str, argv: list[str]) -> Namespace:
@@ -216,11 +227,10 @@ def _read_config(path: str, parser: ArgumentParser) -> dict[str, Any]:
                 f"configuration {path} cannot set {key!r}{closest(str(key), known)}: "
                 f"see {parser.prog} --help"
             )
+    parts = {family: content.pop(family) for family in FAMILIES if family in content}
     with reading(path):
-        for family in FAMILIES.keys() & content.keys():
-            declarations.component(family, content[family])
-    plain = {key: value for key, value in content.items() if key not in FAMILIES}
-    return content | _typed(path, plain, parser)
+        made = {family: declarations.component(family, part) for family, part in parts.items()}
+    return made | _typed(path, content, parser)
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,31 +53,6 @@ class Job:
         return [slice(start, end) for start, end in zip(starts, ends)]
 
 
-@dataclass(frozen=True)
-class Share:
-    """Every so manieth part, of one process."""
-
-    make: Callable[[Namespace], Job]
-    options: Namespace
-    folder: Path
-    rank: int
-    world: int
-
-    def __call__(self, job: Job | None = None) -> None:
-        """Makes those parts that are not there yet."""
-        job = job or self.make(self.options)
-        shown = self.options.get("progress", True) and self.rank == 0
-        parts = job.parts()
-        left = [k for k in range(len(parts))[self.rank :: self.world] if not self.path(k).exists()]
-        for k in track(left, "rows, by the thousand", disable=not shown):
-            rows = torch.arange(parts[k].start, parts[k].stop)
-            write(self.path(k), job.run(k, rows))
-
-    def path(self, part: int) -> Path:
-        """Where a part is kept."""
-        return self.folder / f"{part:08d}"
-
-
 def stream(make: Callable[[Namespace], Job], options: Namespace, out: Path) -> None:
     """Makes all parts that are not there yet, of this process or of several, and joins them.
 
@@ -95,21 +71,37 @@ def stream(make: Callable[[Namespace], Job], options: Namespace, out: Path) -> N
     folder.mkdir(exist_ok=True)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     devices = options.get("devices", 1)
-    share = Share(make, options, folder, rank, world)
-    paths = [share.path(part) for part in range(len(job.parts()))]
+    paths = [folder / f"{part:08d}" for part in range(len(job.parts()))]
     with keeping(paths):
         if devices == 1:
-            share(job)
+            _make_parts(make, options, paths, world, rank, job)
         else:
-            shares = [Share(make, options, folder, i, devices) for i in range(devices)]
+            work = partial(_make_parts, make, options, paths, devices)
             device = "cuda" if uses_cuda(options.accelerator) else "cpu"
-            in_processes(Share.__call__, shares, device)
+            in_processes(work, range(devices), device)
     if not all(path.exists() for path in paths):
         print(f"this process has done its parts; those of others are not all there, for {out}")
         return
     print(job.join(paths, out))
     for old in out.parent.glob(f".{glob.escape(out.name)}.*.parts"):
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _make_parts(
+    make: Callable[[Namespace], Job],
+    options: Namespace,
+    paths: list[Path],
+    world: int,
+    rank: int,
+    job: Job | None = None,
+) -> None:
+    """Makes those parts that are not there yet, of every `world` parts the one of this rank."""
+    job = job or make(options)
+    shown = options.get("progress", True) and rank == 0
+    parts, own = job.parts(), range(len(paths))[rank::world]
+    left = [k for k in own if not paths[k].exists()]
+    for k in track(left, "rows, by the thousand", disable=not shown):
+        write(paths[k], job.run(k, torch.arange(parts[k].start, parts[k].stop)))
 
 
 @contextmanager

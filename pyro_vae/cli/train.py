@@ -16,7 +16,7 @@ from pyro_vae import config, declarations
 from pyro_vae.arguments import check_whole, closest
 from pyro_vae.cli.evaluate import evaluate
 from pyro_vae.cli.figures import KlParts, draw
-from pyro_vae.cli.folder import check_support, declared_run, read_record, record
+from pyro_vae.cli.folder import check_support, declared_run, read_record
 from pyro_vae.cli.parsing import NOT_IN_FILES, parse, plain_options
 from pyro_vae.data import Data, Schema, Splits, load_data, spread
 from pyro_vae.files import locked
@@ -82,7 +82,7 @@ def train(options: Namespace) -> Path:
         print(f"note: {hint}")
     with locked(folder / "train.lock"):
         declared = plain_options(options, NOT_DECLARED) | {"transform": splits.transform}
-        with declared_run(folder, declared, record(splits)):
+        with declared_run(folder, declared, splits):
             history = _fit(*arguments)
         early = ", for the bound had stopped rising" if len(history) < options.epochs else ""
         print(

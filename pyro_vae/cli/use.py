@@ -22,6 +22,7 @@ from pyro_vae.cli.figures import condition, limits
 from pyro_vae.cli.folder import destination, load_run, own_rows, placed, schema_of
 from pyro_vae.cli.stream import Job, key_of, part_seed, stream
 from pyro_vae.data import Data, read_rows
+from pyro_vae.data.mapped import npy
 from pyro_vae.data.schema import Cells
 from pyro_vae.data.tables import label_cells
 from pyro_vae.files import as_csv, write
@@ -82,16 +83,36 @@ def _codes(parts: list[Path], out: Path) -> str:
 
 def _codes_archive(parts: list[Path], out: Path, rows: int, width: int) -> None:
     """Writes `mean` and `scale` [N, D] of all parts."""
-    whole = parts[0].with_name("whole.npz")
-    with ZipFile(whole, "w") as archive:
-        for i, name in enumerate(("mean", "scale")):
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                head = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
-                np.lib.format.write_array_header_1_0(file, head)
-                for part in parts:
-                    file.write(np.load(part)[:, i * width : (i + 1) * width].tobytes())
-    with whole.open("rb") as file:
-        write(out, iter(lambda: file.read(2**20), b""))
+
+    def blocks() -> Iterator[bytes]:
+        made = Taken()
+        with ZipFile(made, "w") as archive:
+            for i, name in enumerate(("mean", "scale")):
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    half = slice(i * width, (i + 1) * width)
+                    for block in npy((np.load(part)[:, half] for part in parts), (rows, width)):
+                        file.write(block)
+                        yield made.take()
+        yield made.take()
+
+    write(out, blocks())
+
+
+class Taken(io.RawIOBase):
+    """A file whose bytes are taken away while it is written."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+
+    def write(self, data: Any) -> int:
+        """Keeps `data` until it is taken."""
+        self.written.append(bytes(data))
+        return len(data)
+
+    def take(self) -> bytes:
+        """What was written since the last time."""
+        taken, self.written = b"".join(self.written), []
+        return taken
 
 
 def _codes_table(parts: list[Path], out: Path, rows: int, width: int) -> None:
@@ -214,7 +235,7 @@ def _content(
     The cells `beside` are those of labels, of a table with a schema.
     """
     if suffix == ".npy":
-        return _npy(given, parts)
+        return npy(parts, given.x.shape)
     x = np.concatenate(list(parts))
     if given.schema is not None:
         return given.schema.csv(torch.from_numpy(x), beside)
@@ -222,18 +243,6 @@ def _content(
         return _table(given, x)
     arrays: dict[str, Any] = {"x": x, "y": given.y, "labels": given.labels}
     return _archive(**{name: part for name, part in arrays.items() if part is not None})
-
-
-def _npy(given: Data, parts: Iterable[np.ndarray]) -> Iterator[bytes]:
-    """The content of an .npy file, as it comes."""
-    for number, part in enumerate(parts):
-        if number == 0:
-            file = io.BytesIO()
-            shape = tuple(given.x.shape)
-            head = {"descr": part.dtype.str, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, head)
-            yield file.getvalue()
-        yield part.tobytes()
 
 
 def _table(given: Data, x: np.ndarray) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from pyro_vae.arguments import as_tensor, check_whole, digest_of
+from pyro_vae.arguments import as_tensor, check_finite, check_whole, digest_of
 from pyro_vae.data.mapped import Mapped
 from pyro_vae.data.schema import Schema
 from pyro_vae.data.transforms import Identity, Transform, declare, row_noise
@@ -112,15 +112,10 @@ class Data:
         return f"data {self.name!r}" if self.name else "data"
 
     def _check_values(self) -> None:
-        for name, part in (("x", self.x), ("y", self.y)):
-            if not isinstance(part, Tensor):
-                continue  # rows on disk were looked at when the file was opened
-            if part.is_complex():
-                raise ValueError(f"{self._title}: expected real numbers in {name}, got complex")
-            if part.is_floating_point():
-                good = part.isfinite() if part is self.y else ~part.isinf()
-                came = "NaN or infinite ones" if part is self.y else "infinite ones"
-                self._check(good, f"finite values in {name}", came)
+        if isinstance(self.x, Tensor):  # rows on disk were looked at when the file was opened
+            check_finite(f"{self._title}: x", self.x, missing=True)
+        if self.y is not None:
+            check_finite(f"{self._title}: y", self.y)
         if self.labels is not None:
             self._check_labels(self.labels)
         if self.levels is not None and not self.applied and isinstance(self.x, Tensor):
@@ -247,7 +242,7 @@ class Data:
             later = replace(self.x, change=change, dtype=dtype)
             return self.unchecked(x=later, applied=True, seed=seed)
         x = torch.cat(list(map(change, self.x.split(_CHUNK), self.rows.split(_CHUNK))))
-        self._check(~x.isinf(), "finite values in x", "infinite ones")
+        check_finite(f"{self._title}: x", x, missing=True)
         return self.unchecked(x=x, applied=True, seed=seed)
 
     def with_transform(self, transform: Transform) -> Data:
@@ -256,6 +251,11 @@ class Data:
         Raises:
             ValueError: If these rows came from ``fixed``, which keeps no original values.
         """
+        if isinstance(transform, str):
+            raise ValueError(
+                f"{self._title}: expected a Transform, got {transform!r}; a name goes to "
+                "with_transform of the Splits, which fits it to the training part"
+            )
         if self.applied:
             raise ValueError(
                 f"{self._title}: expected original values, got the model values that fixed() "

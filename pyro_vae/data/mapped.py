@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import mkdtemp
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from pyro_vae.files import damaged
 
-__all__ = ["CHUNK", "LARGE", "Mapped", "mapped", "spooled"]
+__all__ = ["CHUNK", "LARGE", "Mapped", "mapped", "npy", "spooled"]
 
 LARGE = 2**26  # bytes of a file, above which its rows stay there
 CHUNK = 10_000  # rows read at once where all are looked at
@@ -120,7 +121,7 @@ def mapped(
     """
     if not (rows := _opened(path)).flags.c_contiguous:
         folder = Folder()
-        path = _written(folder, _turned(path, rows), rows.dtype, rows.shape)
+        path = _written(folder, _turned(path, rows), rows.shape)
     number, first = len(rows), convert(_part(path, np.arange(1)))
     low, high, gaps = math.inf, -math.inf, False
     for start in range(0, number, CHUNK):
@@ -145,19 +146,15 @@ def spooled(parts: Iterable[Tensor], rows: int, columns: int, name: str) -> Mapp
     """Rows float32 [N, C] that come in parts, written to a temporary file and mapped."""
     folder = Folder()
     arrays = (part.numpy().astype("<f4") for part in parts)
-    path = _written(folder, arrays, np.dtype("<f4"), (rows, columns))
+    path = _written(folder, arrays, (rows, columns))
     return mapped(path, torch.from_numpy, name, folder)
 
 
-def _written(
-    folder: Folder, parts: Iterable[np.ndarray], dtype: np.dtype, shape: tuple[int, ...]
-) -> Path:
+def _written(folder: Folder, parts: Iterable[np.ndarray], shape: Sequence[int]) -> Path:
     """An .npy file in a folder of our own, of rows that come in parts."""
     path = folder.path / "rows.npy"
-    head = {"descr": dtype.str, "fortran_order": False, "shape": shape}
     with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, head)
-        file.writelines(part.tobytes() for part in parts)
+        file.writelines(npy(parts, shape))
     return path
 
 
@@ -169,6 +166,17 @@ def _turned(path: Path, rows: np.memmap) -> Iterator[np.ndarray]:
         first, end = rows.offset + start * item, rows.offset + rows.nbytes
         _read(path, number, range(first, end, number * item), columns)
         yield columns.T.reshape(-1, *rows.shape[1:], order="F")
+
+
+def npy(parts: Iterable[np.ndarray], shape: Sequence[int]) -> Iterator[bytes]:
+    """The content of an .npy file of rows that come in parts, as it comes."""
+    for number, part in enumerate(parts):
+        if number == 0:
+            head = io.BytesIO()
+            fields = {"descr": part.dtype.str, "fortran_order": False, "shape": tuple(shape)}
+            np.lib.format.write_array_header_1_0(head, fields)
+            yield head.getvalue()
+        yield part.tobytes()
 
 
 def _opened(path: Path) -> np.memmap:

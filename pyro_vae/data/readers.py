@@ -165,7 +165,7 @@ def _counts(path: Path, matrices: list[Any]) -> Tensor:
         if good.all():
             dense = matrix.toarray() if sparse else values
             return torch.from_numpy(np.ascontiguousarray(dense.astype(np.int64)))
-        came = f"{int((~good).sum())} others, such as {values[~good][0]:g}"
+        came = f"{int((~good).sum())} other value(s), such as {values[~good][0]:g}"
     raise ValueError(
         f"{path}: expected counts, whole numbers from 0, got {came}; if they are normalised, give "
         'the raw counts, as X or as the layer "counts"'

@@ -21,10 +21,8 @@ __all__ = ["evaluating"]
 
 
 @contextmanager
-def evaluating(
-    *programs: Program, seed: int | None, device: torch.device, grad: bool = False
-) -> Iterator[None]:
-    """Every module that runs inside is in eval mode; all is as it was afterwards.
+def evaluating(*programs: Program, seed: int | None, device: torch.device) -> Iterator[None]:
+    """Every module that runs inside is in eval mode, without gradients; all is put back after.
 
     Modules that a program is a method of are switched with all they hold. Those that plain
     functions reach are found as they run, by a hook before their forward pass, in this thread.
@@ -33,14 +31,13 @@ def evaluating(
         programs: The model and guide that will run.
         seed: Of what is drawn inside; None goes on from the current state.
         device: Where it is drawn.
-        grad: Whether gradients are recorded.
     """
     store = pyro.get_param_store()
     owners = [p if isinstance(p, nn.Module) else getattr(p, "__self__", None) for p in programs]
     modules = [owner for owner in owners if isinstance(owner, nn.Module)]
     with (
         forked(device, seed),
-        torch.set_grad_enabled(grad),
+        torch.no_grad(),
         _eval_mode(modules),
         fast_products(p for module in modules for p in module.parameters()),
         store.scope(store.get_state()),

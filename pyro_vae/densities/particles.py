@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import pyro.distributions as dist
@@ -16,18 +18,19 @@ from pyro_vae.densities.evaluating import evaluating
 from pyro_vae.densities.programs import (
     ParticlePlate,
     Program,
-    Sites,
     is_random,
     is_traced,
     known_of,
     program_args,
     sample_sites,
 )
+from pyro_vae.densities.result import Latents
 
 __all__ = ["folds", "run_program"]
 
 TRIED = 3  # particles
 TOLERANCE = 1e-3  # of log densities: products of other sizes are rounded otherwise
+Run = Callable[..., poutine.Trace]  # `run_program` of a program and data
 
 
 def run_program(
@@ -98,55 +101,44 @@ def _try(program: Program, x: Tensor, y: Tensor | None) -> bool | str:
     with poutine.block(), evaluating(program, seed=None, device=x.device), no_cast:
         for num_rows in (1, 2):
             rows = torch.arange(num_rows, device=x.device) % len(x)
-            trial = Trial(program, x[rows], None if y is None else y[rows])
+            run = partial(run_program, program, x[rows], None if y is None else y[rows])
             try:
-                trial.run_alone()
+                alone = [sample_sites(run(1, fold=True), "program") for _ in range(TRIED)]
+                draws = [
+                    {n: site["value"] for n, site in sites.items() if not site["is_observed"]}
+                    for sites in alone
+                ]
+                truth = _stacked([_scores(run, 1, z, fold=True) for z in draws])
             except Exception:  # a fault of another kind, which the run itself will show
                 return False
-            if trial.fault(fold=False):
-                return trial.fault(fold=True) or True
+            if _fault(run, _stacked(draws), truth, fold=False):
+                return _fault(run, _stacked(draws), truth, fold=True) or True
     return False
 
 
-class Trial:
-    """Particles that are run one by one, and then together."""
-
-    def __init__(self, program: Program, x: Tensor, y: Tensor | None) -> None:
-        self.data = program, x, y
-
-    def run_alone(self) -> None:
-        """Draws latents of each particle, and scores them."""
-        runs = [self._sites(1, fold=True) for _ in range(TRIED)]
-        draws = [{n: s["value"] for n, s in r.items() if not s["is_observed"]} for r in runs]
-        self.latents = _stacked(draws)
-        self.truth = _stacked([_scores(self._sites(1, fold=True, given=z)) for z in draws])
-
-    def fault(self, *, fold: bool) -> str:
-        """What is wrong with a run of all particles together; empty if nothing."""
-        try:
-            together = _scores(self._sites(TRIED, fold=fold, given=self.latents))
-            same = [
-                score.shape == together[name].shape
-                and torch.allclose(together[name], score, TOLERANCE, TOLERANCE, equal_nan=True)
-                for name, score in self.truth.items()
-            ]
-        except Exception as error:
-            return " ".join(str(error).splitlines()[:1]) or type(error).__name__
-        return "" if all(same) else "which changes the densities"
-
-    def _sites(self, num_particles: int, *, fold: bool, given: Any = None) -> Sites:
-        handler = None if given is None else poutine.condition(data=given)
-        return sample_sites(run_program(*self.data, num_particles, handler, fold=fold), "program")
+def _fault(run: Run, latents: Latents, truth: Latents, *, fold: bool) -> str:
+    """What is wrong with a run of all particles together; empty if nothing."""
+    try:
+        together = _scores(run, TRIED, latents, fold=fold)
+        same = [
+            score.shape == together[name].shape
+            and torch.allclose(together[name], score, TOLERANCE, TOLERANCE, equal_nan=True)
+            for name, score in truth.items()
+        ]
+    except Exception as error:
+        return " ".join(str(error).splitlines()[:1]) or type(error).__name__
+    return "" if all(same) else "which changes the densities"
 
 
 def _stacked(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _scores(sites: Sites) -> dict[str, Tensor]:
+def _scores(run: Run, num_particles: int, latents: Latents, *, fold: bool) -> dict[str, Tensor]:
     """Log density of each site, but of those that can score nothing but their own draws."""
+    trace = run(num_particles, poutine.condition(data=latents), fold=fold)
     scores = {}
-    for name, site in sites.items():
+    for name, site in sample_sites(trace, "program").items():
         try:
             scores[name] = site["fn"].log_prob(site["value"])
         except (KeyError, NotImplementedError):
@@ -175,19 +167,18 @@ class Fold(Messenger):
             shape = torch.broadcast_shapes(msg["value"].shape, fn.shape())
             msg["value"] = msg["value"].expand(shape).unflatten(0, (K, -1))
         if K > 1:
+            frames = msg["cond_indep_stack"]
+            if cut := [frame.name for frame in frames if frame.size != frame.full_size]:
+                raise ValueError(f"the plate {cut[0]!r} is subsampled")
+            rows = [frame.size // K for frame in frames]
             msg["fn"] = _unfolded(fn, K)
-            msg["cond_indep_stack"] = tuple(_unfolded_frame(f, K) for f in msg["cond_indep_stack"])
+            msg["cond_indep_stack"] = tuple(
+                frame._replace(size=size, full_size=size) for frame, size in zip(frames, rows)
+            )
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if is_random(msg) and msg["cond_indep_stack"]:
             msg["value"] = msg["value"].flatten(0, 1)
-
-
-def _unfolded_frame(frame: Any, num_particles: int) -> Any:
-    if frame.size != frame.full_size:
-        raise ValueError(f"the plate {frame.name!r} is subsampled")
-    size = frame.size // num_particles
-    return frame._replace(size=size, full_size=size)
 
 
 def _unfolded(fn: Any, num_particles: int) -> dist.TorchDistribution:

@@ -131,35 +131,33 @@ def is_random(site: Any) -> bool:
 
 
 def sample_sites(trace: poutine.Trace, program: str) -> Sites:
-    """The sites of a trace that have a density, by name, each checked."""
+    """The sites of a trace that have a density, by name; refuses what has none per datum."""
     nodes: Any = trace.nodes
     sites = {n: s for n, s in nodes.items() if s["type"] == "sample" and is_random(s)}
     for name, site in sites.items():
-        _check_site(f"{program} site {name!r}", site)
+        what, fn = f"{program} site {name!r}", site["fn"]
+        if isinstance(fn, dist.Unit):
+            raise ValueError(
+                f"{what} is a pyro.factor, so that the program is not a density: "
+                "use a distribution with an observed value"
+            )
+        if site["mask"] is not None or isinstance(fn, dist.MaskedDistribution):
+            raise ValueError(
+                f"{what} is masked; densities need every site unmasked: remove the mask"
+            )
+        plates = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
+        if plates != {"data": -1, "particles": -2}:
+            found = sorted(plates.keys() - {"particles"})
+            raise ValueError(
+                f"{what} must be inside the plate 'data' at dim -1 and no other; found plates "
+                f"{found}: move it inside, and declare further dimensions with .to_event()"
+            )
+        if len(fn.batch_shape) > 2:
+            raise ValueError(
+                f"{what} has batch shape {tuple(fn.batch_shape)}, more than (particles, data): "
+                "declare the dimensions of a datum with .to_event()"
+            )
     return sites
-
-
-def _check_site(what: str, site: dict[str, Any]) -> None:
-    """Refuses what has no log weight per datum."""
-    if isinstance(site["fn"], dist.Unit):
-        raise ValueError(
-            f"{what} is a pyro.factor, so that the program is not a density: "
-            "use a distribution with an observed value"
-        )
-    if site["mask"] is not None or isinstance(site["fn"], dist.MaskedDistribution):
-        raise ValueError(f"{what} is masked; densities need every site unmasked: remove the mask")
-    plates = {frame.name: frame.dim for frame in site["cond_indep_stack"]}
-    if plates != {"data": -1, "particles": -2}:
-        found = sorted(plates.keys() - {"particles"})
-        raise ValueError(
-            f"{what} must be inside the plate 'data' at dim -1 and no other; found plates "
-            f"{found}: move it inside, and declare further dimensions with .to_event()"
-        )
-    if len(site["fn"].batch_shape) > 2:
-        raise ValueError(
-            f"{what} has batch shape {tuple(site['fn'].batch_shape)}, more than (particles, "
-            "data): declare the dimensions of a datum with .to_event()"
-        )
 
 
 def check_latents(model: list[str], guide: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, kl_divergence
 
-__all__ = ["Densities", "Latents", "Site", "check_kl", "log_mean_exp"]
+__all__ = ["Densities", "Latents", "Site", "check_kl", "factors", "log_mean_exp"]
 
 Latents = dict[str, Tensor]
 
@@ -102,7 +102,7 @@ class Densities:
 
     @cached_property
     def log_posterior_detached(self) -> Tensor:
-        """log q(z | x) [K, B], its gradient through z alone: none of the guide's parameters'.
+        """log q(z | x) [K, B], whose gradient passes through z, not the guide's parameters.
 
         That of a draw of several sites is right too: a site's draw moves the distributions of
         later ones. Costs one more density of each site, and no run of the guide.
@@ -112,8 +112,17 @@ class Densities:
         """
         if not torch.is_grad_enabled():
             return self.log_posterior
-        again = self._sum([_score_again(name, site) for name, site in self.sites.items()])
-        path = self.through_latents(again)
+        terms = []
+        for name, site in self.sites.items():
+            try:  # of a view: a flow keeps the density of its own draw, computed from the noise
+                terms.append(site.guide.log_prob(site.value.view_as(site.value)))
+            except (KeyError, NotImplementedError) as error:
+                raise ValueError(
+                    f"{_name(site.guide)} at site {name!r} cannot score a point that it did not "
+                    "just draw, which a gradient through the latents alone needs: use a posterior "
+                    "whose transforms can be inverted, or another objective"
+                ) from error
+        path = self.through_latents(self._sum(terms))
         return self.log_posterior.detach() + path - path.detach()
 
     def through_latents(self, log_density: Tensor) -> Tensor:
@@ -163,9 +172,18 @@ class Densities:
         Raises:
             ValueError: As for `kl`, or if the dimensions of a site are not independent.
         """
-        sites = {name: _by_dimension(name, site) for name, site in self.sites.items()}
-        parts = {name: self._site_kl(name, site, rule) for name, site in sites.items()}
-        return {name: kl.reshape(self.num_data, -1) for name, kl in parts.items()}
+        parts = {}
+        for name, site in self.sites.items():
+            guide, model = factors(site.guide), factors(site.model)
+            if guide.event_shape or model.event_shape:
+                raise ValueError(
+                    f"the KL from {_name(site.guide)} to {_name(site.model)} at site {name!r} is "
+                    "not a sum over dimensions: use distributions with independent dimensions, "
+                    "or the KL of the whole site"
+                )
+            kl = self._site_kl(name, Site(site.value, guide, model), rule)
+            parts[name] = kl.reshape(self.num_data, -1)
+        return parts
 
     @cached_property
     def kl_rules(self) -> dict[str, str]:
@@ -208,35 +226,9 @@ def log_mean_exp(log_weights: Tensor) -> Tensor:
     return log_weights.logsumexp(0) - math.log(len(log_weights))
 
 
-def _by_dimension(name: str, site: Site) -> Site:
-    """The site with its dimensions as batch dimensions, [K, B, *event]."""
-    guide, model = _factors(site.guide), _factors(site.model)
-    if guide.event_shape or model.event_shape:
-        raise ValueError(
-            f"the KL from {_name(site.guide)} to {_name(site.model)} at site {name!r} is not a "
-            "sum over dimensions: use distributions with independent dimensions, or the KL of "
-            "the whole site"
-        )
-    return Site(site.value, guide, model)
-
-
-def _factors(fn: Distribution) -> Distribution:
-    return _factors(fn.base_dist) if isinstance(fn, Independent) else fn
-
-
-def _score_again(name: str, site: Site) -> Tensor:
-    """Log density of a draw under the guide [K, B], as of a point from elsewhere.
-
-    A flow keeps the density of its own draw, computed from the noise and not from z.
-    """
-    try:
-        return site.guide.log_prob(site.value.view_as(site.value))
-    except (KeyError, NotImplementedError) as error:
-        raise ValueError(
-            f"{_name(site.guide)} at site {name!r} cannot score a point that it did not just "
-            "draw, which a gradient through the latents alone needs: use a posterior whose "
-            "transforms can be inverted, or another objective"
-        ) from error
+def factors(fn: Distribution) -> Distribution:
+    """The distribution of each entry, if these are declared to be independent."""
+    return factors(fn.base_dist) if isinstance(fn, Independent) else fn
 
 
 def _slopes(log_density: Tensor, latents: Latents) -> Latents:

@@ -10,7 +10,6 @@ import pyro
 import pyro.poutine as poutine
 import torch
 from torch import Tensor
-from torch.distributions import Independent
 
 from pyro_vae.arguments import check_whole, takes_vae
 from pyro_vae.densities.particles import folds, run_program
@@ -23,7 +22,7 @@ from pyro_vae.densities.programs import (
     program_args,
     sample_sites,
 )
-from pyro_vae.densities.result import Densities, Latents
+from pyro_vae.densities.result import Densities, Latents, factors
 from pyro_vae.densities.summed import fields, summed_densities, summed_values
 
 __all__ = [
@@ -156,16 +155,16 @@ def log_weights(
         joint: What gives log p(x, z), such as a compiled `log_joint`.
     """
     step = max(1, chunk_size // len(x))
+    parts = []
     if guide is None:
-        return torch.cat(
-            [
-                _prior_weights(model, x, y, min(step, num_particles - start))
-                for start in range(0, num_particles, step)
-            ]
-        )
+        for start in range(0, num_particles, step):
+            trace = run_program(model, x, y, min(step, num_particles - start))
+            sites = sample_sites(trace, "model")
+            observed = {name: site for name, site in sites.items() if site["is_observed"]}
+            parts.append(_log_prob(observed, x))
+        return torch.cat(parts)
     drawn = {"num_particles": num_particles, "chunk_size": chunk_size}
     latents, log_q = draw_latents(guide, x, y, **drawn)
-    parts = []
     for start in range(0, num_particles, step):
         chunk = {name: z[start : start + step] for name, z in latents.items()}
         with nullcontext() if start == 0 else pyro.validation_enabled(False):
@@ -188,10 +187,16 @@ def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tenso
     """
     args = program_args(x, y)
     with OwnParameters(), pyro.validation_enabled(False):
-        given = _summed_values_given(poutine.trace(model).get_trace(*args))
+        first: Any = poutine.trace(model).get_trace(*args).nodes
+        given = {  # observed sites that would be summed out were they latent
+            name: site["value"]
+            for name, site in first.items()
+            if site["type"] == "sample"
+            and site["is_observed"]
+            and (site["infer"] or {}).get("enumerate") == "parallel"
+        }
         free = poutine.condition(poutine.uncondition(model), data=given)
-        trace = poutine.trace(free).get_trace(*args)
-    nodes: Any = trace.nodes
+        nodes: Any = poutine.trace(free).get_trace(*args).nodes
     sites = {
         n: s for n, s in nodes.items() if s["type"] == "sample" and is_random(s) and n not in given
     }
@@ -206,18 +211,6 @@ def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tenso
     new = sites.pop(observed[0])["value"].to(x.dtype)
     new = torch.where(x.isnan(), x, new)
     return new, {name: site["value"].unsqueeze(0) for name, site in sites.items()}
-
-
-def _summed_values_given(trace: poutine.Trace) -> Latents:
-    """The values of observed sites that would be summed out were they latent."""
-    nodes: Any = trace.nodes
-    return {
-        name: site["value"]
-        for name, site in nodes.items()
-        if site["type"] == "sample"
-        and site["is_observed"]
-        and (site["infer"] or {}).get("enumerate") == "parallel"
-    }
 
 
 def complete_data(model: Program, x: Tensor, y: Tensor | None, latents: Latents) -> Tensor:
@@ -250,8 +243,7 @@ def entry_log_prob(model: Program, x: Tensor, y: Tensor | None, latents: Latents
     fn, value = sites[name]["fn"], sites[name]["value"]
     if hasattr(fn, "entry_log_prob"):
         return fn.entry_log_prob(value)
-    while isinstance(fn, Independent):
-        fn = fn.base_dist
+    fn = factors(fn)
     if fn.event_shape:
         raise ValueError(
             f"the entries of x are not independent under {type(fn).__name__}: densities of single "
@@ -275,11 +267,6 @@ def _site_of_data(
 def _is_same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same numbers, and NaN in the same places."""
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0), b.nan_to_num(0))
-
-
-def _prior_weights(model: Program, x: Tensor, y: Tensor | None, num_particles: int) -> Tensor:
-    sites = sample_sites(run_program(model, x, y, num_particles), "model")
-    return _log_prob({name: site for name, site in sites.items() if site["is_observed"]}, x)
 
 
 def _log_prob(sites: Sites, x: Tensor) -> Tensor:

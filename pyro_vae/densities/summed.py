@@ -54,25 +54,22 @@ def summed_values(model: Program, x: Tensor, y: Tensor | None = None) -> Values:
 def _latents(program: Program, x: Tensor, y: Tensor | None) -> dict[str, Tensor | None]:
     """The latent sites of a program; the support [C, *event] of one marked to be summed."""
     known, key = known_of(program), ("latents", y is None, x.dtype, x.device)
-    if key not in known:
-        if is_traced(x):
-            return {}
-        known[key] = _look(program, x[:1], None if y is None else y[:1])
-    return known[key]
-
-
-def _look(program: Program, x: Tensor, y: Tensor | None) -> dict[str, Tensor | None]:
+    if key in known:
+        return known[key]
+    if is_traced(x):
+        return {}
+    x, y = x[:1], None if y is None else y[:1]
     with poutine.block(), evaluating(program, seed=None, device=x.device):
         try:
             nodes: Any = run_program(program, x, y, 1, fold=folds(program, x, y)).nodes
         except Exception:  # which the run itself will show
-            return {}
-    latents = {
-        name: site["fn"]
+            nodes = {}
+    known[key] = {
+        name: _support(name, site["infer"], site["fn"])
         for name, site in nodes.items()
         if site["type"] == "sample" and is_random(site) and not site["is_observed"]
     }
-    return {name: _support(name, nodes[name]["infer"], fn) for name, fn in latents.items()}
+    return known[key]
 
 
 def _support(name: str, infer: dict[str, Any], fn: Any) -> Tensor | None:
@@ -196,9 +193,10 @@ def summed_densities(
     own = own or not others
     rows = C * K
     draws = {n: s["value"] for n, s in q.items()}
-    repeated = draws if own else {n: z.repeat(C, *(1,) * (z.ndim - 1)) for n, z in draws.items()}
-    traced = run_program(model, x, y, rows, Given(values, repeated), fold=folds(model, x, y, rows))
-    p = sample_sites(traced, "model")
+    if not own:
+        draws = {n: z.repeat(C, *(1,) * (z.ndim - 1)) for n, z in draws.items()}
+    given, fold = Given(values, draws), folds(model, x, y, rows)
+    p = sample_sites(run_program(model, x, y, rows, given, fold=fold), "model")
     latent = [n for n, s in p.items() if not s["is_observed"] and n not in values]
     if latent or q:
         check_latents(latent, q)

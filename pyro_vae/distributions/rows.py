@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
@@ -69,7 +70,9 @@ class Product(TorchDistribution):
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
         joined = torch.cat(parts, -1)
-        return joined if self.order == sorted(self.order) else joined[..., self.order]
+        if self.order == sorted(self.order):
+            return joined
+        return joined.index_select(-1, torch.tensor(self.order, device=joined.device))
 
 
 class Rows(constraints.Constraint):
@@ -103,7 +106,7 @@ def _inverse(order: Sequence[int]) -> list[int]:
     return sorted(range(len(order)), key=lambda i: order[i])
 
 
-class Incomplete(TorchDistribution):
+class Incomplete(dist.Independent):
     r"""The marginal density of the entries that are not NaN; NaN declares a missing one.
 
     .. math:: \log p(x) = \sum_{e \,:\, x_e \text{ observed}} \log p(x_e)
@@ -120,62 +123,34 @@ class Incomplete(TorchDistribution):
         ValueError: If the entries of `base` are not independent.
     """
 
-    arg_constraints = {}
-
-    def __init__(self, base: Any, validate_args: bool | None = None) -> None:
-        self.base, self.each = base, base
-        while isinstance(self.each, Independent):
-            self.each = self.each.base_dist
-        if self.each.event_shape:
+    def __init__(self, base: Any) -> None:
+        each = base
+        while isinstance(each, Independent):
+            each = each.base_dist
+        if each.event_shape:
             raise ValueError(
                 "Incomplete needs a distribution whose entries are independent, such as "
-                f"Normal(mean, scale).to_event(1); got {type(self.each).__name__}: give the "
+                f"Normal(mean, scale).to_event(1); got {type(each).__name__}: give the "
                 "marginal of what is observed yourself"
             )
-        super().__init__(base.batch_shape, base.event_shape, validate_args=validate_args)
-
-    @property
-    def has_rsample(self) -> bool:  # type: ignore[override]
-        """Whether draws of `base` have gradients."""
-        return self.base.has_rsample
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """That of complete values."""
-        return self.base.support
+        super().__init__(each, len(base.event_shape))
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> Incomplete:
         """The same distribution over a larger batch."""
-        return type(self)(self.base.expand(Size(batch_shape)), validate_args=False)
+        each = self.base_dist.expand(Size(batch_shape) + self.event_shape)
+        return type(self)(each.to_event(len(self.event_shape)))
 
     def entry_log_prob(self, value: Tensor) -> Tensor:
         """Log density of each entry of `value` in nats [*S, *E]; 0 where it is missing."""
         observed = ~value.isnan()
-        log_prob = self.each.log_prob(torch.where(observed, value, _inside(self.each, value)))
+        filled = torch.where(observed, value, _inside(self.base_dist, value))
+        log_prob = self.base_dist.log_prob(filled)
         return torch.where(observed, log_prob, torch.zeros_like(log_prob))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density in nats [*S] of the entries of `value` [*S, *E] that are not NaN."""
         log_prob = self.entry_log_prob(value)
         return log_prob.flatten(-len(self.event_shape)).sum(-1) if self.event_shape else log_prob
-
-    def sample(self, sample_shape: Shape = Size()) -> Tensor:
-        """Complete draws."""
-        return self.base.sample(Size(sample_shape))
-
-    def rsample(self, sample_shape: Shape = Size()) -> Tensor:
-        """Complete draws, reparameterised."""
-        return self.base.rsample(Size(sample_shape))
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of complete values."""
-        return self.base.mean
-
-    @property
-    def variance(self) -> Tensor:
-        """Variance of complete values."""
-        return self.base.variance
 
 
 def _inside(each: Any, like: Tensor) -> Tensor:

@@ -179,11 +179,6 @@ class MixtureOfLogistics(dist.MixtureSameFamily):
         logits = self.mixture_distribution.logits.expand(shape)
         return type(self)(logits, each.expand(shape), validate_args=False)
 
-    @property
-    def variance(self) -> Tensor:
-        """Not known in closed form."""
-        raise NotImplementedError
-
 
 class Levels(dist.Categorical):
     """Categorical over the integers 0, ..., C - 1 as numbers: draws are, and it has a mean."""
@@ -250,7 +245,9 @@ class Interval(TorchDistribution):
 
     def sample(self, sample_shape: Shape = Size()) -> Tensor:
         """Draws, rounded to multiples of the width."""
-        return (self.base.sample(Size(sample_shape)) / self.width).round() * self.width
+        draws = self.base.sample(Size(sample_shape))
+        width = torch.as_tensor(self.width).to(draws)
+        return (draws / width).round() * width
 
     @property
     def mean(self) -> Tensor:

@@ -162,7 +162,7 @@ class Audit:
 
     @property
     def gap(self) -> Tensor:
-        """Upper less lower [N]: nats that the exact draw adds."""
+        """Upper less lower [N], the nats that the exact draw adds."""
         return self.upper - self.evidence.log_prob
 
     @property
@@ -177,7 +177,7 @@ class Audit:
 
     @property
     def mean_gap(self) -> float:
-        """The average gap of what is called reliable: the true variance of its estimates."""
+        """The average gap of what is called reliable, the true variance of its estimates."""
         return self.gap[self.reliable].mean().item() if self.reliable.any() else 0.0
 
     @property

@@ -32,6 +32,7 @@ __all__ = [
 
 DRAWS_AT_ONCE = 4  # draws of each datum that make up the rows that the model sees at once
 STEP = 100  # rows of a usual step of training, by which models are small for `fit`, too
+LAYER = 2_000_000  # numbers of the widest layer at once: more falls out of cache
 NUMBERS = 5_000_000  # coordinates of a thousand draws of a batch
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -69,10 +70,24 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
 
 def few_threads(programs: dict[str, Any], x: Tensor) -> AbstractContextManager[None]:
     """One thread of torch while an estimator works on a small module on the CPU."""
-    modules = (getattr(programs.get(name), "__self__", None) for name in ("model", "guide"))
-    weights = [p for m in modules if isinstance(m, nn.Module) for p in m.parameters()]
+    weights = weights_of(programs.get("model"), programs.get("guide"))
     small = bool(weights) and x.device.type == "cpu" and is_small(weights, STEP)
     return threads(1) if small else nullcontext()
+
+
+def weights_of(*programs: Any) -> list[Tensor]:
+    """The parameters of the modules whose methods the programs are."""
+    modules = (getattr(program, "__self__", None) for program in programs)
+    return [p for m in modules if isinstance(m, nn.Module) for p in m.parameters()]
+
+
+def rows_at_once(model: Program, guide: Program, x: Tensor) -> int:
+    """Rows that the programs see at once: more of narrow layers, whose calls take the time."""
+    weights = weights_of(model, guide)
+    if not weights or any(p.ndim > 2 for p in weights):
+        return 2 * ROWS
+    widest = max(x[0].numel(), *(max(p.shape, default=1) for p in weights))
+    return min(max(2 * ROWS, LAYER // widest), 16 * ROWS)
 
 
 def exact_without_data(
@@ -235,7 +250,8 @@ def map_targets(
     title: str = "log p(x)",
 ) -> list[T]:
     """What `estimate` gives for the posteriors of each batch of data, as by `map_batches`."""
-    rows = 2 * ROWS if chunk_size is None else chunk_size
+    rows = rows_at_once(model, guide, x) if chunk_size is None else chunk_size
+    size = (2 * ROWS if chunk_size is None else chunk_size) // DRAWS_AT_ONCE
     check_support(model, guide, x, y, rows)
     with evaluating(model, guide, seed=seed, device=x.device):
         first = Target(model, guide, x[:4], None if y is None else y[:4], chunk_size=rows)
@@ -245,7 +261,7 @@ def map_targets(
         guide,
         x,
         y,
-        size=max(1, min(rows // DRAWS_AT_ONCE, NUMBERS // (1000 * first.dim))),
+        size=max(1, min(size, NUMBERS // (1000 * first.dim))),
         seed=seed,
         devices=devices,
         progress=progress,

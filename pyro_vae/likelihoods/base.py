@@ -97,8 +97,9 @@ class Likelihood(Shown):
 
     @property
     def measure(self) -> list[bool | float]:
-        """What log p is of: True of a mass, False of a density, or the width of an interval."""
-        return [getattr(self, "resolution", None) or bool(self.support.is_discrete)]
+        """True where log p is of a mass, False of a density, or the width of an interval."""
+        width = getattr(self, "resolution", None)
+        return width if isinstance(width, list) else [width or bool(self.support.is_discrete)]
 
     def observed(self, p: Distribution) -> Distribution:
         """p(x | z), or its marginal of the entries that are not missing."""
@@ -120,7 +121,8 @@ class Likelihood(Shown):
                 f"shape {self.data_shape}: its out_shape must be the data's, with "
                 f"num_params = {count} times the channels"
             )
-        return raw.unflatten(channel, (count, channels)).movedim(channel, 0)
+        parts = raw.unflatten(channel, (count, channels)).movedim(channel, 0)
+        return parts if rest else parts.contiguous()  # torch is slow on short runs of numbers
 
     def check(self, x: Tensor) -> None:
         """Raises a ValueError if `x` is outside the support."""

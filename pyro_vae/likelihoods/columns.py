@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,15 @@ DEFAULTS = {"scale": "predicted", "standardise": True}  # of a column whose clas
 
 
 class Kind(NamedTuple):
-    """A column's likelihood, and how many numbers the decoder gives and the encoder takes."""
+    """A column's likelihood, whether it has parameters, and whether two columns would share them.
+
+    Then how many numbers the decoder gives and the encoder takes.
+    """
 
     cls: type[Likelihood]
     options: dict[str, Any]
-    alone: bool
+    own: bool
+    shared: bool
     num_params: int
     num_inputs: int
 
@@ -59,6 +63,8 @@ class Columns(Likelihood):
         columns: For each column, in order, a likelihood: its name, or `{"class_path": name,
             "init_args": {option: value}}`. A mapping from the columns' names, or a list. A scale
             is "predicted" and `standardise` is true unless given. All Normal if None.
+        together: Whether columns are computed as one where they differ in `resolution` alone or
+            each has parameters of its own, too. Runs of version 0.2 and before have it false.
 
     Raises:
         ValueError: If there is not one likelihood for each column, or one is unknown.
@@ -68,6 +74,7 @@ class Columns(Likelihood):
     """
 
     support_name = "the supports of its columns"
+    before: ClassVar[dict[str, Any]] = {"together": False}
     input_loc: Tensor
     input_scale: Tensor
 
@@ -76,14 +83,15 @@ class Columns(Likelihood):
         decoder: nn.Module,
         data_shape: tuple[int, ...],
         columns: dict | list | None = None,
+        together: bool = True,
     ) -> None:
         super().__init__(decoder, data_shape)
         named = _resolved(columns, self.data_shape)
         kinds, self.names = list(named.values()), list(named)
-        self.columns = _grouped(kinds)
-        first = [(kinds[group[0]], len(group)) for group in self.columns]
-        self.parts = nn.ModuleList(k.cls(Given(), (n,), **k.options) for k, n in first)
-        self.sizes = [kind.num_params * count for kind, count in first]
+        self.columns = _grouped(kinds, together)
+        groups = [[kinds[column] for column in group] for group in self.columns]
+        self.parts = nn.ModuleList(map(_part, groups))
+        self.sizes = [sum(kind.num_params for kind in group) for group in groups]
         self.support = Rows([part.support for part, _ in self._pairs()], self.columns)
         numbers = sum(len(g) for p, g in self._pairs() if not isinstance(p, Categorical))
         self.register_buffer("input_loc", torch.zeros(numbers))
@@ -107,6 +115,7 @@ class Columns(Likelihood):
         data_shape: tuple[int, ...],
         missing: bool = False,
         columns: dict | list | None = None,
+        **options: Any,
     ) -> tuple[int, ...]:
         """Levels of categories, 1 of each other column, and 1 of each column for the mask."""
         kinds = _resolved(columns, data_shape).values()
@@ -141,8 +150,9 @@ class Columns(Likelihood):
 
     @property
     def measure(self) -> list[bool | float]:
-        """Of each column: True of a mass, False of a density, or the width of an interval."""
-        measures = [part.measure[0] for part, group in self._pairs() for _ in group]
+        """True for each column of a mass, False of a density, or the width of an interval."""
+        each = [(part.measure, len(group)) for part, group in self._pairs()]
+        measures = [m for widths, n in each for m in widths * (n // len(widths))]
         order = [column for _, group in self._pairs() for column in group]
         return [measures[order.index(column)] for column in range(len(order))]
 
@@ -191,9 +201,9 @@ class Columns(Likelihood):
         return zip(self.parts, self.columns)
 
     def _numbers(self, x: Tensor) -> Tensor:
-        """The columns that are no categories, on the scale of an encoder's input."""
+        """The columns that are no categories, on a scale where their deviation says most."""
         parts = [
-            _line(part, x[..., group])
+            (part.line if isinstance(part, LocationScale) else part.inputs)(x[..., group])
             for part, group in self._pairs()
             if not isinstance(part, Categorical)
         ]
@@ -241,24 +251,31 @@ def _kind(name: str, declared: Any) -> Kind:
     check_options(f"column {name!r}: {path}", options, taken)
     options = {**{k: v for k, v in DEFAULTS.items() if k in taken}, **options}
     try:
-        part = cls(Given(), (1,), **options)
+        part, two = (cls(Given(), (n,), **options) for n in (1, 2))
     except (TypeError, ValueError) as error:
         raise ValueError(f"column {name!r}: {error}") from error
-    alone = next(part.parameters(), None) is not None
+    shared = any(p.shape == q.shape for p, q in zip(part.parameters(), two.parameters()))
+    own = next(part.parameters(), None) is not None
     inputs = part.levels if isinstance(part, Categorical) else 1
-    return Kind(cls, options, alone, cls.out_shape((1,), **options)[0], inputs)
+    return Kind(cls, options, own, shared, cls.out_shape((1,), **options)[0], inputs)
 
 
-def _grouped(kinds: list[Kind]) -> list[list[int]]:
-    """Numbers of columns that are computed as one: of one kind without parameters of its own."""
+def _grouped(kinds: list[Kind], together: bool) -> list[list[int]]:
+    """Numbers of columns that are computed as one: of one kind, with no parameter in common."""
     groups: dict[str, list[int]] = {}
     for column, kind in enumerate(kinds):
-        options = sorted(kind.options.items(), key=str)
-        key = f"{kind.cls.__name__}, {options}, {column if kind.alone else 'shared'}"
+        options = dict(kind.options)
+        if together and "resolution" in options:
+            options["resolution"] = options["resolution"] is not None
+        alone = kind.shared if together else kind.own
+        key = f"{kind.cls.__name__}, {sorted(options.items(), key=str)}, {alone and column}"
         groups.setdefault(key, []).append(column)
     return list(groups.values())
 
 
-def _line(part: Likelihood, x: Tensor) -> Tensor:
-    """Numbers on a scale on which their deviation says most of them."""
-    return part.line(x) if isinstance(part, LocationScale) else part.inputs(x)
+def _part(kinds: list[Kind]) -> Likelihood:
+    """The likelihood of columns of one kind, each with its resolution."""
+    first = kinds[0]
+    widths = [kind.options.get("resolution") for kind in kinds]
+    given = {} if len({*widths}) == 1 else {"resolution": widths}
+    return first.cls(Given(), (len(kinds),), **first.options | given)

@@ -39,6 +39,7 @@ class Counts(Likelihood):
     support_name = "{0, 1, 2, ...}"
     remedy = "counts must be whole and not negative"
     before: ClassVar[dict[str, Any]] = {"log_inputs": False}
+    num_rates = 1  # raw parameters of each count, but for the log odds of a zero
     log_total: Tensor  # mean and spread of log totals [2]
 
     def __init__(
@@ -65,12 +66,15 @@ class Counts(Likelihood):
     def check(self, x: Tensor) -> None:
         """Raises a ValueError if `x` is outside the support, or a total to be given is zero."""
         super().check(x)
-        empty = x.flatten(x.ndim - len(self.data_shape)).sum(-1) == 0
-        if self.library == "observed" and bool(empty.any()):
-            raise ValueError(
-                'library="observed" needs counts in every row; '
-                f"{int(empty.sum())} row(s) are all zero: remove them"
-            )
+        if self.library != "observed":
+            return
+        total = x.flatten(x.ndim - len(self.data_shape)).sum(-1)
+        for bad, what in ((total.isnan(), "lack values"), (total == 0, "are all zero")):
+            if bool(bad.any()):
+                raise ValueError(
+                    'library="observed" needs counts and their total in every row; '
+                    f'{int(bad.sum())} row(s) {what}: remove them, or take library="latent"'
+                )
 
     def latents(self) -> dict[str, Distribution]:
         """The total of each datum, where it is a latent of the model."""
@@ -91,25 +95,24 @@ class Counts(Likelihood):
         self, z: Tensor, y: Tensor | None = None, library: Tensor | None = None
     ) -> Distribution:
         """Counts given z, y and the total [*S] where it is a latent."""
-        raw = list(self.raw(z, y, self.num_params(**self._options())))
+        raw = list(self.raw(z, y, self.num_rates + self.zero_inflated))
         log_gate = raw.pop() if self.zero_inflated else None
         log_rate, *rest = raw
         if self.library == "none":
             return self._made(log_rate, rest, log_gate)
-        log_share = self._log_share(log_rate)
-        of_total = partial(self._of_total, log_share, rest, log_gate)
+        of_total = partial(self._made, self._log_share(log_rate), rest, log_gate)
         if library is not None:
             return of_total(library)
         return OfTotal(of_total, dist.LogNormal(*self.log_total).expand(z.shape[:-1]))
 
     def shares(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """The expected share of each count in the total [*S, *E]."""
-        return self._log_share(self.raw(z, y, self.num_params(**self._options()))[0]).exp()
+        return self._log_share(self.raw(z, y, self.num_rates + self.zero_inflated)[0]).exp()
 
     def raw_start(self, x: Tensor) -> Tensor:
         """Log of the mean, and few zeros beyond those of the counts."""
         start = [x.mean(0).clamp(min=0.01).log()]
-        start += [torch.zeros_like(start[0])] * (self._num_rates() - 1)
+        start += [torch.zeros_like(start[0])] * (self.num_rates - 1)
         start += [torch.full_like(start[0], GATE)] if self.zero_inflated else []
         return torch.cat(start)
 
@@ -126,23 +129,20 @@ class Counts(Likelihood):
         first = log_rate.ndim - len(self.data_shape)
         return log_rate.flatten(first).log_softmax(-1).view_as(log_rate)
 
-    def _of_total(
-        self, log_share: Tensor, rest: list[Tensor], log_gate: Tensor | None, total: Tensor
+    def _made(
+        self,
+        log_rate: Tensor,
+        rest: list[Tensor],
+        log_gate: Tensor | None,
+        total: Tensor | None = None,
     ) -> Distribution:
-        log_total = total.log()[(...,) + (None,) * len(self.data_shape)]
-        return self._made(log_share + log_total, rest, log_gate)
-
-    def _made(self, log_rate: Tensor, rest: list[Tensor], log_gate: Tensor | None) -> Distribution:
+        """Counts of their rates, or of their shares in a total [*S]."""
+        if total is not None:
+            log_rate = log_rate + total.log()[(...,) + (None,) * len(self.data_shape)]
         each = self.counts(log_rate, *rest)
         if log_gate is not None:
             each = dist.ZeroInflatedDistribution(each, gate_logits=log_gate)
         return each.to_event(len(self.data_shape))
-
-    def _options(self) -> dict[str, Any]:
-        return {"zero_inflated": self.zero_inflated}
-
-    def _num_rates(self) -> int:
-        return self.num_params(**{**self._options(), "zero_inflated": False})
 
     @abstractmethod
     def counts(self, log_rate: Tensor, *rest: Tensor) -> Any:
@@ -205,7 +205,9 @@ class NegativeBinomial(Counts):
         check_real(0, min_dispersion=min_dispersion)
         _check_name("dispersion", dispersion, DISPERSIONS)
         self.min_dispersion, self.dispersion = min_dispersion, dispersion
-        if dispersion != "cell":
+        if dispersion == "cell":
+            self.num_rates = 2
+        else:
             shape = self.data_shape if dispersion == "gene" else ()
             self.raw_dispersion = nn.Parameter(torch.zeros(shape))
 
@@ -229,9 +231,6 @@ class NegativeBinomial(Counts):
             r = (mean.square() / (variance - mean).clamp(min=1e-6)).clamp(0.05, 50)
             r = r if self.dispersion == "gene" else r.log().mean().exp()
             self.raw_dispersion.copy_(r.expm1().log())
-
-    def _options(self) -> dict[str, Any]:
-        return {**super()._options(), "dispersion": self.dispersion}
 
 
 def _check_name(name: str, value: Any, known: tuple[str, ...]) -> None:

@@ -38,11 +38,13 @@ class LocationScale(Likelihood):
         standardise: Whether the mean and the scale are in units of the data: `initialise` then
             measures the mean and deviation of each dimension, and these units change no density.
         resolution: Width of the interval around x whose probability is taken in place of a
-            density, in the units of x, for values that are rounded or repeated; None for none.
+            density, in the units of x, for values that are rounded or repeated; a list has one
+            for each channel; None for none.
     """
 
     rounded_support = Likelihood.support  # where a resolution is given
     fixed_scale: Tensor
+    width: Tensor
     centre: Tensor
     spread: Tensor
 
@@ -54,10 +56,9 @@ class LocationScale(Likelihood):
         mean: MeanOption = "identity",
         min_scale: float = 0.01,
         standardise: bool = False,
-        resolution: float | None = None,
+        resolution: float | list[float] | None = None,
     ) -> None:
         super().__init__(decoder, data_shape)
-        check_real(above=0, optional=True, resolution=resolution)
         options = ("learned", "per_dimension", "predicted")
         if isinstance(scale, str) and scale not in options:
             raise ValueError(f"scale must be a positive number or one of {options}; got {scale!r}")
@@ -70,6 +71,7 @@ class LocationScale(Likelihood):
         self.standardise, self.resolution = standardise, resolution
         if resolution is not None:
             self.support = self.rounded_support
+            self._set_width(resolution)
         if standardise:
             self.register_buffer("centre", torch.zeros(self.data_shape))
             self.register_buffer("spread", torch.ones(self.data_shape))
@@ -98,7 +100,7 @@ class LocationScale(Likelihood):
             mean, scale = self.centre + self.spread * mean, self.spread * scale
         each = self.distribution(mean, scale)
         if self.resolution is not None:
-            each = distributions.Interval(each, self.resolution)
+            each = distributions.Interval(each, self.width)
         return each.to_event(len(self.data_shape))
 
     def line(self, x: Tensor) -> Tensor:
@@ -133,6 +135,20 @@ class LocationScale(Likelihood):
             one = self.scale_option == "learned"
             excess = ((variance.mean() if one else variance).sqrt() - self.min_scale).clamp(1e-3)
             self.raw_scale.copy_(excess + torch.log(-torch.expm1(-excess)))
+
+    def _set_width(self, resolution: float | list[float]) -> None:
+        """Notes the intervals' widths [C, 1, ...], in float64."""
+        channels, *rest = self.data_shape
+        widths = resolution if isinstance(resolution, list) else [resolution] * channels
+        for width in widths:
+            check_real(above=0, resolution=width)
+        if len(widths) != channels:
+            raise ValueError(
+                f"resolution must be a number, or one for each of the {channels} channels; got "
+                f"{len(widths)}"
+            )
+        numbers = torch.tensor(widths, dtype=torch.float64).view(channels, *[1] * len(rest))
+        self.register_buffer("width", numbers, persistent=False)
 
     def _scale(self, predicted: Tensor | None) -> Tensor:
         if isinstance(self.scale_option, int | float):
@@ -185,7 +201,7 @@ class LogNormal(LocationScale):
 
     def line(self, x: Tensor) -> Tensor:
         """log x, or that of half of the resolution where x is below it."""
-        return x.clamp(min=2.0**-126 if self.resolution is None else self.resolution / 2).log()
+        return x.clamp(2.0**-126 if self.resolution is None else (self.width / 2).to(x)).log()
 
     def distribution(self, mean: Tensor, scale: Tensor) -> TorchDistribution:
         """exp of N(mean, scale^2)."""

@@ -105,14 +105,14 @@ def calibration(
 
     A guide that is too sure of itself has too many ranks at both ends. It costs K draws of the
     guide and K densities of the model for each datum. It says nothing of data that the model
-    would not draw_data.
+    would not draw.
 
     Args:
         model: Pyro model, as in `log_evidence`; its one observed site must be x.
         guide: Pyro guide.
         x: Data [N, *E], of which the shape alone matters: the values are simulated.
         y: What is conditioned on [N, C], or None.
-        num_data: Data to draw_data; the rows of `y` are used in turn.
+        num_data: Data to draw; the rows of `y` are used in turn.
         num_draws: Draws K of the guide for each.
         seed: Of the data and the draws.
 
@@ -174,22 +174,16 @@ def _ranks(
     """Names of the columns, ranks, and the ranks as uniform numbers, of new data."""
     new, exact = draw_data(model, x, y)
     draws, _ = draw_latents(guide, new, y, num_particles=num_draws)
-    columns = {name: _columns(draws[name], len(x)) for name in exact}
-    names = tuple(f"{name} {d}" for name, value in columns.items() for d in range(value.shape[-1]))
-    values, truth = (
-        torch.cat(
-            [_columns(of[name], len(x)) for name in exact]
-            + [log_joint(model, new, y, of).unsqueeze(-1)],
-            -1,
-        ).double()
-        for of in (draws, exact)
+    both = []
+    for latents in (draws, exact):
+        columns = [latents[name].reshape(len(latents[name]), len(x), -1) for name in exact]
+        log_prob = log_joint(model, new, y, latents).unsqueeze(-1)
+        both.append(torch.cat([*columns, log_prob], -1).double())
+    values, truth = both
+    names = tuple(
+        f"{name} {d}" for name, part in zip(exact, columns) for d in range(part.shape[-1])
     )
     below, ties = (values < truth).sum(0), (values == truth).sum(0)
     ranks = below + (torch.rand_like(truth[0]) * (ties + 1)).long()
     uniforms = (ranks + torch.rand_like(truth[0])) / (num_draws + 1)
     return (*names, "log p(x, z)"), ranks, uniforms
-
-
-def _columns(z: Tensor, num_data: int) -> Tensor:
-    """Draws [K, B, *event] as columns [K, B, D]."""
-    return z.reshape(len(z), num_data, -1)

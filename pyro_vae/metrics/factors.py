@@ -52,11 +52,7 @@ def check(
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Codes [N, D] in float64, factors [N, F] in int64, on the CPU, and the factors' names.
 
-    Args:
-        codes: A row for each datum.
-        factors: Index of each factor's value.
-        names: Of the factors; "factor 0" and so on if None.
-        numbers: Other arguments, which must be whole numbers from 1; a seed from 0.
+    Other arguments must be whole numbers from 1; a seed from 0.
 
     Raises:
         ValueError: If the shapes do not fit, a code is not finite, a factor is not a whole number,
@@ -72,16 +68,13 @@ def check(
         )
     if not torch.equal(factors.long().to(factors.dtype), factors):
         raise ValueError("expected factors that are whole numbers: give the index of each value")
-    labels = _labels(factors.shape[1], names)
-    return codes.detach().cpu().double(), factors.detach().cpu().long(), labels
-
-
-def _labels(count: int, names: Sequence[str] | None) -> tuple[str, ...]:
+    count = factors.shape[1]
     if names is None:
-        return tuple(f"factor {f}" for f in range(count))
+        names = [f"factor {f}" for f in range(count)]
     if isinstance(names, str) or not isinstance(names, Sequence) or len(names) != count:
         raise ValueError(f"expected a name for each of the {count} factors; got {names!r}")
-    return tuple(map(str, names))
+    labels = tuple(map(str, names))
+    return codes.detach().cpu().double(), factors.detach().cpu().long(), labels
 
 
 def discretise(codes: Tensor, bins: int) -> Tensor:

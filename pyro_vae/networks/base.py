@@ -139,11 +139,8 @@ def dense(sizes: tuple[int, ...], activation: str, norm: str | None) -> list[nn.
 
 def norm_layers(norm: str | None, size: int) -> list[nn.Module]:
     """The normalisation called `norm` for vectors of length `size`, or nothing."""
-    kinds: dict[str | None, list[type[nn.Module]]] = {
-        None: [],
-        "batch": [nn.BatchNorm1d],
-        "layer": [nn.LayerNorm],
-    }
-    if norm not in kinds:
+    if norm is None:
+        return []
+    if norm not in ("batch", "layer"):
         raise ValueError(f"norm {norm!r} is unknown; choose 'batch', 'layer' or None")
-    return [kind(size) for kind in kinds[norm]]  # type: ignore[call-arg]
+    return [nn.BatchNorm1d(size) if norm == "batch" else nn.LayerNorm(size)]

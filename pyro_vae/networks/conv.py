@@ -37,7 +37,7 @@ class Conv(Network):
         norm: str | None = None,
     ) -> None:
         super().__init__(in_shape, out_shape, condition_dim, channels=channels, hidden=hidden)
-        side = image_shape(self.in_shape, "Conv", "in_shape", "ConvTranspose")[1:]
+        sizes = image_sizes(self.in_shape, len(channels), "Conv", "in_shape", "ConvTranspose")
         layers: list[nn.Module] = []
         for i, o in zip((self.in_shape[0], *channels), channels):
             layers += [
@@ -46,12 +46,10 @@ class Conv(Network):
                 activation_layer(activation),
             ]
         self.convolutions = nn.Sequential(*layers)
-        flat = (channels[-1] if channels else self.in_shape[0]) * prod(
-            halvings(s, len(channels))[-1] for s in side
-        )
-        sizes = (flat + condition_dim, *hidden)
-        self.hidden = nn.Sequential(*dense(sizes, activation, norm))
-        self.output = nn.Linear(sizes[-1], prod(self.out_shape))
+        flat = (channels[-1] if channels else self.in_shape[0]) * prod(sizes[-1])
+        widths = (flat + condition_dim, *hidden)
+        self.hidden = nn.Sequential(*dense(widths, activation, norm))
+        self.output = nn.Linear(widths[-1], prod(self.out_shape))
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Convolutions, then dense layers with `y`."""
@@ -84,15 +82,16 @@ class ConvTranspose(Network):
         norm: str | None = None,
     ) -> None:
         super().__init__(in_shape, out_shape, condition_dim, channels=channels, hidden=hidden)
-        side = image_shape(self.out_shape, "ConvTranspose", "out_shape", "Conv")[1:]
-        heights, widths = (halvings(s, len(channels))[::-1] for s in side)
-        self.start = (channels[0] if channels else self.out_shape[0], heights[0], widths[0])
-        sizes = (prod(self.in_shape) + condition_dim, *hidden, prod(self.start))
-        self.hidden = nn.Sequential(*dense(sizes, activation, norm))
+        sizes = image_sizes(self.out_shape, len(channels), "ConvTranspose", "out_shape", "Conv")
+        smallest, *larger = reversed(sizes)
+        self.start = (channels[0] if channels else self.out_shape[0], *smallest)
+        widths = (prod(self.in_shape) + condition_dim, *hidden, prod(self.start))
+        self.hidden = nn.Sequential(*dense(widths, activation, norm))
         layers: list[nn.Module] = []
         for n, (i, o) in enumerate(zip(channels, (*channels[1:], self.out_shape[0]))):
             # a side s comes from ceil(s / 2), which doubles to s or s + 1
-            even = (1 - heights[n + 1] % 2, 1 - widths[n + 1] % 2)
+            height, width = larger[n]
+            even = (1 - height % 2, 1 - width % 2)
             layers.append(nn.ConvTranspose2d(i, o, 3, 2, padding=1, output_padding=even))
             if n < len(channels) - 1:
                 layers += [*norm_2d(norm, o), activation_layer(activation)]
@@ -111,22 +110,20 @@ class ConvTranspose(Network):
         return self.convolutions[-1].bias.view(-1, 1, 1)  # type: ignore[union-attr,operator]
 
 
-def image_shape(shape: tuple[int, ...], name: str, what: str, other: str) -> tuple[int, ...]:
-    """`shape`, if it is that of an image."""
+def image_sizes(
+    shape: tuple[int, ...], count: int, name: str, what: str, other: str
+) -> list[tuple[int, int]]:
+    """Height and width of an image, and after each of `count` halvings, rounded up."""
     if len(shape) != 3:
         raise ValueError(
             f"{name} needs an image: {what} (channels, height, width); got {shape}: "
             f"use MLP for vectors, and {other} for the other direction"
         )
-    return shape
-
-
-def halvings(side: int, count: int) -> list[int]:
-    """`side` and its halves, rounded up, `count` times."""
-    sides = [side]
+    sizes = [(shape[1], shape[2])]
     for _ in range(count):
-        sides.append(-(-sides[-1] // 2))
-    return sides
+        height, width = sizes[-1]
+        sizes.append((-(-height // 2), -(-width // 2)))
+    return sizes
 
 
 def norm_2d(norm: str | None, channels: int) -> list[nn.Module]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyro_vae.arguments import as_shape
 from pyro_vae.networks.base import Network, activation_layer, joint
-from pyro_vae.networks.conv import halvings, image_shape, norm_2d
+from pyro_vae.networks.conv import image_sizes, norm_2d
 
 __all__ = ["ResNet", "ResNetTranspose"]
 
@@ -42,12 +42,12 @@ class ResNet(Network):
     ) -> None:
         super().__init__(in_shape, out_shape, condition_dim)
         channels = as_shape("channels", channels)
-        side = image_shape(self.in_shape, "ResNet", "in_shape", "ResNetTranspose")[1:]
+        sizes = image_sizes(self.in_shape, len(channels), "ResNet", "in_shape", "ResNetTranspose")
         layers: list[nn.Module] = []
         for i, o in zip((self.in_shape[0], *channels), channels):
             layers += [nn.Conv2d(i, o, 3, 2, padding=1), ResidualBlock(o, activation, norm)]
         self.stages = nn.Sequential(*layers, activation_layer(activation))
-        flat = channels[-1] * prod(halvings(s, len(channels))[-1] for s in side)
+        flat = channels[-1] * prod(sizes[-1])
         self.output = nn.Linear(flat + condition_dim, prod(self.out_shape))
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
@@ -80,9 +80,9 @@ class ResNetTranspose(Network):
     ) -> None:
         super().__init__(in_shape, out_shape, condition_dim)
         channels = as_shape("channels", channels)
-        side = image_shape(self.out_shape, "ResNetTranspose", "out_shape", "ResNet")[1:]
-        heights, widths = (halvings(s, len(channels))[::-1] for s in side)
-        self.sizes = list(zip(heights, widths))
+        halvings = len(channels)
+        sizes = image_sizes(self.out_shape, halvings, "ResNetTranspose", "out_shape", "ResNet")
+        self.sizes = sizes[::-1]
         self.start = (channels[0], *self.sizes[0])
         self.input = nn.Linear(prod(self.in_shape) + condition_dim, prod(self.start))
         self.blocks = nn.ModuleList(ResidualBlock(c, activation, norm) for c in channels)

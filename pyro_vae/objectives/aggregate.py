@@ -219,7 +219,13 @@ class HierarchicallyFactorized(AggregateObjective):
     ) -> None:
         super().__init__(estimator, num_data, num_particles)
         self.groups = [list(group) for group in groups]
-        _check(self.groups)
+        dims = [dim for group in self.groups for dim in group]
+        if not all(self.groups) or any(dim < 0 for dim in dims):
+            raise ValueError(
+                f"groups must be lists of dimensions from 0, none empty; got {self.groups}"
+            )
+        if twice := sorted({dim for dim in dims if dims.count(dim) > 1}):
+            raise ValueError(f"a dimension must be in one group at most; {twice} is in several")
         self.add_weight("alpha", alpha)
         self.add_weight("beta", beta)
         self.add_weight("gamma", gamma)
@@ -247,14 +253,6 @@ class HierarchicallyFactorized(AggregateObjective):
         alone = [dim for dim in range(size) if dim not in inside]
         parts = [self.log_aggregate(d, group) for group in self.groups]
         return torch.stack([*parts, *(each[..., dim] for dim in alone)]).sum(0)
-
-
-def _check(groups: list[list[int]]) -> None:
-    dims = [dim for group in groups for dim in group]
-    if any(not group for group in groups) or any(dim < 0 for dim in dims):
-        raise ValueError(f"groups must be lists of dimensions from 0, none empty; got {groups}")
-    if twice := sorted({dim for dim in dims if dims.count(dim) > 1}):
-        raise ValueError(f"a dimension must be in one group at most; {twice} is in several")
 
 
 class DIP(Objective):

@@ -97,7 +97,9 @@ class Objective(pyro.infer.ELBO, nn.Module):
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"{name} must be finite; got {value}")
         if low < least or high > most:
-            raise ValueError(f"{name} must be {_interval(least, most)}; got {value}")
+            interval = "zero or more" if least == 0 else f"{least:g} or more"
+            interval = interval if most == math.inf else f"from {least:g} to {most:g}"
+            raise ValueError(f"{name} must be {interval}; got {value}")
         if isinstance(value, Schedule):
             self.schedules[name] = value
             value = value(0)
@@ -131,10 +133,6 @@ class Objective(pyro.infer.ELBO, nn.Module):
             for name, schedule in self.schedules.items()
             if self._position(name, schedule, step) < schedule.finish
         ]
-
-    def settled(self, step: int) -> bool:
-        """Whether every weight has its last value from optimisation step `step` on."""
-        return not self.unsettled(step)
 
     def _position(self, name: str, schedule: Schedule, step: int) -> float:
         if schedule.unit == "step" or step == 0:
@@ -245,9 +243,3 @@ def only_site(d: Densities) -> Site:
 def draws(d: Densities) -> Tensor:
     """The draws of the one latent site, flattened to [K, B, D]."""
     return only_site(d).value.reshape(d.num_particles, d.num_data, -1)
-
-
-def _interval(least: float, most: float) -> str:
-    if most < math.inf:
-        return f"from {least:g} to {most:g}"
-    return "zero or more" if least == 0 else f"{least:g} or more"

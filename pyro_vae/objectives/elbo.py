@@ -148,17 +148,15 @@ class FreeBits(Objective):
         """KL of each group [B, J]."""
         if self.group_size is None:
             return torch.stack(list(d.kl(self.kl).values()), -1)
-        sites = d.kl_by_dimension(self.kl)
-        return torch.cat([self._grouped(name, kl) for name, kl in sites.items()], -1)
-
-    def _grouped(self, name: str, kl: Tensor) -> Tensor:
-        assert self.group_size is not None
-        if kl.shape[-1] % self.group_size:
-            raise ValueError(
-                f"group_size must divide the {kl.shape[-1]} dimensions of site {name!r}; "
-                f"got {self.group_size}"
-            )
-        return kl.unflatten(-1, (-1, self.group_size)).sum(-1)
+        groups = []
+        for name, kl in d.kl_by_dimension(self.kl).items():
+            if kl.shape[-1] % self.group_size:
+                raise ValueError(
+                    f"group_size must divide the {kl.shape[-1]} dimensions of site {name!r}; "
+                    f"got {self.group_size}"
+                )
+            groups.append(kl.unflatten(-1, (-1, self.group_size)).sum(-1))
+        return torch.cat(groups, -1)
 
 
 class StickingTheLanding(Objective):

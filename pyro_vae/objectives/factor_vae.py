@@ -79,7 +79,8 @@ class FactorVAE(Objective):
             for layer in (nn.Linear(inner, outer), nn.LeakyReLU(0.2))
         ]
         self.discriminator = nn.Sequential(*hidden, nn.Linear(self.width, 1)).to(z)
-        self.adversary = self.adversary_optimizer()
+        weights = self.discriminator.parameters()
+        self.adversary = Adam(weights, lr=self.adversary_lr, betas=(0.5, 0.9))
 
     def after_step(self, d: Densities, average: Average | None = None) -> None:
         """One step of the discriminator, on the draws of `d`."""
@@ -117,10 +118,6 @@ class FactorVAE(Objective):
         z = draws(d).detach().flatten(0, 1)
         joint, product = network(z), network(permute_dimensions(z))
         return 0.5 * (F.softplus(-joint) + F.softplus(product)).mean()
-
-    def adversary_optimizer(self) -> Optimizer:
-        """Adam, for the discriminator."""
-        return Adam(self._network().parameters(), lr=self.adversary_lr, betas=(0.5, 0.9))
 
     def _network(self) -> nn.Module:
         if self.discriminator is None:

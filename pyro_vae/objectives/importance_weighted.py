@@ -136,14 +136,24 @@ class MIWAE(Objective):
 
     def __init__(self, num_particles: int = 6, num_groups: int = 2) -> None:
         super().__init__(num_particles)
-        self.num_groups = check_groups(num_groups, num_particles)
+        if num_groups < 1 or num_particles % num_groups:
+            raise ValueError(
+                f"num_groups must divide num_particles, all draws together: got {num_groups} "
+                f"groups of {num_particles} draws"
+            )
+        self.num_groups = num_groups
 
     def bound(self, d: Densities) -> Tensor:
         """The mean of the groups' bounds, [B]."""
-        return mean_bound(d.log_weights, self.num_groups)
+        return self.mean_of_groups(d.log_weights)
+
+    def mean_of_groups(self, log_weights: Tensor) -> Tensor:
+        """Mean over groups of the importance-weighted bounds of `log_weights` [K, B], [B]."""
+        groups = log_weights.unflatten(0, (self.num_groups, -1))
+        return log_mean_exp(groups.transpose(0, 1)).mean(0)
 
 
-class PIWAE(IWAE):
+class PIWAE(MIWAE):
     r"""`IWAE` of all draws for the model, `MIWAE` of the same draws for the guide.
 
     .. math:: \nabla_\theta \log \frac{1}{K} \sum_{k=1}^K w_k \qquad\text{and}\qquad
@@ -165,9 +175,9 @@ class PIWAE(IWAE):
         Rainforth et al. Tighter variational bounds are not necessarily better. 2018.
     """
 
-    def __init__(self, num_particles: int = 6, num_groups: int = 2) -> None:
-        super().__init__(num_particles)
-        self.num_groups = check_groups(num_groups, num_particles)
+    def bound(self, d: Densities) -> Tensor:
+        """Log of the mean weight, [B]."""
+        return log_mean_exp(d.log_weights)
 
     def surrogate(self, d: Densities) -> Tensor:
         """A number with the two gradients, [B]."""
@@ -176,7 +186,7 @@ class PIWAE(IWAE):
         log_w = d.log_weights.detach()
         model = (log_w.softmax(0) * (log_joint - path)).sum(0)
         guide = path - d.log_posterior
-        return model + mean_bound(log_w + guide - guide.detach(), self.num_groups)
+        return model + self.mean_of_groups(log_w + guide - guide.detach())
 
 
 class Renyi(Objective):
@@ -213,19 +223,3 @@ class Renyi(Objective):
         log_w = d.log_weights.double()  # small orders cancel
         power = log_mean_exp(order * log_w) / order
         return torch.where(near, log_w.mean(0), power).to(d.log_weights.dtype)
-
-
-def mean_bound(log_weights: Tensor, num_groups: int) -> Tensor:
-    """Mean over groups of the importance-weighted bounds of `log_weights` [K, B], [B]."""
-    groups = log_weights.reshape(num_groups, -1, *log_weights.shape[1:])
-    return log_mean_exp(groups.transpose(0, 1)).mean(0)
-
-
-def check_groups(num_groups: int, num_particles: int) -> int:
-    """`num_groups`, if that many equal groups can be made of the particles."""
-    if num_groups < 1 or num_particles % num_groups:
-        raise ValueError(
-            f"num_groups must divide num_particles, all draws together: got {num_groups} "
-            f"groups of {num_particles} draws"
-        )
-    return num_groups

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 __all__ = ["Constant", "Cosine", "Cyclical", "Linear", "Schedule"]
@@ -25,6 +26,18 @@ class Schedule(ABC):
     """
 
     unit: Unit
+
+    def __post_init__(self) -> None:
+        """Refuses a unit that is unknown, and numbers that are not finite or out of range."""
+        what = type(self).__name__
+        for name, value in vars(self).items():
+            if name == "unit":
+                if value not in ("step", "epoch"):
+                    raise ValueError(f"{what}: unit must be 'step' or 'epoch'; got {value!r}")
+                continue
+            within, bounds = RANGES.get(name, (math.isfinite, "finite"))
+            if not (math.isfinite(value) and within(value)):
+                raise ValueError(f"{what}: {name} must be {bounds}; got {value}")
 
     @abstractmethod
     def __call__(self, position: float) -> float:
@@ -55,9 +68,6 @@ class Constant(Schedule):
 
     value: float = 1.0
     unit: Unit = "step"
-
-    def __post_init__(self) -> None:
-        _check(self)
 
     def __call__(self, position: float) -> float:
         """The value."""
@@ -100,9 +110,6 @@ class Linear(Schedule):
     end: float = 1.0
     delay: float = 0.0
     unit: Unit = "step"
-
-    def __post_init__(self) -> None:
-        _check(self, length=self.length > 0, delay=self.delay >= 0)
 
     def __call__(self, position: float) -> float:
         """The value at `position`."""
@@ -161,10 +168,6 @@ class Cyclical(Schedule):
     rising: float = 0.5
     unit: Unit = "step"
 
-    def __post_init__(self) -> None:
-        whole = isinstance(self.cycles, int) and self.cycles >= 1
-        _check(self, length=self.length > 0, cycles=whole, rising=0 < self.rising <= 1)
-
     def __call__(self, position: float) -> float:
         """The value at `position`."""
         if position >= self.finish:
@@ -189,20 +192,9 @@ def _between(start: float, end: float, t: float) -> float:
     return (1 - t) * start + t * end
 
 
-def _check(schedule: Any, **right: bool) -> None:
-    """Refuses a unit that is unknown, and numbers that are not finite or not `right`."""
-    what = type(schedule).__name__
-    for name, value in asdict(schedule).items():
-        if name == "unit":
-            if value not in ("step", "epoch"):
-                raise ValueError(f"{what}: unit must be 'step' or 'epoch'; got {value!r}")
-        elif not math.isfinite(value) or not right.get(name, True):
-            raise ValueError(f"{what}: {name} must be {RANGES.get(name, 'finite')}; got {value}")
-
-
-RANGES = {
-    "length": "positive and finite",
-    "delay": "zero or more, and finite",
-    "cycles": "a whole number, at least 1",
-    "rising": "above 0 and at most 1",
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # of the numbers of a schedule
+    "length": (lambda length: length > 0, "positive and finite"),
+    "delay": (lambda delay: delay >= 0, "zero or more, and finite"),
+    "cycles": (lambda n: isinstance(n, int) and n >= 1, "a whole number, at least 1"),
+    "rising": (lambda share: 0 < share <= 1, "above 0 and at most 1"),
 }

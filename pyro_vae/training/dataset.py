@@ -81,10 +81,15 @@ def as_dataset(data: Any, name: str, missing: bool = False) -> Dataset:
     Raises:
         ValueError: If they are of another kind, empty, unequal in length or not finite.
     """
-    if _is_pair(data):
-        return _tensor_rows(name, missing, *data)
-    if is_rows(data):
-        return _tensor_rows(name, missing, data)
+    pair = (  # x and y, or x and None, and not the rows of x
+        isinstance(data, tuple | list)
+        and len(data) == 2
+        and is_rows(data[0])
+        and (data[1] is None or isinstance(data, tuple) or hasattr(data[1], "ndim"))
+        and getattr(data[0], "ndim", 2) > 1
+    )
+    if pair or is_rows(data):
+        return _tensor_rows(name, missing, *(data if pair else (data,)))
     if not isinstance(data, Dataset):
         raise ValueError(
             f"{name} must be rows [N, *E] (a tensor, array, frame or list), a pair (x, y) of "
@@ -94,17 +99,6 @@ def as_dataset(data: Any, name: str, missing: bool = False) -> Dataset:
     if len(data) < 1:
         raise ValueError(f"{name} must have at least one row; got none")
     return data
-
-
-def _is_pair(data: Any) -> bool:
-    """Whether these are x and y, or x and None, and not the rows of x."""
-    return (
-        isinstance(data, tuple | list)
-        and len(data) == 2
-        and is_rows(data[0])
-        and (data[1] is None or isinstance(data, tuple) or hasattr(data[1], "ndim"))
-        and getattr(data[0], "ndim", 2) > 1
-    )
 
 
 def _tensor_rows(name: str, missing: bool, x: Any, y: Any = None) -> TensorDataset:

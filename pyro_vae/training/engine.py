@@ -48,10 +48,6 @@ class Group:
         rows = index.tensor_split(self.size)[self.rank]
         return rows, len(rows) / len(index)
 
-    def local_items(self, items: Sequence[T]) -> Sequence[T]:
-        """The items assigned to this rank."""
-        return items[self.rank :: self.size]
-
     def seed(self, *numbers: int) -> int:
         """A seed that differs between ranks."""
         return int(np.random.SeedSequence([*numbers, self.rank]).generate_state(1, np.uint64)[0])
@@ -59,14 +55,10 @@ class Group:
     def all_reduce_mean(
         self, weight: float, parameters: Sequence[nn.Parameter], *more: Tensor
     ) -> list[Tensor]:
-        """Replaces gradients by their weighted sums over the ranks, in one all-reduce.
+        """Replaces gradients by their sums over the ranks, each times the weight of its rank.
 
-        A missing gradient counts as zero.
-
-        Args:
-            weight: The weight of this rank.
-            parameters: The parameters whose gradients are replaced.
-            more: Other tensors, whose weighted sums are returned.
+        A missing gradient counts as zero. The sums of other tensors are returned; all of it in
+        one all-reduce.
         """
         if self.size == 1:
             return list(more)
@@ -179,12 +171,7 @@ class Engine:
         self.spawns = self.size > 1 and not launched
 
     def threads(self, vae: nn.Module, rows: int) -> int:
-        """The number of threads that each process trains on: one for a small model.
-
-        Args:
-            vae: The module that is trained.
-            rows: The rows of a step, on all devices together.
-        """
+        """Threads of each process: one for a small model at these rows of a step, of all."""
         share = self.size if self.spawns else 1
         small = not self.on_cuda and is_small(vae.parameters(), rows // self.size)
         return 1 if small else max(1, torch.get_num_threads() // share)
@@ -200,19 +187,17 @@ class Engine:
         """
         with alone:
             if self.spawns:
-                return self._spawn(function, task)
+                work = partial(_in_process, self, function, task)
+                indices = self.indices if self.on_cuda else None
+                with TemporaryDirectory() as folder:
+                    parts = [(f"file://{folder}/store", *part) for part in enumerate(self.indices)]
+                    return in_processes(work, parts, self._kind, indices)[0]
             if not _under_torchrun():
                 return function(Group(device=self._device(self.indices[0])), task)
             if not distributed.is_initialized():
                 distributed.init_process_group(self._backend)
                 atexit.register(_leave)
             return self._joined(function, task, int(os.environ["LOCAL_RANK"]))
-
-    def _spawn(self, function: Function, task: Any) -> Any:
-        work = partial(_in_process, self, function, task)
-        with TemporaryDirectory() as folder:
-            parts = [(f"file://{folder}/store", *part) for part in enumerate(self.indices)]
-            return in_processes(work, parts, self._kind, self.indices if self.on_cuda else None)[0]
 
     def _joined(self, function: Function, task: Any, index: int) -> Any:
         """Runs `function` in this process, one of several that are connected."""

@@ -8,13 +8,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_vae.densities import (
-    Densities,
-    Program,
-    densities,
-    evaluating,
-    run_program,
-)
+from pyro_vae.densities import Densities, Program, densities, evaluating, run_program
 from pyro_vae.densities.programs import is_random
 from pyro_vae.estimators.importance import lower_bound
 from pyro_vae.generators import forked
@@ -32,12 +26,8 @@ ACTIVE = 0.01  # least variance over data of an active unit's posterior mean
 class Evaluator:
     """Measures a vae between epochs; generators and modes are left as they were.
 
-    Args:
-        vae: A module with `model` and `guide`.
-        train: The training rows.
-        validation: Rows for the bound, or None.
-        seed: Of the rows' noise and of the draws, the same at every call.
-        group: The processes that share the work; all of them call each method.
+    The noise of rows and the draws are of `seed`, the same at every call. All processes of the
+    group call each method.
 
     Attributes:
         weight: A parameter, for the device and the type of the others and of data.
@@ -74,9 +64,8 @@ class Evaluator:
         if self.validation is None:
             return {f"validation_{name}": None for name in names}
         values = torch.zeros(3, len(self.validation), dtype=torch.float64)
-        for i, rows in self.group.local_items(
-            list(enumerate(torch.arange(len(values[0])).split(CHUNK)))
-        ):
+        chunks = list(enumerate(torch.arange(len(values[0])).split(CHUNK)))
+        for i, rows in chunks[self.group.rank :: self.group.size]:  # this rank's share
             x, *y = fetch(self.validation, rows.to(self.device), self.weight)
             bound = lower_bound(*self.programs, x, y[0] if y else None, seed=self.seed + i)
             values[:, rows] = torch.stack([getattr(bound, name) for name in names])

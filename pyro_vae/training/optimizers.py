@@ -52,14 +52,9 @@ IMPLEMENTATIONS = ("fused", "foreach", "differentiable", "capturable")  # of the
 def make_optimizer(
     spec: OptimizerSpec, module: nn.Module, lr: float, *, fused: bool = True
 ) -> Optimizer:
-    """One optimiser of the parameters of `module` that require gradients.
+    """One optimiser of the parameters of `module` that require gradients; `spec` as in `fit`.
 
-    Args:
-        spec: A name in torch.optim, {"class_path": name, "init_args": {...}}, or a callable
-            from parameters to an optimiser.
-        module: What is trained.
-        lr: The learning rate, unless `spec` says otherwise.
-        fused: Whether to take torch's fused step where class and device have one.
+    Where class and device have torch's fused step, and `fused` is true, it is taken.
 
     Raises:
         ValueError: If nothing requires gradients, or the name or an option is unknown.

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-__all__ = ["COLUMNS", "Bar", "Callback", "History", "State", "make_bar"]
+__all__ = [
+    "COLUMNS",
+    "Bar",
+    "Callback",
+    "History",
+    "State",
+    "make_bar",
+    "units_in_use",
+    "warnings_at_the_end",
+]
 
 COLUMNS = (
     "epoch",
@@ -26,6 +36,8 @@ COLUMNS = (
     "active_units",
 )
 OPTIONAL = COLUMNS[8:]  # None where they were not measured
+FALL = 10.0  # a warning is given if the ELBO falls by this times its first value
+Units = dict[str, tuple[int, int]]  # of each latent site: those active, and all
 
 
 @dataclass
@@ -72,7 +84,7 @@ class History:
 
     @property
     def final(self) -> dict[str, Any]:
-        """The row of the weights that `fit` leaves: the best epoch's, else the last one's."""
+        """The row of the weights that `fit` leaves, the best epoch's, else the last one's."""
         return self.rows[(self.best_epoch or len(self.rows)) - 1]
 
     @property
@@ -106,11 +118,8 @@ class State:
 Callback = Callable[[State], Any]
 
 
-class Bar:
+class Bar(AbstractContextManager["Bar"]):
     """Shows nothing; `make_bar` gives one that does."""
-
-    def __enter__(self) -> Bar:
-        return self
 
     def __exit__(self, *_: Any) -> None:
         return None
@@ -215,3 +224,39 @@ def make_bar(show: bool, epochs: int, patience: int | None, batches: int) -> Bar
     if console.is_terminal and not console.is_jupyter:
         return _Terminal(epochs, patience, batches)
     return _Lines(epochs, patience, over=console.is_jupyter)
+
+
+def units_in_use(units: Units) -> str:
+    """How many of the latent units are active, of each site too where there are several."""
+    active, total = map(sum, zip(*units.values()))
+    each = ", ".join(f"{name} {a} of {n}" for name, (a, n) in units.items())
+    each = f" ({each})" if len(units) > 1 else ""
+    return f"{active} of {total} latent units are active{each}"
+
+
+def warnings_at_the_end(
+    history: History, began: float | None, units: Units, moving: list[str]
+) -> list[str]:
+    """What to warn of, given the ELBO of the first step and the weights that still move."""
+    found = []
+    if idle := [name for name, (active, _) in units.items() if active == 0]:
+        where = "" if len(idle) == len(units) else f" of {' and '.join(idle)}"
+        found.append(
+            f"posterior collapse: none of the {sum(units[name][1] for name in idle)} latent units"
+            f"{where} varies with the data; try a weight of the KL that grows from 0, free bits, "
+            "or another seed"
+        )
+    if began is not None:
+        validated = history.final["validation_elbo"]
+        ended = history.final["elbo"] if validated is None else validated
+        if ended < began - FALL * max(1.0, abs(began)):
+            found.append(
+                f"training ended at an ELBO of {ended:.3g} nats, far below the {began:.3g} of "
+                "its first step: lower lr, or set clip_norm"
+            )
+    if moving:
+        found.append(
+            f"training ended at step {history.rows[-1]['step']}, before the schedule of "
+            f"{', '.join(moving)}: train for longer, or shorten the schedule"
+        )
+    return found

@@ -119,11 +119,19 @@ def check_run(run: PathLike, record: dict[str, Any], resume: bool) -> None:
     """
     folder = Path(run)
     check_folder(folder)
-    if (folder / "run.json").exists():
-        if not resume:
-            raise ValueError(f"{folder} holds a run: choose another folder, or give resume=True")
-        with reading(folder / "run.json"):
-            _check_same(folder, read_run(folder), json.loads(json.dumps(record)))
+    if not (folder / "run.json").exists():
+        return
+    if not resume:
+        raise ValueError(f"{folder} holds a run: choose another folder, or give resume=True")
+    with reading(folder / "run.json"):
+        was, now = _flat(read_run(folder)), _flat(json.loads(json.dumps(record)))
+    changed = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
+    if changed:
+        what = "; ".join(f"{key} was {was.get(key)!r}, is {now.get(key)!r}" for key in changed)
+        raise ValueError(
+            f"{folder} cannot be resumed with other settings or data: {what}. "
+            "Give the same ones, or choose another folder"
+        )
 
 
 def start_run(run: PathLike, record: dict[str, Any]) -> None:
@@ -154,17 +162,6 @@ def write_metrics(run: PathLike, rows: list[dict[str, Any]]) -> None:
     """Writes metrics.csv, a line for each epoch."""
     lines = ([row.get(column) for column in COLUMNS] for row in rows)
     write(Path(run) / "metrics.csv", as_csv([COLUMNS, *lines]))
-
-
-def _check_same(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    was, now = _flat(old), _flat(new)
-    changed = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
-    if changed:
-        what = "; ".join(f"{key} was {was.get(key)!r}, is {now.get(key)!r}" for key in changed)
-        raise ValueError(
-            f"{folder} cannot be resumed with other settings or data: {what}. "
-            "Give the same ones, or choose another folder"
-        )
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:

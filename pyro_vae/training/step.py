@@ -63,16 +63,11 @@ class StepLoss(nn.Module):
         self.latent: list[str] = []
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Outcome:
-        """Loss and terms of a batch.
+        """The loss of a batch per datum in nats, to be differentiated, and its terms.
 
-        Args:
-            x: Data [B, *E].
-            y: What is conditioned on [B, C], or None.
-
-        Returns:
-            The loss per datum in nats, to be differentiated; without gradients, sums over the
-            batch of the objective, the reconstruction and each latent site's KL; and the
-            densities if the objective has a step of its own after the model's.
+        These are sums over the batch of the objective, the reconstruction and each latent
+        site's KL, without gradients. Third come the densities, if the objective has a step of
+        its own after the model's.
         """
         K = self.objective.num_particles
         # as `densities`, whose checks of arguments no step needs
@@ -87,11 +82,7 @@ class StepLoss(nn.Module):
 
 
 def compiled_gradient(loss: StepLoss, *batch: Tensor) -> Gradient:
-    """A compiled function of batches of one size that leaves the gradient in the parameters.
-
-    Args:
-        loss: The module that is compiled, with its gradient.
-        batch: x [B, *E], and y [B, C] if there is one, of the sizes of all later ones.
+    """A compiled function of batches of the size of this one.
 
     Raises:
         CannotCompile: If the vae, the objective or this machine does not allow it.
@@ -169,18 +160,12 @@ class Monitor:
     def check_gradient(
         self, step: int, parameters: Iterable[nn.Parameter], norm: Tensor | None = None
     ) -> None:
-        """Raises a FloatingPointError if a gradient is not finite; looks on a CPU alone.
-
-        Args:
-            step: The number of the step.
-            parameters: Whose gradients are looked at.
-            norm: The norm of all gradients, where it is known.
-        """
+        """Raises a FloatingPointError if a gradient, or their norm, is not finite; on a CPU."""
         if not self.every_step:
             return
-        total = (
-            sum(p.grad.sum() for p in parameters if p.grad is not None) if norm is None else norm
-        )
+        total: Any = norm
+        if total is None:
+            total = sum(p.grad.sum() for p in parameters if p.grad is not None)
         if math.isfinite(total):
             return
         named = self.loss.vae.named_parameters()

@@ -27,7 +27,15 @@ from pyro_vae.training.dataset import Dataset, fetch
 from pyro_vae.training.engine import Group
 from pyro_vae.training.evaluation import Evaluator
 from pyro_vae.training.optimizers import advance, make_optimizer, make_schedule, replay, restore
-from pyro_vae.training.progress import Bar, Callback, History, State, make_bar
+from pyro_vae.training.progress import (
+    Bar,
+    Callback,
+    History,
+    State,
+    make_bar,
+    units_in_use,
+    warnings_at_the_end,
+)
 from pyro_vae.training.run_folder import (
     Settings,
     load_state,
@@ -43,7 +51,6 @@ __all__ = ["Result", "Task", "Trainer", "train"]
 
 VALIDATED = 2  # first steps, with the argument checks of Pyro's distributions
 INTERVAL = 0.5  # seconds between two reports
-FALL = 10.0  # a warning is given if the ELBO falls by this times its first value
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,7 @@ class Trainer:
         self.began: float | None = None  # ELBO of the first step
         self.best: dict[str, Tensor] | None = None
         self.compiled: Gradient | None = None  # made when it is first needed
-        self.resuming: AbstractContextManager[None] = nullcontext()  # of the next step
+        self.resuming: AbstractContextManager[None] = nullcontext()  # of the next update
         self.num_batches = -(-len(self.train) // self.settings.batch_size)
         batch = torch.arange(min(self.settings.batch_size, len(self.train)))
         self.local_batch_size = len(group.local_rows(batch)[0])
@@ -145,7 +152,11 @@ class Trainer:
             initialise(self.evaluator.initial_data())
         variables = chain(self.vae.named_parameters(), self.vae.named_buffers())
         self.group.broadcast_(dict(variables))
-        self._check_validation()
+        try:  # now, not after an epoch
+            with pyro.validation_enabled(True):
+                self.evaluator.bound()
+        except ValueError as error:
+            raise ValueError(f"validation: {error}") from error
         if self.objective.own_step:
             self.objective.start(self.evaluator.first_densities())
             self.group.broadcast_(dict(self.objective.named_parameters()))
@@ -192,9 +203,11 @@ class Trainer:
                 logger.finalize("success")
             if self.best is not None:
                 self.vae.load_state_dict(self.best)
-            said = [self._idle_units(), self._fallen(), self._moving()]
-        states = self.vae.state_dict(), self.objective.state_dict()
-        return Result(self.history, [text for text in said if text], *states)
+            units, moving = self.evaluator.active_units(), self.objective.unsettled(self.step)
+            if any(active < total for active, total in units.values()):
+                bar.say(units_in_use(units))
+        said = warnings_at_the_end(self.history, self.began, units, moving)
+        return Result(self.history, said, self.vae.state_dict(), self.objective.state_dict())
 
     def _call(self, row: dict[str, Any]) -> bool:
         """Logs the epoch and calls the callbacks; returns whether one of them stopped training.
@@ -211,14 +224,6 @@ class Trainer:
                     callback(state)
         return self.group.broadcast(state.stopped)
 
-    def _check_validation(self) -> None:
-        """Raises if the vae does not take the validation data: now, not after an epoch."""
-        try:
-            with pyro.validation_enabled(True):
-                self.evaluator.bound()
-        except ValueError as error:
-            raise ValueError(f"validation: {error}") from error
-
     def _train_epoch(self) -> None:
         self.vae.train()
         order = epoch_order(len(self.train), self.settings.seed, self.epoch)
@@ -227,9 +232,7 @@ class Trainer:
         began = look = time.monotonic()
         before = self.seconds
         for index in batches[self.offset :]:
-            with self.resuming:
-                self._step(index)
-            self.resuming = nullcontext()
+            self._step(index)
             now = time.monotonic()
             if now > look:
                 self._report()
@@ -257,18 +260,20 @@ class Trainer:
         if len(share) != len(index):
             terms = terms * (len(index) / len(share))
         loss, terms = self.group.all_reduce_mean(weight, self.parameters, loss, terms)
-        self.monitor.add(self.step, loss, terms)
-        norm = None
-        if self.settings.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
-        self.monitor.check_gradient(self.step, self.parameters, norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        for parameter in self.parameters:
-            parameter.grad = None
-        if d is not None:
-            self.objective.after_step(d, partial(self.group.all_reduce_mean, weight))
+        with self.resuming:  # the state that was loaded is used from here on
+            self.monitor.add(self.step, loss, terms)
+            norm = None
+            if self.settings.clip_norm is not None:
+                self.scaler.unscale_(self.optimizer)
+                norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
+            self.monitor.check_gradient(self.step, self.parameters, norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            for parameter in self.parameters:
+                parameter.grad = None
+            if d is not None:
+                self.objective.after_step(d, partial(self.group.all_reduce_mean, weight))
+        self.resuming = nullcontext()
         self.step += 1
         self.offset += 1
 
@@ -331,7 +336,8 @@ class Trainer:
         best, patience = self.history.best_epoch, self.settings.patience
         if patience is None or best is None:
             return False
-        settled = [r["epoch"] for r in self.history.rows if self.objective.settled(r["step"])]
+        rows = self.history.rows
+        settled = [r["epoch"] for r in rows if not self.objective.unsettled(r["step"])]
         return bool(settled) and self.epoch - max(best, settled[0]) >= patience
 
     def _save(self, best: bool) -> None:
@@ -400,45 +406,3 @@ class Trainer:
         torch.set_rng_state(generators[rank]["cpu"])
         if device.type == "cuda" and generators[rank]["cuda"] is not None:
             torch.cuda.set_rng_state(generators[rank]["cuda"], device)
-
-    def _idle_units(self) -> str | None:
-        """Says how many units are active if not all are; a warning if a site has none."""
-        active, total = self.history.active_units, self.history.num_units
-        if active is None or active == total:
-            return None
-        sites = self.evaluator.active_units()
-        each = ", ".join(f"{name} {a} of {n}" for name, (a, n) in sites.items())
-        each = f" ({each})" if len(sites) > 1 else ""
-        self.bar.say(f"{active} of {total} latent units are active{each}")
-        idle = [name for name, (a, _) in sites.items() if a == 0]
-        if active and not idle:
-            return None
-        units = "" if active == 0 else f" of {' and '.join(idle)}"
-        count = total if active == 0 else sum(sites[name][1] for name in idle)
-        return (
-            f"posterior collapse: none of the {count} latent units{units} varies with the data; "
-            "try a weight of the KL that grows from 0, free bits, or another seed"
-        )
-
-    def _fallen(self) -> str | None:
-        """A warning if training ended far below its first step."""
-        if self.began is None:
-            return None
-        elbo = self.history.final["validation_elbo"]
-        ended = self.history.final["elbo"] if elbo is None else elbo
-        if not ended < self.began - FALL * max(1.0, abs(self.began)):
-            return None
-        return (
-            f"training ended at an ELBO of {ended:.3g} nats, far below the {self.began:.3g} of "
-            "its first step: lower lr, or set clip_norm"
-        )
-
-    def _moving(self) -> str | None:
-        """A warning if a weight of the objective had not come to its end."""
-        moving = self.objective.unsettled(self.step)
-        if not moving:
-            return None
-        return (
-            f"training ended at step {self.step}, before the schedule of {', '.join(moving)}: "
-            "train for longer, or shorten the schedule"
-        )

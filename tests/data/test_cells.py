@@ -67,7 +67,7 @@ def test_what_holds_no_counts_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cells.h5ad"
     for bad in (np.log(2), -1, np.nan, np.inf):
         table(np.where(X == X.max(), bad, X)).write_h5ad(path)
-        words = f"expected counts.*others, such as {bad:g}; if they are normalised, give the raw"
+        words = f"expected counts.*value.s., such as {bad:g}; if they are normalised, give the raw"
         with pytest.raises(ValueError, match=words):
             read_rows(path)
     path.write_bytes(path.read_bytes()[:500])

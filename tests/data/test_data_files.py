@@ -104,8 +104,11 @@ def test_classes_are_counted_over_all_parts(tmp_path: Path) -> None:
         ),
         ({"x": np.ones((3, 2)), "y": np.array([0, 1, -2])}, "or -1 where unknown, got negative"),
         ({"X": np.ones((3, 2))}, "'y' .* and 'labels' .* got X"),
-        ({"x": np.array([[1.0], [np.inf], [np.nan]])}, r"1 row\(s\), the first one row 1 "),
-        ({"x": np.array([[1.0], [1e300], [1.0]])}, "row 1 "),
+        (
+            {"x": np.array([[1.0], [np.inf], [np.nan]])},
+            r"1 row\(s\) hold infinite values, f.* \[1\]",
+        ),
+        ({"x": np.array([[1.0], [1e300], [1.0]])}, r"infinite values, first \[1\]"),
         ({"x": np.zeros((11, 5, 7, 3), np.uint8)}, r"looks like \[N, H, W, C\]"),
         ({"x": np.ones((11, 2)), "x_test": np.ones((11, 3))}, r"shape \[2\].* shape \[3\]"),
         ({"x": np.ones((11, 2)), "y_test": np.ones((11, 3))}, "got x, y_test"),
@@ -240,7 +243,7 @@ def test_a_csv_column_of_labels(tmp_path: Path) -> None:
         ("a,label\n1,0\n2,1e18\n3,1\n", "labels below 1000000, got others in 1 row"),
         ("1,2\n3\n", "expected 2 columns as in the first line, got 1 in line 2"),
         ("a,label\n1,0\n2,0.5\n3,1\n", "labels that are integers from 0, got 0.5 in row 1"),
-        ("1,2\n3,inf\n5,\n", r"infinite ones in 1 row\(s\), the first one row 1 "),
+        ("1,2\n3,inf\n5,\n", r"1 row\(s\) hold infinite values, first \[1\]"),
     ],
 )
 def test_bad_tables_are_refused(tmp_path: Path, text: str, message: str) -> None:

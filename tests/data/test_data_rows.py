@@ -117,6 +117,8 @@ def test_fixed_data_takes_no_other_transform() -> None:
     with pytest.raises(ValueError, match="choose the transform before"):
         make(Dequantise(17)).fixed().with_transform(Threshold(8))
     assert make(Dequantise(17)).with_transform(Threshold(8)).transform == Threshold(8)
+    with pytest.raises(ValueError, match="'standardise'; a name goes to with_transform of the S"):
+        Data(torch.randn(7, 3)).with_transform("standardise")
 
 
 def test_batches_carry_y() -> None:
@@ -148,7 +150,7 @@ def test_what_was_checked_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch
 
 def test_values_that_a_transform_makes_infinite_are_refused() -> None:
     tiny = Standardise(torch.zeros(5), torch.full((5,), 1e-38))
-    with pytest.raises(ValueError, match="finite values in x, got infinite ones in 3 row"):
+    with pytest.raises(ValueError, match=r"x must be finite; 3 row\(s\) hold infinite"):
         Data(torch.full((3, 5), 1e30), transform=tiny).fixed()
 
 
@@ -196,8 +198,14 @@ def test_y_shape_and_dtype_change_the_digest() -> None:
         ({"x": torch.zeros(3, 2), "y": torch.zeros(3)}, "expected y of 2"),
         ({"x": torch.zeros(3, 2), "labels": torch.tensor([0, 1])}, "expected labels of 1"),
         ({"x": torch.zeros(3, 2), "rows": torch.tensor([0, 1])}, "expected rows of 1"),
-        ({"x": torch.tensor([[0.0], [torch.nan], [torch.inf]])}, r"1 row\(s\), the .* row 2 "),
-        ({"x": torch.zeros(2, 1), "y": torch.tensor([[0.0], [torch.nan]])}, "values in y.* row 1"),
+        (
+            {"x": torch.tensor([[0.0], [torch.nan], [torch.inf]])},
+            r"x must be finite; 1 row.*\[2\]",
+        ),
+        (
+            {"x": torch.zeros(2, 1), "y": torch.tensor([[0.0], [torch.nan]])},
+            r"y must be finite.*\[1\]",
+        ),
         ({"x": torch.tensor([[1], [17]]), "levels": 17}, "from 0 to 16.* row 1 "),
         ({"x": torch.zeros(2, 1), "labels": torch.tensor([0, -2])}, "expected labels from 0"),
         (
@@ -206,7 +214,7 @@ def test_y_shape_and_dtype_change_the_digest() -> None:
         ),
         ({"x": torch.zeros(2, 1), "labels": torch.zeros(2)}, "integers, got float32"),
         ({"x": torch.zeros(2, 1), "labels": torch.tensor([0, 10**18])}, "labels below 1000000"),
-        ({"x": torch.zeros(2, 1, dtype=torch.complex64)}, "real numbers in x, got complex"),
+        ({"x": torch.zeros(2, 1, dtype=torch.complex64)}, "real numbers; got complex"),
         ({"x": "text"}, "data 'table': x must be a tensor, array, .*got str"),
         ({"x": torch.zeros(2, 1), "seed": -1}, "seed must be at least 0"),
     ],

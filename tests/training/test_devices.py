@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -339,30 +341,65 @@ def test_shares_of_a_batch() -> None:
     assert weight == 1
 
 
-@pytest.mark.slow
-def test_torchrun(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    options = ["--epochs=2", "--limit=40", "--accelerator=cpu", f"--run={run}", "--devices=2"]
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "-m",
-        "--",
-        "pyro_vae",
-        "train",
-    ]
-    done = subprocess.run(
-        [sys.executable, *command, *options, "--latent_dim=2", "--progress=false"],
-        capture_output=True,
+def test_gradients_are_summed_by_the_weights_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda flat: flat.mul_(3))
+    p, q = torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(5))
+    p.grad = gradient = torch.randn(2, 3)
+    (total,) = Group(0, 3).all_reduce_mean(0.25, [p, q], torch.tensor(7.0))
+    torch.testing.assert_close(p.grad, 0.75 * gradient)
+    assert torch.equal(q.grad, torch.zeros(5))
+    assert total == 5.25
+
+
+def torchrun(*options: str) -> subprocess.Popen[str]:
+    """A training on two ranks."""
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
+    return subprocess.Popen(
+        [sys.executable, *command, "pyro_vae", "train", *options, "--no-progress"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parents[2],
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("run in") == 1
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """The status of a process and what it printed."""
+    out, _ = process.communicate()
+    return process.returncode, out
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ["--epochs=2", "--limit=40", "--accelerator=cpu", "--devices=2", "--latent_dim=2"]
+    status, out = ended(torchrun(*options, f"--run={run}"))
+    assert status == 0, out
+    assert out.count("run in") == 1
     state = load_state(run)
     assert state is not None
     assert state["step"] == 2
     assert len(state["rng_of_others"]) == 1
     assert (run / "figures" / "curves.svg").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds children in /proc")
+def test_a_rank_that_dies_loses_its_epoch_at_most(tmp_path: Path) -> None:
+    options = ["--epochs=40", "--limit=40", "--accelerator=cpu", "--latent_dim=2"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert ended(torchrun(*options, f"--run={whole}"))[0] == 0
+    process, metrics = torchrun(*options, f"--run={run}"), run / "metrics.csv"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert ended(process)[0] != 0
+    state = load_state(run)
+    assert state is not None
+    assert 2 <= state["step"] < 40
+    assert ended(torchrun(f"--resume={run}"))[0] == 0
+    for which in ("best", "last"):
+        assert same(load_weights(run, which), load_weights(whole, which))

@@ -72,3 +72,14 @@ def test_a_terminal_has_one_bar_over_all_epochs(monkeypatch: pytest.MonkeyPatch)
         assert task.completed == 12
         assert task.fields["metrics"] == "ELBO -7.50  validation -8.50, best -8.00"
     assert make_bar(False, 11, None, 4).__class__ is progress.Bar
+
+
+def test_a_bar_is_shown_the_batches_done_and_their_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = {}
+    monkeypatch.setattr(
+        progress.Bar, "show", lambda _, epoch, *given: shown.update({epoch: given})
+    )
+    vae = build((7,), 2, encoder={"class_path": "MLP", "init_args": {"hidden": [11]}})
+    history = fit(vae, X, epochs=2, batch_size=17, progress=False)
+    assert [done for done, _ in shown.values()] == [4, 4]
+    assert [means["elbo"] for _, means in shown.values()] == pytest.approx(history["elbo"])

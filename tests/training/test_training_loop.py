@@ -29,7 +29,7 @@ from training_cases import (
 from pyro_vae.estimators import evidence_lower_bound
 from pyro_vae.generators import epoch_order
 from pyro_vae.objectives import ELBO, IWAE
-from pyro_vae.training import History, State, fit
+from pyro_vae.training import History, State, fit, step
 from pyro_vae.training.progress import COLUMNS
 from pyro_vae.training.run_folder import load_state
 
@@ -268,6 +268,13 @@ def test_mixed_precision_leaves_data_alone() -> None:
     history = fit(vae, x, validation=x, epochs=2, batch_size=11, precision="bf16-mixed", **QUIET)
     assert next(vae.parameters()).dtype == torch.float32
     assert history["elbo"][1] == pytest.approx(history["validation_elbo"][1], abs=1.0)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", "float32"), ("64-true", "float64")])
+def test_new_tensors_of_a_step_are_of_its_precision(precision: str, dtype: str) -> None:
+    with step._casting(precision, "cpu"):
+        assert torch.zeros(()).dtype is getattr(torch, dtype)
+    assert torch.get_default_dtype() is torch.float32
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])

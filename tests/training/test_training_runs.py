@@ -21,7 +21,7 @@ from training_cases import QUIET, Stop, make_data, make_vae, noisy_data, same, w
 
 from pyro_vae import build, load
 from pyro_vae.objectives import ELBO, Linear
-from pyro_vae.training import State, fit, load_weights, read_run, trainer
+from pyro_vae.training import State, fit, load_weights, read_run, run_folder, trainer
 
 OPTIONS: dict[str, Any] = {
     "epochs": 4,
@@ -156,6 +156,19 @@ def test_more_epochs_go_on(tmp_path: Path) -> None:
     history = fit(again, noisy_data(), run=tmp_path, resume=True, **OPTIONS)
     assert same(weights(whole), weights(again))
     assert len(history) == 4
+
+
+def test_an_error_of_the_first_resumed_step_is_raised_as_it_is(tmp_path: Path) -> None:
+    fit(make_vae(), make_data(), run=tmp_path, **{**OPTIONS, "epochs": 1})
+    vae = make_vae()
+
+    def fail(*_: Any) -> None:
+        if vae.training:
+            raise LookupError("of one's own")
+
+    vae.posterior.register_forward_hook(fail)
+    with pytest.raises(LookupError, match="^.of one's own.$|^of one's own$"):
+        fit(vae, make_data(), run=tmp_path, resume=True, **OPTIONS)
 
 
 def test_resume_before_the_first_checkpoint_starts_over(tmp_path: Path) -> None:
@@ -358,6 +371,15 @@ def test_killed_at_any_moment() -> None:
     assert "3 of 3 resumed runs end as the unbroken one; of" in done.stdout
 
 
+def test_tied_and_strided_weights_are_kept(tmp_path: Path) -> None:
+    run = Path(shutil.copytree(Path(__file__).parent / "earlier" / "run", tmp_path / "run"))
+    weight = torch.randn(3, 5)
+    weights = {"encoder": weight, "decoder": weight.T, "again": weight}
+    run_folder.save_checkpoint(run, weights, {"step": 1}, best=True)
+    kept = load_weights(run)
+    assert all(torch.equal(kept[name], weights[name]) for name in weights)
+
+
 def test_a_run_of_an_earlier_version_loads_and_goes_on(tmp_path: Path) -> None:
     """Two epochs under a schedule, made before the objectives had their present modules."""
     earlier = Path(__file__).parent / "earlier"
@@ -371,3 +393,21 @@ def test_a_run_of_an_earlier_version_loads_and_goes_on(tmp_path: Path) -> None:
     expected = load_file(earlier / "third_epoch.safetensors")
     for name, weight in load_weights(run, "last").items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_from_before_compilation_was_recorded_goes_on_eagerly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(Path(__file__).parent / "earlier" / "run", tmp_path / "run"))
+    record = json.loads((run / "run.json").read_text())
+    record["training"].pop("compile")
+    (run / "run.json").write_text(json.dumps(record))
+
+    def stop(engine: object, train: object, task: Any) -> None:
+        raise Stop(task.settings.compile)
+
+    monkeypatch.setattr("pyro_vae.training.engine.Engine.run", stop)
+    x = torch.bernoulli(torch.full((53, 5), 0.5), generator=torch.Generator().manual_seed(0))
+    options = {"batch_size": 11, "validation": x[:13], "epochs": 10**6, **QUIET}
+    with pytest.raises(Stop, match="False"):
+        fit(load(run), x, ELBO(beta=Linear(length=7)), run=run, resume=True, **options)
