@@ -21,7 +21,7 @@ from pyro_vae.files import damaged
 __all__ = ["CHUNK", "LARGE", "Mapped", "mapped", "npy", "spooled"]
 
 LARGE = 2**26  # bytes of a file, above which its rows stay there
-CHUNK = 10_000  # rows read at once where all are looked at
+CHUNK = 1_000  # rows read at once where all are looked at
 
 
 class Folder:

@@ -28,7 +28,7 @@ __all__ = [
     "row_noise",
 ]
 
-ROWS = 10_000  # of a file, read at once
+ROWS = 1_000  # of a file, read at once
 NAMES = ("none", "threshold", "static", "dynamic", "dequantise", "rescale", "standardise")
 
 
