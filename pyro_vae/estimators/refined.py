@@ -39,7 +39,7 @@ __all__ = [
 
 METHOD = "importance sampling, refined"
 AGAIN = 2 * FIT_STEPS  # of a second fit
-WIDER, WIDEST = 0.8, 0.25  # over the root of the number of informed directions, at most
+WIDER, WIDEST = 0.8, 0.2  # over the root of the number of informed directions, at most
 DEFENSIVE_SHARE = 0.05  # of the draws, from the guide and from the prior
 LEAST_WEIGHT = 0.05  # of a component
 SURPRISE = 3.0  # standard errors by which draws of the prior may give more

@@ -15,7 +15,7 @@ from pyro_vae.densities.evaluating import evaluating
 from pyro_vae.estimators import escalating, log_evidence, refined_importance_sampling
 from pyro_vae.estimators.evidence import summarise
 from pyro_vae.estimators.proposal import Proposal, _weighed, add_components, laplace
-from pyro_vae.estimators.refined import Fit
+from pyro_vae.estimators.refined import Fit, _wider
 from pyro_vae.estimators.target import Target
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -206,8 +206,8 @@ def test_a_second_fit_mends_every_component_beside_the_first() -> None:
     assert torch.equal(both.log_weight[2:].isfinite(), kept)
     away = torch.linalg.solve(tril, (both.loc[2:] - loc).unsqueeze(-1)).norm(dim=(-2, -1))
     assert (away[kept] < 0.1).all()
-    scale = torch.linalg.solve(tril, both.tril[2:])[kept].diagonal(dim1=-2, dim2=-1)
-    assert ((scale > 0.95) & (scale < 1.15)).all()
+    scale = torch.linalg.solve(_wider(tril), both.tril[2:])[kept].diagonal(dim1=-2, dim2=-1)
+    assert ((scale > 0.93) & (scale < 1.07)).all()
 
 
 def test_a_pilot_follows_large_weights_into_a_tail_that_its_draws_hardly_reach() -> None:

@@ -15,7 +15,7 @@ from pyro_vae.densities.evaluating import evaluating
 from pyro_vae.estimators import modes
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.proposal import Proposal
-from pyro_vae.estimators.refined import WIDER, Fit, _wider
+from pyro_vae.estimators.refined import WIDER, WIDEST, Fit, _wider
 from pyro_vae.estimators.target import Target
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -230,13 +230,16 @@ def test_what_draws_of_the_prior_show_and_the_estimate_misses_is_doubtful() -> N
     assert fit.judge(estimate, 0.005).verdict == ["doubtful"] * 2
 
 
-def test_proposals_are_wider_where_data_inform() -> None:
-    rotation = torch.linalg.qr(torch.randn(3, 3)).Q
-    covariance = (rotation * torch.tensor([0.01, 1.0, 1.7])) @ rotation.T
-    wider = _wider(torch.linalg.cholesky(covariance)[None])[0]
-    variance = torch.linalg.eigvalsh(wider @ wider.T)
-    expected = torch.tensor([0.01 * (1 + (WIDER**2 - 1) * 0.99), 1.0, 1.7])
-    torch.testing.assert_close(variance, expected)
+@pytest.mark.parametrize("number", [1, 37])
+def test_proposals_are_wider_where_data_inform(number: int) -> None:
+    """By a fifth in few directions; by less in many, at a price that stays the same."""
+    rotation = torch.linalg.qr(torch.randn(number + 2, number + 2)).Q
+    variances = torch.tensor([*[0.01] * number, 1.0, 1.7])
+    wider = _wider(torch.linalg.cholesky((rotation * variances) @ rotation.T)[None])[0]
+    more = min(WIDEST, WIDER / (0.99 * number) ** 0.5)
+    expected = variances * torch.tensor([*[1 + more * (2 + more) * 0.99] * number, 1.0, 1.0])
+    torch.testing.assert_close(torch.linalg.eigvalsh(wider @ wider.T), expected)
+    assert more < WIDEST or number == 1
 
 
 def test_a_posterior_of_one_mode_is_searched_once() -> None:
