@@ -221,7 +221,10 @@ def is_mixed(path: Path) -> bool:
         _, names = next(lines, (1, []))
         if len(names) == 1 and any(delimiter in names[0] for delimiter in DELIMITERS):
             return True
-        columns = [*zip(*(row for _, row in islice(lines, LOOKED_AT)))]
+        try:
+            columns = [*zip(*(row for _, row in islice(lines, LOOKED_AT)))]
+        except ValueError:  # no table of commas: read_table knows other delimiters, or says so
+            return True
     texts = [[cell for cell in (_text(c, False) for c in column) if cell] for column in columns]
     numbers = [sum(as_number(cell) is not None for cell in column) for column in texts]
     words = any(2 * count < len(column) for count, column in zip(numbers, texts))

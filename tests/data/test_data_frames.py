@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from pyro_vae import build
-from pyro_vae.data import Schema, read_table
+from pyro_vae.data import Schema, load_data, read_table
 
 PEOPLE = """age,job,pay,grade,visits,member
 23,baker,1200.5,2,0,yes
@@ -98,6 +98,18 @@ def test_semicolons_with_decimal_commas_and_other_orders_of_columns(tmp_path: Pa
     path.write_text("a,b\ny,7\n")
     other, _ = read_table(path, schema)
     assert other.tolist() == [[7.0, 1.0]]
+
+
+def test_other_delimiters_under_names_with_commas(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("id;pay, yearly;age\n" + "".join(f"{i};{i}000;{20 + i}\n" for i in range(20)))
+    splits = load_data(str(path))
+    assert splits.train.columns == ("id", "pay, yearly", "age")
+    path.write_text("a,b\n1,2\n3,4,5\n")
+    with pytest.raises(
+        ValueError, match="expected 2 columns as in the first line, got 3 in line 3"
+    ):
+        load_data(str(path))
 
 
 @pytest.mark.parametrize("form", ["pandas", "parquet", "pyarrow"])
