@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,23 @@ def test_the_ends_are_exact(cls: type) -> None:
 def test_wrong_schedules_are_refused(cls: type, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cls(**options)
+
+
+def test_a_schedule_of_ones_own_may_hold_anything() -> None:
+    @dataclass(frozen=True)
+    class Steps(Schedule):
+        at: tuple[int, ...] = (2, 5)
+        most: float = math.inf
+        unit: str = "step"
+        finish = 5.0
+        extremes = (0.0, 2.0)
+
+        def __call__(self, position: float) -> float:
+            return float(sum(position >= step for step in self.at))
+
+    objective = ELBO(beta=Steps())  # type: ignore[arg-type,abstract]
+    objective.at(3)
+    assert objective.beta == 1
 
 
 @pytest.mark.parametrize(

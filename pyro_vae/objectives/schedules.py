@@ -27,18 +27,6 @@ class Schedule(ABC):
 
     unit: Unit
 
-    def __post_init__(self) -> None:
-        """Refuses a unit that is unknown, and numbers that are not finite or out of range."""
-        what = type(self).__name__
-        for name, value in vars(self).items():
-            if name == "unit":
-                if value not in ("step", "epoch"):
-                    raise ValueError(f"{what}: unit must be 'step' or 'epoch'; got {value!r}")
-                continue
-            within, bounds = RANGES.get(name, (math.isfinite, "finite"))
-            if not (math.isfinite(value) and within(value)):
-                raise ValueError(f"{what}: {name} must be {bounds}; got {value}")
-
     @abstractmethod
     def __call__(self, position: float) -> float:
         """The value at `position`, zero or more."""
@@ -52,6 +40,19 @@ class Schedule(ABC):
     @abstractmethod
     def extremes(self) -> tuple[float, float]:
         """The least and the greatest value."""
+
+
+def _check(schedule: Any) -> None:
+    """Refuses a unit that is unknown, and numbers that are not finite or out of range."""
+    what = type(schedule).__name__
+    for name, value in vars(schedule).items():
+        if name == "unit":
+            if value not in ("step", "epoch"):
+                raise ValueError(f"{what}: unit must be 'step' or 'epoch'; got {value!r}")
+            continue
+        within, bounds = RANGES.get(name, (math.isfinite, "finite"))
+        if not (math.isfinite(value) and within(value)):
+            raise ValueError(f"{what}: {name} must be {bounds}; got {value}")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ class Constant(Schedule):
 
     value: float = 1.0
     unit: Unit = "step"
+
+    def __post_init__(self) -> None:
+        _check(self)
 
     def __call__(self, position: float) -> float:
         """The value."""
@@ -110,6 +114,9 @@ class Linear(Schedule):
     end: float = 1.0
     delay: float = 0.0
     unit: Unit = "step"
+
+    def __post_init__(self) -> None:
+        _check(self)
 
     def __call__(self, position: float) -> float:
         """The value at `position`."""
@@ -167,6 +174,9 @@ class Cyclical(Schedule):
     cycles: int = 4
     rising: float = 0.5
     unit: Unit = "step"
+
+    def __post_init__(self) -> None:
+        _check(self)
 
     def __call__(self, position: float) -> float:
         """The value at `position`."""
