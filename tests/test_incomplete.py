@@ -91,6 +91,15 @@ def test_masses_are_sums_over_all_completions() -> None:
         torch.testing.assert_close(found, p.log_prob(completions).logsumexp(0))
 
 
+def test_more_dimensions_of_a_datum_keep_what_is_missing() -> None:
+    p = Incomplete(dist.Normal(torch.zeros(2, 3, 4), 1.0).to_event(1))
+    x = torch.randn(2, 3, 4)
+    x[0, 1], x[1, :, 2] = NAN, NAN
+    torch.testing.assert_close(p.to_event(1).log_prob(x), p.log_prob(x).sum(-1))
+    torch.testing.assert_close(p.to_event().log_prob(x), p.log_prob(x).sum())
+    assert p.to_event(1).event_shape == (3, 4)
+
+
 def test_entries_that_depend_on_each_other_are_refused() -> None:
     with pytest.raises(ValueError, match="Incomplete needs .* got MultivariateNormal: give the"):
         Incomplete(dist.MultivariateNormal(torch.zeros(3), torch.eye(3)))

@@ -140,6 +140,12 @@ class Incomplete(dist.Independent):
         each = self.base_dist.expand(Size(batch_shape) + self.event_shape)
         return type(self)(each.to_event(len(self.event_shape)))
 
+    def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Incomplete:
+        """The same density, with some dimensions of the batch (all if None) in that of a datum."""
+        number = reinterpreted_batch_ndims
+        number = len(self.batch_shape) if number is None else number
+        return type(self)(self.base_dist.to_event(len(self.event_shape) + number))
+
     def entry_log_prob(self, value: Tensor) -> Tensor:
         """Log density of each entry of `value` in nats [*S, *E]; 0 where it is missing."""
         observed = ~value.isnan()
