@@ -394,7 +394,7 @@ def _drawn(figure: Figure, kind: str, **options: Any) -> bytes:
 
 
 def _named(names: Sequence[str] | None, count: int, prefix: str) -> Sequence[str]:
-    return names or [f"{prefix}{d}" for d in range(count)]
+    return [f"{prefix}{d}" for d in range(count)] if names is None else names
 
 
 def _axes(rows: int, columns: int, size: float) -> tuple[Figure, list[Any]]:

@@ -48,6 +48,8 @@ def test_latent_means_lie_on_the_axes_of_their_dimensions() -> None:
     drawn = torch.as_tensor(ax.collections[0].get_offsets().tolist())
     assert drawn.flatten().tolist() == pytest.approx(means[:, [0, 2]].flatten().tolist())
     assert "largest variance" in ax.get_title()
+    (ax,) = plots.latent(means, names=np.array(["a", "b", "c"])).axes  # type: ignore[arg-type]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("E[a | x]", "E[c | x]")
     (ax,) = plots.latent(means[:, :2], torch.arange(7)).axes
     assert ax.get_title() == "posterior means"
 
