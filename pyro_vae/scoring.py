@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ class Scorer:
                 "a batch must be a pandas frame or a mapping of arrays; got "
                 f"{type(batch).__name__}"
             )
-        if getattr(batch, "empty", False):  # a part of a frame that a filter left no row of
+        if hasattr(batch, "assign") and not len(batch):  # a part that a filter left no row of
             return batch.assign(log_prob=0.0, stderr=0.0, verdict="")
         if self._vae is None:
             self._vae = config.load(self.run)
@@ -80,6 +81,11 @@ class Scorer:
             return Data(batch["x"], batch.get("y"), name="the batch")
         schema, known = schema_of(self.run), read_record(self.run).get("rows", {}).get("columns")
         cells = {str(name): batch[name] for name in batch}
+        if len(cells) < len(list(batch)):
+            raise ValueError(
+                "the batch: expected columns of different names; got "
+                f"{', '.join(map(str, batch))}: rename those that are there twice"
+            )
         if known is not None and cells.keys() >= set(known):
             cells = {name: cells[name] for name in known}
         if len(lengths := {len(cell) for cell in cells.values()}) != 1:
@@ -88,11 +94,17 @@ class Scorer:
                 f"{', '.join(map(str, sorted(lengths))) or 'no column'}"
             )
         if schema is None:
-            columns = [
-                as_tensor(f"the batch: {name}", cell).float() for name, cell in cells.items()
-            ]
+            columns = [_numbers(f"the batch: {name}", cell) for name, cell in cells.items()]
             return Data(torch.stack(columns, 1), name="the batch", columns=tuple(cells))
         import pandas as pd
 
         rows, _ = read_table(pd.DataFrame(cells), schema)
         return Data(rows, name="the batch", columns=tuple(schema.columns), schema=schema)
+
+
+def _numbers(name: str, cell: Any) -> torch.Tensor:
+    """A column as float32; Decimals and texts of numbers come as objects."""
+    if isinstance(getattr(cell, "dtype", None), np.dtypes.ObjectDType):
+        with suppress(TypeError, ValueError):  # which the next line says in plain words
+            cell = np.asarray(cell, np.float64)
+    return as_tensor(name, cell).float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,14 @@ def test_what_is_no_batch_is_refused(folder: Path, tmp_path: Path) -> None:
     for words, batch in batches.items():
         with pytest.raises(ValueError, match=words):
             Scorer(folder / "x")(batch)
+
+
+def test_columns_of_objects_count_and_none_or_two_of_a_name_are_refused(folder: Path) -> None:
+    frame = pytest.importorskip("pandas").DataFrame(np.ones((2, F)), columns=["a", "b", "c"])
+    scorer = Scorer(folder / "x", audit=False)
+    decimals = scorer(frame.map(Decimal))
+    assert decimals["log_prob"].tolist() == scorer(frame)["log_prob"].tolist()
+    with pytest.raises(ValueError, match="columns of one length; got no column"):
+        scorer(frame[[]])
+    with pytest.raises(ValueError, match="columns of different names; got a, b, b: rename"):
+        scorer(frame.set_axis(["a", "b", "b"], axis=1))
