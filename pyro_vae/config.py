@@ -218,12 +218,18 @@ def load(run: str | os.PathLike[str], vae: VAE | None = None) -> VAE:
         if declaration is None:
             raise ValueError(f"{run}: the VAE was not made by build(): give it, load(run, vae)")
         with reading(Path(run) / "run.json"):
-            named = declaration["likelihood"]
-            cls: Any = named_class("likelihood", named["class_path"])
-            options = {**cls.before, **named["init_args"]}  # what older runs left unnamed
-            vae = build(**{**declaration, "likelihood": {**named, "init_args": options}})
+            vae = build(**as_named_now(declaration))
+            vae.declaration = declaration  # as its run knows it when it goes on
     put_weights(vae, load_weights(run), run)
     return vae.eval()
+
+
+def as_named_now(declaration: dict[str, Any]) -> dict[str, Any]:
+    """The declaration of a run, with options of its likelihood that older runs left unnamed."""
+    named = declaration["likelihood"]
+    cls: Any = named_class("likelihood", named["class_path"])
+    options = {**cls.before, **named["init_args"]}
+    return {**declaration, "likelihood": {**named, "init_args": options}}
 
 
 def default_transform(likelihood: type, levels: int | None, x: Tensor | Mapped) -> str:

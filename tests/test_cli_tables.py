@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,25 @@ def test_train_prints_the_schema_and_its_config_trains_again(
     assert "categories: [baker, clerk, pilot]" in printed
     kinds = [type(part).__name__ for part in load(tmp_path / "again").likelihood.parts]
     assert kinds == ["StudentT", "Categorical", "LogNormal", "Ordinal"]
+
+
+def test_a_run_from_before_columns_were_computed_together_goes_on(
+    run: Path, tmp_path: Path
+) -> None:
+    older = Path(shutil.copytree(run, tmp_path / "run"))
+    config = yaml.safe_load((older / "config.yaml").read_text())
+    record = json.loads((older / "run.json").read_text())
+    for declared in (config, record["declaration"]):
+        assert declared["likelihood"]["init_args"].pop("together")
+    (older / "config.yaml").write_text(yaml.safe_dump(config))
+    (older / "run.json").write_text(json.dumps(record))
+    vae = load(older)
+    assert vae.declaration == record["declaration"]
+    again = ["train", "--resume", str(older), "--epochs", "2", "--progress", "false"]
+    assert main(again) == 0
+    config = yaml.safe_load((older / "config.yaml").read_text())
+    assert config["likelihood"]["init_args"]["together"] is False
+    assert json.loads((older / "run.json").read_text())["declaration"] == record["declaration"]
 
 
 def test_samples_are_written_as_the_table_is(run: Path) -> None:

@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from pyro_vae import declarations
-from pyro_vae.arguments import check_whole, closest
+from pyro_vae.arguments import check_whole, closest, name_and_options
 from pyro_vae.cli import COMMANDS, DATA, FAMILIES
 from pyro_vae.files import check_folder, reading
 
@@ -202,7 +202,7 @@ def make_parser(name: str) -> ArgumentParser:
 
 
 def _resumed(argv: list[str]) -> list[str]:
-    """With `--resume RUN`, the options of that run come first."""
+    """With `--resume RUN`, the options of that run come first, also those it left unnamed."""
     for argument in argv:
         name, given, folder = argument.partition("=")
         if name != "--resume" or not given:
@@ -214,7 +214,13 @@ def _resumed(argv: list[str]) -> list[str]:
                 f"{folder} cannot be resumed: it has no config.yaml, which pyro-vae train writes; "
                 "give the folder of a run that it began"
             )
-        return [f"--config={declaration}", f"--run={folder}", *argv]
+        with reading(declaration):
+            named = _read_yaml(declaration).get("likelihood", FAMILIES["likelihood"])
+            likelihood, options = name_and_options("likelihood", named)
+            cls: Any = declarations.named_class("likelihood", likelihood)
+        unnamed = [name for name in cls.before if name not in options]  # by older versions
+        older = [f"--likelihood.{name}={cls.before[name]}" for name in unnamed]
+        return [f"--config={declaration}", f"--run={folder}", *older, *argv]
     return argv
 
 

@@ -19,7 +19,7 @@ from pyro_vae.cli.figures import KlParts, draw
 from pyro_vae.cli.folder import check_support, declared_run, read_record
 from pyro_vae.cli.parsing import NOT_IN_FILES, parse, plain_options
 from pyro_vae.data import Data, Schema, Splits, load_data, spread
-from pyro_vae.files import locked
+from pyro_vae.files import locked, reading
 from pyro_vae.likelihoods import Bernoulli, Columns, Likelihood
 from pyro_vae.objectives import Objective
 from pyro_vae.processes import in_processes
@@ -175,8 +175,10 @@ def _splits(options: Namespace) -> Splits:
                 f"Columns is for; got {cls.__name__}: leave the likelihood out"
             )
         options.schema = train.schema.plain
-        columns = {"columns": options.likelihood.options.get("columns") or {}}
-        options.likelihood = declarations.component("likelihood", {"Columns": columns})
+        if cls is Bernoulli:  # the usual one, which nobody asked for
+            options.likelihood = declarations.component("likelihood", "Columns")
+        columns = options.likelihood.options["columns"] or {}
+        options.likelihood = options.likelihood.having(columns=columns)
     name = options.transform
     if name == "auto":
         name = config.default_transform(options.likelihood.cls, train.levels, train.x)
@@ -231,6 +233,11 @@ def _build(options: Namespace, splits: Splits) -> VAE:
         "missing": splits.missing if options.missing is None else options.missing,
     }
     vae: VAE = declarations.given(config.build, {**vars(options), **found}, data.data_shape)
+    if options.resume:
+        with reading(Path(options.resume) / "run.json"):
+            before = read_run(options.resume)["declaration"]
+            if before and config.as_named_now(before) == vae.declaration:
+                vae.declaration = before  # the run goes on under its own
     return vae
 
 
