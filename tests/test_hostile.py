@@ -394,6 +394,7 @@ def test_names_of_columns_are_no_mathematics(tmp_path: Path) -> None:
     assert main(["train", *SMALL, *given, f"--run={tmp_path / 'run'}"]) == 0
 
 
+@pytest.mark.slow
 def test_random_damage_is_refused_or_harmless() -> None:
     """Thirteen files damaged; `python benchmarks/mutate.py 296` damages more."""
     root = Path(__file__).parents[1]

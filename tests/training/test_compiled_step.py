@@ -263,6 +263,7 @@ def test_what_cannot_be_compiled_trains_eagerly_and_says_why() -> None:
     assert same(weights(plain), weights(odd))
 
 
+@pytest.mark.slow
 def test_no_compiler_is_said_in_one_line() -> None:
     code = """
 from training_cases import QUIET, make_data, make_vae
