@@ -266,8 +266,8 @@ def _wider(tril: Tensor) -> Tensor:
     """Factors [M, D, D] of covariances that are wider where they are narrower than the prior's.
 
     Where the data inform nothing the posterior is the prior, which a wider proposal would miss.
-    What a scale of 1 + s costs in n informed directions is a relative variance of weights of
-    about exp(2 n s^2): s falls with their root, so that the price is the same for any n.
+    A scale of 1 + s in n informed directions multiplies the average squared weight by about
+    exp(2 n s^2). s falls with the root of n, so that this price is the same for any n.
     """
     variance, vectors = torch.linalg.eigh(tril @ tril.mT)
     informed = (1 - variance).clamp(0, 1)
