@@ -68,9 +68,11 @@ def posteriors(vae: VAE, rows: Tensor) -> Figure:
 
         q = vae.encode(x[i])
         z, *_ = grid(torch.zeros(2), 8.0, 801)
-        log_px = log_joint(z).logsumexp(0) + 2 * math.log(16 / 800)
+        joint = log_joint(z)
+        log_px = joint.logsumexp(0) + 2 * math.log(16 / 800)
         half = 6 * q.stddev.max().item()
-        z, first, second = grid(q.mean, half, 201)
+        middle = (q.mean + joint.softmax(0).float() @ z) / 2  # of the encoder and the posterior
+        z, first, second = grid(middle, half, 201)
         log_q, log_posterior = q.log_prob(z).double(), log_joint(z) - log_px
         kl = (log_q.exp() * (log_q - log_posterior)).sum() * (half / 100) ** 2
         ax.contourf(first, second, log_posterior.exp().view(201, 201).T, 12, cmap="Blues")

@@ -138,6 +138,7 @@ class Own(nn.Module):
     def __init__(self, programs: Any, data: Data) -> None:
         super().__init__()
         self.programs = programs
+        self.model, self.guide = programs.model, programs.guide
         x, y = data.batch(torch.arange(1))
         found = densities(self.model, self.guide, x, y)
         shapes = {name: site.model.event_shape for name, site in found.sites.items()}
@@ -151,14 +152,6 @@ class Own(nn.Module):
         (self.observed, *_) = found.observed
         self.register_buffer("x", x)
         self.x: Tensor
-
-    def model(self, *args: Any) -> Any:
-        """The model."""
-        return self.programs.model(*args)
-
-    def guide(self, *args: Any) -> Any:
-        """The guide."""
-        return self.programs.guide(*args)
 
     def prior(self, y: Tensor | None = None) -> Distribution:
         """p(z), batch () where it is one Normal; else batch [B], that of y, or [1]."""

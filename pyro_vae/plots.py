@@ -144,7 +144,8 @@ def columns(data: Tensor, samples: Tensor, names: Sequence[str] | None = None) -
         bins = _bins(held)
         for values, label, kind in ((held, "data", "stepfilled"), (drawn, "samples", "step")):
             look = {"histtype": kind, "alpha": 0.4 if label == "data" else 1, "label": label}
-            ax.hist(values.tolist(), bins, weights=[1 / len(values)] * len(values), **look)
+            share = torch.ones(len(values)) / len(values)
+            ax.hist(values.tolist(), bins, weights=share.tolist(), **look)
         ax.set_title(_short(name), fontsize=9)
         ax.locator_params(axis="x", nbins=4, prune="both")
         ax.set_yticks([])
@@ -199,7 +200,7 @@ def curves(rows: Sequence[Mapping[str, float | None]]) -> Figure:
             key = start + term
             points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
             if points:
-                ax.plot(*zip(*points), label=part, marker="." if len(points) < 3 else None)
+                ax.plot(*zip(*points), label=part, marker=_mark(points))
         ax.set(title=title, xlabel="epoch")
     axes[0].set_ylabel("nats per datum")
     _name_lines(axes[-1])
@@ -212,13 +213,17 @@ def latent(
 ) -> Figure:
     """Posterior means [N, D] in the two dimensions of largest variance, labels at their medians.
 
+    Of one dimension alone the rows are spread upwards, in their order.
+
     Args:
         means: Posterior means [N, D].
         labels: Class of each of the N data, or None.
         names: Names of the D dimensions; z0, z1, ... if None.
     """
-    pair = sorted(means.var(0).argsort(descending=True)[:2].tolist())
-    shown = means[:, [pair[0], pair[-1]]].float()
+    pair = sorted(means.var(0, correction=0).argsort(descending=True)[:2].tolist())
+    shown = means[:, pair].float().cpu()
+    if len(pair) == 1:
+        shown = torch.cat([shown, torch.linspace(*_limits(shown), len(shown))[:, None]], 1)
     labels = torch.zeros(len(means)) if labels is None else labels
     figure, (ax,) = _axes(1, 1, 4.5)
     placed, apart = torch.empty(0, 2), 0.06 * (shown.amax(0) - shown.amin(0)).max().item()
@@ -232,7 +237,7 @@ def latent(
             at = placed[-1].tolist()
             ax.text(*at, f"{label:g}", size=13, weight="bold", path_effects=halo)
     names = _named(names, means.shape[1], "z")
-    xlabel, ylabel = (f"E[{names[d]} | x]" for d in (pair[0], pair[-1]))
+    xlabel, ylabel = (*(f"E[{names[d]} | x]" for d in pair), "rows, in order")[:2]
     chosen = ", the two dimensions of largest variance" if means.shape[1] > 2 else ""
     ax.set(xlabel=xlabel, ylabel=ylabel, title=f"posterior means{chosen}")
     return figure
@@ -252,7 +257,7 @@ def traversals(
     values: Tensor | None = None,
     top: int | None = None,
     limits: tuple[float, float] | None = None,
-    dims: Sequence[str] | None = None,
+    dims: Sequence[str | int] | None = None,
 ) -> Figure:
     """What each latent dimension does: a row of images for each, of most KL first.
 
@@ -262,7 +267,7 @@ def traversals(
         values: The T values of a dimension, for the title.
         top: Rows shown; all if None.
         limits: As in `images`.
-        dims: Names of the D dimensions; z0, z1, ... if None.
+        dims: Names of the D dimensions, or their numbers; z0, z1, ... if None.
     """
     _check(decoded, 5, len(kl), "images [D, T, C, H, W] and kl [D]")
     order = kl.argsort(descending=True)[:top].tolist()
@@ -308,7 +313,7 @@ def unit_kl(epochs: Tensor, kl: Tensor, names: Sequence[str] | None = None) -> F
     for place, d in enumerate(order):
         look = {"color": "0.8"} if place >= 10 else {"label": names[d]}
         line = "--" if len(PALETTE) <= place < 10 else "-"
-        ax.plot(epochs.tolist(), kl[:, d].tolist(), line, **look)
+        ax.plot(epochs.tolist(), kl[:, d].tolist(), line, marker=_mark(epochs), **look)
     _over_epochs(ax, "KL of each latent dimension")
     bars.set(title="the last of each, in order", xlabel="latent dimensions", xticks=[])
     bars.legend()
@@ -348,7 +353,8 @@ def terms(epochs: Tensor, parts: Mapping[str, Tensor]) -> Figure:
     """Parts of the KL, such as those of `metrics.elbo_decomposition`, [T] each, over epochs."""
     figure, (ax,) = _axes(1, 1, 3)
     for name, values in parts.items():
-        ax.plot(epochs.tolist(), values.tolist(), label=name.replace("_", " "))
+        look = {"label": name.replace("_", " "), "marker": _mark(epochs)}
+        ax.plot(epochs.tolist(), values.tolist(), **look)
     _over_epochs(ax, "parts of the KL")
     return figure
 
@@ -393,8 +399,9 @@ def _drawn(figure: Figure, kind: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def _named(names: Sequence[str] | None, count: int, prefix: str) -> Sequence[str]:
-    return [f"{prefix}{d}" for d in range(count)] if names is None else names
+def _named(names: Sequence[str | int] | None, count: int, prefix: str) -> list[str]:
+    names = range(count) if names is None else names
+    return [name if isinstance(name, str) else f"{prefix}{name}" for name in names]
 
 
 def _axes(rows: int, columns: int, size: float) -> tuple[Figure, list[Any]]:
@@ -442,6 +449,11 @@ def _spread(column: Tensor) -> Tensor:
 def _short(name: str, most: int = 26) -> str:
     name = name if len(name) <= most else f"{name[: most - 3]}..."
     return name.replace("$", r"\$")  # matplotlib takes what is between for mathematics
+
+
+def _mark(points: Any) -> str:
+    """Dots on a line that is too short to be seen."""
+    return "." if len(points) < 3 else ""
 
 
 def _over_epochs(ax: Any, title: str) -> None:

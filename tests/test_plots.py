@@ -24,6 +24,8 @@ def test_traversals_are_ranked_by_kl() -> None:
     picture = torch.as_tensor(ax.images[0].get_array().tolist())
     assert (3 * picture[[0, 4, 8], 0]).tolist() == pytest.approx([1.0, 3.0, 0.0])
     assert "from -2.0 to 2.0" in ax.get_title("left")
+    (ax,) = plots.traversals(decoded[:3], kl[:3], dims=[3, 5, "top"]).axes
+    assert [tick.get_text().split(",")[0] for tick in ax.get_yticklabels()] == ["z5", "z3", "top"]
 
 
 def test_rows_are_drawn_with_their_names() -> None:
@@ -52,6 +54,12 @@ def test_latent_means_lie_on_the_axes_of_their_dimensions() -> None:
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("E[a | x]", "E[c | x]")
     (ax,) = plots.latent(means[:, :2], torch.arange(7)).axes
     assert ax.get_title() == "posterior means"
+    (ax,) = plots.latent(means[:, :1], torch.arange(7) // 4).axes
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("E[z0 | x]", "rows, in order")
+    drawn = torch.cat([torch.tensor(c.get_offsets().tolist()) for c in ax.collections])
+    assert drawn[:, 0].tolist() == pytest.approx(means[:, 0].tolist())
+    assert (drawn[:, 1].diff() > 0).all()
+    assert plots.latent(means[:1]).axes
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 9, 30])
@@ -97,6 +105,7 @@ def test_integers_have_a_bin_each() -> None:
     ]  # fmt: skip
     assert ax.get_title() == "column 0"
     assert plots.columns(torch.ones(7, 1), torch.zeros(7, 1)).axes
+    assert plots.columns(torch.full((7, 1), torch.nan), torch.zeros(7, 1)).axes
 
 
 def test_pairs_are_of_the_columns_whose_ranks_go_together() -> None:
@@ -139,6 +148,12 @@ def test_curves_over_epochs() -> None:
     (ax,) = plots.terms(epochs, {"total_correlation": kl[:, 0], "kl": kl[:, 1]}).axes
     assert {t.get_text() for t in ax.texts} == {"total correlation", "kl"}
     assert list(ax.lines[1].get_ydata()) == kl[:, 1].tolist()
+    for figure in (
+        plots.unit_kl(epochs[:1], kl[:1]),
+        plots.terms(epochs[:1], {"kl": kl[:1, 0]}),
+        plots.curves([{"epoch": 1, "elbo": -3.0}]),
+    ):
+        assert figure.axes[0].lines[0].get_marker() == "."  # a line of one point is not seen
 
 
 def test_what_does_not_fit_is_refused() -> None:

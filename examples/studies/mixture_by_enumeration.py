@@ -70,6 +70,7 @@ def value_and_gradient(model: Any, guide: Any, loss: Any, x: Tensor) -> tuple[fl
     return value.item(), torch.cat([g.flatten() for g in torch.autograd.grad(value, leaves)])
 
 
+@plots.style()
 def draw(x: Tensor) -> Figure:
     """The fitted density over the data."""
     figure = Figure(figsize=(6, 4.4), layout="constrained")
@@ -79,7 +80,7 @@ def draw(x: Tensor) -> Figure:
     density = dist.MixtureSameFamily(*parts(x)).log_prob(grid.to(x)).exp()
     filled = ax.contourf(first.tolist(), second.tolist(), density.tolist(), 12, cmap="Blues")
     figure.colorbar(filled, label="p(x), per square centimetre")
-    ax.scatter(*x.T.tolist(), s=9, color="C3", linewidths=0)
+    ax.scatter(*x.T.tolist(), s=9, color=plots.PALETTE[1], linewidths=0)
     ax.set(xlabel="petal length, cm", ylabel="sepal width, cm")
     return figure
 

@@ -8,8 +8,9 @@ import json
 import re
 import shlex
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jinja2 import Environment, StrictUndefined
@@ -27,10 +28,9 @@ from pyro_vae.generators import forked
 from pyro_vae.training import read_run
 from pyro_vae.vae import VAE
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 __all__ = ["report"]
+
+T = TypeVar("T")
 
 CAPTIONS = {
     "sample_means": "What the decoder makes of z drawn from the prior: E[x | z].",
@@ -82,10 +82,10 @@ def report(options: Namespace) -> None:
         version=version,
         explorer=(folder / "explore.html").exists() and out.resolve().parent == folder.resolve(),
         declaration=shown,
-        yaml=_text(folder / "config.yaml"),
-        training=training(folder),
-        evaluation=evaluation(folder),
-        evidence=evidence(folder),
+        yaml=_read(folder / "config.yaml", Path.read_text),
+        training=_read(folder / "metrics.csv", training),
+        evaluation=_read(folder / "evaluation.json", evaluation),
+        evidence=_read(folder / "evidence.safetensors", evidence),
         parts=[drawn.pop(name) for name in PARTS if name in drawn],
         figures=drawn.values(),
         programs=sites,
@@ -97,10 +97,10 @@ def report(options: Namespace) -> None:
 def declaration(folder: Path, recorded: dict[str, Any], vae: VAE) -> dict[str, dict[str, str]]:
     """Tables of names and values: data, model, training."""
     model = recorded["declaration"]
-    with reading(folder / "data.json"):
-        given = json.loads(_text(folder / "data.json") or '{"description": {}}')["description"]
-        data = {key: str(given[key]) for key in ("name", "transform") if key in given}
-    rows = {f"{part} rows": f"{known['rows']:,}" for part, known in recorded["data"].items()}
+    given = _read(folder / "data.json", lambda path: json.loads(path.read_text())["description"])
+    known: dict[str, Any] = given or {}
+    data: dict[str, str] = {key: str(known[key]) for key in ("name", "transform") if key in known}
+    rows = {f"{part} rows": f"{held['rows']:,}" for part, held in recorded["data"].items()}
     families = {key: _called(value) for key, value in model.items() if isinstance(value, dict)}
     size = sum(parameter.numel() for parameter in vae.parameters())
     settings = recorded["training"]
@@ -121,16 +121,11 @@ def declaration(folder: Path, recorded: dict[str, Any], vae: VAE) -> dict[str, d
     }
 
 
-def training(folder: Path) -> dict[str, Any] | None:
-    """Curves, and the epochs that matter; None without metrics.csv."""
-    if not (folder / "metrics.csv").exists():
+def training(path: Path) -> dict[str, Any] | None:
+    """Curves, and the epochs that matter; None before the first epoch."""
+    rows: list[dict[str, Any]] = read_table(path.parent, path.name)
+    if not rows:
         return None
-    rows: list[dict[str, Any]] = read_table(folder, "metrics.csv")
-    with reading(folder / "metrics.csv"):
-        return _trained(rows) if rows else None
-
-
-def _trained(rows: list[dict[str, Any]]) -> dict[str, Any]:
     validated = [row for row in rows if row.get("validation_elbo") is not None]
     best = max(validated, key=lambda row: row["validation_elbo"], default=rows[-1])
     rises = bool(validated) and best is rows[-1] and len(rows) > 1
@@ -153,16 +148,9 @@ def _trained(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def evaluation(folder: Path) -> dict[str, Any] | None:
-    """The table that `evaluate` printed: value, error, remark; None without evaluation.json."""
-    text = _text(folder / "evaluation.json")
-    if text is None:
-        return None
-    with reading(folder / "evaluation.json"):
-        return _evaluated(json.loads(text))
-
-
-def _evaluated(found: dict[str, Any]) -> dict[str, Any]:
+def evaluation(path: Path) -> dict[str, Any]:
+    """The table that `evaluate` printed: value, error, remark."""
+    found = json.loads(path.read_text())
     first = f"the first {found['rows']} rows of the {found['part']} part"  # before 0.2
     odd = [
         (str(row["row"]), f"{row['log_prob']:.2f}", row["column"], row["cell"],
@@ -180,11 +168,8 @@ def _evaluated(found: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def evidence(folder: Path) -> dict[str, Any] | None:
-    """log p(x) of each datum: verdicts, methods, a histogram; None where there is no file."""
-    path = folder / "evidence.safetensors"
-    if not path.exists():
-        return None
+def evidence(path: Path) -> dict[str, Any]:
+    """log p(x) of each datum: verdicts, methods, a histogram."""
     found = Evidence.load(path)
     kinds, lines = list(zip(found.verdict, found.method)), []
     for kind, count in Counter(kinds).most_common():
@@ -202,7 +187,8 @@ def each_datum(found: Evidence) -> Figure:
     regret = found.extras.get("regret")
     axes = list(figure.subplots(1, 2 if regret is None else 3))
     names = sorted(set(found.verdict), reverse=True)
-    rows = [torch.tensor([v == name for v in found.verdict]) for name in names]
+    finite = found.log_prob.isfinite()
+    rows = [finite & torch.tensor([v == name for v in found.verdict]) for name in names]
     values = [found.log_prob[mine].tolist() for mine in rows]
     labels = [name.replace("$", r"\$") for name in names]
     axes[0].hist(values, bins=30, stacked=True, label=labels)
@@ -212,7 +198,7 @@ def each_datum(found: Evidence) -> Figure:
         elbo = found.log_prob - regret
         for mine in rows:
             axes[1].plot(found.log_prob[mine], elbo[mine], ".", ms=3)
-        axes[1].axline((found.log_prob[0].item(),) * 2, slope=1, color="0.6", lw=0.8)
+        axes[1].axline((found.log_prob[finite].median().item(),) * 2, slope=1, color="0.6", lw=0.8)
         axes[1].set(xlabel="log p(x), nats", ylabel="ELBO, nats")
     axes[-1].hist(found.khat[found.khat.isfinite()].tolist(), bins=30, color=plots.PALETTE[6])
     axes[-1].axvline(found.khat_threshold[0].item(), color=plots.PALETTE[1], ls="--")
@@ -302,8 +288,9 @@ def _called(declared: dict[str, Any]) -> str:
     return f"{declared['class_path']}({options})" if "class_path" in declared else str(declared)
 
 
-def _text(path: Path) -> str | None:
+def _read(path: Path, read: Callable[[Path], T]) -> T | None:
+    """What `read` makes of a file; None where there is none."""
     if not path.exists():
         return None
     with reading(path):
-        return path.read_text()
+        return read(path)

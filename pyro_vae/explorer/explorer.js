@@ -141,7 +141,9 @@ function framed() {
   view.high = ends.map(([a, b]) => (a + b) / 2 + half);
 }
 
-const place = (t, n) => state.axes.map((d, k) => toPixel(t.data[n * model.size + d], k));
+// Where a code stands; of one latent, rows stand one above another.
+const spot = (z, share = 0.5) => state.axes.map((d, k) => (k && model.size === 1 ? share * view.side : toPixel(z[d], k)));
+const place = (t, n) => spot(row(t, n), (n + 0.5) / t.shape[0]);
 
 function drawMap() {
   const canvas = $("map"), scale = window.devicePixelRatio || 1;
@@ -203,7 +205,7 @@ function drawManifold(context) {
     [small.width, small.height] = [n * model.width, n * model.height];
     for (let i = 0; i < n; i++) for (let j = 0; j < n; j++) {
       z[state.axes[0]] = toLatent((j + 0.5) / n * view.side, 0);
-      z[state.axes[1]] = toLatent((i + 0.5) / n * view.side, 1);
+      if (model.size > 1) z[state.axes[1]] = toLatent((i + 0.5) / n * view.side, 1);
       small.getContext("2d").putImageData(pixels(levels(decoded(followed(z, Math.max(...state.axes))))), j * model.width, i * model.height);
     }
     Object.assign(manifold, { key, canvas: small });
@@ -226,7 +228,7 @@ function drawTicks(context) {
   const name = d => held.names[state.axes[d]], end = v => v.toFixed(1);
   text(end(view.low[0]), 4, view.side - 5, "left");
   text(`${end(view.high[0])}  ${name(0)}`, view.side - 5, view.side - 5, "right");
-  text(`${end(view.high[1])}  ${name(1)}`, 4, 14, "left");
+  text(model.size > 1 ? `${end(view.high[1])}  ${name(1)}` : "rows, in order", 4, 14, "left");
 }
 
 function drawCrosses(context) {
@@ -293,7 +295,7 @@ function drawMarks(context) {
     }
   }
   if (state.path) drawPath(context);
-  const [x, y] = state.axes.map((d, k) => toPixel(state.z[d], k));
+  const [x, y] = spot(state.z);
   for (const [colour, width] of [[ink("--card"), 6], [ink("--ink"), 2.5]]) {
     context.strokeStyle = colour; context.lineWidth = width;
     context.beginPath(); context.arc(x, y, 8, 0, 7);
@@ -312,7 +314,7 @@ function drawPath(context) {
   context.lineWidth = 2.5;
   context.beginPath();
   for (let i = 0; i <= 40; i++) {
-    const z = between(i / 40), [x, y] = state.axes.map((d, k) => toPixel(z[d], k));
+    const [x, y] = spot(between(i / 40));
     if (i) context.lineTo(x, y); else context.moveTo(x, y);
   }
   context.stroke();
@@ -682,7 +684,7 @@ const mode = () => document.querySelector("[name=mode]:checked").value;
 
 function moveTo([x, y]) {
   const z = Float32Array.from(state.z);
-  state.axes.forEach((d, k) => { z[d] = toLatent([x, y][k], k); });
+  state.axes.slice(0, model.size).forEach((d, k) => { z[d] = toLatent([x, y][k], k); });
   move(z);
   follow(Math.max(...state.axes));
 }
