@@ -27,7 +27,7 @@ from pyro_vae.declarations import (
 )
 from pyro_vae.files import reading
 from pyro_vae.hierarchy import Layers, Lowest
-from pyro_vae.memory import parameters_that_fit
+from pyro_vae.runtime import parameters_that_fit
 from pyro_vae.training import load_weights, put_weights, read_run
 from pyro_vae.vae import VAE
 

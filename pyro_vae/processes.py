@@ -1,48 +1,23 @@
-"""Work in other processes, through files of a folder; and the threads of each."""
+"""Work in other processes, through files of a folder."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
-__all__ = ["check_processes", "in_processes", "is_small", "threads"]
+__all__ = ["check_processes", "in_processes"]
 
-LARGE = 10_000_000  # multiplications in a layer that are worth a second thread
 T = TypeVar("T")
-
-
-def is_small(parameters: Iterable[Tensor], rows: int) -> bool:
-    """Whether a second thread costs more than it helps a model of these parameters.
-
-    It saves a fifth to a third of the time of a small model on an idle machine. Beside other
-    work it makes small operations ten times as slow. A model is large if its largest weight
-    times the rows of a step is, or if it has convolutions.
-    """
-    return all(p.ndim < 2 or (p.ndim == 2 and p.numel() * rows < LARGE) for p in parameters)
-
-
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    """Has torch compute on so many threads of this process."""
-    before = torch.get_num_threads()
-    try:
-        if number != before:
-            torch.set_num_threads(number)
-        yield
-    finally:
-        if number != before:
-            torch.set_num_threads(before)
 
 
 def check_processes(number: int, device: str) -> None:

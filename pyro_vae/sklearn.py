@@ -26,7 +26,7 @@ from pyro_vae.data import read_table, spread
 from pyro_vae.data.schema import as_name
 from pyro_vae.data.tables import read_numbers
 from pyro_vae.estimators import class_probabilities, impute, log_evidence
-from pyro_vae.generators import forked
+from pyro_vae.runtime import forked
 from pyro_vae.training import fit
 
 __all__ = ["VariationalAutoencoder"]

@@ -16,9 +16,9 @@ from pyro_vae.arguments import as_rows, as_tensor, check_finite, check_whole, co
 from pyro_vae.distributions import Joint
 from pyro_vae.hierarchy import Inference, Layers, Lowest
 from pyro_vae.likelihoods import Likelihood
-from pyro_vae.memory import check_fits
 from pyro_vae.posteriors import Posterior
 from pyro_vae.priors import Prior
+from pyro_vae.runtime import check_fits
 
 __all__ = ["VAE", "register"]
 

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_vae import products
+from pyro_vae import runtime
 from pyro_vae.densities.evaluating import evaluating
 from pyro_vae.networks import MLP
-from pyro_vae.products import fast_products
+from pyro_vae.runtime import fast_products
 
 B, I, O = 211, 223, 227  # noqa: E741
 switch = getattr(torch.backends.mkldnn, "matmul", None)
 available = pytest.mark.skipif(
-    switch is None or not products._is_exact(), reason="oneDNN is not asked for here"
+    switch is None or not runtime._is_exact(), reason="oneDNN is not asked for here"
 )
 CPU = torch.device("cpu")
 
@@ -80,10 +80,10 @@ def test_a_processor_that_rounds_is_not_asked(
     assert switch is not None
     a, b = torch.randn(2, B, B)
     off = ((a.bfloat16() @ b.bfloat16()).double() - a.double() @ b.double()).abs().max()
-    assert off > 10 * products.EXACT * (a @ b).abs().max()
-    monkeypatch.setattr(products, "EXACT", 1e-9)
-    assert not products._is_exact.__wrapped__()
-    monkeypatch.setattr(products, "_is_exact", lambda: False)
+    assert off > 10 * runtime.EXACT * (a @ b).abs().max()
+    monkeypatch.setattr(runtime, "EXACT", 1e-9)
+    assert not runtime._is_exact.__wrapped__()
+    monkeypatch.setattr(runtime, "_is_exact", lambda: False)
     with fast_products([torch.zeros(B, I)]):
         assert switch.fp32_precision == before
 

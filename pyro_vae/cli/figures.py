@@ -19,8 +19,8 @@ from pyro_vae.data import Data, Splits
 from pyro_vae.densities import densities
 from pyro_vae.distributions import Joint
 from pyro_vae.files import as_csv, reading, write
-from pyro_vae.generators import forked
 from pyro_vae.metrics import Decomposition, active_units, elbo_decomposition
+from pyro_vae.runtime import forked
 from pyro_vae.training import State
 from pyro_vae.vae import VAE
 

@@ -300,7 +300,7 @@ def _computing(options: Namespace) -> Iterator[None]:
     """The precision of matrix products and the threads that a command asks for."""
     import torch
 
-    from pyro_vae.processes import threads
+    from pyro_vae.runtime import threads
 
     precision, number = torch.get_float32_matmul_precision(), options.get("threads")
     most = os.cpu_count() or 1

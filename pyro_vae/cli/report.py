@@ -24,7 +24,7 @@ from pyro_vae.cli.evaluate import QUANTITIES, lines_of
 from pyro_vae.cli.folder import destination, read_table
 from pyro_vae.estimators import Evidence
 from pyro_vae.files import reading, write
-from pyro_vae.generators import forked
+from pyro_vae.runtime import forked
 from pyro_vae.training import read_run
 from pyro_vae.vae import VAE
 

@@ -30,8 +30,8 @@ from pyro_vae.densities import NotSimulated
 from pyro_vae.estimators import Evidence, importance_sampling, log_evidence
 from pyro_vae.estimators.log_evidence import kept_audit
 from pyro_vae.files import as_csv, write
-from pyro_vae.generators import forked
 from pyro_vae.metrics import p_values
+from pyro_vae.runtime import forked
 from pyro_vae.vae import VAE
 
 __all__ = ["score"]

@@ -26,7 +26,7 @@ from pyro_vae.data.mapped import npy
 from pyro_vae.data.schema import Cells
 from pyro_vae.data.tables import label_cells
 from pyro_vae.files import as_csv, write
-from pyro_vae.generators import forked
+from pyro_vae.runtime import forked
 
 __all__ = ["classify", "encode", "impute", "sample"]
 

@@ -18,7 +18,7 @@ from pyro_vae.data.transforms import (
     make_transform,
     restore,
 )
-from pyro_vae.generators import epoch_order
+from pyro_vae.runtime import epoch_order
 
 __all__ = [
     "Binarise",

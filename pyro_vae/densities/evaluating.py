@@ -14,8 +14,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.densities.programs import OwnParameters, Program
-from pyro_vae.generators import forked
-from pyro_vae.products import fast_products
+from pyro_vae.runtime import fast_products, forked
 
 __all__ = ["evaluating"]
 

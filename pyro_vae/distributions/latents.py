@@ -13,7 +13,7 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, constraints, register_kl
 
 from pyro_vae.distributions.scalars import Shape
-from pyro_vae.generators import forked
+from pyro_vae.runtime import forked
 
 __all__ = [
     "Draw",

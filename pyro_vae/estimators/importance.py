@@ -18,7 +18,7 @@ from pyro_vae.estimators.evidence import Evidence, summarise
 from pyro_vae.estimators.run import check_support, estimator, map_batches
 from pyro_vae.estimators.target import ROWS, CompiledJoint
 from pyro_vae.estimators.values import summed
-from pyro_vae.memory import check_fits
+from pyro_vae.runtime import check_fits
 
 __all__ = ["Bound", "evidence_lower_bound", "importance_sampling", "lower_bound"]
 

@@ -17,7 +17,7 @@ from pyro_vae.estimators.refined import METHOD, fit_proposal
 from pyro_vae.estimators.run import estimator, exact_without_data, map_targets
 from pyro_vae.estimators.target import Target
 from pyro_vae.estimators.values import summed
-from pyro_vae.memory import check_fits
+from pyro_vae.runtime import check_fits
 
 __all__ = ["Imputation", "impute"]
 

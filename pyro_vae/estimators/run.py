@@ -19,9 +19,15 @@ from pyro_vae.densities import Program, densities, evaluating
 from pyro_vae.estimators.coordinates import Coordinates
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.target import ROWS, CompiledTarget, Target
-from pyro_vae.generators import alone, forked, seed_generators
-from pyro_vae.memory import keep_memory
-from pyro_vae.processes import in_processes, is_small, threads
+from pyro_vae.processes import in_processes
+from pyro_vae.runtime import (
+    alone,
+    forked,
+    is_small,
+    keep_memory,
+    seed_generators,
+    threads,
+)
 
 __all__ = [
     "check_support",

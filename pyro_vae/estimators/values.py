@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pyro_vae.densities import Program, evaluating, log_weights, summed_values
 from pyro_vae.estimators.run import track
-from pyro_vae.generators import forked
+from pyro_vae.runtime import forked
 
 __all__ = ["for_each_value", "not_summed", "summed"]
 

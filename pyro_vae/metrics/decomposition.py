@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent
 
 from pyro_vae.arguments import check_real, check_whole
-from pyro_vae.generators import forked
 from pyro_vae.marginals import marginals, pair_log_prob, pair_marginals
+from pyro_vae.runtime import forked
 
 __all__ = [
     "Decomposition",

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from pyro_vae.generators import alone
-from pyro_vae.processes import check_processes, in_processes, is_small
+from pyro_vae.processes import check_processes, in_processes
+from pyro_vae.runtime import alone, is_small
 
 __all__ = ["Engine", "Group", "is_first_process", "uses_cuda"]
 

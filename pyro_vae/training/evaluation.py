@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_vae.densities import Densities, Program, densities, evaluating, run_program
 from pyro_vae.densities.programs import is_random
 from pyro_vae.estimators.importance import lower_bound
-from pyro_vae.generators import forked
+from pyro_vae.runtime import forked
 from pyro_vae.training.dataset import Dataset, TensorDataset, evenly_spaced, fetch
 from pyro_vae.training.engine import Group
 

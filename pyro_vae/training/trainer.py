@@ -18,11 +18,15 @@ from torch import Tensor, nn
 
 from pyro_vae.compiling import CannotCompile
 from pyro_vae.files import PathLike, locked, reading
-from pyro_vae.generators import epoch_order, forked, seed_generators
-from pyro_vae.memory import keep_memory
 from pyro_vae.objectives import Objective
-from pyro_vae.processes import threads
-from pyro_vae.products import fast_products
+from pyro_vae.runtime import (
+    epoch_order,
+    fast_products,
+    forked,
+    keep_memory,
+    seed_generators,
+    threads,
+)
 from pyro_vae.training.dataset import Dataset, fetch
 from pyro_vae.training.engine import Group
 from pyro_vae.training.evaluation import Evaluator

@@ -27,8 +27,8 @@ from training_cases import (
 )
 
 from pyro_vae.estimators import evidence_lower_bound
-from pyro_vae.generators import epoch_order
 from pyro_vae.objectives import ELBO, IWAE
+from pyro_vae.runtime import epoch_order
 from pyro_vae.training import History, State, fit, step
 from pyro_vae.training.progress import COLUMNS
 from pyro_vae.training.run_folder import load_state

@@ -15,7 +15,7 @@ from pyro_vae import build, importance_sampling
 CODE = """
 import resource
 import torch
-from pyro_vae.memory import keep_memory
+from pyro_vae.runtime import keep_memory
 torch.set_num_threads(1)
 keep_memory()
 x = torch.ones(1000, 784)

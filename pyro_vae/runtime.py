@@ -1,0 +1,178 @@
+"""What belongs to the whole process: generators, threads, precision and memory, borrowed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from threading import RLock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from pyro_vae.arguments import check_whole
+
+__all__ = [
+    "alone",
+    "check_fits",
+    "epoch_order",
+    "fast_products",
+    "forked",
+    "is_small",
+    "keep_memory",
+    "parameters_that_fit",
+    "seed_generators",
+    "threads",
+]
+
+MANY = 10_000_000  # multiplications in a layer that are worth a second thread
+LARGE = 2**14  # entries of a matrix from which oneDNN's products are faster
+SWITCHED_OFF = ("none", "ieee")
+EXACT = 1e-5  # of the largest entry of a product; bfloat16 is off by 1e-3
+LARGEST = 31 * 2**20  # bytes; glibc looks at blocks of up to 32 MiB
+
+# held by what borrows the state of a process, torch's generators and Pyro's handlers: fit and
+# the estimators, so that of several threads the others wait
+alone = RLock()
+
+
+@contextmanager
+def forked(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """Puts torch's generators for the CPU and `device` back afterwards; seeds them if asked.
+
+    Inside, this thread is `alone`.
+    Other devices are left alone: reading a CUDA generator's state initialises its device.
+    """
+    with alone, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if seed is not None:
+            seed_generators(device, seed)
+        yield
+
+
+def seed_generators(device: torch.device, seed: int) -> None:
+    """Seeds torch's generators for the CPU and `device`, and no other."""
+    torch.random.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+def epoch_order(num_data: int, seed: int, epoch: int) -> Tensor:
+    """The order in which an epoch visits the rows, a permutation of 0, ..., N - 1, int64 [N].
+
+    It depends on the three arguments only, so a resumed run needs no saved state.
+
+    Raises:
+        ValueError: If the seed or the epoch is negative.
+    """
+    check_whole(0, seed=seed, epoch=epoch)
+    return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(num_data))
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Has torch compute on so many threads of this process."""
+    before = torch.get_num_threads()
+    try:
+        if number != before:
+            torch.set_num_threads(number)
+        yield
+    finally:
+        if number != before:
+            torch.set_num_threads(before)
+
+
+def is_small(parameters: Iterable[Tensor], rows: int) -> bool:
+    """Whether a second thread costs more than it helps a model of these parameters.
+
+    It saves a fifth to a third of the time of a small model on an idle machine. Beside other
+    work it makes small operations ten times as slow. A model is large if its largest weight
+    times the rows of a step is, or if it has convolutions.
+    """
+    return all(p.ndim < 2 or (p.ndim == 2 and p.numel() * rows < MANY) for p in parameters)
+
+
+@contextmanager
+def fast_products(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Has torch give products to oneDNN, if one of `weights` is large and oneDNN is exact.
+
+    torch gives them to the BLAS that it was built with, which on some processors takes twice
+    as long. `torch.backends.mkldnn.matmul.fp32_precision = "bf16"` has it call oneDNN, which
+    computes in float32 unless the processor multiplies matrices of bfloat16: one product, once a
+    process, shows which. Where it is not exact, or a user allows less already, nothing changes.
+    """
+    switch = getattr(torch.backends.mkldnn, "matmul", None)  # of torch 2.9 and later
+    asked = getattr(switch, "fp32_precision", None) in SWITCHED_OFF
+    large = any(w.ndim > 1 and w.numel() >= LARGE and w.device.type == "cpu" for w in weights)
+    with _switched(switch) if asked and large and _is_exact() else nullcontext():
+        yield
+
+
+@contextmanager
+def _switched(switch: Any) -> Iterator[None]:
+    before = switch.fp32_precision
+    try:
+        switch.fp32_precision = "bf16"
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+@cache
+def _is_exact() -> bool:
+    """Whether a product is one of float32 with the switch on."""
+    a, b = torch.arange(2.0 * 2**16, device="cpu").sin().reshape(2, 2**8, 2**8)
+    exact = a.double() @ b.double()
+    with _switched(getattr(torch.backends.mkldnn, "matmul")):  # noqa: B009
+        error = (a @ b - exact).abs().max()
+    return bool(error < EXACT * exact.abs().max())
+
+
+def keep_memory() -> None:
+    """Has the C library keep up to 62 MB that were freed, for the operations to come.
+
+    glibc gives freed memory back beyond twice the largest block that it has seen freed. Where
+    temporaries take a few MB, each operation then waits for pages from the system: a third of
+    the time of an evaluation. So let it see a large block freed, which is never touched. Where
+    another library allocates, nothing happens.
+    """
+    torch.empty(LARGEST, dtype=torch.uint8)
+
+
+def check_fits(num_bytes: int, what: str) -> None:
+    """Refuses what takes more memory than this machine has."""
+    if not hasattr(os, "sysconf"):  # not on Windows
+        return
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if num_bytes > here:
+        raise ValueError(
+            f"{what} would take {num_bytes / 2**30:,.0f} GiB of memory; this machine has "
+            f"{here / 2**30:,.0f}: ask for less"
+        )
+
+
+@contextmanager
+def parameters_that_fit() -> Iterator[None]:
+    """Refuses modules that are made inside if their parameters do not fit in memory."""
+    taken = 0
+
+    def add(module: nn.Module, name: str, parameter: Any) -> None:
+        nonlocal taken
+        taken += 0 if parameter is None else parameter.nbytes
+        check_fits(taken, "the parameters")
+
+    hook = register_module_parameter_registration_hook(add)
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("allocate", "overflow")):
+            raise
+        raise ValueError(
+            "the parameters do not fit in memory: ask for fewer latents or narrower layers"
+        ) from error
+    finally:
+        hook.remove()
