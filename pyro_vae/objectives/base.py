@@ -6,6 +6,7 @@ import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import pyro.infer
@@ -88,7 +89,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
         Raises:
             ValueError: If `value` is neither, is not finite, or leaves [least, most].
         """
-        if isinstance(value, bool) or not isinstance(value, int | float | Schedule):
+        if isinstance(value, bool) or not isinstance(value, Real | Schedule):
             raise ValueError(
                 f"{name} must be a number or a schedule, such as Linear(length=1000); "
                 f"got {value!r}"

@@ -131,7 +131,7 @@ def fit(
     )  # fmt: skip
     if objective is None or isinstance(objective, str):
         objective = _named("ELBO" if objective is None else objective)
-    _check(vae, objective)
+    _check(vae, objective, callbacks=callbacks, loggers=loggers)
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
     if patience is not None and validation is None:
@@ -199,13 +199,18 @@ def _named(name: str) -> Objective:
     return known[name]()
 
 
-def _check(vae: Any, objective: Any) -> None:
+def _check(vae: Any, objective: Any, **lists: Any) -> None:
     if not isinstance(vae, nn.Module) or not all(
         callable(getattr(vae, name, None)) for name in ("model", "guide")
     ):
         raise ValueError(
             f"vae must be a torch module with methods model and guide; got {type(vae).__name__}"
         )
+    if not any(parameter.requires_grad for parameter in vae.parameters()):
+        raise ValueError("nothing to train: no parameter of the vae requires gradients")
+    for name, given in lists.items():
+        if not isinstance(given, Sequence):
+            raise ValueError(f"{name} must be a list; got {type(given).__name__}")
     if not isinstance(objective, Objective):
         raise ValueError(
             "objective must be one of pyro_vae.objectives, such as ELBO(); got "

@@ -57,11 +57,9 @@ def make_optimizer(
     Where class and device have torch's fused step, and `fused` is true, it is taken.
 
     Raises:
-        ValueError: If nothing requires gradients, or the name or an option is unknown.
+        ValueError: If the name or an option is unknown.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError("nothing to train: no parameter of the vae requires gradients")
     if callable(spec):
         return _made(spec(parameters), Optimizer, "optimizer")
     cls, options = _parse("optimizer", spec, OPTIMIZERS, parameters, lr=lr)
@@ -109,8 +107,13 @@ def replay(schedule: LRScheduler, rows: Iterable[dict[str, Any]]) -> None:
             advance(schedule, row)
 
 
-def make_schedule(spec: ScheduleSpec | None, optimizer: Optimizer) -> LRScheduler | None:
-    """A schedule of the learning rate, from a name, a dict or a callable as for optimisers."""
+def make_schedule(
+    spec: ScheduleSpec | None, optimizer: Optimizer, epochs: int
+) -> LRScheduler | None:
+    """A schedule of the learning rate, from a name, a dict or a callable as for optimisers.
+
+    One that is named is tried for all epochs first: some end before.
+    """
     if spec is None:
         return None
     if callable(spec):
@@ -119,7 +122,7 @@ def make_schedule(spec: ScheduleSpec | None, optimizer: Optimizer) -> LRSchedule
     groups = [{"params": [torch.zeros(1)]} for _ in optimizer.param_groups]
     trial = torch.optim.SGD(groups, momentum=0.9)
     with _options_of("schedule", cls):
-        replay(cls(trial, **options), [{"elbo": 0.0, "validation_elbo": None}])
+        replay(cls(trial, **options), [{"elbo": 0.0, "validation_elbo": None}] * epochs)
     return cls(optimizer, **options)
 
 

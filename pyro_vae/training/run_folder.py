@@ -10,12 +10,13 @@ import platform
 import shlex
 import shutil
 import sys
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ MAY_CHANGE = ("compile", "epochs", "patience", "checkpoint_every", "threads")
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of `fit` that a run records; checked when made."""
+    """The arguments of `fit` that a run records; checked, and numbers made Python's own."""
 
     epochs: int
     batch_size: int
@@ -80,29 +81,38 @@ class Settings:
         check_whole(0, seed=self.seed)
         check_real(above=0, lr=self.lr)
         check_real(above=0, optional=True, clip_norm=self.clip_norm)
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, plain(value))  # others cannot be read from a checkpoint
 
     def record(self, objective: Objective) -> dict[str, Any]:
         """As a run records it."""
         objective.at(0)
-        options = {name: _as_json(value) for name, value in objective.options.items()}
         return {
-            **asdict(self),
+            **vars(self),
             "optimizer": spec_name(self.optimizer),
             "schedule": spec_name(self.schedule),
-            "objective": {"class_path": type(objective).__name__, "init_args": options},
+            "objective": {
+                "class_path": type(objective).__name__,
+                "init_args": {name: _named(plain(v)) for name, v in objective.options.items()},
+            },
         }
 
 
-def _as_json(value: Any) -> Any:
-    if isinstance(value, Tensor):
+def plain(value: Any) -> Any:
+    """`value` with the numbers of torch and numpy in it as Python's own, and tuples as lists."""
+    if isinstance(value, Tensor | np.generic | np.ndarray):
         return value.tolist()
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, dict):
+        return {key: plain(part) for key, part in value.items()}
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _named(value: Any) -> Any:
+    """A schedule or another object by the name of its class."""
+    if isinstance(value, bool | int | float | str | list | dict | None):
         return value
-    if isinstance(value, list | tuple):
-        return [_as_json(part) for part in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"class_path": type(value).__name__, "init_args": asdict(value)}
-    return type(value).__name__
+    name = type(value).__name__
+    return {"class_path": name, "init_args": plain(vars(value))} if is_dataclass(value) else name
 
 
 def check_run(run: PathLike, record: dict[str, Any], resume: bool) -> None:

@@ -107,7 +107,7 @@ def _borrowed(task: Task, device: torch.device) -> Iterator[None]:
     modules, settings = (task.vae, task.objective), task.settings
     tensors = [next(chain(m.parameters(), m.buffers()), None) for m in modules]
     homes = [device if tensor is None else tensor.device for tensor in tensors]
-    training = task.vae.training
+    trained = [module for module in task.vae.modules() if module.training]
     few = threads(settings.threads)
     with forked(device, settings.seed), pyro.validation_enabled(False), few:
         try:
@@ -118,7 +118,9 @@ def _borrowed(task: Task, device: torch.device) -> Iterator[None]:
             for module, home in zip(modules, homes):
                 module.to(home)
             task.vae.zero_grad()
-            task.vae.train(training)
+            task.vae.eval()
+            for module in trained:
+                module.training = True
 
 
 class Trainer:
@@ -173,7 +175,7 @@ class Trainer:
         self.optimizer = make_optimizer(options.optimizer, self.vae, options.lr, fused=fused)
         self.optimizer.zero_grad()
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.schedule = make_schedule(options.schedule, self.optimizer)
+        self.schedule = make_schedule(options.schedule, self.optimizer, options.epochs)
         if options.precision == "64-true":
             self.loss.double()
         if state is not None:
@@ -270,7 +272,8 @@ class Trainer:
             if self.settings.clip_norm is not None:
                 self.scaler.unscale_(self.optimizer)
                 norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
-            self.monitor.check_gradient(self.step, self.parameters, norm)
+            if not self.scaler.is_enabled():  # which leaves out a step of infinite gradients
+                self.monitor.check_gradient(self.step, self.parameters, norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             for parameter in self.parameters:

@@ -20,6 +20,12 @@ from pyro_vae.training.optimizers import make_optimizer, make_schedule
 from pyro_vae.training.step import Monitor, StepLoss
 
 
+class Empty(nn.Module):
+    """Programs without a parameter."""
+
+    model = guide = print
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -39,6 +45,9 @@ from pyro_vae.training.step import Monitor, StepLoss
         ({"data": (make_data(), torch.zeros(3, 2))}, r"y of data must be of shape \[53, C\]"),
         ({"validation": torch.full((5, 7), torch.nan)}, r"validation must be finite.*\[0, 1, 2\]"),
         ({"vae": nn.Linear(2, 2)}, "methods model and guide"),
+        ({"vae": Empty()}, "nothing to train"),
+        ({"callbacks": print}, "callbacks must be a list; got builtin"),
+        ({"loggers": 3}, "loggers must be a list; got int"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], words: str) -> None:
@@ -167,7 +176,7 @@ def test_bad_optimizers(spec: Any, words: str) -> None:
 def test_bad_schedules(spec: Any, words: str) -> None:
     optimizer = make_optimizer("Adam", nn.Linear(2, 3), 1e-3)
     with pytest.raises(ValueError, match=words):
-        make_schedule(spec, optimizer)
+        make_schedule(spec, optimizer, 1)
 
 
 def test_optimizers_are_fused_where_they_can_be() -> None:
@@ -244,3 +253,21 @@ def test_data_far_from_a_unit_scale_are_said() -> None:
         with pytest.warns(UserWarning, match=r"deviate by up to \d+ .* standardise the data"):
             make(likelihood=likelihood).initialise(x)
         make(likelihood=likelihood).initialise(x / x.std(0))
+
+
+def test_a_schedule_that_ends_before_the_training_is_refused_before_it() -> None:
+    short = {"class_path": "OneCycleLR", "init_args": {"max_lr": 0.01, "total_steps": 5}}
+    with pytest.raises(ValueError, match="OneCycleLR: Tried to step 6 times"):
+        fit(make_vae(), make_data(), schedule=short, epochs=7, **QUIET)
+    fit(make_vae(), make_data(), schedule=short, epochs=3, batch_size=53, **QUIET)
+
+
+def test_half_precision_leaves_out_a_step_whose_scaled_gradient_is_infinite() -> None:
+    x = 20_000.0 * make_data()
+    start = make(likelihood=likelihoods.Poisson)
+    start.initialise(x)
+    vae = make(likelihood=likelihoods.Poisson)
+    fit(vae, x, precision="16-mixed", epochs=12, batch_size=53, **QUIET)
+    before, after = weights(start), weights(vae)
+    assert any(not torch.equal(before[name], weight) for name, weight in after.items())
+    assert all(weight.isfinite().all() for weight in after.values())

@@ -379,6 +379,14 @@ def test_nothing_is_left_behind(validate: bool, fails: bool) -> None:
     assert all(p.grad is None for p in vae.parameters())
 
 
+def test_each_part_is_left_in_its_mode() -> None:
+    vae = make_vae()
+    vae.posterior.encoder.eval()
+    modes = [part.training for part in vae.modules()]
+    fit(vae, make_data(), epochs=1, **QUIET)
+    assert [part.training for part in vae.modules()] == modes
+
+
 def test_a_fresh_process_is_left_as_it_was() -> None:
     code = """
 import logging, os, sys, warnings

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,7 +21,7 @@ from torch import Tensor, get_num_threads
 from training_cases import QUIET, Stop, make_data, make_vae, noisy_data, same, weights
 
 from pyro_vae import build, load
-from pyro_vae.objectives import ELBO, Linear
+from pyro_vae.objectives import CIWAE, ELBO, Linear
 from pyro_vae.training import State, fit, load_weights, read_run, run_folder, trainer
 
 OPTIONS: dict[str, Any] = {
@@ -156,6 +157,30 @@ def test_more_epochs_go_on(tmp_path: Path) -> None:
     history = fit(again, noisy_data(), run=tmp_path, resume=True, **OPTIONS)
     assert same(weights(whole), weights(again))
     assert len(history) == 4
+
+
+def test_numbers_of_numpy_are_recorded_and_go_on(tmp_path: Path) -> None:
+    def train(epochs: int, i: type, f: type) -> None:
+        fit(
+            make_vae(),
+            make_data(),
+            CIWAE(Linear(length=i(3), end=f(0.5)), num_particles=i(3)),
+            optimizer={"class_path": "Adam", "init_args": {"betas": (f(0.75), f(0.875))}},
+            epochs=i(epochs),
+            lr=f(2.0**-9),
+            batch_size=i(11),
+            seed=i(3),
+            run=tmp_path / "run",
+            resume=True,
+            **QUIET,
+        )
+
+    train(1, np.int64, np.float64)
+    train(2, np.int32, np.float32)
+    train(3, int, float)
+    training = read_run(tmp_path / "run")["training"]
+    assert (training["lr"], training["batch_size"], training["seed"]) == (2.0**-9, 11, 3)
+    assert training["objective"]["init_args"]["num_particles"] == 3
 
 
 def test_an_error_of_the_first_resumed_step_is_raised_as_it_is(tmp_path: Path) -> None:
