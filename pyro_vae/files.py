@@ -12,6 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 __all__ = [
+    "Locked",
     "PathLike",
     "as_csv",
     "check_folder",
@@ -25,6 +26,10 @@ __all__ = [
 PathLike = str | os.PathLike[str]
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 NEW |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # not on every system
+
+
+class Locked(ValueError):
+    """Another process holds a lock file."""
 
 
 def write(path: PathLike, content: bytes | str | Iterable[bytes]) -> None:
@@ -126,7 +131,7 @@ def locked(path: PathLike) -> Iterator[None]:
     A folder that holds nothing in the end is removed.
 
     Raises:
-        ValueError: If another process holds it.
+        Locked: If another process holds it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +142,7 @@ def locked(path: PathLike) -> Iterator[None]:
         except FileNotFoundError:  # a process that has just ended removed it
             held = False
         if not held:
-            raise ValueError(
+            raise Locked(
                 f"{path.parent} is being written by another process: wait until it ends, or "
                 "choose another folder"
             )

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
+from pyro_vae.runtime import threads
+
 __all__ = ["check_processes", "in_processes"]
 
 T = TypeVar("T")
@@ -54,6 +56,7 @@ def in_processes(
     parts: Sequence[Any],
     device: str,
     indices: Sequence[int] | None = None,
+    meanwhile: Callable[[], Any] | None = None,
 ) -> list[T]:
     """What `function` returns for each of `parts`, each in a process and on a device of its own.
 
@@ -62,14 +65,16 @@ def in_processes(
         parts: Its argument in each process; their tensors are moved to its device.
         device: "cpu" or "cuda".
         indices: Of the GPUs; the first ones if None.
+        meanwhile: What this process does while the others work, and counts as one of them.
 
     Raises:
-        ValueError: If there are more parts than devices, or something cannot be sent.
+        ValueError: If there are more processes than devices, or something cannot be sent.
         ChildProcessError: If a process died, as for want of memory.
         Exception: The first that `function` raised.
     """
-    check_processes(len(parts), device)
-    threads = max(1, torch.get_num_threads() // len(parts))
+    number = len(parts) + (meanwhile is not None)
+    check_processes(number, device)
+    share = max(1, torch.get_num_threads() // number)
     matmul = torch.get_float32_matmul_precision()
     places = [device if device == "cpu" else f"{device}:{i}" for i in indices or range(len(parts))]
     others = set(multiprocessing.active_children())
@@ -78,9 +83,14 @@ def in_processes(
         _send(folder / "function", function)
         for i, part in enumerate(parts):
             _send(folder / f"part{i}", part)
-        given = folder, places, threads, matmul
+        given = folder, places, share, matmul
         try:
-            start_processes(_work, given, nprocs=len(parts), start_method="spawn")
+            started = start_processes(_work, given, nprocs=len(parts), join=False)
+            if meanwhile is not None:
+                with threads(share):
+                    meanwhile()
+            while not started.join():
+                pass
         except (ProcessExitedException, ProcessRaisedException) as error:
             raise _first_error(folder, error) from error
         finally:

@@ -20,6 +20,7 @@ from pyro_vae.vae import VAE
 
 __all__ = ["Scorer"]
 
+NONE = {"log_prob": np.zeros(0), "stderr": np.zeros(0), "verdict": np.zeros(0, str)}
 OPTIONS = tuple(inspect.signature(log_evidence).parameters)[4:]  # after model, guide, x, y
 
 
@@ -57,29 +58,33 @@ class Scorer:
         Raises:
             ValueError: If the rows are not of the kind that the run was trained on.
         """
-        if not isinstance(batch, Mapping) and not hasattr(batch, "assign"):
+        is_mapping = isinstance(batch, Mapping)
+        if not is_mapping and not hasattr(batch, "assign"):
             raise ValueError(
                 "a batch must be a pandas frame or a mapping of arrays; got "
                 f"{type(batch).__name__}"
             )
-        if hasattr(batch, "assign") and not len(batch):  # a part that a filter left no row of
-            return batch.assign(log_prob=0.0, stderr=0.0, verdict="")
+        cells = batch.values() if is_mapping else [batch.index]
+        found = NONE if {*map(_length, cells)} == {0} else self._scored(batch)
+        return {**batch, **found} if is_mapping else batch.assign(**found)
+
+    def _scored(self, batch: Any) -> dict[str, np.ndarray]:
+        """The columns that are added."""
         if self._vae is None:
             self._vae = config.load(self.run)
         rows = as_trained(self.run, self._rows(batch), self._vae)
         evidence = log_evidence(self._vae, *rows.batch(), **self.options)
-        found = {
+        return {
             "log_prob": (evidence.log_prob + rows.log_jacobians).numpy(),
             "stderr": evidence.stderr.numpy(),
             "verdict": np.array(evidence.verdict),
         }
-        return {**batch, **found} if isinstance(batch, Mapping) else batch.assign(**found)
 
     def _rows(self, batch: Any) -> Data:
         """The batch as rows, untransformed."""
-        if isinstance(batch, Mapping) and "x" in batch:
-            return Data(batch["x"], batch.get("y"), name="the batch")
         schema, known = schema_of(self.run), read_record(self.run).get("rows", {}).get("columns")
+        if isinstance(batch, Mapping) and "x" in batch and "x" not in (known or ()):
+            return Data(batch["x"], batch.get("y"), name="the batch")
         cells = {str(name): batch[name] for name in batch}
         if len(cells) < len(list(batch)):
             raise ValueError(
@@ -88,7 +93,7 @@ class Scorer:
             )
         if known is not None and cells.keys() >= set(known):
             cells = {name: cells[name] for name in known}
-        if len(lengths := {len(cell) for cell in cells.values()}) != 1:
+        if len(lengths := {*map(_length, cells.values())}) != 1:
             raise ValueError(
                 "the batch: expected columns of one length; got "
                 f"{', '.join(map(str, sorted(lengths))) or 'no column'}"
@@ -100,6 +105,13 @@ class Scorer:
 
         rows, _ = read_table(pd.DataFrame(cells), schema)
         return Data(rows, name="the batch", columns=tuple(schema.columns), schema=schema)
+
+
+def _length(cell: Any) -> int:
+    """The number of its rows; 1 of what has none."""
+    with suppress(TypeError):
+        return len(cell)
+    return 1
 
 
 def _numbers(name: str, cell: Any) -> torch.Tensor:

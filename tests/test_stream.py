@@ -175,8 +175,8 @@ def test_64_workers_score_each_row_once_and_as_one_does(
     given = dict.fromkeys(score.RESULT) | {"num_samples": 7, "p_values": 0, "seed": 0}
     given |= {"run": str(folder / "run"), "file": str(rows), "accelerator": "cpu"}
     given |= {"progress": False, "devices": 1}
-    stream.stream(score.job, Namespace(**given, out=str(whole)), whole)
-    job = score.job(options := Namespace(**given, out=str(out)))
+    job = score.job(options := Namespace(**given))
+    stream.stream(job, options, whole)
     made: list[list[int]] = [[] for _ in range(64)]
     monkeypatch.setenv("WORLD_SIZE", "64")
     for rank in np.random.default_rng(0).permutation(64).tolist():
@@ -187,25 +187,43 @@ def test_64_workers_score_each_row_once_and_as_one_does(
             made[rank] += at.tolist()
             return job.run(part, at)
 
-        stream.stream(lambda _: replace(job, run=run), options, out)  # noqa: B023
+        stream.stream(replace(job, run=run), options, out)
     assert made == [[rank, rank + 64] if rank < 3 else [rank] for rank in range(64)]
     assert out.read_bytes() == whole.read_bytes()
 
 
+def test_one_process_joins_the_parts_that_several_find_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    whole, out = scored(folder, tmp_path / "whole.csv"), tmp_path / "out.csv"
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "joined", lambda parts, out: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            scored(folder, out)
+    (parts,) = tmp_path.glob(".out.csv.*.parts")
+    with files.locked(parts / "lock"):
+        command = ["score", str(folder / "run"), str(folder / "new.npy"), "--out", str(out)]
+        assert main([*command, "--num_samples=7", "--progress=false"]) == 0
+    assert "this process has done its parts" in capsys.readouterr().out
+    assert not out.exists()
+    assert scored(folder, out) == whole
+    assert not parts.exists()
+
+
 @pytest.mark.slow
 def test_processes_share_the_parts(folder: Path, tmp_path: Path) -> None:
-    assert scored(folder, tmp_path / "b.csv", "--devices=1") == b"".join(
-        with_processes(folder, tmp_path)
-    )
+    alone = scored(folder, tmp_path / "b.csv")
+    assert scored(folder, tmp_path / "c.csv", "--devices=2") == alone
+    assert by_torchrun(folder, tmp_path) == alone
 
 
-def with_processes(folder: Path, tmp_path: Path) -> Iterator[bytes]:
-    """The scores by `devices`, in parts of another size there; those that torchrun gives."""
+def by_torchrun(folder: Path, tmp_path: Path) -> bytes:
+    """The scores of two processes that torchrun starts."""
     code = "import sys; from pyro_vae.cli import stream; stream.ROWS = 5; from pyro_vae.__main__ "
     code += "import main; sys.exit(main())"
     (tmp_path / "command.py").write_text(code)
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    out = tmp_path / "c.csv"
+    out = tmp_path / "d.csv"
     given = ["score", str(folder / "run"), str(folder / "new.npy"), "--out", str(out)]
     subprocess.run(
         [*run, str(tmp_path / "command.py"), *given, "--num_samples=7", "--progress=false"],
@@ -213,7 +231,7 @@ def with_processes(folder: Path, tmp_path: Path) -> Iterator[bytes]:
         env={**os.environ, "PYTHONPATH": os.getcwd()},
         timeout=200,
     )
-    yield out.read_bytes()
+    return out.read_bytes()
 
 
 @pytest.mark.parametrize("ending", ["npz", "csv"])
@@ -222,7 +240,7 @@ def test_codes_in_parts(
 ) -> None:
     def written(path: Path, content: Iterator[bytes]) -> None:
         """Nothing else is put on the disk before."""
-        assert all(part.name.isdigit() for part in tmp_path.glob(".*.parts/*"))
+        assert all(part.name.isdigit() for part in tmp_path.glob(".*.parts/[!l]*"))
         files.write(path, content)
 
     monkeypatch.setattr(use, "write", written)

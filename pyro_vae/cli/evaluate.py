@@ -18,11 +18,10 @@ from pyro_vae import plots
 from pyro_vae.classes import ClassVAE
 from pyro_vae.cli.figures import NAMES, decompose, keep, layer_lines, limits
 from pyro_vae.cli.folder import load_run, pairs, placed
-from pyro_vae.cli.judge import estimate, held_out, rows_of, shown
+from pyro_vae.cli.judge import by_column, estimate, held_out, rows_of, shown
 from pyro_vae.data import Data, spread
 from pyro_vae.estimators import (
     Evidence,
-    column_log_prob,
     evidence_lower_bound,
     importance_sampling,
 )
@@ -31,7 +30,7 @@ from pyro_vae.files import write
 from pyro_vae.metrics import Decomposition, active_units
 from pyro_vae.vae import VAE
 
-__all__ = ["QUANTITIES", "by_column", "evaluate", "lines_of"]
+__all__ = ["QUANTITIES", "evaluate", "lines_of"]
 
 QUANTITIES = {
     "encoder_bound": ("encoder alone", ".2f", "a lower bound, K = {encoder_bound_samples}"),
@@ -174,18 +173,6 @@ def parts_numbers(parts: Decomposition | None) -> dict[str, Any]:
         "prior_factorises": parts.per_dimension is not None,
         "at_ceiling": parts.at_ceiling,
     }
-
-
-def by_column(vae: VAE, data: Data, **options: Any) -> Tensor:
-    """log p(x_c | the other columns) [N, C] in the units of the data; NaN where one is missing.
-
-    Raises:
-        ValueError: If the data are no table.
-    """
-    if len(data.data_shape) != 1:
-        raise ValueError("columns are those of tables: leave --columns out")
-    found = column_log_prob(vae, *data.batch(), **options)
-    return found + torch.as_tensor(data.transform.log_slope()).to(found)
 
 
 def odd_rows(vae: VAE, data: Data, evidence: Evidence) -> list[dict[str, Any]]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import torch
 from jsonargparse import Namespace
+from torch import Tensor
 
 from pyro_vae.data import Data, Splits, spread
-from pyro_vae.estimators import Evidence, log_evidence
+from pyro_vae.estimators import Evidence, column_log_prob, log_evidence
 from pyro_vae.vae import VAE
 
-__all__ = ["estimate", "held_out", "rows_of", "shifted", "shown"]
+__all__ = ["by_column", "estimate", "held_out", "rows_of", "shifted", "shown"]
 
 
 def held_out(splits: Splits, part: str, limit: int | None) -> Data:
@@ -42,3 +45,15 @@ def shown(options: Namespace) -> bool:
 def shifted(evidence: Evidence, data: Data) -> Evidence:
     """Evidence in the units of the data before their transform."""
     return replace(evidence, log_prob=evidence.log_prob + data.log_jacobians)
+
+
+def by_column(vae: VAE, data: Data, **options: Any) -> Tensor:
+    """log p(x_c | the other columns) [N, C] in the units of the data; NaN where one is missing.
+
+    Raises:
+        ValueError: If the data are no table.
+    """
+    if len(data.data_shape) != 1:
+        raise ValueError("columns are those of tables: leave --columns out")
+    found = column_log_prob(vae, *data.batch(), **options)
+    return found + torch.as_tensor(data.transform.log_slope()).to(found)

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,13 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from pyro_vae.data import Data
-from pyro_vae.files import write
+from pyro_vae.files import Locked, locked, write
 from pyro_vae.processes import in_processes
 from pyro_vae.training.engine import uses_cuda
 
 __all__ = ["Job", "key_of", "part_seed", "stream"]
 
+Run = Callable[[int, Tensor], bytes]
 ROWS = 1000  # of a part: what is lost when a process dies
 
 
@@ -36,72 +38,75 @@ class Job:
     Attributes:
         number: Of rows.
         key: What gives a digest of all that the results depend on.
-        run: From the number of a part and the positions of its rows to what is kept of it.
+        run: From the number of a part and the positions of its rows to what is kept of it; with
+            several processes, what can be sent to them.
         join: From the files of all parts, in order, and the file to write, to what the command
             has to say.
     """
 
     number: int
     key: Callable[[], str]
-    run: Callable[[int, Tensor], bytes]
+    run: Run
     join: Callable[[list[Path], Path], str]
 
-    def parts(self) -> list[slice]:
+    def parts(self) -> list[range]:
         """Its parts: a thousand rows each, and what is left over in the last one."""
         starts = range(0, max(1, self.number // ROWS) * ROWS, ROWS)
         ends = [*starts[1:], self.number]
-        return [slice(start, end) for start, end in zip(starts, ends)]
+        return [range(start, end) for start, end in zip(starts, ends)]
 
 
-def stream(make: Callable[[Namespace], Job], options: Namespace, out: Path) -> None:
-    """Makes all parts that are not there yet, of this process or of several, and joins them.
+def stream(job: Job, options: Namespace, out: Path) -> None:
+    """Makes all parts that are not there yet, in this process or in several, and joins them.
 
     Parts lie in a hidden folder beside `out` until all of them are there. A part depends on its
     number alone, so that a command that was broken off goes on when it is given again, with the
-    result of one that was not. Processes that torchrun starts share the parts through that
-    folder; the one that finds all of them there joins them.
+    result of one that was not. Processes of this command take the next part that none of them
+    has taken. Those that torchrun starts have a fixed share each, and the one that finds all
+    parts there joins them.
 
     Args:
-        make: From the options to the job; from the top of a module.
+        job: What is done.
         options: Of the command.
         out: The file that it writes.
     """
-    job = make(options)
     folder = out.with_name(f".{out.name}.{job.key()[:16]}.parts")
     folder.mkdir(exist_ok=True)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    devices = options.get("devices", 1)
     paths = [folder / f"{part:08d}" for part in range(len(job.parts()))]
-    with keeping(paths):
-        if devices == 1:
-            _make_parts(make, options, paths, world, rank, job)
+    own = [*zip(paths, job.parts())][rank::world]
+    with keeping(paths), TemporaryDirectory() as taken:
+        given = job.run, own, Path(taken)
+        shown = options.get("progress", True) and rank == 0
+        if (others := options.get("devices", 1) - 1) == 0:
+            _make_parts(given, shown)
         else:
-            work = partial(_make_parts, make, options, paths, devices)
             device = "cuda" if uses_cuda(options.accelerator) else "cpu"
-            in_processes(work, range(devices), device)
-    if not all(path.exists() for path in paths):
-        print(f"this process has done its parts; those of others are not all there, for {out}")
-        return
-    print(job.join(paths, out))
-    for old in out.parent.glob(f".{glob.escape(out.name)}.*.parts"):
-        shutil.rmtree(old, ignore_errors=True)
+            here = partial(_make_parts, given, shown)
+            in_processes(_make_parts, [given] * others, device, range(1, others + 1), here)
+    with suppress(Locked), locked(folder / "lock"):
+        if all(path.exists() for path in paths):
+            print(job.join(paths, out))
+            for old in out.parent.glob(f".{glob.escape(out.name)}.*.parts"):
+                shutil.rmtree(old, ignore_errors=True)
+            return
+    print(f"this process has done its parts; the one that finds all of them there writes {out}")
 
 
-def _make_parts(
-    make: Callable[[Namespace], Job],
-    options: Namespace,
-    paths: list[Path],
-    world: int,
-    rank: int,
-    job: Job | None = None,
-) -> None:
-    """Makes those parts that are not there yet, of every `world` parts the one of this rank."""
-    job = job or make(options)
-    shown = options.get("progress", True) and rank == 0
-    parts, own = job.parts(), range(len(paths))[rank::world]
-    left = [k for k in own if not paths[k].exists()]
-    for k in track(left, "rows, by the thousand", disable=not shown):
-        write(paths[k], job.run(k, torch.arange(parts[k].start, parts[k].stop)))
+def _make_parts(given: tuple[Run, list[tuple[Path, range]], Path], shown: bool = False) -> None:
+    """Makes those parts that are not there and that no other process has taken, in order."""
+    run, parts, taken = given
+    for path, rows in track(parts, "rows, by the thousand", disable=not shown):
+        if not path.exists() and _is_first(taken / path.name):
+            write(path, run(int(path.name), torch.arange(rows.start, rows.stop)))
+
+
+def _is_first(path: Path) -> bool:
+    """Whether this process makes a file that no other one has made."""
+    with suppress(FileExistsError):
+        path.touch(exist_ok=False)
+        return True
+    return False
 
 
 @contextmanager

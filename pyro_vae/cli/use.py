@@ -27,8 +27,11 @@ from pyro_vae.data.schema import Cells
 from pyro_vae.data.tables import label_cells
 from pyro_vae.files import as_csv, write
 from pyro_vae.runtime import forked
+from pyro_vae.vae import VAE
 
 __all__ = ["classify", "encode", "impute", "sample"]
+
+WAY = ("chunk_size", "compile")
 
 
 def sample(options: Namespace) -> None:
@@ -54,7 +57,7 @@ def encode(options: Namespace) -> None:
     """Posterior means and scales of the rows of a file, in its order."""
     default = Path(options.file).with_suffix(".encoded.npz")
     out = destination(options.out, default, (".npz", ".csv"), options.file)
-    stream(encoding, options, out)
+    stream(encoding(options), options, out)
 
 
 def encoding(options: Namespace) -> Job:
@@ -141,7 +144,7 @@ def impute(options: Namespace) -> None:
     out = destination(options.out, default, (suffix,), options.file)
     if suffix not in (".csv", ".npy", ".npz"):
         raise ValueError(f"expected a .csv, .npy or .npz file to impute; got {source}")
-    stream(imputation, options, out)
+    stream(imputation(options), options, out)
 
 
 def imputation(options: Namespace) -> Job:
@@ -150,24 +153,6 @@ def imputation(options: Namespace) -> Job:
     vae, rows = placed(vae, own_rows(options.run, options.file, vae), options.accelerator)
     schema = rows.schema
     given = read_rows(options.file) if schema is None else rows
-    whole = vae.likelihood.support.is_discrete  # of which a mean is none
-    way = {name: options[name] for name in ("chunk_size", "compile")}
-    num_draws = max(options.draws, 100 if whole or schema is not None else 1)
-
-    def run(part: int, index: Tensor) -> bytes:
-        found = estimators.impute(
-            vae,
-            *rows.batch(index),
-            num_draws=num_draws,
-            seed=part_seed(options.seed, part),
-            **way,
-        )
-        best = found.median if whole else found.mean
-        best = best if schema is None else schema.centre(found.draws, found.mean)
-        filled = torch.cat([best.unsqueeze(0), found.draws[: options.draws]])
-        some = given.subset(index)
-        values = torch.stack([_complete(some, rows, each) for each in filled])
-        return _archive(x=values.numpy(), verdict=np.array(found.verdict))
 
     def join(parts: list[Path], out: Path) -> str:
         beside = {} if schema is None else label_cells(Path(options.file))
@@ -182,9 +167,30 @@ def imputation(options: Namespace) -> Job:
         share = f"{rows.missing_share:.1%} of the values of {len(rows)} rows filled in"
         return f"{share} ({words}): {out}{draws}"
 
-    result = {**way, "draws": options.draws, "seed": options.seed}
+    result = {name: options[name] for name in (*WAY, "draws", "seed")}
     key = partial(key_of, vae, rows, result)
-    return Job(len(rows), key, run, join)
+    return Job(len(rows), key, partial(imputed, vae, rows, given, options), join)
+
+
+def imputed(
+    vae: VAE, rows: Data, given: Data, options: Namespace, part: int, index: Tensor
+) -> bytes:
+    """A part of the rows given, filled in: x [1 + R, n, *E], and the verdict of each."""
+    schema = rows.schema
+    whole = vae.likelihood.support.is_discrete  # of which a mean is none
+    found = estimators.impute(
+        vae,
+        *rows.batch(index),
+        num_draws=max(options.draws, 100 if whole or schema is not None else 1),
+        seed=part_seed(options.seed, part),
+        **{name: options[name] for name in WAY},
+    )
+    best = found.median if whole else found.mean
+    best = best if schema is None else schema.centre(found.draws, found.mean)
+    filled = torch.cat([best.unsqueeze(0), found.draws[: options.draws]])
+    some = given.subset(index)
+    values = torch.stack([_complete(some, rows, each) for each in filled])
+    return _archive(x=values.numpy(), verdict=np.array(found.verdict))
 
 
 def classify(options: Namespace) -> None:

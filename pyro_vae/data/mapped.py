@@ -126,20 +126,26 @@ def mapped(
     low, high, gaps = math.inf, -math.inf, False
     for start in range(0, number, CHUNK):
         part = convert(_part(path, np.arange(start, min(start + CHUNK, number))))
-        if bool((bad := part.isinf().flatten(1).any(1)).any()):
-            raise ValueError(
-                f"data {name!r}: expected finite values in x, got infinite ones, the first in row "
-                f"{start + int(bad.nonzero()[0])} (from 0); repair or remove them"
-            )
-        missing = part.isnan()
-        gaps = gaps or bool(missing.any())
-        seen = part[~missing]
-        low = min(low, *seen.min().reshape(-1).tolist()) if len(seen) else low
-        high = max(high, *seen.max().reshape(-1).tolist()) if len(seen) else high
+        if not math.isfinite(sum(seen := _ends(part))):
+            if bool((bad := part.isinf().flatten(1).any(1)).any()):
+                raise ValueError(
+                    f"data {name!r}: expected finite values in x, got infinite ones, the first in "
+                    f"row {start + int(bad.nonzero()[0])} (from 0); repair or remove them"
+                )
+            gaps, seen = True, _ends(part[~part.isnan()])
+        low, high = min(low, seen[0]), max(high, seen[1])
     extremes = (low, high) if low <= high else (0.0, 0.0)
     shape = torch.Size((number, *first.shape[1:]))
     index = torch.arange(number)
     return Mapped(path, index, shape, first.dtype, convert, extremes, gaps, folder=folder)
+
+
+def _ends(part: Tensor) -> tuple[float, float]:
+    """Lowest and highest value, NaN if there is one; the other way round of none."""
+    if not part.numel():
+        return math.inf, -math.inf
+    low, high = part.aminmax()
+    return low.item(), high.item()
 
 
 def spooled(parts: Iterable[Tensor], rows: int, columns: int, name: str) -> Mapped:

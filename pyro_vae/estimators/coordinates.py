@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pyro.distributions import Delta, Normal
-from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, constraints
 from torch.distributions.transforms import identity_transform
@@ -322,6 +321,8 @@ def _tables(where: Coordinates, fn: Distribution, draws: Tensor) -> NormalScores
 
 def _table(along: Callable[[Tensor], Tensor], centre: Tensor, spread: Tensor) -> Any:
     """Knots and slopes of v = F^{-1}(Phi(u)), from log p(v) along one coordinate."""
+    from scipy.interpolate import PchipInterpolator  # which takes a second to load
+
     far = torch.linspace(-FAR, FAR, FINE, dtype=centre.dtype, device=centre.device)
     log_mass = along(centre + spread * far.sinh()) + far.cosh().log()
     log_mass = torch.where(log_mass.isfinite(), log_mass, -torch.inf)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from scipy.stats import t as student
+from scipy.special import stdtr
 from torch import Tensor
 
 __all__ = ["Difference", "paired_difference"]
@@ -38,7 +38,7 @@ class Difference:
         """Probability that the first is the worse, P(T < -mean / stderr) of Student's t."""
         if self.stderr == 0:
             return float(self.mean < 0) if self.mean else 0.5
-        return float(student.cdf(-self.mean / self.stderr, self.freedom))
+        return float(stdtr(self.freedom, -self.mean / self.stderr))
 
 
 def paired_difference(first: Tensor, second: Tensor) -> Difference:
