@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pyro
 import pytest
 import torch
 from families import LIKELIHOODS, Raw, name
@@ -207,6 +208,24 @@ def test_an_interval_is_the_difference_of_the_cumulative_in_every_tail() -> None
     assert far[0] < -800
     with pytest.raises(ValueError, match="needs a Normal, Laplace or LogNormal; got Normal"):
         distributions.Interval(base, 0.1)
+
+
+@pytest.mark.parametrize("width", [1e-4, 0.1, 1.0, 20.0])
+def test_an_interval_of_a_normal_far_in_the_tail(width: float) -> None:
+    """Beside log_ndtr, on both sides of where the one form takes over from the other."""
+    near = torch.cat([torch.linspace(-10, 24.9, 101), torch.linspace(25.01, 500, 101)])
+    x = torch.cat([near, -near - width]) + width / 2
+    p = distributions.Interval(pyro.distributions.Normal(0.0, 1.0), width)
+    above, below = torch.special.log_ndtr(-near), torch.special.log_ndtr(-near - width)
+    truth = (above + torch.log(-torch.expm1(below - above))).repeat(2)
+    error = (p.log_prob(x) - truth).abs()
+    close = x.abs() - width / 2 < 25
+    assert error[close].max() < 1e-9
+    assert error[~close].max() < 1e-6
+    slope = x[::7].clone().requires_grad_()
+    assert torch.autograd.gradcheck(p.log_prob, slope)
+    curve = torch.autograd.functional.hessian(lambda x: p.log_prob(x).sum(), slope).diagonal()
+    assert (curve < 1e-3).all()  # a mass of a log-concave density is log-concave
 
 
 def test_gradients_of_an_interval_are_those_of_a_finite_difference() -> None:

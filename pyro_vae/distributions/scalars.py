@@ -24,6 +24,8 @@ __all__ = [
 ]
 
 Shape = Size | list[int] | tuple[int, ...]
+FAR = 25.0  # deviations from which the tail of a Normal is taken by its exponential
+TINY = 1e-300
 
 
 class Bernoulli(dist.Bernoulli):
@@ -237,11 +239,10 @@ class Interval(TorchDistribution):
         """Log probability in nats of the interval around `value`."""
         centre = value.double()
         low, high = self._score(centre - self.width / 2), self._score(centre + self.width / 2)
-        upper = low + high > 0  # there both ends are mirrored into the lower tail
-        low, high = torch.where(upper, -high, low), torch.where(upper, -low, high)
-        below, above = self._log_cdf(low), self._log_cdf(high)
-        gap = (above - below).clamp(min=1e-30)
-        return (above + torch.log(-torch.expm1(-gap))).to(self.base.loc.dtype)
+        middle, width = (low + high) / 2, high - low
+        mirror = 1 - 2 * (middle < 0).to(middle.dtype)
+        log_mass = _log_laplace if isinstance(self.base, dist.Laplace) else _log_normal
+        return log_mass(mirror * middle - width / 2, width).to(self.base.loc.dtype)
 
     def sample(self, sample_shape: Shape = Size()) -> Tensor:
         """Draws, rounded to multiples of the width."""
@@ -258,11 +259,31 @@ class Interval(TorchDistribution):
         x = x.clamp(min=1e-300).log() if isinstance(self.base, dist.LogNormal) else x
         return (x - self.base.loc.double()) / self.base.scale.double()
 
-    def _log_cdf(self, score: Tensor) -> Tensor:
-        if not isinstance(self.base, dist.Laplace):
-            return torch.special.log_ndtr(score)
-        down = score.clamp(max=0) - math.log(2)
-        return torch.where(score < 0, down, torch.log1p(-0.5 * torch.exp(-score.clamp(min=0))))
+
+def _log_normal(near: Tensor, width: Tensor) -> Tensor:
+    """log of the mass of a standard Normal from `near` on, in the upper tail or about 0.
+
+    By the difference of two erfc up to 25; beyond by the integral of exp(-near t - t^2 / 2), the
+    square to second order, which is right to 1e-6. erfc and its derivatives take a fifth of the
+    time of those of `log_ndtr`.
+    """
+    start = near.clamp(max=FAR) / math.sqrt(2)
+    mass = torch.erfc(start) - torch.erfc(start + width / math.sqrt(2))
+    far = near.clamp(min=FAR)
+    u = far * width
+    share = -torch.expm1(-u).clamp(max=-TINY)  # of the tail, by its exponential
+    curved = (1 - (1 - share) * (1 + u + u.square() / 2)) / (share * far.square())
+    curved = curved / (1 + 2.5 * curved)
+    beyond = torch.log(share / far) - far.square() / 2 - math.log(2 * math.pi) / 2 - curved
+    return torch.where(near > FAR, beyond, torch.log(mass.clamp(min=TINY) / 2))
+
+
+def _log_laplace(near: Tensor, width: Tensor) -> Tensor:
+    """log of the mass of a standard Laplace from `near` on, in the upper tail or about 0."""
+    beyond = torch.log(-torch.expm1(-width).clamp(max=-TINY) / 2) - near.clamp(min=0)
+    start = near.clamp(max=0)
+    mass = -torch.expm1(start) - torch.expm1(-start - width)
+    return torch.where(near > 0, beyond, torch.log(mass.clamp(min=TINY) / 2))
 
 
 class Label(TorchDistribution):
