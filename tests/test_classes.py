@@ -19,7 +19,7 @@ from pyro_vae.classes import ClassVAE
 from pyro_vae.cli.parsing import run
 from pyro_vae.densities import densities
 from pyro_vae.distributions import Label
-from pyro_vae.estimators import Imputation, importance_sampling, log_evidence
+from pyro_vae.estimators import Imputation, audit, importance_sampling, log_evidence
 from pyro_vae.estimators.evidence import summarise
 from pyro_vae.objectives import ELBO, IWAE
 
@@ -306,6 +306,28 @@ def test_a_table_with_classes_is_evaluated(
     assert "simulated data" in found["audit"]
 
 
+@pytest.mark.usefixtures("float64")
+def test_each_column_given_the_others_is_that_of_the_mixture_over_classes() -> None:
+    vae = made("NormalPerClass", LINEAR, missing=True)
+    with torch.no_grad():
+        vae.prior.loc *= 5.0  # type: ignore[union-attr, operator]
+    x, labels = vae.sample(3), torch.tensor([-1, 0, -1])
+    x[2, 1] = torch.nan
+    logits, loc, covariance = moments(vae)
+
+    def log_prob(n: int, seen: Tensor) -> Tensor:
+        part = dist.MultivariateNormal(loc[:, seen], covariance[:, seen][:, :, seen])
+        each = logits + part.log_prob(x[n, seen])
+        return each.logsumexp(0) if labels[n] < 0 else each[labels[n]]
+
+    truth = torch.full_like(x, torch.nan)
+    for n, c in (~x.isnan()).nonzero().tolist():
+        seen = ~x[n].isnan()
+        truth[n, c] = log_prob(n, seen) - log_prob(n, seen & (torch.arange(F) != c))
+    found = column_log_prob(vae, x, labels)
+    torch.testing.assert_close(found, truth, rtol=0, atol=0.1, equal_nan=True)
+
+
 def test_what_cannot_be_is_refused_in_one_line() -> None:
     vae, x = made(), torch.randn(B, F)
     for labels in (torch.full((B,), C), torch.full((B,), -2), torch.full((B,), 0.5)):
@@ -318,8 +340,8 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
         vae.model(x, torch.zeros(B, 2))
     with pytest.raises(ValueError, match="classes go with condition_dim=0, for a datum has one y"):
         build(F, D, classes=C, condition_dim=2)
-    with pytest.raises(ValueError, match=r"column_log_prob takes no model .* here \['y'\]"):
-        column_log_prob(vae, x)
+    with pytest.raises(ValueError, match=r"audit takes no model .* here \['y'\]"):
+        audit(vae, x)
     with pytest.raises(ValueError, match="label_weight with classes"):
         build(F, D, label_weight=1.0)
     with pytest.raises(ValueError, match="classes must be at least 2"):

@@ -14,6 +14,7 @@ from pyro_vae.densities.run import (
     log_joint,
     log_weights,
     registered_densities,
+    sites_at,
 )
 from pyro_vae.densities.summed import summed_values
 
@@ -37,6 +38,7 @@ __all__ = [
     "registered_densities",
     "run_program",
     "scale_latents",
+    "sites_at",
     "draw_data",
     "summed_values",
 ]

@@ -35,7 +35,11 @@ __all__ = [
     "log_weights",
     "registered_densities",
     "draw_data",
+    "sites_at",
 ]
+
+
+OF_CLASSES = {"enumerate", "label_weight"}  # what marks sites of a class, which see no entry
 
 
 class NotSimulated(ValueError):
@@ -119,10 +123,10 @@ def draw_latents(
 
 def log_joint(model: Program, x: Tensor, y: Tensor | None, latents: Latents) -> Tensor:
     """log p(x, z) [K, B] of given latents, by site [K, B, *event]."""
-    return _log_prob(_sites_at(model, x, y, latents), x)
+    return _log_prob(sites_at(model, x, y, latents), x)
 
 
-def _sites_at(model: Program, x: Tensor, y: Tensor | None, latents: Latents) -> Sites:
+def sites_at(model: Program, x: Tensor, y: Tensor | None, latents: Latents) -> Sites:
     """The sites of a model at given latents, which must be all of its own."""
     num_particles = next((len(z) for z in latents.values()), 1)
     trace = run_program(model, x, y, num_particles, poutine.condition(data=latents))
@@ -213,8 +217,8 @@ def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tenso
     return new, {name: site["value"].unsqueeze(0) for name, site in sites.items()}
 
 
-def complete_data(model: Program, x: Tensor, y: Tensor | None, latents: Latents) -> Tensor:
-    """x [K, B, *E] with its missing entries (NaN) drawn from p(x | z) at given latents.
+def complete_data(sites: Sites, x: Tensor, latents: Latents) -> Tensor:
+    """x [K, B, *E] with its missing entries (NaN) drawn from p(x | z), by a run at given latents.
 
     They are draws of the site that observes x. Where a latent site has its name and "_missing",
     as in models of what goes missing, they are the values of that.
@@ -222,20 +226,21 @@ def complete_data(model: Program, x: Tensor, y: Tensor | None, latents: Latents)
     Raises:
         ValueError: If no site of the model observes x.
     """
-    name, sites = _site_of_data(model, x, y, latents)
+    name = _site_of_data(sites, x, latents)
     values = latents.get(f"{name}_missing")
     draws = sites[name]["fn"].sample() if values is None else values
     return torch.where(x.isnan(), draws.to(x.dtype), x)
 
 
-def entry_log_prob(model: Program, x: Tensor, y: Tensor | None, latents: Latents) -> Tensor:
-    """log p(x_e | z) of each entry [K, B, *E] at given latents; 0 where it is missing.
+def entry_log_prob(sites: Sites, x: Tensor, latents: Latents) -> Tensor:
+    """log p(x_e | z) of each entry [K, B, *E], by a run at given latents; 0 where it is missing.
 
     Raises:
         ValueError: If the model observes anything but x, or its entries are not independent.
     """
-    name, sites = _site_of_data(model, x, y, latents)
-    if others := sites.keys() - {name, *latents}:
+    name = _site_of_data(sites, x, latents)
+    rest = {n: s["infer"] or {} for n, s in sites.items() if n not in (name, *latents)}
+    if others := [n for n, infer in rest.items() if not infer.keys() & OF_CLASSES]:
         raise ValueError(
             f"densities of single entries are of models whose one observed site is x itself; "
             f"this one observes {sorted(others)} too"
@@ -252,15 +257,12 @@ def entry_log_prob(model: Program, x: Tensor, y: Tensor | None, latents: Latents
     return fn.log_prob(value)
 
 
-def _site_of_data(
-    model: Program, x: Tensor, y: Tensor | None, latents: Latents
-) -> tuple[str, Sites]:
-    """The name of the site that observes x, and all sites of a run at given latents."""
-    sites = _sites_at(model, x, y, latents)
+def _site_of_data(sites: Sites, x: Tensor, latents: Latents) -> str:
+    """The name of the site that observes x."""
     for name in sites.keys() - latents.keys():
         value = sites[name]["value"]
         if value.shape[-x.ndim :] == x.shape and _is_same(value.reshape(-1, *x.shape)[0], x):
-            return name, sites
+            return name
     raise ValueError("the model must have a site that observes x itself: pyro.sample(.., obs=x)")
 
 

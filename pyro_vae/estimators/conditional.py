@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from pyro_vae.estimators.proposal import joined
 from pyro_vae.estimators.refined import Fit, fit_proposal
 from pyro_vae.estimators.run import estimator, map_targets
 from pyro_vae.estimators.target import Target
-from pyro_vae.estimators.values import not_summed
+from pyro_vae.estimators.values import summed
 
 __all__ = ["column_log_prob", "log_conditional"]
 
@@ -83,7 +84,6 @@ def _less(a: Evidence, b: Evidence) -> Evidence:
 
 
 @estimator
-@not_summed
 def column_log_prob(
     model: Program,
     guide: Program,
@@ -134,37 +134,78 @@ def column_log_prob(
         cross-validation and WAIC. 2017.
     """
     missing = getattr(getattr(model, "__self__", None), "missing", True)
-    parts = map_targets(
-        partial(_columns, num_samples=num_samples, missing=missing),
-        model,
-        guide,
-        x,
-        y,
-        chunk_size=chunk_size,
-        compile=compile,
-        seed=seed,
-        devices=devices,
-        progress=progress,
-    )
-    return torch.cat(parts)
+    estimate = partial(_columns, num_samples=num_samples, missing=missing)
+    run = partial(map_targets, estimate, chunk_size=chunk_size, compile=compile, devices=devices)
+    found = _joined(run, model, guide, x, y, seed=seed, progress=progress)
+    whole = found.whole.view(-1, *[1] * (x.ndim - 1))
+    return (whole - found.rest).masked_fill(x.isnan().cpu(), math.nan)
 
 
-def _columns(target: Target, num_samples: int, missing: bool) -> Tensor:
-    """log p(x_c | the others) [B, *E]; `missing` is whether the model takes NaN."""
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """log p(x) [N], and log p(x_{-c}) of the other entries than each [N, *E]; on the CPU.
+
+    Given a value of a discrete latent they are those of its joint density with the data.
+    """
+
+    whole: Tensor
+    rest: Tensor
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    @classmethod
+    def mixed(cls, parts: Sequence[_Columns]) -> _Columns:
+        """Of the data alone, from those of each value."""
+        both = [(part.whole, part.rest) for part in parts]
+        return cls(*(torch.stack(each).logsumexp(0) for each in zip(*both)))
+
+    def rows(self, index: Tensor) -> _Columns:
+        """Those of some of the data."""
+        return _Columns(self.whole[index], self.rest[index])
+
+    def excluded(self, index: Tensor) -> _Columns:
+        """The same, some of the data excluded by the model."""
+        parts = (part.index_fill(0, index, -math.inf) for part in (self.whole, self.rest))
+        return _Columns(*parts)
+
+
+@summed
+def _joined(
+    run: Callable[..., list[_Columns]],
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    y: Tensor | None,
+    *,
+    seed: int | None,
+    progress: bool,
+) -> _Columns:
+    parts = run(model, guide, x, y, seed=seed, progress=progress)
+    return _Columns(torch.cat([p.whole for p in parts]), torch.cat([p.rest for p in parts]))
+
+
+def _columns(target: Target, num_samples: int, missing: bool) -> _Columns:
+    """log p(x) and log p(x_{-c}) of B data; `missing` is whether the model takes NaN."""
     fit = fit_proposal(target)
-    places, weights = fit.draw_with_places(num_samples)
-    parts = [target.entry_log_prob(u).double() for u in places.split(target.draws_at_once)]
-    weights = weights.view(*weights.shape, *[1] * (target.x.ndim - 1))
-    without = weights - torch.cat(parts)
-    found = (weights.logsumexp(0) - without.logsumexp(0)).cpu()
-    khat = pareto_khat(without.flatten(1).cpu()).view(found.shape)
-    found[empty := target.x.isnan().cpu()] = math.nan
-    hard = ((khat > KHAT) & ~empty & missing).nonzero()
+    weights, without = _weights(fit, num_samples)
+    whole, rest = weights.logsumexp(0).cpu(), without.logsumexp(0).cpu()
+    khat = pareto_khat(without.flatten(1).cpu()).view(rest.shape)
+    hard = ((khat > KHAT) & ~target.x.isnan().cpu() & missing).nonzero()
     for cells in hard.split(target.num_data) if len(hard) else ():
-        found[tuple(cells.T)] = _cells(
-            fit.rows(cells[:, 0].to(places.device)), cells[:, 1:], num_samples
-        )
-    return found
+        given = _cells(fit.rows(cells[:, 0].to(weights.device)), cells[:, 1:], num_samples)
+        rest[tuple(cells.T)] = whole[cells[:, 0]] - given
+    number = math.log(num_samples)
+    return _Columns(whole - number, rest - number)
+
+
+def _weights(fit: Fit, num_samples: int) -> tuple[Tensor, Tensor]:
+    """Log weights of fresh draws [K, B], and those for each entry left out [K, B, *E]."""
+    runs = fit.weighed(fit.places(num_samples), num_samples)
+    weights, entries = zip(*((weight, run.entry_log_prob()) for weight, run in runs))
+    whole = torch.cat(weights)
+    wide = whole.view(*whole.shape, *[1] * (entries[0].ndim - 2))
+    return whole, wide - torch.cat(entries)
 
 
 def _cells(fit: Fit, entries: Tensor, num_samples: int) -> Tensor:
@@ -174,5 +215,5 @@ def _cells(fit: Fit, entries: Tensor, num_samples: int) -> Tensor:
     halves = joined([rest.proposal, fit.proposal], [-math.log(2)] * 2)
     both = replace(rest, proposal=halves)
     places, weights = both.draw_with_places(2 * num_samples)
-    parts = [target.entry_log_prob(u)[:, *cell] for u in places.split(target.draws_at_once)]
+    parts = [target.at(u).entry_log_prob()[:, *cell] for u in places.split(target.draws_at_once)]
     return ((weights + torch.cat(parts)).logsumexp(0) - weights.logsumexp(0)).cpu()

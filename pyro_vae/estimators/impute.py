@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,9 +13,9 @@ from torch import Tensor
 from pyro_vae.densities import Program
 from pyro_vae.estimators.escalating import walk
 from pyro_vae.estimators.evidence import Evidence, summarise
-from pyro_vae.estimators.refined import METHOD, fit_proposal
+from pyro_vae.estimators.refined import LOWEST, METHOD, Fit, fit_proposal
 from pyro_vae.estimators.run import estimator, exact_without_data, map_targets
-from pyro_vae.estimators.target import Target
+from pyro_vae.estimators.target import Run, Target
 from pyro_vae.estimators.values import summed
 from pyro_vae.runtime import check_fits
 
@@ -210,9 +210,7 @@ def impute(
 def _imputed(target: Target, num_draws: int, num_samples: int) -> Imputation:
     """Imputations of B data; where not reliable, from more components and four times the draws."""
     fit = fit_proposal(target)
-    places, weights = fit.draw_with_places(num_samples)
-    evidence = fit.judge(summarise(weights.cpu(), METHOD, "doubtful"), TOLERANCE)
-    found = _picked(target, places, weights, evidence, num_draws)
+    found, places, weights = _drawn(fit, num_samples, num_draws)
     short = [i for i, verdict in enumerate(found.verdict) if verdict != "reliable"]
     if not short:
         return found
@@ -220,51 +218,72 @@ def _imputed(target: Target, num_draws: int, num_samples: int) -> Imputation:
     poor = fit.rows(rows)
     start = places[:, rows], weights[:, rows]
     visited = walk(poor.target, *start, scale_tril=poor.proposal.scale_tril)
-    rich = poor.with_components(visited)
-    drawn = rich.draw_with_places(4 * num_samples)
-    evidence = rich.judge(summarise(drawn[1].cpu(), METHOD, "doubtful"), TOLERANCE)
-    again = _picked(rich.target, *drawn, evidence, num_draws)
+    again, *_ = _drawn(poor.with_components(visited), 4 * num_samples, num_draws)
     index = torch.arange(len(found))
     index[short] = len(found) + torch.arange(len(short))
     return Imputation.cat([found, again]).rows(index)
+
+
+def _drawn(fit: Fit, num_samples: int, num_draws: int) -> tuple[Imputation, Tensor, Tensor]:
+    """Imputations from K draws of a fitted proposal, these draws and their log weights."""
+    places = fit.places(num_samples)
+    weights, moments = _moments(fit.target, fit.weighed(places, num_samples))
+    evidence = fit.judge(summarise(weights.cpu(), METHOD, "doubtful"), TOLERANCE)
+    return _picked(fit.target, places, weights, moments, evidence, num_draws), places, weights
 
 
 def _guided(target: Target, num_draws: int, num_samples: int) -> Imputation:
     """Imputations of B data from draws of the guide."""
     counts = torch.ones(num_samples).split(target.draws_at_once)
     draws = [target.draw_guide(len(count)) for count in counts]  # all at once fall out of cache
-    places = torch.cat(draws)
-    weights = torch.cat([target.log_joint(u) - target.log_guide(u) for u in draws])
+    runs = ((run.log_joint - target.log_guide(u), run) for u in draws for run in [target.at(u)])
+    weights, moments = _moments(target, runs)
     evidence = summarise(weights.cpu(), "importance sampling, guide", "lower bound")
-    return _picked(target, places, weights, evidence, num_draws)
+    return _picked(target, torch.cat(draws), weights, moments, evidence, num_draws)
 
 
 def _picked(
-    target: Target, places: Tensor, weights: Tensor, evidence: Evidence, num_draws: int
+    target: Target,
+    places: Tensor,
+    weights: Tensor,
+    moments: tuple[Tensor, Tensor],
+    evidence: Evidence,
+    num_draws: int,
 ) -> Imputation:
     """Imputations from draws [K, B, D] and their log weights [K, B]."""
     share = torch.softmax(weights, 0)
-    mean, stderr = _moments(target, places, share)
     picked = torch.multinomial(share.T, num_draws, True).T.unsqueeze(-1)
     chosen = places.gather(0, picked.expand(-1, -1, places.shape[-1]))
-    draws = torch.cat([target.complete(u).cpu() for u in chosen.split(target.draws_at_once)])
+    parts = chosen.split(target.draws_at_once)
+    draws = torch.cat([target.at(u).complete().cpu() for u in parts])
+    mean, stderr = moments
     return Imputation(draws, mean.cpu(), stderr.cpu(), evidence)
 
 
-def _moments(target: Target, places: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Means [B, *E] of the completed data, and their Monte Carlo standard errors."""
+def _moments(
+    target: Target, runs: Iterable[tuple[Tensor, Run]]
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Log weights [K, B]; means [B, *E] of the completed data, their Monte Carlo errors.
+
+    Each run of the model gives its weights and its completed data. Sums are in units of the
+    largest weight so far.
+    """
+    weights: list[Tensor] = []
+    centre, sums = target.scale, [target.scale.new_zeros(())] * 5
+    largest = target.scale.new_full((target.num_data, 1), LOWEST)
+    for weight, run in runs:
+        data = run.complete().double().flatten(2)
+        if not weights:
+            centre = data[0]  # so that little cancels below
+        weights.append(weight)
+        before, largest = largest, torch.maximum(largest, weight.amax(0).unsqueeze(-1))
+        w, less = (weight.unsqueeze(-1) - largest).exp(), (before - largest).exp()
+        v = w * (data - centre)
+        terms = zip(sums, (w, v, w * w, w * v, v * v), (1, 1, 2, 2, 2))
+        sums = [total * less**power + term.sum(0) for total, term, power in terms]
+    total, mean, squares, cross, square = sums
+    mean = mean / total
+    error = (square - 2 * mean * cross + mean.square() * squares).clamp(min=0).sqrt() / total
     missing = target.x.isnan()
-    centre = target.complete(places[:1])[0].double()  # so that little cancels below
-    zero = torch.zeros_like(centre)
-    mean, square, cross = zero, zero, zero
-    squares = share.square().sum(0).view(-1, *[1] * (centre.ndim - 1))
-    for u, w in zip(places.split(target.draws_at_once), share.split(target.draws_at_once)):
-        w = w.view(*w.shape, *[1] * (centre.ndim - 1))
-        away = target.complete(u).double() - centre
-        mean = mean + (w * away).sum(0)
-        square = square + (w * away).square().sum(0)
-        cross = cross + (w.square() * away).sum(0)
-    variance = square - 2 * mean * cross + mean.square() * squares
-    mean = torch.where(missing, centre + mean, target.x.double())
-    error = torch.where(missing, variance.clamp(min=0).sqrt(), zero)
-    return mean.to(target.x.dtype), error.to(target.x.dtype)
+    mean = torch.where(missing, (centre + mean).view(target.x.shape).to(target.x), target.x)
+    return torch.cat(weights), (mean, error.view(mean.shape).to(mean) * missing)

@@ -25,7 +25,7 @@ from pyro_vae.estimators.proposal import (
     laplace,
 )
 from pyro_vae.estimators.run import estimator, map_targets
-from pyro_vae.estimators.target import SCALE_DRAWS, Target
+from pyro_vae.estimators.target import SCALE_DRAWS, Run, Target
 from pyro_vae.estimators.values import summed
 
 __all__ = [
@@ -194,11 +194,17 @@ class Fit:
         log p(x, u) less the log density of the mixture of the proposal, the guide and the prior
         that the draws of `importance_sampling` are from.
         """
-        numbers, step = self._numbers(num_samples), self.target.draws_at_once
-        return torch.cat([self._weigh(part, numbers) for part in u.split(step)])
+        return torch.cat([weights for weights, _ in self.weighed(u, num_samples)])
 
-    def _weigh(self, u: Tensor, numbers: tuple[int, int, int]) -> Tensor:
-        log_prior, log_likelihood = self.target.log_prior(u)
+    def weighed(self, u: Tensor, num_samples: int) -> Iterator[tuple[Tensor, Run]]:
+        """As `log_weights`, of some draws after others, each with its run of the model."""
+        numbers, step = self._numbers(num_samples), self.target.draws_at_once
+        for part in u.split(step):
+            run = self.target.at(part)
+            yield self._weigh(part, run, numbers), run
+
+    def _weigh(self, u: Tensor, run: Run, numbers: tuple[int, int, int]) -> Tensor:
+        log_prior, log_likelihood = run.log_prior, run.log_likelihood
         parts = [self.proposal.log_prob(u), torch.zeros_like(log_prior), log_prior]
         if numbers[1]:
             parts[1] = self.target.log_guide(u)
@@ -215,20 +221,25 @@ class Fit:
 
     def draw(self, num_samples: int) -> Tensor:
         """Log weights [K, B] of fresh draws, on the CPU."""
-        return torch.cat([weights for _, weights in self._draws(num_samples)]).cpu()
+        return torch.cat(
+            [self.log_weights(u, num_samples) for u in self._draws(num_samples)]
+        ).cpu()
 
     def draw_with_places(self, num_samples: int) -> tuple[Tensor, Tensor]:
         """Fresh draws [K, B, D] and their log weights [K, B]."""
-        places, weights = zip(*self._draws(num_samples))
-        return torch.cat(places), torch.cat(weights)
+        places = self.places(num_samples)
+        return places, self.log_weights(places, num_samples)
 
-    def _draws(self, num_samples: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def places(self, num_samples: int) -> Tensor:
+        """Fresh draws [K, B, D]."""
+        return torch.cat(list(self._draws(num_samples)))
+
+    def _draws(self, num_samples: int) -> Iterator[Tensor]:
         sources = self.proposal.draw, self.target.draw_guide, self._draw_prior
         step = self.target.draws_at_once
         for draw, number in zip(sources, self._numbers(num_samples)):
             for done in range(0, number, step):
-                places = draw(min(step, number - done))
-                yield places, self.log_weights(places, num_samples)
+                yield draw(min(step, number - done))
 
     def _draw_prior(self, num_draws: int) -> Tensor:
         return self.target.draw_prior(num_draws)[0]

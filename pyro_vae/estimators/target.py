@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pyro
-import pyro.poutine as poutine
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from pyro_vae.densities import (
     entry_log_prob,
     log_joint,
     run_program,
+    sites_at,
 )
 from pyro_vae.estimators.coordinates import (
     Coordinates,
@@ -33,7 +34,7 @@ from pyro_vae.estimators.coordinates import (
     normal_units,
 )
 
-__all__ = ["CompiledJoint", "CompiledTarget", "ROWS", "Target", "gradients"]
+__all__ = ["CompiledJoint", "CompiledTarget", "ROWS", "Run", "Target", "gradients"]
 
 ROWS = 1000  # rows decoded at once: 250 to 2500 are equally fast, more falls out of cache
 SCALE_DRAWS = 64  # prior draws behind the unit of each coordinate
@@ -153,9 +154,14 @@ class Target:
 
     def log_prior(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """log p(u) and log p(x | u), each [K, B], from one run of the model."""
+        run = self.at(u)
+        return run.log_prior, run.log_likelihood
+
+    def at(self, u: Tensor) -> Run:
+        """One run of the model at u."""
         latents, log_det = self._latents(u)
-        _, prior, likelihood = self._run(len(u), poutine.condition(data=latents))
-        return _never_nan(prior + log_det), _never_nan(likelihood)
+        with pyro.validation_enabled(False):
+            return Run(sites_at(self.model, self.x, self.y, latents), self.x, latents, log_det)
 
     def check_gradient(self) -> None:
         """Raises a ValueError if the likelihood has no gradient with respect to the latents."""
@@ -183,10 +189,13 @@ class Target:
         with torch.no_grad():
             for done in range(0, num_draws, self.draws_at_once):
                 number = min(self.draws_at_once, num_draws - done)
-                values, log_prior, log_likelihood = self._run(number)
+                with pyro.validation_enabled(False):
+                    nodes: Any = run_program(self.model, self.x, self.y, number).nodes
+                values = {name: nodes[name]["value"] for name in self.sites}
                 u = self.vector(values)
-                log_prior = _never_nan(log_prior + self._latents(u)[1])
-                parts.append((u, log_prior, _never_nan(log_likelihood)))
+                sites = {name: nodes[name] for name in [*self.sites, *self.observed]}
+                run = Run(sites, self.x, values, self._latents(u)[1])
+                parts.append((u, run.log_prior, run.log_likelihood))
         draws, log_prior, log_likelihood = (torch.cat(part) for part in zip(*parts))
         return draws, log_prior, log_likelihood
 
@@ -195,32 +204,11 @@ class Target:
         free = [site.inverse(latents[name]) for name, site in self.sites.items()]
         return torch.cat(free, -1) / self.scale
 
-    def complete(self, u: Tensor) -> Tensor:
-        """The data [K, B, *E] with what is missing drawn from p(x | u)."""
-        with pyro.validation_enabled(False):
-            return complete_data(self.model, self.x, self.y, self._latents(u)[0])
-
-    def entry_log_prob(self, u: Tensor) -> Tensor:
-        """log p(x_e | u) of each entry [K, B, *E]."""
-        with pyro.validation_enabled(False):
-            return entry_log_prob(self.model, self.x, self.y, self._latents(u)[0])
-
     def run_log_joint(self, u: Tensor) -> Tensor:
         """log p(x, u) [K, B], of one chunk, by a run of the model."""
         latents, log_det = self._latents(u)
         with pyro.validation_enabled(False):
             return _never_nan(log_joint(self.model, self.x, self.y, latents).double() + log_det)
-
-    def _run(self, K: int, handler: Any = None) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """One run of the model: its latents, log p(z) and log p(x | z) [K, B]."""
-        with pyro.validation_enabled(False):
-            nodes: Any = run_program(self.model, self.x, self.y, K, handler).nodes
-            none = self.scale.new_zeros(K, self.num_data)
-            log_prior, log_likelihood = (
-                sum((nodes[name]["fn"].log_prob(nodes[name]["value"]) for name in names), none)
-                for names in (self.sites, self.observed)
-            )
-        return {name: nodes[name]["value"] for name in self.sites}, log_prior, log_likelihood
 
     def _latents(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Constrained latents by site, and log |dz / du| [K, B]."""
@@ -281,6 +269,54 @@ def _check_value(d: Densities) -> None:
             f"log p(x, z) is NaN at a draw of the guide for {bad} of {d.num_data} data: "
             "check the model there, and the data for NaN"
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run of a model at u [K, B, D]: what it says of u, and of the data there.
+
+    Attributes:
+        sites: The sites of the model.
+        x: Data [B, *E].
+        latents: The latents at u, by site.
+        log_det: log |dz / du| [K, B].
+    """
+
+    sites: dict[str, Any]
+    x: Tensor
+    latents: Latents
+    log_det: Tensor
+
+    @property
+    def log_prior(self) -> Tensor:
+        """log p(u) [K, B]."""
+        return self._scores(self.latents, self.log_det)
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """log p(x | u) [K, B]."""
+        observed = [name for name in self.sites if name not in self.latents]
+        return self._scores(observed, torch.zeros_like(self.log_det))
+
+    @property
+    def log_joint(self) -> Tensor:
+        """log p(x, u) [K, B]."""
+        return _never_nan(self.log_prior + self.log_likelihood)
+
+    def complete(self) -> Tensor:
+        """The data [K, B, *E] with what is missing drawn from p(x | u)."""
+        with pyro.validation_enabled(False):
+            return complete_data(self.sites, self.x, self.latents)
+
+    def entry_log_prob(self) -> Tensor:
+        """log p(x_e | u) of each entry [K, B, *E]."""
+        with pyro.validation_enabled(False):
+            return entry_log_prob(self.sites, self.x, self.latents)
+
+    def _scores(self, names: Iterable[str], first: Tensor) -> Tensor:
+        with pyro.validation_enabled(False):
+            found = (self.sites[n]["fn"].log_prob(self.sites[n]["value"]) for n in names)
+            return _never_nan(sum(found, first))
 
 
 class Frequent:
