@@ -153,7 +153,7 @@ def test_few_labels_name_the_classes_of_rows() -> None:
         ({"contamination": 0}, "contamination must be positive"),
         (
             {"schema": {"x7": "real"}},
-            "names columns that are not there: x7; those of an array",
+            "array: the schema names columns that are not there: x7; there are x0, x1",
         ),
         ({"prior": "None"}, "prior 'None' is unknown"),
         ({"n_components": 0}, "latent_dim must be at least 1"),

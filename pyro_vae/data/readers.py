@@ -43,7 +43,7 @@ def read_arrays(path: Path) -> Parts:
         ValueError: If the file cannot be read, holds Python objects or lacks ``x``, or an array
             has another name, shape or dtype.
     """
-    if path.suffix == ".npy" and path.stat().st_size > LARGE:
+    if path.suffix.lower() == ".npy" and path.stat().st_size > LARGE:
         rows = mapped(path, partial(_values, path), str(path))
         levels = _LEVELS.get(np.load(path, mmap_mode="r").dtype.name)
         return {"train": Data(rows, levels=levels, name=str(path))}
@@ -127,7 +127,7 @@ def read_cells(path: Path) -> Data:
         ValueError: If the file cannot be read, anndata is not installed, or there are no counts
             in it: values below zero or not whole, such as normalised ones.
     """
-    if path.suffix == ".h5ad":
+    if path.suffix.lower() == ".h5ad":
         return _of_h5ad(path)
     import scipy.io
 

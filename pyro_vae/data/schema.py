@@ -41,10 +41,16 @@ KINDS = {
     "category": "Categorical",
     "ordinal": "Ordinal",
 }
+CENTRES = {"Bernoulli": "common", "Categorical": "common"} | dict.fromkeys(
+    ("Ordinal", "NegativeBinomial", "Poisson", "DiscretizedLogistic", "MixtureOfLogistics"),
+    "middle",
+)  # what stands for draws of whole numbers; the mean of others
 CODED = ("binary", "category", "ordinal")
 MOST_LEVELS = 1000  # of a category: more are names or ids
 FEW = 10  # whole numbers that are taken for levels
 SKEWED = 0.7  # deviation of the logarithm from which positive numbers are taken for LogNormal
+LARGEST = float(np.finfo(np.float32).max)
+DIGITS = 1e-5  # least range of a column, of its largest number
 OFTEN = 0.9  # share of different numbers below which they are taken for rounded ones
 DATE = re.compile(r"\d{4}-\d\d?-\d\d?([T ].*)?|\d\d?[/.]\d\d?[/.]\d{2,4}( .*)?|\d\d?:\d\d(:\d\d)?")
 Cells = dict[str, list[Any]]
@@ -169,11 +175,10 @@ class Schema:
 
         The mean [N, C] is taken of other numbers.
         """
-        common = {"binary": 0, "category": 0, "ordinal": 1, "count": 1}
-        middle = draws.median(0).values
-        best = [draws.mode(0).values, middle, mean]
-        kinds = [common.get(column.kind, 2) for column in self.columns.values()]
-        return torch.stack([best[kind][:, c] for c, kind in enumerate(kinds)], 1)
+        best = {"common": draws.mode(0).values, "middle": draws.median(0).values, "mean": mean}
+        likelihoods = (KINDS.get(column.kind, column.kind) for column in self.columns.values())
+        taken = [CENTRES.get(name, "mean") for name in likelihoods]
+        return torch.stack([best[name][:, c] for c, name in enumerate(taken)], 1)
 
     def csv(self, rows: Tensor, beside: Cells | None = None) -> str:
         """Rows [N, C] as the text of a .csv file, in the table's own names and units.
@@ -218,7 +223,7 @@ def _numbers(name: str, key: str, column: Column, cells: Sequence[Any], first: i
             continue
         number = as_number(cell)
         value = codes.get(as_name(cell), codes.get(number)) if codes else number
-        if value is None or not math.isfinite(value):
+        if value is None or not abs(value) <= LARGEST:
             known = ", ".join(map(str, column.categories[:5]))
             more = ", ..." if len(column.categories) > 5 else ""
             wanted = f"one of the categories {known}{more}" if codes else "a finite number"
@@ -311,7 +316,7 @@ def _textual(where: str, seen: list[str], order: Sequence[Any] | None) -> Column
 
 
 def _numeric(where: str, values: np.ndarray) -> Column:
-    if not np.isfinite(values).all():
+    if not (np.abs(values) <= LARGEST).all():
         raise ValueError(f"{where} holds infinite values: repair or empty these cells")
     different = np.unique(values)
     if len(different) < 2:
@@ -320,6 +325,11 @@ def _numeric(where: str, values: np.ndarray) -> Column:
     if len(different) == 2 or (whole and len(different) <= min(FEW, len(values) // 3)):
         kind = "binary" if len(different) == 2 else "ordinal"
         return Column(kind, tuple(map(shortened, np.unique(values).tolist())))
+    if np.ptp(values.astype(np.float32)) <= DIGITS * np.abs(values).max():
+        raise ValueError(
+            f"{where} holds numbers from {values.min():.12g} to {values.max():.12g}, which "
+            f"float32 does not tell apart: subtract {values.min():.12g}, or change their unit"
+        )
     if whole and values.min() >= 0 and values.var() >= values.mean():
         return Column("count")
     rounded = whole or len(different) < OFTEN * len(values)

@@ -17,7 +17,7 @@ from pyro_vae.data.data import Data, Parts
 from pyro_vae.data.named import NAMED, read_named
 from pyro_vae.data.readers import read_arrays, read_cells, read_images
 from pyro_vae.data.schema import Schema
-from pyro_vae.data.tables import TABLES, is_mixed, read_csv, read_rows_of_table
+from pyro_vae.data.tables import TABLES, ending, is_mixed, read_csv, read_rows_of_table
 from pyro_vae.data.transforms import make_transform
 
 __all__ = ["Splits", "load_data", "read_rows", "spread"]
@@ -158,7 +158,7 @@ def load_data(
     check_whole(optional=True, limit=limit)
     if not name:
         raise ValueError("expected the name of a data set or a path, got ''")
-    if schema and Path(name).suffix not in TABLES:
+    if schema and ending(Path(name)) not in TABLES:
         raise ValueError(f"a schema is of tables ({', '.join(TABLES)}); {name} is none")
     named = {key.lower(): key for key in NAMED}.get(name.lower() if isinstance(name, str) else "")
     name = os.path.abspath(name) if named is None and os.path.exists(name) else name
@@ -199,13 +199,14 @@ def _read(path: Path, schema: Schema | Mapping[str, Any] | None) -> Parts:
         )
     if not path.is_file():
         raise ValueError(f"expected a file or folder at {path}, got none; check the path")
-    if path.suffix in TABLES and (schema is not None or is_mixed(path)):
+    kind = ending(path)
+    if kind in TABLES and (schema is not None or is_mixed(path)):
         return {"train": read_rows_of_table(path, schema)}
-    if path.suffix == ".csv":
+    if kind == ".csv":
         return {"train": read_csv(path)}
-    if path.suffix in (".h5ad", ".mtx"):
+    if kind in (".h5ad", ".mtx"):
         return {"train": read_cells(path)}
-    if path.suffix in (".npz", ".npy"):
+    if kind in (".npz", ".npy"):
         return read_arrays(path)
     raise ValueError(
         f"expected an .npz, .npy, .csv, .tsv or .parquet file or a folder of images, got {path}"

@@ -21,6 +21,7 @@ from pyro_vae.data.data import Data
 from pyro_vae.data.mapped import CHUNK, LARGE, Mapped, spooled
 from pyro_vae.data.schema import (
     Cells,
+    Column,
     Schema,
     as_number,
     inferred,
@@ -31,6 +32,7 @@ from pyro_vae.data.schema import (
 
 __all__ = [
     "TABLES",
+    "ending",
     "is_mixed",
     "label_cells",
     "read_csv",
@@ -42,7 +44,8 @@ TABLES = (".csv", ".tsv", ".parquet")
 EMPTY = {"", "na", "n/a", "nan", "null", "<na>"}
 DELIMITERS = ",;\t"
 LOOKED_AT = 1000  # lines, to see whether a file holds text
-DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
+QUOTED = re.compile('"[^"]*"')
+DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+(e[+-]?\d+)?", re.IGNORECASE)
 
 
 def read_table(
@@ -77,11 +80,11 @@ def read_table(
 def read_rows_of_table(path: Path, schema: Schema | Mapping[str, Any] | None) -> Data:
     """As `read_table`, for `load_data`; a column of the name ``label`` holds labels."""
     rows: Tensor | Mapped
-    if path.suffix == ".parquet" and path.is_file() and path.stat().st_size > LARGE:
+    if ending(path) == ".parquet" and path.is_file() and path.stat().st_size > LARGE:
         labels, rows, found = _streamed(path, schema)
     else:
         cells, orders = _cells(path)
-        labels = _without_labels(cells)
+        labels = _without_labels(str(path), cells)
         rows, found = _table(str(path), cells, orders, schema)
     codes = [_labels(f"{path}: column {key!r}", column) for key, column in labels.items()]
     return Data(
@@ -95,13 +98,23 @@ def read_rows_of_table(path: Path, schema: Schema | Mapping[str, Any] | None) ->
 
 def label_cells(path: Path) -> Cells:
     """The column of labels of a table under its name, as it stands there; nothing without one."""
-    return _without_labels(_cells(path)[0])
+    return _without_labels(str(path), _cells(path)[0])
 
 
-def _without_labels(cells: Cells) -> Cells:
-    """Takes the column of labels, if there is one, out of the cells."""
-    names = [key for key in cells if key.lower() == "label" and len(cells) > 1]
-    return {key: cells.pop(key) for key in names[:1]}
+def _without_labels(name: str, cells: Cells) -> Cells:
+    """Takes the column of labels, if there is one beside others, out of the cells."""
+    keys = [*cells] if len(cells) > 1 else []
+    return {keys[d]: cells.pop(keys[d]) for d in _label_columns(name, keys)}
+
+
+def _label_columns(name: str, names: Sequence[str]) -> list[int]:
+    """The place of the column of labels, where there is one."""
+    found = [d for d, key in enumerate(names) if key.lower() == "label"]
+    if len(found) > 1:
+        raise ValueError(
+            f"{name}: expected one column 'label', got {len(found)}; rename the others"
+        )
+    return found
 
 
 def _streamed(
@@ -127,7 +140,7 @@ def _streamed(
                 first += len(batch)
 
     columns: Cells = {name: [] for name in names}
-    labels = _without_labels(columns)
+    labels = _without_labels(str(path), columns)
     found = schema if isinstance(schema, Schema) else _schema(str(path), columns, column, schema)
     found.check(columns, str(path))
     rows = spooled(parts(found), file.metadata.num_rows, len(found.columns), str(path))
@@ -145,18 +158,26 @@ def _schema(
         key: with_levels(entry, partial(cells, key)) if key in columns else entry
         for key, entry in (known or {}).items()
     }
-    given = Schema.restore(whole)
-    if unknown := [key for key in given.columns if key not in columns]:
+    given = _given(name, columns, whole)
+    return Schema(
+        {
+            key: given.get(key) or inferred(f"{name}: column {key!r}", *cells(key))
+            for key in columns
+        }
+    )
+
+
+def _given(
+    name: str, columns: Iterable[str], known: Mapping[str, Any] | None
+) -> Mapping[str, Column]:
+    """What is known of some of the columns."""
+    given = Schema.restore(known or {}).columns
+    if unknown := [key for key in given if key not in columns]:
         raise ValueError(
             f"{name}: the schema names columns that are not there: {', '.join(unknown)}; there "
             f"are {', '.join(columns)}"
         )
-    return Schema(
-        {
-            key: given.columns.get(key) or inferred(f"{name}: column {key!r}", *cells(key))
-            for key in columns
-        }
-    )
+    return given
 
 
 def read_numbers(
@@ -166,18 +187,11 @@ def read_numbers(
 
     Numbers that repeat get a resolution here too, and those of a constant column one of 1.
     """
-    names = [f"x{i}" for i in range(values.shape[1])]
-    given = Schema.restore(schema or {})
-    if unknown := [key for key in given.columns if key not in names]:
-        raise ValueError(
-            f"the schema names columns that are not there: {', '.join(unknown)}; those of an "
-            f"array are x0 to {names[-1]}"
-        )
-    columns = {
-        name: given.columns.get(name) or real_column(column)
-        for name, column in zip(names, values.T)
-    }
-    return torch.from_numpy(values.astype(np.float32)), Schema(columns)
+    columns = {f"x{i}": column for i, column in enumerate(values.T)}
+    given = _given("array", columns, schema)
+    found = {name: given.get(name) or real_column(column) for name, column in columns.items()}
+    with np.errstate(over="ignore"):  # what becomes infinite is refused as such
+        return torch.from_numpy(values.astype(np.float32)), Schema(found)
 
 
 def _table(
@@ -194,7 +208,8 @@ def _table(
 
 def _labels(where: str, cells: Sequence[Any]) -> Tensor:
     """Classes of rows, numbered by their names in order; -1 where a cell is empty or -1."""
-    known = sorted({cell for cell in cells if cell not in (None, -1)}, key=number_or_text)
+    some = {cell for cell in cells if cell is not None and as_number(cell) != -1}
+    known = sorted(some, key=number_or_text)
     if not known:
         raise ValueError(f"{where} is empty: fill some cells, or leave the column out")
     codes = {name: code for code, name in enumerate(known)}
@@ -208,22 +223,27 @@ def _cells(source: Any) -> tuple[Cells, dict[str, list[Any]]]:
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"expected a file at {path}, got none; check the path")
-    if path.suffix == ".parquet":
+    if ending(path) == ".parquet":
         return _arrow_cells(str(path), path)
     return _text_cells(path), {}
 
 
+def ending(path: Path) -> str:
+    """How a file's name ends, in small letters: what kind of file it is."""
+    return path.suffix.lower()
+
+
 def is_mixed(path: Path) -> bool:
     """Whether a file is a table that `read_table` alone can read: with a column of text."""
-    if path.suffix != ".csv":
-        return path.suffix in TABLES
-    with _lines(path) as (_, lines):
-        _, names = next(lines, (1, []))
-        if len(names) == 1 and any(delimiter in names[0] for delimiter in DELIMITERS):
+    if ending(path) != ".csv":
+        return ending(path) in TABLES
+    with _lines(path, DELIMITERS) as (delimiter, lines):
+        if delimiter != ",":
             return True
+        _, names = next(lines, (1, []))
         try:
             columns = [*zip(*(row for _, row in islice(lines, LOOKED_AT)))]
-        except ValueError:  # no table of commas: read_table knows other delimiters, or says so
+        except ValueError:  # read_table says what is wrong
             return True
     texts = [[cell for cell in (_text(c, False) for c in column) if cell] for column in columns]
     numbers = [sum(as_number(cell) is not None for cell in column) for column in texts]
@@ -241,7 +261,7 @@ def _lines(
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            delimiter = max(delimiters, key=file.readline().count)
+            delimiter = max(delimiters, key=QUOTED.sub("", file.readline()).count)
             file.seek(0)
             yield delimiter, _of_one_width(path, csv.reader(file, delimiter=delimiter))
     except (UnicodeDecodeError, csv.Error, OSError) as error:
@@ -316,7 +336,9 @@ def _pyarrow() -> Any:
 def _arrow_errors(source: str) -> Iterator[None]:
     try:
         yield
-    except (_pyarrow().ArrowException, TypeError, OSError) as error:
+    except (_pyarrow().ArrowException, TypeError, ValueError, OSError, OverflowError) as error:
+        if str(error).startswith(f"{source}: "):
+            raise  # ours
         raise ValueError(
             f"{source}: expected a table with one kind of values in each column, got: "
             f"{' '.join(str(error).split())}"
@@ -330,6 +352,8 @@ def _arrow_cells(source: str, table: Any) -> tuple[Cells, dict[str, list[Any]]]:
             pyarrow.parquet.read_table(table) if isinstance(table, Path) else pyarrow.table(table)
         )
     found = found.select([n for n in found.column_names if not n.startswith("__index_level_")])
+    if not found.column_names:
+        raise ValueError(f"{source}: expected columns, got none")
     _check_names(source, found.column_names, is_text=False)
     types = pyarrow.types
     orders: dict[str, list[Any]] = {}
@@ -343,10 +367,14 @@ def _arrow_cells(source: str, table: Any) -> tuple[Cells, dict[str, list[Any]]]:
         if types.is_dictionary(field.type) and field.type.ordered:
             orders[field.name] = found[field.name].chunk(0).dictionary.to_pylist()
     cells = {
-        name: [None if cell is None or cell != cell else cell for cell in column]
+        name: [None if cell is None or cell != cell or _blank(cell) else cell for cell in column]
         for name, column in found.to_pydict().items()
     }
     return cells, orders
+
+
+def _blank(cell: Any) -> bool:
+    return isinstance(cell, str) and not cell.strip()
 
 
 def read_csv(path: Path) -> Data:
@@ -362,11 +390,7 @@ def read_csv(path: Path) -> Data:
     header, table = _numbers(path)
     names = [name.strip() for name in header]
     _check_names(str(path), names, is_text=True, once=False)
-    labels = [d for d, name in enumerate(names) if name.lower() == "label"]
-    if len(labels) > 1:
-        raise ValueError(
-            f"{path}: expected one column 'label', got {len(labels)}; rename the others"
-        )
+    labels = _label_columns(str(path), names)
     values = [d for d in range(table.shape[1]) if d not in labels]
     return Data(
         table[:, values].float(),
@@ -384,13 +408,13 @@ def _numbers(path: Path) -> tuple[list[str], Tensor]:
         values = array("d")
         for line, row in rows if named else chain([(start, first)], rows):
             for column, cell in enumerate(row, start=1):
-                number = as_number(cell) if cell.strip() else math.nan
-                if number is None:
+                number = as_number(cell)
+                if number is None and _text(cell, False) is not None:
                     raise ValueError(
                         f"{path}: expected numbers, got {cell!r} in line {line}, column {column} "
                         "(from 1); replace or remove it"
                     )
-                values.append(number)
+                values.append(math.nan if number is None else number)
     if not values:
         raise ValueError(f"{path}: expected at least one row of numbers, got none; fill the file")
     table = torch.from_numpy(np.array(values)).unflatten(0, (-1, len(first)))

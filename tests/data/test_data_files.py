@@ -199,7 +199,7 @@ def test_labels_that_are_unknown_are_minus_one(tmp_path: Path) -> None:
     path.write_text("a,label\n" + "".join(f"{i}.5,{i % 2 if i < 4 else ''}\n" for i in range(31)))
     train = load_data(path).train
     assert torch.equal(train.labels, torch.where(train.rows < 4, train.rows % 2, -1))
-    words = ["cat", "dog", "", ""]
+    words = ["cat", "dog", "", "-1"]
     path.write_text("a,b,label\n" + "".join(f"{i}.5,u{i % 2},{words[i % 4]}\n" for i in range(31)))
     train = load_data(path).train
     names = train.rows % 4
@@ -237,6 +237,7 @@ def test_a_csv_column_of_labels(tmp_path: Path) -> None:
         (",a\n0,1.5\n1,2.5\n", "got none for column 1 .*write the file with index=False"),
         ("Unnamed: 0,a\n0,1.5\n", "got none for column 1 "),
         ("a,label,Label\n1,0,0\n", "expected one column 'label', got 2"),
+        ("a,label,Label\nx,0,0\n", "expected one column 'label', got 2"),
         ("2019,2020\n1.5,2.5\n4,3\n", "numbers that count up, 2019, 2020"),
         ("0,1,2\n1.5,2.5,0\n1,4,3\n", "numbers that count up, 0, 1, 2"),
         ("a,b\n1_000,2\n3,4\n5,6\n", "got '1_000' in line 2, column 1"),
@@ -255,9 +256,17 @@ def test_bad_tables_are_refused(tmp_path: Path, text: str, message: str) -> None
 
 def test_empty_cells_are_missing(tmp_path: Path) -> None:
     path = tmp_path / "holes.csv"
-    path.write_text("a,b\n1,\n ,nan\n,\n4,5\n")
+    path.write_text("a,b\n1,\n ,nan\nNA,null\n4,5\n")
     x = read_rows(path).x
     assert x.nan_to_num(-1).tolist() == [[1, -1], [-1, -1], [-1, -1], [4, 5]]
+
+
+def test_endings_in_capitals_are_endings(tmp_path: Path) -> None:
+    for name, text in (("A.CSV", "a,b\n1,2\n3,4\n"), ("B.TSV", "a\tb\nx\t2\ny\t4\nx\t3\n")):
+        (tmp_path / name).write_text(text)
+        assert read_rows(tmp_path / name).columns == ("a", "b")
+    np.save(tmp_path / "x.npy", np.ones((3, 2)))
+    assert len(read_rows((tmp_path / "x.npy").rename(tmp_path / "x.NPY"))) == 3
 
 
 def test_a_table_that_is_no_text_is_refused(tmp_path: Path) -> None:

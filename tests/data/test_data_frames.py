@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from pyro_vae import build
-from pyro_vae.data import Schema, load_data, read_table
+from pyro_vae.data import Column, Schema, load_data, read_table
 
 PEOPLE = """age,job,pay,grade,visits,member
 23,baker,1200.5,2,0,yes
@@ -92,9 +92,9 @@ def test_a_table_is_written_as_it_was_read(file: Path) -> None:
 
 def test_semicolons_with_decimal_commas_and_other_orders_of_columns(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    path.write_text("b;a\n1,5;x\n2,25;y\n-3;z\n")
+    path.write_text("b;a\n1,5;x\n+2,25;y\n-3;z\n,5e1;x\n")
     rows, schema = read_table(path)
-    assert rows[:2, 0].tolist() == [1.5, 2.25]
+    assert rows[:, 0].tolist() == [1.5, 2.25, -3, 5]
     path.write_text("a,b\ny,7\n")
     other, _ = read_table(path, schema)
     assert other.tolist() == [[7.0, 1.0]]
@@ -105,6 +105,8 @@ def test_other_delimiters_under_names_with_commas(tmp_path: Path) -> None:
     path.write_text("id;pay, yearly;age\n" + "".join(f"{i};{i}000;{20 + i}\n" for i in range(20)))
     splits = load_data(str(path))
     assert splits.train.columns == ("id", "pay, yearly", "age")
+    path.write_text('"pay, year";"age, years"\n1;2\n3;4\n5;7\n')
+    assert load_data(str(path)).train.columns == ("pay, year", "age, years")
     path.write_text("a,b\n1,2\n3,4,5\n")
     with pytest.raises(
         ValueError, match="expected 2 columns as in the first line, got 3 in line 3"
@@ -166,6 +168,31 @@ def test_frames_of_other_libraries(library: str) -> None:
     assert rows.isnan().sum() == 3
 
 
+def test_blank_cells_of_a_frame_are_missing() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"job": ["a", "", "b", "  "], "pay": [1.5, 2.25, 800.0, 3.5]})
+    rows, schema = read_table(frame)
+    assert schema.columns["job"].categories == ("a", "b")
+    assert rows[:, 0].nan_to_num(-1).tolist() == [0, -1, 1, -1]
+
+
+@pytest.mark.parametrize("source", [5, [[1, 2]], {"a": [1, "x"]}, {"a": [10**400]}])
+def test_what_is_no_frame_is_refused_in_one_line(source: object) -> None:
+    pytest.importorskip("pyarrow")
+    with pytest.raises(ValueError, match="table: expected a table with one kind of values"):
+        read_table(source)
+    with pytest.raises(ValueError, match="table: expected columns, got none"):
+        read_table({})
+
+
+def test_whole_numbers_are_filled_in_with_whole_numbers() -> None:
+    kinds = {"a": Column("Poisson"), "b": Column("count"), "c": Column("real")}
+    kinds |= {"d": Column("Bernoulli"), "e": Column("ordinal", (1, 2, 3))}
+    draws = torch.tensor([0.0, 1.0, 1.0]).view(3, 1, 1).expand(3, 2, 5)
+    centre = Schema(kinds).centre(draws, draws.mean(0))
+    assert centre[0].tolist() == [1, 1, pytest.approx(2 / 3), 1, 1]
+
+
 def test_a_column_of_lists_is_no_column() -> None:
     pyarrow = pytest.importorskip("pyarrow")
     with pytest.raises(ValueError, match="column 'a' holds lists: give each of their parts a col"):
@@ -195,6 +222,9 @@ BAD = {
     "a,b\n31.1.2020,1\n3.2.2021,2\n": "column 'a' holds dates",
     "a,1.5\nx,1\ny,2\n": "expected a line of names first, got '1.5' for column 2",
     "a,a\nx,1\ny,2\n": "expected different names, got 'a' twice",
+    "a,b\n1700000001,x\n1700000004,y\n1700000002,x\n": "column 'a' holds numbers .* subtract 17",
+    "a,b\n1e-50,x\n2e-50,y\n3e-50,x\n": "column 'a' holds numbers .* or change their unit",
+    "a,b\n1e39,x\n2.5,y\n3,x\n": "column 'a' holds infinite values",
 }
 
 
