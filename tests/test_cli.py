@@ -23,7 +23,7 @@ from pyro_vae.__main__ import main
 from pyro_vae.cli.compare import check_comparable
 from pyro_vae.cli.figures import KlParts, followed, layer_lines
 from pyro_vae.cli.folder import NOISY, check_support, load_run
-from pyro_vae.data import Data, Dequantise, Splits, load_data, spread
+from pyro_vae.data import Data, Dequantise, Splits, load_data, spread, tables
 from pyro_vae.metrics import elbo_decomposition
 from pyro_vae.training import State, load_weights
 
@@ -170,6 +170,8 @@ def test_score_gives_each_row_in_the_units_of_the_file(
     capsys.readouterr()
     assert main(["score", *files]) == 0
     printed = capsys.readouterr().out
+    assert main(["score", files[0], str(tmp_path / "none.npy"), *files[2:]]) == 2
+    assert "expected a file or folder at" in capsys.readouterr().err
     with out.open() as file:
         rows = list(csv.DictReader(file))
     transform = load_data(tmp_path / "x.npy", transform="standardise").train.transform
@@ -785,22 +787,34 @@ def test_numbers_out_of_range_are_refused(
 
 
 def test_columns_of_a_file_are_put_in_the_order_of_the_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x = np.random.default_rng(0).normal([0, 50], [1, 7], (97, 2))
+    rng = np.random.default_rng(0)
+    x = np.stack([rng.choice([3.0, 7.0], 97), rng.normal(50, 7, 97)], 1)
     np.savetxt(tmp_path / "x.csv", x, delimiter=",", header="a,b", comments="")
     run = tmp_path / "run"
     options = ["--data", str(tmp_path / "x.csv"), "--likelihood", "Normal", "--epochs", "1"]
     assert main(["train", *SMALL, *options, "--run", str(run)]) == 0
+
+    def encoded(file: Path) -> np.ndarray | None:
+        status = main(["encode", str(run), str(file), "--out", str(tmp_path / "codes.npz")])
+        return np.load(tmp_path / "codes.npz")["mean"] if status == 0 else None
+
     files = {"a,b": x[:5], "b,a": x[:5, ::-1], "a,c": x[:5], "b": x[:5, :1]}
     found = {}
     for head, rows in files.items():
         np.savetxt(tmp_path / "few.csv", rows, delimiter=",", header=head, comments="")
-        status = main(["encode", str(run), str(tmp_path / "few.csv")])
-        found[head] = np.load(tmp_path / "few.encoded.npz")["mean"] if status == 0 else None
+        found[head] = encoded(tmp_path / "few.csv")
+    assert found["a,b"] is not None
     assert np.array_equal(found["a,b"], found["b,a"])
     assert found["a,c"] is found["b"] is None
     assert "missing: b; unknown: c" in capsys.readouterr().err
+    frame = pytest.importorskip("pandas").DataFrame(x[:5], columns=["a", "b"])[["b", "a"]]
+    frame.to_csv(tmp_path / "few.tsv", sep="\t", index=False)
+    frame.to_parquet(tmp_path / "few.parquet")
+    for ending, large in (("tsv", 2**26), ("parquet", 2**26), ("parquet", 0)):
+        monkeypatch.setattr(tables, "LARGE", large)
+        assert np.array_equal(encoded(tmp_path / f"few.{ending}"), found["a,b"])
 
 
 @pytest.mark.filterwarnings("ignore:posterior collapse")

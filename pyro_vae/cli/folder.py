@@ -255,7 +255,7 @@ def destination(
         raise ValueError(f"out must end in {' or '.join(suffixes)}; got {out!r}")
     if not path.parent.is_dir():
         raise ValueError(f"out must be in a folder that exists; there is no {path.parent}")
-    if source is not None and path.exists() and path.samefile(source):
+    if source is not None and path.exists() and Path(source).exists() and path.samefile(source):
         raise ValueError(f"out must not be the input; {path} would be overwritten: name another")
     return path
 

@@ -79,7 +79,8 @@ def _ordered(rows: Data, columns: list[str] | None) -> Data:
             "give the file the columns that the run was trained on"
         )
     order = torch.tensor([rows.columns.index(name) for name in columns])
-    return rows.unchecked(x=rows.x[:, order], columns=tuple(columns))
+    x = rows.x.columns(order) if isinstance(rows.x, Mapped) else rows.x[:, order]
+    return rows.unchecked(x=x, columns=tuple(columns))
 
 
 def _grey(rows: Data, levels: int) -> Data:

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -95,6 +96,10 @@ class Mapped:
         index = self.index[at.cpu()]
         return replace(self, index=index, shape=torch.Size((len(index), *self.shape[1:])))
 
+    def columns(self, order: Tensor) -> Mapped:
+        """Their values in another order, for rows [N, C]."""
+        return replace(self, convert=partial(_ordered, self.convert, order))
+
     def to(self, device: torch.device | str) -> Mapped:
         """The same rows, which come on a device."""
         return replace(self, device=torch.device(device))
@@ -138,6 +143,10 @@ def mapped(
     shape = torch.Size((number, *first.shape[1:]))
     index = torch.arange(number)
     return Mapped(path, index, shape, first.dtype, convert, extremes, gaps, folder=folder)
+
+
+def _ordered(convert: Callable[[np.ndarray], Tensor], order: Tensor, rows: np.ndarray) -> Tensor:
+    return convert(rows)[:, order]
 
 
 def _ends(part: Tensor) -> tuple[float, float]:

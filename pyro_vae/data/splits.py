@@ -181,12 +181,15 @@ def read_rows(path: str | Path, schema: Schema | None = None) -> Data:
 
     Args:
         path: A file or folder, as `load_data` takes.
-        schema: That which the rows must fit, for tables that have one.
+        schema: That which the rows must fit; tables without one hold numbers.
 
     Raises:
         ValueError: If there is none, or it cannot be used.
     """
-    return _read(Path(path), schema)["train"]
+    path = Path(path)
+    if schema is None and path.suffix in TABLES and path.is_file() and is_mixed(path):
+        return read_rows_of_table(path, "real").unchecked(schema=None)
+    return _read(path, schema)["train"]
 
 
 def _read(path: Path, schema: Schema | Mapping[str, Any] | None) -> Parts:

@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 TABLES = (".csv", ".tsv", ".parquet")
+Known = Schema | Mapping[str, Any] | str | None  # of columns
 EMPTY = {"", "na", "n/a", "nan", "null", "<na>"}
 DELIMITERS = ",;\t"
 LOOKED_AT = 1000  # lines, to see whether a file holds text
@@ -77,8 +78,11 @@ def read_table(
     return _table(name, *_cells(source), schema)
 
 
-def read_rows_of_table(path: Path, schema: Schema | Mapping[str, Any] | None) -> Data:
-    """As `read_table`, for `load_data`; a column of the name ``label`` holds labels."""
+def read_rows_of_table(path: Path, schema: Known) -> Data:
+    """As `read_table`, for `load_data`; a column of the name ``label`` holds labels.
+
+    A schema that is a kind is that of all columns.
+    """
     rows: Tensor | Mapped
     if ending(path) == ".parquet" and path.is_file() and path.stat().st_size > LARGE:
         labels, rows, found = _streamed(path, schema)
@@ -117,9 +121,7 @@ def _label_columns(name: str, names: Sequence[str]) -> list[int]:
     return found
 
 
-def _streamed(
-    path: Path, schema: Schema | Mapping[str, Any] | None
-) -> tuple[Cells, Mapped, Schema]:
+def _streamed(path: Path, schema: Known) -> tuple[Cells, Mapped, Schema]:
     """Labels, rows and schema of a large .parquet file: a column at a time, then parts of rows."""
     pyarrow = _pyarrow()
     with _arrow_errors(str(path)):
@@ -151,9 +153,10 @@ def _schema(
     name: str,
     columns: Iterable[str],
     cells: Callable[[str], tuple[Sequence[Any], Sequence[Any] | None]],
-    known: Mapping[str, Any] | None,
+    known: Mapping[str, Any] | str | None,
 ) -> Schema:
     """What is known of columns, and what their cells and order say of the others."""
+    known = dict.fromkeys(columns, known) if isinstance(known, str) else known
     whole = {
         key: with_levels(entry, partial(cells, key)) if key in columns else entry
         for key, entry in (known or {}).items()
@@ -198,7 +201,7 @@ def _table(
     name: str,
     cells: Cells,
     orders: Mapping[str, list[Any]],
-    schema: Schema | Mapping[str, Any] | None,
+    schema: Known,
 ) -> tuple[Tensor, Schema]:
     if isinstance(schema, Schema):
         return schema.encode(cells, name), schema
