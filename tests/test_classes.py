@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pyro_vae import build, class_probabilities, column_log_prob, fit, impute, load
 from pyro_vae.classes import ClassVAE
 from pyro_vae.cli.parsing import run
-from pyro_vae.densities import densities
+from pyro_vae.densities import densities, summed_values
 from pyro_vae.distributions import Label
 from pyro_vae.estimators import Imputation, audit, importance_sampling, log_evidence
 from pyro_vae.estimators.evidence import summarise
@@ -364,3 +364,10 @@ def test_each_class_is_audited() -> None:
     found = log_evidence(vae, x)
     assert found.audit.startswith("passed: of 24 simulated data")
     assert set(found.verdict) == {"reliable"}
+
+
+def test_data_that_are_refused_leave_the_class_summed_out() -> None:
+    vae, x = made(), torch.ones(3, F)
+    with pytest.raises(ValueError, match="x must be finite"):
+        densities(vae, x * torch.nan)
+    assert summed_values(vae.model, x)

@@ -291,3 +291,13 @@ def test_a_compiled_step_of_a_folded_program_is_the_eager_one(kind: type[Program
     eager, compiled = (program.state_dict() for program in programs)
     for name, weight in eager.items():
         torch.testing.assert_close(compiled[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_data_that_a_program_cannot_take_teach_nothing_of_it() -> None:
+    program, x, y = Joined(), torch.ones(B, F), torch.ones(B, C)
+    with pytest.raises((RuntimeError, ValueError)):
+        densities(program.model, program.guide, x[:, 1:], y, num_particles=2)
+    assert folds(program.model, x, y)
+    assert (
+        densities(program.model, program.guide, x, y, num_particles=2).log_weights.isfinite().all()
+    )

@@ -81,9 +81,10 @@ def folds(program: Program, x: Tensor, y: Tensor | None, num_particles: int = 1)
     """
     known, key = known_of(program), ("folds", y is None)
     if key not in known:
-        if is_traced(x):
+        found = None if is_traced(x) else _try(program, x, y)
+        if found is None:
             return False
-        known[key] = _try(program, x, y)
+        known[key] = found
     answer = known[key]
     if isinstance(answer, bool) or num_particles == 1:
         return bool(answer)
@@ -95,8 +96,11 @@ def folds(program: Program, x: Tensor, y: Tensor | None, num_particles: int = 1)
     )
 
 
-def _try(program: Program, x: Tensor, y: Tensor | None) -> bool | str:
-    """Whether a program must be folded; what is wrong, if that is not right either."""
+def _try(program: Program, x: Tensor, y: Tensor | None) -> bool | str | None:
+    """Whether a program must be folded; what is wrong, if that is not right either.
+
+    None where it cannot be run on these data, which the run itself will show: others may do.
+    """
     no_cast = torch.autocast(x.device.type, enabled=False)
     with poutine.block(), evaluating(program, seed=None, device=x.device), no_cast:
         for num_rows in (1, 2):
@@ -109,8 +113,8 @@ def _try(program: Program, x: Tensor, y: Tensor | None) -> bool | str:
                     for sites in alone
                 ]
                 truth = _stacked([_scores(run, 1, z, fold=True) for z in draws])
-            except Exception:  # a fault of another kind, which the run itself will show
-                return False
+            except Exception:
+                return None
             if _fault(run, _stacked(draws), truth, fold=False):
                 return _fault(run, _stacked(draws), truth, fold=True) or True
     return False

@@ -62,8 +62,8 @@ def _latents(program: Program, x: Tensor, y: Tensor | None) -> dict[str, Tensor 
     with poutine.block(), evaluating(program, seed=None, device=x.device):
         try:
             nodes: Any = run_program(program, x, y, 1, fold=folds(program, x, y)).nodes
-        except Exception:  # which the run itself will show
-            nodes = {}
+        except Exception:  # which the run itself will show: other data may do
+            return {}
     known[key] = {
         name: _support(name, site["infer"], site["fn"])
         for name, site in nodes.items()
