@@ -122,7 +122,8 @@ class Inference(nn.Module):
         ):
             takes = getattr(getattr(prior, "network", None), "in_shape", None)
             needs = (above + self.condition_dim,)
-            if prior.latent_dim != size or takes not in (None, needs):
+            known = takes is not None and hasattr(self.layers[-1].encoder, "condition_dim")
+            if prior.latent_dim != size or (known and takes != needs):
                 raise ValueError(
                     f"the prior of {name} must map {needs[0]} numbers, those of the layer above "
                     f"(and y), to {size} latents; got {takes} to {prior.latent_dim}: "

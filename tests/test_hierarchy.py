@@ -421,3 +421,22 @@ def test_compiled_losses_are_those_of_the_eager_step() -> None:
         vae = layered(Ladder, skip=True, prior="VampPrior")
         elbos.append(fit(vae, x, ELBO(), compile=compiled, **options)["elbo"])
     assert elbos[1] == pytest.approx(elbos[0], rel=1e-9)
+
+
+class Own(nn.Module):
+    """An encoder of one's own, which looks at no condition and says so nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(F, 6)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.layer(x)
+
+
+def test_an_encoder_of_ones_own_fits_any_prior() -> None:
+    prior = Layers([ConditionalNormal(linear(3, 4), 2), StandardNormal(3)])
+    posteriors = [DiagonalNormal(linear(F, 4, 3), 2), DiagonalNormal(Own(), 3)]
+    decoder = Lowest(linear(2, F), 2)
+    vae = VAE(prior, likelihoods.Bernoulli(decoder, (F,)), TopDown(posteriors, prior))
+    assert densities(vae, torch.ones(B, F)).log_weights.isfinite().all()
