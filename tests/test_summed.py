@@ -18,6 +18,7 @@ from pyro_vae import class_probabilities, objectives
 from pyro_vae.densities import densities, summed_values
 from pyro_vae.distributions import Label
 from pyro_vae.estimators import audit, importance_sampling, log_evidence
+from pyro_vae.estimators.values import _possible
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -320,3 +321,17 @@ def test_a_latent_that_only_the_guide_has_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"same latent sites; \['z'\] is in one of them only"):
         densities(model, guide, torch.randn(7, 1), num_particles=5)
+
+
+def test_a_value_is_excluded_only_where_no_draw_is_possible() -> None:
+    def model(x: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Delta((z > 0).to(x)), obs=x)
+
+    def guide(x: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+
+    x = torch.tensor([1.0] * 31 + [0.5] * 2)
+    assert _possible(model, guide, x, x).tolist() == [True] * 31 + [False] * 2
