@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ __all__ = [
     "check_path",
     "hmc_step",
     "make_start",
+    "refined",
 ]
 
 ACCEPTANCE = 0.65
@@ -124,7 +124,7 @@ def _estimate(
     origin = make_start(start, target)
     weights = Path(origin, *steps).forward(num_chains)
     evidence = summarise(weights.cpu(), f"annealed, {start}", "lower bound")
-    return origin.fit.judge(evidence, 0.1) if isinstance(origin, Refined) else evidence
+    return evidence if origin.fit is None else origin.fit.judge(evidence, 0.1)
 
 
 def check_path(start: str, schedule: str) -> None:
@@ -248,8 +248,9 @@ class Point:
 
     def where(self, accepted: Tensor, other: Point) -> Point:
         """This point where `accepted` [C, B], the other elsewhere."""
-        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
-        return Point(*(torch.where(_like(accepted, a), a, b) for a, b in pairs))
+        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        masks = {2: accepted, 3: accepted.unsqueeze(-1)}
+        return Point(*(torch.where(masks[a.ndim], a, b) for a, b in pairs))
 
 
 def hmc_step(
@@ -298,86 +299,33 @@ def _white(slope: Tensor, scale_tril: Tensor) -> Tensor:
     return torch.einsum("bji,kbj->kbi", scale_tril, slope)
 
 
-def _like(accepted: Tensor, value: Tensor) -> Tensor:
-    return accepted if value.ndim == accepted.ndim else accepted.unsqueeze(-1)
-
-
-class Start(Protocol):
-    """A density to draw from and to score, beside that of the target."""
-
-    @property
-    def target(self) -> Target:
-        """The posteriors of B data."""
-
-    @property
-    def scale_tril(self) -> Tensor:
-        """The metric of the moves [B, D, D], a rough factor of the covariance."""
-
-    def draw(self, num_draws: int) -> Tensor:
-        """Draws [K, B, D]."""
-
-    def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """log density of the start and log p(x, u), each [K, B]."""
-
-
-class Prior:
-    """The model's prior."""
-
-    def __init__(self, target: Target) -> None:
-        self.target = target
-        self.scale_tril = torch.diag_embed(torch.ones_like(target.scale))
-
-    def draw(self, num_draws: int) -> Tensor:
-        """Draws of the prior."""
-        return self.target.draw_prior(num_draws)[0]
-
-    def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(u) and log p(x, u)."""
-        log_prior, log_likelihood = self.target.log_prior(u)
-        return log_prior, log_prior + log_likelihood
-
-
-class Guide:
-    """The guide."""
-
-    def __init__(self, target: Target) -> None:
-        self.target = target
-        spread = target.draw_guide(GUIDE_DRAWS).std(0)
-        usable = (spread > 0) & spread.isfinite()
-        self.scale_tril = torch.diag_embed(torch.where(usable, spread, torch.ones_like(spread)))
-
-    def draw(self, num_draws: int) -> Tensor:
-        """Draws of the guide."""
-        return self.target.draw_guide(num_draws)
-
-    def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """log q(u | x) and log p(x, u)."""
-        return self.target.log_guide(u), self.target.log_joint(u)
-
-
 @dataclass(frozen=True, eq=False)
-class Refined:
-    """The proposals fitted to the posteriors."""
+class Start:
+    """A density to draw from and to score, beside that of the target.
 
-    fit: Fit
+    Attributes:
+        target: The posteriors of B data.
+        scale_tril: The metric of the moves [B, D, D], a rough factor of the covariance.
+        draw: Draws [K, B, D] of a number K.
+        log_densities: log density of the start and log p(x, u), each [K, B], of u [K, B, D].
+        fit: The proposals that it is made of, if any.
+    """
 
-    @property
-    def target(self) -> Target:
-        """The posteriors."""
-        return self.fit.target
+    target: Target
+    scale_tril: Tensor
+    draw: Callable[[int], Tensor]
+    log_densities: Callable[[Tensor], tuple[Tensor, Tensor]]
+    fit: Fit | None = None
 
-    @property
-    def scale_tril(self) -> Tensor:
-        """Factor of the heaviest component."""
-        return self.fit.proposal.scale_tril
 
-    def draw(self, num_draws: int) -> Tensor:
-        """Draws of the proposals."""
-        return self.fit.proposal.draw(num_draws)
+def refined(fit: Fit) -> Start:
+    """The proposals fitted to the posteriors, in the metric of their heaviest components."""
+    target, q = fit.target, fit.proposal
 
-    def log_densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """log q(u) and log p(x, u)."""
-        return self.fit.proposal.log_prob(u), self.target.log_joint(u)
+    def log_densities(u: Tensor) -> tuple[Tensor, Tensor]:
+        return q.log_prob(u), target.log_joint(u)
+
+    return Start(target, q.scale_tril, q.draw, log_densities, fit)
 
 
 def make_start(name: str, target: Target) -> Start:
@@ -387,8 +335,23 @@ def make_start(name: str, target: Target) -> Start:
         ValueError: If the likelihood has no gradient, or the guide no density.
     """
     if name == "refined":
-        return Refined(fit_proposal(target))
+        return refined(fit_proposal(target))
     target.check_gradient()
-    if name == "guide" and not target.guide_is_density:
+    if name == "prior":
+
+        def of_prior(u: Tensor) -> tuple[Tensor, Tensor]:
+            log_prior, log_likelihood = target.log_prior(u)
+            return log_prior, log_prior + log_likelihood
+
+        scale_tril = torch.diag_embed(torch.ones_like(target.scale))
+        return Start(target, scale_tril, lambda number: target.draw_prior(number)[0], of_prior)
+    if not target.guide_is_density:
         raise ValueError("the guide is a Delta, which has no density: use start='refined'")
-    return Prior(target) if name == "prior" else Guide(target)
+    spread = target.draw_guide(GUIDE_DRAWS).std(0)
+    usable = (spread > 0) & spread.isfinite()
+    scale_tril = torch.diag_embed(torch.where(usable, spread, torch.ones_like(spread)))
+
+    def of_guide(u: Tensor) -> tuple[Tensor, Tensor]:
+        return target.log_guide(u), target.log_joint(u)
+
+    return Start(target, scale_tril, target.draw_guide, of_guide)

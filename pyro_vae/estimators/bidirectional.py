@@ -152,14 +152,5 @@ def _bracket(
 def simulate(template: Target) -> tuple[Target, Tensor]:
     """Posteriors of data drawn from the model, and the latents [1, B, D] that made them."""
     x, latents = draw_data(template.model, template.x, template.y)
-    target = Target(
-        template.model,
-        template.guide,
-        x,
-        template.y,
-        chunk_size=template.chunk_size,
-        scale=template.scale,
-        sites=template.sites,
-    )
-    latents = {name: latents[name] for name in target.sites}
-    return target, target.vector(latents)
+    target = template.of(x)
+    return target, target.vector({name: latents[name] for name in target.sites})

@@ -48,13 +48,8 @@ def convergence(log_weights: Tensor) -> dict[int, Tensor]:
     """
     K = len(log_weights)
     sizes = sorted({k for k in (K // 100, K // 10, K) if k > 0})
-    return {k: _block_bound(log_weights, k) for k in sizes}
-
-
-def _block_bound(log_weights: Tensor, size: int) -> Tensor:
-    number = len(log_weights) // size
-    blocks = log_weights[: number * size].unflatten(0, (number, size))
-    return (blocks.logsumexp(1) - math.log(size)).mean(0)
+    blocks = {k: log_weights[: K - K % k].unflatten(0, (-1, k)) for k in sizes}
+    return {k: (block.logsumexp(1) - math.log(k)).mean(0) for k, block in blocks.items()}
 
 
 def jackknife(log_weights: Tensor, order: int = 1) -> Tensor:

@@ -15,8 +15,8 @@ from pyro_vae.estimators.annealed import (
     PILOT_CHAINS,
     Path,
     Point,
-    Refined,
     hmc_step,
+    refined,
 )
 from pyro_vae.estimators.evidence import Evidence, summarise
 from pyro_vae.estimators.proposal import components_cost
@@ -196,7 +196,7 @@ def _draws(fit: Fit, number: int, tolerance: float, exact: Tensor | None) -> Res
 
 
 def _chains(fit: Fit, tolerance: float, exact: Tensor | None) -> Result:
-    path = Path(Refined(fit), AIS_TEMPERATURES, AIS_LEAPFROG, "sigmoid")
+    path = Path(refined(fit), AIS_TEMPERATURES, AIS_LEAPFROG, "sigmoid")
     weights = path.forward(AIS_CHAINS).cpu()
     evidence = summarise(weights, "annealed, refined", "doubtful")
     evidence = fit.judge(evidence, tolerance, TRUSTED)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.estimators.evidence import Evidence, summarise
-from pyro_vae.estimators.proposal import ROUNDS, ascend, laplace
+from pyro_vae.estimators.proposal import CONVERGED, ROUNDS, ascend, laplace
 from pyro_vae.estimators.target import Target, gradients
 
 __all__ = ["Modes", "find_modes", "search_cost"]
@@ -38,6 +38,7 @@ class Modes:
     Attributes:
         row: The datum of each [M].
         u: Where it is [M, D].
+        tril: Factor of the covariance there [M, D, D], the inverse of the negative Hessian.
         simple: log p(x) by simple Monte Carlo from the prior's draws, of B data: an estimate
             that is well below it missed something.
         complete: Whether the search ended because nothing new was found [B].
@@ -45,6 +46,7 @@ class Modes:
 
     row: Tensor
     u: Tensor
+    tril: Tensor
     simple: Evidence
     complete: Tensor
 
@@ -77,7 +79,7 @@ def find_modes(target: Target, num_starts: int) -> Modes:
     centre = torch.where(known.isnan(), draws.nan_to_num().median(0).values, known)
     search = _Search(target, torch.cat([mean, best]), likely, centre)
     row, u, complete = search.run(num_starts)
-    return Modes(row, u, simple, complete)
+    return Modes(row, *search.polished(row, u), simple, complete)
 
 
 def search_cost(dim: int, num_starts: int) -> int:
@@ -132,15 +134,22 @@ class _Search:
             complete[rows] = fruitless >= PATIENCE * number
             found.append(_flat(rows, u, keep))
         row, place = (torch.cat(parts) for parts in zip(*found))
-        return row, self._polished(row, place), complete
+        return row, place, complete
 
-    def _polished(self, row: Tensor, u: Tensor) -> Tensor:
-        """The modes [M, D] of rows that have several, climbed to the top."""
-        several = ((row == row[:, None]).sum(1) > 1).nonzero()[:, 0]
-        for part in several.split(self.target.num_data) if len(several) else ():
-            target, tril = self.target.rows(row[part]), self.tril[row[part]]
-            u[part] = _climb(target, u[part].unsqueeze(0), tril, STEPS, LR / 4)[0]
-        return u
+    def polished(self, row: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The modes [M, D] climbed to the top, and the factors of their covariances [M, D, D].
+
+        The one mode of a row stays where the first climb has led, unless another led higher.
+        """
+        top, tril = self.known[0, row], self.tril[row]
+        height, first = self.target.rows(row).log_joint(torch.stack([u, top]))
+        new = ((row == row[:, None]).sum(1) > 1) | (height - first > CONVERGED)
+        u = torch.where(new.unsqueeze(-1), u, top)
+        for part in new.nonzero()[:, 0].split(self.target.num_data) if new.any() else ():
+            target = self.target.rows(row[part])
+            climbed = _climb(target, u[part].unsqueeze(0), tril[part], STEPS, LR / 4)[0]
+            u[part], tril[part] = laplace(target, climbed)
+        return u, tril
 
     def _extend(
         self, rows: Tensor, known: Tensor, number: int, origin: int

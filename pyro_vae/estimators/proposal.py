@@ -33,6 +33,7 @@ FIT_STEPS = 100
 LEAST_DRAWS = 8
 FIT_LR = 0.1
 FIT_EPS = 1.0  # slopes are in nats for a standard deviation
+STEEPEST = 1e12  # whose square is still a number of single precision
 CHECKS = 64  # draws of the comparison at the end
 MOST_COMPONENTS = 24
 ROUND_DRAWS = 200  # a round, shared by the components
@@ -110,15 +111,19 @@ def laplace(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
 
     The covariance is the inverse of the exact negative Hessian, |eigenvalues| floored at 0.5:
     a saddle or a flat direction still gets a finite width. Each of at most three rounds costs
-    D gradients and their own gradients.
+    D gradients and their own gradients, of the data that are not at their mode yet.
     """
+    u, tril = u.clone(), u.new_empty(*u.shape, u.shape[1])
+    rows = torch.arange(len(u), device=u.device)
     for _ in range(ROUNDS):
-        slope, precision = curvature(target, u)
-        tril = factor(precision)
-        promised = (tril.mT @ slope.unsqueeze(-1)).pow(2).sum((-2, -1)) / 2
-        if bool((promised < CONVERGED).all()):
+        slope, precision = curvature(target, u[rows])
+        tril[rows] = root = factor(precision)
+        white = root.mT @ slope.unsqueeze(-1)
+        far = ~(white.square().sum((-2, -1)) / 2 < CONVERGED)  # also where it is not a number
+        if not far.any():
             break
-        u = _newton(target, u, tril @ (tril.mT @ slope.unsqueeze(-1)))
+        rows, target = rows[far], target.rows(far)
+        u[rows] = _newton(target, u[rows], (root[far] @ white[far]).squeeze(-1))
     return u, tril
 
 
@@ -153,7 +158,7 @@ def factor(precision: Tensor) -> Tensor:
 def _newton(target: Target, u: Tensor, step: Tensor) -> Tensor:
     """The best of a few lengths of the step, or none."""
     sizes = u.new_tensor((0.0, *STEP_SIZES)).view(-1, 1, 1)
-    tried = u + sizes * step.squeeze(-1)
+    tried = u + sizes * step
     best = target.log_joint(tried).nan_to_num(-torch.inf).argmax(0)
     return tried[best, torch.arange(len(u), device=u.device)]
 
@@ -185,12 +190,11 @@ def ascend(
     for step in range(num_steps):
         rate = lr * (1 + math.cos(math.pi * step / num_steps)) / 2
         unbias = [1 / (1 - decay ** (step + 1)) for decay in DECAYS]
-        for i, slope in enumerate(slopes()):
+        for p, m, v, slope in zip(parameters, first, second, slopes()):
             slope = slope.nan_to_num(0.0, 0.0, 0.0)
-            first[i].lerp_(slope, 1 - DECAYS[0])
-            second[i].lerp_(slope.square(), 1 - DECAYS[1])
-            scale = (second[i] * unbias[1]).sqrt() + eps
-            parameters[i].add_(first[i] * unbias[0] / scale, alpha=rate)
+            m.lerp_(slope, 1 - DECAYS[0])
+            v.mul_(DECAYS[1]).addcmul_(slope, slope, value=1 - DECAYS[1])
+            p.addcdiv_(m, v.mul(unbias[1]).sqrt_().add_(eps), value=rate * unbias[0])
 
 
 def fit_gaussian(
@@ -219,25 +223,25 @@ def fit_gaussian(
         Roeder, Wu and Duvenaud. Sticking the landing. 2017.
     """
     B, D = loc.shape
-    mean = torch.zeros_like(loc)
-    below = torch.zeros_like(tril)  # L, with the logarithm of its diagonal
+    mean = loc.new_zeros(B, D, 1, dtype=torch.float32)  # exact enough for numbers of order one
+    below = mean.new_zeros(B, D, D)  # L, with the logarithm of its diagonal
 
     def slopes() -> tuple[Tensor, Tensor]:
-        noise = torch.randn(fit_draws(D) // 2, B, D, dtype=loc.dtype, device=loc.device)
-        noise = torch.cat([noise, -noise])
+        noise = torch.randn(B, D, fit_draws(D) // 2, dtype=mean.dtype, device=loc.device)
+        noise = torch.cat([noise, -noise], -1)
         factor = _tril(below)
-        u = _move(noise, loc + _times(tril, mean), tril @ factor)
+        u = loc + (tril @ (mean + factor @ noise).to(loc)).permute(2, 0, 1)
         (slope,) = gradients(lambda u: (target.log_joint(u),), u, target.draws_at_once)[1]
-        noise = noise.permute(1, 2, 0)
         pull = torch.linalg.solve_triangular(factor.mT, noise, upper=True)
-        g = (tril.mT @ slope.permute(1, 2, 0) + pull).nan_to_num(0.0, 0.0, 0.0)
-        outer = (g @ noise.mT / len(u)).tril()
-        diagonal = torch.diag_embed((outer * factor).diagonal(dim1=-2, dim2=-1))
-        return g.mean(-1), outer.tril(-1) + diagonal
+        slope = tril.mT @ slope.permute(1, 2, 0).nan_to_num(0.0, 0.0, 0.0)
+        g = slope.clamp(-STEEPEST, STEEPEST).to(mean) + pull
+        outer = (g @ noise.mT).div_(len(u)).tril_()
+        outer.diagonal(dim1=-2, dim2=-1).mul_(factor.diagonal(dim1=-2, dim2=-1))
+        return g.mean(-1, keepdim=True), outer
 
     ascend([mean, below], slopes, num_steps=num_steps, lr=FIT_LR, eps=FIT_EPS)
     noise = torch.randn(CHECKS, B, D, dtype=loc.dtype, device=loc.device)
-    fitted = loc + _times(tril, mean), tril @ _tril(below)
+    fitted = loc + (tril @ mean.to(loc)).squeeze(-1), tril @ _tril(below.to(loc))
     before, after = _bound(target, noise, loc, tril), _bound(target, noise, *fitted)
     better = (after > before).view(-1, 1)
     loc = torch.where(better, fitted[0], loc)
@@ -261,12 +265,11 @@ def _move(noise: Tensor, loc: Tensor, tril: Tensor) -> Tensor:
     return loc + torch.einsum("bij,kbj->kbi", tril, noise)
 
 
-def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
-
-
 def _tril(below: Tensor) -> Tensor:
-    return below.tril(-1) + torch.diag_embed(below.diagonal(dim1=-2, dim2=-1).exp())
+    """A lower triangle with the exponential of its diagonal."""
+    factor = below.clone()
+    factor.diagonal(dim1=-2, dim2=-1).exp_()
+    return factor
 
 
 def add_components(target: Target, proposal: Proposal, visited: Tensor) -> Proposal:

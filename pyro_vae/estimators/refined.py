@@ -16,13 +16,11 @@ from pyro_vae.estimators.modes import find_modes, search_cost
 from pyro_vae.estimators.proposal import (
     CHECKS,
     FIT_STEPS,
-    ROUNDS,
     Proposal,
     add_components,
     fit_draws,
     fit_gaussian,
     joined,
-    laplace,
 )
 from pyro_vae.estimators.run import estimator, map_targets
 from pyro_vae.estimators.target import SCALE_DRAWS, Run, Target
@@ -249,10 +247,12 @@ def fit_proposal(target: Target, num_starts: int = 5) -> Fit:
     """Finds the modes of each posterior and fits a proposal to them."""
     target.check_gradient()
     modes = find_modes(target, num_starts)
-    loc, tril, mass = _by_batches(target, modes.row, _laplace, modes.u)
-    kept = mass > _highest(mass, modes.row) - NEGLIGIBLE
-    row = modes.row[kept]
-    proposal = _fitted(target, row, loc[kept], tril[kept], FIT_STEPS)
+    row, loc, tril = modes.row, modes.u, modes.tril
+    log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    mass = target.rows(row).log_joint(loc.unsqueeze(0))[0] + log_det  # but for a constant
+    highest = torch.where(row == row[:, None], mass, -torch.inf).amax(1)
+    kept = mass > highest - NEGLIGIBLE
+    proposal = _fitted(target, row[kept], loc[kept], tril[kept], FIT_STEPS)
     return Fit(target, proposal, modes.simple, modes.complete)
 
 
@@ -287,32 +287,14 @@ def _wider(tril: Tensor) -> Tensor:
     return torch.linalg.cholesky((vectors * variance.unsqueeze(-2)) @ vectors.mT)
 
 
-def _laplace(target: Target, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mode, covariance factor and log mass, but for a constant, of Laplace's approximation."""
-    loc, tril = laplace(target, u)
-    log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return loc, tril, target.log_joint(loc.unsqueeze(0))[0] + log_det
-
-
 def fit_cost(dim: int, num_starts: int = 5) -> int:
     """About how often `fit_proposal` evaluates the model for one datum of one mode."""
-    return (
-        SCALE_DRAWS
-        + search_cost(dim, num_starts)
-        + ROUNDS * (dim + 6)
-        + FIT_STEPS * fit_draws(dim)
-        + 2 * CHECKS
-    )
+    return SCALE_DRAWS + search_cost(dim, num_starts) + FIT_STEPS * fit_draws(dim) + 2 * CHECKS
 
 
 def again_cost(dim: int) -> int:
     """About how often `Fit.again` evaluates the model for one datum of one mode."""
     return AGAIN * fit_draws(dim) + 2 * CHECKS
-
-
-def _highest(mass: Tensor, row: Tensor) -> Tensor:
-    """The highest of each datum's, for each of them [M]."""
-    return torch.where(row == row[:, None], mass, -torch.inf).amax(1)
 
 
 def _mixture(row: Tensor, loc: Tensor, tril: Tensor, bound: Tensor) -> Proposal:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vae.arguments import TakesVAE, as_rows, check_real, check_whole, programs
-from pyro_vae.densities import Program, densities, evaluating
+from pyro_vae.densities import Densities, Program, densities, evaluating
 from pyro_vae.estimators.coordinates import Coordinates
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.target import ROWS, CompiledTarget, Target
@@ -121,8 +121,11 @@ def check_number(name: str, value: Any, optional: bool) -> None:
 
 def check_support(
     model: Program, guide: Program, x: Tensor, y: Tensor | None, chunk_size: int
-) -> None:
+) -> Densities:
     """One run of the programs on all rows, with Pyro's checks: before hours of work, not after.
+
+    Returns:
+        What the run of the last rows gave.
 
     Raises:
         ValueError: If the model has no density at some of the data, or cannot be run.
@@ -131,6 +134,7 @@ def check_support(
         for rows in torch.arange(len(x), device=x.device).split(chunk_size):
             d = densities(model, guide, x[rows], None if y is None else y[rows])
             _ = d.log_likelihood, d.log_prior
+    return d
 
 
 def map_batches(
@@ -155,9 +159,12 @@ def map_batches(
         ValueError: If there are not so many devices, or the programs cannot be sent to them.
     """
     _check_devices(devices, (model, guide), x.device)
-    first = _any_seed(x.device) if seed is None else seed
-    work = Work(estimate, model, guide, x, y, size, first, title if progress else None)
-    if devices == 1:
+    size = -(-len(x) // -(-len(x) // size))  # of as many batches, all alike
+    if seed is None:
+        with forked(x.device):  # the current state stays as it is
+            seed = int(torch.randint(2**62, (), device=x.device))
+    work = Work(estimate, model, guide, x, y, size, seed, title if progress else None)
+    if devices == 1 or len(x) <= size:
         return work()
     store = pyro.get_param_store().get_state()
     parts = [(part, store) for part in work.split(devices)]
@@ -217,12 +224,6 @@ def _with_store(part: tuple[Work[T], Any]) -> list[T]:
     work, store = part
     pyro.get_param_store().set_state(store)
     return work()
-
-
-def _any_seed(device: torch.device) -> int:
-    """A seed from the current state, which stays as it is."""
-    with forked(device):
-        return int(torch.randint(2**62, (), device=device))
 
 
 def _check_devices(devices: int, programs: Sequence[Program], device: torch.device) -> None:

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import pyro
@@ -92,12 +92,10 @@ class Target:
                 second = densities(model, guide, x, y)
             self.sites = coordinates(first, second, sites)
             self.observed = list(first.observed)
-            fixed = not any(holds_tensor(site.transform) for site in self.sites.values())
-            self.fast = fast if fixed else None
+            self.fixed = not any(holds_tensor(site.transform) for site in self.sites.values())
+            self.fast = fast if self.fixed else None
             self.dim = max(site.columns.stop for site in self.sites.values())
-            guides = [site.guide for site in second.sites.values()]
-            self._only_guide = guides[0] if len(guides) == 1 else None  # spares the encoder
-            self.guide_is_density = not any(is_delta(fn) for fn in guides)
+            self.guide_is_density = not any(is_delta(s.guide) for s in second.sites.values())
             self.scale = x.new_ones(len(x), self.dim, dtype=torch.float64)
             mean, deviation = normal_units(self.sites, first, second)
             if scale is None:
@@ -110,26 +108,35 @@ class Target:
     def rows(self, index: Tensor) -> Target:
         """The target of some of the data, in the same units."""
         y = None if self.y is None else self.y[index]
-        return self._alike(self.x[index], y, self.scale[index])
+        if not self.fixed:
+            return self._anew(self.x[index], y, self.scale[index])
+        part = copy.copy(self)
+        part.x, part.y, part.num_data = self.x[index], y, len(self.scale[index])
+        part.scale, part.prior_mean = self.scale[index], self.prior_mean[index]
+        vars(part).pop("_only_guide", None)
+        return part
 
     def without(self, entries: tuple[Tensor, ...]) -> Target:
         """The target of the data less some entries, in the same units."""
-        return self._alike(
-            self.x.index_put(entries, self.x.new_tensor(torch.nan)), self.y, self.scale
-        )
+        return self.of(self.x.index_put(entries, self.x.new_tensor(torch.nan)))
 
-    def _alike(self, x: Tensor, y: Tensor | None, scale: Tensor) -> Target:
-        """A target of the same programs."""
-        return Target(
-            self.model,
-            self.guide,
-            x,
-            y,
-            chunk_size=self.chunk_size,
-            scale=scale,
-            sites=self.sites,
-            fast=self.fast,
-        )
+    def of(self, x: Tensor) -> Target:
+        """The target of as many other data, in the same units."""
+        return self._anew(x, self.y, self.scale)
+
+    def _anew(self, x: Tensor, y: Tensor | None, scale: Tensor) -> Target:
+        given: dict[str, Any]
+        given = {"chunk_size": self.chunk_size, "scale": scale, "sites": self.sites}
+        return Target(self.model, self.guide, x, y, **given, fast=self.fast)
+
+    @cached_property
+    def _only_guide(self) -> Any:
+        """The distribution of a guide of one site, which spares the encoder; else None."""
+        if len(self.sites) > 1:
+            return None
+        with torch.no_grad(), pyro.validation_enabled(False):
+            nodes: Any = run_program(self.guide, self.x, self.y, 1).nodes
+        return nodes[next(iter(self.sites))]["fn"]
 
     @property
     def draws_at_once(self) -> int:
@@ -241,22 +248,15 @@ def gradients(
     Returns:
         The densities, and as many gradients.
     """
-    parts = [_gradients(density, part) for part in u.split(draws_at_once)]
-    values, slopes = ([torch.cat(p) for p in zip(*columns)] for columns in zip(*parts))
-    return tuple(values), tuple(slopes)
-
-
-def _gradients(
-    density: Callable[[Tensor], tuple[Tensor, ...]], u: Tensor
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    leaf = u.detach().requires_grad_()
-    with torch.enable_grad():
-        values = density(leaf)
-        slopes = [
-            torch.autograd.grad(value.sum(), leaf, retain_graph=True, materialize_grads=True)[0]
-            for value in values
-        ]
-    return tuple(value.detach() for value in values), tuple(slopes)
+    values, slopes = [], []
+    for part in u.split(draws_at_once):
+        leaf = part.detach().requires_grad_()
+        with torch.enable_grad():
+            found = density(leaf)
+            grad = partial(torch.autograd.grad, retain_graph=True, materialize_grads=True)
+            slopes.append([grad(value.sum(), leaf)[0] for value in found])
+        values.append([value.detach() for value in found])
+    return tuple(map(torch.cat, zip(*values))), tuple(map(torch.cat, zip(*slopes)))
 
 
 def _never_nan(log_prob: Tensor) -> Tensor:

@@ -191,9 +191,6 @@ class Scripted(modes._Search):
         keep = torch.arange(found + 2).unsqueeze(-1) < found
         return torch.arange(found + 2.0).view(-1, 1, 1), keep
 
-    def _polished(self, row: Tensor, u: Tensor) -> Tensor:
-        return u
-
 
 @pytest.mark.parametrize(
     ("script", "rounds", "complete"),
