@@ -580,3 +580,14 @@ def test_arviz_takes_evidences_and_draws() -> None:
     assert table["found"].sample_stats.stderr.dims == ("chain", "draw", "row")
     assert draws.posterior_predictive.x.shape == (1, 5, *x.shape)
     assert draws.posterior_predictive.x.dims[2] == "row"
+
+
+def test_a_guide_without_density_bounds_nothing() -> None:
+    exact = LinearGaussian.draw(D, F)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Delta(exact.posterior(x).mean, event_dim=1))
+
+    with pytest.raises(ValueError, match="Delta at .'z'., which has no density.*log_evidence"):
+        importance_sampling(exact.vae.model, guide, torch.randn(N, F))

@@ -22,6 +22,7 @@ __all__ = [
     "coordinates",
     "holds_tensor",
     "is_delta",
+    "is_discrete",
     "normal_units",
 ]
 
@@ -240,7 +241,7 @@ def is_delta(fn: Any) -> bool:
 
 def _transform(name: str, site: Site) -> Transform:
     kind = type(_base(site.model)).__name__
-    if any(_is_discrete(fn) for fn in (site.model, site.guide)):
+    if any(is_discrete(fn) for fn in (site.model, site.guide)):
         raise ValueError(
             f"latent site {name!r} is discrete ({kind}), where gradients are needed: sum it out "
             "(infer={'enumerate': 'parallel'} in the model, or a mixture as a distribution), "
@@ -272,7 +273,8 @@ def _base(fn: Any) -> Any:
     return _base(fn.base_dist) if hasattr(fn, "base_dist") else fn
 
 
-def _is_discrete(fn: Any) -> bool:
+def is_discrete(fn: Any) -> bool:
+    """Whether a distribution is known to be discrete."""
     try:
         return bool(fn.support and fn.support.is_discrete)
     except NotImplementedError:  # no support is stated

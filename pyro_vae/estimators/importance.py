@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae.densities import Latents, Program, densities, evaluating, log_joint, log_weights
-from pyro_vae.estimators.diagnostics import (
-    convergence,
-    jackknife,
-)
+from pyro_vae.estimators.coordinates import is_delta, is_discrete
+from pyro_vae.estimators.diagnostics import convergence, jackknife
 from pyro_vae.estimators.evidence import Evidence, summarise
 from pyro_vae.estimators.run import check_support, estimator, map_batches
 from pyro_vae.estimators.target import ROWS, CompiledJoint
@@ -85,7 +83,13 @@ def importance_sampling(
     if proposal not in ("guide", "prior"):
         raise ValueError(f"proposal must be 'guide' or 'prior'; got {proposal!r}")
     if proposal == "guide":
-        check_support(model, guide, x, y, rows)
+        d = check_support(model, guide, x, y, rows)
+        sites = {name: site for name, site in d.sites.items() if is_delta(site.guide)}
+        if points := [name for name, site in sites.items() if not is_discrete(site.model)]:
+            raise ValueError(
+                f"the guide is a Delta at {points}, which has no density, so that its weights "
+                "bound nothing: use log_evidence, which starts there"
+            )
     joint = CompiledJoint() if compile else log_joint
     parts = map_batches(
         partial(_estimate, num_samples=num_samples, rows=rows, proposal=proposal, joint=joint),

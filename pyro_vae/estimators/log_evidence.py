@@ -115,7 +115,7 @@ def log_evidence(
         "progress": progress,
     }
     parts = map_targets(
-        partial(_estimate, tolerance=tolerance, budget=limit),
+        partial(escalate, tolerance=tolerance, budget=limit),
         model,
         guide,
         x,
@@ -123,7 +123,7 @@ def log_evidence(
         compile=compile,
         **options,
     )
-    evidence = Evidence.cat(parts)
+    evidence = Evidence.cat([part.evidence for part in parts])
     bound = lower_bound(
         model, guide, x, y, num_samples=REGRET_DRAWS, chunk_size=chunk_size or ROWS, seed=seed
     )
@@ -137,10 +137,6 @@ def log_evidence(
     except NotSimulated as error:
         return replace(evidence, audit=f"none: {error}")
     return made.applied(evidence)
-
-
-def _estimate(target: Target, tolerance: float, budget: float) -> Evidence:
-    return escalate(target, tolerance, budget).evidence
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,17 +295,17 @@ def kept_audit(
     owner, other = (getattr(program, "__self__", None) for program in (model, guide))
     if not isinstance(owner, nn.Module) or id(owner) != id(other):
         return audit(model, guide, x, y, num_data=num_data, **options)
-    key = _digest(owner, x, y, options)
+    names = [getattr(program, "__name__", "") for program in (model, guide)]
+    key = _digest(owner, x, y, [*names, *(options[n] for n in ("tolerance", "budget", "seed"))])
     if owner not in KEPT or KEPT[owner][0] != key or len(KEPT[owner][1]) < num_data:
         KEPT[owner] = key, audit(model, guide, x, y, num_data=num_data, **options)
     return KEPT[owner][1]
 
 
-def _digest(owner: nn.Module, x: Tensor, y: Tensor | None, options: dict[str, Any]) -> str:
+def _digest(owner: nn.Module, x: Tensor, y: Tensor | None, options: list[Any]) -> str:
     """Of all that an audit depends on but for its size."""
-    names = ("tolerance", "budget", "seed")
     parts = [*owner.state_dict().values(), *([] if y is None else [y]), x.isnan()]
-    digest = hashlib.sha256(repr((x.shape[1:], x.dtype, [options[n] for n in names])).encode())
+    digest = hashlib.sha256(repr((x.shape[1:], x.dtype, options)).encode())
     for part in parts:
         if isinstance(part, Tensor):
             digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -176,3 +178,16 @@ def test_an_audit_is_kept_for_the_weights_it_was_made_with(small: VAE) -> None:
 @pytest.fixture
 def small() -> VAE:
     return build(5, 2).double()
+
+
+def test_an_audit_is_of_its_programs(small: VAE) -> None:
+    """Of one module, but with another guide."""
+    x = (torch.rand(3, 5) < 0.5).double()
+    log_evidence(small.model, small.guide, x)
+    kept = KEPT[small]
+
+    def other(self: VAE, x: Tensor) -> Tensor:
+        return self.guide(1 - x)
+
+    log_evidence(small.model, MethodType(other, small), x)
+    assert KEPT[small][0] != kept[0]
