@@ -41,7 +41,7 @@ class Bernoulli(dist.Bernoulli):
         if self._validate_args:
             self._validate_sample(value)
         sign = 2 * value.to(self.logits.dtype) - 1
-        return F.softplus(sign * self.logits, beta=-1, threshold=50)  # logsigmoid, in one pass
+        return F.logsigmoid(sign * self.logits)
 
 
 class ContinuousBernoulli(TorchDistribution):

@@ -18,7 +18,7 @@ __all__ = [
     "pareto_khat",
 ]
 
-LARGEST = 16  # weights whose pairs are taken one by one
+LARGEST = 8  # weights whose pairs are taken one by one
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def _log_kept(ordered: Tensor) -> Tensor:
 def _sum_over_pairs(odds: Tensor) -> Tensor:
     """Sum over pairs i < j of log(1 - o_i o_j) [B], of falling odds [K, B] below one.
 
-    Pairs with one of the largest one by one; for the rest, whose products are below 1 / 256,
+    Pairs with one of the largest one by one; for the rest, whose products are below 1 / 64,
     by the series of the logarithm in sums of powers.
     """
     number = min(LARGEST, len(odds))
@@ -107,9 +107,10 @@ def _sum_over_pairs(odds: Tensor) -> Tensor:
     for i in range(number):
         total = total + torch.log1p(-odds[i] * odds[i + 1 :]).sum(0)
     small = odds[number:]
+    power = small
     for n in range(1, 8):
-        power = small**n
         total = total - (power.sum(0).square() - power.square().sum(0)) / (2 * n)
+        power = power * small
     return total
 
 
