@@ -330,7 +330,8 @@ def _pointers(run: Path) -> dict[str, Any] | None:
         return None
     pointers = _read_json(path)
     last, best, digests = (pointers.get(name) for name in ("last", "best", "sha256"))
-    named = _plain(last) and (best is None or _plain(best))
+    names = (last, last if best is None else best)
+    named = all(isinstance(name, str) and Path(name).name == name for name in names)
     if not named or not isinstance(digests, dict | None):
         raise ValueError(f"{path} is damaged: it must name the last and the best checkpoint")
     return {"last": last, "best": best, "sha256": digests or {}}
@@ -349,10 +350,6 @@ def _checked(
             f"{path} is damaged: its digest is not that of {POINTERS}; restore it from a copy"
         )
     return path, data
-
-
-def _plain(name: Any) -> bool:
-    return isinstance(name, str) and Path(name).name == name
 
 
 def _read(path: Path) -> bytes:

@@ -137,7 +137,7 @@ class Trainer:
         self.history = History()
         self.epoch = self.step = self.offset = 0  # epochs, steps, batches of this epoch done
         self.seconds = 0.0  # spent in this epoch before it was resumed
-        self.began: float | None = None  # ELBO of the first step
+        self.first_elbo: float | None = None  # of the first step
         self.best: dict[str, Tensor] | None = None
         self.compiled: Gradient | None = None  # made when it is first needed
         self.resuming: AbstractContextManager[None] = nullcontext()  # of the next update
@@ -210,7 +210,7 @@ class Trainer:
             units, moving = self.evaluator.active_units(), self.objective.unsettled(self.step)
             if any(active < total for active, total in units.values()):
                 bar.say(units_in_use(units))
-        said = warnings_at_the_end(self.history, self.began, units, moving)
+        said = warnings_at_the_end(self.history, self.first_elbo, units, moving)
         return Result(self.history, said, self.vae.state_dict(), self.objective.state_dict())
 
     def _call(self, row: dict[str, Any]) -> bool:
@@ -234,18 +234,18 @@ class Trainer:
         order = epoch_order(len(self.train), self.settings.seed, self.epoch)
         batches = order.to(self.group.device).split(self.settings.batch_size)
         every = self.settings.checkpoint_every
-        began = look = time.monotonic()
-        before = self.seconds
+        began = time.monotonic() - self.seconds
+        next_report = time.monotonic()
         for index in batches[self.offset :]:
             self._step(index)
             now = time.monotonic()
-            if now > look:
+            if now > next_report:
                 self._report()
-                look = now + INTERVAL
+                next_report = now + INTERVAL
             if every and self.step % every == 0 and self.offset < len(batches):
-                self.seconds = before + now - began
+                self.seconds = now - began
                 self._save(best=False)
-        self.seconds = before + time.monotonic() - began
+        self.seconds = time.monotonic() - began
         return self._report()
 
     def _step(self, index: Tensor) -> None:
@@ -313,7 +313,7 @@ class Trainer:
         objective, reconstruction, *kls = (self.monitor.sums / count).tolist()
         kl = sum(kls)
         elbo = reconstruction - kl
-        self.began = elbo if self.began is None else self.began
+        self.first_elbo = elbo if self.first_elbo is None else self.first_elbo
         means = {"elbo": elbo, "reconstruction": reconstruction, "kl": kl, "objective": objective}
         self.bar.show(self.epoch + 1, self.offset, means)
         return means
