@@ -546,6 +546,7 @@ def test_fit_trains_the_discriminator() -> None:
         (HierarchicallyFactorized, {"groups": [[0, 0]]}, r"\[0\] is in several"),
         (HierarchicallyFactorized, {"groups": [[0], []]}, "none empty"),
         (HierarchicallyFactorized, {"groups": [[-1]]}, "from 0"),
+        (HierarchicallyFactorized, {"groups": [0, 1]}, r"lists of dimensions .* got \[0, 1\]"),
         (DIP, {"kind": "III"}, "kind must be 'I' or 'II'; got 'III'"),
         (DIP, {"kl": "mc"}, "kl must be"),
         (InfoVAE, {"alpha": 1.5}, "alpha must be from 0 to 1; got 1.5"),

@@ -89,13 +89,15 @@ def test_the_ends_are_exact(cls: type) -> None:
 @pytest.mark.parametrize(
     ("cls", "options", "message"),
     [
-        (Linear, {"length": 0}, "Linear: length must be positive and finite; got 0"),
-        (Linear, {"length": math.inf}, "length must be positive and finite; got inf"),
-        (Linear, {"length": 3, "delay": -1}, "delay must be zero or more, and finite; got -1"),
-        (Cosine, {"length": 3, "end": math.nan}, "Cosine: end must be finite; got nan"),
+        (Linear, {"length": 0}, "Linear: length must be positive; got 0"),
+        (Linear, {"length": math.inf}, "length must be a finite number, positive; got inf"),
+        (Linear, {"length": 3, "delay": -1}, "delay must be at least 0; got -1"),
+        (Cosine, {"length": 3, "end": math.nan}, "Cosine: end must be a finite number; got nan"),
         (Cosine, {"length": 3, "unit": "batch"}, "unit must be 'step' or 'epoch'; got 'batch'"),
-        (Constant, {"value": math.inf}, "value must be finite; got inf"),
-        (Cyclical, {"length": 3, "rising": 0}, "rising must be above 0 and at most 1; got 0"),
+        (Constant, {"value": math.inf}, "value must be a finite number; got inf"),
+        (Cyclical, {"length": 3, "rising": 0}, "rising must be positive; got 0"),
+        (Cyclical, {"length": 3, "rising": 2}, "rising must be at most 1; got 2"),
+        (Linear, {"length": "3"}, "Linear: length must be a finite number, positive; got '3'"),
         (Cyclical, {"length": 3, "cycles": 1.5}, "cycles must be a whole number, at least 1"),
     ],
 )

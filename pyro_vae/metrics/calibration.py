@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import pyro
 import torch
@@ -56,18 +57,19 @@ class Calibration:
     @property
     def statistic(self) -> Tensor:
         """Kolmogorov-Smirnov distances of the ranks from uniform [D + 1]."""
-        return self._tests()[0]
+        return self._tests[0]
 
     @property
     def p_value(self) -> Tensor:
         """Probabilities of distances as large, were the guide exact [D + 1]."""
-        return self._tests()[1]
+        return self._tests[1]
 
     @property
     def worst(self) -> str:
         """The column of the largest distance."""
         return self.names[int(self.statistic.argmax())]
 
+    @cached_property
     def _tests(self) -> tuple[Tensor, Tensor]:
         from scipy.stats import kstest
 

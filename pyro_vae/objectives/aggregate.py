@@ -218,11 +218,12 @@ class HierarchicallyFactorized(AggregateObjective):
         num_particles: int = 1,
     ) -> None:
         super().__init__(estimator, num_data, num_particles)
-        self.groups = [list(group) for group in groups]
+        self.groups = [list(group) if isinstance(group, Sequence) else [] for group in groups]
         dims = [dim for group in self.groups for dim in group]
-        if not all(self.groups) or any(dim < 0 for dim in dims):
+        if not all(self.groups) or not all(isinstance(dim, int) and dim >= 0 for dim in dims):
             raise ValueError(
-                f"groups must be lists of dimensions from 0, none empty; got {self.groups}"
+                "groups must be lists of dimensions from 0, none empty, such as [[0, 1], [2]]; "
+                f"got {list(groups)}"
             )
         if twice := sorted({dim for dim in dims if dims.count(dim) > 1}):
             raise ValueError(f"a dimension must be in one group at most; {twice} is in several")

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import check_whole
 from pyro_vae.densities import Densities, log_mean_exp
 from pyro_vae.objectives.base import Objective
 from pyro_vae.objectives.schedules import Schedule
@@ -136,7 +137,8 @@ class MIWAE(Objective):
 
     def __init__(self, num_particles: int = 6, num_groups: int = 2) -> None:
         super().__init__(num_particles)
-        if num_groups < 1 or num_particles % num_groups:
+        check_whole(num_groups=num_groups)
+        if num_particles % num_groups:
             raise ValueError(
                 f"num_groups must divide num_particles, all draws together: got {num_groups} "
                 f"groups of {num_particles} draws"

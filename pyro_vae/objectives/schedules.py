@@ -6,7 +6,10 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
+
+from pyro_vae.arguments import check_real, check_whole
 
 __all__ = ["Constant", "Cosine", "Cyclical", "Linear", "Schedule"]
 
@@ -42,21 +45,31 @@ class Schedule(ABC):
         """The least and the greatest value."""
 
 
-def _check(schedule: Any) -> None:
-    """Refuses a unit that is unknown, and numbers that are not finite or out of range."""
-    what = type(schedule).__name__
-    for name, value in vars(schedule).items():
-        if name == "unit":
-            if value not in ("step", "epoch"):
-                raise ValueError(f"{what}: unit must be 'step' or 'epoch'; got {value!r}")
-            continue
-        within, bounds = RANGES.get(name, (math.isfinite, "finite"))
-        if not (math.isfinite(value) and within(value)):
-            raise ValueError(f"{what}: {name} must be {bounds}; got {value}")
+CHECKS: dict[str, Callable[..., None]] = {  # of the numbers of a schedule
+    "length": partial(check_real, above=0),
+    "delay": partial(check_real, 0),
+    "cycles": check_whole,
+    "rising": partial(check_real, above=0),
+}
+
+
+class Checked(Schedule):
+    """A schedule whose unit and numbers are checked when it is made."""
+
+    def __post_init__(self) -> None:
+        """Refuses a unit that is unknown, and numbers that are not finite or out of range."""
+        for name, value in vars(self).items():
+            what = f"{type(self).__name__}: {name}"
+            if name != "unit":
+                CHECKS.get(name, check_real)(**{what: value})
+            elif value not in ("step", "epoch"):
+                raise ValueError(f"{what} must be 'step' or 'epoch'; got {value!r}")
+            if name == "rising" and value > 1:
+                raise ValueError(f"{what} must be at most 1; got {value}")
 
 
 @dataclass(frozen=True)
-class Constant(Schedule):
+class Constant(Checked):
     """One value throughout.
 
     Args:
@@ -69,9 +82,6 @@ class Constant(Schedule):
 
     value: float = 1.0
     unit: Unit = "step"
-
-    def __post_init__(self) -> None:
-        _check(self)
 
     def __call__(self, position: float) -> float:
         """The value."""
@@ -89,7 +99,7 @@ class Constant(Schedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(Schedule):
+class Linear(Checked):
     r"""A straight line from one value to another: a warm-up, or the contrary.
 
     .. math:: (1 - t) \, \mathrm{start} + t \, \mathrm{end}, \qquad
@@ -114,9 +124,6 @@ class Linear(Schedule):
     end: float = 1.0
     delay: float = 0.0
     unit: Unit = "step"
-
-    def __post_init__(self) -> None:
-        _check(self)
 
     def __call__(self, position: float) -> float:
         """The value at `position`."""
@@ -149,7 +156,7 @@ class Cosine(Linear):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cyclical(Schedule):
+class Cyclical(Checked):
     """Straight lines from one value to another, again and again; the last value afterwards.
 
     Args:
@@ -175,9 +182,6 @@ class Cyclical(Schedule):
     rising: float = 0.5
     unit: Unit = "step"
 
-    def __post_init__(self) -> None:
-        _check(self)
-
     def __call__(self, position: float) -> float:
         """The value at `position`."""
         if position >= self.finish:
@@ -200,11 +204,3 @@ def _between(start: float, end: float, t: float) -> float:
     """The point at `t` of a line, of which 0 and 1 are exactly the ends."""
     t = min(max(t, 0.0), 1.0)
     return (1 - t) * start + t * end
-
-
-RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {  # of the numbers of a schedule
-    "length": (lambda length: length > 0, "positive and finite"),
-    "delay": (lambda delay: delay >= 0, "zero or more, and finite"),
-    "cycles": (lambda n: isinstance(n, int) and n >= 1, "a whole number, at least 1"),
-    "rising": (lambda share: 0 < share <= 1, "above 0 and at most 1"),
-}

@@ -193,24 +193,23 @@ class Engine:
                     parts = [(f"file://{folder}/store", *part) for part in enumerate(self.indices)]
                     return in_processes(work, parts, self._kind, indices)[0]
             if not _under_torchrun():
-                return function(Group(device=self._device(self.indices[0])), task)
+                return self._here(function, task, self.indices[0])
             if not distributed.is_initialized():
                 distributed.init_process_group(self._backend)
                 atexit.register(_leave)
-            return self._joined(function, task, int(os.environ["LOCAL_RANK"]))
+            return self._here(function, task, int(os.environ["LOCAL_RANK"]))
 
-    def _joined(self, function: Function, task: Any, index: int) -> Any:
-        """Runs `function` in this process, one of several that are connected."""
-        device = self._device(index)
+    def _here(self, function: Function, task: Any, index: int) -> Any:
+        """Runs `function` in this process, which is connected if it is one of several."""
+        device = torch.device("cuda", index) if self.on_cuda else torch.device("cpu")
+        if self.size == 1:
+            return function(Group(device=device), task)
         if self.on_cuda:
             torch.cuda.set_device(device)
         group = Group(distributed.get_rank(), distributed.get_world_size(), device)
         result = function(group, task)
         distributed.barrier()  # nobody ends while another still uses the connection
         return result
-
-    def _device(self, index: int) -> torch.device:
-        return torch.device("cuda", index) if self.on_cuda else torch.device("cpu")
 
 
 def _in_process(engine: Engine, function: Function, task: Any, part: tuple[str, int, int]) -> Any:
@@ -221,7 +220,7 @@ def _in_process(engine: Engine, function: Function, task: Any, part: tuple[str, 
     distributed.init_process_group(
         engine._backend, init_method=store, rank=rank, world_size=engine.size
     )
-    result = engine._joined(function, task, index)
+    result = engine._here(function, task, index)
     distributed.destroy_process_group()  # spawned processes run no exit handlers
     return result if rank == 0 else None
 

@@ -30,7 +30,7 @@ class Evaluator:
     group call each method.
 
     Attributes:
-        weight: A parameter, for the device and the type of the others and of data.
+        weight: A parameter; the others, and the data, have its device and type.
     """
 
     def __init__(

@@ -164,9 +164,8 @@ def fit(
     if run is not None:
         record["declaration"] = declaration or getattr(vae, "declaration", None)
         record["training"] = settings.record(objective)
-        record["data"] = {"train": describe(rows), "validation": None}
-        if held_out is not None:
-            record["data"]["validation"] = describe(held_out)
+        parts = {"train": rows, "validation": held_out}
+        record["data"] = {n: None if part is None else describe(part) for n, part in parts.items()}
         if is_first_process():
             check_run(run, record, resume)
             if before.get("threads", threads) != threads:

@@ -216,11 +216,11 @@ def _validated(history: History, patience: int | None) -> str:
 
 def make_bar(show: bool, epochs: int, patience: int | None, batches: int) -> Bar:
     """A bar in a terminal; in a notebook a line, in a file a line for each epoch."""
+    if not show:
+        return Bar()
     from rich.console import Console
 
     console = Console()
-    if not show:
-        return Bar()
     if console.is_terminal and not console.is_jupyter:
         return _Terminal(epochs, patience, batches)
     return _Lines(epochs, patience, over=console.is_jupyter)
@@ -235,7 +235,7 @@ def units_in_use(units: Units) -> str:
 
 
 def warnings_at_the_end(
-    history: History, began: float | None, units: Units, moving: list[str]
+    history: History, first_elbo: float | None, units: Units, moving: list[str]
 ) -> list[str]:
     """What to warn of, given the ELBO of the first step and the weights that still move."""
     found = []
@@ -246,13 +246,13 @@ def warnings_at_the_end(
             f"{where} varies with the data; try a weight of the KL that grows from 0, free bits, "
             "or another seed"
         )
-    if began is not None:
+    if first_elbo is not None:
         validated = history.final["validation_elbo"]
         ended = history.final["elbo"] if validated is None else validated
-        if ended < began - FALL * max(1.0, abs(began)):
+        if ended < first_elbo - FALL * max(1.0, abs(first_elbo)):
             found.append(
-                f"training ended at an ELBO of {ended:.3g} nats, far below the {began:.3g} of "
-                "its first step: lower lr, or set clip_norm"
+                f"training ended at an ELBO of {ended:.3g} nats, far below the {first_elbo:.3g} "
+                "of its first step: lower lr, or set clip_norm"
             )
     if moving:
         found.append(

@@ -10,7 +10,7 @@ import platform
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -91,28 +91,26 @@ class Settings:
             **vars(self),
             "optimizer": spec_name(self.optimizer),
             "schedule": spec_name(self.schedule),
-            "objective": {
-                "class_path": type(objective).__name__,
-                "init_args": {name: _named(plain(v)) for name, v in objective.options.items()},
-            },
+            "objective": {"class_path": type(objective).__name__, "init_args": objective.options},
         }
 
 
 def plain(value: Any) -> Any:
-    """`value` with the numbers of torch and numpy in it as Python's own, and tuples as lists."""
-    if isinstance(value, Tensor | np.generic | np.ndarray):
-        return value.tolist()
+    """`value` with the numbers of numpy in it as Python's own, and tuples as lists."""
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, dict):
         return {key: plain(part) for key, part in value.items()}
     return [plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _named(value: Any) -> Any:
-    """A schedule or another object by the name of its class."""
-    if isinstance(value, bool | int | float | str | list | dict | None):
-        return value
-    name = type(value).__name__
-    return {"class_path": name, "init_args": plain(vars(value))} if is_dataclass(value) else name
+def _as_json(value: Any) -> Any:
+    """What JSON has no form for: numbers, schedules by name and options, others by name."""
+    if isinstance(value, Tensor | np.generic):
+        return value.tolist()
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"class_path": type(value).__name__, "init_args": asdict(value)}
+    return type(value).__name__
 
 
 def check_run(run: PathLike, record: dict[str, Any], resume: bool) -> None:
@@ -134,7 +132,7 @@ def check_run(run: PathLike, record: dict[str, Any], resume: bool) -> None:
     if not resume:
         raise ValueError(f"{folder} holds a run: choose another folder, or give resume=True")
     with reading(folder / "run.json"):
-        was, now = _flat(read_run(folder)), _flat(json.loads(json.dumps(record)))
+        was, now = _flat(read_run(folder)), _flat(json.loads(json.dumps(record, default=_as_json)))
     changed = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
     if changed:
         what = "; ".join(f"{key} was {was.get(key)!r}, is {now.get(key)!r}" for key in changed)
@@ -165,7 +163,7 @@ def start_run(run: PathLike, record: dict[str, Any]) -> None:
     if path.exists():  # a run that goes on keeps when and by what it was begun
         made = _read_json(path).get("made", made)
     whole = {"format": FORMAT, "pyro_vae": __version__, "made": made, **record}
-    write(path, json.dumps(whole, indent=2) + "\n")
+    write(path, json.dumps(whole, indent=2, default=_as_json) + "\n")
 
 
 def write_metrics(run: PathLike, rows: list[dict[str, Any]]) -> None:
@@ -332,7 +330,8 @@ def _pointers(run: Path) -> dict[str, Any] | None:
         return None
     pointers = _read_json(path)
     last, best, digests = (pointers.get(name) for name in ("last", "best", "sha256"))
-    named = _plain(last) and (best is None or _plain(best))
+    names = (last, last if best is None else best)
+    named = all(isinstance(name, str) and Path(name).name == name for name in names)
     if not named or not isinstance(digests, dict | None):
         raise ValueError(f"{path} is damaged: it must name the last and the best checkpoint")
     return {"last": last, "best": best, "sha256": digests or {}}
@@ -351,10 +350,6 @@ def _checked(
             f"{path} is damaged: its digest is not that of {POINTERS}; restore it from a copy"
         )
     return path, data
-
-
-def _plain(name: Any) -> bool:
-    return isinstance(name, str) and Path(name).name == name
 
 
 def _read(path: Path) -> bytes:

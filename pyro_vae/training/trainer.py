@@ -137,7 +137,7 @@ class Trainer:
         self.history = History()
         self.epoch = self.step = self.offset = 0  # epochs, steps, batches of this epoch done
         self.seconds = 0.0  # spent in this epoch before it was resumed
-        self.began: float | None = None  # ELBO of the first step
+        self.first_elbo: float | None = None  # of the first step
         self.best: dict[str, Tensor] | None = None
         self.compiled: Gradient | None = None  # made when it is first needed
         self.resuming: AbstractContextManager[None] = nullcontext()  # of the next update
@@ -186,25 +186,23 @@ class Trainer:
             seed_generators(device, self.group.seed(options.seed, 0))
 
     def fit(self) -> Result:
-        """Trains to the end, and then loads the best weights if there was validation."""
-        settings, first, stopped = self.settings, self.group.rank == 0, False
-        bar = make_bar(
-            self.task.progress and first, settings.epochs, settings.patience, self.num_batches
-        )
+        """Trains to the end, and then loads the best weights if there was validation.
+
+        An epoch is its steps, what is measured after them, the callbacks and a checkpoint.
+        """
+        settings, stopped = self.settings, False
+        shown = self.task.progress and self.group.rank == 0
+        bar = make_bar(shown, settings.epochs, settings.patience, self.num_batches)
         with bar as self.bar:
             if self.task.said is not None:
                 bar.say(self.task.said)
             while self.epoch < settings.epochs and not (stopped or self._out_of_patience()):
                 with fast_products(self.parameters):
-                    self._train_epoch()
-                row = self._end_epoch()
+                    means = self._train_epoch()
+                row = self._measure(means)
                 bar.end(self.history)
                 stopped = self._call(row)
-                best = self.history.best_epoch == self.epoch
-                if best:
-                    state = self.vae.state_dict()
-                    self.best = {name: t.detach().clone() for name, t in state.items()}
-                self._save(best)
+                self._save(best=self.history.best_epoch == self.epoch)
             for logger in self.loggers:
                 logger.finalize("success")
             if self.best is not None:
@@ -212,7 +210,7 @@ class Trainer:
             units, moving = self.evaluator.active_units(), self.objective.unsettled(self.step)
             if any(active < total for active, total in units.values()):
                 bar.say(units_in_use(units))
-        said = warnings_at_the_end(self.history, self.began, units, moving)
+        said = warnings_at_the_end(self.history, self.first_elbo, units, moving)
         return Result(self.history, said, self.vae.state_dict(), self.objective.state_dict())
 
     def _call(self, row: dict[str, Any]) -> bool:
@@ -230,24 +228,25 @@ class Trainer:
                     callback(state)
         return self.group.broadcast(state.stopped)
 
-    def _train_epoch(self) -> None:
+    def _train_epoch(self) -> dict[str, float]:
+        """All steps of an epoch; returns its running means."""
         self.vae.train()
         order = epoch_order(len(self.train), self.settings.seed, self.epoch)
         batches = order.to(self.group.device).split(self.settings.batch_size)
         every = self.settings.checkpoint_every
-        began = look = time.monotonic()
-        before = self.seconds
+        began = time.monotonic() - self.seconds
+        next_report = time.monotonic()
         for index in batches[self.offset :]:
             self._step(index)
             now = time.monotonic()
-            if now > look:
+            if now > next_report:
                 self._report()
-                look = now + INTERVAL
+                next_report = now + INTERVAL
             if every and self.step % every == 0 and self.offset < len(batches):
-                self.seconds = before + now - began
+                self.seconds = now - began
                 self._save(best=False)
-        self._report()
-        self.seconds = before + time.monotonic() - began
+        self.seconds = time.monotonic() - began
+        return self._report()
 
     def _step(self, index: Tensor) -> None:
         self.objective.at(self.step)
@@ -303,28 +302,28 @@ class Trainer:
                 self.bar.say(message)
             return self._eager
 
-    def _report(self) -> None:
-        """Raises if a loss was not finite, and shows the means; waits for the device."""
-        self.monitor.raise_if_bad(self.step)
-        means = self._means()
-        if self.began is None:
-            self.began = means["elbo"]
-        self.bar.show(self.epoch + 1, self.offset, means)
+    def _report(self) -> dict[str, float]:
+        """Shows and returns means over the rows of this epoch so far, in nats.
 
-    def _means(self) -> dict[str, float]:
-        """Means over the rows of this epoch so far, in nats."""
-        count = min(self.offset * self.settings.batch_size, len(self.train))
+        Waits for the device, and raises if a loss was not finite.
+        """
+        self.monitor.raise_if_bad(self.step)
         assert self.monitor.sums is not None
+        count = min(self.offset * self.settings.batch_size, len(self.train))
         objective, reconstruction, *kls = (self.monitor.sums / count).tolist()
         kl = sum(kls)
         elbo = reconstruction - kl
-        return {"elbo": elbo, "reconstruction": reconstruction, "kl": kl, "objective": objective}
+        self.first_elbo = elbo if self.first_elbo is None else self.first_elbo
+        means = {"elbo": elbo, "reconstruction": reconstruction, "kl": kl, "objective": objective}
+        self.bar.show(self.epoch + 1, self.offset, means)
+        return means
 
-    def _end_epoch(self) -> dict[str, Any]:
+    def _measure(self, means: dict[str, float]) -> dict[str, Any]:
+        """Ends an epoch of these means: its row of the history, and a step of the schedule."""
         began = time.monotonic()
         self.group.broadcast_(dict(self.vae.named_buffers()))
         row: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step, "seconds": 0.0}
-        row |= {"lr": float(self.optimizer.param_groups[0]["lr"]), **self._means()}
+        row |= {"lr": float(self.optimizer.param_groups[0]["lr"]), **means}
         row |= self.evaluator.bound()
         units = self.evaluator.active_units().values()
         row["active_units"], self.history.num_units = (
@@ -348,6 +347,10 @@ class Trainer:
         return bool(settled) and self.epoch - max(best, settled[0]) >= patience
 
     def _save(self, best: bool) -> None:
+        """Keeps the weights if they are the best, and writes a checkpoint if there is a run."""
+        if best:
+            state = self.vae.state_dict()
+            self.best = {name: t.detach().clone() for name, t in state.items()}
         if self.run is None:
             return
         self.monitor.raise_if_bad(self.step, self.parameters)
@@ -402,12 +405,9 @@ class Trainer:
             self.best = self.group.broadcast(load_weights(self.run, "best") if first else {})  # type: ignore[arg-type]
         if self.group.rank == 0:
             write_metrics(self.run, self.history.rows)  # type: ignore[arg-type]
-        self._load_generators([state["rng"], *state.get("rng_of_others", [])])
-
-    def _load_generators(self, generators: list[dict[str, Any]]) -> None:
-        """Restores the generators of this rank; new ones if the number of processes changed."""
+        generators = [state["rng"], *state.get("rng_of_others", [])]
         device, rank = self.group.device, self.group.rank
-        if rank > 0 and len(generators) != self.group.size:
+        if rank > 0 and len(generators) != self.group.size:  # their number has changed
             seed_generators(device, self.group.seed(self.settings.seed, self.step))
             return
         torch.set_rng_state(generators[rank]["cpu"])
