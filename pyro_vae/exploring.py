@@ -217,7 +217,7 @@ def content(
     Args:
         vae: In eval mode, on the CPU.
         data: The rows of the page, transformed.
-        numbers: What they are called.
+        numbers: Their positions in their part; those of a table are called by the row of its file.
         known: Of `known_rows`.
         name: The title.
         where: Which rows these are, in words.
@@ -242,7 +242,7 @@ def content(
         decoder=Mean(vae, data.transform).eval(),
         prior=vae.prior(c),
         rows=Rows(
-            numbers=numbers,
+            numbers=numbers if data.columns is None else data.rows,
             codes=codes,
             shown=back(x).float() if rows else None,
             y=c,
@@ -263,12 +263,9 @@ def content(
 
 
 def _categories(data: Data) -> list[list[str]]:
-    """Names of the codes of each column; of a binary one that of 1, whose share is shown."""
+    """Names of the codes of each column."""
     columns = [] if data.schema is None else data.schema.columns.values()
-    return [
-        [str(n) for n in c.categories[c.kind == "binary" :]] if c.kind in CODED else []
-        for c in columns
-    ]
+    return [[str(name) for name in c.categories] if c.kind in CODED else [] for c in columns]
 
 
 def _about(vae: Any, where: str, rows: bool) -> list[str]:

@@ -309,7 +309,7 @@ def unit_kl(epochs: Tensor, kl: Tensor, names: Sequence[str] | None = None) -> F
     for site, colour in zip(sorted(set(sites)), PALETTE):
         mine = [(i, kl[-1, d].item()) for i, d in enumerate(order) if sites[i] == site]
         total = sum(value for _, value in mine)
-        bars.bar(*zip(*mine), color=colour, label=f"{site}, {total:.1f} nats".lstrip(", "))
+        bars.bar(*zip(*mine), color=colour, label=f"{site}, {total:.1f} nats in all".lstrip(", "))
     for place, d in enumerate(order):
         look = {"color": "0.8"} if place >= 10 else {"label": names[d]}
         line = "--" if len(PALETTE) <= place < 10 else "-"

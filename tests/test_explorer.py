@@ -363,11 +363,13 @@ def test_codes_of_a_table_have_their_names(tmp_path: Path) -> None:
     plain = {n: {"kind": k, "categories": kinds[n]} for n, k in zip(kinds, ("category", "binary"))}
     schema = Schema.restore({**plain, "age": "real"})
     rows = torch.tensor([[0.0, 1, 31.5], [2, 0, 47.5], [1, 1, 23.0]])
-    data = Data(rows, columns=tuple(schema.columns), schema=schema)
+    ids = torch.tensor([7, 3, 11])  # of the rows in their file
+    data = Data(rows, columns=tuple(schema.columns), schema=schema, rows=ids)
     model = build(3, 2, likelihood=schema.likelihood)
     held = Held(explore(model, data, tmp_path / "table.html", judged=0).read_text())
-    named = [["baker", "clerk", "pilot"], ["yes"], []]
+    named = [["baker", "clerk", "pilot"], ["no", "yes"], []]
     assert held.header["output"]["categories"] == named
+    assert torch.equal(held.tensor(held.header["rows"]["numbers"]).long(), ids)
     lines = explore(model, data.x.tolist(), tmp_path / "lists.html", judged=0)
     found = Held(lines.read_text())
     means = [each.tensor(each.header["rows"]["means"]) for each in (held, found)]
@@ -376,9 +378,12 @@ def test_codes_of_a_table_have_their_names(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_page_names_codes_and_shares(shown: Browser) -> None:
-    cells = "[cell(1.2, ['no', 'yes', 'so']), cell(0.254, ['yes']), cell(3.25, [])]"
-    assert shown.run(cells) == ["yes", "25% yes", "3.25"]
+    cells = (
+        "[cell(1.2, ['no', 'yes', 'so']), cell(0, ['no', 'yes']), cell(3.25, []), cell(1987, [])]"
+    )
+    assert shown.run(cells) == ["yes", "no", "3.25", "1987"]
     assert shown.run("values([1.5, NaN])") == "x0 1.5, x1 missing"
+    assert shown.run("[fixed(-0.001), fixed(-1.006)]") == ["0.00", "-1.01"]
 
 
 def test_programs_of_other_sites_and_evidence_of_other_rows_are_refused(tmp_path: Path) -> None:
@@ -554,3 +559,18 @@ def test_an_arc_keeps_its_distance_from_the_origin(shown: Browser) -> None:
     for t, z in zip((0.0, 0.25, 0.5, 1.0), found):
         assert z.norm().item() == pytest.approx((1 - t) * a.norm().item() + t * b.norm().item())
     assert shown.run("[...row(held.rows.means, state.from)]") == pytest.approx(a.tolist())
+
+
+@pytest.mark.slow
+def test_one_latent_is_moved_across_and_rows_stand_one_above_another(
+    browser: Browser, tmp_path: Path
+) -> None:
+    torch.manual_seed(6)
+    model, x = build(SHAPE, 1), torch.rand(N, *SHAPE).round()
+    browser.open(explore(model, x, tmp_path / "one.html", judged=0))
+    places = browser.run("[...Array(13).keys()].map(n => place(held.rows.means, n)[1])")
+    assert places == sorted(places)
+    assert len(set(places)) == N
+    z = browser.run("(moveTo([0.75 * view.side, 0.1 * view.side]), state.z[0])")
+    low, high = browser.run("[view.low[0], view.high[0]]")
+    assert z == pytest.approx(low + 0.75 * (high - low), abs=1e-3)

@@ -136,7 +136,9 @@ class Schema:
         return {"class_path": "Columns", "init_args": {"columns": columns}}
 
     def __str__(self) -> str:
-        return yaml.safe_dump(self.plain, sort_keys=False, default_flow_style=None, width=99)
+        return yaml.safe_dump(
+            self.plain, sort_keys=False, default_flow_style=None, width=99, allow_unicode=True
+        )
 
     def encode(self, cells: Cells, name: str = "table", first: int = 0) -> Tensor:
         """Rows [N, C], float32, of cells by column: codes for categories, NaN for missing ones.

@@ -346,7 +346,7 @@ function drawMade() {
   const x = decoded(state.z);
   if (model.image) paint($("picture"), pixels(levels(x)));
   else drawColumns(x);
-  const shown = [...state.z].slice(0, 12).map(v => v.toFixed(2)).join(", ");
+  const shown = [...state.z].slice(0, 12).map(fixed).join(", ");
   $("code").textContent = `z = (${shown}${model.size > 12 ? ", ..." : ""})`;
 }
 
@@ -375,16 +375,20 @@ function drawColumns(x) {
     fill.style.width = part(unit[i]);
     mark.hidden = !own || !Number.isFinite(own[i]);
     if (!mark.hidden) mark.style.left = part(own[i]);
-    value.textContent = value.title = cell(x[i], held.output.categories[i] || []);
+    const names = held.output.categories[i] || [];
+    value.textContent = value.title = names.length === 2 ? `${(100 * x[i]).toFixed(0)}% ${names[1]}` : cell(x[i], names);
+    if (names.length > 2) [fill.style.width, mark.hidden] = [0, true];
   });
 }
 
-// A value of a column: the name of a code, the share of the one that is named, or a number.
+// A value of a column: the name of a code, or a number.
 function cell(v, names) {
-  if (names.length > 1) return names[Math.min(names.length - 1, Math.max(0, Math.round(v)))];
-  if (names.length) return `${(100 * v).toFixed(0)}% ${names[0]}`;
-  return Number(v.toPrecision(4)).toLocaleString();
+  if (names.length) return names[Math.min(names.length - 1, Math.max(0, Math.round(v)))];
+  return Number(v.toPrecision(4)).toLocaleString(undefined, { useGrouping: "min2" });
 }
+
+// Two decimals, and no minus before a zero.
+const fixed = v => (Math.round(100 * v) / 100 || 0).toFixed(2);
 
 // The values of a row of a table, the first dozen.
 function values(x) {
@@ -406,10 +410,10 @@ function drawRow() {
     row: String(numbers.data[n]),
     ...(labels ? { class: String(labels.data[n]) } : {}),
     ...(!model.image && held.rows.shown ? { values: values(row(held.rows.shown, n)) } : {}),
-    "log p(x)": told ? `${log_prob.data[n].toFixed(2)} ± ${stderr.data[n].toPrecision(2)} nats, ${verdict[n]}` : "not estimated: evaluate first, or raise judged",
-    ELBO: `${elbo.data[n].toFixed(2)} nats, a lower bound`,
-    ...(told ? { "inference gap": `${(log_prob.data[n] - elbo.data[n]).toFixed(2)} nats, log p(x) less ELBO` } : {}),
-    "q(z | x)": [...row(held.rows.means, n)].slice(0, 6).map((m, d) => `${m.toFixed(2)} ± ${row(held.rows.scales, n)[d].toFixed(2)}`).join(", ") + (model.size > 6 ? ", ..." : ""),
+    "log p(x)": told ? `${fixed(log_prob.data[n])} ± ${stderr.data[n].toPrecision(2)} nats, ${verdict[n]}` : "not estimated: evaluate first, or raise judged",
+    ELBO: `${fixed(elbo.data[n])} nats, a lower bound`,
+    ...(told ? { "inference gap": `${fixed(log_prob.data[n] - elbo.data[n])} nats, log p(x) less ELBO` } : {}),
+    "q(z | x)": [...row(held.rows.means, n)].slice(0, 6).map((m, d) => `${fixed(m)} ± ${fixed(row(held.rows.scales, n)[d])}`).join(", ") + (model.size > 6 ? ", ..." : ""),
   };
   $("numbers").replaceChildren();
   for (const [name, text] of Object.entries(lines)) {
@@ -442,7 +446,7 @@ function shown() {
   drawMade();
   for (const { d, slider, value } of state.sliders) {
     slider.value = state.z[d];
-    value.textContent = state.z[d].toFixed(2);
+    value.textContent = fixed(state.z[d]);
   }
 }
 

@@ -76,7 +76,8 @@ class Content:
         follow: For each layer but the lowest, the map of z [B, D] (and y) to z with the layers
             below it at their means given it.
         columns: Names of the values of a table.
-        categories: For each of them, names of its codes; one name for a share, none for numbers.
+        categories: For each of them, names of its codes, none for numbers; of two codes the mean
+            is shown as the share of the second.
         classes: The number of classes, if y is one of them.
         inputs: Pseudo-inputs of the prior's components in the data's units [C, *E], or None.
     """
