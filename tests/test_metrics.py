@@ -275,8 +275,12 @@ def test_more_that_does_not_fit() -> None:
         mig_of_means(noise(), FACTORS * torch.tensor([1, 0, 1]))
     with pytest.raises(ValueError, match="not left out"):
         mig(q(noise()), FACTORS[:, :1], ["shape"])
+    with pytest.raises(ValueError, match="at least two factors, to tell"):
+        beta_vae_score(noise(), FACTORS[:, :1])
     with pytest.raises(ValueError, match="at least two factors"):
         modularity(noise(), FACTORS[:, :1])
+    with pytest.raises(ValueError, match="two or more"):
+        factor_information(q(noise()[:1]), FACTORS[:1])
     with pytest.raises(ValueError, match="at most 540 rows"):
         dci(noise(), FACTORS, num_train=500, num_test=41)
 

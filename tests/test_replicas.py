@@ -48,6 +48,12 @@ def test_one_seed_says_nothing_of_seeds() -> None:
     assert paired_difference(torch.ones(1, 3), torch.ones(1, 3)).p_worse == 0.5
 
 
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    for first, second in ((3, 3), ((2, 5), (3, 4))):
+        with pytest.raises(ValueError, match=r"\[S1, N\] and \[S2, N\]; got"):
+            paired_difference(torch.zeros(first), torch.zeros(second))
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:posterior collapse")
 def test_seeds_are_trained_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -178,14 +178,18 @@ def test_every_objective_takes_a_summed_site(kind: Any, x: Tensor) -> None:
         assert loss(mixture.model, mixture.exact, x).isfinite()
 
 
-def test_dreg_has_the_gradient_of_iwae_where_each_value_has_its_draws() -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_dreg_has_the_gradient_of_iwae_where_each_value_has_its_draws(known: bool) -> None:
     mixture, x = Mixture(), torch.randn(1, F).expand(20_011, F)
+    if known:  # in every other row
+        mixture.labels = torch.arange(len(x)) % 2 * 2 - 1
     slopes = {}
     for kind in (objectives.IWAE, objectives.DReG):
         shift = torch.full((len(x), D), 0.4, requires_grad=True)
         torch.manual_seed(7)
         objective = kind(num_particles=2)
         loss = objective.differentiable_loss(mixture.model, mixture.exact, x, shift)
+        assert loss.isfinite()
         slopes[kind] = torch.autograd.grad(loss, shift)[0]
     iwae, dreg = slopes.values()
     gap = dreg.mean(0) - iwae.mean(0)

@@ -194,9 +194,10 @@ def check_posterior(posterior: Distribution) -> int:
     Raises:
         ValueError: If its shapes do not fit, or a parameter is not finite.
     """
-    if len(posterior.batch_shape) != 1 or len(posterior.event_shape) != 1:
+    shapes = posterior.batch_shape, posterior.event_shape
+    if any(len(shape) != 1 for shape in shapes) or shapes[0][0] < 2:
         raise ValueError(
-            "posterior must be over all data at once, batch [N] and event (D,); got "
+            "posterior must be over all data, two or more: batch [N] and event (D,); got "
             f"{tuple(posterior.batch_shape)} and {tuple(posterior.event_shape)}"
         )
     each = marginals(posterior)

@@ -314,6 +314,8 @@ def beta_vae_score(
 
     numbers = {"num_votes": num_votes, "num_test": num_test, "batch_size": batch_size}
     codes, values, labels = check(means, factors, names, seed=seed, **numbers)
+    if len(labels) < 2:
+        raise ValueError("expected at least two factors, to tell one from another; got one")
     kinds, rows = _fixed(values, num_votes + num_test, 2 * batch_size, seed)
     pairs = codes[rows].unflatten(1, (batch_size, 2))
     inputs = (pairs[:, :, 0] - pairs[:, :, 1]).abs().mean(1).numpy()

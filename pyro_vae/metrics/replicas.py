@@ -53,10 +53,18 @@ def paired_difference(first: Tensor, second: Tensor) -> Difference:
         first: log p(x) by each replica of a model, of the same data [S1, N].
         second: That of another model [S2, N].
 
+    Raises:
+        ValueError: If their shapes do not fit.
+
     References:
         Welch. The generalization of Student's problem when several different population
         variances are involved. 1947.
     """
+    if first.ndim != 2 or first.shape[1:] != second.shape[1:]:
+        raise ValueError(
+            "expected log p(x) of the same data by replicas of two models, [S1, N] and [S2, N]; "
+            f"got {list(first.shape)} and {list(second.shape)}"
+        )
     first, second = first.double(), second.double()
     each = first.mean(0) - second.mean(0)
     parts = [(each.var().item() / len(each), len(each) - 1)]

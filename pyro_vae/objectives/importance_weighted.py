@@ -77,9 +77,9 @@ class DReG(IWAE):
     def surrogate(self, d: Densities) -> Tensor:
         """A number with the two gradients, [B]."""
         d = d.each or d
-        log_joint = d.log_likelihood + d.log_prior
-        path = d.through_latents(log_joint)
         weights = d.log_weights.detach().softmax(0)
+        log_joint = (d.log_likelihood + d.log_prior).masked_fill(weights == 0, 0.0)  # not -inf
+        path = d.through_latents(log_joint)
         model = weights * (log_joint - path)
         guide = weights**2 * (path - d.log_posterior_detached)
         return (model + guide).sum(0)
