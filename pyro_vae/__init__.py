@@ -43,27 +43,14 @@ if TYPE_CHECKING:
     from pyro_vae.training import fit
     from pyro_vae.vae import VAE
 
-_NAMES = {
-    "VAE": "pyro_vae.vae",
-    "build": "pyro_vae.config",
-    "load": "pyro_vae.config",
-    "Scorer": "pyro_vae.scoring",
-    "explore": "pyro_vae.exploring",
-    "fit": "pyro_vae.training",
-    "scale_latents": "pyro_vae.densities",
-    "Audit": "pyro_vae.estimators",
-    "Evidence": "pyro_vae.estimators",
-    "Imputation": "pyro_vae.estimators",
-    "audit": "pyro_vae.estimators",
-    "annealed_importance_sampling": "pyro_vae.estimators",
-    "bidirectional": "pyro_vae.estimators",
-    "class_probabilities": "pyro_vae.estimators",
-    "importance_sampling": "pyro_vae.estimators",
-    "refined_importance_sampling": "pyro_vae.estimators",
-    "log_evidence": "pyro_vae.estimators",
-    "log_conditional": "pyro_vae.estimators",
-    "column_log_prob": "pyro_vae.estimators",
-    "impute": "pyro_vae.estimators",
+_HOMES = {  # of the names that are not the estimators'
+    "VAE": "vae",
+    "build": "config",
+    "load": "config",
+    "Scorer": "scoring",
+    "explore": "exploring",
+    "fit": "training",
+    "scale_latents": "densities",
 }
 _MODULES = (
     "data",
@@ -116,10 +103,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # lazily, so that the command line can show its help without loading torch
-    if name in _NAMES:
-        return getattr(import_module(_NAMES[name]), name)
     if name in _MODULES:
         return import_module(f"pyro_vae.{name}")
+    if name in __all__:
+        return getattr(import_module(f"pyro_vae.{_HOMES.get(name, 'estimators')}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -155,17 +155,17 @@ def check_options(what: str, options: Iterable[str], known: Collection[str]) -> 
     for option in options:
         if option not in known:
             raise ValueError(
-                f"{what} has no option {option!r}{closest(option, known)}: it has "
+                f"{what} has no option {option!r}{closest(str(option), known)}: it has "
                 f"{', '.join(known) or 'none'}"
             )
 
 
-def final_subclasses(cls: type) -> set[Any]:
-    """Classes from `cls` down that have no abstract method left."""
-    children: set[Any] = set().union(*map(final_subclasses, cls.__subclasses__()))
+def final_subclasses(cls: type) -> list[Any]:
+    """Classes from `cls` down that have no abstract method left, in the order of definition."""
+    below: list[Any] = sum(map(final_subclasses, cls.__subclasses__()), [])
     members = (getattr(cls, name, None) for name in dir(cls))
     abstract = any(getattr(member, "__isabstractmethod__", False) for member in members)
-    return children if abstract else {*children, cls}
+    return list(dict.fromkeys(below if abstract else [cls, *below]))
 
 
 def as_shape(name: str, value: Any) -> tuple[int, ...]:

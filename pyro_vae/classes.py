@@ -163,15 +163,15 @@ class ClassVAE(VAE):
         Raises:
             ValueError: If a label is not a whole number from -1 to C - 1.
         """
-        labels = self._labels(y)
-        if labels is None:
+        if self._labels(y) is None:
             return
-        bad = (labels < -1) | (labels >= self.classes)
-        whole = y is None or not y.is_floating_point() or bool((y == y.round()).all())
-        if bool(bad.any()) or not whole:
+        numbers = as_tensor("y", y).double()
+        whole = numbers == numbers.round()
+        bad = numbers[(numbers < -1) | (numbers >= self.classes) | ~whole]
+        if len(bad):
             raise ValueError(
                 f"labels must be from 0 to {self.classes - 1}, for {self.classes} classes, or -1 "
-                f"where unknown; got {sorted({*y.flatten().tolist()})[-1]:g}"  # type: ignore[union-attr]
+                f"where unknown; got {bad[0]:g}"
             )
 
     def _labels(self, y: Tensor | None) -> Tensor | None:

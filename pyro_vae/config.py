@@ -1,39 +1,115 @@
-"""From declarations to a VAE, made anew or loaded from a run."""
+"""Declarations: names of classes with their options, checked; and the VAEs made of them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from types import EllipsisType, NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_vae import likelihoods, networks
-from pyro_vae.arguments import as_shape, check_whole
+from pyro_vae import likelihoods, networks, objectives, posteriors, priors
+from pyro_vae.arguments import (
+    as_shape,
+    check_options,
+    check_whole,
+    closest,
+    final_subclasses,
+    name_and_options,
+)
 from pyro_vae.classes import ClassVAE
 from pyro_vae.data.mapped import Mapped
-from pyro_vae.declarations import (
-    BASES,
-    Component,
-    Declared,
-    component,
-    components,
-    given,
-    named_class,
-)
+from pyro_vae.data.schema import as_number
 from pyro_vae.files import reading
-from pyro_vae.hierarchy import Layers, Lowest
+from pyro_vae.hierarchy import Inference, Layers, Lowest
 from pyro_vae.runtime import parameters_that_fit
 from pyro_vae.training import load_weights, put_weights, read_run
 from pyro_vae.vae import VAE
 
-__all__ = ["BASES", "build", "component", "components", "default_transform", "load"]
+__all__ = [
+    "BASES",
+    "INJECTED",
+    "Component",
+    "Declared",
+    "build",
+    "component",
+    "components",
+    "declare",
+    "default_transform",
+    "given",
+    "load",
+    "named_class",
+    "option_names",
+    "plain_words",
+    "short_name",
+]
 
+BASES: dict[str, type] = {
+    "prior": priors.Prior,
+    "likelihood": likelihoods.Likelihood,
+    "posterior": posteriors.Posterior,
+    "hierarchy": Inference,
+    "encoder": networks.Network,
+    "decoder": networks.Network,
+    "objective": objectives.Objective,
+    "schedule": objectives.Schedule,
+}
+PLAIN = (NoneType, bool, int, float, str, list, tuple, dict, EllipsisType, ...)
+KINDS = {
+    **{"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"},
+    **{"list": "a list as [300,300]", "tuple": "a list as [300,300]", "dict": "a mapping"},
+    "NoneType": "null",
+}
+INJECTED = {
+    *("latent_dim", "data_shape", "posterior", "posteriors", "prior", "encoder", "decoder"),
+    *("network", "in_shape", "out_shape", "classes"),
+}
+PATH = re.compile(r"[^\W\d]\w*\.\w[\w.]*")  # of a class or function, in text
 DENSE = (networks.MLP, networks.GatedMLP)  # networks that read vectors
+
+
+class Component(NamedTuple):
+    """A class, and all of its options, checked."""
+
+    cls: Any
+    options: dict[str, Any]
+
+    def made(self, **filled: Any) -> Any:
+        """The object, with those of `filled` that its class takes."""
+        return given(self.cls, {**filled, **self.options})
+
+    def having(self, **options: Any) -> Component:
+        """The same class with other options.
+
+        Raises:
+            ValueError: If it has none of that name.
+        """
+        check_options(self.cls.__name__, options, self.options)
+        return Component(self.cls, {**self.options, **options})
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """A declaration for a file; our classes by short names, which outlast a move."""
+        options = {}
+        for name, value in self.options.items():
+            if isinstance(value, objectives.Schedule):
+                cls = type(value)
+                value = Component(cls, {n: getattr(value, n) for n in option_names(cls)}).plain
+            options[name] = list(value) if isinstance(value, tuple) else value
+        return {"class_path": short_name(self.cls), "init_args": options}
+
+
+Declared = str | Mapping[str, Any] | Component
 
 
 @parameters_that_fit()
@@ -92,16 +168,14 @@ def build(
     sizes = as_shape("latent_dim", latent_dim)
     order = _order(latent_dim, hierarchy, skip)
     check_whole(0, condition_dim=condition_dim, classes=classes)
-    if condition_dim and classes or label_weight and not classes:
+    if condition_dim and classes:
         raise ValueError(
-            "classes go with condition_dim=0, for a datum has one y, and label_weight with "
-            f"classes; got classes={classes}, condition_dim={condition_dim}, "
-            f"label_weight={label_weight}"
+            f"a datum has one y: give classes or a condition, not both; got classes={classes} and "
+            f"condition_dim={condition_dim}"
         )
-    labelled: dict[str, Any] = {}
-    if classes:
-        labelled = {"classes": classes, "label_weight": label_weight}
-    condition_dim = condition_dim or classes
+    if label_weight and not classes:
+        raise ValueError(f"label_weight needs classes: give classes too; got {label_weight}")
+    labels: dict[str, Any] = {"classes": classes, "label_weight": label_weight} if classes else {}
     shape = as_shape("data_shape", data_shape)
     parts = {
         "prior": component("prior", prior),
@@ -111,9 +185,13 @@ def build(
         "decoder": component("decoder", decoder),
         **({} if order is None else {"hierarchy": order}),
     }
-    for family in ("encoder", "decoder") if condition_dim else ():
+    for family in ("encoder", "decoder") if condition_dim or classes else ():
         own = parts[family].options.get("condition_dim")
-        parts[family] = parts[family].having(condition_dim=own or condition_dim)
+        parts[family] = parts[family].having(condition_dim=own or condition_dim or classes)
+    for family in ("likelihood", "posterior"):  # what the widths of networks are multiples of
+        cls, options = parts[family]
+        counts = signature(cls.num_params).parameters.keys() & options
+        check_whole(**{name: options[name] for name in counts if type(options[name]) is int})
     cls, options = parts["likelihood"]
     inputs = given(cls.input_shape, {**options, "missing": missing}, shape)
     filled: dict[str, Any] = {"latent_dim": sizes[-1], "data_shape": shape}
@@ -125,13 +203,13 @@ def build(
     filled["data_shape"] = inputs  # a prior's pseudo-inputs lie where the encoder reads
     made_prior, made_posterior = _latents(parts, filled, sizes)
     kind: Any = ClassVAE if classes else VAE
-    vae: VAE = kind(made_prior, made_likelihood, made_posterior, missing, **labelled)
+    vae: VAE = kind(made_prior, made_likelihood, made_posterior, missing, **labels)
     vae.declaration = {
         "data_shape": list(shape),
         "latent_dim": sizes[0] if order is None else list(sizes),
         **({} if order is None else {"skip": skip}),
         **({"missing": True} if missing else {}),
-        **labelled,
+        **labels,
         **{family: part.plain for family, part in parts.items()},
     }
     return vae
@@ -218,18 +296,18 @@ def load(run: str | os.PathLike[str], vae: VAE | None = None) -> VAE:
         if declaration is None:
             raise ValueError(f"{run}: the VAE was not made by build(): give it, load(run, vae)")
         with reading(Path(run) / "run.json"):
-            vae = build(**as_named_now(declaration))
+            likelihood = as_named_now(declaration["likelihood"])
+            vae = build(**{**declaration, "likelihood": likelihood})
             vae.declaration = declaration  # as its run knows it when it goes on
     put_weights(vae, load_weights(run), run)
     return vae.eval()
 
 
-def as_named_now(declaration: dict[str, Any]) -> dict[str, Any]:
-    """The declaration of a run, with options of its likelihood that older runs left unnamed."""
-    named = declaration["likelihood"]
-    cls: Any = named_class("likelihood", named["class_path"])
-    options = {**cls.before, **named["init_args"]}
-    return {**declaration, "likelihood": {**named, "init_args": options}}
+def as_named_now(likelihood: Declared) -> dict[str, Any]:
+    """The likelihood of a run, with options that older runs left unnamed."""
+    name, options = name_and_options("likelihood", likelihood)
+    cls: Any = named_class("likelihood", name)
+    return {"class_path": name, "init_args": {**cls.before, **options}}
 
 
 def default_transform(likelihood: type, levels: int | None, x: Tensor | Mapped) -> str:
@@ -245,3 +323,138 @@ def default_transform(likelihood: type, levels: int | None, x: Tensor | Mapped) 
         return "dequantise"
     whole_line = bool(support.check(torch.tensor([-10.0, 10.0])).all())
     return "standardise" if whole_line and x.ndim == 2 else "none"
+
+
+def components(family: str) -> dict[str, type]:
+    """The known classes of a family, by name: ours, and those of modules already imported.
+
+    Of those that share a name it is ours, else the last that was defined.
+    """
+    found = final_subclasses(BASES[family])
+    ours = {cls.__name__: cls for cls in found if short_name(cls) == cls.__name__}
+    return dict(sorted(({cls.__name__: cls for cls in found} | ours).items()))
+
+
+def component(family: str, declared: Declared) -> Component:
+    """The class that `declared` names, and its options, checked and complete.
+
+    An option that takes a schedule may be declared in the same way; it comes back made.
+    """
+    if isinstance(declared, Component):
+        return declared
+    name, options = name_and_options(family, declared)
+    cls = named_class(family, name)
+    check_options(f"{family} {cls.__name__}", options, option_names(cls))
+    options = {name: _value(cls, name, value) for name, value in options.items()}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, family, skip=INJECTED)
+    try:
+        checked = parser.parse_object({family: options} if options else {})
+    except ArgumentError as error:
+        line = plain_words(str(error)).replace(f"{family}.", "")
+        raise ValueError(f"{family} {cls.__name__}: {line}") from error
+    return Component(cls, {key: checked[family][key] for key in option_names(cls)})
+
+
+def plain_words(line: str) -> str:
+    """What jsonargparse says of a value of another type, as we say it; other lines as they are."""
+    line = " ".join(line.split())
+    found = re.fullmatch(r"(.*?)Parser key \"([\w.]+)\": (.*) value:(.*)", line)
+    text = found[3].partition(" Errors:")[0] if found else ""
+    types = re.findall(r"Literal\[(.*?)\]|<class '(\w+)'>|(list|tuple)\[", text)
+    words = [names.replace("'", "") or KINDS.get(a or b, a) for names, a, b in types]
+    if found is None or not words:
+        return line
+    option = found[2].rpartition(".")[2]
+    expected = " or ".join(words).replace(", ", " or ")
+    return f"{found[1]}{option} must be {expected}; got {found[4].strip() or repr('')}"
+
+
+def declare(family: str, declared: Declared, path: Sequence[str], text: str) -> dict[str, Any]:
+    """A declaration with what an argument such as `--prior.num_components 5` adds to it.
+
+    Args:
+        family: That of the class.
+        declared: What was declared so far.
+        path: Names after that of the family: none or "class_path" for the class, which drops
+            the options of another one; or an option, and below it what a schedule is made of.
+        text: The value, as YAML.
+
+    Raises:
+        ValueError: If it names an unknown class.
+    """
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        value = text
+    so_far = declared.plain if isinstance(declared, Component) else declared
+    name, options = name_and_options(family, so_far)
+    if path in ([], ["class_path"]):
+        chosen, given = name_and_options(family, value)
+        cls = named_class(family, chosen)
+        same = name in (cls.__name__, short_name(cls))
+        return {"class_path": chosen, "init_args": given or (options if same else {})}
+    first, *rest = path[1:] if path[0] == "init_args" else path
+    if rest:
+        inner = options.get(first)
+        inner = inner if isinstance(inner, Mapping) else str(inner)
+        value = declare("schedule", inner, rest, text)
+    return {"class_path": name, "init_args": {**options, first: value}}
+
+
+def named_class(family: str, name: str) -> type:
+    """The known class called `name`, or by its full path or that of a module that has it too."""
+    known = components(family)
+    if name in known:
+        return known[name]
+    module, _, last = name.rpartition(".")
+    for cls in reversed(final_subclasses(BASES[family])):
+        full = f"{cls.__module__}.{cls.__qualname__}"
+        if name == full or getattr(sys.modules.get(module), last, None) is cls:
+            return cls
+    raise ValueError(
+        f"{family} {name!r} is unknown{closest(name, known)}: choose one of {', '.join(known)}, "
+        "or import the module of your own class first"
+    )
+
+
+def _value(cls: type, option: str, declared: Any) -> Any:
+    """An option of `cls`, a schedule made; other classes are refused, so nothing is imported."""
+    hint = None
+    with suppress(NameError):  # of types that are imported for type checkers alone
+        hint = get_type_hints(cls.__init__).get(option)  # type: ignore[misc]
+    is_text = isinstance(declared, str) and as_number(declared) is None
+    if objectives.Schedule in get_args(hint) and (is_text or isinstance(declared, Mapping)):
+        schedule, settings = component("schedule", declared)
+        return schedule(**settings)
+    if not _is_plain(hint) and (path := PATH.search(repr(declared))):
+        raise ValueError(
+            f"{cls.__name__}: {option} cannot be {path[0]!r}: a declaration holds numbers, "
+            "texts and lists; make other objects inside your class"
+        )
+    return declared
+
+
+def option_names(cls: type) -> list[str]:
+    """Names of the arguments of `cls` that a user sets."""
+    return [name for name in signature(cls).parameters if name not in INJECTED]
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether text for an option of this type can name nothing that a parser would import."""
+    parts = get_args(hint)
+    if get_origin(hint) is Literal or hint in PLAIN:
+        return True
+    return get_origin(hint) in (*PLAIN, Union, UnionType, Sequence) and all(map(_is_plain, parts))
+
+
+def short_name(cls: type) -> str:
+    """The name of a class, with its module unless it is ours."""
+    ours = cls.__module__.startswith("pyro_vae.")
+    return cls.__name__ if ours else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def given(function: Callable[..., Any], known: Mapping[str, Any], *args: Any) -> Any:
+    """What a function or class makes of `args` and those of `known` that it takes."""
+    taken = signature(function).parameters
+    return function(*args, **{name: value for name, value in known.items() if name in taken})

@@ -5,10 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 __all__ = [
@@ -32,10 +32,13 @@ class Locked(ValueError):
     """Another process holds a lock file."""
 
 
-def write(path: PathLike, content: bytes | str | Iterable[bytes]) -> None:
+Content = bytes | str | Iterable[bytes] | Callable[[IO[bytes]], None]
+
+
+def write(path: PathLike, content: Content) -> None:
     """Replaces a file by other content, flushed to disk, wholly or not at all.
 
-    Content that comes in parts is written as it comes.
+    Content that comes in parts is written as it comes; a function writes it to the open file.
 
     Raises:
         ValueError: If there is something at `path` that is no plain file, such as a link.
@@ -48,7 +51,10 @@ def write(path: PathLike, content: bytes | str | Iterable[bytes]) -> None:
     try:
         content = content.encode() if isinstance(content, str) else content
         with open(os.open(temporary, NEW, 0o666), "wb") as file:
-            file.writelines([content] if isinstance(content, bytes) else content)
+            if callable(content):
+                content(file)
+            else:
+                file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -128,12 +134,13 @@ def damaged(path: PathLike, what: str, remedy: str = "write it again") -> Iterat
 def locked(path: PathLike) -> Iterator[None]:
     """Holds a lock file for this process, until it ends in whatever way; makes its folder.
 
-    A folder that holds nothing in the end is removed.
+    Its folder, and those above it that were made, are removed if they hold nothing in the end.
 
     Raises:
         Locked: If another process holds it.
     """
     path = Path(path)
+    made = [path.parent, *(folder for folder in path.parent.parents if not folder.exists())]
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
@@ -151,7 +158,8 @@ def locked(path: PathLike) -> Iterator[None]:
         finally:
             with suppress(OSError):
                 path.unlink()
-                path.parent.rmdir()
+                for folder in made:
+                    folder.rmdir()
     finally:
         os.close(handle)
 

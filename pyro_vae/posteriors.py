@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_vae import distributions
-from pyro_vae.arguments import Shown, check_real, check_whole
-from pyro_vae.distributions import Flow, flow_family
+from pyro_vae.arguments import Shown, as_shape, check_real, check_whole
+from pyro_vae.distributions import Flow, make_flow
 
 __all__ = ["DiagonalNormal", "FlowPosterior", "FullNormal", "Posterior"]
 
@@ -161,9 +161,8 @@ class FlowPosterior(Posterior):
         super().__init__(encoder, latent_dim)
         check_whole(transforms=transforms, context=context)
         self.context = context
-        self.flow = flow_family(flow)(
-            latent_dim, context, transforms=transforms, hidden_features=hidden, passes=2
-        )
+        hidden = as_shape("hidden", hidden) if hidden else ()
+        self.flow = make_flow(flow, latent_dim, context, transforms=transforms, hidden=hidden)
 
     @classmethod
     def num_params(cls, latent_dim: int, context: int = 64) -> int:

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from pyro_vae.arguments import Shown, check_real, check_whole
-from pyro_vae.distributions import Flow, flow_family, mixture
+from pyro_vae.arguments import Shown, as_shape, check_real, check_whole
+from pyro_vae.distributions import Flow, make_flow, mixture
 
 __all__ = [
     "ConditionalNormal",
@@ -230,12 +229,13 @@ class VampPrior(Prior):
         super().__init__()
         self._posterior = (posterior,)  # in a tuple, so that only the VAE owns it
         self._range_given = data_range is not None
-        low, high = (0.0, 1.0) if data_range is None else data_range
-        check_real(data_range=low)
-        check_real(data_range=high)
         check_whole(num_components=num_components)
-        if low >= high:
+        ends = (0.0, 1.0) if data_range is None else data_range
+        for end in ends if isinstance(ends, tuple | list) else (ends,):
+            check_real(data_range=end)
+        if not isinstance(ends, tuple | list) or len(ends) != 2 or ends[0] >= ends[1]:
             raise ValueError(f"data_range must be (low, high) with low < high; got {data_range}")
+        low, high = ends
         self.register_buffer("low", torch.tensor(float(low)))
         self.register_buffer("high", torch.tensor(float(high)))
         self.raw_inputs = nn.Parameter(torch.randn(num_components, *data_shape))
@@ -336,9 +336,8 @@ class FlowPrior(Prior):
     ) -> None:
         super().__init__()
         check_whole(latent_dim=latent_dim, transforms=transforms)
-        self.flow = flow_family(flow)(
-            latent_dim, transforms=transforms, hidden_features=hidden, passes=2
-        )
+        hidden = as_shape("hidden", hidden) if hidden else ()
+        self.flow = make_flow(flow, latent_dim, transforms=transforms, hidden=hidden)
 
     def forward(self, y: Tensor | None = None) -> Distribution:
         """The flow's distribution."""
@@ -347,7 +346,9 @@ class FlowPrior(Prior):
 
 @contextmanager
 def _frozen_statistics(module: nn.Module) -> Iterator[None]:
-    training = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    """Has what normalises by running statistics use them, without a change of them."""
+    known = [m for m in module.modules() if getattr(m, "running_mean", None) is not None]
+    training = [m for m in known if m.training]
     for m in training:
         m.training = False
     try:

@@ -173,10 +173,11 @@ class VAE(nn.Module):
         drawn = {name: d.sample(count) for name, d in own.items()}
         return self.likelihood(q.sample(count), y, **drawn).sample()
 
+    @torch.no_grad()
     def normalised(
         self, x: Tensor, y: Tensor | None = None, num_samples: int = 100
     ) -> tuple[Tensor, Tensor]:
-        """Shares of the counts in their total, as z explains them, under q(z | x, y).
+        """Shares of the counts in their total, as z explains them, under q(z | x, y); no gradient.
 
         Args:
             x: Counts [B, *E].
@@ -327,7 +328,7 @@ def _register_effect(parts: dict[str, nn.Module]) -> bool:
             if not parameter.requires_grad:
                 continue
             name = f"{part}$$${key}"
-            if name in store and store._params[name] is not parameter:
+            if name in store and store[name] is not parameter:
                 del store[name]
             if name not in store:
                 real: dict[str, constraints.Constraint] = {name: constraints.real}

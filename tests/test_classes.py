@@ -333,16 +333,19 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
     for labels in (torch.full((B,), C), torch.full((B,), -2), torch.full((B,), 0.5)):
         with pytest.raises(ValueError, match="labels must be from 0 to 2, for 3 classes, or -1"):
             fit(vae, (x, labels), progress=False)
+        wrong = next(label for label in labels.flatten().tolist() if label not in (-1, 0, 1, 2))
+        with pytest.raises(ValueError, match=f"unknown; got {wrong:g}"):
+            vae.check_labels(labels.tolist())
         for read in (vae.model, vae.encode, vae.reconstruct, lambda x, y: vae.sample(len(x), y)):
             with pytest.raises(ValueError, match="labels must be from 0 to 2"):
                 read(x, labels)
     with pytest.raises(ValueError, match=r"y must be labels \[B\]"):
         vae.model(x, torch.zeros(B, 2))
-    with pytest.raises(ValueError, match="classes go with condition_dim=0, for a datum has one y"):
+    with pytest.raises(ValueError, match="a datum has one y: give classes or a condition"):
         build(F, D, classes=C, condition_dim=2)
     with pytest.raises(ValueError, match=r"audit takes no model .* here \['y'\]"):
         audit(vae, x)
-    with pytest.raises(ValueError, match="label_weight with classes"):
+    with pytest.raises(ValueError, match="label_weight needs classes"):
         build(F, D, label_weight=1.0)
     with pytest.raises(ValueError, match="classes must be at least 2"):
         build(F, D, classes=1)

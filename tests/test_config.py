@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
+from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from families import CONDITIONAL
 
-from pyro_vae import config, declarations, likelihoods, networks, priors
-from pyro_vae.config import build
-from pyro_vae.declarations import component, declare
+from pyro_vae import config, likelihoods, networks, posteriors, priors
+from pyro_vae.config import build, component, declare
 from pyro_vae.objectives import Cyclical
 
 
@@ -89,10 +92,60 @@ def test_bad_declarations(arguments: dict, message: str) -> None:
         build(**{"data_shape": 7, "latent_dim": 2, **arguments})
 
 
+def counts() -> Iterator[tuple[str, str, str]]:
+    """Options of whole numbers, of every class that is declared."""
+    for family in ("prior", "likelihood", "posterior", "encoder", "decoder", "objective"):
+        for name, cls in config.components(family).items():
+            for option, parameter in signature(cls).parameters.items():
+                if type(parameter.default) is int and option not in config.INJECTED:
+                    yield family, name, option
+
+
+@pytest.mark.parametrize(("family", "name", "option"), [*counts()])
+def test_a_count_below_zero_is_refused_by_its_name(family: str, name: str, option: str) -> None:
+    def made() -> None:
+        part = component(family, {name: {option: -1}})
+        if family == "objective":
+            part.made()
+        build((1, 8, 8), 2, **{family: part}, condition_dim=3 * (name == "ConditionalNormal"))
+
+    with pytest.raises(ValueError, match=f"{option} must .* got -1"):
+        made()
+
+
+def test_a_number_of_parts_is_refused_by_its_name() -> None:
+    for likelihood, option in (("MixtureOfLogistics", "components"), ("Categorical", "levels")):
+        with pytest.raises(ValueError, match=f"^{option} must be at least 1; got 0"):
+            build(7, 2, likelihood={likelihood: {option: 0}})
+    with pytest.raises(ValueError, match="^context must be at least 1; got 0"):
+        build(7, 2, posterior={"FlowPosterior": {"context": 0}})
+
+
+@pytest.mark.parametrize(
+    ("part", "option", "value"),
+    [
+        (priors.FlowPrior, "hidden", [0]),
+        (priors.FlowPrior, "hidden", [-1]),
+        (posteriors.FlowPosterior, "hidden", [-1]),
+        (priors.VampPrior, "data_range", 5),
+        (priors.VampPrior, "data_range", [1.0]),
+        (priors.VampPrior, "data_range", [1, 0]),
+        (priors.VampPrior, "data_range", ["a", 1]),
+        (networks.MLP, "hidden", 5),
+        (networks.MLP, "hidden", "5"),
+    ],
+)
+def test_options_given_in_python_are_refused_by_name(part: Any, option: str, value: Any) -> None:
+    shape = {"data_shape": (7,), "in_shape": 7, "out_shape": 3}
+    given = {"latent_dim": 3, "posterior": networks.MLP(7, 3), "encoder": networks.MLP(7, 64)}
+    with pytest.raises(ValueError, match=f"{option} must be"):
+        config.given(part, {**shape, **given, option: value})
+
+
 def test_what_was_checked_is_not_parsed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"prior": "VampPrior", "likelihood": "Normal", "posterior": "FullNormal"}
     parts = {f: component(f, n) for f, n in {**names, "encoder": "MLP", "decoder": "MLP"}.items()}
-    monkeypatch.setattr(declarations, "ArgumentParser", lambda **_: pytest.fail("parsed again"))
+    monkeypatch.setattr(config, "ArgumentParser", lambda **_: pytest.fail("parsed again"))
     vae = build(7, 2, **parts, condition_dim=3)
     assert {family: vae.declaration[family] for family in names} == {
         family: parts[family].plain for family in names
@@ -143,6 +196,19 @@ def test_own_class_is_found_by_full_path() -> None:
     assert vae.prior.shift == 2.0
     assert vae.declaration["prior"]["class_path"] == f"{Own.__module__}.{Own.__qualname__}"
     assert type(build(**vae.declaration).prior) is Own
+
+
+def test_own_classes_that_share_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(name: str) -> type:
+        return type(name, (priors.Laplace,), {"__module__": "own_priors"})
+
+    ours, first, second = made("StandardNormal"), made("Mine"), made("Mine")
+    monkeypatch.setitem(sys.modules, "own_priors", ModuleType("own_priors"))
+    for name, cls in (("own_priors.StandardNormal", ours), ("Mine", second)):
+        vae = build(7, 2, prior=name)
+        assert type(vae.prior) is cls, first
+        assert type(build(**vae.declaration).prior) is cls
+    assert type(build(7, 2).prior) is priors.StandardNormal
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from pyro_vae.distributions import (
     Levels,
     MixtureOfDiagonalNormals,
     flow_family,
+    make_flow,
     mixture,
 )
 
@@ -315,3 +316,8 @@ def test_importing_flows_leaves_torch_validation(validate: bool) -> None:
 def test_unknown_flow_is_refused() -> None:
     with pytest.raises(ValueError, match="no flow 'Nope'"):
         flow_family("Nope")
+    for name in ("CNF", "Flow"):
+        with pytest.raises(ValueError, match=f"zuko's {name} is not made of transforms"):
+            make_flow(name, 3, transforms=2, hidden=(7,))
+    p = Flow(make_flow("NICE", 3, transforms=2, hidden=(7,))())
+    assert p.rsample((5,)).shape == (5, 3)

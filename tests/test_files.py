@@ -223,12 +223,12 @@ def test_a_second_training_of_a_run_is_refused(
         with pytest.raises(ValueError, match="is being written by another process"):
             trained(run, 2, resume=True)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    new = tmp_path / "new"
+    new = tmp_path / "runs" / "new"
     with files.locked(new / "train.lock"):
         assert main(["train", "--limit=53", "--epochs=1", f"--run={new}"]) == 2
         assert [path.name for path in new.iterdir()] == ["train.lock"]
     assert f"{new} is being written by another process" in capsys.readouterr().err
-    assert not new.exists()
+    assert not new.parent.exists()
 
 
 def test_a_killed_process_holds_no_lock(tmp_path: Path) -> None:

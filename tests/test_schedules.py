@@ -12,7 +12,7 @@ import torch
 import yaml
 from training.training_cases import QUIET, Stop, make_data, make_vae, same, weights
 
-from pyro_vae import declarations
+from pyro_vae import config
 from pyro_vae.__main__ import main
 from pyro_vae.objectives import (
     CIWAE,
@@ -271,12 +271,12 @@ def test_a_run_records_the_schedule(tmp_path: Path) -> None:
 def test_a_schedule_is_declared_in_place_of_a_number() -> None:
     beta = {"class_path": "Linear", "init_args": {"length": 7, "unit": "epoch"}}
     declared = {"class_path": "ELBO", "init_args": {"beta": beta, "kl": "sampled"}}
-    cls, options = declarations.component("objective", declared)
+    cls, options = config.component("objective", declared)
     assert (cls, options["kl"]) == (ELBO, "sampled")
     assert options["beta"] == Linear(length=7, unit="epoch")
     assert cls(**options).schedules == {"beta": Linear(length=7, unit="epoch")}
     plain = {"class_path": "ELBO", "init_args": {"beta": 2.0}}
-    assert declarations.component("objective", plain)[1]["beta"] == 2.0
+    assert config.component("objective", plain)[1]["beta"] == 2.0
 
 
 def test_a_declaration_is_kept_plain_with_short_names() -> None:
@@ -287,7 +287,7 @@ def test_a_declaration_is_kept_plain_with_short_names() -> None:
     }
     defaults = {"start": 0.0, "end": 1.0, "delay": 0.0, "unit": "step"}
     linear = {"class_path": "Linear", "init_args": {"length": 7, **defaults}}
-    assert declarations.component("objective", declared).plain == {
+    assert config.component("objective", declared).plain == {
         "class_path": "ELBO",
         "init_args": {"beta": linear, "kl": "auto", "num_particles": 1},
     }
@@ -313,7 +313,7 @@ def test_a_declaration_is_kept_plain_with_short_names() -> None:
 )
 def test_wrong_declarations_are_refused(init_args: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        declarations.component("objective", {"class_path": "ELBO", "init_args": init_args})
+        config.component("objective", {"class_path": "ELBO", "init_args": init_args})
 
 
 FOREIGN = [

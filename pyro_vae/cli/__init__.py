@@ -33,8 +33,8 @@ DATA: Options = {
         "none, threshold, static, dynamic, dequantise, rescale or standardise; auto fits the "
         "likelihood",
     ),
-    "--validation": option(int | float | None, None, "rows or share held out"),
-    "--split_seed": option(int, 0, "of the split and of fixed noise"),
+    "--validation": option(int | float | None, None, "number or share of rows held out"),
+    "--split_seed": option(int, 0, "seed of the split and of fixed noise"),
     "--conditional": option(bool, False, "condition on labels or on y"),
     "--schema": option(dict | None, None, "kinds of columns of a table, by name"),
     "--limit": option(int | None, None, "at most this many rows of each part, spread over it"),
@@ -64,28 +64,26 @@ SPEED: Options = {
         "highest",
         "precision of float32 matrix products: the others may round to bfloat16",
     ),
-    "--threads": option(int | None, None, "of each process; torch's own choice"),
+    "--threads": option(int | None, None, "threads of each process; torch chooses if not given"),
 }
 IMPORT: Options = {
-    "--import": option(str | None, None, "module that defines classes of yours"),
+    "--import": option(str | None, None, "Python module that defines your own classes"),
 }
 TRAINING: Options = {
     "--epochs": option(int, 100, "passes over the training part"),
-    "--batch_size": option(int, 100),
+    "--batch_size": option(int, 100, "rows of a step"),
     "--optimizer": option(str | dict, "Adam", "of torch.optim, by name"),
     "--lr": option(float, 1e-3, "learning rate"),
     "--schedule": option(str | dict | None, None, "of torch.optim.lr_scheduler"),
-    "--clip_norm": option(float | None, None, "greatest norm of all gradients"),
-    "--patience": option(int | None, None, "epochs without a better bound"),
-    "--seed": option(int, 0),
-    "--seeds": option(
-        int, 1, "runs from so many seeds, from --seed on, in folders of the run; for compare"
-    ),
+    "--clip_norm": option(float | None, None, "largest norm of the gradient"),
+    "--patience": option(int | None, None, "stop after so many epochs without a better bound"),
+    "--seed": option(int, 0, "of weights, order and noise"),
+    "--seeds": option(int, 1, "number of runs, from --seed on, whose spread compare shows"),
     "--devices": option(
-        int, 1, "GPUs, or processes where there is none; of several seeds, runs at a time"
+        int, 1, "number of GPUs, or of processes without one; with --seeds, runs at a time"
     ),
-    "--accelerator": option(str, "auto"),
-    "--precision": option(str, "32-true"),
+    "--accelerator": option(str, "auto", "auto, cpu or cuda; auto: a GPU where there is one"),
+    "--precision": option(str, "32-true", "32-true, 64-true, bf16-mixed or 16-mixed"),
     **SPEED,
     "--compile": option(bool | None, None, "compile the step; if training is long"),
     "--tensorboard": option(bool, False, "also log for TensorBoard; needs pyro-vae[tensorboard]"),
@@ -115,9 +113,9 @@ WORK: Options = {
     "--chunk_size": option(
         int | None,
         None,
-        "draws times rows that the model sees at once; null: 1000, for the cache of a CPU",
+        "draws x rows in one pass of the model; null: 1000, which suits a CPU",
     ),
-    "--devices": option(int, 1, "GPUs, or processes, that share the rows"),
+    "--devices": option(int, 1, "number of GPUs, or of processes, that share the rows"),
     "--accelerator": option(
         Literal["auto", "cpu", "cuda"], "auto", "auto: a GPU where there is one"
     ),
@@ -143,20 +141,19 @@ class Command(NamedTuple):
         function: The module of this package and the function in it that runs the command.
         help: What it does, in a line.
         options: The arguments of its parser.
-        usage: What its arguments are called.
         example: Arguments that one may give.
     """
 
     function: str
     help: str
     options: Options
-    usage: str = "RUN"
     example: str = ""
 
     def about(self, name: str) -> dict[str, Any]:
         """Usage, description and example, as parsers take them."""
+        named = [key.upper() for key in self.options if not key.startswith("--")]
         return {
-            "usage": " ".join(["pyro-vae", name, *self.usage.split(), "[options]"]),
+            "usage": " ".join(["pyro-vae", name, *named, "[options]"]),
             "description": f"{self.help[0].upper()}{self.help[1:]}.",
             "epilog": f"example: pyro-vae {name} {self.example}" if self.example else None,
         }
@@ -167,13 +164,11 @@ COMMANDS = {
         "train.demo",
         "train on bundled digits, evaluate, draw figures: three minutes",
         {"--run": option(str | None, None, "new folder of the run")},
-        usage="",
     ),
     "train": Command(
         "train.train",
         "train a VAE on a data set, file or image folder; leaves a run folder",
         {**DATA, **MODEL, **TRAINING},
-        usage="",
     ),
     "evaluate": Command(
         "evaluate.evaluate",
@@ -202,10 +197,9 @@ COMMANDS = {
                 None,
                 "draws of the encoder, a cheap lower bound; null: log_evidence",
             ),
-            "--p_values": option(int, 0, "rank rows among so many held-out ones, and drawn ones"),
+            "--p_values": option(int, 0, "also rank rows among N held-out ones and N drawn ones"),
             **ESTIMATE,
         },
-        usage="RUN FILE",
         example="runs/mnist-1 new.npz --out scores.csv",
     ),
     "compare": Command(
@@ -218,7 +212,6 @@ COMMANDS = {
             **PART,
             **ESTIMATE,
         },
-        usage="RUN RUN",
         example="runs/mnist-1 runs/mnist-2 --limit 200",
     ),
     "sample": Command(
@@ -238,7 +231,6 @@ COMMANDS = {
         "use.encode",
         "posterior means and scales of a file's rows, as .npz or .csv",
         {**FILE, **out(".npz or .csv file")},
-        usage="RUN FILE",
         example="runs/mnist-1 new.npz --out codes.csv",
     ),
     "impute": Command(
@@ -248,10 +240,9 @@ COMMANDS = {
             **RUN,
             "file": {"help": ".npz, .npy or .csv file"},
             **out("file of the same kind"),
-            "--draws": option(int, 20, "files of draws beside it; 0: none"),
+            "--draws": option(int, 20, "more files, each filled in by another draw; 0: none"),
             **WORK,
         },
-        usage="RUN FILE",
         example="runs/people-1 new.csv --draws 5",
     ),
     "classify": Command(
@@ -268,7 +259,6 @@ COMMANDS = {
             **SEEDED,
             **out(".csv file; FILE.classes.csv"),
         },
-        usage="RUN FILE",
         example="runs/few new.csv --out classes.csv",
     ),
     "plot": Command("figures.plot", "the figures of a run again", RUN),

@@ -125,7 +125,7 @@ def traversal(vae: VAE, data: Data, kl: Tensor) -> Figure:
     top, values = kl.argsort(descending=True)[:10], torch.linspace(-3, 3, 11)
     with torch.no_grad():
         z = vae.encode(x, y).mean.expand(len(top), len(values), -1).clone()
-        z[torch.arange(len(top)), :, top] = values
+        z[torch.arange(len(top)), :, top] = values.to(z)
         z = torch.stack([followed(vae.prior(y), *pair) for pair in zip(z, top.tolist())])
         again = None if y is None else y.expand(len(top), len(values), -1)
         images = data.transform.inverse(vae.likelihood(z, again).mean)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import warnings
 from collections.abc import Collection, Iterator
@@ -15,8 +14,8 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from pyro_vae import declarations
-from pyro_vae.arguments import check_whole, closest, name_and_options
+from pyro_vae import config
+from pyro_vae.arguments import check_whole, closest
 from pyro_vae.cli import COMMANDS, DATA, FAMILIES
 from pyro_vae.files import check_folder, reading
 
@@ -50,8 +49,9 @@ SWITCHES = {
     for key, settings in command.options.items()
     if settings.get("action") == "store_true"
 } | {"help", "help_all"}
+FEWER = "ask for fewer rows at once, draws, classes or latents, or for narrower layers"
+LONGEST = 1000  # characters of a message
 LARGEST = 10_000  # values of a configuration
-KINDS = {"int": "a whole number", "float": "a number", "tuple": 'a list, such as "[300,300]"'}
 TYPED_ONLY = ("config", "print_config")  # options that no file holds
 NOT_IN_FILES = (*TYPED_ONLY, "run", "resume", "import")
 
@@ -61,25 +61,22 @@ def run(argv: list[str]) -> int:
     name, *rest = argv
     try:
         if name not in COMMANDS:
-            raise ValueError(f"unknown command{closest(name, COMMANDS)}")
+            raise ValueError(f"unknown command{closest(name, COMMANDS)}: see pyro-vae --help")
         options = parse(name, rest)
         module, _, function = COMMANDS[name].function.partition(".")
-        with _short_warnings(), _computing(options):
+        with _as_asked(options):
             getattr(import_module(f"pyro_vae.cli.{module}"), function)(options)
-    except ERRORS as error:
+    except (*ERRORS, MemoryError, RuntimeError) as error:
         line = " ".join(str(error).partition("\nTrace Shapes:")[0].split())  # which Pyro adds
-        print(f"pyro-vae {name}: {_plain(line)}", file=sys.stderr)
+        if isinstance(error, MemoryError) or "allocate" in line or "out of memory" in line:
+            line = f"this takes more memory than there is: {FEWER}"
+        elif not isinstance(error, ERRORS):
+            raise
+        line = config.plain_words(line)
+        line = line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
+        print(f"pyro-vae {name}: {line}", file=sys.stderr)
         return 2
     return 0
-
-
-def _plain(line: str) -> str:
-    """What jsonargparse says of a value, in the words of the command line."""
-    form = r"(.*)Parser key \"([\w.]+)\": Expected a <class '(\w+)'>(.*)"
-    found = re.fullmatch(form, line)
-    if found is None or found[3] not in KINDS:
-        return line
-    return f"{found[1]}--{found[2].replace('_', '-')} expects {KINDS[found[3]]}{found[4]}"
 
 
 def parse(command: str, argv: list[str]) -> Namespace:
@@ -106,7 +103,7 @@ def parse(command: str, argv: list[str]) -> Namespace:
     declared, argv = _declared(_resumed(argv), parser)
     options = parser.parse_args(argv)
     for family in FAMILIES:
-        options[family] = declarations.component(family, declared[family])
+        options[family] = config.component(family, declared[family])
     if options.print_config:
         print(yaml.safe_dump(plain_options(options, TYPED_ONLY), sort_keys=False), end="")
         raise SystemExit(0)
@@ -144,16 +141,16 @@ def _declared(argv: list[str], parser: ArgumentParser) -> tuple[dict[str, Any], 
     for family, option, text in sorted(given, key=lambda one: len(one[1])):  # classes first
         if option == ["help"]:
             _print_options(family, text)
-        declared[family] = declarations.declare(family, declared[family], option, text)
+        declared[family] = config.declare(family, declared[family], option, text)
     return declared, rest
 
 
 def _print_options(family: str, name: str) -> NoReturn:
     """The options of a class, as the arguments that set them."""
-    cls = declarations.named_class(family, name)
+    cls = config.named_class(family, name)
     usage = f"pyro-vae train --{family} {cls.__name__} [--{family}.OPTION VALUE ...]"
     parser = ArgumentParser(usage=usage, add_help=False)
-    parser.add_class_arguments(cls, skip=declarations.INJECTED)
+    parser.add_class_arguments(cls, skip=config.INJECTED)
     parser.print_help()
     raise SystemExit(0)
 
@@ -195,7 +192,7 @@ def make_parser(name: str) -> ArgumentParser:
     for key, settings in command.options.items():
         parser.add_argument(key, **settings)
     for family, default in FAMILIES.items() if name == "train" else ():
-        known = ", ".join(sorted(declarations.components(family)))
+        known = ", ".join(config.components(family))
         text = f"a class, and its options as --{family}.OPTION (--{family}.help CLASS): {known}"
         parser.add_argument(f"--{family}", type=str, default=default, help=text)
     return parser
@@ -203,7 +200,7 @@ def make_parser(name: str) -> ArgumentParser:
 
 def _resumed(argv: list[str]) -> list[str]:
     """With `--resume RUN`, the options of that run come first, also those it left unnamed."""
-    for argument in argv:
+    for argument in reversed(argv):  # the last one counts
         name, given, folder = argument.partition("=")
         if name != "--resume" or not given:
             continue
@@ -211,16 +208,15 @@ def _resumed(argv: list[str]) -> list[str]:
         declaration = Path(folder) / "config.yaml"
         if not declaration.exists():
             raise ValueError(
-                f"{folder} cannot be resumed: it has no config.yaml, which pyro-vae train writes; "
-                "give the folder of a run that it began"
+                f"{folder or repr('')} cannot be resumed: it has no config.yaml, which pyro-vae "
+                "train writes; give the folder of a run that it began"
             )
         with reading(declaration):
             named = _read_yaml(declaration).get("likelihood", FAMILIES["likelihood"])
-            likelihood, options = name_and_options("likelihood", named)
-            cls: Any = declarations.named_class("likelihood", likelihood)
-        unnamed = [name for name in cls.before if name not in options]  # by older versions
-        older = [f"--likelihood.{name}={cls.before[name]}" for name in unnamed]
-        return [f"--config={declaration}", f"--run={folder}", *older, *argv]
+            likelihood = yaml.safe_dump(config.as_named_now(named))
+        return [
+            f"--config={declaration}", f"--run={folder}", f"--likelihood={likelihood}", *argv
+        ]  # fmt: skip
     return argv
 
 
@@ -228,14 +224,17 @@ def _read_config(path: str, parser: ArgumentParser) -> dict[str, Any]:
     """The options of a configuration file, each known, its classes too."""
     content, known = _read_yaml(path), {*parser.get_defaults().keys()}
     for key in content:
-        if key not in known or (key in NOT_IN_FILES and content[key] is not None):
+        if key in NOT_IN_FILES and content[key] is not None:
+            raise ValueError(f"configuration {path} cannot set {key!r}: type --{key} instead")
+        if key not in known:
+            hint = closest(str(key), known - {*NOT_IN_FILES})
             raise ValueError(
-                f"configuration {path} cannot set {key!r}{closest(str(key), known)}: "
+                f"configuration {path} has {key!r}, which is no option{hint}: "
                 f"see {parser.prog} --help"
             )
     parts = {family: content.pop(family) for family in FAMILIES if family in content}
     with reading(path):
-        made = {family: declarations.component(family, part) for family, part in parts.items()}
+        made = {family: config.component(family, part) for family, part in parts.items()}
     return made | _typed(path, content, parser)
 
 
@@ -274,11 +273,10 @@ def _is_small(content: Any) -> bool:
 
 def data_options(path: Path) -> Namespace:
     """The options of the data in a run's configuration, of their types."""
-    parser = ArgumentParser(exit_on_error=False)
-    for key, settings in DATA.items():
-        parser.add_argument(key, **settings)
+    parser = make_parser("train")
     content = {key: value for key, value in _read_yaml(path).items() if f"--{key}" in DATA}
-    return Namespace(**(parser.get_defaults().as_dict() | _typed(path, content, parser)))
+    parser.set_defaults(_typed(path, content, parser))
+    return parser.get_defaults()
 
 
 def _typed(path: str | Path, content: dict[str, Any], parser: ArgumentParser) -> dict[str, Any]:
@@ -296,32 +294,29 @@ def _typed(path: str | Path, content: dict[str, Any], parser: ArgumentParser) ->
 
 
 @contextmanager
-def _computing(options: Namespace) -> Iterator[None]:
-    """The precision of matrix products and the threads that a command asks for."""
+def _as_asked(options: Namespace) -> Iterator[None]:
+    """The devices, threads and precision that a command asks for; warnings as one line."""
     import torch
 
+    from pyro_vae.processes import check_processes
     from pyro_vae.runtime import threads
+    from pyro_vae.training.engine import uses_cuda
 
     precision, number = torch.get_float32_matmul_precision(), options.get("threads")
     most = os.cpu_count() or 1
     check_whole(devices=options.get("devices", 1))
+    if options.get("devices", 1) > 1:
+        check_processes(options.devices, "cuda" if uses_cuda(options.accelerator) else "cpu")
     if number is not None and not 1 <= number <= most:
         raise ValueError(
             f"threads must be from 1 to {most}, the processors of this machine; got {number}"
         )
     torch.set_float32_matmul_precision(options.get("matmul", precision))
     try:
-        with threads(number or torch.get_num_threads()):
+        with threads(number or torch.get_num_threads()), warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(
+                f"warning: {' '.join(str(message).split())}", file=sys.stderr
+            )
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
-
-
-@contextmanager
-def _short_warnings() -> Iterator[None]:
-    """Warnings as one line, without the place in the source that gave them."""
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(
-            f"warning: {' '.join(str(message).split())}", file=sys.stderr
-        )
-        yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor
 
-from pyro_vae import config, declarations
+from pyro_vae import config
 from pyro_vae.arguments import check_whole, closest
 from pyro_vae.cli.evaluate import evaluate
 from pyro_vae.cli.figures import KlParts, draw
@@ -145,7 +146,7 @@ def _fit(
             "callbacks": [KlParts(folder, splits.validation)],
             "loggers": loggers,
         }
-        history: History = declarations.given(fit, {**vars(options), **arguments})
+        history: History = config.given(fit, {**vars(options), **arguments})
         return history
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_go_on(folder, options)) from None
@@ -165,7 +166,7 @@ def _splits(options: Namespace) -> Splits:
         conditional=options.conditional,
         limit=options.limit,
         even=known.get("description", {"even": True}).get("even", False),
-        schema=options.schema or ({} if is_table else None),
+        schema={} if options.schema is None and is_table else options.schema,
     )
     train = splits.train
     if train.schema is not None:
@@ -176,7 +177,7 @@ def _splits(options: Namespace) -> Splits:
             )
         options.schema = train.schema.plain
         if cls is Bernoulli:  # the usual one, which nobody asked for
-            options.likelihood = declarations.component("likelihood", "Columns")
+            options.likelihood = config.component("likelihood", "Columns")
         columns = options.likelihood.options["columns"] or {}
         options.likelihood = options.likelihood.having(columns=columns)
     name = options.transform
@@ -212,7 +213,7 @@ def _go_on(folder: Path, options: Namespace) -> str:
     if not (folder / "run.json").exists():
         return ""
     module = f" --import {options['import']}" if options["import"] else ""
-    return f"; go on with: pyro-vae train --resume {folder}{module}"
+    return f"; go on with: pyro-vae train --resume {shlex.quote(str(folder))}{module}"
 
 
 def _build(options: Namespace, splits: Splits) -> VAE:
@@ -232,11 +233,12 @@ def _build(options: Namespace, splits: Splits) -> VAE:
         "condition_dim": 0 if data.y is None else data.y.shape[1],
         "missing": splits.missing if options.missing is None else options.missing,
     }
-    vae: VAE = declarations.given(config.build, {**vars(options), **found}, data.data_shape)
+    vae: VAE = config.given(config.build, {**vars(options), **found}, data.data_shape)
     if options.resume:
         with reading(Path(options.resume) / "run.json"):
             before = read_run(options.resume)["declaration"]
-            if before and config.as_named_now(before) == vae.declaration:
+            now = before and {"likelihood": config.as_named_now(before["likelihood"])}
+            if before and {**before, **now} == vae.declaration:
                 vae.declaration = before  # the run goes on under its own
     return vae
 
@@ -249,6 +251,8 @@ def _run_folder(options: Namespace) -> Path:
     if not options.run.strip():
         raise ValueError(f"run must name a folder; got {options.run!r}")
     folder = Path(options.run)
+    if options.resume is not None and folder != Path(options.resume):
+        raise ValueError(f"resume goes on in {options.resume} itself: leave --run out")
     if options.resume is None and (folder / "run.json").exists():
         raise ValueError(f"{folder} holds a run: choose another --run, or go on with --resume")
     if options.resume is not None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from zipfile import ZipFile
 
 import numpy as np
@@ -80,56 +80,22 @@ def _codes(parts: list[Path], out: Path) -> str:
     """Writes the means and scales of all parts; what is to be said of them."""
     shapes = [np.load(part, mmap_mode="r").shape for part in parts]
     rows, width = sum(rows for rows, _ in shapes), shapes[0][1] // 2
-    (_codes_archive if out.suffix == ".npz" else _codes_table)(parts, out, rows, width)
-    return f"means and scales of {rows} rows in {out}"
 
-
-def _codes_archive(parts: list[Path], out: Path, rows: int, width: int) -> None:
-    """Writes `mean` and `scale` [N, D] of all parts."""
-
-    def blocks() -> Iterator[bytes]:
-        made = Taken()
-        with ZipFile(made, "w") as archive:
+    def archive(file: IO[bytes]) -> None:
+        with ZipFile(file, "w") as made:
             for i, name in enumerate(("mean", "scale")):
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                    half = slice(i * width, (i + 1) * width)
-                    for block in npy((np.load(part)[:, half] for part in parts), (rows, width)):
-                        file.write(block)
-                        yield made.take()
-        yield made.take()
+                half = slice(i * width, (i + 1) * width)
+                with made.open(f"{name}.npy", "w", force_zip64=True) as array:
+                    array.writelines(npy((np.load(p)[:, half] for p in parts), (rows, width)))
 
-    write(out, blocks())
-
-
-class Taken(io.RawIOBase):
-    """A file whose bytes are taken away while it is written."""
-
-    def __init__(self) -> None:
-        self.written: list[bytes] = []
-
-    def write(self, data: Any) -> int:
-        """Keeps `data` until it is taken."""
-        self.written.append(bytes(data))
-        return len(data)
-
-    def take(self) -> bytes:
-        """What was written since the last time."""
-        taken, self.written = b"".join(self.written), []
-        return taken
-
-
-def _codes_table(parts: list[Path], out: Path, rows: int, width: int) -> None:
-    """Writes a table of all parts."""
-
-    def blocks() -> Iterator[bytes]:
+    def table(file: IO[bytes]) -> None:
         head = [f"{kind}{d}" for kind in ("mean", "scale") for d in range(width)]
-        yield (",".join(head) + "\n").encode()
+        file.write((",".join(head) + "\n").encode())
         for part in parts:
-            file = io.BytesIO()
             np.savetxt(file, np.load(part), "%.9g", ",")
-            yield file.getvalue()
 
-    write(out, blocks())
+    write(out, archive if out.suffix == ".npz" else table)
+    return f"means and scales of {rows} rows in {out}"
 
 
 def impute(options: Namespace) -> None:

@@ -7,6 +7,7 @@ from pyro_vae.distributions.latents import (
     Joint,
     MixtureOfDiagonalNormals,
     flow_family,
+    make_flow,
     mixture,
 )
 from pyro_vae.distributions.rows import Incomplete, OfTotal, Product, Rows
@@ -38,5 +39,6 @@ __all__ = [
     "Product",
     "Rows",
     "flow_family",
+    "make_flow",
     "mixture",
 ]

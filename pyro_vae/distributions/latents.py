@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import pyro.distributions as dist
@@ -22,6 +23,7 @@ __all__ = [
     "Joint",
     "MixtureOfDiagonalNormals",
     "flow_family",
+    "make_flow",
     "mixture",
 ]
 
@@ -267,3 +269,21 @@ def flow_family(name: str) -> Any:
     if not isinstance(getattr(flows, name, None), type):
         raise ValueError(f"zuko has no flow {name!r}: choose, for example, 'NSF', 'MAF' or 'NICE'")
     return getattr(flows, name)
+
+
+def make_flow(
+    name: str, features: int, context: int = 0, *, transforms: int, hidden: Sequence[int]
+) -> Any:
+    """The zuko flow `name`, autoregressive ones as coupling flows, which are fast both ways.
+
+    Raises:
+        ValueError: If zuko has none of this name, or it is not made of transforms with networks.
+    """
+    options = {"transforms": transforms, "hidden_features": hidden}
+    for coupling in ({"passes": 2}, {}):
+        with suppress(TypeError):  # NICE has no other way, and takes no `passes`
+            return flow_family(name)(features, context, **options, **coupling)
+    raise ValueError(
+        f"zuko's {name} is not made of transforms with hidden layers: choose, for example, 'NSF', "
+        "'MAF' or 'NICE'"
+    )

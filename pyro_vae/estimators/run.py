@@ -19,7 +19,7 @@ from pyro_vae.densities import Densities, Program, densities, evaluating
 from pyro_vae.estimators.coordinates import Coordinates
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.target import ROWS, CompiledTarget, Target
-from pyro_vae.processes import in_processes
+from pyro_vae.processes import check_processes, in_processes
 from pyro_vae.runtime import (
     alone,
     forked,
@@ -229,11 +229,7 @@ def _with_store(part: tuple[Work[T], Any]) -> list[T]:
 def _check_devices(devices: int, programs: Sequence[Program], device: torch.device) -> None:
     if devices == 1:
         return
-    if device.type == "cuda" and devices > torch.cuda.device_count():
-        raise ValueError(
-            f"devices={devices}, but this machine has {torch.cuda.device_count()} GPU(s): give as "
-            "many, or keep model and data on the CPU, where devices are processes"
-        )
+    check_processes(devices, device.type)
     for program in programs:
         if not isinstance(getattr(program, "__self__", program), nn.Module):
             raise ValueError(

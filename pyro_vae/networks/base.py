@@ -57,6 +57,8 @@ class Network(nn.Module):
         self.out_shape = as_shape("out_shape", out_shape)
         check_whole(0, condition_dim=condition_dim)
         for name, sizes in widths.items():
+            if not isinstance(sizes, tuple | list):
+                raise ValueError(f"{name} must be a list, such as (300, 300); got {sizes!r}")
             if sizes:
                 as_shape(name, sizes)
         self.condition_dim = condition_dim

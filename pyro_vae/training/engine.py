@@ -194,6 +194,11 @@ class Engine:
                     return in_processes(work, parts, self._kind, indices)[0]
             if not _under_torchrun():
                 return self._here(function, task, self.indices[0])
+            if os.environ.get("MASTER_PORT") == "0":
+                raise ValueError(
+                    "torchrun left MASTER_PORT at 0, where the processes cannot meet: give "
+                    "--master-port a free port, or --standalone on one host"
+                )
             if not distributed.is_initialized():
                 distributed.init_process_group(self._backend)
                 atexit.register(_leave)

@@ -100,6 +100,7 @@ def test_batches_are_estimated_alike_wherever_they_are(
         return [function(part) for part in reversed(sent)][::-1]
 
     monkeypatch.setattr("pyro_vae.estimators.run.in_processes", here)
+    monkeypatch.setattr("pyro_vae.estimators.run.check_processes", lambda *_: None)
     owner, x = Gaussian(), data(11)
     results = [
         estimate(owner.model, owner.guide, x, chunk_size=28, devices=devices, **options)
@@ -153,3 +154,5 @@ def test_programs_and_devices_that_are_refused() -> None:
     for devices in (0, 1.5, [0, 1]):
         with pytest.raises(ValueError, match="devices must be (a whole number, )?at least 1"):
             importance_sampling(owner.model, owner.guide, x, devices=devices)  # type: ignore
+    with pytest.raises(ValueError, match="devices=1000 were asked for; this machine has"):
+        importance_sampling(owner.model, owner.guide, x, devices=1000)

@@ -370,6 +370,16 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, out
 
 
+def test_processes_that_cannot_meet_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 0}
+    for name, value in given.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("torch.distributed.is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda _: pytest.fail("waits"))
+    with pytest.raises(ValueError, match="MASTER_PORT at 0.* give --master-port a free port"):
+        Engine("cpu", 1).run(lambda group, task: None, None)
+
+
 @pytest.mark.slow
 def test_torchrun(tmp_path: Path) -> None:
     run = tmp_path / "run"
