@@ -20,6 +20,7 @@ from pyro_vae.distributions import (
     FullNormal,
     Levels,
     MixtureOfDiagonalNormals,
+    Poisson,
     flow_family,
     make_flow,
     mixture,
@@ -155,6 +156,18 @@ def test_discretized_logistic_mean_is_the_sum_over_its_levels() -> None:
     k = torch.arange(13, dtype=torch.float64)
     truth = (p.log_prob(k[:, None]).exp() * k[:, None]).sum(0)
     torch.testing.assert_close(p.mean, truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("log_rate", [-200.0, -3.0, 2.0, 13.8, 80.0])
+@pytest.mark.parametrize("value", [0.0, 3.0, 1e6])
+def test_poisson_in_high_precision(log_rate: float, value: float) -> None:
+    eta = torch.tensor(log_rate, requires_grad=True)
+    found = Poisson(eta).log_prob(torch.tensor(value))
+    rate = mpmath.exp(eta.item())
+    exact = eta.item() * value - rate - mpmath.loggamma(value + 1)
+    torch.testing.assert_close(found.item(), float(exact), rtol=1e-6, atol=1e-6)
+    (slope,) = torch.autograd.grad(found, eta)
+    torch.testing.assert_close(slope.item(), float(value - rate), rtol=1e-6, atol=1e-6)
 
 
 def test_levels_have_a_mean() -> None:

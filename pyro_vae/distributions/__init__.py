@@ -19,6 +19,7 @@ from pyro_vae.distributions.scalars import (
     Label,
     Levels,
     MixtureOfLogistics,
+    Poisson,
 )
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "MixtureOfDiagonalNormals",
     "MixtureOfLogistics",
     "OfTotal",
+    "Poisson",
     "Product",
     "Rows",
     "flow_family",

@@ -20,6 +20,7 @@ __all__ = [
     "Label",
     "Levels",
     "MixtureOfLogistics",
+    "Poisson",
     "Shape",
 ]
 
@@ -42,6 +43,31 @@ class Bernoulli(dist.Bernoulli):
             self._validate_sample(value)
         sign = 2 * value.to(self.logits.dtype) - 1
         return F.logsigmoid(sign * self.logits)
+
+
+class Poisson(dist.Poisson):
+    r"""Pyro's Poisson by its log rate, its log mass in float64.
+
+    .. math:: \log p(x; \eta) = \eta x - e^\eta - \log x!
+
+    Nothing breaks where float32 has no such rate, and large terms that cancel do not round: half
+    a nat at x = 10^6.
+    """
+
+    def __init__(self, log_rate: Tensor, validate_args: bool | None = None) -> None:
+        self.log_rate = log_rate
+        super().__init__(log_rate.exp(), validate_args=validate_args)
+
+    def expand(self, batch_shape: Shape, _instance: Any = None) -> Poisson:
+        """The same distribution over a larger batch."""
+        return type(self)(self.log_rate.expand(batch_shape), validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log mass of `value` in nats."""
+        if self._validate_args:
+            self._validate_sample(value)
+        x, eta = value.double(), self.log_rate.double()
+        return (eta * x - eta.exp() - torch.lgamma(x + 1)).to(self.log_rate.dtype)
 
 
 class ContinuousBernoulli(TorchDistribution):

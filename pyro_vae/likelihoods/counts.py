@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from pyro_vae import distributions
 from pyro_vae.arguments import check_real
 from pyro_vae.distributions import OfTotal
 from pyro_vae.likelihoods.base import Likelihood
@@ -167,7 +168,7 @@ class Poisson(Counts):
 
     def counts(self, log_rate: Tensor, *rest: Tensor) -> Any:
         """Poisson by its log rate."""
-        return dist.Poisson(log_rate.exp())
+        return distributions.Poisson(log_rate)
 
 
 class NegativeBinomial(Counts):
