@@ -108,8 +108,12 @@ def _borrowed(task: Task, device: torch.device) -> Iterator[None]:
     tensors = [next(chain(m.parameters(), m.buffers()), None) for m in modules]
     homes = [device if tensor is None else tensor.device for tensor in tensors]
     trained = [module for module in task.vae.modules() if module.training]
-    few = threads(settings.threads)
-    with forked(device, settings.seed), pyro.validation_enabled(False), few:
+    with (
+        forked(device, settings.seed),
+        pyro.validation_enabled(False),
+        torch.enable_grad(),  # whatever the caller has
+        threads(settings.threads),
+    ):
         try:
             for module in modules:
                 module.to(device)

@@ -379,6 +379,15 @@ def test_nothing_is_left_behind(validate: bool, fails: bool) -> None:
     assert all(p.grad is None for p in vae.parameters())
 
 
+def test_gradients_are_taken_whatever_the_caller_has() -> None:
+    first, second = make_vae(), make_vae()
+    fit(first, make_data(), epochs=1, **QUIET)
+    with torch.no_grad():
+        fit(second, make_data(), epochs=1, **QUIET)
+        assert not torch.is_grad_enabled()
+    assert same(weights(first), weights(second))
+
+
 def test_each_part_is_left_in_its_mode() -> None:
     vae = make_vae()
     vae.posterior.encoder.eval()
