@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -163,17 +164,28 @@ def load_data(
     named = {key.lower(): key for key in NAMED}.get(name.lower() if isinstance(name, str) else "")
     name = os.path.abspath(name) if named is None and os.path.exists(name) else name
     source = _numbered(_read(Path(name), schema) if named is None else read_named(named, root))
-    parts = _split(source, validation, seed)
-    rows = None if "validation" in source else len(parts["validation"])
-    for key, part in parts.items():
-        index = spread(len(part), limit, seed) if even else torch.arange(len(part))[:limit]
-        part = part.subset(index).unchecked(seed=seed)
-        if not conditional:
-            part = part.unchecked(y=None)
-        parts[key] = part.one_hot() if conditional and part.y is None else part
-    way = "none", rows, seed, conditional, limit, even
-    splits = Splits(parts["train"], parts["validation"], parts["test"], str(name), *way)
+    whole = _split(source, validation, seed)
+    rows = None if "validation" in source else len(whole["validation"])
+    parts: Any = {k: _kept(part, limit, even, seed, conditional) for k, part in whole.items()}
+    splits = Splits(
+        **parts,
+        name=str(name),
+        validation_rows=rows,
+        seed=seed,
+        conditional=conditional,
+        limit=limit,
+        even=even,
+    )
     return splits.with_transform(transform)
+
+
+def _kept(part: Data, limit: int | None, even: bool, seed: int, conditional: bool) -> Data:
+    """At most `limit` rows of a part, with y if they are to be conditioned on."""
+    index = spread(len(part), limit, seed) if even else torch.arange(len(part))[:limit]
+    part = part.subset(index).unchecked(seed=seed)
+    if not conditional:
+        return part.unchecked(y=None)
+    return part.one_hot() if part.y is None else part
 
 
 def read_rows(path: str | Path, schema: Schema | None = None) -> Data:
@@ -251,12 +263,12 @@ def _split(source: Parts, validation: int | float | None, seed: int) -> Parts:
     if "validation" not in source:
         share = validation if validation is not None else 1 / 6 if "test" in source else 1 / 10
         check_real(validation=share)
-        if share <= 0 or (isinstance(share, float) and share >= 1):
+        if share <= 0 or (share >= 1 and not isinstance(share, Integral)):
             raise ValueError(
                 "expected the validation part as a number of rows of at least 1 or as a fraction "
                 f"between 0 and 1, got {share}"
             )
-        held = share if isinstance(share, int) else max(1, round(rows * share))
+        held = int(share) if isinstance(share, Integral) else max(1, round(rows * share))
     elif validation is not None:
         raise ValueError(
             f"{whole.name}: expected no validation size, since the source has a validation "

@@ -163,7 +163,7 @@ def _inside(each: Any, like: Tensor) -> Tensor:
     """A point of the support of scalar distributions, in the type of `like`."""
     if isinstance(each, Product):
         pairs = zip(each.parts, each.columns)
-        return torch.stack([_inside(p, like) for p, c in pairs for _ in c])[each.order]
+        return torch.cat([_inside(p, like).expand(len(c)) for p, c in pairs])[each.order]
     if each.support.is_discrete:
         return like.new_zeros(()) + getattr(each.support, "lower_bound", 0)
     return transform_to(each.support)(like.new_zeros(()))

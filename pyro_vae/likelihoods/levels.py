@@ -185,7 +185,8 @@ class Ordinal(Levelled):
         location = self.raw(z, y).squeeze(0).unsqueeze(-1)
         rest = (1,) * (len(self.data_shape) - 1)
         edges = self.thresholds.unflatten(0, (-1, *rest)) - location
-        below, above = F.logsigmoid(edges), F.logsigmoid(-edges)
+        below = F.logsigmoid(edges)
+        above = below - edges
         # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b))
         width = torch.log(-torch.expm1(-edges.diff(dim=-1)))
         inside = below[..., 1:] + above[..., :-1] + width

@@ -52,7 +52,9 @@ def test_the_split_depends_on_the_seed_only() -> None:
     assert not torch.equal(first.test.rows, other.test.rows)
 
 
-@pytest.mark.parametrize(("validation", "rows"), [(101, 101), (0.25, 449), (1, 1), (None, 180)])
+@pytest.mark.parametrize(
+    ("validation", "rows"), [(101, 101), (0.25, 449), (np.int64(1), 1), (None, 180)]
+)
 def test_the_size_of_the_validation_part(validation: float | None, rows: int) -> None:
     splits = load_data("digits", validation=validation)
     assert (len(splits.validation), splits.validation_rows, len(splits.test)) == (rows, rows, 180)
@@ -116,8 +118,8 @@ def test_a_description_is_json_and_makes_the_same_parts() -> None:
 
 
 def test_changed_data_are_noticed() -> None:
+    description = load_data("digits").describe()
     splits = load_data("digits")
-    description = splits.describe()
     splits.test.x[17, 0, 3, 2] ^= 1
     with pytest.raises(ValueError, match="data changed since the run: the test part"):
         splits.check(description)
