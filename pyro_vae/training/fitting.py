@@ -84,7 +84,8 @@ def fit(
         optimizer: A name in torch.optim, {"class_path": name, "init_args": {...}}, or a callable
             from parameters to an optimiser. The fused form is taken where there is one.
         lr: Learning rate, unless `optimizer` says otherwise.
-        schedule: The like for torch.optim.lr_scheduler, stepped once an epoch.
+        schedule: The like for torch.optim.lr_scheduler, stepped once an epoch;
+            ReduceLROnPlateau waits for a higher (validation) ELBO.
         clip_norm: Largest norm of the whole gradient, or None.
         validation: Rows in the form of `data`, for the ELBO after each epoch, in eval mode.
         patience: Epochs without a better validation ELBO after which to stop, or None.

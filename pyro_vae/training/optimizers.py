@@ -136,10 +136,13 @@ def _options_of(what: str, cls: type) -> Iterator[None]:
 
 
 def advance(schedule: LRScheduler, row: dict[str, Any]) -> None:
-    """One epoch further; ReduceLROnPlateau looks at minus the (validation) ELBO of its row."""
+    """One epoch further; ReduceLROnPlateau looks at the (validation) ELBO of its row.
+
+    In its mode "min" it looks at minus the ELBO, so that either mode waits for a higher one.
+    """
     if isinstance(schedule, ReduceLROnPlateau):
-        elbo = row["validation_elbo"]
-        schedule.step(-(row["elbo"] if elbo is None else elbo))
+        elbo = row["elbo"] if row["validation_elbo"] is None else row["validation_elbo"]
+        schedule.step(elbo if schedule.mode == "max" else -elbo)
     else:
         schedule.step()
 

@@ -55,6 +55,7 @@ __all__ = ["Result", "Task", "Trainer", "train"]
 
 VALIDATED = 2  # first steps, with the argument checks of Pyro's distributions
 INTERVAL = 0.5  # seconds between two reports
+LEAST_SCALE = 1e-6  # of gradients in half precision, which begins at 65,536 and halves
 
 
 @dataclass(frozen=True)
@@ -312,6 +313,11 @@ class Trainer:
         Waits for the device, and raises if a loss was not finite.
         """
         self.monitor.raise_if_bad(self.step)
+        if self.scaler.get_scale() < LEAST_SCALE:
+            raise FloatingPointError(
+                f"step {self.step}: gradients are not finite, in half precision at any scale; "
+                "lower lr, or take another precision"
+            )
         assert self.monitor.sums is not None
         count = min(self.offset * self.settings.batch_size, len(self.train))
         objective, reconstruction, *kls = (self.monitor.sums / count).tolist()

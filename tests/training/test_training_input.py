@@ -16,7 +16,7 @@ from pyro_vae import likelihoods
 from pyro_vae.objectives import ELBO
 from pyro_vae.training import State, fit, load_weights
 from pyro_vae.training.dataset import as_dataset
-from pyro_vae.training.optimizers import make_optimizer, make_schedule
+from pyro_vae.training.optimizers import advance, make_optimizer, make_schedule
 from pyro_vae.training.step import Monitor, StepLoss
 
 
@@ -271,3 +271,20 @@ def test_half_precision_leaves_out_a_step_whose_scaled_gradient_is_infinite() ->
     before, after = weights(start), weights(vae)
     assert any(not torch.equal(before[name], weight) for name, weight in after.items())
     assert all(weight.isfinite().all() for weight in after.values())
+
+
+def test_half_precision_ends_where_no_scale_makes_the_gradient_finite() -> None:
+    options = {"epochs": 9, "batch_size": 5, "precision": "16-mixed", **QUIET}
+    with pytest.raises(FloatingPointError, match="gradients are not finite, .* at any scale"):
+        fit(Failing("gradient", 6), torch.randn(31, 2), **options)
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_plateau_is_one_of_the_elbo_in_either_mode(mode: str) -> None:
+    optimizer = make_optimizer("SGD", nn.Linear(2, 3), 0.5)
+    spec = {"class_path": "ReduceLROnPlateau", "init_args": {"mode": mode, "patience": 0}}
+    schedule, rates = make_schedule(spec, optimizer, 1), []
+    for elbo in (-7.0, -5.0, -3.0, -4.0):
+        advance(schedule, {"elbo": elbo, "validation_elbo": None})
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.5, 0.5, 0.5, 0.05])
