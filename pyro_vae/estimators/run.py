@@ -167,8 +167,17 @@ def map_batches(
     if devices == 1 or len(x) <= size:
         return work()
     store = pyro.get_param_store().get_state()
-    parts = [(part, store) for part in work.split(devices)]
-    return [result for part in in_processes(_with_store, parts, x.device.type) for result in part]
+    results: list[T] = []
+    first, *rest = work.split(devices)  # of which this process does the first
+    indices = [i for i in range(devices) if i != (x.device.index or 0)]
+    found = in_processes(
+        _with_store,
+        [(part, store) for part in rest],
+        x.device.type,
+        indices,
+        lambda: results.extend(first()),
+    )
+    return results + [result for part in found for result in part]
 
 
 @dataclass(frozen=True)

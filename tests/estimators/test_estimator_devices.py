@@ -94,9 +94,16 @@ def test_batches_are_estimated_alike_wherever_they_are(
     """Processes without processes: the parts are pickled, and done one after the other."""
     parts: list[int] = []
 
-    def here(function: Callable[[Any], Any], given: list[Any], device: str) -> list[Any]:
-        parts.append(len(given))
+    def here(
+        function: Callable[[Any], Any],
+        given: list[Any],
+        device: str,
+        indices: list[int],
+        meanwhile: Callable[[], None],
+    ) -> list[Any]:
+        parts.append(1 + len(given))
         sent = pickle_and_back(given)
+        meanwhile()
         return [function(part) for part in reversed(sent)][::-1]
 
     monkeypatch.setattr("pyro_vae.estimators.run.in_processes", here)
