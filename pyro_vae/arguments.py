@@ -20,6 +20,7 @@ __all__ = [
     "LARGEST",
     "Shown",
     "TakesVAE",
+    "as_plain",
     "as_rows",
     "as_shape",
     "as_tensor",
@@ -166,6 +167,13 @@ def final_subclasses(cls: type) -> list[Any]:
     members = (getattr(cls, name, None) for name in dir(cls))
     abstract = any(getattr(member, "__isabstractmethod__", False) for member in members)
     return list(dict.fromkeys(below if abstract else [cls, *below]))
+
+
+def as_plain(value: Any) -> Any:
+    """Numbers and lists of Python for those of numpy and torch, inside lists too."""
+    if isinstance(value, tuple | list):
+        return [as_plain(each) for each in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def as_shape(name: str, value: Any) -> tuple[int, ...]:

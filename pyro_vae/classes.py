@@ -95,11 +95,11 @@ class ClassVAE(VAE):
                 "likelihood": self.likelihood,
             }
         )
-        labels = self._labels(y)
         if is_validation_enabled():
             self.check_labels(y)
         if x is not None:
             x = self._data(x)
+        labels = self._labels(y, None if x is None else len(x))
         size = next((len(part) for part in (x, labels) if part is not None), size)
         with pyro.plate("data", size, dim=-1):
             c = pyro.sample("y", self.class_weights(), infer=SUMMED)
@@ -149,10 +149,8 @@ class ClassVAE(VAE):
         check_whole(size=size)
         c = self.class_weights().sample(torch.Size((size,)))
         self.check_labels(y)
-        labels = self._labels(y)
+        labels = self._labels(y, size)
         if labels is not None:
-            if len(labels) != size:
-                raise ValueError(f"y must have one row per draw: {size}; got {len(labels)}")
             given = one_hot(labels.clamp(min=0), self.classes).to(c)
             c = torch.where(labels.unsqueeze(1) < 0, c, given)
         return super().sample(size, c, mean)
@@ -174,11 +172,13 @@ class ClassVAE(VAE):
                 f"where unknown; got {bad[0]:g}"
             )
 
-    def _labels(self, y: Tensor | None) -> Tensor | None:
-        """Labels [B], -1 where unknown."""
+    def _labels(self, y: Tensor | None, rows: int | None = None) -> Tensor | None:
+        """Labels [B], -1 where unknown; of so many rows, if that is known."""
         if y is None:
             return None
         y = as_tensor("y", y)
+        if y.ndim and len(y) != (len(y) if rows is None else rows):
+            raise ValueError(f"y must have one row for each datum or draw: {rows}; got {len(y)}")
         if y.ndim == 2 and y.shape[1] == self.classes:
             return torch.where(y.sum(1) > 0, y.argmax(1), -1)
         if y.ndim != 1 and y.shape[1:] != (1,):
@@ -199,5 +199,5 @@ class ClassVAE(VAE):
         p: Any = self.likelihood.observed(self.likelihood(z, c, **own))
         logits = self.class_weights().logits + p.log_prob(x)
         logits = logits + prior.log_prob(z) - q.log_prob(z)
-        labels = self._labels(y)
+        labels = self._labels(y, len(x))
         return logits if labels is None else logits + Label(c).log_prob(labels.unsqueeze(1)), q

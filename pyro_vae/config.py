@@ -20,6 +20,7 @@ from torch.distributions import constraints
 
 from pyro_vae import likelihoods, networks, objectives, posteriors, priors
 from pyro_vae.arguments import (
+    as_plain,
     as_shape,
     check_options,
     check_whole,
@@ -165,6 +166,11 @@ def build(
         >>> vae.sample(3).shape
         torch.Size([3, 1, 8, 8])
     """
+    latent_dim, missing, skip = map(as_plain, (latent_dim, missing, skip))
+    condition_dim, classes, label_weight = map(as_plain, (condition_dim, classes, label_weight))
+    for name, value in (("missing", missing), ("skip", skip)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False; got {value!r}")
     sizes = as_shape("latent_dim", latent_dim)
     order = _order(latent_dim, hierarchy, skip)
     check_whole(0, condition_dim=condition_dim, classes=classes)
@@ -176,7 +182,7 @@ def build(
     if label_weight and not classes:
         raise ValueError(f"label_weight needs classes: give classes too; got {label_weight}")
     labels: dict[str, Any] = {"classes": classes, "label_weight": label_weight} if classes else {}
-    shape = as_shape("data_shape", data_shape)
+    shape = as_shape("data_shape", as_plain(data_shape))
     parts = {
         "prior": component("prior", prior),
         "likelihood": component("likelihood", likelihood),
@@ -217,9 +223,7 @@ def build(
 
 def _order(latent_dim: Any, hierarchy: Declared | None, skip: bool) -> Component | None:
     """The order of inference that is declared for several layers of latents; None for one."""
-    if not isinstance(skip, bool):
-        raise ValueError(f"skip must be True or False; got {skip!r}")
-    several = isinstance(latent_dim, tuple | list)
+    several = isinstance(latent_dim, list)
     if several and len(latent_dim) > 1:
         return component("hierarchy", "TopDown" if hierarchy is None else hierarchy)
     if several or skip or hierarchy is not None:
@@ -420,7 +424,7 @@ def named_class(family: str, name: str) -> type:
 
 def _value(cls: type, option: str, declared: Any) -> Any:
     """An option of `cls`, a schedule made; other classes are refused, so nothing is imported."""
-    hint = None
+    hint, declared = None, as_plain(declared)
     with suppress(NameError):  # of types that are imported for type checkers alone
         hint = get_type_hints(cls.__init__).get(option)  # type: ignore[misc]
     is_text = isinstance(declared, str) and as_number(declared) is None

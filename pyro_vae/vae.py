@@ -61,6 +61,13 @@ class VAE(nn.Module):
         missing: bool = False,
     ) -> None:
         super().__init__()
+        parts = {"prior": prior, "likelihood": likelihood, "posterior": posterior}
+        for name, part in parts.items():
+            if not isinstance(part, nn.Module):
+                raise ValueError(
+                    f"{name} must be a module that returns a distribution; got {part!r}: by "
+                    "names, build(data_shape, latent_dim, ...) makes a VAE"
+                )
         over = posterior.prior if isinstance(posterior, Inference) else None
         if over is not (prior if isinstance(prior, Layers) else None):
             raise ValueError(

@@ -341,6 +341,9 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
                 read(x, labels)
     with pytest.raises(ValueError, match=r"y must be labels \[B\]"):
         vae.model(x, torch.zeros(B, 2))
+    for read in (vae.model, vae.encode, vae.reconstruct):
+        with pytest.raises(ValueError, match=f"one row for each datum or draw: {len(x)}; got 2"):
+            read(x, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="a datum has one y: give classes or a condition"):
         build(F, D, classes=C, condition_dim=2)
     with pytest.raises(ValueError, match=r"audit takes no model .* here \['y'\]"):

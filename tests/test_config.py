@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import CONDITIONAL
@@ -18,6 +20,7 @@ from families import CONDITIONAL
 from pyro_vae import config, likelihoods, networks, posteriors, priors
 from pyro_vae.config import build, component, declare
 from pyro_vae.objectives import Cyclical
+from pyro_vae.vae import VAE
 
 
 @pytest.mark.parametrize(
@@ -140,6 +143,21 @@ def test_options_given_in_python_are_refused_by_name(part: Any, option: str, val
     given = {"latent_dim": 3, "posterior": networks.MLP(7, 3), "encoder": networks.MLP(7, 64)}
     with pytest.raises(ValueError, match=f"{option} must be"):
         config.given(part, {**shape, **given, option: value})
+
+
+def test_numbers_of_numpy_declare_as_those_of_python() -> None:
+    two, options = np.int64(2), {"class_path": "MLP", "init_args": {"hidden": np.array([5])}}
+    made = build(np.array([1, 8, 8]), np.array([3, 2]), encoder=options, classes=two)
+    prior = {"MixtureOfGaussians": {"num_components": two}}
+    likelihood = {"Normal": {"scale": np.float32(0.5)}}
+    other = build((7,), two, condition_dim=two, prior=prior, likelihood=likelihood)
+    for vae in (made, other):
+        assert build(**json.loads(json.dumps(vae.declaration))).declaration == vae.declaration
+    for name, value in (("missing", "yes"), ("missing", None), ("skip", 1)):
+        with pytest.raises(ValueError, match=f"{name} must be True or False; got {value!r}"):
+            build(7, 2, **{name: value})
+    with pytest.raises(ValueError, match=r"prior must be a module .* got 'Normal': .* build\("):
+        VAE("Normal", "Bernoulli", "DiagonalNormal")  # type: ignore[arg-type]
 
 
 def test_what_was_checked_is_not_parsed_again(monkeypatch: pytest.MonkeyPatch) -> None:
