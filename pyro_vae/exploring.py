@@ -20,6 +20,7 @@ from torch.distributions import Distribution
 from pyro_vae.arguments import check_whole
 from pyro_vae.classes import ClassVAE
 from pyro_vae.cli.figures import followed, unit_kl, unit_names
+from pyro_vae.cli.folder import destination
 from pyro_vae.data import Data, spread
 from pyro_vae.data.schema import CODED
 from pyro_vae.data.transforms import Transform
@@ -59,7 +60,7 @@ def explore(
     Args:
         vae: A VAE; or any module with a `model` and a `guide` that `fit` would take.
         data: What the page shows codes of: `Data`, rows x [N, *E], or a pair (x, y).
-        out: The file, overwritten.
+        out: The .html file, overwritten.
         evidence: log p(x) of the rows shown, in their order; of `judged` rows by `log_evidence`
             if None.
         limit: Most rows that are shown, spread over the data.
@@ -72,9 +73,16 @@ def explore(
         The path of the page.
 
     Raises:
-        ValueError: If the data are none of these, the evidence is of other rows, the program has
-            other sites, or the page would be above 10 MB.
+        ValueError: If `vae` has no programs, the data are none of these, the evidence is of other
+            rows, the program has other sites, `out` is in no folder, or the page would be above
+            10 MB.
     """
+    if not (isinstance(vae, nn.Module) and hasattr(vae, "model") and hasattr(vae, "guide")):
+        raise ValueError(
+            "explore needs a VAE, or a torch module with the programs model and guide; got "
+            f"{type(vae).__name__}"
+        )
+    path = destination(os.fspath(out), Path(), (".html", ".htm"))
     check_whole(0, judged=judged, seed=seed)
     check_whole(limit=limit)
     if not isinstance(data, Data):
@@ -94,8 +102,8 @@ def explore(
         known = known_rows(own, data, evidence, some)
         title = name or type(vae).__name__
         text = page(content(own, data, index, known, title, f"{len(data)} rows", rows))
-    write(out, text)
-    return Path(out)
+    write(path, text)
+    return path
 
 
 class Mean(nn.Module):
@@ -269,13 +277,14 @@ def _categories(data: Data) -> list[list[str]]:
 
 
 def _about(vae: Any, where: str, rows: bool) -> list[str]:
-    sizes = " + ".join(map(str, vae.sizes.values()))
-    kind = f"The programs of {type(getattr(vae, 'programs', vae)).__name__}, of {sizes} latents."
+    sizes = " + ".join(map(str, vae.sizes.values())) + " latents"
+    sizes = "one latent" if sizes == "1 latents" else sizes
+    kind = f"The programs of {type(getattr(vae, 'programs', vae)).__name__}, of {sizes}."
     if isinstance(vae, VAE):
         top = getattr(vae.prior, "layers", [vae.prior])[-1]
         parts = {"prior": top, "likelihood": vae.likelihood, "posterior": vae.posterior}
         named = ", ".join(f"{role} {type(part).__name__}" for role, part in parts.items())
-        kind = f"A variational autoencoder of {sizes} latents: {named}."
+        kind = f"A variational autoencoder of {sizes}: {named}."
     held = "the rows themselves" if rows else "not the rows themselves"
     return [
         kind,

@@ -309,14 +309,16 @@ def unit_kl(epochs: Tensor, kl: Tensor, names: Sequence[str] | None = None) -> F
     for site, colour in zip(sorted(set(sites)), PALETTE):
         mine = [(i, kl[-1, d].item()) for i, d in enumerate(order) if sites[i] == site]
         total = sum(value for _, value in mine)
-        bars.bar(*zip(*mine), color=colour, label=f"{site}, {total:.1f} nats in all".lstrip(", "))
+        bars.bar(*zip(*mine), color=colour, label=f"{site}, {total:.1f} nats")
     for place, d in enumerate(order):
         look = {"color": "0.8"} if place >= 10 else {"label": names[d]}
         line = "--" if len(PALETTE) <= place < 10 else "-"
         ax.plot(epochs.tolist(), kl[:, d].tolist(), line, marker=_mark(epochs), **look)
     _over_epochs(ax, "KL of each latent dimension")
-    bars.set(title="the last of each, in order", xlabel="latent dimensions", xticks=[])
-    bars.legend()
+    title = f"the last of each, {kl[-1].sum():.1f} nats in all"
+    bars.set(title=title, xlabel="latent dimensions, in order", xticks=[])
+    if len(set(sites)) > 1:
+        bars.legend()
     return figure
 
 
@@ -447,6 +449,7 @@ def _spread(column: Tensor) -> Tensor:
 
 
 def _short(name: str, most: int = 26) -> str:
+    name = " ".join(name.split())  # a tab has no glyph
     name = name if len(name) <= most else f"{name[: most - 3]}..."
     return name.replace("$", r"\$")  # matplotlib takes what is between for mathematics
 

@@ -394,6 +394,10 @@ def test_programs_of_other_sites_and_evidence_of_other_rows_are_refused(tmp_path
     other = Evidence(values, *[values] * 4, ["AIS"] * 3, ["reliable"] * 3)
     with pytest.raises(ValueError, match="of the 5 rows shown; got 3"):
         explore(Pair(), data, tmp_path / "own.html", evidence=other)
+    with pytest.raises(ValueError, match="the programs model and guide; got method"):
+        explore(Pair().model, data, tmp_path / "own.html")
+    with pytest.raises(ValueError, match="in a folder that exists"):
+        explore(Pair(), data, tmp_path / "none" / "own.html")
 
 
 @pytest.fixture(scope="module")

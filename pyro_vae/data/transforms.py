@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -30,6 +31,7 @@ __all__ = [
 
 ROWS = 1_000  # of a file, read at once
 NAMES = ("none", "threshold", "static", "dynamic", "dequantise", "rescale", "standardise")
+BINARY = NAMES[1:4]
 
 
 class Transform:
@@ -291,7 +293,7 @@ def make_transform(name: str, x: Tensor | Mapped, levels: int | None) -> Transfo
     Args:
         name: "none", "threshold", "static" or "dynamic" (binarisation), "dequantise", "rescale"
             or "standardise".
-        x: The original values of the training part, [N, *E]; read by "standardise" only.
+        x: The original values of the training part, [N, *E].
         levels: The number of grey levels, or None for continuous data and counts.
 
     Raises:
@@ -307,9 +309,15 @@ def make_transform(name: str, x: Tensor | Mapped, levels: int | None) -> Transfo
             f"transform {name!r} needs data with grey levels, and this data has none; "
             "use 'none' or 'standardise'"
         )
+    if name in BINARY and levels > 2 and isinstance(x, Tensor) and x.max() == 1:
+        warnings.warn(
+            f"no value is above 1, and grey values go to {levels - 1}: {name!r} makes "
+            "the images black: store images of 0 and 1 as bool",
+            stacklevel=2,
+        )
     if name == "threshold":
         return Threshold((levels - 1) / 2, top=levels - 1)
-    if name in ("static", "dynamic"):
+    if name in BINARY[1:]:
         return Binarise(levels, dynamic=name == "dynamic")
     return Dequantise(levels) if name == "dequantise" else Rescale(levels)
 

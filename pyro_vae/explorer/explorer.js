@@ -258,7 +258,7 @@ function drawComponents(context) {
 
 function coloured() {
   const { labels, log_prob, elbo } = held.rows, kind = $("colour").value;
-  if (kind === "class") return { of: n => PALETTE[labels.data[n] % PALETTE.length], glyph: n => String(labels.data[n]) };
+  if (kind === "class") return { of: n => PALETTE[labels.data[n] % PALETTE.length], glyph: n => (labels.data[n] < 0 ? "?" : String(labels.data[n])) };
   const values = { log_prob: log_prob.data, elbo: elbo.data, gap: log_prob.data.map((v, n) => v - elbo.data[n]) }[kind];
   if (!values) return { of: () => ink("--point") };
   const [low, high] = spread(values);
@@ -408,7 +408,7 @@ function drawRow() {
   const { log_prob, stderr, verdict, elbo, labels, numbers } = held.rows, told = Number.isFinite(log_prob.data[n]);
   const lines = {
     row: String(numbers.data[n]),
-    ...(labels ? { class: String(labels.data[n]) } : {}),
+    ...(labels ? { class: className(n) } : {}),
     ...(!model.image && held.rows.shown ? { values: values(row(held.rows.shown, n)) } : {}),
     "log p(x)": told ? `${fixed(log_prob.data[n])} ± ${stderr.data[n].toPrecision(2)} nats, ${verdict[n]}` : "not estimated: evaluate first, or raise judged",
     ELBO: `${fixed(elbo.data[n])} nats, a lower bound`,
@@ -596,7 +596,8 @@ function offerRows() {
   $("row").value = state.row;
 }
 
-const rowName = n => `${held.rows.numbers.data[n]}${held.rows.labels ? ` (class ${held.rows.labels.data[n]})` : ""}`;
+const className = n => (held.rows.labels.data[n] < 0 ? "unknown" : String(held.rows.labels.data[n]));
+const rowName = n => `${held.rows.numbers.data[n]}${held.rows.labels ? ` (class ${className(n)})` : ""}`;
 
 function step(by) {
   const select = $("row"), last = select.options.length - 1;

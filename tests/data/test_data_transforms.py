@@ -228,3 +228,14 @@ def test_log_jacobian_counts_what_is_observed() -> None:
         bits = data.bits_per_dim(-data.log_jacobians + math.log(2)).mean().item()
         assert bits == pytest.approx(-7 / (~x.isnan()).sum().item())
     assert torch.equal(Data(x.nan_to_num()).log_jacobians, torch.zeros(7).double())
+
+
+@pytest.mark.parametrize("name", ["threshold", "dynamic"])
+def test_zeros_and_ones_that_are_taken_for_grey_values_are_said(name: str) -> None:
+    x = torch.tensor([[0, 1, 1]], dtype=torch.uint8)
+    with pytest.warns(
+        UserWarning, match="makes the images black: store images of 0 and 1 as bool"
+    ):
+        make_transform(name, x, 256)
+    for given, levels in ((x, 2), (2 * x, 256), (0 * x, 256)):
+        make_transform(name, given, levels)
