@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pyro_vae.arguments import as_tensor, check_finite, check_whole, digest_of
-from pyro_vae.data.mapped import Mapped
+from pyro_vae.data.mapped import CHUNK, Mapped
 from pyro_vae.data.schema import Schema
 from pyro_vae.data.transforms import Identity, Transform, declare, row_noise
 
-_CHUNK = 1024
 MOST_CLASSES = 1_000_000  # a greater label is no number of a class
 
 
@@ -157,12 +156,12 @@ class Data:
         """Whether a value is missing."""
         if isinstance(self.x, Mapped) and not self.x.gaps:
             return False
-        return any(bool(x.isnan().any()) for x in self.x.split(_CHUNK))
+        return any(bool(x.isnan().any()) for x in self.x.split(CHUNK))
 
     @property
     def missing_share(self) -> float:
         """The share of the values that are missing."""
-        return sum(int(x.isnan().sum()) for x in self.x.split(_CHUNK)) / self.x.shape.numel()
+        return sum(int(x.isnan().sum()) for x in self.x.split(CHUNK)) / self.x.shape.numel()
 
     @property
     def log_jacobian(self) -> float:
@@ -177,7 +176,7 @@ class Data:
         if not self.missing:
             return torch.full((len(self),), self.log_jacobian, dtype=torch.float64)
         slope = torch.as_tensor(self.transform.log_slope(), dtype=torch.float64)
-        parts = (torch.where(x.isnan().cpu(), 0.0, slope) for x in self.x.split(_CHUNK))
+        parts = (torch.where(x.isnan().cpu(), 0.0, slope) for x in self.x.split(CHUNK))
         return torch.cat([part.flatten(1).sum(1) for part in parts])
 
     def bits_per_dim(self, log_prob: Tensor) -> Tensor:
@@ -241,7 +240,7 @@ class Data:
         if isinstance(self.x, Mapped):
             later = replace(self.x, change=change, dtype=dtype)
             return self.unchecked(x=later, applied=True, seed=seed)
-        x = torch.cat(list(map(change, self.x.split(_CHUNK), self.rows.split(_CHUNK))))
+        x = torch.cat(list(map(change, self.x.split(CHUNK), self.rows.split(CHUNK))))
         check_finite(f"{self._title}: x", x, missing=True)
         return self.unchecked(x=x, applied=True, seed=seed)
 

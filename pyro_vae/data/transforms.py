@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.arguments import check_whole, closest
-from pyro_vae.data.mapped import Mapped
+from pyro_vae.data.mapped import CHUNK, Mapped
 
 __all__ = [
     "Binarise",
@@ -29,7 +29,6 @@ __all__ = [
     "row_noise",
 ]
 
-ROWS = 1_000  # of a file, read at once
 NAMES = ("none", "threshold", "static", "dynamic", "dequantise", "rescale", "standardise")
 BINARY = NAMES[1:4]
 
@@ -68,7 +67,7 @@ class Transform:
 
     def inverse(self, x: Tensor) -> Tensor:
         """Maps model values [..., *E] back to the original units, as for pictures."""
-        raise NotImplementedError
+        return x
 
     def log_slope(self) -> float | Tensor:
         """The constant log-derivative of T, in nats: of every entry, or of each one [*E]."""
@@ -89,10 +88,6 @@ class Identity(Transform):
     def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
         """See ``Transform``."""
         return x.float()
-
-    def inverse(self, x: Tensor) -> Tensor:
-        """See ``Transform``."""
-        return x
 
 
 @dataclass(frozen=True)
@@ -263,12 +258,12 @@ class Standardise(Transform):
         """The means and deviations (the divisor is N) of the rows ``x`` [N, *E], without NaN."""
         total, squares = torch.zeros(2, *x.shape[1:], dtype=torch.float64, device=x.device)
         count, low, high = torch.zeros_like(total), total + math.inf, total - math.inf
-        for part in x.split(ROWS):
+        for part in x.split(CHUNK):
             count += (~part.isnan()).sum(0)
             total += part.double().nansum(0)
             low = torch.minimum(low, part.double().nan_to_num(math.inf).amin(0))
             high = torch.maximum(high, part.double().nan_to_num(-math.inf).amax(0))
-        for part in x.split(ROWS):
+        for part in x.split(CHUNK):
             squares += (part.double() - total / count).square().nansum(0)
         # A constant column can leave rounding noise in place of an exact 0.
         std = (squares / count).sqrt().masked_fill(low == high, 0.0)

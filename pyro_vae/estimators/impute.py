@@ -227,9 +227,10 @@ def _imputed(target: Target, num_draws: int, num_samples: int) -> Imputation:
 def _drawn(fit: Fit, num_samples: int, num_draws: int) -> tuple[Imputation, Tensor, Tensor]:
     """Imputations from K draws of a fitted proposal, these draws and their log weights."""
     places = fit.places(num_samples)
-    weights, moments = _moments(fit.target, fit.weighed(places, num_samples))
+    weights, mean, stderr = _moments(fit.target, fit.weighed(places, num_samples))
     evidence = fit.judge(summarise(weights.cpu(), METHOD, "doubtful"), TOLERANCE)
-    return _picked(fit.target, places, weights, moments, evidence, num_draws), places, weights
+    draws = _picked(fit.target, places, weights, num_draws)
+    return Imputation(draws, mean, stderr, evidence), places, weights
 
 
 def _guided(target: Target, num_draws: int, num_samples: int) -> Imputation:
@@ -237,33 +238,23 @@ def _guided(target: Target, num_draws: int, num_samples: int) -> Imputation:
     counts = torch.ones(num_samples).split(target.draws_at_once)
     draws = [target.draw_guide(len(count)) for count in counts]  # all at once fall out of cache
     runs = ((run.log_joint - target.log_guide(u), run) for u in draws for run in [target.at(u)])
-    weights, moments = _moments(target, runs)
+    weights, mean, stderr = _moments(target, runs)
     evidence = summarise(weights.cpu(), "importance sampling, guide", "lower bound")
-    return _picked(target, torch.cat(draws), weights, moments, evidence, num_draws)
+    picked = _picked(target, torch.cat(draws), weights, num_draws)
+    return Imputation(picked, mean, stderr, evidence)
 
 
-def _picked(
-    target: Target,
-    places: Tensor,
-    weights: Tensor,
-    moments: tuple[Tensor, Tensor],
-    evidence: Evidence,
-    num_draws: int,
-) -> Imputation:
-    """Imputations from draws [K, B, D] and their log weights [K, B]."""
+def _picked(target: Target, places: Tensor, weights: Tensor, num_draws: int) -> Tensor:
+    """Completed data [R, B, *E] at some of K draws [K, B, D], as often as their weights say."""
     share = torch.softmax(weights, 0)
     picked = torch.multinomial(share.T, num_draws, True).T.unsqueeze(-1)
     chosen = places.gather(0, picked.expand(-1, -1, places.shape[-1]))
     parts = chosen.split(target.draws_at_once)
-    draws = torch.cat([target.at(u).complete().cpu() for u in parts])
-    mean, stderr = moments
-    return Imputation(draws, mean.cpu(), stderr.cpu(), evidence)
+    return torch.cat([target.at(u).complete().cpu() for u in parts])
 
 
-def _moments(
-    target: Target, runs: Iterable[tuple[Tensor, Run]]
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Log weights [K, B]; means [B, *E] of the completed data, their Monte Carlo errors.
+def _moments(target: Target, runs: Iterable[tuple[Tensor, Run]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Log weights [K, B]; means [B, *E] of the completed data and their Monte Carlo errors.
 
     Each run of the model gives its weights and its completed data. Sums are in units of the
     largest weight so far.
@@ -286,4 +277,5 @@ def _moments(
     error = (square - 2 * mean * cross + mean.square() * squares).clamp(min=0).sqrt() / total
     missing = target.x.isnan()
     mean = torch.where(missing, (centre + mean).view(target.x.shape).to(target.x), target.x)
-    return torch.cat(weights), (mean, error.view(mean.shape).to(mean) * missing)
+    error = error.view(mean.shape).to(mean).masked_fill(~missing, 0.0)
+    return torch.cat(weights), mean.cpu(), error.cpu()

@@ -33,7 +33,7 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "LARGE", 0)
     monkeypatch.setattr("pyro_vae.data.mapped.CHUNK", 7)
     monkeypatch.setattr("pyro_vae.data.tables.CHUNK", 7)
-    monkeypatch.setattr("pyro_vae.data.transforms.ROWS", 7)
+    monkeypatch.setattr("pyro_vae.data.transforms.CHUNK", 7)
 
 
 def with_noise(data: Data, index: torch.Tensor) -> Any:
