@@ -79,16 +79,18 @@ def make(
     latent_dim: int = 2,
     hidden: tuple[int, ...] = (5,),
     missing: bool = False,
+    components: int = 11,
     **options: Any,
 ) -> VAE:
-    """A VAE of three classes with no options; `options` are those of its dense networks."""
+    """A VAE of three classes with few components; `options` are those of its dense networks."""
     channels, *rest = data_shape
     in_shape = likelihood.input_shape(data_shape, missing=missing)
     encoder = networks.MLP(in_shape, posterior.num_params(latent_dim), hidden, **options)
     out_shape = (likelihood.num_params() * channels, *rest)
     decoder = networks.MLP(latent_dim, out_shape, hidden, **options)
     q = posterior(encoder, latent_dim)
-    p = prior(**accepted(prior, latent_dim=latent_dim, posterior=q, data_shape=in_shape))
+    given = {"latent_dim": latent_dim, "posterior": q, "data_shape": in_shape}
+    p = prior(**accepted(prior, num_components=components, **given))
     return VAE(p, likelihood(decoder, data_shape), q, missing)
 
 

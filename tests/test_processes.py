@@ -73,6 +73,7 @@ def test_an_error_of_a_process_is_the_callers() -> None:
         in_processes(fails, [5], "cpu")
 
 
+@pytest.mark.slow
 def test_results_come_in_the_order_of_the_parts() -> None:
     found = in_processes(threads, [torch.tensor(2), torch.tensor(7)], "cpu")
     share = max(1, torch.get_num_threads() // 2)

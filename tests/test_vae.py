@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from families import LIKELIHOODS, POSTERIORS, PRIORS, draw, make, name
+from families import LIKELIHOODS, POSTERIORS, PRIORS, draw, each_once, make, name
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor, nn
@@ -262,8 +262,7 @@ def test_reconstructions() -> None:
     assert (abs(draws.mean(0) - many) < 5 * 0.5 * (1 / 2003 + 1 / 20_011) ** 0.5).all()
 
 
-@pytest.mark.parametrize("prior", PRIORS, ids=name)
-@pytest.mark.parametrize("likelihood", LIKELIHOODS, ids=name)
+@pytest.mark.parametrize(("prior", "likelihood"), each_once(PRIORS, LIKELIHOODS))
 def test_initialise_measures_once(prior: type, likelihood: type) -> None:
     vae = make(prior=prior, likelihood=likelihood)
     first, second = draw(vae, 13), draw(vae, 13)

@@ -12,12 +12,14 @@ import torch
 from exact import LinearGaussian, two_sites
 from torch import Tensor, nn
 
+from pyro_vae.compiling import Traced, compiled
 from pyro_vae.densities import log_joint
 from pyro_vae.estimators import (
     annealed_importance_sampling,
     importance_sampling,
     log_evidence,
     refined_importance_sampling,
+    target,
 )
 from pyro_vae.estimators.target import CompiledJoint, CompiledTarget, Target
 
@@ -83,8 +85,8 @@ class Bounded(nn.Module):
 
 def test_supports_that_differ_between_data_are_left_to_the_model() -> None:
     program = Bounded()
-    target = Target(program.model, program.guide, torch.randn(3), fast=CompiledTarget())
-    assert target.fast is None
+    x = torch.randn(3)
+    assert Target(program.model, program.guide, x, fast=CompiledTarget()).fast is None
 
 
 def test_what_cannot_be_compiled_is_run_and_said() -> None:
@@ -103,17 +105,23 @@ def test_what_cannot_be_compiled_is_run_and_said() -> None:
     )
 
 
-def test_the_gradient_is_that_of_whatever_is_made_of_the_density() -> None:
+@pytest.mark.parametrize(
+    "how", [Traced, pytest.param(compiled, marks=pytest.mark.slow)], ids=["traced", "compiled"]
+)
+def test_the_gradient_is_that_of_whatever_is_made_of_the_density(
+    how: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target, "compiled", how)
     world = LinearGaussian.draw()
     x, u, weight = torch.randn(3, 5), torch.randn(11, 3, 2), torch.rand(11, 3)
     fast = CompiledTarget(uses=1)
     slopes = []
-    for target in (
+    for density in (
         Target(world.vae.model, world.vae.guide, x, scale=torch.ones(3, 2), fast=f)
         for f in (None, fast)
     ):
         leaf = u.clone().requires_grad_()
-        (weight * target.log_joint(leaf)).sum().backward()
+        (weight * density.log_joint(leaf)).sum().backward()
         slopes.append(leaf.grad)
     assert fast.fast
     torch.testing.assert_close(slopes[1], slopes[0])

@@ -67,7 +67,8 @@ def test_work_goes_where_it_is_needed() -> None:
     assert misses(e.log_prob, e.stderr, world.truth) < 5
 
 
-def test_a_ring_is_right_or_doubtful() -> None:
+@pytest.mark.parametrize("radius", [1.5, pytest.param(2.5, marks=pytest.mark.slow)])
+def test_a_ring_is_right_or_doubtful(radius: float) -> None:
     """A sharp likelihood of the radius in two dimensions defeats any Gaussian."""
 
     def model(x: Tensor) -> None:
@@ -79,13 +80,12 @@ def test_a_ring_is_right_or_doubtful() -> None:
         with data(len(x)):
             pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
-    e = log_evidence(model, guide, torch.tensor([1.5, 2.5]), tolerance=0.05)
-    x, r = torch.tensor([1.5, 2.5]), torch.linspace(1e-3, 9, 100_001)
+    x, r = torch.tensor([radius]), torch.linspace(1e-3, 9, 100_001)
+    e = log_evidence(model, guide, x, tolerance=0.05, audit=False)
     log_radius = dist.Chi2(torch.tensor(2.0)).log_prob(r**2) + (2 * r).log()
     truth = log_radius + dist.Normal(r, 0.03).log_prob(x[:, None])
     truth = truth.logsumexp(-1) + (r[1] - r[0]).log()
-    wrong = (e.log_prob - truth).abs() > 5 * e.stderr
-    assert all(e.verdict[i] == "doubtful" for i in wrong.nonzero().flatten())
+    assert abs(e.log_prob - truth) < 5 * e.stderr.clamp(max=0.1) or e.verdict == ["doubtful"]
 
 
 def test_a_tolerance_out_of_reach_is_doubtful() -> None:
