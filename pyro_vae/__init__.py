@@ -52,19 +52,10 @@ _HOMES = {  # of the names that are not the estimators'
     "fit": "training",
     "scale_latents": "densities",
 }
-_MODULES = (
-    "data",
-    "distributions",
-    "estimators",
-    "hierarchy",
-    "likelihoods",
-    "metrics",
-    "networks",
-    "objectives",
-    "plots",
-    "posteriors",
-    "priors",
-)
+_MODULES = {
+    *("data", "distributions", "estimators", "hierarchy", "likelihoods", "metrics", "networks"),
+    *("objectives", "plots", "posteriors", "priors"),
+}
 
 __all__ = [
     "VAE",

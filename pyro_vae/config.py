@@ -68,8 +68,8 @@ BASES: dict[str, type] = {
 PLAIN = (NoneType, bool, int, float, str, list, tuple, dict, EllipsisType, ...)
 KINDS = {
     **{"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"},
-    **{"list": "a list as [300,300]", "tuple": "a list as [300,300]", "dict": "a mapping"},
-    "NoneType": "null",
+    **dict.fromkeys(("list", "tuple"), "a list such as [300,300]"),
+    **{"dict": "a mapping", "NoneType": "null"},
 }
 INJECTED = {
     *("latent_dim", "data_shape", "posterior", "posteriors", "prior", "encoder", "decoder"),

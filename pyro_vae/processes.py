@@ -25,6 +25,8 @@ T = TypeVar("T")
 def check_processes(number: int, device: str) -> None:
     """Refuses more processes than this machine has devices of a kind for, "cpu" or "cuda"."""
     most = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
+    if not most:
+        raise ValueError("accelerator cuda was asked for; this machine has no GPU that torch sees")
     if number > most:
         what = "GPU(s)" if device == "cuda" else "processor(s)"
         raise ValueError(

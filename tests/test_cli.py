@@ -107,7 +107,7 @@ def test_where_and_how_much_at_once(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     shutil.copytree(run, tmp_path / "twin")
     runs = [str(run), str(tmp_path / "twin")][: 1 + (command == "compare")]
     assert main([command, *runs, "--limit", "3", "--progress", "false", *options]) == 2
@@ -400,7 +400,7 @@ def test_own_class_by_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["--latent_dimm=3"], "there is no option --latent_dimm, did you mean '--latent_dim'?"),
         (["--priors.num_components", "3"], "no option --priors, did you mean '--prior'?"),
         (["--epochs", "many"], "epochs must be a whole number; got many"),
-        (["--encoder.hidden", "3,5"], "hidden must be a list as [300,300]; got 3,5"),
+        (["--encoder.hidden", "3,5"], "hidden must be a list such as [300,300]; got 3,5"),
         (["stray"], "unrecognized arguments: stray"),
         (["--encoder", "ConvTranspose"], "ConvTranspose needs an image"),
         (["--lr", "-1"], "lr must be positive"),
@@ -413,6 +413,7 @@ def test_own_class_by_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             "schedule Linear: the following arguments are required: len",
         ),
         (["--resume=a", "--resume=b"], "b cannot be resumed: it has no config.yaml"),
+        (["--accelerator", "cuda"], "accelerator cuda was asked for; this machine has no GPU"),
         (["--matmul", "low"], "matmul must be highest or high or medium; got low"),
         (["--limit", "x"], "limit must be a whole number or null; got x"),
     ],
@@ -425,6 +426,7 @@ def test_mistakes_are_one_clear_line(
     capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert main(["train", *SMALL, "--epochs", "1", *options]) == 2
     printed = capsys.readouterr().err
     assert message in printed

@@ -28,10 +28,7 @@ DATA: Options = {
     "--data": option(str, "digits", "name of a data set, or path of a file or image folder"),
     "--data_root": option(str, "data", "folder of the named data sets"),
     "--transform": option(
-        str,
-        "auto",
-        "none, threshold, static, dynamic, dequantise, rescale or standardise; auto fits the "
-        "likelihood",
+        str, "auto", "auto, none, threshold, static, dynamic, dequantise, rescale or standardise"
     ),
     "--validation": option(int | float | None, None, "number or share of rows held out"),
     "--split_seed": option(int, 0, "seed of the split and of fixed noise"),
@@ -48,10 +45,7 @@ MODEL: Options = {
     ),
     "--skip": option(bool, False, "let p(x | z) see all layers of several"),
     "--classes": option(
-        int,
-        0,
-        "number of classes, of which labels are known for some rows (-1 elsewhere) or none; 0: "
-        "no classes",
+        int, 0, "number of classes, known for some rows (label -1 elsewhere) or none; 0: none"
     ),
     "--label_weight": option(float, 0.0, "weight of the gradient of log p(label | x)"),
     "--missing": option(
@@ -110,11 +104,7 @@ SEEDED: Options = {
     "--progress": option(bool, True, "show a progress bar"),
 }
 WORK: Options = {
-    "--chunk_size": option(
-        int | None,
-        None,
-        "draws x rows in one pass of the model; null: 1000, which suits a CPU",
-    ),
+    "--chunk_size": option(int | None, None, "draws x rows in one pass of the model; null: 1000"),
     "--devices": option(int, 1, "number of GPUs, or of processes, that share the rows"),
     "--accelerator": option(
         Literal["auto", "cpu", "cuda"], "auto", "auto: a GPU where there is one"
@@ -193,9 +183,7 @@ COMMANDS = {
             **out(".csv file"),
             "--columns": option(bool, False, "also log p of each value, given the others"),
             "--num_samples": option(
-                int | None,
-                None,
-                "draws of the encoder, a cheap lower bound; null: log_evidence",
+                int | None, None, "draws of the encoder, a cheap lower bound; null: log_evidence"
             ),
             "--p_values": option(int, 0, "also rank rows among N held-out ones and N drawn ones"),
             **ESTIMATE,
@@ -251,10 +239,7 @@ COMMANDS = {
         {
             **FILE,
             "--num_samples": option(
-                int | None,
-                100,
-                "draws of the encoder for each row and class; null: log_evidence, which is "
-                "slower and judged",
+                int | None, 100, "draws of the encoder for each class; null: log_evidence, slower"
             ),
             **SEEDED,
             **out(".csv file; FILE.classes.csv"),

@@ -28,6 +28,7 @@ from pyro_vae.data import (
     spread,
 )
 from pyro_vae.files import reading, write
+from pyro_vae.processes import check_processes
 from pyro_vae.training import read_run
 from pyro_vae.training.engine import uses_cuda
 from pyro_vae.vae import VAE
@@ -231,8 +232,7 @@ def home(vae: VAE) -> torch.device:
 def placed(vae: VAE, data: Data, accelerator: str) -> tuple[VAE, Data]:
     """A VAE and rows on the device that was asked for; "auto" is a GPU where there is one."""
     device = torch.device("cuda" if uses_cuda(accelerator) else "cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("accelerator cuda was asked for; this machine has no GPU that torch sees")
+    check_processes(1, device.type)
     return vae.to(device), data.to(device)
 
 

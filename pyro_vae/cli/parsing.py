@@ -30,25 +30,11 @@ __all__ = [
 ]
 
 ERRORS = (
-    ArgumentError,
-    ValueError,
-    OSError,
-    FloatingPointError,
-    NotImplementedError,
-    ImportError,
+    *(ArgumentError, ValueError, OSError, FloatingPointError, NotImplementedError, ImportError),
 )
-FLAGS = {
-    key[2:]
-    for command in COMMANDS.values()
-    for key, settings in command.options.items()
-    if settings.get("type") in (bool, bool | None)
-}
-SWITCHES = {
-    key[2:]
-    for command in COMMANDS.values()
-    for key, settings in command.options.items()
-    if settings.get("action") == "store_true"
-} | {"help", "help_all"}
+OPTIONS = [option for command in COMMANDS.values() for option in command.options.items()]
+FLAGS = {key[2:] for key, known in OPTIONS if known.get("type") in (bool, bool | None)}
+SWITCHES = {key[2:] for key, known in OPTIONS if "action" in known} | {"help", "help_all"}
 FEWER = "ask for fewer rows at once, draws, classes or latents, or for narrower layers"
 LONGEST = 1000  # characters of a message
 LARGEST = 10_000  # values of a configuration
@@ -68,10 +54,11 @@ def run(argv: list[str]) -> int:
             getattr(import_module(f"pyro_vae.cli.{module}"), function)(options)
     except (*ERRORS, MemoryError, RuntimeError) as error:
         line = " ".join(str(error).partition("\nTrace Shapes:")[0].split())  # which Pyro adds
-        if isinstance(error, MemoryError) or "allocate" in line or "out of memory" in line:
+        if not isinstance(error, ERRORS):
+            memory = isinstance(error, MemoryError) or "allocate" in line
+            if not (memory or "out of memory" in line):
+                raise
             line = f"this takes more memory than there is: {FEWER}"
-        elif not isinstance(error, ERRORS):
-            raise
         line = config.plain_words(line)
         line = line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
         print(f"pyro-vae {name}: {line}", file=sys.stderr)
