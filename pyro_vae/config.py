@@ -172,7 +172,15 @@ def build(
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False; got {value!r}")
     sizes = as_shape("latent_dim", latent_dim)
-    order = _order(latent_dim, hierarchy, skip)
+    several = isinstance(latent_dim, list)
+    if len(sizes) == 1 and (several or skip or hierarchy is not None):
+        raise ValueError(
+            "a hierarchy needs a latent_dim of two sizes or more, from the data upwards, such as "
+            f"[40, 40]; got {latent_dim!r}"
+        )
+    order = None
+    if several:
+        order = component("hierarchy", "TopDown" if hierarchy is None else hierarchy)
     check_whole(0, condition_dim=condition_dim, classes=classes)
     if condition_dim and classes:
         raise ValueError(
@@ -219,19 +227,6 @@ def build(
         **{family: part.plain for family, part in parts.items()},
     }
     return vae
-
-
-def _order(latent_dim: Any, hierarchy: Declared | None, skip: bool) -> Component | None:
-    """The order of inference that is declared for several layers of latents; None for one."""
-    several = isinstance(latent_dim, list)
-    if several and len(latent_dim) > 1:
-        return component("hierarchy", "TopDown" if hierarchy is None else hierarchy)
-    if several or skip or hierarchy is not None:
-        raise ValueError(
-            "a hierarchy needs a latent_dim of two sizes or more, from the data upwards, such as "
-            f"[40, 40]; got {latent_dim!r}"
-        )
-    return None
 
 
 def _latents(

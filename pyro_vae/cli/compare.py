@@ -43,7 +43,10 @@ def compare(options: Namespace) -> None:
     where = rows_of(loaded[every[0]][1], options.part, rows)
     of_model = {model: [found[run] for run in runs] for model, runs in models.items()}
     firsts = {model: runs[0] for model, runs in models.items()}
-    differs = differing({name: described(run, loaded[run][0]) for name, run in firsts.items()})
+    tables = {
+        m: declaration(Path(run), read_run(run), loaded[run][0]) for m, run in firsts.items()
+    }
+    differs = differing({name: each["Model"] | each["Training"] for name, each in tables.items()})
     numbers = compared(of_model, where) | {"differs": differs}
     if options.json:
         print(json.dumps(numbers, indent=1))
@@ -96,12 +99,6 @@ def check_comparable(
             "or intervals, the other a density; train the second on dequantised data, or give "
             "columns the same resolution"
         )
-
-
-def described(run: str, vae: VAE) -> dict[str, str]:
-    """What a run declares of its model and its training."""
-    tables = declaration(Path(run), read_run(run), vae)
-    return tables["Model"] | tables["Training"]
 
 
 def differing(declared: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:

@@ -66,10 +66,9 @@ def train(options: Namespace) -> Path:
         return replicas(options)
     first = is_first_process()
     options.data_root = os.path.abspath(options.data_root)
-    splits = _splits(options)
+    folder, splits = _run_folder(options), _splits(options)
     options.data = splits.name
     vae = _build(options, splits)
-    folder = _run_folder(options)
     objective = options.objective.made()
     check_support(vae, splits.train)
     arguments = (options, vae, splits, folder, objective)
