@@ -48,11 +48,10 @@ class Bracket:
 
     def mean_stderr(self) -> tuple[float, float, float]:
         """Their standard errors over data; NaN for one datum."""
-        if len(self) == 1:
-            return math.nan, math.nan, math.nan
-        spreads = (v.std().item() / math.sqrt(len(self)) for v in (self.lower, self.upper))
-        lower, upper = spreads
-        return lower, upper, self.gap.std().item() / math.sqrt(len(self))
+        n = len(self)
+        columns = self.lower, self.upper, self.gap
+        lower, upper, gap = (v.std().item() / n**0.5 if n > 1 else math.nan for v in columns)
+        return lower, upper, gap
 
     def __repr__(self) -> str:
         (lower, upper, gap), errors = self.mean(), self.mean_stderr()

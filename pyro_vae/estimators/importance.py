@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import unwrap
 
 import torch
 from torch import Tensor
@@ -182,22 +183,6 @@ def evidence_lower_bound(
         ValueError: If `num_samples` or `chunk_size` is below one, or the programs have no
             density per datum (see `densities`).
     """
-    return lower_bound(
-        model, guide, x, y, num_samples=num_samples, chunk_size=chunk_size, seed=seed
-    )
-
-
-def lower_bound(
-    model: Program,
-    guide: Program,
-    x: Tensor,
-    y: Tensor | None,
-    *,
-    num_samples: int = 1,
-    chunk_size: int = 1000,
-    seed: int | None = 0,
-) -> Bound:
-    """As `evidence_lower_bound`, of what is known to be data."""
     batch = max(1, chunk_size // num_samples)
     parts, rules = [], {}
     with evaluating(model, guide, seed=seed, device=x.device):
@@ -220,3 +205,6 @@ def lower_bound(
             parts.append(total)
     reconstruction, kl = torch.cat(parts, -1)
     return Bound(reconstruction - kl, reconstruction, kl, rules)
+
+
+lower_bound = unwrap(evidence_lower_bound)  # of what is known to be data

@@ -107,6 +107,8 @@ def log_evidence(
         Wu, Burda, Salakhutdinov and Grosse. On the quantitative analysis of decoder-based
         generative models. 2017.
     """
+    if not isinstance(audit, bool | Audit):
+        raise ValueError(f"audit must be True, False or an Audit; got {audit!r}")
     limit = math.inf if budget is None else budget
     options: dict[str, Any] = {
         "chunk_size": chunk_size,

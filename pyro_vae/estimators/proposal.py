@@ -304,7 +304,8 @@ def add_components(target: Target, proposal: Proposal, visited: Tensor) -> Propo
         if bool((weight - average < math.log(LARGEST)).all()):
             break
         loc = u[best, torch.arange(u.shape[1], device=u.device)]
-        extra.append(_component(target, loc, proposal.df))
+        tril = factor(curvature(target, loc)[1]).unsqueeze(0)
+        extra.append(Proposal(tril.new_zeros(1, len(loc)), loc.unsqueeze(0), tril, proposal.df))
         fresh = extra[-1].draw(ROUND_DRAWS)
         u, log_p = torch.cat([u, fresh]), torch.cat([log_p, target.log_joint(fresh)])
         sources = [proposal, *extra]
@@ -317,11 +318,6 @@ def add_components(target: Target, proposal: Proposal, visited: Tensor) -> Propo
 def components_cost(dim: int) -> int:
     """Evaluations of the model for one datum."""
     return 2 * ROUND_DRAWS + MOST_COMPONENTS * (ROUND_DRAWS + dim)
-
-
-def _component(target: Target, loc: Tensor, df: float) -> Proposal:
-    tril = factor(curvature(target, loc)[1])
-    return Proposal(loc.new_zeros(1, len(loc)), loc.unsqueeze(0), tril.unsqueeze(0), df)
 
 
 def _made(density: Tensor) -> Tensor:

@@ -404,11 +404,8 @@ class _TargetJoint(nn.Module):
         target.scale, target.x, target.y = scale, x, y[0] if y else None
         if not self.slope:
             return target.run_log_joint(u)
-        with torch.enable_grad():
-            leaf = u.detach().requires_grad_()
-            value = target.run_log_joint(leaf)
-            slope = torch.autograd.grad(value.sum(), leaf, materialize_grads=True)[0]
-        return value.detach(), slope
+        (value,), (slope,) = gradients(lambda v: (target.run_log_joint(v),), u, len(u))
+        return value, slope
 
 
 class _WithSlope(torch.autograd.Function):

@@ -101,6 +101,7 @@ def test_a_tolerance_out_of_reach_is_doubtful() -> None:
     [
         ({"tolerance": 0.0}, "tolerance must be positive"),
         ({"budget": 100}, "budget must be at least 3.* got 100"),
+        ({"audit": None}, "audit must be True, False or an Audit; got None"),
     ],
 )
 def test_what_cannot_be_is_refused(options: dict, message: str) -> None:
