@@ -17,7 +17,7 @@ from pyro_vae.training.dataset import as_dataset, describe
 from pyro_vae.training.engine import Engine, is_first_process
 from pyro_vae.training.optimizers import OptimizerSpec, ScheduleSpec
 from pyro_vae.training.progress import Callback, History
-from pyro_vae.training.run_folder import Settings, check_run, read_run
+from pyro_vae.training.run_folder import Settings, check_run, plain, read_run
 from pyro_vae.training.step import PRECISIONS, worth_compiling
 from pyro_vae.training.trainer import Task, train
 
@@ -145,7 +145,7 @@ def fit(
     if callable(check := getattr(vae, "check_labels", None)):
         for part in (rows, held_out):
             check(getattr(part, "y", None))
-    engine = Engine(accelerator, devices)
+    engine = Engine(accelerator, plain(devices))
     threads = engine.threads(vae, batch_size * objective.num_particles)
     settings, said = replace(settings, threads=threads), None
     before = _recorded(run) if resume else {}

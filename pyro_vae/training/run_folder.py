@@ -32,6 +32,7 @@ __all__ = [
     "check_run",
     "load_state",
     "load_weights",
+    "plain",
     "put_weights",
     "read_run",
     "save_checkpoint",

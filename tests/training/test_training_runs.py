@@ -170,6 +170,7 @@ def test_numbers_of_numpy_are_recorded_and_go_on(tmp_path: Path) -> None:
             lr=f(2.0**-9),
             batch_size=i(11),
             seed=i(3),
+            devices=i(1),
             run=tmp_path / "run",
             resume=True,
             **QUIET,
