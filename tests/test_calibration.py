@@ -14,6 +14,7 @@ from torch import Tensor
 
 import pyro_vae
 from pyro_vae import plots
+from pyro_vae.distributions import Incomplete
 from pyro_vae.metrics import Calibration, calibration
 
 N = 1009
@@ -131,3 +132,32 @@ def test_the_figure_names_the_worst() -> None:
     (ax,) = figure.axes
     named = [text.get_text() for text in ax.get_legend().get_texts()]
     assert named[0] in ("z 1", "log p(x, z)")
+
+
+@pytest.mark.parametrize("aware", [True, False])
+def test_a_guide_of_rows_with_missing_entries(aware: bool) -> None:
+    def model(x: Tensor) -> Any:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+            fn = Incomplete(dist.Normal(z.expand(*z.shape[:-1], 5), 1.0).to_event(1))
+            return pyro.sample("x", fn, obs=x)
+
+    def guide(x: Tensor) -> Any:
+        seen = (~x.isnan()).sum(-1, keepdim=True) if aware else torch.full((len(x), 1), 5)
+        with pyro.plate("data", len(x), dim=-1):
+            precision = 1.0 + seen
+            loc = x.nansum(-1, keepdim=True) / precision
+            return pyro.sample("z", dist.Normal(loc, precision**-0.5).to_event(1))
+
+    x = torch.zeros(7, 5)
+    x[1, :3] = x[3, 4] = x[5, 1:] = x[6] = torch.nan
+    found = calibration(model, guide, x, num_data=N)
+    off = (found.coverage(0.9)[0].item() - 0.9) / (0.09 / N) ** 0.5
+    assert (abs(off) < 3 and found.p_value.min() > 0.01) if aware else off < -6
+
+
+def test_missing_entries_are_refused_by_a_vae_without() -> None:
+    x = torch.zeros(7, 5)
+    x[1, 3] = torch.nan
+    with pytest.raises(ValueError, match="missing=True"):
+        calibration(world()[0].vae, x)

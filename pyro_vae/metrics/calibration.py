@@ -112,7 +112,8 @@ def calibration(
     Args:
         model: Pyro model, as in `log_evidence`; its one observed site must be x.
         guide: Pyro guide.
-        x: Data [N, *E], of which the shape alone matters: the values are simulated.
+        x: Data [N, *E], of which only the shape matters, and which entries are missing (NaN), in
+            turn: the values are simulated.
         y: What is conditioned on [N, C], or None.
         num_data: Data to draw; the rows of `y` are used in turn.
         num_draws: Draws K of the guide for each.
@@ -129,7 +130,8 @@ def calibration(
     """
     check_whole(num_data=num_data, num_draws=num_draws)
     check_whole(0, seed=seed)
-    x = as_rows("x", x)
+    owner = getattr(model, "__self__", None)
+    x = as_rows("x", x, missing=getattr(owner, "missing", True))  # own programs may take NaN
     if summed := list(summed_values(model, x[:1], None if y is None else y[:1])):
         raise ValueError(f"calibration takes no model with latents that are summed out: {summed}")
     rows = torch.arange(num_data) % len(x)
