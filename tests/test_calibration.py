@@ -15,7 +15,7 @@ from torch import Tensor
 import pyro_vae
 from pyro_vae import plots
 from pyro_vae.distributions import Incomplete
-from pyro_vae.metrics import Calibration, calibration
+from pyro_vae.metrics import Calibration, calibration, p_values
 
 N = 1009
 
@@ -161,3 +161,9 @@ def test_missing_entries_are_refused_by_a_vae_without() -> None:
     x[1, 3] = torch.nan
     with pytest.raises(ValueError, match="missing=True"):
         calibration(world()[0].vae, x)
+
+
+def test_a_row_of_no_number_has_no_p_value() -> None:
+    found = p_values(torch.tensor([torch.nan, -torch.inf, 2.0]), torch.tensor([0.0, 1.0, 3.0]))
+    assert found[0].isnan()
+    assert found[1:].tolist() == [0.25, 0.75]

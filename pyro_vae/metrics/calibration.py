@@ -162,14 +162,15 @@ def p_values(log_prob: Tensor, among: Tensor) -> Tensor:
         among: That of the others [M], by the same estimator.
 
     Returns:
-        The p-values [N].
+        The p-values [N]; NaN for a row whose log p(x) is.
 
     References:
         Phipson and Smyth. Permutation p-values should never be zero. 2010.
     """
     ordered = among.double().sort().values
-    below = torch.searchsorted(ordered, log_prob.double().to(ordered.device), right=True)
-    return (1 + below).double() / (1 + len(among))
+    values = log_prob.double().to(ordered.device)
+    below = torch.searchsorted(ordered, values, right=True)
+    return ((1 + below).double() / (1 + len(among))).where(~values.isnan(), torch.nan)
 
 
 def _ranks(
