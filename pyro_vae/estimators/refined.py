@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -219,28 +220,32 @@ class Fit:
 
     def draw(self, num_samples: int) -> Tensor:
         """Log weights [K, B] of fresh draws, on the CPU."""
-        return torch.cat(
-            [self.log_weights(u, num_samples) for u in self._draws(num_samples)]
-        ).cpu()
+        return torch.cat([weights for _, weights in self._scored(num_samples)]).cpu()
 
     def draw_with_places(self, num_samples: int) -> tuple[Tensor, Tensor]:
         """Fresh draws [K, B, D] and their log weights [K, B]."""
-        places = self.places(num_samples)
-        return places, self.log_weights(places, num_samples)
+        places, weights = zip(*self._scored(num_samples))
+        return torch.cat(places), torch.cat(weights)
 
     def places(self, num_samples: int) -> Tensor:
         """Fresh draws [K, B, D]."""
-        return torch.cat(list(self._draws(num_samples)))
+        return torch.cat([u for u, _ in self._draws(num_samples)])
 
-    def _draws(self, num_samples: int) -> Iterator[Tensor]:
-        sources = self.proposal.draw, self.target.draw_guide, self._draw_prior
-        step = self.target.draws_at_once
+    def _scored(self, num_samples: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Fresh draws, some after others, and their log weights."""
+        numbers = self._numbers(num_samples)
+        for u, run in self._draws(num_samples):
+            yield u, self._weigh(u, run or self.target.at(u), numbers)
+
+    def _draws(self, num_samples: int) -> Iterator[tuple[Tensor, Run | None]]:
+        """Fresh draws, some after others; those of the prior with the run that made them."""
+        target, step = self.target, self.target.draws_at_once
+        sources: list[Callable[[int], Any]]
+        sources = [self.proposal.draw, target.draw_guide, target.run_prior]
         for draw, number in zip(sources, self._numbers(num_samples)):
             for done in range(0, number, step):
-                yield draw(min(step, number - done))
-
-    def _draw_prior(self, num_draws: int) -> Tensor:
-        return self.target.draw_prior(num_draws)[0]
+                drawn = draw(min(step, number - done))
+                yield drawn if isinstance(drawn, tuple) else (drawn, None)
 
 
 def fit_proposal(target: Target, num_starts: int = 5) -> Fit:

@@ -193,18 +193,20 @@ class Target:
     def draw_prior(self, num_draws: int) -> tuple[Tensor, Tensor, Tensor]:
         """Draws of the prior u [K, B, D], and log p(u) and log p(x | u) [K, B] at each."""
         parts = []
-        with torch.no_grad():
-            for done in range(0, num_draws, self.draws_at_once):
-                number = min(self.draws_at_once, num_draws - done)
-                with pyro.validation_enabled(False):
-                    nodes: Any = run_program(self.model, self.x, self.y, number).nodes
-                values = {name: nodes[name]["value"] for name in self.sites}
-                u = self.vector(values)
-                sites = {name: nodes[name] for name in [*self.sites, *self.observed]}
-                run = Run(sites, self.x, values, self._latents(u)[1])
-                parts.append((u, run.log_prior, run.log_likelihood))
+        for done in range(0, num_draws, self.draws_at_once):
+            u, run = self.run_prior(min(self.draws_at_once, num_draws - done))
+            parts.append((u, run.log_prior, run.log_likelihood))
         draws, log_prior, log_likelihood = (torch.cat(part) for part in zip(*parts))
         return draws, log_prior, log_likelihood
+
+    def run_prior(self, num_draws: int) -> tuple[Tensor, Run]:
+        """Draws of the prior u [K, B, D], of one chunk, and the run of the model behind them."""
+        with torch.no_grad(), pyro.validation_enabled(False):
+            nodes: Any = run_program(self.model, self.x, self.y, num_draws).nodes
+            values = {name: nodes[name]["value"] for name in self.sites}
+            u = self.vector(values)
+            sites = {name: nodes[name] for name in [*self.sites, *self.observed]}
+            return u, Run(sites, self.x, values, self._latents(u)[1])
 
     def vector(self, latents: dict[str, Tensor]) -> Tensor:
         """u [K, B, D] of latents by site [K, B, *]."""
