@@ -432,7 +432,7 @@ def _bins(column: Tensor) -> list[float]:
 
 def _strongest(data: Tensor, count: int) -> list[list[int]]:
     """The pairs of columns of [N, D] whose ranks have the largest correlations."""
-    filled = torch.where(data.isnan(), data.nanmedian(0).values, data)
+    filled = torch.where(data.isnan(), data.nanmedian(0).values.nan_to_num(), data)
     ranks = torch.stack([column.unique(return_inverse=True)[1] for column in filled.T])
     places = torch.triu_indices(len(ranks), len(ranks), 1)
     strength = torch.corrcoef(ranks.double()).abs().nan_to_num(0.0)[places[0], places[1]]

@@ -124,6 +124,9 @@ def test_pairs_are_of_the_columns_whose_ranks_go_together() -> None:
     codes = torch.tensor(above[1].lines[0].get_xdata())
     assert torch.equal(codes.round().float(), data[:, 3])
     assert len(plots.pairs(data[:, 1:3], samples[:, 1:3]).axes) == 2
+    data[:, 0], data[:, 2] = torch.nan, torch.arange(53)  # empty cells go with nothing
+    pairs = {ax.get_xlabel() for ax in plots.pairs(data, samples, list("abcdefg")).axes}
+    assert "a" not in pairs
 
 
 def test_the_factor_matrix_is_drawn_as_it_is() -> None:
