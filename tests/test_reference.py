@@ -191,6 +191,7 @@ def test_what_is_known_of_the_truth_counts() -> None:
     assert (found.covered == (4 * problem.stderr + 5e-4 < 2 * problem.stderr + 1e-3).numpy()).all()
 
 
+@pytest.mark.slow
 def test_the_command() -> None:
     command = [sys.executable, "-m", "benchmarks.reference", "--models", "pixels_1"]
     command += ["--numpy", "benchmarks.reference.example:from_prior"]

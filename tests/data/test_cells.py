@@ -14,7 +14,6 @@ import torch
 from pyro_vae.data import load_data
 from pyro_vae.data.splits import read_rows
 
-anndata = pytest.importorskip("anndata")
 pytestmark = pytest.mark.filterwarnings("default")
 
 N, G = 31, 7
@@ -22,8 +21,7 @@ X = np.random.default_rng(0).poisson(2.0, (N, G))
 
 
 def table(x: Any = X, **parts: Any) -> Any:
-    import pandas as pd
-
+    anndata, pd = map(pytest.importorskip, ("anndata", "pandas"))
     obs = pd.DataFrame(
         {"kind": pd.Categorical(np.arange(N) % 3)}, index=[f"c{i}" for i in range(N)]
     )

@@ -223,6 +223,7 @@ class Note:
             state.stop()
 
 
+@pytest.mark.slow
 def test_fit_starts_processes_and_brings_back_what_they_made(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
