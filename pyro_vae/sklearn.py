@@ -46,8 +46,8 @@ class VariationalAutoencoder(  # type: ignore[misc]
 
     Args:
         n_components: Latent size D.
-        schema: Kinds of columns by name, as `read_table` takes; of an array the names are "x0",
-            "x1" and so on.
+        schema: Kinds of columns by name, as `read_table` takes, or one kind of all; of an array
+            the names are "x0", "x1" and so on.
         hidden: Widths of the hidden layers of encoder and decoder; a number for one layer.
         prior: Name of a prior, as in `build`.
         posterior: Name of a posterior.
@@ -85,7 +85,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
         self,
         n_components: int = 2,
         *,
-        schema: Mapping[str, Any] | None = None,
+        schema: Mapping[str, Any] | str | None = None,
         hidden: int | Sequence[int] = (100,),
         prior: str | Mapping[str, Any] = "StandardNormal",
         posterior: str | Mapping[str, Any] = "DiagonalNormal",

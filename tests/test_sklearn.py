@@ -146,6 +146,14 @@ def test_few_labels_name_the_classes_of_rows() -> None:
     assert not hasattr(VariationalAutoencoder(), "predict_proba")
 
 
+def test_a_kind_for_all_columns_and_numbers_too_close_together() -> None:
+    x = np.random.default_rng(0).poisson(3.0, (31, 2))
+    model = VariationalAutoencoder(1, schema="count", **SMALL, random_state=0).fit(x)
+    assert [column.kind for column in model.schema_.columns.values()] == ["count"] * 2
+    with pytest.raises(ValueError, match="column 'x1' holds .* subtract 1700000000"):
+        model.set_params(schema=None).fit(np.c_[x[:, 0], 1.7e9 + np.arange(31)])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -25,6 +25,7 @@ __all__ = [
     "Schema",
     "as_name",
     "as_number",
+    "check_digits",
     "differing",
     "inferred",
     "number_or_text",
@@ -327,11 +328,7 @@ def _numeric(where: str, values: np.ndarray) -> Column:
     if len(different) == 2 or (whole and len(different) <= min(FEW, len(values) // 3)):
         kind = "binary" if len(different) == 2 else "ordinal"
         return Column(kind, tuple(map(shortened, np.unique(values).tolist())))
-    if np.ptp(values.astype(np.float32)) <= DIGITS * np.abs(values).max():
-        raise ValueError(
-            f"{where} holds numbers from {values.min():.12g} to {values.max():.12g}, which "
-            f"float32 does not tell apart: subtract {values.min():.12g}, or change their unit"
-        )
+    check_digits(where, values)
     if whole and values.min() >= 0 and values.var() >= values.mean():
         return Column("count")
     rounded = whole or len(different) < OFTEN * len(values)
@@ -340,6 +337,18 @@ def _numeric(where: str, values: np.ndarray) -> Column:
     zeros = 0.0 if rounded else math.nextafter(0.0, 1.0)
     positive = values.min() >= zeros and spread > SKEWED
     return Column("positive" if positive else "real", (), _gap(different) if rounded else None)
+
+
+def check_digits(where: str, values: np.ndarray) -> None:
+    """Refuses numbers that differ, but not in float32."""
+    low, high = values.min(initial=0), values.max(initial=0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        spread = np.ptp(values.astype(np.float32)) if len(values) else 0.0
+    if spread <= DIGITS * max(abs(low), abs(high)) and len(np.unique(values)) > 1:
+        raise ValueError(
+            f"{where} holds numbers from {values.min():.12g} to {values.max():.12g}, which "
+            f"float32 does not tell apart: subtract {values.min():.12g}, or change their unit"
+        )
 
 
 def real_column(values: np.ndarray) -> Column:

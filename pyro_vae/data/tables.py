@@ -24,6 +24,7 @@ from pyro_vae.data.schema import (
     Column,
     Schema,
     as_number,
+    check_digits,
     inferred,
     number_or_text,
     real_column,
@@ -49,9 +50,7 @@ QUOTED = re.compile('"[^"]*"')
 DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+(e[+-]?\d+)?", re.IGNORECASE)
 
 
-def read_table(
-    source: Any, schema: Schema | Mapping[str, Any] | None = None
-) -> tuple[Tensor, Schema]:
+def read_table(source: Any, schema: Known = None) -> tuple[Tensor, Schema]:
     """Rows of a table and its schema.
 
     Numbers are read as they are, categories as codes 0, 1, ..., empty cells (and NA, NaN, null)
@@ -66,7 +65,7 @@ def read_table(
             .parquet file, or a frame of pandas, polars or pyarrow.
         schema: A schema that these rows must fit, whatever the order of their columns; or a
             mapping of what is known of some columns: a kind, or what `Column` takes. Categories
-            that it leaves out are those of the cells.
+            that it leaves out are those of the cells. A kind alone is that of all columns.
 
     Returns:
         Rows, float32 [N, C], and the schema, which prints as YAML.
@@ -79,10 +78,7 @@ def read_table(
 
 
 def read_rows_of_table(path: Path, schema: Known) -> Data:
-    """As `read_table`, for `load_data`; a column of the name ``label`` holds labels.
-
-    A schema that is a kind is that of all columns.
-    """
+    """As `read_table`, for `load_data`; a column of the name ``label`` holds labels."""
     rows: Tensor | Mapped
     if ending(path) == ".parquet" and path.is_file() and path.stat().st_size > LARGE:
         labels, rows, found = _streamed(path, schema)
@@ -156,10 +152,9 @@ def _schema(
     known: Mapping[str, Any] | str | None,
 ) -> Schema:
     """What is known of columns, and what their cells and order say of the others."""
-    known = dict.fromkeys(columns, known) if isinstance(known, str) else known
     whole = {
         key: with_levels(entry, partial(cells, key)) if key in columns else entry
-        for key, entry in (known or {}).items()
+        for key, entry in _of_each(columns, known).items()
     }
     given = _given(name, columns, whole)
     return Schema(
@@ -170,11 +165,14 @@ def _schema(
     )
 
 
-def _given(
-    name: str, columns: Iterable[str], known: Mapping[str, Any] | None
-) -> Mapping[str, Column]:
+def _of_each(columns: Iterable[str], known: Mapping[str, Any] | str | None) -> Mapping[str, Any]:
+    """What is known of columns; a kind is that of all of them."""
+    return dict.fromkeys(columns, known) if isinstance(known, str) else known or {}
+
+
+def _given(name: str, columns: Iterable[str], known: Mapping[str, Any]) -> Mapping[str, Column]:
     """What is known of some of the columns."""
-    given = Schema.restore(known or {}).columns
+    given = Schema.restore(known).columns
     if unknown := [key for key in given if key not in columns]:
         raise ValueError(
             f"{name}: the schema names columns that are not there: {', '.join(unknown)}; there "
@@ -184,14 +182,16 @@ def _given(
 
 
 def read_numbers(
-    values: np.ndarray, schema: Mapping[str, Any] | None = None
+    values: np.ndarray, schema: Mapping[str, Any] | str | None = None
 ) -> tuple[Tensor, Schema]:
     """As `read_table` of an array [N, C] whose columns "x0", "x1", ... are real unless given.
 
     Numbers that repeat get a resolution here too, and those of a constant column one of 1.
     """
     columns = {f"x{i}": column for i, column in enumerate(values.T)}
-    given = _given("array", columns, schema)
+    for name, column in columns.items():
+        check_digits(f"array: column {name!r}", column[np.isfinite(column)])
+    given = _given("array", columns, _of_each(columns, schema))
     found = {name: given.get(name) or real_column(column) for name, column in columns.items()}
     with np.errstate(over="ignore"):  # what becomes infinite is refused as such
         return torch.from_numpy(values.astype(np.float32)), Schema(found)
