@@ -800,6 +800,7 @@ def test_a_place_that_is_none_is_refused_before_any_work(
         (["evaluate", "{run}", "--limit", "-5"], "limit must be at least 1; got -5"),
         (["evaluate", "{run}", "--limit", "3", "--seed", "-1"], "seed must be at least 0; got -1"),
         (["sample", "{run}", "--size", "0"], "size must be at least 1; got 0"),
+        (["impute", "{run}", "{run}"], "expected a .csv, .npy or .npz file to impute; got"),
         (["sample", "{run}", "--size", "-1"], "size must be at least 1; got -1"),
         (["sample", "{run}", "--seed", "9" * 20], "seed must be at most 9223372036854775807"),
         (["train", "--run", ""], "run must name a folder; got ''"),

@@ -106,10 +106,10 @@ def impute(options: Namespace) -> None:
     check_whole(0, draws=options.draws)
     source = Path(options.file)
     suffix = source.suffix if schema_of(options.run) is None else ".csv"
-    default = source.with_suffix(f".imputed{suffix}")
-    out = destination(options.out, default, (suffix,), options.file)
     if suffix not in (".csv", ".npy", ".npz"):
         raise ValueError(f"expected a .csv, .npy or .npz file to impute; got {source}")
+    default = source.with_suffix(f".imputed{suffix}")
+    out = destination(options.out, default, (suffix,), options.file)
     stream(imputation(options), options, out)
 
 
