@@ -263,19 +263,11 @@ def fit_proposal(target: Target, num_starts: int = 5) -> Fit:
 
 def _fitted(target: Target, row: Tensor, loc: Tensor, tril: Tensor, num_steps: int) -> Proposal:
     """Proposals fitted from M first components, each of its row."""
-    fit = partial(fit_gaussian, num_steps=num_steps)
-    loc, tril, bound = _by_batches(target, row, fit, loc, tril)
+    size = target.num_data  # no more at once than there are data
+    batches = zip(row.split(size), loc.split(size), tril.split(size))
+    parts = [fit_gaussian(target.rows(rows), a, b, num_steps) for rows, a, b in batches]
+    loc, tril, bound = map(torch.cat, zip(*parts))
     return _mixture(row, loc, _wider(tril), bound)
-
-
-def _by_batches(
-    target: Target, row: Tensor, fit: Callable[..., tuple[Tensor, ...]], *starts: Tensor
-) -> list[Tensor]:
-    """What `fit` gives for M components, each of its row, no more at once than there are data."""
-    size = target.num_data
-    batches = zip(row.split(size), *(start.split(size) for start in starts))
-    parts = [fit(target.rows(rows), *batch) for rows, *batch in batches]
-    return [torch.cat(column) for column in zip(*parts)]
 
 
 def _wider(tril: Tensor) -> Tensor:
