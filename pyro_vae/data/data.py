@@ -305,11 +305,7 @@ class Data:
         return {"name": self.name, "seed": self.seed, "transform": declare(self.transform)}
 
     def digest(self) -> str:
-        """The SHA-256, in hex, of the dtype, shape and bytes of x and y, which are read once."""
-        return self._digest
-
-    @cached_property
-    def _digest(self) -> str:
+        """The SHA-256, in hex, of the dtype, shape and bytes of x and y, as they are now."""
         return digest_of(self.x, self.y)
 
 

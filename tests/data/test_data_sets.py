@@ -118,8 +118,8 @@ def test_a_description_is_json_and_makes_the_same_parts() -> None:
 
 
 def test_changed_data_are_noticed() -> None:
-    description = load_data("digits").describe()
     splits = load_data("digits")
+    description = splits.describe()
     splits.test.x[17, 0, 3, 2] ^= 1
     with pytest.raises(ValueError, match="data changed since the run: the test part"):
         splits.check(description)
