@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -208,6 +209,36 @@ def test_one_process_joins_the_parts_that_several_find_there(
     assert not out.exists()
     assert scored(folder, out) == whole
     assert not parts.exists()
+
+
+def test_the_last_part_is_joined_also_where_it_comes_while_another_process_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "ROWS", 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    out = tmp_path / "out"
+
+    def join(parts: list[Path], to: Path) -> str:
+        to.write_bytes(b"".join(part.read_bytes() for part in parts))
+        return ""
+
+    def process(rank: int) -> None:
+        monkeypatch.setenv("RANK", str(rank))
+        options = Namespace(devices=1, progress=False)
+        stream.stream(stream.Job(2, lambda: "k" * 16, lambda *_: b"x", join), options, out)
+
+    @contextmanager
+    def slow(path: Path) -> Iterator[None]:
+        with files.locked(path):
+            yield
+            if not (path.parent / "00000001").exists():
+                process(1)
+
+    monkeypatch.setattr(stream, "locked", slow)
+    process(0)
+    if not any(path.is_file() for path in tmp_path.glob("*/00000001")):
+        process(1)
+    assert out.read_bytes() == b"xx"
 
 
 @pytest.mark.slow

@@ -84,12 +84,13 @@ def stream(job: Job, options: Namespace, out: Path) -> None:
             device = "cuda" if uses_cuda(options.accelerator) else "cpu"
             here = partial(_make_parts, given, shown)
             in_processes(_make_parts, [given] * others, device, range(1, others + 1), here)
-    with suppress(Locked), locked(folder / "lock"):
-        if all(path.exists() for path in paths):
-            print(job.join(paths, out))
-            for old in out.parent.glob(f".{glob.escape(out.name)}.*.parts"):
-                shutil.rmtree(old, ignore_errors=True)
-            return
+    if _whole(paths):  # else who makes the last part finds the lock free
+        with suppress(Locked), locked(folder / "lock"):
+            if _whole(paths):  # else another one has joined them meanwhile
+                print(job.join(paths, out))
+                for old in out.parent.glob(f".{glob.escape(out.name)}.*.parts"):
+                    shutil.rmtree(old, ignore_errors=True)
+                return
     print(f"this process has done its parts; the one that finds all of them there writes {out}")
 
 
@@ -99,6 +100,10 @@ def _make_parts(given: tuple[Run, list[tuple[Path, range]], Path], shown: bool =
     for path, rows in track(parts, "rows, by the thousand", disable=not shown):
         if not path.exists() and _is_first(taken / path.name):
             write(path, run(int(path.name), torch.arange(rows.start, rows.stop)))
+
+
+def _whole(paths: list[Path]) -> bool:
+    return all(path.exists() for path in paths)
 
 
 def _is_first(path: Path) -> bool:
