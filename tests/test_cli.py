@@ -843,7 +843,8 @@ def test_columns_of_a_file_are_put_in_the_order_of_the_run(
     frame = pytest.importorskip("pandas").DataFrame(x[:5], columns=["a", "b"])[["b", "a"]]
     frame.to_csv(tmp_path / "few.tsv", sep="\t", index=False)
     frame.to_parquet(tmp_path / "few.parquet")
-    for ending, large in (("tsv", 2**26), ("parquet", 2**26), ("parquet", 0)):
+    frame.to_parquet(tmp_path / "few.PARQUET")
+    for ending, large in (("tsv", 2**26), ("parquet", 2**26), ("parquet", 0), ("PARQUET", 2**26)):
         monkeypatch.setattr(tables, "LARGE", large)
         assert np.array_equal(encoded(tmp_path / f"few.{ending}"), found["a,b"])
 

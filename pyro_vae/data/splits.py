@@ -199,7 +199,7 @@ def read_rows(path: str | Path, schema: Schema | None = None) -> Data:
         ValueError: If there is none, or it cannot be used.
     """
     path = Path(path)
-    if schema is None and path.suffix in TABLES and path.is_file() and is_mixed(path):
+    if schema is None and ending(path) in TABLES and path.is_file() and is_mixed(path):
         return read_rows_of_table(path, "real").unchecked(schema=None)
     return _read(path, schema)["train"]
 
