@@ -69,6 +69,9 @@ def test_what_is_missing_is_drawn_from_the_mixture_over_classes(proposal: str) -
     labels = torch.where(torch.arange(N) < C, torch.arange(N), -1)
     K = {"guide": 10_007, "refined": 499}[proposal]
     found = impute(vae, x, labels, num_draws=499, num_samples=K, proposal=proposal)
+    given = ~x.isnan()
+    assert torch.equal(found.mean[given], x[given])
+    assert not found.stderr[given].any()
     logits, loc, covariance = moments(vae)
     means, draws = [], []
     for n in range(N):

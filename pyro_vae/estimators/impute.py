@@ -104,7 +104,8 @@ class Imputation:
             draws = torch.where((value == c).view(*value.shape, *event), part.draws, draws)
         wide = share.view(*share.shape, *event).to(draws)
         means, errors = (torch.stack([getattr(p, k) for p in parts]) for k in ("mean", "stderr"))
-        mean = (wide * means).sum(0)
+        likeliest = means[share.argmax(0), torch.arange(len(wide[0]))]
+        mean = likeliest + (wide * (means - likeliest)).sum(0)  # exactly that where all agree
         of_share = torch.stack([part.evidence.stderr for part in parts]).view(wide.shape)
         square = (wide * errors).square() + (wide * of_share * (means - mean)).square()
         evidence = Evidence.mixed([part.evidence for part in parts])
