@@ -574,6 +574,11 @@ def test_fewer_data_than_the_batch_are_refused() -> None:
         BetaTC(num_data=6).loss(vae.model, vae.guide, draw(vae, 7))
 
 
+def test_groups_may_be_arrays() -> None:
+    objective = HierarchicallyFactorized(torch.tensor([[3, 1], [0, 2]]).numpy())
+    assert objective.groups == [[3, 1], [0, 2]]
+
+
 @pytest.mark.parametrize("cls", [BetaTC, HierarchicallyFactorized, DIP])
 def test_a_flow_is_refused_by_name(cls: type) -> None:
     vae = make(posterior=FlowPosterior)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_vae.arguments import check_real, check_whole
+from pyro_vae.arguments import as_plain, check_real, check_whole
 from pyro_vae.densities import Densities
 from pyro_vae.marginals import marginals, pair_log_prob, pair_marginals
 from pyro_vae.objectives.base import Objective, check_kl, draws, only_site, total_kl
@@ -218,7 +218,8 @@ class HierarchicallyFactorized(AggregateObjective):
         num_particles: int = 1,
     ) -> None:
         super().__init__(estimator, num_data, num_particles)
-        self.groups = [list(group) if isinstance(group, Sequence) else [] for group in groups]
+        lists = [as_plain(group) for group in groups]
+        self.groups = [list(group) if isinstance(group, Sequence) else [] for group in lists]
         dims = [dim for group in self.groups for dim in group]
         if not all(self.groups) or not all(isinstance(dim, int) and dim >= 0 for dim in dims):
             raise ValueError(
