@@ -281,6 +281,8 @@ class VariationalAutoencoder(  # type: ignore[misc]
         if self._is_frame:
             validate_data(self, X, skip_check_array=True)
             rows, self.schema_ = read_table(X, self.schema)
+            if self.schema_.ignored:
+                raise ValueError("schema: columns cannot be ignored here: drop them from X")
             types = X.dtypes if hasattr(X, "iloc") else {}
             others = {name: t for name, t in types.items() if t.kind not in "iuf"}
             self._dtypes = {str(name): t for name, t in others.items()}

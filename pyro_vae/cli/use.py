@@ -121,7 +121,7 @@ def imputation(options: Namespace) -> Job:
     given = read_rows(options.file) if schema is None else rows
 
     def join(parts: list[Path], out: Path) -> str:
-        beside = {} if schema is None else label_cells(Path(options.file))
+        beside = {} if schema is None else label_cells(Path(options.file), schema)
         names = [f"{out.stem}-{i:0{len(str(options.draws))}d}" for i in range(options.draws + 1)]
         for i, name in enumerate([out.stem, *names[1:]]):
             each = (_of_part(part, "x")[i] for part in parts)

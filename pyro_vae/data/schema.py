@@ -27,6 +27,7 @@ __all__ = [
     "as_number",
     "check_digits",
     "differing",
+    "ignored_in",
     "inferred",
     "number_or_text",
     "real_column",
@@ -47,6 +48,7 @@ CENTRES = {"Bernoulli": "common", "Categorical": "common"} | dict.fromkeys(
     "middle",
 )  # what stands for draws of whole numbers; the mean of others
 CODED = ("binary", "category", "ordinal")
+IGNORED = "ignored"  # the kind of a column that is not modelled, such as names or ids
 MOST_LEVELS = 1000  # of a category: more are names or ids
 FEW = 10  # whole numbers that are taken for levels
 SKEWED = 0.7  # deviation of the logarithm from which positive numbers are taken for LogNormal
@@ -81,8 +83,8 @@ class Column:
         check_real(above=0, optional=True, resolution=self.resolution)
         if self.kind not in KINDS and not self.kind[:1].isupper():
             raise ValueError(
-                f"kind must be one of {', '.join(KINDS)}, or the name of a likelihood; got "
-                f"{self.kind!r}"
+                f"kind must be one of {', '.join([*KINDS, IGNORED])}, or the name of a "
+                f"likelihood; got {self.kind!r}"
             )
         coded, count = self.kind in CODED, len(self.categories)
         if len(set(self.categories)) != count or coded != (count > 1):
@@ -112,9 +114,11 @@ class Schema:
 
     Args:
         columns: A `Column` for each name.
+        ignored: The names of columns that a table may have beside them, of the kind "ignored".
     """
 
     columns: Mapping[str, Column]
+    ignored: tuple[str, ...] = ()
 
     @classmethod
     def restore(cls, plain: Mapping[str, Any]) -> Schema:
@@ -123,12 +127,15 @@ class Schema:
         Raises:
             ValueError: If an entry is wrong; the message names the column.
         """
-        return cls({str(name): _restored(str(name), entry) for name, entry in plain.items()})
+        ignored = ignored_in(plain)
+        kept = {str(name): entry for name, entry in plain.items() if str(name) not in ignored}
+        return cls({name: _restored(name, entry) for name, entry in kept.items()}, ignored)
 
     @property
     def plain(self) -> dict[str, Any]:
         """For JSON and for `read_table(..., schema=...)`."""
-        return {name: column.plain for name, column in self.columns.items()}
+        columns = {name: column.plain for name, column in self.columns.items()}
+        return columns | {name: {"kind": IGNORED} for name in self.ignored}
 
     @property
     def likelihood(self) -> dict[str, Any]:
@@ -162,7 +169,7 @@ class Schema:
         Raises:
             ValueError: If columns are missing or others.
         """
-        if words := differing(self.columns, names):
+        if words := differing(self.columns, [n for n in names if n not in self.ignored]):
             raise ValueError(
                 f"{name}: expected the columns of the schema, got others ({words}): give the "
                 "table these columns"
@@ -190,6 +197,11 @@ class Schema:
         """
         cells = self.decode(rows) | (beside or {})
         return as_csv([cells, *zip(*cells.values())])
+
+
+def ignored_in(plain: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns that a mapping gives the kind "ignored"."""
+    return tuple(str(n) for n, entry in plain.items() if entry in (IGNORED, {"kind": IGNORED}))
 
 
 def differing(known: Iterable[str], given: Iterable[str]) -> str:
@@ -285,7 +297,7 @@ def inferred(where: str, cells: Sequence[Any], order: Sequence[Any] | None = Non
     """What a column holds, by its cells; `order` is that of its categories, where one is known."""
     seen = [cell for cell in cells if cell is not None]
     if not seen:
-        raise ValueError(f"{where} is empty in all rows: leave it out")
+        raise ValueError(f"{where} is empty in all rows: give it the kind ignored")
     numbers = [as_number(cell) for cell in seen]
     texts = [cell for cell, number in zip(seen, numbers) if number is None]
     if not texts and order is None:
@@ -307,13 +319,13 @@ def _textual(where: str, seen: list[str], order: Sequence[Any] | None) -> Column
     if len(found) > MOST_LEVELS or len(found) == len(seen) > 2 * FEW:
         raise ValueError(
             f"{where} holds {len(found)} different texts in {len(seen)} rows, as names or ids: "
-            f"leave it out, or join them to at most {MOST_LEVELS} categories"
+            f"give it the kind ignored, or join them to at most {MOST_LEVELS} categories"
         )
     categories = (
         found if order is None else [name for name in map(as_name, order) if name in found]
     )
     if len(categories) < 2:
-        raise ValueError(f"{where} holds {seen[0]!r} in all rows: leave it out")
+        raise ValueError(f"{where} holds {seen[0]!r} in all rows: give it the kind ignored")
     kind = "binary" if len(categories) == 2 else "category" if order is None else "ordinal"
     return Column(kind, tuple(categories))
 
@@ -323,7 +335,7 @@ def _numeric(where: str, values: np.ndarray) -> Column:
         raise ValueError(f"{where} holds infinite values: repair or empty these cells")
     different = np.unique(values)
     if len(different) < 2:
-        raise ValueError(f"{where} holds {values[0]:g} in all rows: leave it out")
+        raise ValueError(f"{where} holds {values[0]:g} in all rows: give it the kind ignored")
     whole = bool((values == values.round()).all())
     if len(different) == 2 or (whole and len(different) <= min(FEW, len(values) // 3)):
         kind = "binary" if len(different) == 2 else "ordinal"

@@ -21,10 +21,10 @@ from pyro_vae.data.data import Data
 from pyro_vae.data.mapped import CHUNK, LARGE, Mapped, spooled
 from pyro_vae.data.schema import (
     Cells,
-    Column,
     Schema,
     as_number,
     check_digits,
+    ignored_in,
     inferred,
     number_or_text,
     real_column,
@@ -66,6 +66,7 @@ def read_table(source: Any, schema: Known = None) -> tuple[Tensor, Schema]:
         schema: A schema that these rows must fit, whatever the order of their columns; or a
             mapping of what is known of some columns: a kind, or what `Column` takes. Categories
             that it leaves out are those of the cells. A kind alone is that of all columns.
+            Columns of the kind "ignored", such as names or ids, are no part of the rows.
 
     Returns:
         Rows, float32 [N, C], and the schema, which prints as YAML.
@@ -74,7 +75,7 @@ def read_table(source: Any, schema: Known = None) -> tuple[Tensor, Schema]:
         ValueError: If it is no table, or a column cannot be modelled; the message names it.
     """
     name = str(source) if isinstance(source, str | Path) else "table"
-    return _table(name, *_cells(source), schema)
+    return _table(name, *_cells(source, schema), schema)
 
 
 def read_rows_of_table(path: Path, schema: Known) -> Data:
@@ -83,7 +84,7 @@ def read_rows_of_table(path: Path, schema: Known) -> Data:
     if ending(path) == ".parquet" and path.is_file() and path.stat().st_size > LARGE:
         labels, rows, found = _streamed(path, schema)
     else:
-        cells, orders = _cells(path)
+        cells, orders = _cells(path, schema)
         labels = _without_labels(str(path), cells)
         rows, found = _table(str(path), cells, orders, schema)
     codes = [_labels(f"{path}: column {key!r}", column) for key, column in labels.items()]
@@ -96,9 +97,9 @@ def read_rows_of_table(path: Path, schema: Known) -> Data:
     )
 
 
-def label_cells(path: Path) -> Cells:
+def label_cells(path: Path, schema: Schema) -> Cells:
     """The column of labels of a table under its name, as it stands there; nothing without one."""
-    return _without_labels(str(path), _cells(path)[0])
+    return _without_labels(str(path), _cells(path, schema)[0])
 
 
 def _without_labels(name: str, cells: Cells) -> Cells:
@@ -157,12 +158,14 @@ def _schema(
         for key, entry in _of_each(columns, known).items()
     }
     given = _given(name, columns, whole)
-    return Schema(
-        {
-            key: given.get(key) or inferred(f"{name}: column {key!r}", *cells(key))
-            for key in columns
-        }
-    )
+    kept = [key for key in columns if key not in given.ignored]
+    if not kept:
+        raise ValueError(f"{name}: the schema ignores every column; give one of them another kind")
+    found = {
+        key: given.columns.get(key) or inferred(f"{name}: column {key!r}", *cells(key))
+        for key in kept
+    }
+    return Schema(found, given.ignored)
 
 
 def _of_each(columns: Iterable[str], known: Mapping[str, Any] | str | None) -> Mapping[str, Any]:
@@ -170,10 +173,10 @@ def _of_each(columns: Iterable[str], known: Mapping[str, Any] | str | None) -> M
     return dict.fromkeys(columns, known) if isinstance(known, str) else known or {}
 
 
-def _given(name: str, columns: Iterable[str], known: Mapping[str, Any]) -> Mapping[str, Column]:
+def _given(name: str, columns: Iterable[str], known: Mapping[str, Any]) -> Schema:
     """What is known of some of the columns."""
-    given = Schema.restore(known).columns
-    if unknown := [key for key in given if key not in columns]:
+    given = Schema.restore(known)
+    if unknown := [key for key in (*given.columns, *given.ignored) if key not in columns]:
         raise ValueError(
             f"{name}: the schema names columns that are not there: {', '.join(unknown)}; there "
             f"are {', '.join(columns)}"
@@ -192,7 +195,11 @@ def read_numbers(
     for name, column in columns.items():
         check_digits(f"array: column {name!r}", column[np.isfinite(column)])
     given = _given("array", columns, _of_each(columns, schema))
-    found = {name: given.get(name) or real_column(column) for name, column in columns.items()}
+    if given.ignored:
+        raise ValueError("columns of an array cannot be ignored: leave them out of it")
+    found = {
+        name: given.columns.get(name) or real_column(column) for name, column in columns.items()
+    }
     with np.errstate(over="ignore"):  # what becomes infinite is refused as such
         return torch.from_numpy(values.astype(np.float32)), Schema(found)
 
@@ -219,15 +226,22 @@ def _labels(where: str, cells: Sequence[Any]) -> Tensor:
     return torch.tensor([codes.get(cell, -1) for cell in cells])
 
 
-def _cells(source: Any) -> tuple[Cells, dict[str, list[Any]]]:
+def _ignored(schema: Known) -> Sequence[str]:
+    """The columns that a schema ignores."""
+    if isinstance(schema, Schema):
+        return schema.ignored
+    return ignored_in(schema) if isinstance(schema, Mapping) else ()
+
+
+def _cells(source: Any, schema: Known) -> tuple[Cells, dict[str, list[Any]]]:
     """The cells of a table by column, and the orders of those columns that declare one."""
     if not isinstance(source, str | Path):
-        return _arrow_cells("table", source)
+        return _arrow_cells("table", source, _ignored(schema))
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"expected a file at {path}, got none; check the path")
     if ending(path) == ".parquet":
-        return _arrow_cells(str(path), path)
+        return _arrow_cells(str(path), path, _ignored(schema))
     return _text_cells(path), {}
 
 
@@ -348,7 +362,10 @@ def _arrow_errors(source: str) -> Iterator[None]:
         ) from error
 
 
-def _arrow_cells(source: str, table: Any) -> tuple[Cells, dict[str, list[Any]]]:
+def _arrow_cells(
+    source: str, table: Any, ignored: Sequence[str] = ()
+) -> tuple[Cells, dict[str, list[Any]]]:
+    """As `_cells`; what ignored columns hold is not looked at."""
     pyarrow = _pyarrow()
     with _arrow_errors(source):
         found = (
@@ -358,6 +375,8 @@ def _arrow_cells(source: str, table: Any) -> tuple[Cells, dict[str, list[Any]]]:
     if not found.column_names:
         raise ValueError(f"{source}: expected columns, got none")
     _check_names(source, found.column_names, is_text=False)
+    unread: Cells = {name: [] for name in found.column_names if name in ignored}
+    found = found.drop_columns([*unread])
     types = pyarrow.types
     orders: dict[str, list[Any]] = {}
     for field in found.schema:
@@ -373,7 +392,7 @@ def _arrow_cells(source: str, table: Any) -> tuple[Cells, dict[str, list[Any]]]:
         name: [None if cell is None or cell != cell or _blank(cell) else cell for cell in column]
         for name, column in found.to_pydict().items()
     }
-    return cells, orders
+    return cells | unread, orders
 
 
 def _blank(cell: Any) -> bool:

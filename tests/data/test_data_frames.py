@@ -213,9 +213,9 @@ def test_a_kind_alone_takes_its_categories_from_the_cells(tmp_path: Path) -> Non
 BAD = {
     "": "expected a line of names and rows below it, got 0 lines",
     "a,b\n1,2,3\n4,5,6\n": "expected 2 columns as in the first line, got 3 in line 2",
-    "a,b\n,2\n,3\n": "column 'a' is empty in all rows: leave it out",
-    "a,b\n7,x\n7,y\n": "column 'a' holds 7 in all rows: leave it out",
-    "a,b\nx,1\nx,2\n": "column 'a' holds 'x' in all rows: leave it out",
+    "a,b\n,2\n,3\n": "column 'a' is empty in all rows: give it the kind ignored",
+    "a,b\n7,x\n7,y\n": "column 'a' holds 7 in all rows: give it the kind ignored",
+    "a,b\nx,1\nx,2\n": "column 'a' holds 'x' in all rows: give it the kind ignored",
     "a,b\n1,1\n2,2\nx,3\n": "column 'a' holds 2 numbers beside text such as 'x'",
     "a,b\ninf,1\n2,2\n": "column 'a' holds infinite values",
     "a,b\n2020-01-31,1\n2021-02-03,2\n": "column 'a' holds dates, such as '2020-01-31'",
@@ -242,6 +242,32 @@ def test_names_and_ids_are_no_categories(tmp_path: Path) -> None:
     path.write_text("a,b\n" + "".join(f"name{i},{i % 7}\n" for i in range(100_000)))
     with pytest.raises(ValueError, match="column 'a' holds 100000 different texts in 100000 rows"):
         read_table(path)
+
+
+def test_columns_of_names_and_ids_may_be_ignored(file: Path, tmp_path: Path) -> None:
+    rows, known = read_table(file)
+    lines = [f"P{i:04d},{line}" for i, line in enumerate(file.read_text().splitlines())]
+    path = tmp_path / "ids.csv"
+    path.write_text("\n".join(["id" + lines[0][5:], *lines[1:]]) + "\n")
+    again, schema = read_table(path, {"id": "ignored"})
+    assert schema == Schema(known.columns, ("id",))
+    assert torch.equal(again.nan_to_num(-1), rows.nan_to_num(-1))
+    assert Schema.restore(yaml.safe_load(str(schema))) == schema
+    for table in (path, file):  # with ids or without
+        assert torch.equal(read_table(table, schema)[0].nan_to_num(-1), rows.nan_to_num(-1))
+    with pytest.raises(ValueError, match="names columns that are not there: ids"):
+        read_table(path, {"ids": "ignored"})
+    with pytest.raises(ValueError, match="the schema ignores every column"):
+        read_table(path, "ignored")
+
+
+def test_ignored_columns_of_frames_may_hold_anything() -> None:
+    pandas, _ = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    born = pandas.date_range("2001-02-03", periods=7)
+    frame = pandas.DataFrame({"born": born, "a": [2.5, 3.25, 1.0, 7.5, 4.0, 6.0, 5.5]})
+    rows, schema = read_table(frame, {"born": {"kind": "ignored"}})
+    assert rows[:, 0].tolist() == frame["a"].tolist()
+    assert torch.equal(read_table(frame, schema)[0], rows)
 
 
 def test_a_file_of_bytes_is_no_table(tmp_path: Path) -> None:
