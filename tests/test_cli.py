@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 
 from pyro_vae import build, importance_sampling, load, log_evidence, plots
 from pyro_vae.__main__ import main
 from pyro_vae.cli.compare import check_comparable
 from pyro_vae.cli.figures import KlParts, followed, layer_lines
 from pyro_vae.cli.folder import NOISY, check_support, load_run
+from pyro_vae.cli.train import _run_folder
 from pyro_vae.data import Data, Dequantise, Splits, load_data, spread, tables
 from pyro_vae.metrics import elbo_decomposition
 from pyro_vae.training import State, load_weights
@@ -354,6 +356,13 @@ def test_rows_of_another_shape_are_refused(
     for command in ("encode", "score"):
         assert main([command, str(run), str(tmp_path / "x.npy")]) == 2
         assert "rows of shape (3,)" in capsys.readouterr().err
+
+
+def test_a_run_is_named_after_the_folder_of_its_data_also_where_that_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _run_folder(Namespace(run=None, data=".")) == Path(f"runs/{tmp_path.name.lower()}-1")
 
 
 def test_own_class_by_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,7 +244,7 @@ def _build(options: Namespace, splits: Splits) -> VAE:
 
 def _run_folder(options: Namespace) -> Path:
     if options.run is None:
-        stem = Path(options.data).stem.lower()
+        stem = Path(os.path.abspath(options.data)).stem.lower()  # of "." too
         free = (Path("runs") / f"{stem}-{n}" for n in range(1, 10_000))
         return next(folder for folder in free if not folder.exists())
     if not options.run.strip():

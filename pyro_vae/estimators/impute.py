@@ -175,7 +175,7 @@ def impute(
 
     Raises:
         ValueError: As `refined_importance_sampling`; if no site of the model observes x; if the
-            draws do not fit in memory.
+            draws do not fit in memory; if the model excludes a row.
 
     Example:
         >>> vae = build(3, latent_dim=2, missing=True)
@@ -246,7 +246,16 @@ def _guided(target: Target, num_draws: int, num_samples: int) -> Imputation:
 
 
 def _picked(target: Target, places: Tensor, weights: Tensor, num_draws: int) -> Tensor:
-    """Completed data [R, B, *E] at some of K draws [K, B, D], as often as their weights say."""
+    """Completed data [R, B, *E] at some of K draws [K, B, D], as often as their weights say.
+
+    Raises:
+        ValueError: If all weights of a datum are zero.
+    """
+    if len(none := (weights == -torch.inf).all(0).nonzero()):
+        raise ValueError(
+            "what is missing cannot be imputed where log p(x) is -inf at all draws, as in a row "
+            f"that begins {target.x[none[0, 0]].flatten()[:5].tolist()}: leave it out"
+        )
     share = torch.softmax(weights, 0)
     picked = torch.multinomial(share.T, num_draws, True).T.unsqueeze(-1)
     chosen = places.gather(0, picked.expand(-1, -1, places.shape[-1]))

@@ -256,7 +256,7 @@ def fit_proposal(target: Target, num_starts: int = 5) -> Fit:
     log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     mass = target.rows(row).log_joint(loc.unsqueeze(0))[0] + log_det  # but for a constant
     highest = torch.where(row == row[:, None], mass, -torch.inf).amax(1)
-    kept = mass > highest - NEGLIGIBLE
+    kept = ~(mass < highest - NEGLIGIBLE)  # all, where the model excludes the datum
     proposal = _fitted(target, row[kept], loc[kept], tril[kept], FIT_STEPS)
     return Fit(target, proposal, modes.simple, modes.complete)
 

@@ -322,3 +322,25 @@ def test_a_model_that_does_not_observe_x_is_refused() -> None:
 
     with pytest.raises(ValueError, match="must have a site that observes x itself"):
         impute(other, guide, torch.randn(3, 3))
+
+
+@pytest.mark.parametrize("proposal", ["guide", "refined"])
+def test_a_row_that_the_model_excludes_is_refused(proposal: str) -> None:
+    def near(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0)).tanh().unsqueeze(-1)
+            each = dist.Uniform(z - 1, z + 1, validate_args=False).expand([*z.shape[:-1], 2])
+            pyro.sample("x", Incomplete(each.to_event(1)), obs=x)
+
+    def q(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x.new_zeros(len(x)), 1.0))
+
+    x = torch.tensor([[0.0, NAN], [7.0, NAN], [0.1, 0.2]])
+    with pytest.raises(ValueError, match=r"as in a row that begins \[7.0, nan\]"):
+        impute(near, q, x, num_draws=2, num_samples=53, proposal=proposal)
+    if proposal == "refined":
+        found = log_evidence(near, q, x[[0, 2, 1]], audit=False)
+        assert found.log_prob.isfinite().tolist() == [True, True, False]
+        assert found.log_prob[2] == -torch.inf
+        assert found.verdict[2] == "doubtful"
