@@ -99,7 +99,8 @@ def counts() -> Iterator[tuple[str, str, str]]:
     """Options of whole numbers, of every class that is declared."""
     for family in ("prior", "likelihood", "posterior", "encoder", "decoder", "objective"):
         for name, cls in config.components(family).items():
-            for option, parameter in signature(cls).parameters.items():
+            options = signature(cls).parameters if cls.__module__.startswith("pyro_vae.") else {}
+            for option, parameter in options.items():
                 if type(parameter.default) is int and option not in config.INJECTED:
                     yield family, name, option
 

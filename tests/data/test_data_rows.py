@@ -172,13 +172,6 @@ def test_one_pixel_changes_the_digest() -> None:
     assert Data(x).digest() != data.digest()
 
 
-def test_rows_are_read_once_for_their_digest(monkeypatch: pytest.MonkeyPatch) -> None:
-    data, seen = Data(torch.zeros(7, 3)), []
-    monkeypatch.setattr("pyro_vae.data.data.digest_of", lambda *parts: seen.append(parts) or "a")
-    assert [data.digest(), data.digest()] == ["a", "a"]
-    assert len(seen) == 1
-
-
 def test_y_shape_and_dtype_change_the_digest() -> None:
     x = torch.zeros(6, 5, dtype=torch.uint8)
     y = torch.zeros(6, 2)
