@@ -85,7 +85,7 @@ def read_rows_of_table(path: Path, schema: Known) -> Data:
         labels, rows, found = _streamed(path, schema)
     else:
         cells, orders = _cells(path, schema)
-        labels = _without_labels(str(path), cells)
+        labels = _without_labels(str(path), cells, schema)
         rows, found = _table(str(path), cells, orders, schema)
     codes = [_labels(f"{path}: column {key!r}", column) for key, column in labels.items()]
     return Data(
@@ -99,12 +99,13 @@ def read_rows_of_table(path: Path, schema: Known) -> Data:
 
 def label_cells(path: Path, schema: Schema) -> Cells:
     """The column of labels of a table under its name, as it stands there; nothing without one."""
-    return _without_labels(str(path), _cells(path, schema)[0])
+    return _without_labels(str(path), _cells(path, schema)[0], schema)
 
 
-def _without_labels(name: str, cells: Cells) -> Cells:
+def _without_labels(name: str, cells: Cells, schema: Known) -> Cells:
     """Takes the column of labels, if there is one beside others, out of the cells."""
-    keys = [*cells] if len(cells) > 1 else []
+    keys = [key for key in cells if key not in _ignored(schema)]
+    keys = keys if len(keys) > 1 else []
     return {keys[d]: cells.pop(keys[d]) for d in _label_columns(name, keys)}
 
 
@@ -139,7 +140,7 @@ def _streamed(path: Path, schema: Known) -> tuple[Cells, Mapped, Schema]:
                 first += len(batch)
 
     columns: Cells = {name: [] for name in names}
-    labels = _without_labels(str(path), columns)
+    labels = _without_labels(str(path), columns, schema)
     found = schema if isinstance(schema, Schema) else _schema(str(path), columns, column, schema)
     found.check(columns, str(path))
     rows = spooled(parts(found), file.metadata.num_rows, len(found.columns), str(path))

@@ -261,6 +261,17 @@ def test_columns_of_names_and_ids_may_be_ignored(file: Path, tmp_path: Path) -> 
         read_table(path, "ignored")
 
 
+def test_a_column_of_labels_may_be_ignored(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(PEOPLE.replace("member", "label"))
+    known = dict.fromkeys(("age", "pay", "visits"), "real")
+    for ignored in ({}, {"label": "ignored"}):
+        found = load_data(tmp_path / "t.csv", schema=known | ignored, validation=1).train
+        assert found.columns == ("age", "job", "pay", "grade", "visits")
+        assert found.schema is not None
+        assert found.schema.ignored == tuple(ignored)
+        assert (found.labels is None) == bool(ignored)
+
+
 def test_ignored_columns_of_frames_may_hold_anything() -> None:
     pandas, _ = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
     born = pandas.date_range("2001-02-03", periods=7)
