@@ -673,7 +673,8 @@ def test_wrong_options_are_refused(make_it: Callable[[], Objective], message: st
 
 @pytest.mark.parametrize(("cls", "posterior", "prior"), triples(OURS, POSTERIORS, PRIORS))
 def test_every_parameter_trains(cls: type, posterior: type, prior: type) -> None:
-    vae = make(prior, posterior=posterior, data_shape=(3,), hidden=(2,))
+    many = 500 if cls is FreeBits else 11  # a KL near zero is estimated below its floor
+    vae = make(prior, posterior=posterior, data_shape=(3,), hidden=(2,), components=many)
     x = draw(vae, 5)
     vae.initialise(x)
     start = {key: p.detach().clone() for key, p in vae.named_parameters()}

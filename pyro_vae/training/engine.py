@@ -206,7 +206,7 @@ class Engine:
 
     def _here(self, function: Function, task: Any, index: int) -> Any:
         """Runs `function` in this process, which is connected if it is one of several."""
-        device = torch.device("cuda", index) if self.on_cuda else torch.device("cpu")
+        device = self._device(index)
         if self.size == 1:
             return function(Group(device=device), task)
         if self.on_cuda:
@@ -215,6 +215,9 @@ class Engine:
         result = function(group, task)
         distributed.barrier()  # nobody ends while another still uses the connection
         return result
+
+    def _device(self, index: int) -> torch.device:
+        return torch.device("cuda", index) if self.on_cuda else torch.device("cpu")
 
 
 def _in_process(engine: Engine, function: Function, task: Any, part: tuple[str, int, int]) -> Any:
