@@ -48,6 +48,12 @@ T_co = TypeVar("T_co", covariant=True)
 class Shown(nn.Module):
     """A module whose repr tells the plain options that it was made with."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Makes the signature that of `__init__`: early versions of Python show `__new__`'s."""
+        super().__init_subclass__(**options)
+        _, *own = inspect.signature(cls.__init__).parameters.values()
+        cls.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """Notes them; a copy gets those of its original."""
         made = super().__new__(cls)

@@ -117,6 +117,14 @@ def test_a_count_below_zero_is_refused_by_its_name(family: str, name: str, optio
         made()
 
 
+def test_options_are_those_of_the_constructor() -> None:
+    """In Python 3.11.2, too, where `inspect.signature` of a class prefers `__new__`."""
+    for family in config.BASES:
+        for cls in config.components(family).values():
+            own = [*signature(cls.__init__).parameters][1:]
+            assert [*signature(cls).parameters] == own
+
+
 def test_a_number_of_parts_is_refused_by_its_name() -> None:
     for likelihood, option in (("MixtureOfLogistics", "components"), ("Categorical", "levels")):
         with pytest.raises(ValueError, match=f"^{option} must be at least 1; got 0"):

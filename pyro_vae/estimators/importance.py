@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from pyro_vae.densities import Latents, Program, densities, evaluating, log_joint, log_weights
+from pyro_vae.estimators.compiled import CompiledJoint
 from pyro_vae.estimators.coordinates import is_delta, is_discrete
 from pyro_vae.estimators.diagnostics import convergence, jackknife
 from pyro_vae.estimators.evidence import Evidence, summarise
 from pyro_vae.estimators.run import check_support, estimator, map_batches
-from pyro_vae.estimators.target import ROWS, CompiledJoint
+from pyro_vae.estimators.target import ROWS
 from pyro_vae.estimators.values import summed
 from pyro_vae.runtime import check_fits
 

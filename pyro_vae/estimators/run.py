@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from pyro_vae.arguments import TakesVAE, as_rows, check_real, check_whole, programs
 from pyro_vae.densities import Densities, Program, densities, evaluating
+from pyro_vae.estimators.compiled import CompiledTarget
 from pyro_vae.estimators.coordinates import Coordinates
 from pyro_vae.estimators.evidence import Evidence
-from pyro_vae.estimators.target import ROWS, CompiledTarget, Target
+from pyro_vae.estimators.target import ROWS, Target
 from pyro_vae.processes import check_processes, in_processes
 from pyro_vae.runtime import (
     alone,

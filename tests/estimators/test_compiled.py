@@ -19,9 +19,9 @@ from pyro_vae.estimators import (
     importance_sampling,
     log_evidence,
     refined_importance_sampling,
-    target,
 )
-from pyro_vae.estimators.target import CompiledJoint, CompiledTarget, Target
+from pyro_vae.estimators.compiled import CompiledJoint, CompiledTarget
+from pyro_vae.estimators.target import Target
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -111,7 +111,7 @@ def test_what_cannot_be_compiled_is_run_and_said() -> None:
 def test_the_gradient_is_that_of_whatever_is_made_of_the_density(
     how: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(target, "compiled", how)
+    monkeypatch.setattr("pyro_vae.estimators.compiled.compiled", how)
     world = LinearGaussian.draw()
     x, u, weight = torch.randn(3, 5), torch.randn(11, 3, 2), torch.rand(11, 3)
     fast = CompiledTarget(uses=1)
