@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from typing import Any
@@ -13,10 +15,11 @@ from torch.nn.functional import one_hot
 
 from pyro_vae.arguments import as_tensor, check_finite, check_whole, digest_of
 from pyro_vae.data.mapped import CHUNK, Mapped
-from pyro_vae.data.schema import Schema
-from pyro_vae.data.transforms import Identity, Transform, declare, row_noise
+from pyro_vae.data.schema import Schema, differing
+from pyro_vae.data.transforms import Identity, Threshold, Transform, declare, row_noise
 
 MOST_CLASSES = 1_000_000  # a greater label is no number of a class
+FACTOR = 10.0  # between the largest values, from which units look different
 
 
 def _fix(transform: Transform, seed: int, dtype: torch.dtype, x: Tensor, rows: Tensor) -> Tensor:
@@ -115,13 +118,11 @@ class Data:
             check_finite(f"{self._title}: x", self.x, missing=True)
         if self.y is not None:
             check_finite(f"{self._title}: y", self.y)
-        if self.labels is not None:
-            self._check_labels(self.labels)
         if self.levels is not None and not self.applied and isinstance(self.x, Tensor):
             good = (self.x >= 0) & (self.x <= self.levels - 1)
             self._check(good, f"grey values from 0 to {self.levels - 1}", "others")
-
-    def _check_labels(self, labels: Tensor) -> None:
+        if (labels := self.labels) is None:
+            return
         if labels.is_floating_point() or labels.is_complex():
             raise ValueError(
                 f"{self._title}: expected labels that are integers, got "
@@ -129,11 +130,9 @@ class Data:
             )
         self._check(labels >= -1, "labels from 0, or -1 where unknown", "negative ones")
         self._check(labels < MOST_CLASSES, f"labels below {MOST_CLASSES}", "others")
-        if self.classes is None:
-            object.__setattr__(self, "classes", int(labels.max()) + 1)
-        else:
-            good = labels < self.classes
-            self._check(good, f"labels below {self.classes}, the number of classes", "others")
+        classes = int(labels.max()) + 1 if self.classes is None else self.classes
+        object.__setattr__(self, "classes", classes)
+        self._check(labels < classes, f"labels below {classes}, the number of classes", "others")
 
     def _check(self, good: Tensor, expected: str, came: str) -> None:
         bad = (~good).flatten(1).any(1) if good.ndim > 1 else ~good
@@ -151,17 +150,24 @@ class Data:
         """The shape E of one datum."""
         return self.x.shape[1:]
 
-    @cached_property
+    @property
     def missing(self) -> bool:
         """Whether a value is missing."""
-        if isinstance(self.x, Mapped) and not self.x.gaps:
-            return False
-        return any(bool(x.isnan().any()) for x in self.x.split(CHUNK))
+        return self.missing_share > 0
 
-    @property
+    @cached_property
     def missing_share(self) -> float:
         """The share of the values that are missing."""
-        return sum(int(x.isnan().sum()) for x in self.x.split(CHUNK)) / self.x.shape.numel()
+        parts = () if isinstance(self.x, Mapped) and not self.x.gaps else self.x.split(CHUNK)
+        return sum(int(x.isnan().sum()) for x in parts) / self.x.shape.numel()
+
+    @cached_property
+    def extremes(self) -> tuple[float, float]:
+        """Lowest and highest value that is not missing; 0 of none."""
+        if isinstance(self.x, Mapped):
+            return self.x.extremes
+        seen = self.x[~self.x.isnan()] if self.x.is_floating_point() else self.x
+        return (seen.min().item(), seen.max().item()) if len(seen) else (0.0, 0.0)
 
     @property
     def log_jacobian(self) -> float:
@@ -212,9 +218,8 @@ class Data:
             return self._kept.batch(index)
         index = index.to(self.x.device)
         x, y = self.x[index], None if self.y is None else self.y[index]
-        if self.applied:
-            return x.float(), y
-        return self.transform(x, torch.rand(x.shape, device=x.device) if noisy else None), y
+        u = torch.rand(x.shape, device=x.device) if noisy else None
+        return x.float() if self.applied else self.transform(x, u), y
 
     @cached_property
     def _kept(self) -> Data:
@@ -307,6 +312,90 @@ class Data:
     def digest(self) -> str:
         """The SHA-256, in hex, of the dtype, shape and bytes of x and y, as they are now."""
         return digest_of(self.x, self.y)
+
+
+def kind_of(rows: Data) -> dict[str, Any]:
+    """What rows of the same kind must agree with, for JSON."""
+    return {
+        "levels": rows.levels,
+        "columns": None if rows.columns is None else list(rows.columns),
+        **({} if rows.schema is None else {"schema": rows.schema.plain}),
+        "dtype": str(rows.x.dtype).removeprefix("torch."),
+        "range": list(rows.extremes),
+    }
+
+
+def alike(
+    rows: Data, known: Mapping[str, Any], transform: Transform, data_shape: tuple[int, ...]
+) -> Data:
+    """The rows with columns in the order of the run, once grey levels and units are the run's.
+
+    Args:
+        rows: Rows of a user's file.
+        known: What `kind_of` gave of the training rows; nothing for runs of version 0.1.
+        transform: That of the run.
+        data_shape: That of one datum of the run.
+
+    Raises:
+        ValueError: If columns are missing or others, the shape is, or values are on another
+            scale.
+    """
+    rows = _ordered(rows, known.get("columns"))
+    if tuple(rows.data_shape) != data_shape:
+        raise ValueError(
+            f"{rows.name} has rows of shape {tuple(rows.data_shape)}; the run was trained on "
+            f"{data_shape}: give data of the same columns or image size"
+        )
+    top = transform.top + 1 if isinstance(transform, Threshold) else None
+    levels = known.get("levels") if known else top or getattr(transform, "levels", None)
+    if levels is not None:
+        return rows if rows.levels == levels else _grey(rows, int(levels))
+    if not known:
+        return rows
+    low, high = known["range"]
+    if rows.levels is not None and known["dtype"].startswith("float"):
+        raise ValueError(
+            f"{rows.name}: expected numbers in the units that the run was trained on, "
+            f"from {low:g} to {high:g}; got grey values ({rows.x.dtype}): store them as "
+            "floats in these units"
+        )
+    most, usual = (max(map(abs, ends)) for ends in (rows.extremes, (low, high)))
+    other = most > FACTOR * usual or FACTOR * most < usual
+    if other and rows.schema is None and rows.missing_share < 1:
+        message = (
+            f"{rows.name}: values reach {most:g}, those that the run was trained on {usual:g}: "
+            "are they in the same units?"
+        )
+        warnings.warn(message, UserWarning, stacklevel=2)
+    return rows.unchecked(levels=None)
+
+
+def _ordered(rows: Data, columns: list[str] | None) -> Data:
+    """The columns in the order of `columns`, where both have names."""
+    if columns is None or rows.columns is None or list(rows.columns) == columns:
+        return rows
+    words = differing(columns, rows.columns)
+    if words or len(set(columns)) < len(columns):
+        raise ValueError(
+            f"{rows.name}: expected the columns of the run, got others ({words or 'one twice'}): "
+            "give the file the columns that the run was trained on"
+        )
+    order = torch.tensor([rows.columns.index(name) for name in columns])
+    x = rows.x.columns(order) if isinstance(rows.x, Mapped) else rows.x[:, order]
+    return rows.unchecked(x=x, columns=tuple(columns))
+
+
+def _grey(rows: Data, levels: int) -> Data:
+    """The rows as grey values of so many levels, if they are such."""
+    low, high = rows.extremes
+    whole = not rows.x.is_floating_point() and (rows.levels != 2 or levels == 2)
+    if not whole or low < 0 or high > levels - 1:
+        raise ValueError(
+            f"{rows.name}: expected whole grey values from 0 to {levels - 1}, as those that the "
+            f"run was trained on; got {rows.x.dtype} from {low:g} to {high:g}: store them as "
+            "uint8, not divided"
+        )
+    return rows.unchecked(levels=levels)
 
 
 Parts = dict[str, Data]

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 import torch
@@ -16,24 +16,6 @@ from torch import Tensor
 
 from pyro_vae.arguments import check_real
 from pyro_vae.files import as_csv
-
-__all__ = [
-    "CODED",
-    "KINDS",
-    "Cells",
-    "Column",
-    "Schema",
-    "as_name",
-    "as_number",
-    "check_digits",
-    "differing",
-    "ignored_in",
-    "inferred",
-    "number_or_text",
-    "real_column",
-    "shortened",
-    "with_levels",
-]
 
 KINDS = {
     "real": "Normal",
@@ -57,6 +39,7 @@ DIGITS = 1e-5  # least range of a column, of its largest number
 OFTEN = 0.9  # share of different numbers below which they are taken for rounded ones
 DATE = re.compile(r"\d{4}-\d\d?-\d\d?([T ].*)?|\d\d?[/.]\d\d?[/.]\d{2,4}( .*)?|\d\d?:\d\d(:\d\d)?")
 Cells = dict[str, list[Any]]
+Known = Union["Schema", Mapping[str, Any], str, None]  # of columns
 
 
 @dataclass(frozen=True)
@@ -148,7 +131,9 @@ class Schema:
             self.plain, sort_keys=False, default_flow_style=None, width=99, allow_unicode=True
         )
 
-    def encode(self, cells: Cells, name: str = "table", first: int = 0) -> Tensor:
+    def encode(
+        self, cells: Mapping[str, Sequence[Any]], name: str = "table", first: int = 0
+    ) -> Tensor:
         """Rows [N, C], float32, of cells by column: codes for categories, NaN for missing ones.
 
         Args:
@@ -199,9 +184,12 @@ class Schema:
         return as_csv([cells, *zip(*cells.values())])
 
 
-def ignored_in(plain: Mapping[str, Any]) -> tuple[str, ...]:
-    """The columns that a mapping gives the kind "ignored"."""
-    return tuple(str(n) for n, entry in plain.items() if entry in (IGNORED, {"kind": IGNORED}))
+def ignored_in(known: Known) -> tuple[str, ...]:
+    """The columns that a schema or a mapping gives the kind "ignored"."""
+    if isinstance(known, Schema):
+        return known.ignored
+    each = known.items() if isinstance(known, Mapping) else ()
+    return tuple(str(name) for name, entry in each if entry in (IGNORED, {"kind": IGNORED}))
 
 
 def differing(known: Iterable[str], given: Iterable[str]) -> str:

@@ -21,8 +21,6 @@ from pyro_vae.data.schema import Schema
 from pyro_vae.data.tables import TABLES, ending, is_mixed, read_csv, read_rows_of_table
 from pyro_vae.data.transforms import make_transform
 
-__all__ = ["Splits", "load_data", "read_rows", "spread"]
-
 
 @dataclass(frozen=True, eq=False)
 class Splits:
@@ -199,7 +197,7 @@ def read_rows(path: str | Path, schema: Schema | None = None) -> Data:
         ValueError: If there is none, or it cannot be used.
     """
     path = Path(path)
-    if schema is None and ending(path) in TABLES and path.is_file() and is_mixed(path):
+    if schema is None and path.is_file() and is_mixed(path):
         return read_rows_of_table(path, "real").unchecked(schema=None)
     return _read(path, schema)["train"]
 

@@ -6,9 +6,10 @@ import csv
 import math
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pyro_vae.data.data import Data
 from pyro_vae.data.mapped import CHUNK, LARGE, Mapped, spooled
 from pyro_vae.data.schema import (
     Cells,
+    Known,
     Schema,
     as_number,
     check_digits,
@@ -31,23 +33,35 @@ from pyro_vae.data.schema import (
     with_levels,
 )
 
-__all__ = [
-    "TABLES",
-    "ending",
-    "is_mixed",
-    "label_cells",
-    "read_csv",
-    "read_numbers",
-    "read_table",
-]
-
 TABLES = (".csv", ".tsv", ".parquet")
-Known = Schema | Mapping[str, Any] | str | None  # of columns
 EMPTY = {"", "na", "n/a", "nan", "null", "<na>"}
 DELIMITERS = ",;\t"
 LOOKED_AT = 1000  # lines, to see whether a file holds text
 QUOTED = re.compile('"[^"]*"')
 DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+(e[+-]?\d+)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns by name; the cells of one, and the order of its categories, when asked for."""
+
+    name: str
+    columns: Sequence[str]
+    read: Callable[[str], tuple[Sequence[Any], Sequence[Any] | None]]
+    file: Any = None  # of pyarrow, where rows stay in a large .parquet file
+
+    def encoded(self, schema: Schema) -> Tensor:
+        """All rows."""
+        return schema.encode({key: self.read(key)[0] for key in schema.columns}, self.name)
+
+    def parts(self, schema: Schema) -> Iterator[Tensor]:
+        """The rows of a large file, some at once."""
+        first = 0
+        with _arrow_errors(self.name):
+            for batch in self.file.iter_batches(CHUNK, columns=list(schema.columns)):
+                cells = {key: _cells(batch.column(key)) for key in schema.columns}
+                yield schema.encode(cells, self.name, first)
+                first += len(batch)
 
 
 def read_table(source: Any, schema: Known = None) -> tuple[Tensor, Schema]:
@@ -74,24 +88,28 @@ def read_table(source: Any, schema: Known = None) -> tuple[Tensor, Schema]:
     Raises:
         ValueError: If it is no table, or a column cannot be modelled; the message names it.
     """
-    name = str(source) if isinstance(source, str | Path) else "table"
-    return _table(name, *_cells(source, schema), schema)
+    table = _opened(source)
+    found = _schema(table, schema)
+    return table.encoded(found), found
 
 
 def read_rows_of_table(path: Path, schema: Known) -> Data:
     """As `read_table`, for `load_data`; a column of the name ``label`` holds labels."""
+    table = _opened(path)
+    label = _label_column(table.name, table.columns, schema)
+    labels = [_labels(f"{path}: column {key!r}", table.read(key)[0]) for key in label]
+    table = replace(table, columns=[key for key in table.columns if key not in label])
+    found = _schema(table, schema)
     rows: Tensor | Mapped
-    if ending(path) == ".parquet" and path.is_file() and path.stat().st_size > LARGE:
-        labels, rows, found = _streamed(path, schema)
+    if table.file is None:
+        rows = table.encoded(found)
     else:
-        cells, orders = _cells(path, schema)
-        labels = _without_labels(str(path), cells, schema)
-        rows, found = _table(str(path), cells, orders, schema)
-    codes = [_labels(f"{path}: column {key!r}", column) for key, column in labels.items()]
+        number = table.file.metadata.num_rows
+        rows = spooled(table.parts(found), number, len(found.columns), table.name)
     return Data(
         rows,
-        labels=codes[0] if codes else None,
-        name=str(path),
+        labels=labels[0] if labels else None,
+        name=table.name,
         columns=tuple(found.columns),
         schema=found,
     )
@@ -99,90 +117,56 @@ def read_rows_of_table(path: Path, schema: Known) -> Data:
 
 def label_cells(path: Path, schema: Schema) -> Cells:
     """The column of labels of a table under its name, as it stands there; nothing without one."""
-    return _without_labels(str(path), _cells(path, schema)[0], schema)
+    table = _opened(path)
+    label = _label_column(table.name, table.columns, schema)
+    return {key: [*table.read(key)[0]] for key in label}
 
 
-def _without_labels(name: str, cells: Cells, schema: Known) -> Cells:
-    """Takes the column of labels, if there is one beside others, out of the cells."""
-    keys = [key for key in cells if key not in _ignored(schema)]
-    keys = keys if len(keys) > 1 else []
-    return {keys[d]: cells.pop(keys[d]) for d in _label_columns(name, keys)}
-
-
-def _label_columns(name: str, names: Sequence[str]) -> list[int]:
-    """The place of the column of labels, where there is one."""
-    found = [d for d, key in enumerate(names) if key.lower() == "label"]
+def _label_column(name: str, columns: Sequence[str], schema: Known = None) -> list[str]:
+    """The column of labels, if there is one beside others."""
+    kept = [key for key in columns if key not in ignored_in(schema)]
+    found = [key for key in kept if key.lower() == "label"]
     if len(found) > 1:
         raise ValueError(
             f"{name}: expected one column 'label', got {len(found)}; rename the others"
         )
-    return found
+    return found if len(kept) > 1 else []
 
 
-def _streamed(path: Path, schema: Known) -> tuple[Cells, Mapped, Schema]:
-    """Labels, rows and schema of a large .parquet file: a column at a time, then parts of rows."""
-    pyarrow = _pyarrow()
-    with _arrow_errors(str(path)):
-        file = pyarrow.parquet.ParquetFile(path)
-        names = [n for n in file.schema_arrow.names if not n.startswith("__index_level_")]
-
-    def column(key: str) -> tuple[list[Any], list[Any] | None]:
-        with _arrow_errors(str(path)):
-            cells, orders = _arrow_cells(str(path), file.read(columns=[key]))
-        return cells[key], orders.get(key)
-
-    def parts(found: Schema) -> Iterator[Tensor]:
-        first = 0
-        with _arrow_errors(str(path)):
-            for batch in file.iter_batches(CHUNK, columns=list(found.columns)):
-                cells, _ = _arrow_cells(str(path), pyarrow.Table.from_batches([batch]))
-                yield found.encode(cells, str(path), first)
-                first += len(batch)
-
-    columns: Cells = {name: [] for name in names}
-    labels = _without_labels(str(path), columns, schema)
-    found = schema if isinstance(schema, Schema) else _schema(str(path), columns, column, schema)
-    found.check(columns, str(path))
-    rows = spooled(parts(found), file.metadata.num_rows, len(found.columns), str(path))
-    return {key: column(key)[0] for key in labels}, rows, found
-
-
-def _schema(
-    name: str,
-    columns: Iterable[str],
-    cells: Callable[[str], tuple[Sequence[Any], Sequence[Any] | None]],
-    known: Mapping[str, Any] | str | None,
-) -> Schema:
+def _schema(table: Table, known: Known) -> Schema:
     """What is known of columns, and what their cells and order say of the others."""
-    whole = {
-        key: with_levels(entry, partial(cells, key)) if key in columns else entry
-        for key, entry in _of_each(columns, known).items()
-    }
-    given = _given(name, columns, whole)
-    kept = [key for key in columns if key not in given.ignored]
+    if isinstance(known, Schema):
+        known.check(table.columns, table.name)
+        return known
+    given = _given(table, known)
+    kept = [key for key in table.columns if key not in given.ignored]
     if not kept:
-        raise ValueError(f"{name}: the schema ignores every column; give one of them another kind")
+        raise ValueError(
+            f"{table.name}: the schema ignores every column; give one of them another kind"
+        )
     found = {
-        key: given.columns.get(key) or inferred(f"{name}: column {key!r}", *cells(key))
+        key: given.columns.get(key) or inferred(f"{table.name}: column {key!r}", *table.read(key))
         for key in kept
     }
     return Schema(found, given.ignored)
 
 
-def _of_each(columns: Iterable[str], known: Mapping[str, Any] | str | None) -> Mapping[str, Any]:
-    """What is known of columns; a kind is that of all of them."""
-    return dict.fromkeys(columns, known) if isinstance(known, str) else known or {}
+def _given(table: Table, known: Mapping[str, Any] | str | None, coded: bool = False) -> Schema:
+    """What is known of some of the columns; a kind is that of all of them.
 
-
-def _given(name: str, columns: Iterable[str], known: Mapping[str, Any]) -> Schema:
-    """What is known of some of the columns."""
-    given = Schema.restore(known)
-    if unknown := [key for key in (*given.columns, *given.ignored) if key not in columns]:
+    Categories that are not known are those of the cells, unless these are codes already.
+    """
+    each = dict.fromkeys(table.columns, known) if isinstance(known, str) else known or {}
+    if unknown := [str(key) for key in each if str(key) not in table.columns]:
         raise ValueError(
-            f"{name}: the schema names columns that are not there: {', '.join(unknown)}; there "
-            f"are {', '.join(columns)}"
+            f"{table.name}: the schema names columns that are not there: {', '.join(unknown)}; "
+            f"there are {', '.join(table.columns)}"
         )
-    return given
+    if coded:
+        return Schema.restore(each)
+    return Schema.restore(
+        {key: with_levels(entry, partial(table.read, str(key))) for key, entry in each.items()}
+    )
 
 
 def read_numbers(
@@ -195,7 +179,8 @@ def read_numbers(
     columns = {f"x{i}": column for i, column in enumerate(values.T)}
     for name, column in columns.items():
         check_digits(f"array: column {name!r}", column[np.isfinite(column)])
-    given = _given("array", columns, _of_each(columns, schema))
+    table = Table("array", list(columns), lambda key: (columns[key], None))
+    given = _given(table, schema, coded=True)
     if given.ignored:
         raise ValueError("columns of an array cannot be ignored: leave them out of it")
     found = {
@@ -205,45 +190,13 @@ def read_numbers(
         return torch.from_numpy(values.astype(np.float32)), Schema(found)
 
 
-def _table(
-    name: str,
-    cells: Cells,
-    orders: Mapping[str, list[Any]],
-    schema: Known,
-) -> tuple[Tensor, Schema]:
-    if isinstance(schema, Schema):
-        return schema.encode(cells, name), schema
-    found = _schema(name, cells, lambda key: (cells[key], orders.get(key)), schema)
-    return found.encode(cells, name), found
-
-
 def _labels(where: str, cells: Sequence[Any]) -> Tensor:
     """Classes of rows, numbered by their names in order; -1 where a cell is empty or -1."""
     some = {cell for cell in cells if cell is not None and as_number(cell) != -1}
-    known = sorted(some, key=number_or_text)
-    if not known:
+    if not some:
         raise ValueError(f"{where} is empty: fill some cells, or leave the column out")
-    codes = {name: code for code, name in enumerate(known)}
+    codes = {name: code for code, name in enumerate(sorted(some, key=number_or_text))}
     return torch.tensor([codes.get(cell, -1) for cell in cells])
-
-
-def _ignored(schema: Known) -> Sequence[str]:
-    """The columns that a schema ignores."""
-    if isinstance(schema, Schema):
-        return schema.ignored
-    return ignored_in(schema) if isinstance(schema, Mapping) else ()
-
-
-def _cells(source: Any, schema: Known) -> tuple[Cells, dict[str, list[Any]]]:
-    """The cells of a table by column, and the orders of those columns that declare one."""
-    if not isinstance(source, str | Path):
-        return _arrow_cells("table", source, _ignored(schema))
-    path = Path(source)
-    if not path.is_file():
-        raise ValueError(f"expected a file at {path}, got none; check the path")
-    if ending(path) == ".parquet":
-        return _arrow_cells(str(path), path, _ignored(schema))
-    return _text_cells(path), {}
 
 
 def ending(path: Path) -> str:
@@ -255,56 +208,61 @@ def is_mixed(path: Path) -> bool:
     """Whether a file is a table that `read_table` alone can read: with a column of text."""
     if ending(path) != ".csv":
         return ending(path) in TABLES
-    with _lines(path, DELIMITERS) as (delimiter, lines):
-        if delimiter != ",":
-            return True
-        _, names = next(lines, (1, []))
-        try:
-            columns = [*zip(*(row for _, row in islice(lines, LOOKED_AT)))]
-        except ValueError:  # read_table says what is wrong
-            return True
-    texts = [[cell for cell in (_text(c, False) for c in column) if cell] for column in columns]
+    if _delimiter(path) != ",":
+        return True
+    try:
+        head, *rows = [row for _, row in islice(_lines(path), 1 + LOOKED_AT)] or [[]]
+    except ValueError:  # read_table says what is wrong
+        return True
+    texts = [[cell for cell in (_text(c, False) for c in column) if cell] for column in zip(*rows)]
     numbers = [sum(as_number(cell) is not None for cell in column) for column in texts]
     words = any(2 * count < len(column) for count, column in zip(numbers, texts))
-    return words and not any(as_number(name) is not None for name in names)
+    return words and not any(as_number(name) is not None for name in head)
 
 
-@contextmanager
-def _lines(
-    path: Path, delimiters: str = ","
-) -> Iterator[tuple[str, Iterator[tuple[int, list[str]]]]]:
-    """The delimiter that the first line of a file has most of; its lines, numbered, as cells.
+def _delimiter(path: Path) -> str:
+    """That which the first line of a text file has most of."""
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+        return max(DELIMITERS, key=QUOTED.sub("", file.readline()).count)
 
-    A line of another length than the first is refused.
-    """
+
+def _lines(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+    """The lines of a text file, numbered, as cells; all have as many as the first."""
+    width = 0
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            delimiter = max(delimiters, key=QUOTED.sub("", file.readline()).count)
-            file.seek(0)
-            yield delimiter, _of_one_width(path, csv.reader(file, delimiter=delimiter))
+            reader = csv.reader(file, delimiter=delimiter)
+            for row in filter(None, reader):
+                width = width or len(row)
+                if len(row) != width:
+                    break
+                yield reader.line_num, row
+            else:
+                return
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise ValueError(
             f"{path}: expected a table in UTF-8, of commas, semicolons or tabs, got: {error}; "
             "write it again"
         ) from error
+    raise ValueError(
+        f"{path}: expected {width} columns as in the first line, got {len(row)} in line "
+        f"{reader.line_num}; give every line the same columns"
+    )
 
 
-def _of_one_width(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
-    width = 0
-    for row in filter(None, reader):
-        width = width or len(row)
-        if len(row) != width:
-            raise ValueError(
-                f"{path}: expected {width} columns as in the first line, got {len(row)} in line "
-                f"{reader.line_num}; give every line the same columns"
-            )
-        yield reader.line_num, row
+def _opened(source: Any) -> Table:
+    """The table of a file or a frame."""
+    if not isinstance(source, str | Path):
+        return _of_arrow("table", source)
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"expected a file at {path}, got none; check the path")
+    return _of_arrow(str(path), path) if ending(path) == ".parquet" else _of_text(path)
 
 
-def _text_cells(path: Path) -> Cells:
-    """The cells of a text file by column, None where they are empty."""
-    with _lines(path, DELIMITERS) as (delimiter, lines):
-        rows = [row for _, row in lines]
+def _of_text(path: Path) -> Table:
+    delimiter = _delimiter(path)
+    rows = [row for _, row in _lines(path, delimiter)]
     if len(rows) < 2:
         raise ValueError(
             f"{path}: expected a line of names and rows below it, got {len(rows)} lines"
@@ -312,13 +270,14 @@ def _text_cells(path: Path) -> Cells:
     names = [name.strip() for name in rows[0]]
     _check_names(str(path), names, is_text=True)
     comma = delimiter == ";"
-    return {
-        name: [_text(cell, comma) for cell in column]
-        for name, column in zip(names, zip(*rows[1:]))
+    cells = {
+        n: [_text(cell, comma) for cell in column] for n, column in zip(names, zip(*rows[1:]))
     }
+    return Table(str(path), names, lambda key: (cells[key], None))
 
 
 def _text(cell: str, comma: bool) -> str | None:
+    """A cell without blanks, None if it is empty; a decimal comma becomes a point."""
     cell = cell.strip()
     if cell.lower() in EMPTY:
         return None
@@ -363,41 +322,41 @@ def _arrow_errors(source: str) -> Iterator[None]:
         ) from error
 
 
-def _arrow_cells(
-    source: str, table: Any, ignored: Sequence[str] = ()
-) -> tuple[Cells, dict[str, list[Any]]]:
-    """As `_cells`; what ignored columns hold is not looked at."""
-    pyarrow = _pyarrow()
-    with _arrow_errors(source):
-        found = (
-            pyarrow.parquet.read_table(table) if isinstance(table, Path) else pyarrow.table(table)
-        )
-    found = found.select([n for n in found.column_names if not n.startswith("__index_level_")])
-    if not found.column_names:
-        raise ValueError(f"{source}: expected columns, got none")
-    _check_names(source, found.column_names, is_text=False)
-    unread: Cells = {name: [] for name in found.column_names if name in ignored}
-    found = found.drop_columns([*unread])
-    types = pyarrow.types
-    orders: dict[str, list[Any]] = {}
-    for field in found.schema:
+def _of_arrow(name: str, source: Any) -> Table:
+    """The table of a frame or a .parquet file, of which a large one is read column by column."""
+    pyarrow, is_file = _pyarrow(), isinstance(source, Path)
+    with _arrow_errors(name):
+        table = pyarrow.parquet.ParquetFile(source) if is_file else pyarrow.table(source)
+    whole = (table.schema_arrow if is_file else table.schema).names
+    names = [n for n in whole if not n.startswith("__index_level_")]
+    if not names:
+        raise ValueError(f"{name}: expected columns, got none")
+    _check_names(name, names, is_text=False)
+    large = is_file and source.stat().st_size > LARGE
+
+    @lru_cache(1 if large else None)
+    def read(key: str) -> tuple[list[Any], list[Any] | None]:
+        with _arrow_errors(name):
+            column = (table.read(columns=[key]) if is_file else table.select([key])).column(0)
+        kind, types = column.type, pyarrow.types
         refused = {
             "dates: write them as numbers, of days or years": types.is_temporal,
             "lists: give each of their parts a column": types.is_nested,
         }
-        for what in (what for what, holds in refused.items() if holds(field.type)):
-            raise ValueError(f"{source}: column {field.name!r} holds {what}")
-        if types.is_dictionary(field.type) and field.type.ordered:
-            orders[field.name] = found[field.name].chunk(0).dictionary.to_pylist()
-    cells = {
-        name: [None if cell is None or cell != cell or _blank(cell) else cell for cell in column]
-        for name, column in found.to_pydict().items()
-    }
-    return cells | unread, orders
+        for what in (what for what, holds in refused.items() if holds(kind)):
+            raise ValueError(f"{name}: column {key!r} holds {what}")
+        ordered = types.is_dictionary(kind) and kind.ordered
+        return _cells(column), column.chunk(0).dictionary.to_pylist() if ordered else None
+
+    return Table(name, names, read, table if large else None)
 
 
-def _blank(cell: Any) -> bool:
-    return isinstance(cell, str) and not cell.strip()
+def _cells(column: Any) -> list[Any]:
+    """The cells of a column of pyarrow, None where they are empty."""
+    return [
+        None if cell != cell or (isinstance(cell, str) and not cell.strip()) else cell
+        for cell in column.to_pylist()
+    ]
 
 
 def read_csv(path: Path) -> Data:
@@ -413,7 +372,7 @@ def read_csv(path: Path) -> Data:
     header, table = _numbers(path)
     names = [name.strip() for name in header]
     _check_names(str(path), names, is_text=True, once=False)
-    labels = _label_columns(str(path), names)
+    labels = [names.index(key) for key in _label_column(str(path), names)]
     values = [d for d in range(table.shape[1]) if d not in labels]
     return Data(
         table[:, values].float(),
@@ -425,19 +384,18 @@ def read_csv(path: Path) -> Data:
 
 def _numbers(path: Path) -> tuple[list[str], Tensor]:
     """The names of columns, none without a line of them, and the numbers below."""
-    with _lines(path) as (_, rows):
-        start, first = next(rows, (1, []))
-        named = bool(first) and all(as_number(cell) is None for cell in first)
-        values = array("d")
-        for line, row in rows if named else chain([(start, first)], rows):
-            for column, cell in enumerate(row, start=1):
-                number = as_number(cell)
-                if number is None and _text(cell, False) is not None:
-                    raise ValueError(
-                        f"{path}: expected numbers, got {cell!r} in line {line}, column {column} "
-                        "(from 1); replace or remove it"
-                    )
-                values.append(math.nan if number is None else number)
+    rows, values = _lines(path), array("d")
+    start, first = next(rows, (1, []))
+    named = bool(first) and all(as_number(cell) is None for cell in first)
+    for line, row in rows if named else chain([(start, first)], rows):
+        for column, cell in enumerate(row, start=1):
+            number = as_number(cell)
+            if number is None and _text(cell, False) is not None:
+                raise ValueError(
+                    f"{path}: expected numbers, got {cell!r} in line {line}, column {column} "
+                    "(from 1); replace or remove it"
+                )
+            values.append(math.nan if number is None else number)
     if not values:
         raise ValueError(f"{path}: expected at least one row of numbers, got none; fill the file")
     table = torch.from_numpy(np.array(values)).unflatten(0, (-1, len(first)))
