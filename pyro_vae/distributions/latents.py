@@ -13,19 +13,8 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints, register_kl
 
-from pyro_vae.distributions.scalars import Shape
+from pyro_vae.distributions.scalars import Made, Shape
 from pyro_vae.runtime import forked
-
-__all__ = [
-    "Draw",
-    "Flow",
-    "FullNormal",
-    "Joint",
-    "MixtureOfDiagonalNormals",
-    "flow_family",
-    "make_flow",
-    "mixture",
-]
 
 Draw = Callable[[str, Any], Tensor]  # of a name and a distribution
 
@@ -78,20 +67,17 @@ class MixtureOfDiagonalNormals(TorchDistribution):
         """The same mixture over a larger batch."""
         return type(self)(self.logits, self.loc, self.scale, batch_shape, validate_args=False)
 
-    def component_log_prob(self, value: Tensor) -> Tensor:
-        """Log weight plus log density of each component, [*S, C]."""
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of `value` [*S, D] in nats, [*S]."""
+        if self._validate_args:
+            self._validate_sample(value)
         centre = self.loc.detach().mean(0).double()
         z, loc, scale = value.double() - centre, self.loc.double() - centre, self.scale.double()
         precision = scale.pow(-2)
         square = z.pow(2) @ precision.T - 2 * z @ (loc * precision).T
         constant = (loc.pow(2) * precision + 2 * scale.log() + math.log(2 * math.pi)).sum(-1)
-        return torch.log_softmax(self.logits.double(), -1) - 0.5 * (square + constant)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of `value` [*S, D] in nats, [*S]."""
-        if self._validate_args:
-            self._validate_sample(value)
-        log_prob = self.component_log_prob(value).logsumexp(-1).to(value.dtype)
+        each = torch.log_softmax(self.logits.double(), -1) - 0.5 * (square + constant)
+        log_prob = each.logsumexp(-1).to(value.dtype)
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
     def sample(self, sample_shape: Shape = Size()) -> Tensor:
@@ -115,7 +101,7 @@ def mixture(logits: Tensor, components: Distribution) -> Distribution:
     return dist.MixtureSameFamily(weights, components)
 
 
-class Flow(TorchDistribution):
+class Flow(Made, TorchDistribution):
     """A zuko flow as a Pyro distribution.
 
     The density of the last draw is kept, so that scoring one's own sample costs nothing and
@@ -125,6 +111,7 @@ class Flow(TorchDistribution):
         flow: The torch distribution that a zuko flow returns when called.
     """
 
+    made_of = ("flow",)
     arg_constraints = {}
     support = constraints.real_vector
     has_rsample = True
@@ -133,10 +120,6 @@ class Flow(TorchDistribution):
         self.flow = flow
         self._last: tuple[Tensor, Tensor] | None = None
         super().__init__(flow.batch_shape, flow.event_shape, validate_args=validate_args)
-
-    def expand(self, batch_shape: Shape, _instance: Any = None) -> Flow:
-        """The same flow over a larger batch."""
-        return type(self)(self.flow.expand(Size(batch_shape)), validate_args=False)
 
     def rsample(self, sample_shape: Shape = Size()) -> Tensor:
         """Reparameterised draws [*sample, *batch, D]."""

@@ -11,9 +11,7 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import Independent, constraints, transform_to
 
-from pyro_vae.distributions.scalars import Levels, Shape
-
-__all__ = ["Incomplete", "OfTotal", "Product", "Rows"]
+from pyro_vae.distributions.scalars import Levels, Made, Shape
 
 
 class Product(TorchDistribution):
@@ -169,7 +167,7 @@ def _inside(each: Any, like: Tensor) -> Tensor:
     return transform_to(each.support)(like.new_zeros(()))
 
 
-class OfTotal(TorchDistribution):
+class OfTotal(Made, TorchDistribution):
     r"""Counts x given their own total: p(x | sum of x), as a density of x.
 
     .. math:: \log p(x) = \log p_{l}(x), \qquad l = \textstyle\sum_e x_e
@@ -181,6 +179,7 @@ class OfTotal(TorchDistribution):
         total: Distribution of totals, batch \*S.
     """
 
+    made_of = ("make", "total")
     arg_constraints = {}
     given_value = True  # the density is conditioned on a part of the value
 
@@ -196,11 +195,6 @@ class OfTotal(TorchDistribution):
     def support(self) -> constraints.Constraint:
         """That of the counts."""
         return self.typical.support
-
-    def expand(self, batch_shape: Shape, _instance: Any = None) -> OfTotal:
-        """The same distribution over a larger batch."""
-        total = self.total.expand(Size(batch_shape))
-        return type(self)(self.make, total, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density in nats [*S] of counts [*S, *E] given their totals."""

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
-from torch.distributions import constraints
-
-__all__ = [
-    "Bernoulli",
-    "ContinuousBernoulli",
-    "DiscretizedLogistic",
-    "Interval",
-    "Label",
-    "Levels",
-    "MixtureOfLogistics",
-    "Poisson",
-    "Shape",
-]
+from torch.distributions import Distribution, constraints
 
 Shape = Size | list[int] | tuple[int, ...]
 FAR = 25.0  # deviations from which the tail of a Normal is taken by its exponential
 TINY = 1e-300
+
+
+class Made:
+    """A distribution of arguments whose shapes begin with its batch; expands by being made again.
+
+    Attributes:
+        made_of: Their names, in order: tensors, distributions, and what stays as it is.
+    """
+
+    made_of: ClassVar[tuple[str, ...]]
+
+    def expand(self: Any, batch_shape: Shape, _instance: Any = None) -> Any:
+        """The same distribution over a larger batch."""
+        first, wide = len(self.batch_shape), []
+        for value in (getattr(self, name) for name in self.made_of):
+            if isinstance(value, Tensor):
+                value = value.expand(*batch_shape, *value.shape[first:])
+            elif isinstance(value, Distribution):
+                value = value.expand(Size((*batch_shape, *value.batch_shape[first:])))
+            wide.append(value)
+        return type(self)(*wide, validate_args=False)
 
 
 class Bernoulli(dist.Bernoulli):
@@ -45,7 +54,7 @@ class Bernoulli(dist.Bernoulli):
         return F.logsigmoid(sign * self.logits)
 
 
-class Poisson(dist.Poisson):
+class Poisson(Made, dist.Poisson):
     r"""Pyro's Poisson by its log rate, its log mass in float64.
 
     .. math:: \log p(x; \eta) = \eta x - e^\eta - \log x!
@@ -54,13 +63,11 @@ class Poisson(dist.Poisson):
     a nat at x = 10^6.
     """
 
+    made_of = ("log_rate",)
+
     def __init__(self, log_rate: Tensor, validate_args: bool | None = None) -> None:
         self.log_rate = log_rate
         super().__init__(log_rate.exp(), validate_args=validate_args)
-
-    def expand(self, batch_shape: Shape, _instance: Any = None) -> Poisson:
-        """The same distribution over a larger batch."""
-        return type(self)(self.log_rate.expand(batch_shape), validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log mass of `value` in nats."""
@@ -70,7 +77,7 @@ class Poisson(dist.Poisson):
         return (eta * x - eta.exp() - torch.lgamma(x + 1)).to(self.log_rate.dtype)
 
 
-class ContinuousBernoulli(TorchDistribution):
+class ContinuousBernoulli(Made, TorchDistribution):
     r"""Continuous Bernoulli on [0, 1], by its logits.
 
     .. math:: \log p(x; \eta) = \eta x - \log \frac{e^\eta - 1}{\eta}
@@ -82,6 +89,7 @@ class ContinuousBernoulli(TorchDistribution):
         variational autoencoders. 2019.
     """
 
+    made_of = ("logits",)
     arg_constraints = {"logits": constraints.real}
     support = constraints.unit_interval
     has_rsample = True
@@ -90,15 +98,15 @@ class ContinuousBernoulli(TorchDistribution):
         self.logits = logits
         super().__init__(logits.shape, validate_args=validate_args)
 
-    def expand(self, batch_shape: Shape, _instance: Any = None) -> ContinuousBernoulli:
-        """The same distribution over a larger batch."""
-        return type(self)(self.logits.expand(batch_shape), validate_args=False)
-
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density of `value` in nats."""
         if self._validate_args:
             self._validate_sample(value)
-        return self.logits * value - self._log_normaliser()
+        small = self.logits.abs() < 0.05
+        eta = torch.where(small, torch.ones_like(self.logits), self.logits)
+        exact = eta.relu() + torch.log(-torch.expm1(-eta.abs()) / eta.abs())
+        series = self.logits / 2 + self.logits**2 / 24 - self.logits**4 / 2880
+        return self.logits * value - torch.where(small, series, exact)
 
     def rsample(self, sample_shape: Shape = Size()) -> Tensor:
         """Draws by the inverse of the cumulative distribution, of the nearer end."""
@@ -116,16 +124,8 @@ class ContinuousBernoulli(TorchDistribution):
         series = 0.5 + self.logits / 12 - self.logits**3 / 720
         return torch.where(small, series, -1 / torch.expm1(-eta) - 1 / eta)
 
-    def _log_normaliser(self) -> Tensor:
-        small = self.logits.abs() < 0.05
-        eta = torch.where(small, torch.ones_like(self.logits), self.logits)
-        a = eta.abs()
-        exact = eta.relu() + torch.log(-torch.expm1(-a) / a)
-        series = self.logits / 2 + self.logits**2 / 24 - self.logits**4 / 2880
-        return torch.where(small, series, exact)
 
-
-class DiscretizedLogistic(TorchDistribution):
+class DiscretizedLogistic(Made, TorchDistribution):
     r"""Logistic distribution integrated over each of `levels` bins, on {0, ..., levels - 1}.
 
     .. math:: P(k) = \sigma\big(\tfrac{k + 1/2 - \mu}{s}\big)
@@ -139,24 +139,16 @@ class DiscretizedLogistic(TorchDistribution):
         Salimans et al. PixelCNN++. 2017.
     """
 
+    made_of = ("loc", "scale", "levels")
     arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
+    support: constraints.Constraint = constraints.nonnegative_integer  # below `levels`
 
     def __init__(
         self, loc: Tensor, scale: Tensor, levels: int = 256, validate_args: bool | None = None
     ) -> None:
         self.loc, self.scale = torch.broadcast_tensors(loc, scale)
-        self.levels = levels
+        self.levels, self.support = levels, constraints.integer_interval(0, levels - 1)
         super().__init__(self.loc.shape, validate_args=validate_args)
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """Integers from 0 to levels - 1."""
-        return constraints.integer_interval(0, self.levels - 1)
-
-    def expand(self, batch_shape: Shape, _instance: Any = None) -> DiscretizedLogistic:
-        """The same distribution over a larger batch."""
-        loc, scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
-        return type(self)(loc, scale, self.levels, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log mass of `value` in nats; exact in the tails, where a difference would vanish."""
@@ -187,25 +179,21 @@ class DiscretizedLogistic(TorchDistribution):
         return total
 
 
-class MixtureOfLogistics(dist.MixtureSameFamily):
+class MixtureOfLogistics(Made, dist.MixtureSameFamily):
     """A mixture of `DiscretizedLogistic`, whose last batch dimension is that of `logits`."""
+
+    made_of = ("logits", "each")
 
     def __init__(
         self, logits: Tensor, each: DiscretizedLogistic, validate_args: bool | None = None
     ) -> None:
+        self.logits, self.each = logits, each
         super().__init__(dist.Categorical(logits=logits), each, validate_args=validate_args)
 
     @property
     def support(self) -> constraints.Constraint:
         """Integers from 0 to levels - 1."""
-        return self.component_distribution.support
-
-    def expand(self, batch_shape: Shape, _instance: Any = None) -> MixtureOfLogistics:
-        """The same distribution over a larger batch."""
-        each = self.component_distribution
-        shape = (*batch_shape, each.batch_shape[-1])
-        logits = self.mixture_distribution.logits.expand(shape)
-        return type(self)(logits, each.expand(shape), validate_args=False)
+        return self.each.support
 
 
 class Levels(dist.Categorical):
@@ -222,7 +210,7 @@ class Levels(dist.Categorical):
         return self.probs @ k
 
 
-class Interval(TorchDistribution):
+class Interval(Made, TorchDistribution):
     r"""Probability of the interval of a given width around a value.
 
     .. math:: P(x) = F(x + w / 2) - F(x - w / 2)
@@ -239,7 +227,9 @@ class Interval(TorchDistribution):
         ValueError: If `base` is of another family.
     """
 
+    made_of = ("base", "width")
     arg_constraints = {}
+    support: constraints.Constraint = constraints.real
 
     def __init__(
         self, base: Any, width: float | Tensor, validate_args: bool | None = None
@@ -249,17 +239,9 @@ class Interval(TorchDistribution):
                 f"Interval needs a Normal, Laplace or LogNormal; got {type(base).__name__}"
             )
         self.base, self.width = base, width
+        if isinstance(base, dist.LogNormal):
+            self.support = constraints.nonnegative
         super().__init__(base.batch_shape, validate_args=validate_args)
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """That of the base, 0 included where values are positive."""
-        positive = isinstance(self.base, dist.LogNormal)
-        return constraints.nonnegative if positive else constraints.real
-
-    def expand(self, batch_shape: Shape, _instance: Any = None) -> Interval:
-        """The same distribution over a larger batch."""
-        return type(self)(self.base.expand(Size(batch_shape)), self.width, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log probability in nats of the interval around `value`."""
@@ -312,27 +294,22 @@ def _log_laplace(near: Tensor, width: Tensor) -> Tensor:
     return torch.where(near > 0, beyond, torch.log(mass.clamp(min=TINY) / 2))
 
 
-class Label(TorchDistribution):
+class Label(Made, TorchDistribution):
     """What is said of a class: its number, or -1 where nothing is said; log mass 0 or -inf.
 
     Args:
         classes: One-hot vectors of the classes [*S, C].
     """
 
+    made_of = ("classes",)
     arg_constraints = {}
 
-    @constraints.dependent_property(is_discrete=True, event_dim=0)
-    def support(self) -> Any:
-        """Numbers of classes, and -1."""
-        return constraints.integer_interval(-1, self.classes.shape[-1] - 1)
+    support: constraints.Constraint = constraints.nonnegative_integer  # or -1
 
     def __init__(self, classes: Tensor, validate_args: bool | None = None) -> None:
         self.classes = classes
+        self.support = constraints.integer_interval(-1, classes.shape[-1] - 1)
         super().__init__(classes.shape[:-1], validate_args=validate_args)
-
-    def expand(self, batch_shape: Shape, _instance: Any = None) -> Label:
-        """The same for a larger batch."""
-        return Label(self.classes.expand(*batch_shape, -1), validate_args=False)
 
     def sample(self, sample_shape: Shape = ()) -> Tensor:
         """The class."""
