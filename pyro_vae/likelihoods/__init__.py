@@ -2,15 +2,23 @@
 
 from pyro_vae.likelihoods.base import Likelihood
 from pyro_vae.likelihoods.columns import Columns
-from pyro_vae.likelihoods.counts import NegativeBinomial, Poisson
-from pyro_vae.likelihoods.levels import (
+from pyro_vae.likelihoods.real import (
+    Bernoulli,
+    Beta,
+    ContinuousBernoulli,
+    Laplace,
+    LogNormal,
+    Normal,
+    StudentT,
+)
+from pyro_vae.likelihoods.whole import (
     Categorical,
     DiscretizedLogistic,
     MixtureOfLogistics,
+    NegativeBinomial,
     Ordinal,
+    Poisson,
 )
-from pyro_vae.likelihoods.real import Laplace, LogNormal, Normal, StudentT
-from pyro_vae.likelihoods.unit import Bernoulli, Beta, ContinuousBernoulli
 
 __all__ = [
     "Bernoulli",

@@ -14,10 +14,8 @@ from torch.distributions import Distribution
 from pyro_vae.arguments import check_options, final_subclasses, name_and_options
 from pyro_vae.distributions import Product, Rows
 from pyro_vae.likelihoods.base import Likelihood
-from pyro_vae.likelihoods.levels import Categorical
 from pyro_vae.likelihoods.real import LocationScale
-
-__all__ = ["Columns"]
+from pyro_vae.likelihoods.whole import Categorical
 
 OFTEN = 0.1  # share of rows that hold one number, from which a density says little
 DEFAULTS = {"scale": "predicted", "standardise": True}  # of a column whose class has them

@@ -1,15 +1,15 @@
-"""Likelihoods of real numbers, by location and scale."""
+"""Likelihoods of numbers: on the line by location and scale, and between zero and one."""
 
 from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
@@ -17,11 +17,14 @@ from pyro_vae import distributions
 from pyro_vae.arguments import check_real
 from pyro_vae.likelihoods.base import Likelihood
 
-__all__ = ["Laplace", "LocationScale", "LogNormal", "Normal", "StudentT"]
-
 LARGE = 10.0  # deviation of data that a decoder takes long to reach
 ScaleOption = float | Literal["learned", "per_dimension", "predicted"]
 MeanOption = Literal["identity", "sigmoid", "tanh"]
+LINKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda mean: mean,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
 
 
 class LocationScale(Likelihood):
@@ -65,13 +68,22 @@ class LocationScale(Likelihood):
         if not isinstance(scale, str):
             check_real(above=0, scale=scale)
         check_real(0, min_scale=min_scale)
-        if mean not in ("identity", "sigmoid", "tanh"):
+        if mean not in LINKS:
             raise ValueError(f"mean must be 'identity', 'sigmoid' or 'tanh'; got {mean!r}")
         self.scale_option, self.mean_option, self.min_scale = scale, mean, min_scale
         self.standardise, self.resolution = standardise, resolution
         if resolution is not None:
-            self.support = self.rounded_support
-            self._set_width(resolution)
+            self.support, (channels, *rest) = self.rounded_support, self.data_shape
+            widths = resolution if isinstance(resolution, list) else [resolution] * channels
+            for width in widths:
+                check_real(above=0, resolution=width)
+            if len(widths) != channels:
+                raise ValueError(
+                    f"resolution must be a number, or one for each of the {channels} channels; "
+                    f"got {len(widths)}"
+                )
+            numbers = torch.tensor(widths, dtype=torch.float64).view(channels, *[1] * len(rest))
+            self.register_buffer("width", numbers, persistent=False)
         if standardise:
             self.register_buffer("centre", torch.zeros(self.data_shape))
             self.register_buffer("spread", torch.ones(self.data_shape))
@@ -87,18 +99,21 @@ class LocationScale(Likelihood):
         return 2 if scale == "predicted" else 1
 
     @abstractmethod
-    def distribution(self, mean: Tensor, scale: Tensor) -> TorchDistribution:
+    def family(self, mean: Tensor, scale: Tensor) -> Any:
         """The distribution of each dimension."""
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
         """The distribution, independent over dimensions."""
-        raw = self.raw(z, y, self.num_params(self.scale_option))
-        links = {"identity": lambda m: m, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
-        mean, predicted = raw if len(raw) == 2 else (raw.squeeze(0), None)
-        mean, scale = links[self.mean_option](mean), self._scale(predicted).expand(mean.shape)
+        mean, *predicted = self.raw(z, y, self.num_params(self.scale_option))
+        mean = LINKS[self.mean_option](mean)
+        if isinstance(self.scale_option, int | float):
+            scale = self.fixed_scale.expand(mean.shape)
+        else:
+            raw = predicted[0] if predicted else self.raw_scale
+            scale = (self.min_scale + F.softplus(raw)).expand(mean.shape)
         if self.standardise:
             mean, scale = self.centre + self.spread * mean, self.spread * scale
-        each = self.distribution(mean, scale)
+        each = self.family(mean, scale)
         if self.resolution is not None:
             each = distributions.Interval(each, self.width)
         return each.to_event(len(self.data_shape))
@@ -136,26 +151,6 @@ class LocationScale(Likelihood):
             excess = ((variance.mean() if one else variance).sqrt() - self.min_scale).clamp(1e-3)
             self.raw_scale.copy_(excess + torch.log(-torch.expm1(-excess)))
 
-    def _set_width(self, resolution: float | list[float]) -> None:
-        """Notes the intervals' widths [C, 1, ...], in float64."""
-        channels, *rest = self.data_shape
-        widths = resolution if isinstance(resolution, list) else [resolution] * channels
-        for width in widths:
-            check_real(above=0, resolution=width)
-        if len(widths) != channels:
-            raise ValueError(
-                f"resolution must be a number, or one for each of the {channels} channels; got "
-                f"{len(widths)}"
-            )
-        numbers = torch.tensor(widths, dtype=torch.float64).view(channels, *[1] * len(rest))
-        self.register_buffer("width", numbers, persistent=False)
-
-    def _scale(self, predicted: Tensor | None) -> Tensor:
-        if isinstance(self.scale_option, int | float):
-            return self.fixed_scale
-        raw = self.raw_scale if predicted is None else predicted
-        return self.min_scale + F.softplus(raw)
-
 
 class Normal(LocationScale):
     r"""Normal, :math:`p(x \mid z) = \mathcal{N}(x; \mu(z), \sigma^2)`.
@@ -167,9 +162,7 @@ class Normal(LocationScale):
         Rybkin et al. Simple and effective VAE training with calibrated decoders. 2021.
     """
 
-    def distribution(self, mean: Tensor, scale: Tensor) -> TorchDistribution:
-        """N(mean, scale^2)."""
-        return dist.Normal(mean, scale)
+    family: Any = dist.Normal
 
 
 class Laplace(LocationScale):
@@ -178,9 +171,7 @@ class Laplace(LocationScale):
     Args: see `LocationScale`.
     """
 
-    def distribution(self, mean: Tensor, scale: Tensor) -> TorchDistribution:
-        """Laplace(mean, scale)."""
-        return dist.Laplace(mean, scale)
+    family: Any = dist.Laplace
 
 
 class LogNormal(LocationScale):
@@ -194,6 +185,7 @@ class LogNormal(LocationScale):
         Nazabal et al. Handling incomplete heterogeneous data using VAEs. 2020.
     """
 
+    family: Any = dist.LogNormal
     support = constraints.interval(2.0**-126, 2.0**127)
     support_name = "positive numbers"
     rounded_support = constraints.interval(0.0, 2.0**127)
@@ -202,10 +194,6 @@ class LogNormal(LocationScale):
     def line(self, x: Tensor) -> Tensor:
         """log x, or that of half of the resolution where x is below it."""
         return x.clamp(2.0**-126 if self.resolution is None else (self.width / 2).to(x)).log()
-
-    def distribution(self, mean: Tensor, scale: Tensor) -> TorchDistribution:
-        """exp of N(mean, scale^2)."""
-        return dist.LogNormal(mean, scale)
 
 
 class StudentT(LocationScale):
@@ -229,7 +217,98 @@ class StudentT(LocationScale):
         super().__init__(decoder, data_shape, scale, mean, min_scale, standardise)
         self.raw_df = nn.Parameter(torch.tensor(3.0))
 
-    def distribution(self, mean: Tensor, scale: Tensor) -> TorchDistribution:
+    def family(self, mean: Tensor, scale: Tensor) -> Distribution:
         """t(df, mean, scale)."""
         df = 2.01 + F.softplus(self.raw_df)
         return dist.StudentT(df.expand(mean.shape), mean, scale)
+
+
+class OfMean(Likelihood):
+    """What these likelihoods share: their first raw parameter is the logit of a mean, or near it.
+
+    Args:
+        decoder: Network to raw parameters.
+        data_shape: Shape of one datum.
+    """
+
+    def raw_start(self, x: Tensor) -> Tensor:
+        """Logit of the mean of the data."""
+        return torch.logit(x.mean(0).clamp(0.001, 0.999))
+
+
+class Bernoulli(OfMean):
+    r"""Independent binary variables, :math:`p(x=1 \mid z) = \sigma(f(z))`.
+
+    Args:
+        decoder: Network to the logits.
+        data_shape: Shape of one datum.
+    """
+
+    support = constraints.boolean
+    support_name = "{0, 1}"
+    remedy = (
+        "binarise them or use ContinuousBernoulli, Normal, DiscretizedLogistic, or Columns for a "
+        "table"
+    )
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
+        """Bernoulli with logits."""
+        logits = self.raw(z, y).squeeze(0)
+        return distributions.Bernoulli(logits=logits).to_event(len(self.data_shape))
+
+
+class ContinuousBernoulli(OfMean):
+    """Continuous Bernoulli on [0, 1]; see `distributions.ContinuousBernoulli`.
+
+    Args:
+        decoder: Network to the logits.
+        data_shape: Shape of one datum.
+    """
+
+    support = constraints.unit_interval
+    support_name = "[0, 1]"
+    remedy = "rescale them"
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
+        """Continuous Bernoulli with logits."""
+        logits = self.raw(z, y).squeeze(0)
+        return distributions.ContinuousBernoulli(logits).to_event(len(self.data_shape))
+
+
+class Beta(OfMean):
+    r"""Beta on (0, 1) by its mean m = sigmoid and its concentration c = softplus.
+
+    .. math:: p(x \mid z) = \mathrm{Beta}\big(x;\, m c,\, (1 - m) c\big)
+
+    Both shape parameters have a floor of `min_concentration`, for the density at an end of the
+    interval is unbounded below one.
+
+    Args:
+        decoder: Network to the raw mean and concentration.
+        data_shape: Shape of one datum.
+        min_concentration: Floor of both shape parameters.
+    """
+
+    support = constraints.interval(2.0**-32, 1 - 2.0**-24)  # what dequantise gives
+    support_name = "the open interval (0, 1)"
+    remedy = "dequantise and rescale them"
+
+    def __init__(
+        self, decoder: nn.Module, data_shape: tuple[int, ...], min_concentration: float = 0.01
+    ) -> None:
+        super().__init__(decoder, data_shape)
+        check_real(0, min_concentration=min_concentration)
+        self.min_concentration = min_concentration
+
+    @classmethod
+    def num_params(cls) -> int:
+        """Mean and concentration."""
+        return 2
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
+        """Beta by mean and concentration."""
+        mean, concentration = self.raw(z, y, 2)
+        mean, concentration = torch.sigmoid(mean), F.softplus(concentration + 2)
+        alpha = self.min_concentration + mean * concentration
+        beta = self.min_concentration + (1 - mean) * concentration
+        return dist.Beta(alpha, beta).to_event(len(self.data_shape))
