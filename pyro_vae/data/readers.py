@@ -1,10 +1,12 @@
-"""Rows from files of arrays (.npz, .npy), of counts (.h5ad, .mtx) and from folders of images."""
+"""Rows by name, from files of arrays and of counts, from folders of images, and drawn sprites."""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +22,76 @@ from pyro_vae.files import damaged
 if TYPE_CHECKING:
     import PIL.Image
 
-__all__ = ["read_arrays", "read_cells", "read_images"]
+NAMED = {
+    "digits": "",
+    "sprites": "",
+    "MNIST": "MNIST/raw",
+    "FashionMNIST": "FashionMNIST/raw",
+    "KMNIST": "KMNIST/raw",
+    "EMNIST": "EMNIST/raw",
+    "Omniglot": "omniglot-py",
+    "SVHN": "",
+    "CIFAR10": "cifar-10-batches-py",
+}
+"""The names, each with the folder below the data root that holds its files."""
+
 
 _PARTS = ("", "_validation", "_test")
 _ARRAYS = ("x", "y", "labels")
 _LEVELS = {"bool": 2, "uint8": 256}
+
+
+def read_named(name: str, root: str | Path) -> Parts:
+    """Reads a data set of ``NAMED``, downloading it where the data root lacks it.
+
+    Torchvision unpacks archives that lie in the data root already, without a network.
+
+    Raises:
+        ValueError: If the files can be neither found nor downloaded.
+    """
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        x = torch.from_numpy(digits.images.astype(np.uint8)).unsqueeze(1)
+        labels = torch.from_numpy(digits.target.astype(np.int64))
+        return {"train": Data(x, labels=labels, levels=17, name=name)}
+    if name == "sprites":
+        return {"train": Sprites(3, 3, 8, 8, 8, size=32).data()}  # 4608 images
+    try:
+        return {part: _published(name, root, part == "train") for part in ("train", "test")}
+    except (OSError, RuntimeError, EOFError) as error:
+        folder = Path(root) / NAMED[name]
+        line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise ValueError(
+            f"{name}: expected its published files in {folder} (writable, so that archives can "
+            f"be unpacked there), got: {line}; put them there, or set the data root"
+        ) from error
+
+
+def _published(name: str, root: str | Path, train: bool) -> Data:
+    from torchvision import datasets
+
+    if name == "EMNIST":
+        part: Any = datasets.EMNIST(root, split="balanced", train=train, download=True)
+        x, labels = part.data.transpose(1, 2), part.targets  # each image is stored transposed
+    elif name == "Omniglot":
+        # The alphabets of the two parts are disjoint: a class would mean two characters.
+        part = datasets.Omniglot(root, background=train, download=True)
+        ink = np.stack([np.asarray(image) < 128 for image, _ in part])
+        return Data(torch.from_numpy(ink).byte().unsqueeze(1), levels=2, name=name)
+    elif name == "SVHN":
+        part = datasets.SVHN(root, split="train" if train else "test", download=True)
+        x, labels = part.data, part.labels
+    else:
+        part = getattr(datasets, name)(root, train=train, download=True)
+        x, labels = (
+            part.data.transpose(0, 3, 1, 2) if name == "CIFAR10" else part.data,
+            part.targets,
+        )
+    x = torch.as_tensor(x).contiguous()
+    x = x.unsqueeze(1) if x.ndim == 3 else x
+    return Data(x, labels=torch.as_tensor(labels, dtype=torch.int64), levels=256, name=name)
 
 
 def read_arrays(path: Path) -> Parts:
@@ -127,16 +194,12 @@ def read_cells(path: Path) -> Data:
         ValueError: If the file cannot be read, anndata is not installed, or there are no counts
             in it: values below zero or not whole, such as normalised ones.
     """
-    if path.suffix.lower() == ".h5ad":
-        return _of_h5ad(path)
-    import scipy.io
+    if path.suffix.lower() == ".mtx":
+        import scipy.io
 
-    with damaged(path, "a whole .mtx file"):
-        matrix = scipy.io.mmread(path)
-    return Data(_counts(path, [matrix]), name=str(path))
-
-
-def _of_h5ad(path: Path) -> Data:
+        with damaged(path, "a whole .mtx file"):
+            matrix = scipy.io.mmread(path)
+        return Data(_counts(path, [matrix]), name=str(path))
     try:
         from anndata import read_h5ad
     except ImportError:
@@ -147,9 +210,15 @@ def _of_h5ad(path: Path) -> Data:
     with warnings.catch_warnings(), damaged(path, "a whole .h5ad file"):
         warnings.simplefilter("ignore")
         table = read_h5ad(path)
+    obs, labels = table.obs, None
+    named = [name for name in obs.columns if str(name).lower() in ("label", "labels")]
+    named = named or [name for name in obs.columns if str(obs[name].dtype) == "category"]
+    if len(named) == 1:
+        codes = obs[named[0]].astype("category").cat.codes.to_numpy()  # -1 where it is not known
+        labels = torch.from_numpy(codes.astype(np.int64))
     return Data(
         _counts(path, [table.X, table.layers.get("counts")]),
-        labels=_cell_labels(table.obs),
+        labels=labels,
         name=str(path),
         columns=tuple(map(str, table.var_names)),
     )
@@ -172,15 +241,6 @@ def _counts(path: Path, matrices: list[Any]) -> Tensor:
     )
 
 
-def _cell_labels(obs: Any) -> Tensor | None:
-    named = [name for name in obs.columns if str(name).lower() in ("label", "labels")]
-    named = named or [name for name in obs.columns if str(obs[name].dtype) == "category"]
-    if len(named) != 1:
-        return None
-    codes = obs[named[0]].astype("category").cat.codes.to_numpy()
-    return torch.from_numpy(codes.astype(np.int64))  # -1 where it is not known
-
-
 def read_images(folder: Path) -> Parts:
     """Reads the images below a folder, in the sorted order of their paths.
 
@@ -196,15 +256,15 @@ def read_images(folder: Path) -> Parts:
     """
     parts = [folder / "train", folder / "test"]
     parts = parts if all(part.is_dir() for part in parts) else [folder]
-    paths = [_paths(part) for part in parts]
-    mode = _mode([path for part in paths for path in part])
-    names = [_class_names(part, found) for part, found in zip(parts, paths)]
-    classes = sorted({name for part in names for name in part})
-    data = [_data(*part, classes, mode) for part in zip(parts, paths, names)]
+    listed = [_listed(part) for part in parts]
+    mode = _mode([path for paths, _ in listed for path in paths])
+    classes = sorted({name for _, names in listed for name in names})
+    data = [_images(part, *found, classes, mode) for part, found in zip(parts, listed)]
     return dict(zip(("train", "test"), data))
 
 
-def _paths(folder: Path) -> list[Path]:
+def _listed(folder: Path) -> tuple[list[Path], list[str]]:
+    """The images below a folder, and the class of each, if they have one."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     found = sorted(
@@ -214,7 +274,15 @@ def _paths(folder: Path) -> list[Path]:
     )
     if not found:
         raise ValueError(f"{folder}: expected images ({', '.join(IMG_EXTENSIONS)}), got none")
-    return found
+    inside = [path.relative_to(folder).parts for path in found]
+    names = [parts[0] for parts in inside if len(parts) > 1]
+    if names and len(names) < len(found):
+        loose = next(path for path, parts in zip(found, inside) if len(parts) == 1)
+        raise ValueError(
+            f"{folder}: expected all images in class folders or none, got {loose} beside "
+            f"{len(names)} in folders; move it"
+        )
+    return found, names
 
 
 def _mode(paths: list[Path]) -> str:
@@ -242,19 +310,7 @@ def _opened(path: Path) -> Iterator[PIL.Image.Image]:
         yield image
 
 
-def _class_names(folder: Path, paths: list[Path]) -> list[str]:
-    inside = [path.relative_to(folder).parts for path in paths]
-    names = [parts[0] for parts in inside if len(parts) > 1]
-    if names and len(names) < len(paths):
-        loose = next(path for path, parts in zip(paths, inside) if len(parts) == 1)
-        raise ValueError(
-            f"{folder}: expected all images in class folders or none, got {loose} beside "
-            f"{len(names)} in folders; move it"
-        )
-    return names
-
-
-def _data(
+def _images(
     folder: Path, paths: list[Path], names: list[str], classes: list[str], mode: str
 ) -> Data:
     images: list[Tensor] = []
@@ -275,3 +331,154 @@ def _data(
         name=str(folder),
         classes=len(classes) or None,
     )
+
+
+FACTORS = ("shape", "scale", "orientation", "x", "y")
+DRAWN = 4096  # images drawn at once
+
+
+@dataclass(frozen=True)
+class Sprites:
+    """Every combination of five factors, as binary images, drawn when asked for.
+
+    Row r of the grid has the factors that `factors(r)` says, the last one fastest, as in the
+    published data, whose sizes are the defaults; fewer values are spread over the same range.
+    Nothing is downloaded, and nothing is random. Shapes are squares, ellipses and hearts of
+    about one area; scales go from 0.5 to 1, positions as far as no shape is cut off, and
+    orientations once around, of which the published files hold 0 twice. By their symmetry a
+    square looks the same four times around and an ellipse twice.
+
+    Args:
+        shapes: Number of shapes, 1 to 3: square, ellipse, heart.
+        scales: Number of scales.
+        orientations: Number of orientations, counter-clockwise from upright.
+        xs: Number of horizontal positions, from the left.
+        ys: Number of vertical positions, from the top.
+        size: Height and width of an image, 8 or more.
+
+    Raises:
+        ValueError: If a number is out of its range.
+
+    References:
+        Matthey et al. dSprites: disentanglement testing sprites dataset. 2017.
+    """
+
+    shapes: int = 3
+    scales: int = 6
+    orientations: int = 40
+    xs: int = 32
+    ys: int = 32
+    size: int = 64
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.shapes <= len(SHAPES) or min(self.sizes) < 1 or self.size < 8:
+            raise ValueError(
+                f"expected 1 to {len(SHAPES)} shapes, at least 1 value of each other factor and "
+                f"images of 8 x 8 or larger; got {self}"
+            )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of values of each of `FACTORS`."""
+        return self.shapes, self.scales, self.orientations, self.xs, self.ys
+
+    def __len__(self) -> int:
+        return math.prod(self.sizes)
+
+    def factors(self, rows: Tensor | None = None) -> Tensor:
+        """Index of each factor's value at `rows` int64 [M], all if None, int64 [M, 5]."""
+        rows = torch.arange(len(self)) if rows is None else rows
+        if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
+            raise ValueError(f"expected rows from 0 to {len(self) - 1}; got others")
+        return torch.stack(torch.unravel_index(rows, self.sizes), -1)
+
+    def rows(self, factors: Tensor) -> Tensor:
+        """The rows [M] of factors int64 [M, 5]: what `factors` undoes.
+
+        Raises:
+            ValueError: If a value is out of its factor's range.
+        """
+        sizes = torch.tensor(self.sizes)
+        if factors.shape[-1] != len(sizes) or ((factors < 0) | (factors >= sizes)).any():
+            raise ValueError(f"expected factors [M, 5], from 0 and below {self.sizes}")
+        return (factors * (sizes.flip(0).cumprod(0).flip(0) // sizes)).sum(-1)
+
+    def draw(self, rows: Tensor) -> Tensor:
+        """The images at `rows` int64 [M], uint8 0 and 1, [M, 1, size, size]."""
+        parts = [self._draw(self.factors(part)) for part in rows.split(DRAWN)]
+        return torch.cat(parts).unsqueeze(1)
+
+    def data(self) -> Data:
+        """All rows, with the shapes as labels; `factors(data.rows)` is their table."""
+        rows = torch.arange(len(self))
+        return Data(self.draw(rows), labels=self.factors(rows)[:, 0], levels=2, name="sprites")
+
+    def _draw(self, factors: Tensor) -> Tensor:
+        shape, scale, orientation, x, y = factors.T
+        size = _spread(0.5, 1.0, self.scales)[scale]
+        angle = orientation * (2 * math.pi / self.orientations)
+        place = [_spread(REACH, 1 - REACH, n) for n in (self.xs, self.ys)]
+        pixel = (torch.arange(self.size, dtype=torch.float64) + 0.5) / self.size
+        right = (pixel - place[0][x, None])[:, None, :]
+        up = (place[1][y, None] - pixel)[:, :, None]
+        cos, sin = (f(angle)[:, None, None] for f in (torch.cos, torch.sin))
+        u = (right * cos + up * sin) / size[:, None, None]
+        v = (up * cos - right * sin) / size[:, None, None]
+        image = torch.zeros(len(factors), self.size, self.size, dtype=torch.uint8)
+        for kind, inside in enumerate(SHAPES):
+            own = shape == kind
+            image[own] = inside(u[own], v[own]).to(torch.uint8)
+        return image
+
+
+def _heart(u: Tensor, v: Tensor) -> Tensor:
+    a, b = u / LOBE, v / LOBE + 0.1  # the curve reaches from -1 to 1.24: nearly centred
+    return (a.square() + b.square() - 1).pow(3) <= a.square() * b.pow(3)
+
+
+HALF = 0.125  # half a square's side, of an image's
+WIDE, NARROW = 0.2, 0.1  # half axes of an ellipse
+LOBE = 0.13  # the unit of a heart, whose area is 3.66 of its squares
+REACH = 0.22  # of a centre from the border: a little more than any shape needs
+SHAPES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+    lambda u, v: (u.abs() <= HALF) & (v.abs() <= HALF),
+    lambda u, v: (u / WIDE).square() + (v / NARROW).square() <= 1,
+    _heart,
+)
+
+
+def read_dsprites(path: str | Path) -> tuple[Data, Tensor]:
+    """Reads the published dSprites file.
+
+    Args:
+        path: The .npz file, with the arrays `imgs` [N, H, W] and `latents_classes` [N, 6], whose
+            first column, the one colour, is left out. It takes 3 GB of memory.
+
+    Returns:
+        The rows, labelled by shape, and the index of each factor's value [N, 5], as `FACTORS`.
+
+    Raises:
+        ValueError: If the file cannot be read or lacks these arrays. Python objects in it, such
+            as its metadata, are never read.
+    """
+    what = "the published dSprites file with arrays imgs and latents_classes"
+    with (
+        damaged(path, what, "download it again"),
+        np.load(path, allow_pickle=False) as arrays,
+    ):
+        images, classes = arrays["imgs"], arrays["latents_classes"]
+    if images.ndim != 3 or classes.shape != (len(images), 6) or images.dtype != np.uint8:
+        raise ValueError(
+            f"{path}: expected imgs [N, H, W] of uint8 and latents_classes [N, 6], got "
+            f"{list(images.shape)} of {images.dtype} and {list(classes.shape)}"
+        )
+    factors = torch.from_numpy(classes[:, 1:].astype(np.int64))
+    x = torch.from_numpy(images).unsqueeze(1)
+    return Data(x, labels=factors[:, 0], levels=2, name=str(path)), factors
+
+
+def _spread(low: float, high: float, count: int) -> Tensor:
+    """`count` values from `low` to `high`; the middle one if there is one."""
+    if count == 1:
+        return torch.tensor([(low + high) / 2], dtype=torch.float64)
+    return torch.linspace(low, high, count, dtype=torch.float64)
