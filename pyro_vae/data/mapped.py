@@ -19,8 +19,6 @@ from torch import Tensor
 
 from pyro_vae.files import damaged
 
-__all__ = ["CHUNK", "LARGE", "Mapped", "mapped", "npy", "spooled"]
-
 LARGE = 2**26  # bytes of a file, above which its rows stay there
 CHUNK = 1_000  # rows read at once where all are looked at
 
@@ -219,14 +217,11 @@ def _part(path: Path, at: np.ndarray) -> np.ndarray:
 
 def _read(path: Path, number: int, places: Iterable[int], into: Iterable[np.ndarray]) -> None:
     """Fills arrays with the bytes at places of a file of so many rows."""
-    with path.open("rb", buffering=0) as file:
+    with io.BufferedReader(path.open("rb", buffering=0)) as file:  # reads on: 2 GB at most a call
         for place, part in zip(places, into):
             file.seek(place)
-            left = part.reshape(-1).view(np.uint8).data
-            while left:  # one call reads at most 2 GB, on some systems less
-                if not (count := file.readinto(left)):
-                    raise _cut(path, number)
-                left = left[count:]
+            if file.readinto(part.reshape(-1).view(np.uint8).data) < part.nbytes:
+                raise _cut(path, number)
 
 
 def _cut(path: Path, number: int) -> ValueError:

@@ -12,22 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.arguments import check_whole, closest
+from pyro_vae.arguments import closest
 from pyro_vae.data.mapped import CHUNK, Mapped
-
-__all__ = [
-    "Binarise",
-    "Dequantise",
-    "Identity",
-    "Rescale",
-    "Standardise",
-    "Threshold",
-    "Transform",
-    "declare",
-    "make_transform",
-    "restore",
-    "row_noise",
-]
 
 NAMES = ("none", "threshold", "static", "dynamic", "dequantise", "rescale", "standardise")
 BINARY = NAMES[1:4]
@@ -63,7 +49,7 @@ class Transform:
         Raises:
             ValueError: If the transform is noisy and ``u`` is None.
         """
-        raise NotImplementedError
+        return x.float()
 
     def inverse(self, x: Tensor) -> Tensor:
         """Maps model values [..., *E] back to the original units, as for pictures."""
@@ -84,10 +70,6 @@ class Transform:
 @dataclass(frozen=True)
 class Identity(Transform):
     """The values as they are, in float32: continuous data, counts, binary data."""
-
-    def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
-        """See ``Transform``."""
-        return x.float()
 
 
 @dataclass(frozen=True)
@@ -355,7 +337,6 @@ def row_noise(rows: Tensor, shape: Sequence[int], seed: int) -> Tensor:
     Returns:
         The noise, float32 [N, *shape], on the device of ``rows``.
     """
-    check_whole(0, seed=seed)
     noise = np.empty((len(rows), *shape), dtype=np.float32)
     for row, out in zip(rows.tolist(), noise):
         key = np.array([seed, row], dtype=np.uint64)
