@@ -130,10 +130,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
         rows = self._first_rows(X)
         labels = self._labels(y, len(rows))
         self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        network = {
-            "class_path": "MLP",
-            "init_args": {"hidden": np.atleast_1d(self.hidden).tolist()},
-        }
+        network = {"MLP": {"hidden": np.atleast_1d(self.hidden).tolist()}}
         with forked(torch.device("cpu"), self._seed):
             self.vae_ = build(
                 len(self.schema_.columns),
@@ -184,9 +181,15 @@ class VariationalAutoencoder(  # type: ignore[misc]
         """
         check_is_fitted(self)
         codes = check_array(X, dtype=np.float64, input_name="X")
+        labels, vae = self._labels(y, len(codes)), self.vae_
+        given: Tensor | None = None
+        if labels is not None:
+            vae.check_labels(labels)  # type: ignore[operator]
+            if bool((labels < 0).any()):
+                raise ValueError("with classes, inverse_transform needs y, the class of each code")
+            given = torch.nn.functional.one_hot(labels.long(), self.classes).double()
         with torch.no_grad():
-            given = self._one_hot(y, len(codes))
-            return self._given(self.vae_.likelihood(torch.from_numpy(codes), given).mean, X)
+            return self._given(vae.likelihood(torch.from_numpy(codes), given).mean, X)
 
     def impute(self, X: Any, num_draws: int = 100) -> Any:
         """Rows with their missing entries filled in, given what was observed of each.
@@ -251,18 +254,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
     def _judging(self) -> dict[str, Any]:
         """What estimators of log p are told."""
         options = {"tolerance": self.tolerance, "budget": self.budget, "seed": self._seed}
-        return {**options, "audit": False}
-
-    def _one_hot(self, y: Any, number: int) -> Tensor | None:
-        """Classes [N, C] to decode at; None without classes."""
-        labels = self._labels(y, number)
-        if labels is None:
-            return None
-        vae: Any = self.vae_
-        vae.check_labels(labels)
-        if bool((labels < 0).any()):
-            raise ValueError("with classes, inverse_transform needs y, the class of each code")
-        return torch.nn.functional.one_hot(labels.long(), self.classes).double()
+        return options | {"audit": False}
 
     def _labels(self, y: Any, number: int) -> Tensor | None:
         """Labels [N], -1 where unknown; None without classes."""
@@ -304,15 +296,8 @@ class VariationalAutoencoder(  # type: ignore[misc]
         return torch.from_numpy(np.array(self._array(X, reset=False)))  # a copy may be written
 
     def _array(self, X: Any, reset: bool) -> Array:
-        least = 2 if reset else 1
-        return validate_data(
-            self,
-            X,
-            reset=reset,
-            dtype=np.float64,
-            ensure_all_finite="allow-nan",
-            ensure_min_samples=least,
-        )
+        options = {"dtype": np.float64, "ensure_all_finite": "allow-nan"}
+        return validate_data(self, X, reset=reset, ensure_min_samples=1 + reset, **options)
 
     def _given(self, rows: Tensor, X: Any = None) -> Any:
         """Rows as `fit` was given them, with the index of X if that is a frame."""

@@ -75,13 +75,25 @@ class Column:
             raise ValueError(f"kind {self.kind} needs {wanted}; got {list(self.categories)}")
 
     @property
+    def family(self) -> str:
+        """The name of its likelihood."""
+        return KINDS.get(self.kind, self.kind)
+
+    @property
     def likelihood(self) -> str | dict[str, Any]:
         """The declaration of its likelihood, for `likelihoods.Columns`."""
-        name = KINDS.get(self.kind, self.kind)
-        levels = {"levels": len(self.categories)} if self.kind in ("category", "ordinal") else {}
-        width = {} if self.resolution is None else {"resolution": self.resolution}
-        options = {**levels, **width}
-        return {"class_path": name, "init_args": options} if options else name
+        levels = len(self.categories) if self.kind in ("category", "ordinal") else None
+        given = {"levels": levels, "resolution": self.resolution}
+        options = {name: value for name, value in given.items() if value is not None}
+        return {"class_path": self.family, "init_args": options} if options else self.family
+
+    def cell(self, value: float) -> str | float | None:
+        """What a number stands for; None for NaN."""
+        if math.isnan(value):
+            return None
+        if self.categories:
+            return self.categories[min(max(round(value), 0), len(self.categories) - 1)]
+        return shortened(float(str(np.float32(value))))  # the shortest that float32 tells apart
 
     @property
     def plain(self) -> dict[str, Any]:
@@ -163,7 +175,7 @@ class Schema:
     def decode(self, rows: Tensor) -> Cells:
         """Cells by column of rows [N, C]: categories for codes, None for NaN."""
         pairs = zip(self.columns.items(), rows.double().T.tolist())
-        return {name: [_cell(column, v) for v in values] for (name, column), values in pairs}
+        return {name: list(map(column.cell, values)) for (name, column), values in pairs}
 
     def centre(self, draws: Tensor, mean: Tensor) -> Tensor:
         """One row for each of N: of draws [R, N, C] the commonest category and middle count.
@@ -171,8 +183,7 @@ class Schema:
         The mean [N, C] is taken of other numbers.
         """
         best = {"common": draws.mode(0).values, "middle": draws.median(0).values, "mean": mean}
-        likelihoods = (KINDS.get(column.kind, column.kind) for column in self.columns.values())
-        taken = [CENTRES.get(name, "mean") for name in likelihoods]
+        taken = [CENTRES.get(column.family, "mean") for column in self.columns.values()]
         return torch.stack([best[name][:, c] for c, name in enumerate(taken)], 1)
 
     def csv(self, rows: Tensor, beside: Cells | None = None) -> str:
@@ -236,14 +247,6 @@ def _numbers(name: str, key: str, column: Column, cells: Sequence[Any], first: i
             )
         values[row] = value
     return values
-
-
-def _cell(column: Column, value: float) -> str | float | None:
-    if math.isnan(value):
-        return None
-    if column.categories:
-        return column.categories[min(max(round(value), 0), len(column.categories) - 1)]
-    return shortened(float(str(np.float32(value))))  # the shortest that float32 tells apart
 
 
 def as_number(cell: Any) -> float | None:
@@ -331,12 +334,10 @@ def _numeric(where: str, values: np.ndarray) -> Column:
     check_digits(where, values)
     if whole and values.min() >= 0 and values.var() >= values.mean():
         return Column("count")
-    rounded = whole or len(different) < OFTEN * len(values)
-    above = values[values > 0]
-    spread = float(np.log(above).std()) if len(above) else 0.0
-    zeros = 0.0 if rounded else math.nextafter(0.0, 1.0)
-    positive = values.min() >= zeros and spread > SKEWED
-    return Column("positive" if positive else "real", (), _gap(different) if rounded else None)
+    width, above = resolution(values, whole), values[values > 0]
+    zeros = math.nextafter(0.0, 1.0) if width is None else 0.0
+    skewed = len(above) > 0 and np.log(above).std() > SKEWED
+    return Column("positive" if skewed and values.min() >= zeros else "real", (), width)
 
 
 def check_digits(where: str, values: np.ndarray) -> None:
@@ -351,20 +352,16 @@ def check_digits(where: str, values: np.ndarray) -> None:
         )
 
 
-def real_column(values: np.ndarray) -> Column:
-    """Real numbers, which may be NaN: with a resolution if they repeat."""
-    seen = values[~np.isnan(values)]
-    different = np.unique(seen)
-    if len(different) >= OFTEN * len(seen):
-        return Column("real")
-    return Column("real", (), _gap(different) if len(different) > 1 else 1.0)
+def resolution(values: np.ndarray, rounded: bool = False) -> float | None:
+    """The smallest distance of two numbers, but for rounding errors, where they repeat; 1 of one.
 
-
-def _gap(different: np.ndarray) -> float:
-    """The smallest distance of two of these numbers that is no rounding error."""
-    gaps = np.diff(different)
-    least = 1e-6 * float(np.abs(different).max())
-    return float(f"{gaps[gaps > least].min(initial=gaps.max()):.4g}")
+    None where they do not, unless they are known to be rounded.
+    """
+    different = np.unique(values)
+    if not rounded and len(different) >= OFTEN * len(values):
+        return None
+    gaps, least = np.diff(different), 1e-6 * float(np.abs(different).max())
+    return float(f"{gaps[gaps > least].min(initial=gaps.max()):.4g}") if len(gaps) else 1.0
 
 
 def number_or_text(cell: Any) -> tuple[float, str]:

@@ -22,6 +22,7 @@ from pyro_vae.data.data import Data
 from pyro_vae.data.mapped import CHUNK, LARGE, Mapped, spooled
 from pyro_vae.data.schema import (
     Cells,
+    Column,
     Known,
     Schema,
     as_number,
@@ -29,7 +30,7 @@ from pyro_vae.data.schema import (
     ignored_in,
     inferred,
     number_or_text,
-    real_column,
+    resolution,
     with_levels,
 )
 
@@ -184,7 +185,8 @@ def read_numbers(
     if given.ignored:
         raise ValueError("columns of an array cannot be ignored: leave them out of it")
     found = {
-        name: given.columns.get(name) or real_column(column) for name, column in columns.items()
+        name: given.columns.get(name) or Column("real", (), resolution(column[~np.isnan(column)]))
+        for name, column in columns.items()
     }
     with np.errstate(over="ignore"):  # what becomes infinite is refused as such
         return torch.from_numpy(values.astype(np.float32)), Schema(found)

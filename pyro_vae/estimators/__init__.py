@@ -3,11 +3,15 @@
 from pyro_vae.estimators.annealed import annealed_importance_sampling
 from pyro_vae.estimators.bidirectional import Bracket, bidirectional
 from pyro_vae.estimators.classes import ClassProbabilities, class_probabilities
-from pyro_vae.estimators.conditional import column_log_prob, log_conditional
+from pyro_vae.estimators.conditional import (
+    Imputation,
+    column_log_prob,
+    impute,
+    log_conditional,
+)
 from pyro_vae.estimators.diagnostics import convergence, jackknife
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.importance import Bound, evidence_lower_bound, importance_sampling
-from pyro_vae.estimators.impute import Imputation, impute
 from pyro_vae.estimators.log_evidence import Audit, audit, log_evidence
 from pyro_vae.estimators.refined import refined_importance_sampling
 

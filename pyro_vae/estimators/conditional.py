@@ -1,9 +1,9 @@
-"""log p of entries of a datum given others of its entries."""
+"""What is missing from data, given what was observed; and log p of entries given others."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,17 +13,285 @@ from torch import Tensor
 
 from pyro_vae.densities import Program
 from pyro_vae.estimators.diagnostics import pareto_khat
-from pyro_vae.estimators.evidence import Evidence
+from pyro_vae.estimators.escalating import walk
+from pyro_vae.estimators.evidence import Evidence, summarise
 from pyro_vae.estimators.log_evidence import log_evidence
 from pyro_vae.estimators.proposal import joined
-from pyro_vae.estimators.refined import Fit, fit_proposal
-from pyro_vae.estimators.run import estimator, map_targets
-from pyro_vae.estimators.target import Target
+from pyro_vae.estimators.refined import LOWEST, METHOD, Fit, fit_proposal
+from pyro_vae.estimators.run import estimator, exact_without_data, map_targets
+from pyro_vae.estimators.target import Run, Target
 from pyro_vae.estimators.values import summed
+from pyro_vae.runtime import check_fits
 
-__all__ = ["column_log_prob", "log_conditional"]
-
+TOLERANCE = 0.1  # nats: largest standard error of what is called reliable
 KHAT = 0.6  # of a column's weights, above which it gets draws of its own
+
+
+@dataclass(frozen=True, eq=False)
+class Imputation:
+    """N data with what is missing from them drawn; on the CPU. Observed entries are as given.
+
+    Attributes:
+        draws: Completed data [R, N, *E]; the missing entries of a datum are drawn jointly, from
+            their distribution given its observed ones.
+        mean: Means [N, *E] of that distribution.
+        stderr: Their Monte Carlo standard errors [N, *E]; 0 where observed.
+        evidence: log p of what was observed of each datum, with its errors and verdict.
+    """
+
+    draws: Tensor
+    mean: Tensor
+    stderr: Tensor
+    evidence: Evidence
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    @property
+    def median(self) -> Tensor:
+        """Medians [N, *E] of the draws."""
+        return self.quantile(0.5)
+
+    def quantile(self, q: float) -> Tensor:
+        """Quantiles [N, *E] of the draws, such as 0.05 and 0.95 for an interval of 90 %."""
+        return self.draws.double().quantile(q, 0).to(self.draws.dtype)
+
+    @property
+    def log_prob(self) -> Tensor:
+        """log p of what was observed [N], in nats."""
+        return self.evidence.log_prob
+
+    @property
+    def ess(self) -> Tensor:
+        """Effective number of the weighted draws behind each datum [N]."""
+        return self.evidence.ess
+
+    @property
+    def khat(self) -> Tensor:
+        """Shape of the Pareto tail of their weights [N]."""
+        return self.evidence.khat
+
+    @property
+    def verdict(self) -> list[str]:
+        """Whether each datum is "reliable", "doubtful" or, from the guide, a "lower bound"."""
+        return self.evidence.verdict
+
+    def to_inference_data(self) -> Any:
+        """ArviZ's InferenceData: `draws` in `posterior_predictive`, and what `evidence` gives."""
+        found = self.evidence.to_inference_data()
+        draws = {"x": self.draws[None].numpy()}
+        found.add_groups(posterior_predictive=draws, dims={"x": ["row"]})
+        return found
+
+    @classmethod
+    def cat(cls, parts: Sequence[Imputation]) -> Imputation:
+        """The data of all `parts`, in order."""
+        return cls(
+            torch.cat([part.draws for part in parts], 1),
+            torch.cat([part.mean for part in parts]),
+            torch.cat([part.stderr for part in parts]),
+            Evidence.cat([part.evidence for part in parts]),
+        )
+
+    @classmethod
+    def mixed(cls, parts: Sequence[Imputation]) -> Imputation:
+        """Imputations from those given the values c of a discrete latent, with log p(x, c).
+
+        Each draw is one of a value that is itself drawn from p(c | x).
+        """
+        joint = torch.stack([part.log_prob for part in parts])
+        share = (joint - joint.logsumexp(0)).exp()  # [C, N]
+        draws, event = parts[0].draws, [1] * (parts[0].mean.ndim - 1)
+        value = torch.multinomial(share.T, len(draws), True).T
+        for c, part in enumerate(parts):
+            draws = torch.where((value == c).view(*value.shape, *event), part.draws, draws)
+        wide = share.view(*share.shape, *event).to(draws)
+        means, errors = (torch.stack([getattr(p, k) for p in parts]) for k in ("mean", "stderr"))
+        likeliest = means[share.argmax(0), torch.arange(len(wide[0]))]
+        mean = likeliest + (wide * (means - likeliest)).sum(0)  # exactly that where all agree
+        of_share = torch.stack([part.evidence.stderr for part in parts]).view(wide.shape)
+        square = (wide * errors).square() + (wide * of_share * (means - mean)).square()
+        evidence = Evidence.mixed([part.evidence for part in parts])
+        return cls(draws, mean, square.sum(0).sqrt().to(mean), evidence)
+
+    def excluded(self, index: Tensor) -> Imputation:
+        """The imputations, some of the data excluded by the model."""
+        return replace(self, evidence=self.evidence.excluded(index))
+
+    def rows(self, index: Tensor) -> Imputation:
+        """The imputations of some of the data, by their indices."""
+        parts = self.draws[:, index], self.mean[index], self.stderr[index]
+        return Imputation(*parts, self.evidence.rows(index))
+
+    def __repr__(self) -> str:
+        good = self.verdict.count("reliable")
+        return f"Imputation({len(self.draws)} draws of {len(self)} data, {good} reliable)"
+
+
+@estimator
+@summed
+def impute(
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    num_draws: int = 100,
+    num_samples: int = 2000,
+    proposal: str = "refined",
+    chunk_size: int | None = None,
+    compile: bool = False,
+    devices: int = 1,
+    seed: int | None = 0,
+    progress: bool = False,
+) -> Imputation:
+    r"""Draws of what is missing (NaN in x) from its distribution given what was observed.
+
+    .. math:: p(x_m \mid x_o) = \int p(x_m \mid z) \, p(z \mid x_o) \, dz
+
+    A proposal is fitted to the posterior of each datum and drawn from K times, as in
+    `refined_importance_sampling`, with more components where these are not enough. R of these
+    draws are picked in proportion to their weights, and the missing entries are drawn from
+    p(x | z) there: independent draws, no chain, with the diagnostics of importance sampling. The
+    mean is the weighted one of all K. A discrete latent that is summed out, such as a class, is
+    drawn from p(c | x_o) first, and the rest given it. Valid if what is missing depends only on
+    what was observed ("at random"), or if the model says how it went missing.
+
+    Args:
+        model: Pyro model of (x) or (x, y), as in `log_evidence`; or a VAE. A model of one's own
+            observes x as `distributions.Incomplete`. Where it has a latent site of the same name
+            and "_missing", the values of that are the missing entries.
+        guide: Pyro guide of the same arguments.
+        x: Data [N, *E], NaN where missing.
+        y: What is conditioned on [N, C], or None.
+        num_draws: Draws R of each datum.
+        num_samples: Weighted draws K behind them; 4 K where K are not enough.
+        proposal: "refined", or "guide" to draw from the guide alone: faster, and never "reliable".
+        chunk_size: As in `log_evidence`.
+        compile: As in `log_evidence`.
+        devices: As in `log_evidence`.
+        seed: As in `log_evidence`.
+        progress: As in `log_evidence`.
+
+    Returns:
+        Imputation of N data.
+
+    Raises:
+        ValueError: As `refined_importance_sampling`; if no site of the model observes x; if the
+            draws do not fit in memory; if the model excludes a row.
+
+    Example:
+        >>> vae = build(3, latent_dim=2, missing=True)
+        >>> found = impute(vae, torch.tensor([[1.0, 0.0, torch.nan]]), num_draws=7)
+        >>> found.draws.shape
+        torch.Size([7, 1, 3])
+
+    References:
+        Rubin. Using the SIR algorithm to simulate posterior distributions. 1988.
+        Mattei and Frellsen. MIWAE: deep generative modelling and imputation of incomplete data
+        sets. 2019.
+    """
+    if proposal not in ("refined", "guide"):
+        raise ValueError(f"proposal must be 'refined' or 'guide'; got {proposal!r}")
+    estimate = _imputed if proposal == "refined" else _guided
+    check_fits(x.element_size() * num_draws * x.numel(), f"{num_draws} draws of all data")
+    parts = map_targets(
+        partial(estimate, num_draws=num_draws, num_samples=num_samples),
+        model,
+        guide,
+        x,
+        y,
+        chunk_size=chunk_size,
+        compile=compile,
+        seed=seed,
+        devices=devices,
+        progress=progress,
+    )
+    found = Imputation.cat(parts)
+    return replace(found, evidence=exact_without_data(found.evidence, model, guide, x, y).of(x))
+
+
+def _imputed(target: Target, num_draws: int, num_samples: int) -> Imputation:
+    """Imputations of B data; where not reliable, from more components and four times the draws."""
+    fit = fit_proposal(target)
+    found, places, weights = _drawn(fit, num_samples, num_draws)
+    short = [i for i, verdict in enumerate(found.verdict) if verdict != "reliable"]
+    if not short:
+        return found
+    rows = torch.tensor(short, device=target.x.device)
+    poor = fit.rows(rows)
+    start = places[:, rows], weights[:, rows]
+    visited = walk(poor.target, *start, scale_tril=poor.proposal.scale_tril)
+    again, *_ = _drawn(poor.with_components(visited), 4 * num_samples, num_draws)
+    index = torch.arange(len(found))
+    index[short] = len(found) + torch.arange(len(short))
+    return Imputation.cat([found, again]).rows(index)
+
+
+def _drawn(fit: Fit, num_samples: int, num_draws: int) -> tuple[Imputation, Tensor, Tensor]:
+    """Imputations from K draws of a fitted proposal, these draws and their log weights."""
+    places = fit.places(num_samples)
+    weights, mean, stderr = _moments(fit.target, fit.weighed(places, num_samples))
+    evidence = fit.judge(summarise(weights.cpu(), METHOD, "doubtful"), TOLERANCE)
+    draws = _picked(fit.target, places, weights, num_draws)
+    return Imputation(draws, mean, stderr, evidence), places, weights
+
+
+def _guided(target: Target, num_draws: int, num_samples: int) -> Imputation:
+    """Imputations of B data from draws of the guide."""
+    counts = torch.ones(num_samples).split(target.draws_at_once)
+    draws = [target.draw_guide(len(count)) for count in counts]  # all at once fall out of cache
+    runs = ((run.log_joint - target.log_guide(u), run) for u in draws for run in [target.at(u)])
+    weights, mean, stderr = _moments(target, runs)
+    evidence = summarise(weights.cpu(), "importance sampling, guide", "lower bound")
+    picked = _picked(target, torch.cat(draws), weights, num_draws)
+    return Imputation(picked, mean, stderr, evidence)
+
+
+def _picked(target: Target, places: Tensor, weights: Tensor, num_draws: int) -> Tensor:
+    """Completed data [R, B, *E] at some of K draws [K, B, D], as often as their weights say.
+
+    Raises:
+        ValueError: If all weights of a datum are zero.
+    """
+    if len(none := (weights == -torch.inf).all(0).nonzero()):
+        raise ValueError(
+            "what is missing cannot be imputed where log p(x) is -inf at all draws, as in a row "
+            f"that begins {target.x[none[0, 0]].flatten()[:5].tolist()}: leave it out"
+        )
+    share = torch.softmax(weights, 0)
+    picked = torch.multinomial(share.T, num_draws, True).T.unsqueeze(-1)
+    chosen = places.gather(0, picked.expand(-1, -1, places.shape[-1]))
+    parts = chosen.split(target.draws_at_once)
+    return torch.cat([target.at(u).complete().cpu() for u in parts])
+
+
+def _moments(target: Target, runs: Iterable[tuple[Tensor, Run]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Log weights [K, B]; means [B, *E] of the completed data and their Monte Carlo errors.
+
+    Each run of the model gives its weights and its completed data. Sums are in units of the
+    largest weight so far.
+    """
+    weights: list[Tensor] = []
+    centre, sums = target.scale, [target.scale.new_zeros(())] * 5
+    largest = target.scale.new_full((target.num_data, 1), LOWEST)
+    for weight, run in runs:
+        data = run.complete().double().flatten(2)
+        if not weights:
+            centre = data[0]  # so that little cancels below
+        weights.append(weight)
+        before, largest = largest, torch.maximum(largest, weight.amax(0).unsqueeze(-1))
+        w, less = (weight.unsqueeze(-1) - largest).exp(), (before - largest).exp()
+        v = w * (data - centre)
+        terms = zip(sums, (w, v, w * w, w * v, v * v), (1, 1, 2, 2, 2))
+        sums = [total * less**power + term.sum(0) for total, term, power in terms]
+    total, mean, squares, cross, square = sums
+    mean = mean / total
+    error = (square - 2 * mean * cross + mean.square() * squares).clamp(min=0).sqrt() / total
+    missing = target.x.isnan()
+    mean = torch.where(missing, (centre + mean).view(target.x.shape).to(target.x), target.x)
+    error = error.view(mean.shape).to(mean).masked_fill(~missing, 0.0)
+    return torch.cat(weights), mean.cpu(), error.cpu()
 
 
 @estimator
@@ -136,43 +404,39 @@ def column_log_prob(
     missing = getattr(getattr(model, "__self__", None), "missing", True)
     estimate = partial(_columns, num_samples=num_samples, missing=missing)
     run = partial(map_targets, estimate, chunk_size=chunk_size, compile=compile, devices=devices)
-    found = _joined(run, model, guide, x, y, seed=seed, progress=progress)
-    whole = found.whole.view(-1, *[1] * (x.ndim - 1))
-    return (whole - found.rest).masked_fill(x.isnan().cpu(), math.nan)
+    found = _joined(run, model, guide, x, y, seed=seed, progress=progress).log_prob
+    return (found[:, :1] - found[:, 1:]).view(x.shape).masked_fill(x.isnan().cpu(), math.nan)
 
 
 @dataclass(frozen=True, eq=False)
-class _Columns:
-    """log p(x) [N], and log p(x_{-c}) of the other entries than each [N, *E]; on the CPU.
+class _LeftOut:
+    """log p(x), then log p(x_{-c}) of the other entries than each of them; [N, 1 + C] on the CPU.
 
     Given a value of a discrete latent they are those of its joint density with the data.
     """
 
-    whole: Tensor
-    rest: Tensor
+    log_prob: Tensor
 
     def __len__(self) -> int:
-        return len(self.whole)
+        return len(self.log_prob)
 
     @classmethod
-    def mixed(cls, parts: Sequence[_Columns]) -> _Columns:
+    def mixed(cls, parts: Sequence[_LeftOut]) -> _LeftOut:
         """Of the data alone, from those of each value."""
-        both = [(part.whole, part.rest) for part in parts]
-        return cls(*(torch.stack(each).logsumexp(0) for each in zip(*both)))
+        return cls(torch.stack([part.log_prob for part in parts]).logsumexp(0))
 
-    def rows(self, index: Tensor) -> _Columns:
+    def rows(self, index: Tensor) -> _LeftOut:
         """Those of some of the data."""
-        return _Columns(self.whole[index], self.rest[index])
+        return _LeftOut(self.log_prob[index])
 
-    def excluded(self, index: Tensor) -> _Columns:
+    def excluded(self, index: Tensor) -> _LeftOut:
         """The same, some of the data excluded by the model."""
-        parts = (part.index_fill(0, index, -math.inf) for part in (self.whole, self.rest))
-        return _Columns(*parts)
+        return _LeftOut(self.log_prob.index_fill(0, index, -math.inf))
 
 
 @summed
 def _joined(
-    run: Callable[..., list[_Columns]],
+    run: Callable[..., list[Tensor]],
     model: Program,
     guide: Program,
     x: Tensor,
@@ -180,40 +444,32 @@ def _joined(
     *,
     seed: int | None,
     progress: bool,
-) -> _Columns:
-    parts = run(model, guide, x, y, seed=seed, progress=progress)
-    return _Columns(torch.cat([p.whole for p in parts]), torch.cat([p.rest for p in parts]))
+) -> _LeftOut:
+    return _LeftOut(torch.cat(run(model, guide, x, y, seed=seed, progress=progress)))
 
 
-def _columns(target: Target, num_samples: int, missing: bool) -> _Columns:
-    """log p(x) and log p(x_{-c}) of B data; `missing` is whether the model takes NaN."""
+def _columns(target: Target, num_samples: int, missing: bool) -> Tensor:
+    """As `_LeftOut`, of B data; `missing` is whether the model takes NaN."""
     fit = fit_proposal(target)
-    weights, without = _weights(fit, num_samples)
-    whole, rest = weights.logsumexp(0).cpu(), without.logsumexp(0).cpu()
-    khat = pareto_khat(without.flatten(1).cpu()).view(rest.shape)
-    hard = ((khat > KHAT) & ~target.x.isnan().cpu() & missing).nonzero()
-    for cells in hard.split(target.num_data) if len(hard) else ():
-        given = _cells(fit.rows(cells[:, 0].to(weights.device)), cells[:, 1:], num_samples)
-        rest[tuple(cells.T)] = whole[cells[:, 0]] - given
-    number = math.log(num_samples)
-    return _Columns(whole - number, rest - number)
-
-
-def _weights(fit: Fit, num_samples: int) -> tuple[Tensor, Tensor]:
-    """Log weights of fresh draws [K, B], and those for each entry left out [K, B, *E]."""
     runs = fit.weighed(fit.places(num_samples), num_samples)
-    weights, entries = zip(*((weight, run.entry_log_prob()) for weight, run in runs))
+    weights, entries = zip(*((w.unsqueeze(-1), run.entry_log_prob()) for w, run in runs))
     whole = torch.cat(weights)
-    wide = whole.view(*whole.shape, *[1] * (entries[0].ndim - 2))
-    return whole, wide - torch.cat(entries)
+    rest = whole - torch.cat(entries).flatten(2)  # of each entry left out [K, B, C]
+    found = torch.cat([whole.logsumexp(0), rest.logsumexp(0)], 1).cpu()
+    khat = pareto_khat(rest.flatten(1).cpu()).view(found[:, 1:].shape)
+    hard = ((khat > KHAT) & ~target.x.isnan().flatten(1).cpu() & missing).nonzero()
+    for rows, entry in (cells.T for cells in hard.split(target.num_data) if len(hard)):
+        given = _cells(fit.rows(rows.to(whole.device)), entry, num_samples)
+        found[rows, 1 + entry] = found[rows, 0] - given
+    return found - math.log(num_samples)
 
 
-def _cells(fit: Fit, entries: Tensor, num_samples: int) -> Tensor:
-    """log p(x_c | the others) [M] of one entry [M, *] of each row, on the CPU."""
-    target, cell = fit.target, (torch.arange(len(entries)), *entries.T)
+def _cells(fit: Fit, entry: Tensor, num_samples: int) -> Tensor:
+    """log p(x_c | the others) [M] of one entry c of each row, by its number, on the CPU."""
+    target = fit.target
+    cell: Any = (torch.arange(len(entry)), *torch.unravel_index(entry, target.x.shape[1:]))
     rest = fit_proposal(target.without(cell))
     halves = joined([rest.proposal, fit.proposal], [-math.log(2)] * 2)
-    both = replace(rest, proposal=halves)
-    places, weights = both.draw_with_places(2 * num_samples)
+    places, weights = replace(rest, proposal=halves).draw_with_places(2 * num_samples)
     parts = [target.at(u).entry_log_prob()[:, *cell] for u in places.split(target.draws_at_once)]
     return ((weights + torch.cat(parts)).logsumexp(0) - weights.logsumexp(0)).cpu()

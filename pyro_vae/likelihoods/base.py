@@ -101,18 +101,23 @@ class Likelihood(Shown):
     def raw_start(self, x: Tensor) -> Tensor:
         """First raw parameters, [k * C, *rest], that give the average of `x` [N, C, *rest]."""
 
-    def raw(self, z: Tensor, y: Tensor | None, count: int = 1) -> Tensor:
-        """The decoder's output [*S, P * C, *rest] as P = count parameters, [P, *S, C, *rest]."""
+    def decoded(self, z: Tensor, y: Tensor | None, channels: int) -> Tensor:
+        """The decoder's output [*S, channels, *rest], in single precision at least."""
         raw = self.decoder(z, y)
         raw = raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw
-        channel = raw.ndim - len(self.data_shape)
-        channels, *rest = self.data_shape
-        if raw.shape[channel:] != (count * channels, *rest):
+        expected = (channels, *self.data_shape[1:])
+        if raw.shape[raw.ndim - len(expected) :] != expected:
             raise ValueError(
                 f"decoder gives {tuple(raw.shape[z.ndim - 1 :])}, which does not fit data of "
-                f"shape {self.data_shape}: its out_shape must be the data's, with "
-                f"num_params = {count} times the channels"
+                f"shape {self.data_shape}: its out_shape must be {expected}, by num_params"
             )
+        return raw
+
+    def raw(self, z: Tensor, y: Tensor | None, count: int = 1) -> Tensor:
+        """The decoder's output [*S, P * C, *rest] as P = count parameters, [P, *S, C, *rest]."""
+        channels, *rest = self.data_shape
+        raw = self.decoded(z, y, count * channels)
+        channel = raw.ndim - len(self.data_shape)
         parts = raw.unflatten(channel, (count, channels)).movedim(channel, 0)
         return parts if rest else parts.contiguous()  # torch is slow on short runs of numbers
 

@@ -87,9 +87,12 @@ class Columns(Likelihood):
         named = _resolved(columns, self.data_shape)
         kinds, self.names = list(named.values()), list(named)
         self.columns = _grouped(kinds, together)
-        groups = [[kinds[column] for column in group] for group in self.columns]
-        self.parts = nn.ModuleList(map(_part, groups))
-        self.sizes = [sum(kind.num_params for kind in group) for group in groups]
+        self.parts, self.sizes = nn.ModuleList(), []
+        for group in ([kinds[column] for column in columns] for columns in self.columns):
+            widths = [kind.options.get("resolution") for kind in group]
+            own = {} if len({*widths}) == 1 else {"resolution": widths}
+            self.parts.append(group[0].cls(Given(), (len(group),), **group[0].options | own))
+            self.sizes.append(sum(kind.num_params for kind in group))
         self.support = Rows([part.support for part, _ in self._pairs()], self.columns)
         numbers = sum(len(g) for p, g in self._pairs() if not isinstance(p, Categorical))
         self.register_buffer("input_loc", torch.zeros(numbers))
@@ -121,13 +124,7 @@ class Columns(Likelihood):
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
         """The product of the columns."""
-        raw = self.decoder(z, y)
-        raw = raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw
-        if raw.shape[-1] != sum(self.sizes):
-            raise ValueError(
-                f"decoder gives {raw.shape[-1]} numbers, which does not fit the columns: its "
-                f"out_shape must be ({sum(self.sizes)},)"
-            )
+        raw = self.decoded(z, y, sum(self.sizes))
         pieces = zip(self.parts, raw.split(self.sizes, -1))
         return Product([part(piece).base_dist for part, piece in pieces], self.columns).to_event(1)
 
@@ -188,7 +185,17 @@ class Columns(Likelihood):
         """Measures each column's units, starts and inputs on training rows `x` [N, C]."""
         for part, group in self._pairs():
             part.initialise(x[:, group])
-            self._check_repeats(part, x, group)
+            if part.support.is_discrete or getattr(part, "resolution", None) is not None:
+                continue
+            for column in group:
+                value, counts = x[:, column].unique(return_counts=True)
+                if counts.max() > max(OFTEN * len(x), 2 * counts.min()):
+                    message = (
+                        f"column {self.names[column]!r}: {counts.max() / len(x):.0%} of rows hold "
+                        f"{value[counts.argmax()]:g}, where a density is bounded by min_scale "
+                        "alone: give the column a resolution"
+                    )
+                    warnings.warn(message, UserWarning, stacklevel=2)
         deviation, mean = torch.std_mean(self._numbers(x), 0, correction=0)
         self.input_loc.copy_(mean)
         self.input_scale.copy_(torch.where(deviation > 0, deviation, 1.0))
@@ -206,19 +213,6 @@ class Columns(Likelihood):
             if not isinstance(part, Categorical)
         ]
         return torch.cat([x[..., :0], *parts], -1)
-
-    def _check_repeats(self, part: Likelihood, x: Tensor, group: list[int]) -> None:
-        if part.support.is_discrete or getattr(part, "resolution", None) is not None:
-            return
-        for column in group:
-            value, counts = x[:, column].unique(return_counts=True)
-            if counts.max() > max(OFTEN * len(x), 2 * counts.min()):
-                message = (
-                    f"column {self.names[column]!r}: {counts.max() / len(x):.0%} of rows hold "
-                    f"{value[counts.argmax()]:g}, where a density is bounded by min_scale alone: "
-                    "give the column a resolution"
-                )
-                warnings.warn(message, UserWarning, stacklevel=2)
 
 
 def _resolved(columns: Mapping | list | None, data_shape: tuple[int, ...]) -> dict[str, Kind]:
@@ -269,11 +263,3 @@ def _grouped(kinds: list[Kind], together: bool) -> list[list[int]]:
         key = f"{kind.cls.__name__}, {sorted(options.items(), key=str)}, {alone and column}"
         groups.setdefault(key, []).append(column)
     return list(groups.values())
-
-
-def _part(kinds: list[Kind]) -> Likelihood:
-    """The likelihood of columns of one kind, each with its resolution."""
-    first = kinds[0]
-    widths = [kind.options.get("resolution") for kind in kinds]
-    given = {} if len({*widths}) == 1 else {"resolution": widths}
-    return first.cls(Given(), (len(kinds),), **first.options | given)
