@@ -16,16 +16,10 @@ from torch.nn.functional import one_hot
 from pyro_vae.arguments import as_tensor, check_finite, check_whole, digest_of
 from pyro_vae.data.mapped import CHUNK, Mapped
 from pyro_vae.data.schema import Schema, differing
-from pyro_vae.data.transforms import Identity, Threshold, Transform, declare, row_noise
+from pyro_vae.data.transforms import Identity, Threshold, Transform, declare
 
 MOST_CLASSES = 1_000_000  # a greater label is no number of a class
 FACTOR = 10.0  # between the largest values, from which units look different
-
-
-def _fix(transform: Transform, seed: int, dtype: torch.dtype, x: Tensor, rows: Tensor) -> Tensor:
-    """Model values of rows, whose noise belongs to their ids."""
-    u = row_noise(rows, x.shape[1:], seed) if transform.noisy else None
-    return transform(x, u).to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,7 +235,7 @@ class Data:
         if self.applied:
             return self.unchecked(seed=seed)
         dtype = torch.uint8 if self.transform.binary else torch.float32
-        change = partial(_fix, self.transform, seed, dtype)
+        change = partial(self.transform.fixed, seed=seed)
         if isinstance(self.x, Mapped):
             later = replace(self.x, change=change, dtype=dtype)
             return self.unchecked(x=later, applied=True, seed=seed)

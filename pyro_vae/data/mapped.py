@@ -204,8 +204,6 @@ def _opened(path: Path) -> np.memmap:
 def _part(path: Path, at: np.ndarray) -> np.ndarray:
     """Some rows of a file, read where they lie: pages that are mapped would count as memory."""
     rows = _opened(path)
-    if len(at) and at.max() >= len(rows):
-        raise _cut(path, len(rows))
     size = rows.dtype.itemsize * math.prod(rows.shape[1:])
     found = np.empty((len(at), size), np.uint8)
     begins = np.flatnonzero(np.diff(at, prepend=at[:1] - 2) != 1)  # of rows that follow each other
@@ -221,11 +219,7 @@ def _read(path: Path, number: int, places: Iterable[int], into: Iterable[np.ndar
         for place, part in zip(places, into):
             file.seek(place)
             if file.readinto(part.reshape(-1).view(np.uint8).data) < part.nbytes:
-                raise _cut(path, number)
-
-
-def _cut(path: Path, number: int) -> ValueError:
-    return ValueError(
-        f"{path}: expected the rows that it had before, got {number}: it was cut or replaced "
-        "while it was read; write it again"
-    )
+                raise ValueError(
+                    f"{path}: expected the rows that it had before, got {number}: it was cut or "
+                    "replaced while it was read; write it again"
+                )

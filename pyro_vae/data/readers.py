@@ -143,10 +143,17 @@ def _part(path: Path, arrays: Mapping[str, np.ndarray], part: str) -> Data:
                 "keep one, or store y as floating point to condition on it as a number"
             )
         labels, y = y.astype(np.int64), None
+    if labels is not None and labels.dtype.kind == "f" and np.isnan(labels).any():
+        filled = np.where(np.isnan(labels), -1, labels)
+        labels = filled.astype(np.int64) if (filled == filled.round()).all() else labels
+    if labels is not None and labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"{path}: expected labels that are integers from 0, got dtype {labels.dtype}"
+        )
     return Data(
         _values(path, x),
         y=None if y is None else _values(path, y).float(),
-        labels=None if labels is None else _labels(path, labels),
+        labels=None if labels is None else torch.from_numpy(labels.astype(np.int64)),
         levels=_LEVELS.get(x.dtype.name),
         name=f"{path}{part and f' ({part[1:]})'}",
     )
@@ -170,17 +177,6 @@ def _values(path: Path, x: np.ndarray) -> Tensor:
     if x.dtype.kind == "u" and x.size and x.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{path}: expected integers below 2**63, got {x.max()}; store floats")
     return torch.from_numpy(x.astype(np.uint8 if grey else np.int64, copy=False))
-
-
-def _labels(path: Path, labels: np.ndarray) -> Tensor:
-    if labels.dtype.kind == "f" and np.isnan(labels).any():
-        labels = np.where(np.isnan(labels), -1, labels)
-        labels = labels.astype(np.int64) if (labels == labels.round()).all() else labels
-    if labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"{path}: expected labels that are integers from 0, got dtype {labels.dtype}"
-        )
-    return torch.from_numpy(labels.astype(np.int64))
 
 
 def read_cells(path: Path) -> Data:

@@ -51,6 +51,11 @@ class Transform:
         """
         return x.float()
 
+    def fixed(self, x: Tensor, rows: Tensor, seed: int) -> Tensor:
+        """Model values of rows, whose ids key their noise; uint8 where they are binary."""
+        u = row_noise(rows, x.shape[1:], seed) if self.noisy else None
+        return self(x, u).to(torch.uint8 if self.binary else torch.float32)
+
     def inverse(self, x: Tensor) -> Tensor:
         """Maps model values [..., *E] back to the original units, as for pictures."""
         return x
