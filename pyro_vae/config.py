@@ -190,9 +190,9 @@ def build(
             f"a datum has one y: give classes or a condition, not both; got classes={classes} and "
             f"condition_dim={condition_dim}"
         )
-    if (label_weight or classifier) and not classes:
-        name, value = ("classifier", True) if classifier else ("label_weight", label_weight)
-        raise ValueError(f"{name} needs classes: give classes too; got {value}")
+    for name, asked in (("label_weight", label_weight), ("classifier", classifier)):
+        if asked and not classes:
+            raise ValueError(f"{name} needs classes: give classes too; got {asked}")
     labels: dict[str, Any] = {"classes": classes, "label_weight": label_weight} if classes else {}
     labels |= {"classifier": True} if classifier else {}
     shape = as_shape("data_shape", as_plain(data_shape))
@@ -222,11 +222,11 @@ def build(
     filled["data_shape"] = inputs  # a prior's pseudo-inputs lie where the encoder reads
     made_prior, made_posterior = _latents(parts, filled, sizes)
     kind: Any = ClassVAE if classes else VAE
-    own: Any = dict(labels)
+    extra: Any = dict(labels)
     if classifier:
         plain = parts["encoder"].having(condition_dim=0)
-        own["classifier"] = plain.made(in_shape=inputs, out_shape=(classes,))
-    vae: VAE = kind(made_prior, made_likelihood, made_posterior, missing, **own)
+        extra["classifier"] = plain.made(in_shape=inputs, out_shape=(classes,))
+    vae: VAE = kind(made_prior, made_likelihood, made_posterior, missing, **extra)
     vae.declaration = {
         "data_shape": list(shape),
         "latent_dim": sizes[0] if order is None else list(sizes),

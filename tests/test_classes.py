@@ -390,6 +390,8 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
         audit(vae, x)
     with pytest.raises(ValueError, match="label_weight needs classes"):
         build(F, D, label_weight=1.0)
+    with pytest.raises(ValueError, match="classifier needs classes"):
+        build(F, D, classifier=True)
     with pytest.raises(ValueError, match="classes must be at least 2"):
         build(F, D, classes=1)
 
