@@ -43,9 +43,12 @@ class ClassVAE(VAE):
 
     .. math:: p(x, y, z) = p(y) \, p(z \mid y) \, p(x \mid z, y), \qquad q(z \mid x, y)
 
-    The class is summed out wherever it is not known, so that there is no classifier network:
+    The class is summed out wherever it is not known, so that no classifier network is needed:
     p(y | x) is the model's own, by `class_probabilities`. Labels are numbers from 0, -1 where
     unknown. log p(x, y) is that of data with the labels given: log p(x) where they are not.
+
+    A `classifier` q(y | x) may be trained beside it. Where a label is known, it learns that; else
+    KL(q(y | x) || p(y | x)) ties it to the model, which so learns what few labels say.
 
     Sites are "y", "z" and "x", and "label" where labels are given; a hierarchy has one for each
     layer in place of "z". Each pass runs the networks on all C classes.
@@ -58,7 +61,8 @@ class ClassVAE(VAE):
         missing: As in `VAE`.
         classes: Number of classes C.
         label_weight: What objectives add for each known label: this times the gradient of the
-            model's own log p(y | x). The reported bound is without it.
+            model's own log p(y | x), or that of the classifier. The reported bound is without it.
+        classifier: Network from what the encoder sees to C raw numbers, or None.
 
     References:
         Kingma, Rezende, Mohamed and Welling. Semi-supervised learning with deep generative
@@ -74,11 +78,13 @@ class ClassVAE(VAE):
         *,
         classes: int,
         label_weight: float = 0.0,
+        classifier: nn.Module | None = None,
     ) -> None:
         super().__init__(prior, likelihood, posterior, missing)
         self.class_weights = ClassWeights(classes)
         check_real(0, label_weight=label_weight)
         self.classes, self.label_weight = classes, label_weight
+        self.classifier = classifier
 
     def model(self, x: Tensor | None = None, y: Tensor | None = None, size: int = 1) -> Tensor:
         """Pyro model: y ~ p(y), z ~ p(z | y), x ~ p(x | z, y), and what is said of y.
@@ -111,9 +117,29 @@ class ClassVAE(VAE):
     def guide(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Pyro guide: z ~ q(z | x, y) at each class, of which the value alone counts."""
         register({"classes": self.class_weights, "posterior": self.posterior})
+        q, infer = self.class_weights(), SUMMED
+        if self.classifier is not None:
+            register({"classifier": self.classifier})
+            q, infer = self.classify(x), SUMMED | {"classifier": True}
         with pyro.plate("data", len(x), dim=-1):
-            c = pyro.sample("y", self.class_weights(), infer=SUMMED)
+            c = pyro.sample("y", q, infer=infer)
             return self._proposed(x, super().encode(x, c))
+
+    def classify(self, x: Tensor) -> Any:
+        """q(y | x) of the classifier, over one-hot classes, batch [B]; `.probs` is [B, C].
+
+        Raises:
+            ValueError: If there is no classifier.
+        """
+        if self.classifier is None:
+            raise ValueError(
+                "this VAE has no classifier: use class_probabilities, or build it with "
+                "classifier=True"
+            )
+        q: Any = self.posterior
+        scale = (q.layers[0] if isinstance(q, Inference) else q).input_scale
+        logits = self.classifier(self.likelihood.inputs(self._cast(x)) / scale)
+        return dist.OneHotCategorical(logits=logits.to(self.class_weights.logits))
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
         """q(z | x), batch [B], event (D,): the classes' q(z | x, y), mixed.

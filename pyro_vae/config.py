@@ -128,6 +128,7 @@ def build(
     skip: bool = False,
     classes: int = 0,
     label_weight: float = 0.0,
+    classifier: bool = False,
 ) -> VAE:
     """A VAE from the names of its parts.
 
@@ -155,6 +156,8 @@ def build(
         classes: Number of classes, known for some data or none, which makes a `ClassVAE`; 0 for
             none. Every network is conditioned on the class.
         label_weight: What each known label adds to objectives: this times log p(y | x).
+        classifier: Whether a network like the encoder learns q(y | x) beside the model, whose
+            log q(y | x) is then weighted instead: for few labels, see `ClassVAE`.
 
     Raises:
         ValueError: If a name or option is unknown (with the closest known one), or an option has
@@ -166,9 +169,9 @@ def build(
         >>> vae.sample(3).shape
         torch.Size([3, 1, 8, 8])
     """
-    latent_dim, missing, skip = map(as_plain, (latent_dim, missing, skip))
+    latent_dim, missing, skip, classifier = map(as_plain, (latent_dim, missing, skip, classifier))
     condition_dim, classes, label_weight = map(as_plain, (condition_dim, classes, label_weight))
-    for name, value in (("missing", missing), ("skip", skip)):
+    for name, value in (("missing", missing), ("skip", skip), ("classifier", classifier)):
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False; got {value!r}")
     sizes = as_shape("latent_dim", latent_dim)
@@ -187,9 +190,11 @@ def build(
             f"a datum has one y: give classes or a condition, not both; got classes={classes} and "
             f"condition_dim={condition_dim}"
         )
-    if label_weight and not classes:
-        raise ValueError(f"label_weight needs classes: give classes too; got {label_weight}")
+    for name, asked in (("label_weight", label_weight), ("classifier", classifier)):
+        if asked and not classes:
+            raise ValueError(f"{name} needs classes: give classes too; got {asked}")
     labels: dict[str, Any] = {"classes": classes, "label_weight": label_weight} if classes else {}
+    labels |= {"classifier": True} if classifier else {}
     shape = as_shape("data_shape", as_plain(data_shape))
     parts = {
         "prior": component("prior", prior),
@@ -217,7 +222,11 @@ def build(
     filled["data_shape"] = inputs  # a prior's pseudo-inputs lie where the encoder reads
     made_prior, made_posterior = _latents(parts, filled, sizes)
     kind: Any = ClassVAE if classes else VAE
-    vae: VAE = kind(made_prior, made_likelihood, made_posterior, missing, **labels)
+    extra: Any = dict(labels)
+    if classifier:
+        plain = parts["encoder"].having(condition_dim=0)
+        extra["classifier"] = plain.made(in_shape=inputs, out_shape=(classes,))
+    vae: VAE = kind(made_prior, made_likelihood, made_posterior, missing, **extra)
     vae.declaration = {
         "data_shape": list(shape),
         "latent_dim": sizes[0] if order is None else list(sizes),

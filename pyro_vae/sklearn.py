@@ -55,6 +55,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
         classes: Number of classes, of which some rows have a label, or none; see `ClassVAE`. What
             estimates log p then costs that many times as much.
         label_weight: What each known label adds to the objective: this times log p(y | x).
+        classifier: Whether a network learns q(y | x) beside the model, as in `build`.
         epochs: Passes over the data.
         batch_size: Rows of one step.
         lr: Learning rate of Adam.
@@ -92,6 +93,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
         objective: str | Mapping[str, Any] = "ELBO",
         classes: int = 0,
         label_weight: float = 0.0,
+        classifier: bool = False,
         epochs: int = 100,
         batch_size: int = 100,
         lr: float = 1e-3,
@@ -108,6 +110,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
         self.objective = objective
         self.classes = classes
         self.label_weight = label_weight
+        self.classifier = classifier
         self.epochs = epochs
         self.batch_size = batch_size
         self.lr = lr
@@ -143,6 +146,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
                 missing=True,
                 classes=self.classes,
                 label_weight=self.label_weight,
+                classifier=self.classifier,
             )
         objective, options = component("objective", self.objective)
         self.history_ = fit(

@@ -184,6 +184,36 @@ def test_classes_of_several_layers_have_their_closed_form(order: str) -> None:
 
 
 @pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("options", [{}, {"latent_dim": [D, 3]}, {"missing": True}])
+def test_a_classifier_learns_labels_and_is_tied_to_the_model_elsewhere(options: Any) -> None:
+    x, labels = torch.randn(B, F), torch.tensor([0, 1, 2, -1, 1, -1, 0])
+    x[3, 2] = torch.nan if options.get("missing") else 0.0
+    vae = made(label_weight=13.0, classifier=True, **options)
+    parameters, classifier, known = list(vae.parameters()), vae.classifier, labels >= 0
+    for objective in (ELBO(), IWAE(3)):
+        K, slopes, values = objective.num_particles, [], []
+        for network, weight in ((classifier, 13.0), (None, 0.0)):
+            vae.classifier, vae.label_weight = network, weight
+            torch.manual_seed(5)
+            loss = objective.differentiable_loss(vae.model, vae.guide, x, labels)
+            values.append(loss.detach())
+            slopes.append(torch.autograd.grad(loss, parameters, materialize_grads=True))
+        torch.manual_seed(5)
+        d = densities(vae.model, vae.guide, x, num_particles=K)
+        vae.classifier = classifier
+        assert d.each is not None
+        p = dist.Categorical(logits=d.each.log_weights.unflatten(0, (C, K)).logsumexp(1).T)
+        q = dist.Categorical(probs=vae.classify(x).probs)
+        kl = torch.distributions.kl_divergence(q, p)
+        term = kl[~known].sum() - 13.0 * q.log_prob(labels.clamp(min=0))[known].sum()
+        wanted = torch.autograd.grad(term, parameters, materialize_grads=True)
+        assert values[0] == values[1]
+        assert wanted[-1].any()
+        for with_it, without, part in zip(*slopes, wanted):
+            torch.testing.assert_close(with_it - without, part, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.usefixtures("float64")
 def test_the_label_weight_moves_gradients_by_log_p_of_the_label_alone() -> None:
     x, labels = torch.randn(B, F), torch.tensor([0, 1, 2, -1, 1, -1, 0])
     vae = made(label_weight=13.0)
@@ -233,17 +263,24 @@ def clusters(num: int) -> tuple[Tensor, Tensor]:
     return 4 * torch.eye(C, F)[y] + 0.7 * torch.randn(num, F), y
 
 
+@pytest.mark.parametrize("classifier", [False, True])
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_few_labels_name_the_clusters(tmp_path: Path, compile: bool) -> None:
+def test_few_labels_name_the_clusters(tmp_path: Path, compile: bool, classifier: bool) -> None:
     x, y = clusters(210)
     labels = torch.where(torch.arange(210) < 15, y, -1)
-    vae = made("NormalPerClass", label_weight=5.0)
+    vae = made("NormalPerClass", label_weight=5.0, classifier=classifier)
     options: Any = {"lr": 0.02, "batch_size": 30, "progress": False, "compile": compile}
     fit(vae, (x, labels), epochs=12, run=tmp_path / "run", **options)
     share, _, _ = class_probabilities(vae, x, estimator=importance_sampling, num_samples=11)
     assert (share.argmax(1) == y).double().mean() > 0.95
     again = load(tmp_path / "run")
     assert isinstance(again, ClassVAE)
+    if classifier:
+        with torch.no_grad():
+            assert (again.classify(x).probs.argmax(1) == y).double().mean() > 0.95
+    else:
+        with pytest.raises(ValueError, match="no classifier: use class_probabilities, or build"):
+            again.classify(x)
     assert (again.classes, again.label_weight) == (C, 5.0)
     for name, value in vae.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
@@ -256,7 +293,7 @@ def test_a_resumed_run_is_an_unbroken_one(tmp_path: Path, latent_dim: Any) -> No
     data, weights = (x, torch.where(y == 1, y, -1)), []
     for epochs in ((4,), (2, 4)):
         torch.manual_seed(3)
-        vae = made(latent_dim=latent_dim)
+        vae = made(latent_dim=latent_dim, classifier=True)
         folder = tmp_path / str(len(epochs))
         for number in epochs:
             fit(vae, data, epochs=number, run=folder, resume=True, progress=False)
@@ -274,7 +311,7 @@ def test_a_file_of_few_labels_is_trained_and_classified(
     np.savez("new.npz", x=x[:11].numpy(), labels=y[:11].numpy())
     train = ["train", "--data=few.npz", "--likelihood=Normal", "--transform=none", "--run=run"]
     small = ["--latent_dim=[2,3]", "--encoder.hidden=[6]", "--decoder.hidden=[6]", "--epochs=2"]
-    assert run([*train, *small, "--classes=3", "--label_weight=5", "--progress=false"]) == 0
+    assert run([*train, *small, "--classes=3", "--label_weight=5", "--classifier"]) == 0
     assert run(["encode", "run", "new.npz"]) == 0
     assert np.load("new.encoded.npz")["mean"].shape == (11, 5)
     judge = ["--num_samples=7", "--progress=false"]
@@ -353,6 +390,8 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
         audit(vae, x)
     with pytest.raises(ValueError, match="label_weight needs classes"):
         build(F, D, label_weight=1.0)
+    with pytest.raises(ValueError, match="classifier needs classes"):
+        build(F, D, classifier=True)
     with pytest.raises(ValueError, match="classes must be at least 2"):
         build(F, D, classes=1)
 

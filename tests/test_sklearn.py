@@ -130,7 +130,7 @@ def test_few_labels_name_the_classes_of_rows() -> None:
     y = np.arange(17) % 3
     x = 5 * np.eye(3, 4)[y] + np.random.default_rng(0).normal(size=(17, 4))
     few = {**SMALL, "epochs": 200, "lr": 0.02, "prior": "NormalPerClass", "random_state": 3}
-    model = VariationalAutoencoder(2, classes=3, label_weight=5.0, **few)
+    model = VariationalAutoencoder(2, classes=3, label_weight=5.0, classifier=True, **few)
     share = model.fit(x, np.where(np.arange(17) < 6, y, np.nan)).predict_proba(x[:5])
     way = {"tolerance": 1.0, "budget": 6000, "audit": False, "seed": model._seed}
     truth = class_probabilities(model.vae_, torch.from_numpy(x[:5]), **way)

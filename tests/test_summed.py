@@ -116,6 +116,34 @@ def test_value_and_gradient_are_those_of_trace_enum(x: Tensor, per_class: bool) 
     assert d.kl_rules == {"z": "sampled" if per_class else "analytic"}
 
 
+@pytest.mark.parametrize("per_class", [False, True])
+def test_a_classifier_in_the_guide_makes_the_bound_that_of_trace_enum(
+    x: Tensor, per_class: bool
+) -> None:
+    mixture, classifier = Mixture(per_class), nn.Linear(F, C)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            q = dist.Categorical(logits=classifier(x))
+            y = pyro.sample("y", q, infer={"enumerate": "parallel", "classifier": True})
+            loc, log_scale = mixture.encoder(x - mixture.b[y]).chunk(2, -1)
+            pyro.sample("z", dist.Normal(loc, log_scale.exp()).to_event(1))
+
+    parameters, slopes = [*mixture.parameters(), *classifier.parameters()], []
+    for loss in (objectives.ELBO(), TraceEnum_ELBO(max_plate_nesting=1)):
+        torch.manual_seed(5)
+        value = loss.differentiable_loss(mixture.model, guide, x)
+        slopes.append(torch.autograd.grad(value, parameters, materialize_grads=True,
+                                          allow_unused=True))  # fmt: skip
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-9, atol=1e-9)
+    assert slopes[0][-1].abs().max() > 0.1
+    torch.manual_seed(5)
+    d = densities(mixture.model, guide, x)
+    assert d.label_term is not None
+    torch.testing.assert_close(-(d.log_weights[0] + d.label_term).sum(), value)
+    assert (d.label_term < 0).all()
+
+
 def test_a_model_with_no_other_latent_is_a_mixture(x: Tensor) -> None:
     logits, loc = torch.randn(C, requires_grad=True), torch.randn(C, F, requires_grad=True)
 

@@ -48,6 +48,7 @@ MODEL: Options = {
         int, 0, "number of classes, known for some rows (label -1 elsewhere) or none; 0: none"
     ),
     "--label_weight": option(float, 0.0, "weight of the gradient of log p(label | x)"),
+    "--classifier": option(bool, False, "train a classifier q(label | x) beside the model"),
     "--missing": option(
         bool | None, None, "whether rows may lack values; null: if some of the data do"
     ),

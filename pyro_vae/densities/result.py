@@ -67,7 +67,7 @@ class Densities:
         each: Where discrete latents are summed and each of their values has draws of its own:
             the same with every draw of every value as a particle.
         label_term: What objectives add for sites with infer={"label_weight": w}, the sum of
-            w log p(label | x) [B], or None.
+            w log p(label | x) [B], and for a classifier in the guide; or None.
     """
 
     sites: dict[str, Site]

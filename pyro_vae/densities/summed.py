@@ -185,11 +185,13 @@ def summed_densities(
     Where the guide has no site c its draws serve every value, and what depends on c becomes a
     mixture: all terms are those of the model without c. Where it has one, of which the value
     alone counts, each value has draws of its own. Then c stays a site, whose distribution in
-    the guide is p(c | x, z), and all else is averaged over it; every KL is sampled.
+    the guide is p(c | x, z), and all else is averaged over it; every KL is sampled. Only with
+    infer={"classifier": True} is its q(c | x) looked at: see `_classifier_term`.
     """
     C, K = len(next(iter(values.values()))), num_particles
     others = _latents(model, x, y).keys() - values
     q, own = _guided(guide, x, y, K, values)
+    proposed = {n: q.pop(n) for n in values if n in q}
     own = own or not others
     rows = C * K
     draws = {n: s["value"] for n, s in q.items()}
@@ -205,11 +207,15 @@ def summed_densities(
     log_p = {n: _terms(s["fn"], s["value"], shape) for n, s in p.items()}
     log_q = {n: _terms(s["fn"], s["value"], shape if own else shape[:1]) for n, s in q.items()}
     parts = _averages(p, q, log_p, log_q, values) if own else _mixtures(p, q, log_p, values)
+    label_term = _label_term(p, log_p, log_q)
+    if any(s["infer"].get("classifier") for s in proposed.values()):
+        log_c = _total({n: _terms(s["fn"], s["value"], shape) for n, s in proposed.items()})
+        label_term = _classifier_term(p, log_p, log_q, log_c)
     return Densities(
         **apart | dict(zip(("sites", "observed"), parts)),
         num_particles=K,
         each=Densities(**apart, num_particles=rows) if own else None,
-        label_term=_label_term(p, log_p, log_q),
+        label_term=label_term,
     )
 
 
@@ -239,7 +245,7 @@ def _guided(
             f"guide site {sorted(values)} was not seen in a run on one row: let the guide take "
             "any number of rows"
         )
-    return {name: site for name, site in sites.items() if name not in values}, own
+    return sites, own
 
 
 def _mixtures(
@@ -295,6 +301,26 @@ def _label_term(p: Sites, log_p: dict[str, Tensor], log_q: dict[str, Tensor]) ->
     rest = _total({n: v for n, v in log_p.items() if n not in weights}) - _total(log_q)
     terms = {n: w * (rest + log_p[n]).logsumexp((0, 1)) for n, w in weights.items()}
     return _total(terms) - sum(weights.values()) * rest.logsumexp((0, 1))
+
+
+def _classifier_term(
+    p: Sites, log_p: dict[str, Tensor], log_q: dict[str, Tensor], log_classifier: Tensor
+) -> Tensor:
+    r"""What a classifier q(c | x) of the guide adds [B], its log densities [C, K, B].
+
+    .. math:: w \log q(l \mid x) - \mathrm{KL}(q(c \mid x, l) \,\|\, p(c \mid x, l))
+
+    for a label l of weight w, certain or none. The bound less the KL, which is 0 at a certain
+    label, is that of a guide that draws c from it.
+    """
+    weights = {n: s["infer"]["label_weight"] for n, s in p.items() if "label_weight" in s["infer"]}
+    labels = {n: log_p[n][:, 0] for n in weights}
+    rest = _total({n: v for n, v in log_p.items() if n not in weights}) - _total(log_q)
+    log_w, log_c, said = rest.logsumexp(1), log_classifier.mean(1), _total(labels)
+    posterior = (log_c + said).softmax(0)
+    kl = (posterior * (log_c - log_w)).sum(0)
+    kl = kl - (log_c + said).logsumexp(0) + (log_w + said).logsumexp(0)
+    return _total({n: w * (log_c + labels[n]).logsumexp(0) for n, w in weights.items()}) - kl
 
 
 def _total(terms: dict[str, Tensor]) -> Tensor:
