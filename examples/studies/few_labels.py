@@ -6,10 +6,10 @@ python examples/studies/few_labels.py --root data --protocol --compile  # Pyro's
 python examples/studies/few_labels.py --smoke           # bundled digits, seconds
 
 One model of p(x, y), whose classifier is its own p(y | x); or, with `--classifier`, a network
-q(y | x) beside it that learns the labels, and the model from it. Rows are judged without labels. `--protocol` is that of Pyro's semi-supervised example, 784-500-50,
-50 epochs of 50,000 images in batches of 200, the best epoch by validation: here by the bound of
-log p(x, y), not by accuracy. It prints .9319, .9437, .9487 and .9582 for 100, 600, 1000 and 3000
-labels.
+q(y | x) beside it that learns the labels, and the model from it. Rows are judged without labels.
+`--protocol` is that of Pyro's semi-supervised example, 784-500-50, 50 epochs of 50,000 images in
+batches of 200, the best epoch by validation: here by the bound of log p(x, y), not by accuracy.
+It prints .9319, .9437, .9487 and .9582 for 100, 600, 1000 and 3000 labels.
 
 Kingma, Rezende, Mohamed and Welling. Semi-supervised learning with deep generative models. 2014.
 """
