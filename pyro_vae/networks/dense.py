@@ -1,9 +1,10 @@
-"""What every network shares: shapes, leading dimensions, conditioning."""
+"""What every network shares, shapes, leading dimensions and conditioning; and dense networks."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from math import prod
 from typing import Any, ClassVar
 
 import torch
@@ -11,8 +12,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from pyro_vae.arguments import as_shape, check_whole
-
-__all__ = ["Network", "activation_layer", "dense", "joint"]
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
@@ -22,6 +21,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "softplus": nn.Softplus,
     "gelu": nn.GELU,
 }
+NORMS: dict[str, type[nn.Module]] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
 
 
 class Network(nn.Module):
@@ -109,6 +109,77 @@ class Network(nn.Module):
         return x.shape[: x.ndim - len(event)]
 
 
+class MLP(Network):
+    """Dense layers with an activation, then a linear one.
+
+    Args:
+        in_shape: Shape of one input.
+        out_shape: Shape of one output.
+        hidden: Widths of the hidden layers; () for a linear map.
+        activation: "tanh", "relu", "leaky_relu", "elu", "softplus" or "gelu".
+        condition_dim: Length of the vector `y`, joined to the input.
+        norm: None, "batch" or "layer", before each activation.
+    """
+
+    repeats = False
+
+    def __init__(
+        self,
+        in_shape: int | tuple[int, ...],
+        out_shape: int | tuple[int, ...],
+        hidden: tuple[int, ...] = (500,),
+        activation: str = "tanh",
+        condition_dim: int = 0,
+        norm: str | None = None,
+    ) -> None:
+        super().__init__(in_shape, out_shape, condition_dim, hidden=hidden)
+        sizes = (prod(self.in_shape) + condition_dim, *hidden)
+        self.hidden = nn.Sequential(*dense(sizes, activation, norm))
+        self.output = nn.Linear(sizes[-1], prod(self.out_shape))
+
+    def body(self, x: Tensor, y: Tensor) -> Tensor:
+        """Dense layers over the flattened input and `y`."""
+        return joint([*self.hidden, self.output], x, y)
+
+
+class GatedMLP(Network):
+    r"""Dense layers :math:`(A x + a) \odot \sigma(B x + b)`, then a linear one.
+
+    Args:
+        in_shape: Shape of one input.
+        out_shape: Shape of one output.
+        hidden: Widths of the gated layers.
+        condition_dim: Length of the vector `y`, joined to the input.
+        norm: None, "batch" or "layer", before each gate.
+
+    References:
+        Dauphin et al. Language modeling with gated convolutional networks. 2017.
+        Tomczak and Welling. VAE with a VampPrior. 2018.
+    """
+
+    repeats = False
+
+    def __init__(
+        self,
+        in_shape: int | tuple[int, ...],
+        out_shape: int | tuple[int, ...],
+        hidden: tuple[int, ...] = (300, 300),
+        condition_dim: int = 0,
+        norm: str | None = None,
+    ) -> None:
+        super().__init__(in_shape, out_shape, condition_dim, hidden=hidden)
+        sizes = (prod(self.in_shape) + condition_dim, *hidden)
+        layers: list[nn.Module] = []
+        for i, o in zip(sizes, sizes[1:]):
+            layers += [nn.Linear(i, 2 * o), *norm_layers(norm, 2 * o), nn.GLU(-1)]
+        self.hidden = nn.Sequential(*layers)
+        self.output = nn.Linear(sizes[-1], prod(self.out_shape))
+
+    def body(self, x: Tensor, y: Tensor) -> Tensor:
+        """Gated layers over the flattened input and `y`."""
+        return joint([*self.hidden, self.output], x, y)
+
+
 def activation_layer(name: str) -> nn.Module:
     """The activation called `name`."""
     if name not in ACTIVATIONS:
@@ -141,8 +212,6 @@ def dense(sizes: tuple[int, ...], activation: str, norm: str | None) -> list[nn.
 
 def norm_layers(norm: str | None, size: int) -> list[nn.Module]:
     """The normalisation called `norm` for vectors of length `size`, or nothing."""
-    if norm is None:
-        return []
-    if norm not in ("batch", "layer"):
+    if norm not in (None, *NORMS):
         raise ValueError(f"norm {norm!r} is unknown; choose 'batch', 'layer' or None")
-    return [nn.BatchNorm1d(size) if norm == "batch" else nn.LayerNorm(size)]
+    return [NORMS[norm](size)] if norm else []
