@@ -32,9 +32,8 @@ from pyro_vae.objectives import (
     Objective,
     aggregate,
 )
-from pyro_vae.objectives.aggregate import mmd
+from pyro_vae.objectives.aggregate import mmd, permute_dimensions
 from pyro_vae.objectives.base import draws
-from pyro_vae.objectives.factor_vae import permute_dimensions
 from pyro_vae.posteriors import FlowPosterior
 from pyro_vae.posteriors import FullNormal as FullPosterior
 from pyro_vae.priors import MixtureOfGaussians, StandardNormal

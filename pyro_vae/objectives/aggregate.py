@@ -1,27 +1,21 @@
-"""Objectives that look at the aggregate posterior q(z), or at its moments, over a batch."""
+"""Objectives that look at the aggregate posterior q(z), its moments or its draws, over a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Adam, Optimizer
 
 from pyro_vae.arguments import as_plain, check_real, check_whole
 from pyro_vae.densities import Densities
 from pyro_vae.marginals import marginals, pair_log_prob, pair_marginals
-from pyro_vae.objectives.base import Objective, check_kl, draws, only_site, total_kl
+from pyro_vae.objectives.base import Average, Objective, draws, only_site
 from pyro_vae.objectives.schedules import Schedule
-
-__all__ = [
-    "DIP",
-    "AggregateObjective",
-    "BetaTC",
-    "HierarchicallyFactorized",
-    "InfoVAE",
-    "estimator_weights",
-    "mmd",
-]
 
 
 def estimator_weights(
@@ -59,62 +53,7 @@ def estimator_weights(
     return weights.fill_((N - 1) / (N * (B - 1))).fill_diagonal_(1 / N)
 
 
-class AggregateObjective(Objective):
-    """An objective that estimates q(z) from a batch of q(z | x_n).
-
-    Args:
-        estimator: "stratified" or "weighted", see `estimator_weights`.
-        num_data: Rows N of the training data. None: what `prepare` was told, else the size of
-            the plate "data", which is the batch's own unless it is subsampled.
-        num_particles: Draws of z for each datum.
-
-    Raises:
-        ValueError: If the estimator is unknown; on use, if N is below the rows of the batch,
-            there are several latent sites, or the guide's densities of single dimensions are
-            not known.
-    """
-
-    batch_level = True
-
-    def __init__(self, estimator: str, num_data: int | None, num_particles: int) -> None:
-        super().__init__(num_particles)
-        if estimator not in ("stratified", "weighted"):
-            raise ValueError(f"estimator must be 'stratified' or 'weighted'; got {estimator!r}")
-        check_whole(optional=True, num_data=num_data)
-        self.estimator = estimator
-        self.num_data = num_data
-        self._told: int | None = None
-
-    def prepare(self, num_data: int, steps_per_epoch: int) -> None:
-        """Takes the number of training data, unless `num_data` was given."""
-        super().prepare(num_data, steps_per_epoch)
-        self._told = num_data
-
-    def log_marginals(self, d: Densities) -> Tensor:
-        """Estimates of log q(z_d) [K, B, D], in nats."""
-        return self._average(d, pair_marginals(only_site(d).guide, draws(d)))
-
-    def log_aggregate(self, d: Densities, dims: Sequence[int] | None = None) -> Tensor:
-        """Estimates of log q(z), or of log q(z_G) of the dimensions `dims`, [K, B]."""
-        return self._average(d, pair_log_prob(only_site(d).guide, draws(d), dims))
-
-    def _average(self, d: Densities, log_prob: Tensor) -> Tensor:
-        """Logarithm of the weighted sum over data, the third dimension of `log_prob`."""
-        weights = estimator_weights(self.estimator, d.num_data, self._size(d), log_prob)
-        log_weights = weights.log().reshape(*weights.shape, *[1] * (log_prob.ndim - 3))
-        return (log_prob + log_weights).logsumexp(2)
-
-    def _size(self, d: Densities) -> int:
-        size = self.num_data or self._told or round(d.scale * d.num_data)
-        if size < d.num_data:
-            raise ValueError(
-                f"num_data must be at least the {d.num_data} rows of the batch; got {size}: "
-                "give the number of training data"
-            )
-        return size
-
-
-class BetaTC(AggregateObjective):
+class BetaTC(Objective):
     r"""ELBO with weights on mutual information, total correlation and dimension-wise KL.
 
     .. math:: \log p(x \mid z) - \alpha \log \frac{q(z \mid x)}{q(z)}
@@ -130,20 +69,19 @@ class BetaTC(AggregateObjective):
         alpha: Weight of the mutual information of data and latents.
         beta: Weight of the total correlation.
         gamma: Weight of the dimension-wise KL.
-        estimator: "stratified", unbiased in q(z), or "weighted".
-        num_data: Rows of the training data; None: as `fit` says.
+        estimator: "stratified", unbiased in q(z), or "weighted": see `estimator_weights`.
+        num_data: Rows N of the training data. None: what `prepare` was told, else the size of
+            the plate "data", which is the batch's own unless it is subsampled.
         num_particles: Draws of z for each datum.
 
     Raises:
-        ValueError: If a weight is negative, or as `AggregateObjective` says.
+        ValueError: If a weight is negative or the estimator unknown; on use, if N is below the
+            rows of the batch, there are several latent sites, or the guide's densities of
+            single dimensions are not known.
 
     References:
         Chen et al. Isolating sources of disentanglement in variational autoencoders. 2018.
     """
-
-    alpha: Tensor
-    beta: Tensor
-    gamma: Tensor
 
     def __init__(
         self,
@@ -154,10 +92,20 @@ class BetaTC(AggregateObjective):
         num_data: int | None = None,
         num_particles: int = 1,
     ) -> None:
-        super().__init__(estimator, num_data, num_particles)
-        self.add_weight("alpha", alpha)
-        self.add_weight("beta", beta)
-        self.add_weight("gamma", gamma)
+        super().__init__(num_particles)
+        if estimator not in ("stratified", "weighted"):
+            raise ValueError(f"estimator must be 'stratified' or 'weighted'; got {estimator!r}")
+        check_whole(optional=True, num_data=num_data)
+        self.estimator, self.num_data = estimator, num_data
+        self.rows_told: int | None = None
+        self.alpha = self.add_weight("alpha", alpha)
+        self.beta = self.add_weight("beta", beta)
+        self.gamma = self.add_weight("gamma", gamma)
+
+    def prepare(self, num_data: int, steps_per_epoch: int) -> None:
+        """Takes the number of training data, unless `num_data` was given."""
+        super().prepare(num_data, steps_per_epoch)
+        self.rows_told = num_data
 
     def bound(self, d: Densities) -> Tensor:
         """Mean of the weighted terms over draws, [B]."""
@@ -168,8 +116,28 @@ class BetaTC(AggregateObjective):
         penalty = self.alpha * information + self.beta * correlation + self.gamma * mismatch
         return (d.log_likelihood - penalty).mean(0)
 
+    def log_marginals(self, d: Densities) -> Tensor:
+        """Estimates of log q(z_d) [K, B, D], in nats."""
+        return self._average(d, pair_marginals(only_site(d).guide, draws(d)))
 
-class HierarchicallyFactorized(AggregateObjective):
+    def log_aggregate(self, d: Densities, dims: Sequence[int] | None = None) -> Tensor:
+        """Estimates of log q(z), or of log q(z_G) of the dimensions `dims`, [K, B]."""
+        return self._average(d, pair_log_prob(only_site(d).guide, draws(d), dims))
+
+    def _average(self, d: Densities, log_prob: Tensor) -> Tensor:
+        """Logarithm of the weighted sum over data, the third dimension of `log_prob`."""
+        size = self.num_data or self.rows_told or round(d.scale * d.num_data)
+        if size < d.num_data:
+            raise ValueError(
+                f"num_data must be at least the {d.num_data} rows of the batch; got {size}: "
+                "give the number of training data"
+            )
+        weights = estimator_weights(self.estimator, d.num_data, size, log_prob)
+        log_weights = weights.log().reshape(*weights.shape, *[1] * (log_prob.ndim - 3))
+        return (log_prob + log_weights).logsumexp(2)
+
+
+class HierarchicallyFactorized(BetaTC):
     r"""ELBO with weights on the dependence between groups of latents and inside them.
 
     .. math:: \log p(x \mid z) - \alpha \log \frac{q(z \mid x)}{q(z)}
@@ -189,22 +157,17 @@ class HierarchicallyFactorized(AggregateObjective):
         beta: Weight of the total correlation between groups.
         gamma: Weight of the total correlation inside groups.
         delta: Weight of the mismatch of the product of q(z_d) with the prior.
-        estimator: "stratified", unbiased in q(z), or "weighted".
-        num_data: Rows of the training data; None: as `fit` says.
+        estimator: As in `BetaTC`.
+        num_data: As in `BetaTC`.
         num_particles: Draws of z for each datum.
 
     Raises:
-        ValueError: If a weight is negative, a group is empty, or a dimension is in two; on use,
-            if a dimension is beyond the latent size, or as `AggregateObjective` says.
+        ValueError: If a group is empty, or a dimension is in two; on use, if a dimension is
+            beyond the latent size; or as `BetaTC` says.
 
     References:
         Esmaeili et al. Structured disentangled representations. 2019.
     """
-
-    alpha: Tensor
-    beta: Tensor
-    gamma: Tensor
-    delta: Tensor
 
     def __init__(
         self,
@@ -217,7 +180,8 @@ class HierarchicallyFactorized(AggregateObjective):
         num_data: int | None = None,
         num_particles: int = 1,
     ) -> None:
-        super().__init__(estimator, num_data, num_particles)
+        super().__init__(alpha, beta, gamma, estimator, num_data, num_particles)
+        self.delta = self.add_weight("delta", delta)
         lists = [as_plain(group) for group in groups]
         self.groups = [list(group) if isinstance(group, Sequence) else [] for group in lists]
         dims = [dim for group in self.groups for dim in group]
@@ -228,23 +192,18 @@ class HierarchicallyFactorized(AggregateObjective):
             )
         if twice := sorted({dim for dim in dims if dims.count(dim) > 1}):
             raise ValueError(f"a dimension must be in one group at most; {twice} is in several")
-        self.add_weight("alpha", alpha)
-        self.add_weight("beta", beta)
-        self.add_weight("gamma", gamma)
-        self.add_weight("delta", delta)
 
     def bound(self, d: Densities) -> Tensor:
         """Mean of the weighted terms over draws, [B]."""
         joint, each = self.log_aggregate(d), self.log_marginals(d)
-        product = each.sum(-1)
-        grouped = self._grouped(d, each)
+        product, grouped = each.sum(-1), self.log_groups(d, each)
         information = self.alpha * (d.log_posterior - joint)
         between, inside = self.beta * (joint - grouped), self.gamma * (grouped - product)
         mismatch = self.delta * (product - d.log_prior)
         return (d.log_likelihood - information - between - inside - mismatch).mean(0)
 
-    def _grouped(self, d: Densities, each: Tensor) -> Tensor:
-        """Estimates of the sum over groups of log q(z_G) [K, B]."""
+    def log_groups(self, d: Densities, each: Tensor) -> Tensor:
+        """Estimates of the sum over groups of log q(z_G) [K, B]; `each` are `log_marginals`."""
         size = each.shape[-1]
         inside = [dim for group in self.groups for dim in group]
         if beyond := [dim for dim in inside if dim >= size]:
@@ -286,8 +245,6 @@ class DIP(Objective):
     """
 
     batch_level = True
-    off_diagonal: Tensor
-    diagonal: Tensor
 
     def __init__(
         self,
@@ -297,12 +254,12 @@ class DIP(Objective):
         kl: str = "auto",
         num_particles: int = 1,
     ) -> None:
-        super().__init__(num_particles)
+        super().__init__(num_particles, kl)
         if kind not in ("I", "II"):
             raise ValueError(f"kind must be 'I' or 'II'; got {kind!r}")
-        self.add_weight("off_diagonal", off_diagonal)
-        self.add_weight("diagonal", diagonal)
-        self.kind, self.kl = kind, check_kl(kl)
+        self.off_diagonal = self.add_weight("off_diagonal", off_diagonal)
+        self.diagonal = self.add_weight("diagonal", diagonal)
+        self.kind = kind
 
     def bound(self, d: Densities) -> Tensor:
         """The ELBO less the penalty, [B]."""
@@ -310,7 +267,7 @@ class DIP(Objective):
         variance = covariance.diagonal()
         off = covariance.pow(2).sum() - variance.pow(2).sum()
         penalty = self.off_diagonal * off + self.diagonal * (variance - 1).pow(2).sum()
-        return d.log_likelihood.mean(0) - total_kl(d, self.kl) - penalty
+        return d.log_likelihood.mean(0) - self.total_kl(d) - penalty
 
     def covariance(self, d: Densities) -> Tensor:
         """C [D, D] of the batch."""
@@ -356,8 +313,6 @@ class InfoVAE(Objective):
     """
 
     batch_level = True
-    alpha: Tensor
-    divergence: Tensor
 
     def __init__(
         self,
@@ -367,11 +322,11 @@ class InfoVAE(Objective):
         kl: str = "auto",
         num_particles: int = 1,
     ) -> None:
-        super().__init__(num_particles)
+        super().__init__(num_particles, kl)
         check_real(above=0, optional=True, bandwidth=bandwidth)
-        self.add_weight("alpha", alpha, most=1.0)
-        self.add_weight("divergence", divergence, least=1.0)
-        self.bandwidth, self.kl = bandwidth, check_kl(kl)
+        self.alpha = self.add_weight("alpha", alpha, most=1.0)
+        self.divergence = self.add_weight("divergence", divergence, least=1.0)
+        self.bandwidth = bandwidth
 
     def bound(self, d: Densities) -> Tensor:
         """Reconstruction less both penalties, [B]."""
@@ -379,7 +334,7 @@ class InfoVAE(Objective):
         prior = only_site(d).model.sample().reshape(z.shape)
         gap = mmd(z, prior, self.bandwidth or z.shape[-1] ** 0.5)
         weight = self.alpha + self.divergence - 1
-        penalty = (1 - self.alpha) * total_kl(d, self.kl) + weight * gap
+        penalty = (1 - self.alpha) * self.total_kl(d) + weight * gap
         return d.log_likelihood.mean(0) - penalty
 
 
@@ -405,3 +360,117 @@ def _mean_kernel(first: Tensor, second: Tensor, bandwidth: float) -> Tensor:
     kernel = torch.exp(-pairs.pow(2).sum(-1) / (2 * bandwidth**2)).view(K, B, K, B)
     same = kernel.diagonal(dim1=1, dim2=3)
     return (kernel.sum() - same.sum()) / (K * K * B * (B - 1))
+
+
+class FactorVAE(Objective):
+    r"""ELBO less a discriminator's estimate of the total correlation.
+
+    .. math:: \mathrm{ELBO} - \gamma \, E_{q(z)} \log \frac{D(z)}{1 - D(z)}
+
+    D tells draws of q(z) from those whose dimensions are permuted each by itself over the batch,
+    which come from the product of the q(z_d); at its best the logarithm is that of their ratio.
+    A D that lags behind makes the penalty too small. With gamma = 0 it is the ELBO, exactly.
+
+    It has two players: `fit` trains D after each step of the model, on the same draws (the paper
+    permutes a second batch). In a loop of one's own: `start(d)` once, then `after_step(d)` after
+    each step of the model. It takes any guide.
+
+    Args:
+        gamma: Weight of the total correlation.
+        kl: As in `ELBO`.
+        width: Units of each of the discriminator's hidden layers.
+        layers: Their number.
+        adversary_lr: Learning rate of the discriminator's Adam, of decays 0.5 and 0.9.
+        num_particles: Draws of z for each datum.
+
+    Raises:
+        ValueError: If an option is out of its range; on use, if `start` was not called, or by
+            `pyro.infer.SVI`, which has one player.
+
+    References:
+        Kim and Mnih. Disentangling by factorising. 2018.
+    """
+
+    batch_level = True
+    own_step = True
+
+    def __init__(
+        self,
+        gamma: float | Schedule = 10.0,
+        kl: str = "auto",
+        width: int = 1000,
+        layers: int = 5,
+        adversary_lr: float = 1e-4,
+        num_particles: int = 1,
+    ) -> None:
+        super().__init__(num_particles, kl)
+        check_whole(width=width, layers=layers)
+        check_real(above=0, adversary_lr=adversary_lr)
+        self.gamma = self.add_weight("gamma", gamma)
+        self.width, self.layers, self.adversary_lr = width, layers, adversary_lr
+        self.discriminator: nn.Module | None = None
+        self.adversary: Optimizer | None = None  # of the discriminator
+
+    def start(self, d: Densities) -> None:
+        """A new discriminator, of the latent size of `d`, and its optimiser."""
+        z = draws(d)
+        sizes = [z.shape[-1], *[self.width] * self.layers]
+        hidden = [
+            layer
+            for inner, outer in zip(sizes, sizes[1:])
+            for layer in (nn.Linear(inner, outer), nn.LeakyReLU(0.2))
+        ]
+        self.discriminator = nn.Sequential(*hidden, nn.Linear(self.width, 1)).to(z)
+        weights = self.discriminator.parameters()
+        self.adversary = Adam(weights, lr=self.adversary_lr, betas=(0.5, 0.9))
+
+    def after_step(self, d: Densities, average: Average | None = None) -> None:
+        """One step of the discriminator, on the draws of `d`."""
+        network = self._network()
+        assert self.adversary is not None
+        self.adversary_loss(d).backward()
+        if average is not None:
+            average(list(network.parameters()))
+        self.adversary.step()
+        self.adversary.zero_grad()
+
+    def get_extra_state(self) -> dict[str, Any] | None:
+        """The state of the discriminator's optimiser."""
+        return None if self.adversary is None else self.adversary.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any] | None) -> None:
+        """Goes back to that state; without a discriminator there is nothing to set."""
+        if self.adversary is not None and state is not None:
+            self.adversary.load_state_dict(state)
+
+    def bound(self, d: Densities) -> Tensor:
+        """The ELBO less gamma times the estimated log ratio, [B]."""
+        elbo = d.log_likelihood.mean(0) - self.total_kl(d)
+        return elbo - self.gamma * self.log_ratio(draws(d)).mean(0)
+
+    def log_ratio(self, z: Tensor) -> Tensor:
+        """Estimate of log q(z) / prod q(z_d) [*S] of z [*S, D]; no gradient of D's weights."""
+        network = self._network()
+        frozen = {name: p.detach() for name, p in network.named_parameters()}
+        return functional_call(network, frozen, z).squeeze(-1)
+
+    def adversary_loss(self, d: Densities) -> Tensor:
+        """Cross entropy of D, in nats, on the draws of `d` and on them permuted."""
+        network = self._network()
+        z = draws(d).detach().flatten(0, 1)
+        joint, product = network(z), network(permute_dimensions(z))
+        return 0.5 * (F.softplus(-joint) + F.softplus(product)).mean()
+
+    def _network(self) -> nn.Module:
+        if self.discriminator is None:
+            raise ValueError(
+                "FactorVAE needs a second player, its discriminator, which is not there yet: "
+                "train with fit(), or call start(d) first"
+            )
+        return self.discriminator
+
+
+def permute_dimensions(z: Tensor) -> Tensor:
+    """Draws z [n, D], each column in a random order of its own."""
+    order = torch.rand(z.shape, device=z.device).argsort(0)
+    return z.gather(0, order)

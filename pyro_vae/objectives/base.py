@@ -24,8 +24,6 @@ from pyro_vae.densities import (
 )
 from pyro_vae.objectives.schedules import Schedule
 
-__all__ = ["Average", "Objective", "check_kl", "draws", "only_site", "total_kl"]
-
 Average = Callable[[Sequence[nn.Parameter]], Any]
 OF_SEVERAL_SITES = (
     *("ELBO", "Capacity", "FreeBits", "StickingTheLanding", "IWAE", "DReG", "CIWAE", "MIWAE"),
@@ -48,14 +46,18 @@ class Objective(pyro.infer.ELBO, nn.Module):
 
     Args:
         num_particles: Draws of z for each datum, K; the guide runs once for all.
+        kl: Rule of `total_kl`: "analytic", "sampled", or "auto", analytic where there is a rule
+            for the pair.
     """
 
     batch_level = False  # True if the value of a datum depends on the rest of its batch
     own_step = False  # True if `start` and `after_step` do something: a loop must call them
 
-    def __init__(self, num_particles: int = 1) -> None:
+    def __init__(self, num_particles: int = 1, kl: str = "auto") -> None:
         nn.Module.__init__(self)
         check_whole(num_particles=num_particles)
+        check_kl(kl)
+        self.kl = kl
         pyro.infer.ELBO.__init__(
             self, num_particles=num_particles, max_plate_nesting=1, vectorize_particles=True
         )
@@ -81,9 +83,14 @@ class Objective(pyro.infer.ELBO, nn.Module):
         """What is differentiated [B]; the bound, unless a subclass says otherwise."""
         return self.bound(d)
 
+    def total_kl(self, d: Densities) -> Tensor:
+        """KL(q || p) of all sites together [B], in nats."""
+        first, *others = d.kl(self.kl).values()
+        return sum(others, first)
+
     def add_weight(
         self, name: str, value: float | Schedule, least: float = 0.0, most: float = math.inf
-    ) -> None:
+    ) -> Tensor:
         """Makes a weight: a float64 buffer `name`, which `at` moves if `value` is a schedule.
 
         Raises:
@@ -105,6 +112,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
             self.schedules[name] = value
             value = value(0)
         self.register_buffer(name, torch.tensor(float(value), dtype=torch.float64))
+        return self.get_buffer(name)
 
     def prepare(self, num_data: int, steps_per_epoch: int) -> None:
         """Sets the size of the training data; `fit` calls it before the first step.
@@ -216,12 +224,6 @@ class Objective(pyro.infer.ELBO, nn.Module):
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("objectives work from densities(), not from single traces")
-
-
-def total_kl(d: Densities, rule: str) -> Tensor:
-    """KL(q || p) of all sites together [B], in nats; `rule` is that of `Densities.kl`."""
-    first, *others = d.kl(rule).values()
-    return sum(others, first)
 
 
 def only_site(d: Densities) -> Site:

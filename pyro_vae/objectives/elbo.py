@@ -7,10 +7,8 @@ from torch import Tensor
 
 from pyro_vae.arguments import check_whole
 from pyro_vae.densities import Densities
-from pyro_vae.objectives.base import Objective, check_kl, total_kl
+from pyro_vae.objectives.base import Objective
 from pyro_vae.objectives.schedules import Schedule
-
-__all__ = ["ELBO", "Capacity", "FreeBits", "StickingTheLanding"]
 
 
 class ELBO(Objective):
@@ -31,18 +29,15 @@ class ELBO(Objective):
         Higgins et al. beta-VAE. 2017.
     """
 
-    beta: Tensor
-
     def __init__(
         self, beta: float | Schedule = 1.0, kl: str = "auto", num_particles: int = 1
     ) -> None:
-        super().__init__(num_particles)
-        self.add_weight("beta", beta)
-        self.kl = check_kl(kl)
+        super().__init__(num_particles, kl)
+        self.beta = self.add_weight("beta", beta)
 
     def bound(self, d: Densities) -> Tensor:
         """Mean reconstruction less beta times the KL, [B]."""
-        return d.log_likelihood.mean(0) - self.beta * total_kl(d, self.kl)
+        return d.log_likelihood.mean(0) - self.beta * self.total_kl(d)
 
 
 class Capacity(Objective):
@@ -69,9 +64,6 @@ class Capacity(Objective):
         Burgess et al. Understanding disentangling in beta-VAE. 2018.
     """
 
-    capacity: Tensor
-    gamma: Tensor
-
     def __init__(
         self,
         capacity: float | Schedule = 25.0,
@@ -79,14 +71,13 @@ class Capacity(Objective):
         kl: str = "auto",
         num_particles: int = 1,
     ) -> None:
-        super().__init__(num_particles)
-        self.add_weight("capacity", capacity)
-        self.add_weight("gamma", gamma)
-        self.kl = check_kl(kl)
+        super().__init__(num_particles, kl)
+        self.capacity = self.add_weight("capacity", capacity)
+        self.gamma = self.add_weight("gamma", gamma)
 
     def bound(self, d: Densities) -> Tensor:
         """Mean reconstruction less gamma times the distance of the KL from C, [B]."""
-        distance = (total_kl(d, self.kl) - self.capacity).abs()
+        distance = (self.total_kl(d) - self.capacity).abs()
         return d.log_likelihood.mean(0) - self.gamma * distance
 
 
@@ -117,8 +108,6 @@ class FreeBits(Objective):
         Kingma et al. Improved variational inference with inverse autoregressive flow. 2016.
     """
 
-    free_nats: Tensor
-
     def __init__(
         self,
         free_nats: float | Schedule = 1.0,
@@ -127,14 +116,13 @@ class FreeBits(Objective):
         kl: str = "auto",
         num_particles: int = 1,
     ) -> None:
-        super().__init__(num_particles)
+        super().__init__(num_particles, kl)
         check_whole(optional=True, group_size=group_size)
         if on not in ("batch", "datum"):
             raise ValueError(f"on must be 'batch' or 'datum'; got {on!r}")
-        self.add_weight("free_nats", free_nats)
+        self.free_nats = self.add_weight("free_nats", free_nats)
         self.group_size = group_size
         self.on = on
-        self.kl = check_kl(kl)
         self.batch_level = on == "batch"
 
     def bound(self, d: Densities) -> Tensor:
@@ -184,11 +172,9 @@ class StickingTheLanding(Objective):
         estimators for variational inference. 2017.
     """
 
-    beta: Tensor
-
     def __init__(self, beta: float | Schedule = 1.0, num_particles: int = 1) -> None:
         super().__init__(num_particles)
-        self.add_weight("beta", beta)
+        self.beta = self.add_weight("beta", beta)
 
     def bound(self, d: Densities) -> Tensor:
         """Mean reconstruction less beta times the sampled KL, [B]."""

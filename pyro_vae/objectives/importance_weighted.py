@@ -12,8 +12,6 @@ from pyro_vae.densities import Densities, log_mean_exp
 from pyro_vae.objectives.base import Objective
 from pyro_vae.objectives.schedules import Schedule
 
-__all__ = ["CIWAE", "DReG", "IWAE", "MIWAE", "PIWAE", "Renyi"]
-
 NEAR = 1e-6  # of alpha to 1, where the limit is taken
 
 
@@ -103,11 +101,9 @@ class CIWAE(Objective):
         Rainforth et al. Tighter variational bounds are not necessarily better. 2018.
     """
 
-    beta: Tensor
-
     def __init__(self, beta: float | Schedule = 0.5, num_particles: int = 5) -> None:
         super().__init__(num_particles)
-        self.add_weight("beta", beta, most=1.0)
+        self.beta = self.add_weight("beta", beta, most=1.0)
 
     def bound(self, d: Densities) -> Tensor:
         """The combination, [B]."""
@@ -211,11 +207,9 @@ class Renyi(Objective):
         Li and Turner. Renyi divergence variational inference. 2016.
     """
 
-    alpha: Tensor
-
     def __init__(self, alpha: float | Schedule = 0.5, num_particles: int = 5) -> None:
         super().__init__(num_particles)
-        self.add_weight("alpha", alpha, least=-math.inf)
+        self.alpha = self.add_weight("alpha", alpha, least=-math.inf)
 
     def bound(self, d: Densities) -> Tensor:
         """Log of the power mean of the weights, [B]."""
