@@ -25,7 +25,6 @@ from pyro_vae.data import Data, spread
 from pyro_vae.data.schema import CODED
 from pyro_vae.data.transforms import Transform
 from pyro_vae.densities import densities, evaluating
-from pyro_vae.densities.programs import program_args
 from pyro_vae.estimators import (
     Evidence,
     class_probabilities,
@@ -182,7 +181,8 @@ class Own(nn.Module):
         return self.x.expand(count, *self.x.shape[1:])
 
     def _site(self, program: Any, site: str, x: Tensor, y: Tensor | None) -> Any:
-        trace = poutine.trace(program).get_trace(*program_args(x, y))
+        args = (x,) if y is None else (x, y)
+        trace = poutine.trace(program).get_trace(*args)
         return trace.nodes[site]["fn"]
 
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import leaky_relu
 
 from pyro_vae import fit, importance_sampling, log_evidence
-from pyro_vae.densities import Densities, densities, draw_latents, log_joint
-from pyro_vae.densities.particles import folds
+from pyro_vae.densities import Densities, densities, draw_latents, folds, log_joint
 from pyro_vae.objectives import ELBO, IWAE, BetaTC, DReG, Objective
 
 B, D, F, C = 17, 2, 12, 3

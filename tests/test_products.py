@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae import runtime
-from pyro_vae.densities.evaluating import evaluating
+from pyro_vae.densities import evaluating
 from pyro_vae.networks import MLP
 from pyro_vae.runtime import fast_products
 

@@ -1,9 +1,15 @@
 """(model, guide, x) -> log p(x|z), log p(z), log q(z|x), and the sites behind them."""
 
-from pyro_vae.densities.evaluating import evaluating
-from pyro_vae.densities.particles import folds, run_program
-from pyro_vae.densities.programs import OwnParameters, Program, scale_latents
-from pyro_vae.densities.result import Densities, Latents, Site, check_kl, log_mean_exp
+from pyro_vae.densities.programs import (
+    Latents,
+    OwnParameters,
+    Program,
+    evaluating,
+    folds,
+    run_program,
+    scale_latents,
+)
+from pyro_vae.densities.result import Densities, Site, check_kl, log_mean_exp
 from pyro_vae.densities.run import (
     NotSimulated,
     complete_data,

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, kl_divergence
 
-__all__ = ["Densities", "Latents", "Site", "check_kl", "factors", "log_mean_exp"]
+from pyro_vae.densities.programs import Latents, Sites
 
-Latents = dict[str, Tensor]
+__all__ = ["Densities", "Site", "check_kl", "densities_of", "factors", "log_mean_exp"]
 
 
 @dataclass(eq=False)
@@ -214,6 +213,20 @@ class Densities:
         return total if total.shape == shape else total.expand(shape)
 
 
+def densities_of(p: Sites, q: Sites, num_particles: int) -> Densities:
+    """The densities of a model's sites and a guide's; those in the model alone are observed."""
+    (plate,) = (f for f in next(iter(p.values()))["cond_indep_stack"] if f.name == "data")
+    return Densities(
+        sites={n: Site(s["value"], q[n]["fn"], s["fn"]) for n, s in p.items() if n in q},
+        observed={n: (s["fn"], s["value"]) for n, s in p.items() if n not in q},
+        num_particles=num_particles,
+        num_data=plate.size,
+        scale=(plate.full_size or plate.size) / plate.size,
+        site_scales=[(n, s["scale"]) for sites in (p, q) for n, s in sites.items()],
+        same_order=[n for n in p if n in q] == list(q),
+    )
+
+
 def check_kl(rule: str) -> str:
     """`rule`, if it is one that `Densities.kl` knows."""
     if rule not in ("auto", "analytic", "sampled"):
@@ -234,17 +247,14 @@ def factors(fn: Distribution) -> Distribution:
 def _slopes(log_density: Tensor, latents: Latents) -> Latents:
     """Derivative of the sum of `log_density` with respect to each of `latents`, others fixed."""
     slopes: Latents = {}
-
-    def stop_at(name: str) -> Callable[[Tensor], Tensor]:
-        def hook(slope: Tensor) -> Tensor:
-            slopes[name] = slope
-            return torch.zeros_like(slope)  # so that nothing reaches the sites before it
-
-        return hook
-
     if not (latents and log_density.requires_grad):
         return slopes
-    hooks = [z.register_hook(stop_at(name)) for name, z in latents.items()]
+
+    def stop(name: str, slope: Tensor) -> Tensor:
+        slopes[name] = slope
+        return torch.zeros_like(slope)  # so that nothing reaches the sites before it
+
+    hooks = [z.register_hook(partial(stop, name)) for name, z in latents.items()]
     try:
         given = list(latents.values())
         torch.autograd.grad(log_density.sum(), given, retain_graph=True, allow_unused=True)

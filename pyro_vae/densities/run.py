@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from pyro_vae.arguments import check_whole, takes_vae
-from pyro_vae.densities.particles import folds, run_program
 from pyro_vae.densities.programs import (
+    Latents,
     OwnParameters,
     Program,
     Sites,
     check_latents,
+    folds,
     is_random,
-    program_args,
+    run_program,
     sample_sites,
 )
-from pyro_vae.densities.result import Densities, Latents, factors
-from pyro_vae.densities.summed import fields, summed_densities, summed_values
+from pyro_vae.densities.result import Densities, densities_of, factors
+from pyro_vae.densities.summed import summed_densities, summed_values
 
 __all__ = [
     "NotSimulated",
@@ -37,7 +38,6 @@ __all__ = [
     "draw_data",
     "sites_at",
 ]
-
 
 OF_CLASSES = {"enumerate", "label_weight"}  # what marks sites of a class, which see no entry
 
@@ -96,7 +96,7 @@ def registered_densities(
     replay = poutine.replay(trace=guide_trace)
     p = sample_sites(run_program(model, x, y, num_particles, replay, fold=fold[1]), "model")
     check_latents([name for name, site in p.items() if not site["is_observed"]], q)
-    return Densities(**fields(p, q), num_particles=num_particles)
+    return densities_of(p, q, num_particles)
 
 
 def draw_latents(
@@ -189,7 +189,7 @@ def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tenso
     Raises:
         NotSimulated: If the model observes anything but x.
     """
-    args = program_args(x, y)
+    args = [part for part in (x, y) if part is not None]
     with OwnParameters(), pyro.validation_enabled(False):
         first: Any = poutine.trace(model).get_trace(*args).nodes
         given = {  # observed sites that would be summed out were they latent

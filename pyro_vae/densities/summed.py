@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import pyro.distributions as dist
-import pyro.poutine as poutine
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_vae.densities.evaluating import evaluating
-from pyro_vae.densities.particles import folds, run_program
 from pyro_vae.densities.programs import (
+    Latents,
     Program,
     Sites,
     check_latents,
-    is_random,
-    is_traced,
     known_of,
+    run_program,
     sample_sites,
 )
-from pyro_vae.densities.result import Densities, Latents, Site
+from pyro_vae.densities.result import Densities, Site, densities_of
 
-__all__ = ["fields", "summed_densities", "summed_values"]
+__all__ = ["summed_densities", "summed_values"]
 
 MOST = 10_000  # joint values
-Values = dict[str, Tensor]
 
 
-def summed_values(model: Program, x: Tensor, y: Tensor | None = None) -> Values:
+def summed_values(model: Program, x: Tensor, y: Tensor | None = None) -> Latents:
     """The joint values [C, *event] of the latent sites marked `infer={"enumerate": "parallel"}`.
 
     They are found by one run on one row, once for each program; empty without such a site.
@@ -38,7 +35,7 @@ def summed_values(model: Program, x: Tensor, y: Tensor | None = None) -> Values:
     Raises:
         ValueError: If there are more than 10,000 joint values, or a site has no list of them.
     """
-    marked = {name: v for name, v in _latents(model, x, y).items() if v is not None}
+    marked = {name: v for name, v in known_of(model, x, y).latents.items() if v is not None}
     if not marked:
         return {}
     sizes = [len(support) for support in marked.values()]
@@ -51,43 +48,10 @@ def summed_values(model: Program, x: Tensor, y: Tensor | None = None) -> Values:
     return {name: v[index[:, i].to(v.device)] for i, (name, v) in enumerate(marked.items())}
 
 
-def _latents(program: Program, x: Tensor, y: Tensor | None) -> dict[str, Tensor | None]:
-    """The latent sites of a program; the support [C, *event] of one marked to be summed."""
-    known, key = known_of(program), ("latents", y is None, x.dtype, x.device)
-    if key in known:
-        return known[key]
-    if is_traced(x):
-        return {}
-    x, y = x[:1], None if y is None else y[:1]
-    with poutine.block(), evaluating(program, seed=None, device=x.device):
-        try:
-            nodes: Any = run_program(program, x, y, 1, fold=folds(program, x, y)).nodes
-        except Exception:  # which the run itself will show: other data may do
-            return {}
-    known[key] = {
-        name: _support(name, site["infer"], site["fn"])
-        for name, site in nodes.items()
-        if site["type"] == "sample" and is_random(site) and not site["is_observed"]
-    }
-    return known[key]
-
-
-def _support(name: str, infer: dict[str, Any], fn: Any) -> Tensor | None:
-    if infer.get("enumerate") != "parallel":
-        return None
-    if not fn.has_enumerate_support:
-        raise ValueError(
-            f"site {name!r} cannot be summed out, for {type(fn).__name__} has no list of values: "
-            "leave infer={'enumerate': 'parallel'} out, or give Categorical, Bernoulli or Binomial"
-        )
-    support = fn.enumerate_support(expand=False).detach()
-    return support.reshape(len(support), *fn.event_shape)
-
-
 class Given(Messenger):
     """Gives sites the joint values, each to a block of K particles, and latents their draws."""
 
-    def __init__(self, values: Values, latents: Latents) -> None:
+    def __init__(self, values: Latents, latents: Latents) -> None:
         super().__init__()
         self.values, self.latents = values, latents
 
@@ -116,16 +80,6 @@ class OverValues(dist.TorchDistribution):
     def __init__(self, base: Any, log_weights: Tensor, scored: tuple[Tensor, Tensor]) -> None:
         super().__init__(log_weights.shape[1:], base.event_shape, validate_args=False)
         self.base_dist, self.log_weights, self.scored = base, log_weights, scored
-
-    @property
-    def support(self) -> Any:
-        return self.base_dist.support
-
-    @property
-    def mean(self) -> Tensor:
-        means = self.base_dist.mean.unflatten(0, self.log_weights.shape[:2])
-        weights = self.log_weights.exp().reshape(means.shape[:3] + (1,) * (means.ndim - 3))
-        return (weights * means).sum(0)
 
     def terms(self, value: Tensor) -> Tensor:
         """Log densities under each of the C [C, K, B]."""
@@ -165,10 +119,6 @@ class Posterior(Average):
 
     has_rsample = True  # type: ignore[assignment]
 
-    @property
-    def mean(self) -> Tensor:
-        return self.log_weights.new_empty(*self.batch_shape, 0)  # it has no units
-
 
 def summed_densities(
     model: Program,
@@ -176,7 +126,7 @@ def summed_densities(
     x: Tensor,
     y: Tensor | None,
     num_particles: int,
-    values: Values,
+    values: Latents,
 ) -> Densities:
     r"""Densities with discrete latents c of the model summed out.
 
@@ -189,90 +139,69 @@ def summed_densities(
     infer={"classifier": True} is its q(c | x) looked at: see `_classifier_term`.
     """
     C, K = len(next(iter(values.values()))), num_particles
-    others = _latents(model, x, y).keys() - values
-    q, own = _guided(guide, x, y, K, values)
-    proposed = {n: q.pop(n) for n in values if n in q}
-    own = own or not others
-    rows = C * K
-    draws = {n: s["value"] for n, s in q.items()}
-    if not own:
-        draws = {n: z.repeat(C, *(1,) * (z.ndim - 1)) for n, z in draws.items()}
-    given, fold = Given(values, draws), folds(model, x, y, rows)
-    p = sample_sites(run_program(model, x, y, rows, given, fold=fold), "model")
-    latent = [n for n, s in p.items() if not s["is_observed"] and n not in values]
-    if latent or q:
-        check_latents(latent, q)
-    apart = fields(p, q)
-    shape = torch.zeros(()).expand(C, K, apart["num_data"])
-    log_p = {n: _terms(s["fn"], s["value"], shape) for n, s in p.items()}
-    log_q = {n: _terms(s["fn"], s["value"], shape if own else shape[:1]) for n, s in q.items()}
-    parts = _averages(p, q, log_p, log_q, values) if own else _mixtures(p, q, log_p, values)
-    label_term = _label_term(p, log_p, log_q)
-    if any(s["infer"].get("classifier") for s in proposed.values()):
-        log_c = _total({n: _terms(s["fn"], s["value"], shape) for n, s in proposed.items()})
-        label_term = _classifier_term(p, log_p, log_q, log_c)
-    return Densities(
-        **apart | dict(zip(("sites", "observed"), parts)),
-        num_particles=K,
-        each=Densities(**apart, num_particles=rows) if own else None,
-        label_term=label_term,
-    )
-
-
-def fields(p: Sites, q: Sites) -> dict[str, Any]:
-    """What `Densities` is made of, from a model's sites and a guide's; others are observed."""
-    (plate,) = (f for f in next(iter(p.values()))["cond_indep_stack"] if f.name == "data")
-    return {
-        "sites": {n: Site(s["value"], q[n]["fn"], s["fn"]) for n, s in p.items() if n in q},
-        "observed": {n: (s["fn"], s["value"]) for n, s in p.items() if n not in q},
-        "same_order": [n for n in p if n in q] == list(q),
-        "num_data": plate.size,
-        "scale": (plate.full_size or plate.size) / plate.size,
-        "site_scales": [(n, s["scale"]) for sites in (p, q) for n, s in sites.items()],
-    }
-
-
-def _guided(
-    guide: Program, x: Tensor, y: Tensor | None, num_particles: int, values: Values
-) -> tuple[Sites, bool]:
-    """Sites of a guide, and whether it has those of `values`, and so draws for each of them."""
-    own = bool(values.keys() & _latents(guide, x, y).keys())
-    rows = num_particles * (len(next(iter(values.values()))) if own else 1)
-    given, fold = Given(values if own else {}, {}), folds(guide, x, y, rows)
-    sites = sample_sites(run_program(guide, x, y, rows, given, fold=fold), "guide")
-    if values.keys() & sites.keys() and not own:
+    own = bool(values.keys() & known_of(guide, x, y).latents.keys())
+    given = Given(values if own else {}, {})
+    q = sample_sites(run_program(guide, x, y, C * K if own else K, given), "guide")
+    if values.keys() & q.keys() and not own:
         raise ValueError(
             f"guide site {sorted(values)} was not seen in a run on one row: let the guide take "
             "any number of rows"
         )
-    return sites, own
+    proposed = {n: q.pop(n) for n in values if n in q}
+    own = own or known_of(model, x, y).latents.keys() == values.keys()
+    draws = {n: s["value"] for n, s in q.items()}
+    if not own:
+        draws = {n: z.repeat(C, *(1,) * (z.ndim - 1)) for n, z in draws.items()}
+    p = sample_sites(run_program(model, x, y, C * K, Given(values, draws)), "model")
+    latent = [n for n, s in p.items() if not s["is_observed"] and n not in values]
+    if latent or q:
+        check_latents(latent, q)
+    each = densities_of(p, q, C * K)
+    shape = torch.zeros(()).expand(C, K, each.num_data)
+    log_p = {n: _terms(s["fn"], s["value"], shape) for n, s in p.items()}
+    log_q = {n: _terms(s["fn"], s["value"], shape if own else shape[:1]) for n, s in q.items()}
+    label_term = _label_term(p, log_p, log_q)
+    if any(s["infer"].get("classifier") for s in proposed.values()):
+        log_c = _total({n: _terms(s["fn"], s["value"], shape) for n, s in proposed.items()})
+        label_term = _classifier_term(p, log_p, log_q, log_c)
+    sites, observed = (
+        _averages(p, q, log_p, log_q, values) if own else _mixtures(p, q, log_p, values)
+    )
+    return replace(
+        each,
+        sites=sites,
+        observed=observed,
+        num_particles=K,
+        each=each if own else None,
+        label_term=label_term,
+    )
 
 
 def _mixtures(
-    p: Sites, q: Sites, log_p: dict[str, Tensor], values: Values
+    p: Sites, q: Sites, log_p: dict[str, Tensor], values: Latents
 ) -> tuple[dict[str, Site], dict[str, tuple[Any, Tensor]]]:
     """Sites of a model without c: each given those before it, with c summed out."""
     latents, observed = {}, {}
     joint = torch.zeros_like(next(iter(log_p.values())))  # log p(c, sites so far) [C, K, B]
     for name, site in p.items():
-        constant, value = site["infer"].get("constant"), site["value"]
-        if name not in values:
-            value = q[name]["value"] if name in q else value
-            if constant is not None:
-                fn = constant.expand(joint.shape[1:])
-            else:
-                fn = Mixture(site["fn"], joint - joint.logsumexp(0), (value, log_p[name]))
-            if name in q:
-                latents[name] = Site(value, q[name]["fn"], fn)
-            else:
-                observed[name] = fn, value
-        if name in values or constant is None:
+        if name in values:
             joint = joint + log_p[name]
+            continue
+        value, constant = q.get(name, site)["value"], site["infer"].get("constant")
+        if constant is None:
+            fn = Mixture(site["fn"], joint - joint.logsumexp(0), (value, log_p[name]))
+            joint = joint + log_p[name]
+        else:
+            fn = constant.expand(joint.shape[1:])
+        if name in q:
+            latents[name] = Site(value, q[name]["fn"], fn)
+        else:
+            observed[name] = fn, value
     return latents, observed
 
 
 def _averages(
-    p: Sites, q: Sites, log_p: dict[str, Tensor], log_q: dict[str, Tensor], values: Values
+    p: Sites, q: Sites, log_p: dict[str, Tensor], log_q: dict[str, Tensor], values: Latents
 ) -> tuple[dict[str, Site], dict[str, tuple[Any, Tensor]]]:
     """Sites given c, averaged over p(c | x, draws), and c itself."""
     weights = (_total(log_p) - _total(log_q)).log_softmax(0)

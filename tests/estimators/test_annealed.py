@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from worlds import WORLDS, World, data, linear, misses, quadrature
 
-from pyro_vae.densities.evaluating import evaluating
+from pyro_vae.densities import evaluating
 from pyro_vae.estimators import annealed_importance_sampling, bidirectional
 from pyro_vae.estimators.annealed import STARTS, Path, Point, hmc_step, make_start
 from pyro_vae.estimators.bidirectional import simulate

@@ -13,7 +13,7 @@ from torch.distributions import StickBreakingTransform
 from worlds import World, data, linear
 
 from pyro_vae import build
-from pyro_vae.densities.evaluating import evaluating
+from pyro_vae.densities import evaluating
 from pyro_vae.estimators import audit, log_evidence, modes
 from pyro_vae.estimators.coordinates import LogSticks
 from pyro_vae.estimators.log_evidence import KEPT

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from worlds import World, data, linear, misses, quadrature, square
 
-from pyro_vae.densities.evaluating import evaluating
+from pyro_vae.densities import evaluating
 from pyro_vae.estimators import escalating, log_evidence, refined_importance_sampling
 from pyro_vae.estimators.evidence import summarise
 from pyro_vae.estimators.proposal import Proposal, _weighed, add_components, laplace

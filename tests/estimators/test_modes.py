@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from worlds import World, data, linear
 
-from pyro_vae.densities.evaluating import evaluating
+from pyro_vae.densities import evaluating
 from pyro_vae.estimators import modes
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.proposal import Proposal

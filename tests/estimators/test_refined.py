@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from worlds import WORLDS, World, data, linear, misses, square, three_modes
 
-from pyro_vae.densities.evaluating import evaluating
+from pyro_vae.densities import evaluating
 from pyro_vae.estimators import refined_importance_sampling
 from pyro_vae.estimators.modes import find_modes
 from pyro_vae.estimators.proposal import Proposal, curvature, fit_gaussian, laplace

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from worlds import WORLDS, data, gamma_poisson, linear, misses
 
-from pyro_vae.densities.evaluating import evaluating
+from pyro_vae.densities import evaluating
 from pyro_vae.estimators.target import Target, gradients
 
 pytestmark = pytest.mark.usefixtures("float64")
