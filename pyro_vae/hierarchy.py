@@ -223,11 +223,10 @@ class Ladder(Inference):
         seen = {name: q(x, y) for name, q in zip(self.sizes, self.layers)}
         priors = dict(zip(self.sizes, self.prior.layers))
         *_, top = seen.values()
-
-        def below(name: str, above: Tensor) -> Independent:
-            return merged(seen[name], priors[name](above))
-
-        return Joint(downwards(self.sizes, top, below, y), self.sizes, top.batch_shape)
+        program = downwards(
+            self.sizes, top, lambda name, above: merged(seen[name], priors[name](above)), y
+        )
+        return Joint(program, self.sizes, top.batch_shape)
 
     def _check(self) -> None:
         super()._check()
@@ -249,8 +248,7 @@ class Lowest(nn.Module):
 
     def __init__(self, decoder: nn.Module, latent_dim: int) -> None:
         super().__init__()
-        self.decoder = decoder
-        self.latent_dim = latent_dim
+        self.decoder, self.latent_dim = decoder, latent_dim
         self.condition_dim = getattr(decoder, "condition_dim", 1)
 
     @property

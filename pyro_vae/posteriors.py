@@ -32,14 +32,11 @@ class Posterior(Shown):
         latent_dim: Latent size D.
     """
 
-    input_scale: Tensor
-
     def __init__(self, encoder: nn.Module, latent_dim: int) -> None:
         super().__init__()
         check_whole(latent_dim=latent_dim)
-        self.encoder = encoder
-        self.latent_dim = latent_dim
-        self.register_buffer("input_scale", torch.ones(()))
+        self.encoder, self.latent_dim = encoder, latent_dim
+        self.input_scale = nn.Buffer(torch.ones(()))
 
     @classmethod
     @abstractmethod

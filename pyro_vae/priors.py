@@ -61,14 +61,11 @@ class StandardNormal(Prior):
         Kingma and Welling. Auto-encoding variational Bayes. 2013.
     """
 
-    loc: Tensor
-    scale: Tensor
-
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
         check_whole(latent_dim=latent_dim)
-        self.register_buffer("loc", torch.zeros(latent_dim))
-        self.register_buffer("scale", torch.ones(latent_dim))
+        self.loc = nn.Buffer(torch.zeros(latent_dim))
+        self.scale = nn.Buffer(torch.ones(latent_dim))
 
     def forward(self, y: Tensor | None = None) -> Distribution:
         """N(0, I)."""
@@ -216,9 +213,6 @@ class VampPrior(Prior):
         Tomczak and Welling. VAE with a VampPrior. 2018.
     """
 
-    low: Tensor
-    high: Tensor
-
     def __init__(
         self,
         posterior: nn.Module,
@@ -235,9 +229,7 @@ class VampPrior(Prior):
             check_real(data_range=end)
         if not isinstance(ends, tuple | list) or len(ends) != 2 or ends[0] >= ends[1]:
             raise ValueError(f"data_range must be (low, high) with low < high; got {data_range}")
-        low, high = ends
-        self.register_buffer("low", torch.tensor(float(low)))
-        self.register_buffer("high", torch.tensor(float(high)))
+        self.low, self.high = (nn.Buffer(torch.tensor(float(end))) for end in ends)
         self.raw_inputs = nn.Parameter(torch.randn(num_components, *data_shape))
 
     @property
@@ -275,14 +267,11 @@ class Laplace(Prior):
         latent_dim: Latent size D.
     """
 
-    loc: Tensor
-    scale: Tensor
-
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
         check_whole(latent_dim=latent_dim)
-        self.register_buffer("loc", torch.zeros(latent_dim))
-        self.register_buffer("scale", torch.ones(latent_dim))
+        self.loc = nn.Buffer(torch.zeros(latent_dim))
+        self.scale = nn.Buffer(torch.ones(latent_dim))
 
     def forward(self, y: Tensor | None = None) -> Distribution:
         """Laplace(0, 1)."""
@@ -297,13 +286,11 @@ class StudentT(Prior):
         df: Degrees of freedom; the variance df / (df - 2) is finite above 2.
     """
 
-    df: Tensor
-
     def __init__(self, latent_dim: int, df: float = 5.0) -> None:
         super().__init__()
         check_whole(latent_dim=latent_dim)
         check_real(above=0, df=df)
-        self.register_buffer("df", torch.full((latent_dim,), float(df)))
+        self.df = nn.Buffer(torch.full((latent_dim,), float(df)))
 
     def forward(self, y: Tensor | None = None) -> Distribution:
         """StudentT(df)."""

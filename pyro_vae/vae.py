@@ -51,8 +51,6 @@ class VAE(nn.Module):
         deep generative models. 2014.
     """
 
-    initialised: Tensor
-
     def __init__(
         self,
         prior: Prior | Layers,
@@ -88,7 +86,7 @@ class VAE(nn.Module):
         self.likelihood.missing |= missing
         self.posterior = posterior
         self.declaration: dict[str, Any] | None = None  # what `build` built this from
-        self.register_buffer("initialised", torch.tensor(False))
+        self.initialised = nn.Buffer(torch.tensor(False))
 
     def model(self, x: Tensor | None = None, y: Tensor | None = None, size: int = 1) -> Tensor:
         """Pyro model: z ~ p(z), x ~ p(x | z) for each datum of the plate "data".
@@ -103,11 +101,8 @@ class VAE(nn.Module):
         """
         register({"prior": self.prior, "likelihood": self.likelihood})
         y = self._condition(y)
-        if x is not None:
-            x = self._data(x)
-            size = len(x)
-        elif y is not None:
-            size = len(y)
+        x = None if x is None else self._data(x)
+        size = next((len(part) for part in (x, y) if part is not None), size)
         with pyro.plate("data", size, dim=-1):
             return self._joint(x, y)
 
@@ -316,21 +311,16 @@ def _checked(name: str, value: Any, missing: bool | None = None) -> Tensor:
     return value
 
 
-def register(parts: dict[str, nn.Module]) -> None:
+@effectful(type="module")
+def register(parts: dict[str, nn.Module]) -> bool:
     """Registers the parameters of `parts` with Pyro's store, if a handler is listening.
 
     As `pyro.module` does, with one difference: what is in the store afterwards, and so what is
     trained, is the module's own tensor. `pyro.module` would find the name taken by another
     VAE's (or copy a tensor that is not contiguous), and train that.
     """
-    if am_i_wrapped():
-        _register_effect(parts)
-
-
-@effectful(type="module")
-def _register_effect(parts: dict[str, nn.Module]) -> bool:
     store = pyro.get_param_store()
-    for part, module in parts.items():
+    for part, module in parts.items() if am_i_wrapped() else ():
         for key, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -341,4 +331,4 @@ def _register_effect(parts: dict[str, nn.Module]) -> bool:
                 real: dict[str, constraints.Constraint] = {name: constraints.real}
                 store.set_state({"params": {name: parameter}, "constraints": real})
             pyro.param(name)
-    return True
+    return am_i_wrapped()

@@ -24,7 +24,7 @@ from pyro_vae.metrics import (
     modularity,
     sap,
 )
-from pyro_vae.metrics.factors import discretise
+from pyro_vae.metrics.information import discretise
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -1,11 +1,15 @@
 """Measurements of what a model has learned."""
 
-from pyro_vae.metrics.calibration import Calibration, calibration, p_values
+from pyro_vae.metrics.calibration import (
+    Calibration,
+    Difference,
+    calibration,
+    p_values,
+    paired_difference,
+)
 from pyro_vae.metrics.decomposition import Decomposition, Term, active_units, elbo_decomposition
-from pyro_vae.metrics.factors import Score
-from pyro_vae.metrics.information import factor_information, mig, mig_of_means, modularity
+from pyro_vae.metrics.information import Score, factor_information, mig, mig_of_means, modularity
 from pyro_vae.metrics.predictors import DCI, beta_vae_score, dci, factor_vae_score, sap
-from pyro_vae.metrics.replicas import Difference, paired_difference
 
 __all__ = [
     "Calibration",

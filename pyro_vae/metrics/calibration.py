@@ -1,12 +1,14 @@
-"""Whether a guide's uncertainty is right, by simulation."""
+"""Whether a guide's uncertainty is right, by simulation; and what chance does to log p(x)."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import pyro
 import torch
+from scipy.special import stdtr
 from torch import Tensor
 
 from pyro_vae.arguments import as_rows, check_real, check_whole, takes_vae
@@ -18,8 +20,6 @@ from pyro_vae.densities import (
     log_joint,
     summed_values,
 )
-
-__all__ = ["Calibration", "calibration"]
 
 ROWS = 10_000  # draws times data that the programs see at once
 
@@ -148,6 +148,27 @@ def calibration(
     return Calibration(ranks, names, num_draws, uniforms)
 
 
+def _ranks(
+    model: Program, guide: Program, x: Tensor, y: Tensor | None, num_draws: int
+) -> tuple[tuple[str, ...], Tensor, Tensor]:
+    """Names of the columns, ranks, and the ranks as uniform numbers, of new data."""
+    new, exact = draw_data(model, x, y)
+    draws, _ = draw_latents(guide, new, y, num_particles=num_draws)
+    both = []
+    for latents in (draws, exact):
+        columns = [latents[name].reshape(len(latents[name]), len(x), -1) for name in exact]
+        log_prob = log_joint(model, new, y, latents).unsqueeze(-1)
+        both.append(torch.cat([*columns, log_prob], -1).double())
+    values, truth = both
+    names = tuple(
+        f"{name} {d}" for name, part in zip(exact, columns) for d in range(part.shape[-1])
+    )
+    below, ties = (values < truth).sum(0), (values == truth).sum(0)
+    ranks = below + (torch.rand_like(truth[0]) * (ties + 1)).long()
+    uniforms = (ranks + torch.rand_like(truth[0])) / (num_draws + 1)
+    return (*names, "log p(x, z)"), ranks, uniforms
+
+
 def p_values(log_prob: Tensor, among: Tensor) -> Tensor:
     r"""How unusually low log p(x) of each row is among that of other rows.
 
@@ -173,22 +194,72 @@ def p_values(log_prob: Tensor, among: Tensor) -> Tensor:
     return ((1 + below).double() / (1 + len(among))).where(~values.isnan(), torch.nan)
 
 
-def _ranks(
-    model: Program, guide: Program, x: Tensor, y: Tensor | None, num_draws: int
-) -> tuple[tuple[str, ...], Tensor, Tensor]:
-    """Names of the columns, ranks, and the ranks as uniform numbers, of new data."""
-    new, exact = draw_data(model, x, y)
-    draws, _ = draw_latents(guide, new, y, num_particles=num_draws)
-    both = []
-    for latents in (draws, exact):
-        columns = [latents[name].reshape(len(latents[name]), len(x), -1) for name in exact]
-        log_prob = log_joint(model, new, y, latents).unsqueeze(-1)
-        both.append(torch.cat([*columns, log_prob], -1).double())
-    values, truth = both
-    names = tuple(
-        f"{name} {d}" for name, part in zip(exact, columns) for d in range(part.shape[-1])
+@dataclass(frozen=True)
+class Difference:
+    """The mean difference of log p(x) of two models, each trained from one seed or several.
+
+    Attributes:
+        mean: First less second, nats per datum.
+        stderr_data: Its standard error over data, Monte Carlo error included.
+        stderr_seeds: Its standard error over seeds; NaN where a model has one seed.
+        freedom: Degrees of freedom of both errors together.
+    """
+
+    mean: float
+    stderr_data: float
+    stderr_seeds: float
+    freedom: float
+
+    @property
+    def stderr(self) -> float:
+        """Both errors together; that over data alone where a model has one seed."""
+        seeds = 0.0 if math.isnan(self.stderr_seeds) else self.stderr_seeds
+        return math.hypot(self.stderr_data, seeds)
+
+    @property
+    def p_worse(self) -> float:
+        """Probability that the first is the worse, P(T < -mean / stderr) of Student's t."""
+        if self.stderr == 0:
+            return float(self.mean < 0) if self.mean else 0.5
+        return float(stdtr(self.freedom, -self.mean / self.stderr))
+
+
+def paired_difference(first: Tensor, second: Tensor) -> Difference:
+    r"""Compares two models on the same data.
+
+    .. math:: \widehat{\mathrm{Var}} = \frac{\mathrm{Var}_n(\bar\ell_{1n} - \bar\ell_{2n})}{N}
+        + \frac{\mathrm{Var}_s(\bar\ell_{1s})}{S_1} + \frac{\mathrm{Var}_s(\bar\ell_{2s})}{S_2}
+
+    with averages over the index left out, and the degrees of freedom of Welch.
+
+    Args:
+        first: log p(x) by each replica of a model, of the same data [S1, N].
+        second: That of another model [S2, N].
+
+    Raises:
+        ValueError: If their shapes do not fit.
+
+    References:
+        Welch. The generalization of Student's problem when several different population
+        variances are involved. 1947.
+    """
+    if first.ndim != 2 or first.shape[1:] != second.shape[1:]:
+        raise ValueError(
+            "expected log p(x) of the same data by replicas of two models, [S1, N] and [S2, N]; "
+            f"got {list(first.shape)} and {list(second.shape)}"
+        )
+    first, second = first.double(), second.double()
+    each = first.mean(0) - second.mean(0)
+    parts = [(each.var().item() / len(each), len(each) - 1)]
+    seeds = [(values.mean(1), len(values)) for values in (first, second)]
+    several = all(size > 1 for _, size in seeds)
+    if several:
+        parts += [(values.var().item() / size, size - 1) for values, size in seeds]
+    total = sum(variance for variance, _ in parts)
+    small = sum(variance**2 / freedom for variance, freedom in parts)
+    return Difference(
+        each.mean().item(),
+        math.sqrt(parts[0][0]),
+        math.sqrt(total - parts[0][0]) if several else math.nan,
+        total**2 / small if small else math.inf,
     )
-    below, ties = (values < truth).sum(0), (values == truth).sum(0)
-    ranks = below + (torch.rand_like(truth[0]) * (ties + 1)).long()
-    uniforms = (ranks + torch.rand_like(truth[0])) / (num_draws + 1)
-    return (*names, "log p(x, z)"), ranks, uniforms

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.arguments import check_whole
-from pyro_vae.metrics.factors import Score, check, gap
-
-__all__ = ["DCI", "beta_vae_score", "dci", "factor_vae_score", "sap"]
+from pyro_vae.metrics.information import Score, check, gap
 
 PRUNED = 0.05  # least standard deviation of a posterior mean that has a vote
 
