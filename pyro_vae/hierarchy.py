@@ -35,15 +35,12 @@ class Layers(nn.Module):
     """
 
     layers: Any
+    posterior: nn.Module | None
 
     def __init__(self, priors: Sequence[Prior]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(priors)
-
-    @property
-    def posterior(self) -> nn.Module | None:
-        """The posterior that the top layer's prior is made of, if any."""
-        return self.layers[-1].posterior
+        vars(self)["posterior"] = priors[-1].posterior  # past torch: only the VAE owns it
 
     def forward(self, y: Tensor | None = None) -> Joint:
         """p(z1, ..., zL | y)."""
@@ -67,28 +64,24 @@ class Inference(nn.Module):
         posteriors: One for each layer, from the data upwards.
         prior: The prior of the same layers; not owned by this module.
 
+    Attributes:
+        sizes: Latent size of each layer by its site.
+        condition_dim: Length of the vector `y` that all layers are conditioned on; 0 for none.
+
     Raises:
         ValueError: If there is not one posterior for each prior, or their sizes do not chain.
     """
 
     layers: Any
+    prior: Layers
 
     def __init__(self, posteriors: Sequence[Posterior], prior: Layers) -> None:
         super().__init__()
-        self._prior = (prior,)  # in a tuple, so that only the VAE owns it
+        vars(self)["prior"] = prior  # past torch, so that only the VAE owns it
         self.layers = nn.ModuleList(posteriors)
         self.sizes = named([q.latent_dim for q in posteriors])
+        self.condition_dim = getattr(posteriors[-1].encoder, "condition_dim", 1)
         self._check()
-
-    @property
-    def prior(self) -> Layers:
-        """The prior of the same layers."""
-        return self._prior[0]
-
-    @property
-    def condition_dim(self) -> int:
-        """Length of the vector `y` that all layers are conditioned on; 0 for none."""
-        return getattr(self.layers[-1].encoder, "condition_dim", 1)
 
     @classmethod
     @abstractmethod

@@ -36,7 +36,12 @@ class Prior(Shown):
     argument a default, and returns from `forward` a distribution with event shape (D,) and
     batch shape (). That is all: it is then found by name, and the laws in the tests apply.
     `StandardNormal` is the one to read.
+
+    Attributes:
+        posterior: The posterior that this prior is made of, if any; not owned by it.
     """
+
+    posterior: nn.Module | None = None
 
     @abstractmethod
     def forward(self, y: Tensor | None = None) -> Distribution:
@@ -44,11 +49,6 @@ class Prior(Shown):
 
     def initialise(self, x: Tensor) -> None:
         """Sets what is learned from training data `x` [N, *E] before the first step."""
-
-    @property
-    def posterior(self) -> nn.Module | None:
-        """The posterior that this prior is made of, if any."""
-        return None
 
 
 class StandardNormal(Prior):
@@ -213,6 +213,8 @@ class VampPrior(Prior):
         Tomczak and Welling. VAE with a VampPrior. 2018.
     """
 
+    posterior: nn.Module
+
     def __init__(
         self,
         posterior: nn.Module,
@@ -221,7 +223,7 @@ class VampPrior(Prior):
         data_range: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
-        self._posterior = (posterior,)  # in a tuple, so that only the VAE owns it
+        vars(self)["posterior"] = posterior  # past torch, so that only the VAE owns it
         self._range_given = data_range is not None
         check_whole(num_components=num_components)
         ends = (0.0, 1.0) if data_range is None else data_range
@@ -231,11 +233,6 @@ class VampPrior(Prior):
             raise ValueError(f"data_range must be (low, high) with low < high; got {data_range}")
         self.low, self.high = (nn.Buffer(torch.tensor(float(end))) for end in ends)
         self.raw_inputs = nn.Parameter(torch.randn(num_components, *data_shape))
-
-    @property
-    def posterior(self) -> nn.Module:
-        """The posterior whose mixture this is."""
-        return self._posterior[0]
 
     @property
     def inputs(self) -> Tensor:

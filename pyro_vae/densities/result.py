@@ -12,8 +12,6 @@ from torch.distributions import Distribution, Independent, kl_divergence
 
 from pyro_vae.densities.programs import Latents, Sites
 
-__all__ = ["Densities", "Site", "check_kl", "densities_of", "factors", "log_mean_exp"]
-
 
 @dataclass(eq=False)
 class Site:

@@ -26,19 +26,6 @@ from pyro_vae.densities.programs import (
 from pyro_vae.densities.result import Densities, densities_of, factors
 from pyro_vae.densities.summed import summed_densities, summed_values
 
-__all__ = [
-    "NotSimulated",
-    "complete_data",
-    "densities",
-    "draw_latents",
-    "entry_log_prob",
-    "log_joint",
-    "log_weights",
-    "registered_densities",
-    "draw_data",
-    "sites_at",
-]
-
 OF_CLASSES = {"enumerate", "label_weight"}  # what marks sites of a class, which see no entry
 
 
@@ -258,7 +245,6 @@ def entry_log_prob(sites: Sites, x: Tensor, latents: Latents) -> Tensor:
 
 
 def _site_of_data(sites: Sites, x: Tensor, latents: Latents) -> str:
-    """The name of the site that observes x."""
     for name in sites.keys() - latents.keys():
         value = sites[name]["value"]
         if value.shape[-x.ndim :] == x.shape and _is_same(value.reshape(-1, *x.shape)[0], x):

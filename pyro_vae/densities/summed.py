@@ -73,13 +73,21 @@ class OverValues(dist.TorchDistribution):
         base: The distribution of batch [C * K, B].
         log_weights: Of the values [C, K, B].
         scored: A value, and its log densities under each of the C [C, K, B].
+        has_rsample: Whether gradients pass through the value.
     """
 
     arg_constraints = {}
 
-    def __init__(self, base: Any, log_weights: Tensor, scored: tuple[Tensor, Tensor]) -> None:
+    def __init__(
+        self,
+        base: Any,
+        log_weights: Tensor,
+        scored: tuple[Tensor, Tensor],
+        has_rsample: bool = False,
+    ) -> None:
         super().__init__(log_weights.shape[1:], base.event_shape, validate_args=False)
         self.base_dist, self.log_weights, self.scored = base, log_weights, scored
+        self.has_rsample = has_rsample
 
     def terms(self, value: Tensor) -> Tensor:
         """Log densities under each of the C [C, K, B]."""
@@ -105,19 +113,9 @@ class Mixture(OverValues):
 class Average(OverValues):
     """Log densities averaged over a discrete latent: of draws that depend on its value."""
 
-    @property
-    def has_rsample(self) -> bool:  # type: ignore[override]
-        return self.base_dist.has_rsample
-
     def log_prob(self, value: Tensor) -> Tensor:
         weights = self.log_weights.exp()
         return (weights * self.terms(value).masked_fill(weights == 0, 0.0)).sum(0)
-
-
-class Posterior(Average):
-    """p(value | x, draws) of the discrete latent itself, which the weights are."""
-
-    has_rsample = True  # type: ignore[assignment]
 
 
 def summed_densities(
@@ -201,7 +199,7 @@ def _mixtures(
 
 
 def _averages(
-    p: Sites, q: Sites, log_p: dict[str, Tensor], log_q: dict[str, Tensor], values: Latents
+    p: Sites, q: Sites, log_p: Latents, log_q: Latents, values: Latents
 ) -> tuple[dict[str, Site], dict[str, tuple[Any, Tensor]]]:
     """Sites given c, averaged over p(c | x, draws), and c itself."""
     weights = (_total(log_p) - _total(log_q)).log_softmax(0)
@@ -211,17 +209,19 @@ def _averages(
         fn, value = site["fn"], site["value"]
         of_model = Average(fn, weights, (value, log_p[name]))
         if name in q:
-            of_guide = Average(q[name]["fn"], weights, (value, log_q[name]))
+            of_draws = q[name]["fn"]
+            of_guide = Average(of_draws, weights, (value, log_q[name]), of_draws.has_rsample)
             latents[name] = Site(value, of_guide, of_model)
         elif name in values:  # all of them are one joint latent
             log_posterior = weights if name == first else torch.zeros_like(weights)
-            latents[name] = Site(value, Posterior(fn, weights, (value, log_posterior)), of_model)
+            of_guide = Average(fn, weights, (value, log_posterior), has_rsample=True)
+            latents[name] = Site(value, of_guide, of_model)
         else:
             observed[name] = of_model, value
     return latents, observed
 
 
-def _label_term(p: Sites, log_p: dict[str, Tensor], log_q: dict[str, Tensor]) -> Tensor | None:
+def _label_term(p: Sites, log_p: Latents, log_q: Latents) -> Tensor | None:
     """Sum over sites with infer={"label_weight": w} of w log p(label | x) [B], or None."""
     weights = {n: s["infer"].get("label_weight") for n, s in p.items()}
     weights = {name: weight for name, weight in weights.items() if weight}

@@ -43,7 +43,6 @@ class Term:
     stderr_data: float
 
     def __str__(self) -> str:
-        """The mean and both errors."""
         return f"{self.value:.3f} +- {self.stderr_draws:.3f} +- {self.stderr_data:.3f}"
 
 

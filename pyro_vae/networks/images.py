@@ -36,7 +36,8 @@ class Conv(Network):
         condition_dim: int = 0,
         norm: str | None = None,
     ) -> None:
-        super().__init__(in_shape, out_shape, condition_dim, channels=channels, hidden=hidden)
+        super().__init__(in_shape, out_shape, condition_dim, hidden=hidden)
+        channels = as_shape("channels", channels)
         sizes = image_sizes(self.in_shape, len(channels), "Conv", "in_shape", "ConvTranspose")
         layers: list[nn.Module] = []
         for i, o in zip((self.in_shape[0], *channels), channels):
@@ -46,8 +47,7 @@ class Conv(Network):
                 activation_layer(activation),
             ]
         self.convolutions = nn.Sequential(*layers)
-        flat = (channels[-1] if channels else self.in_shape[0]) * prod(sizes[-1])
-        widths = (flat + condition_dim, *hidden)
+        widths = (channels[-1] * prod(sizes[-1]) + condition_dim, *hidden)
         self.hidden = nn.Sequential(*dense(widths, activation, norm))
         self.output = nn.Linear(widths[-1], prod(self.out_shape))
 
@@ -81,22 +81,20 @@ class ConvTranspose(Network):
         condition_dim: int = 0,
         norm: str | None = None,
     ) -> None:
-        super().__init__(in_shape, out_shape, condition_dim, channels=channels, hidden=hidden)
+        super().__init__(in_shape, out_shape, condition_dim, hidden=hidden)
+        channels = as_shape("channels", channels)
         sizes = image_sizes(self.out_shape, len(channels), "ConvTranspose", "out_shape", "Conv")
         smallest, *larger = reversed(sizes)
-        self.start = (channels[0] if channels else self.out_shape[0], *smallest)
+        self.start = (channels[0], *smallest)
         widths = (prod(self.in_shape) + condition_dim, *hidden, prod(self.start))
         self.hidden = nn.Sequential(*dense(widths, activation, norm))
         layers: list[nn.Module] = []
-        for n, (i, o) in enumerate(zip(channels, (*channels[1:], self.out_shape[0]))):
+        for i, o, (height, width) in zip(channels, (*channels[1:], self.out_shape[0]), larger):
+            if layers:
+                layers += [*norm_2d(norm, i), activation_layer(activation)]
             # a side s comes from ceil(s / 2), which doubles to s or s + 1
-            height, width = larger[n]
             even = (1 - height % 2, 1 - width % 2)
             layers.append(nn.ConvTranspose2d(i, o, 3, 2, padding=1, output_padding=even))
-            if n < len(channels) - 1:
-                layers += [*norm_2d(norm, o), activation_layer(activation)]
-        if not layers:
-            raise ValueError("ConvTranspose needs at least one entry in channels; got none")
         self.convolutions = nn.Sequential(*layers)
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:

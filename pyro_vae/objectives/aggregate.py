@@ -354,7 +354,6 @@ def mmd(first: Tensor, second: Tensor, bandwidth: float) -> Tensor:
 
 
 def _mean_kernel(first: Tensor, second: Tensor, bandwidth: float) -> Tensor:
-    """The mean kernel of pairs from different data."""
     K, B, _ = first.shape
     pairs = first.flatten(0, 1).unsqueeze(1) - second.flatten(0, 1)
     kernel = torch.exp(-pairs.pow(2).sum(-1) / (2 * bandwidth**2)).view(K, B, K, B)

@@ -57,7 +57,6 @@ class Checked(Schedule):
     """A schedule whose unit and numbers are checked when it is made."""
 
     def __post_init__(self) -> None:
-        """Refuses a unit that is unknown, and numbers that are not finite or out of range."""
         for name, value in vars(self).items():
             what = f"{type(self).__name__}: {name}"
             if name != "unit":
