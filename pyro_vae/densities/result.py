@@ -191,19 +191,20 @@ class Densities:
         }
 
     def _site_kl(self, name: str, site: Site, rule: str) -> Tensor:
-        if rule == "sampled" or (rule == "auto" and self.kl_rules[name] == "sampled"):
+        analytic = site.analytic_kl if self.same_order else None
+        if rule == "sampled" or (rule == "auto" and analytic is None):
             return (site.log_posterior - site.log_prior).mean(0)
         if not self.same_order:
             raise ValueError(
                 "kl='analytic' needs model and guide to draw their sites in the same order; "
                 f"got {list(self.sites)} in the model: use kl='sampled'"
             )
-        if site.analytic_kl is None:
+        if analytic is None:
             raise ValueError(
                 f"no analytic KL from {_name(site.guide)} to {_name(site.model)} at site "
                 f"{name!r}: use kl='auto' or 'sampled'"
             )
-        return site.analytic_kl
+        return analytic
 
     def _sum(self, terms: list[Tensor]) -> Tensor:
         total = sum(terms[1:], terms[0]) if terms else torch.zeros(())

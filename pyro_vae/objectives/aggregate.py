@@ -97,7 +97,7 @@ class BetaTC(Objective):
             raise ValueError(f"estimator must be 'stratified' or 'weighted'; got {estimator!r}")
         check_whole(optional=True, num_data=num_data)
         self.estimator, self.num_data = estimator, num_data
-        self.rows_told: int | None = None
+        self._told: int | None = None
         self.alpha = self.add_weight("alpha", alpha)
         self.beta = self.add_weight("beta", beta)
         self.gamma = self.add_weight("gamma", gamma)
@@ -105,7 +105,7 @@ class BetaTC(Objective):
     def prepare(self, num_data: int, steps_per_epoch: int) -> None:
         """Takes the number of training data, unless `num_data` was given."""
         super().prepare(num_data, steps_per_epoch)
-        self.rows_told = num_data
+        self._told = num_data
 
     def bound(self, d: Densities) -> Tensor:
         """Mean of the weighted terms over draws, [B]."""
@@ -126,15 +126,18 @@ class BetaTC(Objective):
 
     def _average(self, d: Densities, log_prob: Tensor) -> Tensor:
         """Logarithm of the weighted sum over data, the third dimension of `log_prob`."""
-        size = self.num_data or self.rows_told or round(d.scale * d.num_data)
+        weights = estimator_weights(self.estimator, d.num_data, self._size(d), log_prob)
+        log_weights = weights.log().reshape(*weights.shape, *[1] * (log_prob.ndim - 3))
+        return (log_prob + log_weights).logsumexp(2)
+
+    def _size(self, d: Densities) -> int:
+        size = self.num_data or self._told or round(d.scale * d.num_data)
         if size < d.num_data:
             raise ValueError(
                 f"num_data must be at least the {d.num_data} rows of the batch; got {size}: "
                 "give the number of training data"
             )
-        weights = estimator_weights(self.estimator, d.num_data, size, log_prob)
-        log_weights = weights.log().reshape(*weights.shape, *[1] * (log_prob.ndim - 3))
-        return (log_prob + log_weights).logsumexp(2)
+        return size
 
 
 class HierarchicallyFactorized(BetaTC):
