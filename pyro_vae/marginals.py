@@ -32,30 +32,26 @@ def marginals(q: Distribution) -> Normal:
     return Normal(base.loc.reshape(shape), base.scale.reshape(shape), validate_args=False)
 
 
-def pair_marginals(q: Distribution, z: Tensor) -> Tensor:
+def pair_marginals(q: Distribution, z: Tensor, dims: Sequence[int] | None = None) -> Tensor:
     """log q_n(z_md) [*S, M, N, D], in nats, of M draws under N distributions.
-
-    Args:
-        q: Batch [*S, N], event (D,), as in `marginals`.
-        z: Draws [*S, M, D].
-    """
-    each = marginals(q)
-    loc, scale = each.loc.unsqueeze(-3), each.scale.unsqueeze(-3)
-    return Normal(loc, scale, validate_args=False).log_prob(z.unsqueeze(-2))
-
-
-def pair_log_prob(q: Distribution, z: Tensor, dims: Sequence[int] | None = None) -> Tensor:
-    """log q_n(z_m) [*S, M, N], in nats, or that of the dimensions `dims` alone.
 
     Args:
         q: Batch [*S, N], event (D,), as in `marginals`.
         z: Draws [*S, M, D].
         dims: Some of the dimensions; None for all.
     """
+    each = marginals(q)
+    loc, scale = (_at(part, dims).unsqueeze(-3) for part in (each.loc, each.scale))
+    return Normal(loc, scale, validate_args=False).log_prob(_at(z, dims).unsqueeze(-2))
+
+
+def pair_log_prob(q: Distribution, z: Tensor, dims: Sequence[int] | None = None) -> Tensor:
+    """log q_n(z_m) [*S, M, N], in nats, or that of the dimensions `dims` alone.
+
+    Arguments are those of `pair_marginals`.
+    """
     if not isinstance(q, MultivariateNormal):
-        each = marginals(q)
-        part = Normal(_at(each.loc, dims), _at(each.scale, dims), validate_args=False)
-        return pair_marginals(Independent(part, 1, validate_args=False), _at(z, dims)).sum(-1)
+        return pair_marginals(q, z, dims).sum(-1)
     root = q.scale_tril
     if dims is not None:  # cholesky would read the device, to see whether there is a root
         root = torch.linalg.cholesky_ex(_at(_at(q.covariance_matrix, dims).mT, dims)).L

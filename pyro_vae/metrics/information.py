@@ -114,7 +114,6 @@ def mig(
     """
     means = marginals(posterior).loc
     _, values, labels = check(means, factors, names, num_samples=num_samples, seed=seed)
-    check_whole(optional=True, num_rows=num_rows)
     kept = [f for f, label in enumerate(labels) if label not in without]
     if not kept:
         raise ValueError(f"expected a factor that is not left out; got {labels} without {without}")

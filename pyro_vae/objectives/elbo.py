@@ -127,24 +127,22 @@ class FreeBits(Objective):
 
     def bound(self, d: Densities) -> Tensor:
         """Mean reconstruction less the KL above its floors, [B]."""
-        kl = self._groups(d)
+        kl = self.group_kl(d)
         if self.on == "batch":
             kl = kl.mean(0).expand_as(kl)
         return d.log_likelihood.mean(0) - torch.maximum(kl, self.free_nats).sum(-1)
 
-    def _groups(self, d: Densities) -> Tensor:
+    def group_kl(self, d: Densities) -> Tensor:
         """KL of each group [B, J]."""
         if self.group_size is None:
             return torch.stack(list(d.kl(self.kl).values()), -1)
-        groups = []
-        for name, kl in d.kl_by_dimension(self.kl).items():
-            if kl.shape[-1] % self.group_size:
-                raise ValueError(
-                    f"group_size must divide the {kl.shape[-1]} dimensions of site {name!r}; "
-                    f"got {self.group_size}"
-                )
-            groups.append(kl.unflatten(-1, (-1, self.group_size)).sum(-1))
-        return torch.cat(groups, -1)
+        sites = d.kl_by_dimension(self.kl)
+        if uneven := [name for name, kl in sites.items() if kl.shape[-1] % self.group_size]:
+            raise ValueError(
+                f"group_size must divide the {sites[uneven[0]].shape[-1]} dimensions of site "
+                f"{uneven[0]!r}; got {self.group_size}"
+            )
+        return torch.cat(list(sites.values()), -1).unflatten(-1, (-1, self.group_size)).sum(-1)
 
 
 class StickingTheLanding(Objective):
@@ -178,11 +176,9 @@ class StickingTheLanding(Objective):
 
     def bound(self, d: Densities) -> Tensor:
         """Mean reconstruction less beta times the sampled KL, [B]."""
-        return self._bound(d, d.log_posterior)
+        return (d.log_likelihood - self.beta * (d.log_posterior - d.log_prior)).mean(0)
 
     def surrogate(self, d: Densities) -> Tensor:
         """The same, without the gradient of the guide's own parameters, [B]."""
-        return self._bound(d, d.log_posterior_detached)
-
-    def _bound(self, d: Densities, log_posterior: Tensor) -> Tensor:
-        return (d.log_likelihood - self.beta * (log_posterior - d.log_prior)).mean(0)
+        kl = d.log_posterior_detached - d.log_prior
+        return (d.log_likelihood - self.beta * kl).mean(0)
