@@ -211,7 +211,9 @@ def _log_mean_within(pairs: Tensor, member: Tensor, own: Tensor) -> Tensor:
 
 
 def _entropies(factors: Tensor) -> Tensor:
-    entropies = torch.stack([entropy(v.long().cpu()) for v in factors.T])
+    """Of the empirical distribution of each factor [F], in nats."""
+    shares = [v.unique(return_counts=True)[1].double() / len(v) for v in factors.T]
+    entropies = torch.stack([torch.special.entr(share).sum() for share in shares])
     if (entropies == 0).any():
         constant = (entropies == 0).nonzero().flatten().tolist()
         raise ValueError(
@@ -269,25 +271,17 @@ def discretise(codes: Tensor, bins: int) -> Tensor:
     return ((codes - low) / width * bins).long().clamp(max=bins - 1)
 
 
-def entropy(values: Tensor) -> Tensor:
-    """Entropy of the empirical distribution of `values` int64 [N], in nats."""
-    p = values.unique(return_counts=True)[1].double() / len(values)
-    return -(p * p.log()).sum()
-
-
 def information_matrix(first: Tensor, second: Tensor) -> Tensor:
-    r"""Mutual information of columns of `first` [N, F] with those of `second` [N, D], [F, D].
+    """Mutual information of columns of `first` [N, F] with those of `second` [N, D], [F, D].
 
-    .. math:: I(a; b) = H(a) + H(b) - H(a, b)
-
-    in nats, of the empirical distribution of int64 values; biased upwards by about
+    In nats, of the empirical distribution of int64 values; biased upwards by about
     (cells - 1) / (2 N) in a table that has more cells than rows and columns.
     """
-    rows = []
-    for a in first.T:
-        joint = [entropy(a * (b.max() + 1) + b) for b in second.T]
-        rows.append([entropy(a) + entropy(b) - ab for b, ab in zip(second.T, joint)])
-    return torch.tensor(rows, dtype=torch.float64).clamp(min=0)  # below by rounding alone
+    from sklearn.metrics import mutual_info_score
+
+    columns = second.T.numpy()
+    rows = [[mutual_info_score(a, b) for b in columns] for a in first.T.numpy()]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def gap(scores: Tensor) -> Tensor:
