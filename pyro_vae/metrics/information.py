@@ -121,7 +121,7 @@ def mig(
     information = factor_information(
         posterior, part, num_samples=num_samples, num_rows=num_rows, seed=seed
     )
-    gaps = gap(information) / _entropies(part)
+    gaps = relative_gap(information, part)
     return Score(
         "mig",
         gaps.mean().item(),
@@ -157,7 +157,7 @@ def mig_of_means(
     """
     codes, values, labels = check(means, factors, names, bins=bins)
     information = information_matrix(values, discretise(codes, bins))
-    gaps = gap(information) / _entropies(values)
+    gaps = relative_gap(information, values)
     return Score(
         "mig",
         gaps.mean().item(),
@@ -210,18 +210,6 @@ def _log_mean_within(pairs: Tensor, member: Tensor, own: Tensor) -> Tensor:
     return within.log() + highest.squeeze(1)
 
 
-def _entropies(factors: Tensor) -> Tensor:
-    """Of the empirical distribution of each factor [F], in nats."""
-    shares = [v.unique(return_counts=True)[1].double() / len(v) for v in factors.T]
-    entropies = torch.stack([torch.special.entr(share).sum() for share in shares])
-    if (entropies == 0).any():
-        constant = (entropies == 0).nonzero().flatten().tolist()
-        raise ValueError(
-            f"expected factors that vary; column(s) {constant} have one value: leave them out"
-        )
-    return entropies
-
-
 def modularity(
     means: Tensor, factors: Tensor, names: Sequence[str] | None = None, *, bins: int = 20
 ) -> Score:
@@ -271,17 +259,23 @@ def discretise(codes: Tensor, bins: int) -> Tensor:
     return ((codes - low) / width * bins).long().clamp(max=bins - 1)
 
 
-def information_matrix(first: Tensor, second: Tensor) -> Tensor:
-    """Mutual information of columns of `first` [N, F] with those of `second` [N, D], [F, D].
+def entropies(values: Tensor) -> Tensor:
+    """Of the empirical distribution of each column of `values` int64 [N, F], in nats, [F]."""
+    shares = [v.unique(return_counts=True)[1].double() / len(v) for v in values.T]
+    return torch.stack([-(p * p.log()).sum() for p in shares])
 
-    In nats, of the empirical distribution of int64 values; biased upwards by about
+
+def information_matrix(first: Tensor, second: Tensor) -> Tensor:
+    r"""Mutual information of columns of `first` [N, F] with those of `second` [N, D], [F, D].
+
+    .. math:: I(a; b) = H(a) + H(b) - H(a, b)
+
+    in nats, of the empirical distribution of int64 values; biased upwards by about
     (cells - 1) / (2 N) in a table that has more cells than rows and columns.
     """
-    from sklearn.metrics import mutual_info_score
-
-    columns = second.T.numpy()
-    rows = [[mutual_info_score(a, b) for b in columns] for a in first.T.numpy()]
-    return torch.tensor(rows, dtype=torch.float64)
+    pairs = [entropies(a.unsqueeze(1) * (second.max() + 1) + second) for a in first.T]
+    apart = entropies(first).unsqueeze(1) + entropies(second)
+    return (apart - torch.stack(pairs)).clamp(min=0)  # below by rounding alone
 
 
 def gap(scores: Tensor) -> Tensor:
@@ -290,3 +284,14 @@ def gap(scores: Tensor) -> Tensor:
         raise ValueError("expected at least two latent dimensions, for a gap between two")
     first, second = scores.topk(2, dim=1).values.T
     return first - second
+
+
+def relative_gap(information: Tensor, factors: Tensor) -> Tensor:
+    """`gap` of the information on each of `factors` [N, F], in units of its entropy, [F]."""
+    entropy = entropies(factors)
+    if (entropy == 0).any():
+        constant = (entropy == 0).nonzero().flatten().tolist()
+        raise ValueError(
+            f"expected factors that vary; column(s) {constant} have one value: leave them out"
+        )
+    return gap(information) / entropy
