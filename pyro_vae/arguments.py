@@ -176,7 +176,9 @@ def final_subclasses(cls: type) -> list[Any]:
 
 
 def as_plain(value: Any) -> Any:
-    """Numbers and lists of Python for those of numpy and torch, inside lists too."""
+    """Numbers and lists of Python for those of numpy and torch, inside lists and mappings too."""
+    if isinstance(value, Mapping):
+        return {key: as_plain(each) for key, each in value.items()}
     if isinstance(value, tuple | list):
         return [as_plain(each) for each in value]
     return value.tolist() if hasattr(value, "tolist") else value

@@ -5,17 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
 __all__ = [
+    "Kinds",
     "Locked",
     "PathLike",
     "as_csv",
     "check_folder",
+    "check_types",
     "damaged",
     "flush_folder",
     "locked",
@@ -24,6 +26,7 @@ __all__ = [
 ]
 
 PathLike = str | os.PathLike[str]
+Kinds = dict[str, tuple[type, ...]]  # of the values of a record, by name
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 NEW |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # not on every system
 
@@ -118,6 +121,18 @@ def reading(path: PathLike) -> Iterator[None]:
         raise ValueError(
             f"{path} is damaged: {type(error).__name__}: {error}; restore it from a copy"
         ) from error
+
+
+def check_types(record: Mapping[str, Any], kinds: Kinds) -> None:
+    """Refuses a record that lacks a value or holds one of another type.
+
+    Raises:
+        LookupError: If a value is missing.
+        TypeError: If a value has another type; the message names it.
+    """
+    for name in kinds:
+        if type(record[name]) not in kinds[name]:
+            raise TypeError(f"{name} is {record[name]!r}")
 
 
 @contextmanager

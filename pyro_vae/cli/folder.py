@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -27,10 +28,9 @@ from pyro_vae.data import (
     restore,
     spread,
 )
-from pyro_vae.files import reading, write
-from pyro_vae.processes import check_processes
+from pyro_vae.files import Kinds, check_types, reading, write
+from pyro_vae.processes import check_processes, uses_cuda
 from pyro_vae.training import read_run
-from pyro_vae.training.engine import uses_cuda
 from pyro_vae.vae import VAE
 
 __all__ = [
@@ -47,16 +47,16 @@ __all__ = [
     "read_table",
 ]
 
-RECORD: dict[str, tuple[type, ...]] = {  # of data.json
+RECORD: Kinds = {  # of data.json
     "description": (dict,),
     "transform": (dict,),
     "conditional": (bool,),
-    "classes": (int, type(None)),
+    "classes": (int, NoneType),
     "seed": (int,),
 }
-ROWS: dict[str, tuple[type, ...]] = {  # of its "rows", which runs of version 0.1 lack
-    "levels": (int, type(None)),
-    "columns": (list, type(None)),
+ROWS: Kinds = {  # of its "rows", which runs of version 0.1 lack
+    "levels": (int, NoneType),
+    "columns": (list, NoneType),
     "dtype": (str,),
     "range": (list,),
 }
@@ -78,24 +78,22 @@ def declared_run(folder: Path, declaration: dict[str, Any], splits: Splits) -> I
         "classes": splits.train.classes,
         "seed": splits.seed,
     }
-    accepted = folder / "run.json"
-    before = accepted.read_text() if accepted.exists() else None
     files = {
         folder / "config.yaml": yaml.safe_dump(declaration, sort_keys=False),
         folder / "data.json": json.dumps(data, indent=1),
     }
-    kept = before is None
+    run = folder / "run.json"
+    before = run.stat().st_ino if run.exists() else None  # another one once `fit` has written it
     try:
-        for path, text in files.items() if kept else ():
+        for path, text in files.items() if before is None else ():
             write(path, text)
         yield
-        kept = True
     finally:
-        now = accepted.read_text() if accepted.exists() else None
+        now = run.stat().st_ino if run.exists() else None
         for path, text in files.items():
             if now is None:
                 path.unlink(missing_ok=True)
-            elif kept or now != before:
+            elif now != before:
                 write(path, text)
 
 
@@ -181,9 +179,9 @@ def read_record(run: str | Path) -> dict[str, Any]:
         trained: dict[str, Any] = dict(read_run(run)["data"]["train"].get("describe") or {})
     with reading(path):
         known = json.loads(read_part(run, path.name))
-        _check_types(known, RECORD)
+        check_types(known, RECORD)
         if "rows" in known:
-            _check_types(known["rows"], ROWS)
+            check_types(known["rows"], ROWS)
             if [type(value) in (int, float) for value in known["rows"]["range"]] != [True, True]:
                 raise TypeError(f"range is {known['rows']['range']!r}")
         for name in trained.keys() & {"seed", "transform"}:
@@ -258,9 +256,3 @@ def destination(
     if source is not None and path.exists() and Path(source).exists() and path.samefile(source):
         raise ValueError(f"out must not be the input; {path} would be overwritten: name another")
     return path
-
-
-def _check_types(known: dict[str, Any], kinds: dict[str, tuple[type, ...]]) -> None:
-    for name in kinds:
-        if type(known[name]) not in kinds[name]:
-            raise TypeError(f"{name} is {known[name]!r}")

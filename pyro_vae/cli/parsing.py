@@ -285,9 +285,8 @@ def _as_asked(options: Namespace) -> Iterator[None]:
     """The devices, threads and precision that a command asks for; warnings as one line."""
     import torch
 
-    from pyro_vae.processes import check_processes
+    from pyro_vae.processes import check_processes, uses_cuda
     from pyro_vae.runtime import threads
-    from pyro_vae.training.engine import uses_cuda
 
     precision, number = torch.get_float32_matmul_precision(), options.get("threads")
     most = os.cpu_count() or 1

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from pyro_vae.data import Data
 from pyro_vae.files import Locked, locked, write
-from pyro_vae.processes import in_processes
-from pyro_vae.training.engine import uses_cuda
+from pyro_vae.processes import in_processes, uses_cuda
 
 __all__ = ["Job", "key_of", "part_seed", "stream"]
 

@@ -23,9 +23,8 @@ from pyro_vae.data import Data, Schema, Splits, load_data, spread
 from pyro_vae.files import locked, reading
 from pyro_vae.likelihoods import Bernoulli, Columns, Likelihood
 from pyro_vae.objectives import Objective
-from pyro_vae.processes import in_processes
-from pyro_vae.training import History, fit, is_first_process, read_run
-from pyro_vae.training.engine import uses_cuda
+from pyro_vae.processes import in_processes, is_first_process, uses_cuda
+from pyro_vae.training import History, fit, read_run
 from pyro_vae.vae import VAE
 
 __all__ = ["demo", "hints", "train"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vae.arguments import as_tensor, check_finite, digest_of, is_rows
 
-__all__ = ["Dataset", "TensorDataset", "as_dataset", "describe", "evenly_spaced", "fetch"]
+__all__ = ["Dataset", "TensorDataset", "as_dataset", "describe", "fetch", "fetch_few"]
 
 
 @runtime_checkable
@@ -88,34 +88,31 @@ def as_dataset(data: Any, name: str, missing: bool = False) -> Dataset:
         and (data[1] is None or isinstance(data, tuple) or hasattr(data[1], "ndim"))
         and getattr(data[0], "ndim", 2) > 1
     )
-    if pair or is_rows(data):
-        return _tensor_rows(name, missing, *(data if pair else (data,)))
-    if not isinstance(data, Dataset):
-        raise ValueError(
-            f"{name} must be rows [N, *E] (a tensor, array, frame or list), a pair (x, y) of "
-            "them, or an object with __len__, batch, fixed and to, such as splits.train; got "
-            f"{type(data).__name__}"
-        )
-    if len(data) < 1:
-        raise ValueError(f"{name} must have at least one row; got none")
-    return data
-
-
-def _tensor_rows(name: str, missing: bool, x: Any, y: Any = None) -> TensorDataset:
+    if not pair and not is_rows(data):
+        if not isinstance(data, Dataset):
+            raise ValueError(
+                f"{name} must be rows [N, *E] (a tensor, array, frame or list), a pair (x, y) of "
+                "them, or an object with __len__, batch, fixed and to, such as splits.train; got "
+                f"{type(data).__name__}"
+            )
+        if len(data) < 1:
+            raise ValueError(f"{name} must have at least one row; got none")
+        return data
+    x, y = data if pair else (data, None)
     x = as_tensor(name, x)
-    y = None if y is None else as_tensor(f"y of {name}", y)
     if x.ndim < 2 or len(x) < 1:
         raise ValueError(
             f"{name} must be of shape [N, *E] with at least one row; got {list(x.shape)}"
         )
-    if y is not None and y.ndim == 1:  # labels, or one number to condition on
-        y = y.unsqueeze(1)
-    if y is not None and (y.ndim != 2 or len(y) != len(x)):
-        raise ValueError(
-            f"y of {name} must be of shape [{len(x)}, C], a row for each of x; got {list(y.shape)}"
-        )
     check_finite(name, x, missing)
     if y is not None:
+        y = as_tensor(f"y of {name}", y)
+        y = y.unsqueeze(1) if y.ndim == 1 else y  # labels, or one number to condition on
+        if y.ndim != 2 or len(y) != len(x):
+            raise ValueError(
+                f"y of {name} must be of shape [{len(x)}, C], a row for each of x; got "
+                f"{list(y.shape)}"
+            )
         remedy = ", or give -1 for a label that is unknown" if y.shape[1] == 1 else ""
         check_finite(f"y of {name}", y, remedy=remedy)
     return TensorDataset(x, y)
@@ -130,12 +127,13 @@ def describe(rows: Dataset) -> dict[str, Any]:
     return record
 
 
-def evenly_spaced(num_rows: int, at_most: int) -> Tensor:
-    """Indices of at most `at_most` of `num_rows` rows, evenly spaced."""
-    return torch.linspace(0, num_rows - 1, min(num_rows, at_most), dtype=torch.float64).long()
-
-
 def fetch(rows: Dataset, index: Tensor, like: Tensor) -> tuple[Tensor, ...]:
     """x, and y if there is one, of the rows at `index` [B], in type and place like a weight."""
     x, y = rows.batch(index)
     return (x.to(like),) if y is None else (x.to(like), y.to(like))
+
+
+def fetch_few(rows: Dataset, at_most: int, like: Tensor) -> tuple[Tensor, ...]:
+    """The like of at most `at_most` rows, evenly spaced."""
+    index = torch.linspace(0, len(rows) - 1, min(len(rows), at_most), dtype=torch.float64)
+    return fetch(rows, index.long().to(like.device), like)

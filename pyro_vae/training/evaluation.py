@@ -8,17 +8,16 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_vae.densities import Densities, Program, densities, evaluating, run_program
+from pyro_vae.densities import Program, evaluating, run_program
 from pyro_vae.densities.programs import is_random
 from pyro_vae.estimators.importance import lower_bound
+from pyro_vae.processes import Group
 from pyro_vae.runtime import forked
-from pyro_vae.training.dataset import Dataset, TensorDataset, evenly_spaced, fetch
-from pyro_vae.training.engine import Group
+from pyro_vae.training.dataset import Dataset, fetch, fetch_few
 
 __all__ = ["Evaluator"]
 
 CHUNK = 1000  # rows at once
-INITIAL_ROWS = 10_000  # that `vae.initialise` sees
 UNIT_ROWS = 1000  # that the active units are counted on
 ACTIVE = 0.01  # least variance over data of an active unit's posterior mean
 
@@ -37,26 +36,13 @@ class Evaluator:
         self, vae: Any, train: Dataset, validation: Dataset | None, seed: int, group: Group
     ) -> None:
         self.programs: tuple[Program, Program] = vae.model, vae.guide
-        self.train, self.seed, self.group = train, seed, group
+        self.seed, self.group = seed, group
         self.weight = next(p for p in vae.parameters() if p.is_floating_point())
         self.device = self.weight.device
         with forked(self.device):
             self.validation = None if validation is None else validation.fixed(seed)
             fixed = train.fixed(seed) if self.validation is None else self.validation
-        index = evenly_spaced(len(fixed), UNIT_ROWS).to(self.device)
-        self.unit_rows = TensorDataset(*fixed.batch(index))
-
-    def initial_data(self) -> Tensor:
-        """Training data for `vae.initialise`."""
-        with forked(self.device):
-            fixed = self.train.fixed(self.seed)
-        return self._rows(fixed, INITIAL_ROWS)[0]
-
-    def first_densities(self) -> Densities:
-        """The densities of two training rows, for their sizes."""
-        rows = self._rows(self.train, 2)
-        with evaluating(*self.programs, seed=self.seed, device=self.device):
-            return densities(*self.programs, *rows)
+        self.unit_rows = fetch_few(fixed, UNIT_ROWS, self.weight)
 
     def bound(self) -> dict[str, float | None]:
         """Mean beta = 1 ELBO, reconstruction and KL of the validation rows, in nats."""
@@ -69,8 +55,8 @@ class Evaluator:
             x, *y = fetch(self.validation, rows.to(self.device), self.weight)
             bound = lower_bound(*self.programs, x, y[0] if y else None, seed=self.seed + i)
             values[:, rows] = torch.stack([getattr(bound, name) for name in names])
-        means = [value.mean().item() for value in self.group.all_reduce(values)]
-        return {f"validation_{name}": mean for name, mean in zip(names, means)}
+        (total,) = self.group.all_reduce_mean(1.0, (), values.to(self.device))
+        return {f"validation_{name}": each.mean().item() for name, each in zip(names, total)}
 
     def active_units(self) -> dict[str, tuple[int, int]]:
         r"""How many units of each latent site vary with x, and how many it has.
@@ -82,7 +68,7 @@ class Evaluator:
         References:
             Burda, Grosse and Salakhutdinov. Importance weighted autoencoders. 2016.
         """
-        x, *y = self._rows(self.unit_rows, UNIT_ROWS)
+        x, *y = (part.to(self.weight) for part in self.unit_rows)
         if len(x) < 2:
             return {}
         at_means, guide = AtMeans(), self.programs[1]
@@ -94,11 +80,6 @@ class Evaluator:
         means = {name: mean.reshape(len(x), -1) for name, mean in at_means.means.items()}
         active = {name: mean.var(0) > ACTIVE for name, mean in means.items()}
         return {name: (int(units.sum()), len(units)) for name, units in active.items()}
-
-    def _rows(self, rows: Dataset, at_most: int) -> tuple[Tensor, ...]:
-        """At most so many of `rows`, evenly spaced."""
-        index = evenly_spaced(len(rows), at_most).to(self.device)
-        return fetch(rows, index, self.weight)
 
 
 class AtMeans(Messenger):

@@ -11,15 +11,16 @@ from typing import Any
 from torch import nn
 
 from pyro_vae import objectives
+from pyro_vae.arguments import as_plain
 from pyro_vae.files import PathLike
 from pyro_vae.objectives import Objective
+from pyro_vae.processes import Engine, is_first_process
 from pyro_vae.training.dataset import as_dataset, describe
-from pyro_vae.training.engine import Engine, is_first_process
 from pyro_vae.training.optimizers import OptimizerSpec, ScheduleSpec
 from pyro_vae.training.progress import Callback, History
-from pyro_vae.training.run_folder import Settings, check_run, plain, read_run
+from pyro_vae.training.run_folder import Settings, as_json, check_same, earlier_run
 from pyro_vae.training.step import PRECISIONS, worth_compiling
-from pyro_vae.training.trainer import Task, train
+from pyro_vae.training.trainer import Trainer
 
 __all__ = ["fit"]
 
@@ -145,10 +146,11 @@ def fit(
     if callable(check := getattr(vae, "check_labels", None)):
         for part in (rows, held_out):
             check(getattr(part, "y", None))
-    engine = Engine(accelerator, plain(devices))
+    engine = Engine(accelerator, as_plain(devices))
     threads = engine.threads(vae, batch_size * objective.num_particles)
     settings, said = replace(settings, threads=threads), None
-    before = _recorded(run) if resume else {}
+    was = earlier_run(run, resume) if run is not None and (resume or is_first_process()) else {}
+    before = was and {"compile": False, **was["training"]}
     if compile is None:
         steps = epochs * -(-len(rows) // batch_size)
         choice = worth_compiling(steps, objective, precision, engine.on_cuda)
@@ -161,25 +163,32 @@ def fit(
             f"each one's share, {batch_size // engine.size} rows of {batch_size}"
         )
         warnings.warn(message, UserWarning, stacklevel=2)
-    record: dict[str, Any] = {}
-    if run is not None:
-        record["declaration"] = declaration or getattr(vae, "declaration", None)
-        record["training"] = settings.record(objective)
-        parts = {"train": rows, "validation": held_out}
-        record["data"] = {n: None if part is None else describe(part) for n, part in parts.items()}
-        if is_first_process():
-            check_run(run, record, resume)
-            if before.get("threads", threads) != threads:
-                message = (
-                    f"{run} was trained on {before['threads']} threads and goes on with "
-                    f"{threads}: its weights will differ, by rounding, from an unbroken run's"
-                )
-                warnings.warn(message, UserWarning, stacklevel=2)
-    task = Task(
-        vae, objective, rows, held_out, settings, run, record, resume, tuple(callbacks),
+    parts = {"train": rows, "validation": held_out}
+    record: dict[str, Any] = (
+        {}
+        if run is None
+        else as_json(
+            {
+                "declaration": declaration or getattr(vae, "declaration", None),
+                "training": settings.record(objective),
+                "data": {n: None if part is None else describe(part) for n, part in parts.items()},
+            }
+        )
+    )
+    if was and run is not None and is_first_process():
+        check_same(run, was, record)
+        if before.get("threads", threads) != threads:
+            message = (
+                f"{run} was trained on {before['threads']} threads and goes on with {threads}: "
+                "its weights will differ, by rounding, from an unbroken run's"
+            )
+            warnings.warn(message, UserWarning, stacklevel=2)
+    folder = None if run is None else Path(run)
+    trainer = Trainer(
+        vae, objective, rows, held_out, settings, folder, record, resume, tuple(callbacks),
         progress, said, tuple(loggers),
     )  # fmt: skip
-    result = engine.run(train, task)
+    result = engine.run(trainer)
     if engine.spawns:  # loads what other processes trained
         if precision == "64-true":
             vae.double()
@@ -216,10 +225,3 @@ def _check(vae: Any, objective: Any, **lists: Any) -> None:
             "objective must be one of pyro_vae.objectives, such as ELBO(); got "
             f"{type(objective).__name__}: for Pyro's own, use pyro.infer.SVI"
         )
-
-
-def _recorded(run: PathLike | None) -> dict[str, Any]:
-    """The recorded settings of a run, empty before it has begun."""
-    if run is None or not (Path(run) / "run.json").exists():
-        return {}
-    return {"compile": False, **(read_run(run)["training"] or {})}

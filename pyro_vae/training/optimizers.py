@@ -23,7 +23,6 @@ __all__ = [
     "make_schedule",
     "replay",
     "restore",
-    "spec_name",
 ]
 
 OptimizerSpec = str | dict[str, Any] | Callable[[list[nn.Parameter]], Optimizer]
@@ -145,13 +144,6 @@ def advance(schedule: LRScheduler, row: dict[str, Any]) -> None:
         schedule.step(elbo if schedule.mode == "max" else -elbo)
     else:
         schedule.step()
-
-
-def spec_name(spec: Any) -> Any:
-    """`spec` as a run records it: a callable by its name."""
-    if not callable(spec):
-        return spec
-    return f"{spec.__module__}.{spec.__qualname__}" if hasattr(spec, "__qualname__") else str(spec)
 
 
 def _parse(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,6 @@ __all__ = [
     "Callback",
     "History",
     "State",
-    "make_bar",
     "units_in_use",
     "warnings_at_the_end",
 ]
@@ -118,36 +116,31 @@ class State:
 Callback = Callable[[State], Any]
 
 
-class Bar(AbstractContextManager["Bar"]):
-    """Shows nothing; `make_bar` gives one that does."""
+class Bar:
+    """In a terminal one bar over all epochs; elsewhere a line after each epoch.
 
-    def __exit__(self, *_: Any) -> None:
-        return None
+    The bar tells the time left should patience not end training sooner. In a notebook each line
+    takes the place of the one before.
+    """
 
-    def show(self, epoch: int, done: int, metrics: dict[str, float]) -> None:
-        """Shows the epoch (from 1), batches done in it, and running means in nats."""
-
-    def end(self, history: History) -> None:
-        """Shows what was measured at the end of an epoch."""
-
-    def say(self, text: str) -> None:
-        """Prints a line."""
-
-
-class _Terminal(Bar):
-    """One bar over all epochs, with the time left should patience not end them sooner."""
-
-    def __init__(self, epochs: int, patience: int | None, batches: int) -> None:
+    def __init__(self, shown: bool, epochs: int, patience: int | None, batches: int) -> None:
         from rich import progress
+        from rich.console import Console
 
+        console = Console()
+        self.over = console.is_jupyter
+        self.lines = shown and (self.over or not console.is_terminal)
+        self.epochs, self.patience, self.batches = epochs, patience, batches
         columns = (
             progress.TextColumn("{task.description}"),
             progress.BarColumn(bar_width=None),
             progress.TimeRemainingColumn(compact=True),
             progress.TextColumn("{task.fields[metrics]}"),
         )
-        self.epochs, self.patience, self.batches = epochs, patience, batches
-        self.progress = progress.Progress(*columns, auto_refresh=False, expand=True)
+        hidden = self.lines or not shown
+        self.progress = progress.Progress(
+            *columns, auto_refresh=False, expand=True, disable=hidden
+        )
         self.task: Any = None
         self.validated = ""
 
@@ -155,11 +148,14 @@ class _Terminal(Bar):
         self.progress.start()
         return self
 
-    def __exit__(self, kind: Any = None, *_: Any) -> None:
+    def __exit__(self, kind: Any, *_: Any) -> None:
         self.progress.live.transient = kind is KeyboardInterrupt  # ^C may have begun a new line
         self.progress.stop()
+        if self.lines and self.over:
+            print(flush=True)
 
     def show(self, epoch: int, done: int, metrics: dict[str, float]) -> None:
+        """Shows the epoch (from 1), batches done in it, and running means in nats."""
         done += (epoch - 1) * self.batches
         if self.task is None:  # a resumed training begins where it is
             total = self.epochs * self.batches
@@ -173,57 +169,26 @@ class _Terminal(Bar):
         )
 
     def end(self, history: History) -> None:
-        self.validated = _validated(history, self.patience)
-        row = history.rows[-1]
+        """Shows what was measured at the end of an epoch, and how long none was better."""
+        row, best = history.rows[-1], history.best_epoch
+        if best is not None:
+            last, kept = row["validation_elbo"], history.final["validation_elbo"]
+            waited = f" ({len(history) - best}/{self.patience})" if self.patience else ""
+            self.validated = f"  validation {last:.2f}, best {kept:.2f}{waited}"
         self.show(row["epoch"], self.batches, row)
+        text = f"epoch {row['epoch']}/{self.epochs}  {row['seconds']:.1f} s"
+        text += f"  ELBO {row['elbo']:.2f}  KL {row['kl']:.2f}{self.validated}"
+        if self.lines and self.over:
+            print(f"\r{text:<100}", end="", flush=True)
+        elif self.lines:
+            print(text, flush=True)
 
     def say(self, text: str) -> None:
-        self.progress.console.print(text)
-
-
-class _Lines(Bar):
-    """A line after each epoch, at once; each in the place of the one before if `over`."""
-
-    def __init__(self, epochs: int, patience: int | None, over: bool) -> None:
-        self.epochs, self.patience, self.over = epochs, patience, over
-
-    def __exit__(self, *_: Any) -> None:
-        if self.over:
-            print(flush=True)
-
-    def end(self, history: History) -> None:
-        row = history.rows[-1]
-        text = (
-            f"epoch {row['epoch']}/{self.epochs}  {row['seconds']:.1f} s  ELBO {row['elbo']:.2f}"
-        )
-        text += f"  KL {row['kl']:.2f}{_validated(history, self.patience)}"
-        print(f"\r{text:<100}" if self.over else text, end="" if self.over else "\n", flush=True)
-
-    def say(self, text: str) -> None:
-        print(f"\n{text}" if self.over else text, flush=True)
-
-
-def _validated(history: History, patience: int | None) -> str:
-    """The last and the best bound of validation data, and how long there was no better one."""
-    best = history.best_epoch
-    if best is None:
-        return ""
-    last, kept = history.rows[-1]["validation_elbo"], history.final["validation_elbo"]
-    since = len(history) - best
-    waited = f" ({since}/{patience})" if patience else ""
-    return f"  validation {last:.2f}, best {kept:.2f}{waited}"
-
-
-def make_bar(show: bool, epochs: int, patience: int | None, batches: int) -> Bar:
-    """A bar in a terminal; in a notebook a line, in a file a line for each epoch."""
-    if not show:
-        return Bar()
-    from rich.console import Console
-
-    console = Console()
-    if console.is_terminal and not console.is_jupyter:
-        return _Terminal(epochs, patience, batches)
-    return _Lines(epochs, patience, over=console.is_jupyter)
+        """Prints a line."""
+        if self.lines:
+            print(f"\n{text}" if self.over else text, flush=True)
+        elif not self.progress.disable:
+            self.progress.console.print(text)
 
 
 def units_in_use(units: Units) -> str:

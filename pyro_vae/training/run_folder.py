@@ -12,7 +12,9 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 from uuid import uuid4
 
@@ -21,18 +23,28 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.arguments import check_real, check_whole
-from pyro_vae.files import PathLike, as_csv, check_folder, flush_folder, reading, write
+from pyro_vae.arguments import as_plain, check_real, check_whole
+from pyro_vae.files import (
+    Kinds,
+    PathLike,
+    as_csv,
+    check_folder,
+    check_types,
+    flush_folder,
+    reading,
+    write,
+)
 from pyro_vae.objectives import Objective
-from pyro_vae.training.optimizers import OptimizerSpec, ScheduleSpec, spec_name
+from pyro_vae.training.optimizers import OptimizerSpec, ScheduleSpec
 from pyro_vae.training.progress import COLUMNS, OPTIONAL
 
 __all__ = [
     "Settings",
-    "check_run",
+    "as_json",
+    "check_same",
+    "earlier_run",
     "load_state",
     "load_weights",
-    "plain",
     "put_weights",
     "read_run",
     "save_checkpoint",
@@ -43,16 +55,17 @@ __all__ = [
 FORMAT = 1
 POINTERS = "checkpoints/current.json"  # the last, the best, and the digests of their files
 WEIGHTS, STATE = "weights.safetensors", "state.pt"
-KEPT = {  # what every state holds, and of which type
-    "epoch": int,
-    "step": int,
-    "offset": int,
-    "seconds": float,
-    "rng": dict,
-    "history": dict,
+KEPT: Kinds = {  # what every state holds, and of which type
+    "epoch": (int,),
+    "step": (int,),
+    "offset": (int,),
+    "seconds": (float,),
+    "rng": (dict,),
+    "history": (dict,),
 }
-RECORDS: dict[str, tuple[type, ...]] = {  # what run.json holds, and of which type
-    "declaration": (dict, type(None)),
+RECORDS: Kinds = {  # what run.json holds, and of which type
+    "format": (int,),
+    "declaration": (dict, NoneType),
     "training": (dict,),
     "data": (dict,),
 }
@@ -82,63 +95,61 @@ class Settings:
         check_whole(0, seed=self.seed)
         check_real(above=0, lr=self.lr)
         check_real(above=0, optional=True, clip_norm=self.clip_norm)
-        for name, value in vars(self).items():
-            object.__setattr__(self, name, plain(value))  # others cannot be read from a checkpoint
+        for name, value in vars(self).items():  # numpy's cannot be read from a checkpoint
+            object.__setattr__(self, name, as_plain(value))
 
     def record(self, objective: Objective) -> dict[str, Any]:
         """As a run records it."""
         objective.at(0)
         return {
             **vars(self),
-            "optimizer": spec_name(self.optimizer),
-            "schedule": spec_name(self.schedule),
             "objective": {"class_path": type(objective).__name__, "init_args": objective.options},
         }
 
 
-def plain(value: Any) -> Any:
-    """`value` with the numbers of numpy in it as Python's own, and tuples as lists."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, dict):
-        return {key: plain(part) for key, part in value.items()}
-    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
+def as_json(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as JSON gives it back: schedules by name and options, other objects by name."""
+
+    def plain(value: Any) -> Any:
+        name = getattr(value, "__qualname__", None)
+        if isinstance(value, Tensor | np.generic):
+            return value.tolist()
+        if name is not None:
+            return f"{value.__module__}.{name}"
+        if is_dataclass(value) and not isinstance(value, type):
+            return {"class_path": type(value).__name__, "init_args": asdict(value)}
+        return str(value) if isinstance(value, partial) else type(value).__name__
+
+    return json.loads(json.dumps(record, default=plain))
 
 
-def _as_json(value: Any) -> Any:
-    """What JSON has no form for: numbers, schedules by name and options, others by name."""
-    if isinstance(value, Tensor | np.generic):
-        return value.tolist()
-    if is_dataclass(value) and not isinstance(value, type):
-        return {"class_path": type(value).__name__, "init_args": asdict(value)}
-    return type(value).__name__
-
-
-def check_run(run: PathLike, record: dict[str, Any], resume: bool) -> None:
-    """Raises unless a folder may hold this run.
-
-    Args:
-        run: The folder.
-        record: "declaration", "training" and "data", as `start_run` will write them.
-        resume: Whether an existing run is continued.
+def earlier_run(run: PathLike, resume: bool) -> dict[str, Any]:
+    """The record of the run that a folder holds and that goes on; empty in a new folder.
 
     Raises:
-        ValueError: If the folder holds a run and `resume` is false, or that run had other
-            settings or data, or the folder holds links.
+        ValueError: If the folder holds a run and `resume` is false, or the folder holds links.
     """
-    folder = Path(run)
-    check_folder(folder)
-    if not (folder / "run.json").exists():
-        return
+    check_folder(run)
+    if not (Path(run) / "run.json").exists():
+        return {}
     if not resume:
-        raise ValueError(f"{folder} holds a run: choose another folder, or give resume=True")
-    with reading(folder / "run.json"):
-        was, now = _flat(read_run(folder)), _flat(json.loads(json.dumps(record, default=_as_json)))
-    changed = [key for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)]
-    if changed:
-        what = "; ".join(f"{key} was {was.get(key)!r}, is {now.get(key)!r}" for key in changed)
+        raise ValueError(f"{run} holds a run: choose another folder, or give resume=True")
+    return read_run(run)
+
+
+def check_same(run: PathLike, was: dict[str, Any], record: dict[str, Any]) -> None:
+    """Refuses to go on with a run of other settings or data than those of its record."""
+    with reading(Path(run) / "run.json"):
+        before, now = _flat(was), _flat(record)
+    names = sorted(before.keys() | now.keys())
+    what = "; ".join(
+        f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in names
+        if before.get(name) != now.get(name)
+    )
+    if what:
         raise ValueError(
-            f"{folder} cannot be resumed with other settings or data: {what}. "
+            f"{run} cannot be resumed with other settings or data: {what}. "
             "Give the same ones, or choose another folder"
         )
 
@@ -164,7 +175,7 @@ def start_run(run: PathLike, record: dict[str, Any]) -> None:
     if path.exists():  # a run that goes on keeps when and by what it was begun
         made = _read_json(path).get("made", made)
     whole = {"format": FORMAT, "pyro_vae": __version__, "made": made, **record}
-    write(path, json.dumps(whole, indent=2, default=_as_json) + "\n")
+    write(path, json.dumps(whole, indent=2) + "\n")
 
 
 def write_metrics(run: PathLike, rows: list[dict[str, Any]]) -> None:
@@ -194,20 +205,14 @@ def read_run(run: PathLike) -> dict[str, Any]:
     """
     check_folder(run)
     path = Path(run) / "run.json"
-    record = _read_json(path)
-    if type(record.get("format")) is not int:
-        raise ValueError(f"{path} is damaged: it has no format number; restore it from a copy")
+    record = {"declaration": None, "training": {}, "data": {}, **_read_json(path)}
+    with reading(path):
+        check_types(record, RECORDS)
     if record["format"] > FORMAT:
         raise ValueError(
             f"{path} has format {record['format']}, this pyro_vae reads up to {FORMAT}: "
             "use the newer pyro_vae that wrote it"
         )
-    record = {"declaration": None, "training": {}, "data": {}, **record}
-    for name, types in RECORDS.items():
-        if not isinstance(record[name], types):
-            raise ValueError(
-                f"{path} is damaged: its {name} is no mapping; restore it from a copy"
-            )
     return record
 
 
@@ -227,12 +232,11 @@ def load_weights(run: PathLike, which: str = "best") -> dict[str, Tensor]:
     if which not in ("best", "last"):
         raise ValueError(f"which must be 'best' or 'last'; got {which!r}")
     read_run(run)
-    pointers = _pointers(Path(run))
-    if pointers is None:
+    found = _of_checkpoint(run, which, WEIGHTS)
+    if found is None:
         raise ValueError(f"run {run} has no checkpoint yet: resume its training")
-    path, data = _checked(run, pointers, pointers[which] or pointers["last"], WEIGHTS)
-    with reading(path):
-        return load(data)
+    with reading(found[0]):
+        return load(found[1])
 
 
 def put_weights(module: nn.Module, weights: dict[str, Tensor], run: PathLike) -> None:
@@ -245,11 +249,12 @@ def put_weights(module: nn.Module, weights: dict[str, Tensor], run: PathLike) ->
     """
     if read_run(run)["training"].get("precision") == "64-true":
         module.double()
-    own = module.state_dict()
-    for name in (name for name in own if name in weights):
-        was, now = weights[name].dtype, own[name].dtype
-        if was != now:
-            raise ValueError(f"the weights of run {run} do not fit: {name} is {was}, not {now}")
+    for name, own in module.state_dict().items():
+        if name in weights and weights[name].dtype != own.dtype:
+            raise ValueError(
+                f"the weights of run {run} do not fit: {name} is {weights[name].dtype}, not "
+                f"{own.dtype}"
+            )
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
@@ -258,17 +263,16 @@ def put_weights(module: nn.Module, weights: dict[str, Tensor], run: PathLike) ->
 
 def load_state(run: PathLike) -> dict[str, Any] | None:
     """Loads what a resumed training needs besides weights; None without a checkpoint."""
-    pointers = _pointers(Path(run))
-    if pointers is None:
+    found = _of_checkpoint(run, "last", STATE)
+    if found is None:
         return None
-    path, data = _checked(run, pointers, pointers["last"], STATE)
-    with reading(path):
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    with reading(found[0]):
+        state = torch.load(io.BytesIO(found[1]), map_location="cpu", weights_only=True)
         if (optimizer := state.pop("adversary", None)) is not None:  # of older runs
             state["objective"]["_extra_state"] = optimizer
-        wrong = [key for key, kind in KEPT.items() if type(state[key]) is not kind]
-        if wrong or not _is_history(state["history"], state["epoch"]):
-            raise TypeError(f"not the state of a training: {', '.join(wrong) or 'its epochs'}")
+        check_types(state, KEPT)
+        if not _is_history(state["history"], state["epoch"]):
+            raise TypeError("not the state of a training: its epochs")
     return state
 
 
@@ -338,10 +342,12 @@ def _pointers(run: Path) -> dict[str, Any] | None:
     return {"last": last, "best": best, "sha256": digests or {}}
 
 
-def _checked(
-    run: PathLike, pointers: dict[str, Any], checkpoint: str, name: str
-) -> tuple[Path, bytes]:
-    """Path and content of a file of a checkpoint; raises if its digest is another."""
+def _of_checkpoint(run: PathLike, which: str, name: str) -> tuple[Path, bytes] | None:
+    """Path and content of a file of the "best" or "last" checkpoint; its digest is checked."""
+    pointers = _pointers(Path(run))
+    if pointers is None:
+        return None
+    checkpoint = pointers[which] or pointers["last"]
     path = Path(run) / "checkpoints" / checkpoint / name
     data = _read(path)
     with reading(Path(run) / POINTERS):

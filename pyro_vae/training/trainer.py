@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from torch import Tensor, nn
 
 from pyro_vae.compiling import CannotCompile
-from pyro_vae.files import PathLike, locked, reading
+from pyro_vae.densities import densities, evaluating
+from pyro_vae.files import locked, reading
 from pyro_vae.objectives import Objective
+from pyro_vae.processes import Group
 from pyro_vae.runtime import (
     epoch_order,
     fast_products,
@@ -27,8 +29,7 @@ from pyro_vae.runtime import (
     seed_generators,
     threads,
 )
-from pyro_vae.training.dataset import Dataset, fetch
-from pyro_vae.training.engine import Group
+from pyro_vae.training.dataset import Dataset, fetch, fetch_few
 from pyro_vae.training.evaluation import Evaluator
 from pyro_vae.training.optimizers import advance, make_optimizer, make_schedule, replay, restore
 from pyro_vae.training.progress import (
@@ -36,7 +37,6 @@ from pyro_vae.training.progress import (
     Callback,
     History,
     State,
-    make_bar,
     units_in_use,
     warnings_at_the_end,
 )
@@ -51,33 +51,15 @@ from pyro_vae.training.run_folder import (
 )
 from pyro_vae.training.step import Gradient, Monitor, Outcome, StepLoss, compiled_gradient
 
-__all__ = ["Result", "Task", "Trainer", "train"]
+__all__ = ["Result", "Trainer"]
 
+INITIAL_ROWS = 10_000  # that `vae.initialise` sees
 VALIDATED = 2  # first steps, with the argument checks of Pyro's distributions
 INTERVAL = 0.5  # seconds between two reports
 LEAST_SCALE = 1e-6  # of gradients in half precision, which begins at 65,536 and halves
 
 
-@dataclass(frozen=True)
-class Task:
-    """What each process needs to train."""
-
-    vae: nn.Module
-    objective: Objective
-    train: Dataset
-    held_out: Dataset | None
-    settings: Settings
-    run: PathLike | None
-    record: dict[str, Any]
-    resume: bool
-    callbacks: Sequence[Callback]
-    progress: bool
-    said: str | None = None  # whether the step is compiled, in words, where `fit` decided it
-    loggers: Sequence[Any] = ()
-
-
-@dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """What training returns: its history, what to warn of, and the trained weights."""
 
     history: History
@@ -86,59 +68,44 @@ class Result:
     objective: dict[str, Tensor]
 
 
-def train(group: Group, task: Task) -> Result:
-    """Trains in one process; the first, which writes, locks the run folder."""
-    writes = task.run is not None and group.rank == 0
-    with (
-        locked(Path(task.run) / "lock") if writes else nullcontext(),  # type: ignore[arg-type]
-        _borrowed(task, group.device),
-    ):
-        keep_memory()
-        state = load_state(task.run) if writes and task.resume else None  # type: ignore[arg-type]
-        trainer = Trainer(group, task)
-        trainer.prepare(group.broadcast(state))
-        if writes:
-            start_run(task.run, task.record)  # type: ignore[arg-type]
-        return trainer.fit()
-
-
-@contextmanager
-def _borrowed(task: Task, device: torch.device) -> Iterator[None]:
-    """Moves modules to the device, seeds generators, sets flags; restores all afterwards."""
-    modules, settings = (task.vae, task.objective), task.settings
-    tensors = [next(chain(m.parameters(), m.buffers()), None) for m in modules]
-    homes = [device if tensor is None else tensor.device for tensor in tensors]
-    trained = [module for module in task.vae.modules() if module.training]
-    with (
-        forked(device, settings.seed),
-        pyro.validation_enabled(False),
-        torch.enable_grad(),  # whatever the caller has
-        threads(settings.threads),
-    ):
-        try:
-            for module in modules:
-                module.to(device)
-            yield
-        finally:
-            for module, home in zip(modules, homes):
-                module.to(home)
-            task.vae.zero_grad()
-            task.vae.eval()
-            for module in trained:
-                module.training = True
-
-
+@dataclass
 class Trainer:
-    """The state of a training, and the loop over its epochs."""
+    """What each process needs to train, and there its state and the loop over its epochs."""
 
-    def __init__(self, group: Group, task: Task) -> None:
-        self.group, self.task = group, task
-        self.vae, self.objective = task.vae, task.objective
-        self.settings, self.run = task.settings, task.run
-        self.loggers = task.loggers if group.rank == 0 else ()
-        self.train = task.train.to(group.device)
-        held_out = None if task.held_out is None else task.held_out.to(group.device)
-        self.evaluator = Evaluator(self.vae, self.train, held_out, self.settings.seed, group)
+    vae: Any
+    objective: Objective
+    rows: Dataset
+    held_out: Dataset | None
+    settings: Settings
+    run: Path | None
+    record: dict[str, Any]
+    resume: bool
+    callbacks: Sequence[Callback]
+    progress: bool
+    said: str | None = None  # whether the step is compiled, in words, where `fit` decided it
+    loggers: Sequence[Any] = ()
+
+    def __call__(self, group: Group) -> Result:
+        """Trains in one process; the first, which writes, locks the run folder."""
+        folder = self.run if group.rank == 0 else None
+        with (
+            locked(folder / "lock") if folder else nullcontext(),
+            _borrowed(self.vae, self.objective, self.settings, group.device),
+        ):
+            keep_memory()
+            state = load_state(folder) if folder and self.resume else None
+            self._place(group)
+            self._start(group.broadcast(state))
+            if folder:
+                start_run(folder, self.record)
+            return self._fit()
+
+    def _place(self, group: Group) -> None:
+        """The state before the first step, on the device of the group."""
+        self.group = group
+        self.rows = self.rows.to(group.device)
+        held_out = None if self.held_out is None else self.held_out.to(group.device)
+        self.evaluator = Evaluator(self.vae, self.rows, held_out, self.settings.seed, group)
         self.history = History()
         self.epoch = self.step = self.offset = 0  # epochs, steps, batches of this epoch done
         self.seconds = 0.0  # spent in this epoch before it was resumed
@@ -146,21 +113,23 @@ class Trainer:
         self.best: dict[str, Tensor] | None = None
         self.compiled: Gradient | None = None  # made when it is first needed
         self.resuming: AbstractContextManager[None] = nullcontext()  # of the next update
-        self.num_batches = -(-len(self.train) // self.settings.batch_size)
-        batch = torch.arange(min(self.settings.batch_size, len(self.train)))
+        self.num_batches = -(-len(self.rows) // self.settings.batch_size)
+        batch = torch.arange(min(self.settings.batch_size, len(self.rows)))
         self.local_batch_size = len(group.local_rows(batch)[0])
-        self.bar = Bar()
 
-    def prepare(self, state: dict[str, Any] | None) -> None:
+    def _start(self, state: dict[str, Any] | None) -> None:
         """Initialises the vae or loads the checkpoint `state`, and makes the optimiser."""
-        self.objective.prepare(len(self.train), self.num_batches)
+        settings, device, weight = self.settings, self.group.device, self.evaluator.weight
+        self.objective.prepare(len(self.rows), self.num_batches)
         if state is not None:
-            if self.settings.precision == "64-true":
+            if settings.precision == "64-true":
                 self.vae.double()  # before its weights come, which are
             if self.group.rank == 0:
                 put_weights(self.vae, load_weights(self.run, "last"), self.run)  # type: ignore[arg-type]
         elif callable(initialise := getattr(self.vae, "initialise", None)):
-            initialise(self.evaluator.initial_data())
+            with forked(device):
+                fixed = self.rows.fixed(settings.seed)
+            initialise(fetch_few(fixed, INITIAL_ROWS, weight)[0])
         variables = chain(self.vae.named_parameters(), self.vae.named_buffers())
         self.group.broadcast_(dict(variables))
         try:  # now, not after an epoch
@@ -169,38 +138,40 @@ class Trainer:
         except ValueError as error:
             raise ValueError(f"validation: {error}") from error
         if self.objective.own_step:
-            self.objective.start(self.evaluator.first_densities())
+            programs, few = self.evaluator.programs, fetch_few(self.rows, 2, weight)
+            with evaluating(*programs, seed=settings.seed, device=device):
+                d = densities(*programs, *few)
+            self.objective.start(d)
             self.group.broadcast_(dict(self.objective.named_parameters()))
-        options, device = self.settings, self.group.device
-        self.loss = StepLoss(self.vae, self.objective, options.precision)
+        self.loss = StepLoss(self.vae, self.objective, settings.precision)
         self.monitor = Monitor(self.loss, device)
         # 16-mixed unscales gradients before the step, which fused ones do inside
-        fused = options.precision != "16-mixed"
+        fused = settings.precision != "16-mixed"
         self.scaler = torch.amp.GradScaler(device.type, enabled=not fused)
-        self.optimizer = make_optimizer(options.optimizer, self.vae, options.lr, fused=fused)
+        self.optimizer = make_optimizer(settings.optimizer, self.vae, settings.lr, fused=fused)
         self.optimizer.zero_grad()
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.schedule = make_schedule(options.schedule, self.optimizer, options.epochs)
-        if options.precision == "64-true":
+        self.schedule = make_schedule(settings.schedule, self.optimizer, settings.epochs)
+        if settings.precision == "64-true":
             self.loss.double()
         if state is not None:
             self.resuming = reading(f"the state of run {self.run}")
             with reading(f"the state of run {self.run}"):
                 self._load_state(state)
         elif self.group.rank > 0:
-            seed_generators(device, self.group.seed(options.seed, 0))
+            seed_generators(device, self.group.seed(settings.seed, 0))
 
-    def fit(self) -> Result:
+    def _fit(self) -> Result:
         """Trains to the end, and then loads the best weights if there was validation.
 
         An epoch is its steps, what is measured after them, the callbacks and a checkpoint.
         """
         settings, stopped = self.settings, False
-        shown = self.task.progress and self.group.rank == 0
-        bar = make_bar(shown, settings.epochs, settings.patience, self.num_batches)
-        with bar as self.bar:
-            if self.task.said is not None:
-                bar.say(self.task.said)
+        shown = self.progress and self.group.rank == 0
+        with Bar(shown, settings.epochs, settings.patience, self.num_batches) as bar:
+            self.bar = bar
+            if self.said is not None:
+                bar.say(self.said)
             while self.epoch < settings.epochs and not (stopped or self._out_of_patience()):
                 with fast_products(self.parameters):
                     means = self._train_epoch()
@@ -208,7 +179,7 @@ class Trainer:
                 bar.end(self.history)
                 stopped = self._call(row)
                 self._save(best=self.history.best_epoch == self.epoch)
-            for logger in self.loggers:
+            for logger in self.loggers if self.group.rank == 0 else ():
                 logger.finalize("success")
             if self.best is not None:
                 self.vae.load_state_dict(self.best)
@@ -223,12 +194,11 @@ class Trainer:
 
         The checkpoint comes after, so that every epoch in it has been seen by the callbacks.
         """
-        for logger in self.loggers:
-            logger.log_metrics({k: v for k, v in row.items() if v is not None}, self.step)
         state = State(self.epoch, self.step, self.vae, dict(row))
         if self.group.rank == 0:
-            self._check_folder()  # callbacks may write to it
-            for callback in self.task.callbacks:
+            for logger in self.loggers:
+                logger.log_metrics({k: v for k, v in row.items() if v is not None}, self.step)
+            for callback in self.callbacks:
                 with forked(self.group.device):
                     callback(state)
         return self.group.broadcast(state.stopped)
@@ -236,7 +206,7 @@ class Trainer:
     def _train_epoch(self) -> dict[str, float]:
         """All steps of an epoch; returns its running means."""
         self.vae.train()
-        order = epoch_order(len(self.train), self.settings.seed, self.epoch)
+        order = epoch_order(len(self.rows), self.settings.seed, self.epoch)
         batches = order.to(self.group.device).split(self.settings.batch_size)
         every = self.settings.checkpoint_every
         began = time.monotonic() - self.seconds
@@ -259,7 +229,7 @@ class Trainer:
         checked, gradient = self.step < VALIDATED, self._eager
         try:
             with pyro.validation_enabled(True) if checked else nullcontext():
-                batch = fetch(self.train, share, self.evaluator.weight)
+                batch = fetch(self.rows, share, self.evaluator.weight)
                 # a shorter last batch is not worth a compilation of its own
                 if self.settings.compile and not checked and len(share) == self.local_batch_size:
                     self.compiled = self.compiled or self._compile(*batch)
@@ -301,7 +271,7 @@ class Trainer:
             return compiled_gradient(self.loss, *batch)
         except CannotCompile as error:
             message = f"compile: the step runs eagerly, for {error}"
-            if self.task.said is None:  # the user asked for it
+            if self.said is None:  # the user asked for it
                 warnings.warn(message, stacklevel=2)
             else:
                 self.bar.say(message)
@@ -319,7 +289,7 @@ class Trainer:
                 "lower lr, or take another precision"
             )
         assert self.monitor.sums is not None
-        count = min(self.offset * self.settings.batch_size, len(self.train))
+        count = min(self.offset * self.settings.batch_size, len(self.rows))
         objective, reconstruction, *kls = (self.monitor.sums / count).tolist()
         kl = sum(kls)
         elbo = reconstruction - kl
@@ -367,16 +337,13 @@ class Trainer:
         self.group.broadcast_(dict(self.vae.named_buffers()))
         state = self._state()
         if self.group.rank == 0:
-            self._check_folder()
+            if not (self.run / "run.json").exists():
+                raise ValueError(
+                    f"{self.run} was removed or renamed while it was trained: its run.json is "
+                    "gone; train anew, and leave the folder where it is"
+                )
             save_checkpoint(self.run, self.vae.state_dict(), state, best=best)
             write_metrics(self.run, self.history.rows)
-
-    def _check_folder(self) -> None:
-        if self.run is not None and not (Path(self.run) / "run.json").exists():
-            raise ValueError(
-                f"{self.run} was removed or renamed while it was trained: its run.json is "
-                "gone; train anew, and leave the folder where it is"
-            )
 
     def _state(self) -> dict[str, Any]:
         device = self.group.device
@@ -423,3 +390,30 @@ class Trainer:
         torch.set_rng_state(generators[rank]["cpu"])
         if device.type == "cuda" and generators[rank]["cuda"] is not None:
             torch.cuda.set_rng_state(generators[rank]["cuda"], device)
+
+
+@contextmanager
+def _borrowed(
+    vae: nn.Module, objective: Objective, settings: Settings, device: torch.device
+) -> Iterator[None]:
+    """Moves modules to the device, seeds generators, sets flags; restores all afterwards."""
+    modules = vae, objective
+    homes = [next((t.device for t in chain(m.parameters(), m.buffers())), device) for m in modules]
+    trained = [module for module in vae.modules() if module.training]
+    with (
+        forked(device, settings.seed),
+        pyro.validation_enabled(False),
+        torch.enable_grad(),  # whatever the caller has
+        threads(settings.threads),
+    ):
+        try:
+            for module in modules:
+                module.to(device)
+            yield
+        finally:
+            for module, home in zip(modules, homes):
+                module.to(home)
+            vae.zero_grad()
+            vae.eval()
+            for module in trained:
+                module.training = True

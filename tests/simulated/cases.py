@@ -41,9 +41,9 @@ from pyro_vae.objectives import (
     Linear,
     Objective,
 )
+from pyro_vae.processes import Engine
 from pyro_vae.training import fit, trainer
 from pyro_vae.training.dataset import TensorDataset
-from pyro_vae.training.engine import Engine
 from pyro_vae.training.step import LossAndGradient, StepLoss
 from pyro_vae.vae import VAE
 

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,13 +23,11 @@ from training_cases import QUIET, make_data, make_vae, noisy_data, same, weights
 
 from pyro_vae import build, likelihoods, networks, posteriors, priors
 from pyro_vae.objectives import ELBO, BetaTC, FactorVAE, Objective
-from pyro_vae.processes import in_processes
+from pyro_vae.processes import Engine, Group, in_processes
 from pyro_vae.training import State, evaluation, fit, load_weights
 from pyro_vae.training.dataset import as_dataset
-from pyro_vae.training.engine import Engine, Group
 from pyro_vae.training.run_folder import Settings, load_state
-from pyro_vae.training.trainer import Result, Task
-from pyro_vae.training.trainer import train as train_task
+from pyro_vae.training.trainer import Result, Trainer
 from pyro_vae.vae import VAE
 
 OPTIONS: dict[str, Any] = {"epochs": 2, "batch_size": 11, "lr": 0.01, **QUIET}
@@ -96,15 +95,15 @@ def train(
     rows = as_dataset(make_data() if data is None else data, "data")
     held_out = None if validation is None else as_dataset(validation, "validation")
     settings, objective = Settings(**options), objective or ELBO()
-    task = Task(
+    trainer = Trainer(
         vae, objective, rows, held_out, settings, run, {}, resume, callbacks, progress=False
     )
-    return train_task(group, task)
+    return trainer(group)
 
 
 def alone(function: Callable[..., Any]) -> Any:
     """What `function` gives in this process."""
-    return Engine("cpu", 1).run(function, False)
+    return Engine("cpu", 1).run(function)
 
 
 def close(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float = 1e-6) -> None:
@@ -114,7 +113,7 @@ def close(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float 
 
 
 @patch.object(evaluation, "CHUNK", 5)  # rows of a part of the validation
-def with_noise_handed_in(group: Group, compile: bool) -> dict[str, Result]:
+def with_noise_handed_in(group: Group, compile: bool = False) -> dict[str, Result]:
     """Trainings whose result does not depend on who draws what."""
     x, one = make_data(), {"epochs": 1}
     warnings.filterwarnings("error", "compile: the step runs eagerly")
@@ -138,9 +137,8 @@ def alike(group: Group, result: Result) -> None:
         assert {**row, "seconds": 0} == {**other, "seconds": 0}
 
 
-def everything(group: Group, task: tuple[Path, bool]) -> dict[str, Any]:
+def everything(folder: Path, compile: bool, group: Group) -> dict[str, Any]:
     """All that two processes are to show, in one start of them."""
-    folder, compile = task
     found: dict[str, Any] = {"still": with_noise_handed_in(group, compile)}
     for result in found["still"].values():
         alike(group, result)
@@ -187,10 +185,10 @@ class Breaking(ELBO):
 
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_processes(tmp_path: Path, compile: bool) -> None:
-    one = alone(lambda group, _: train(group, still_vae(), run=tmp_path / "one", epochs=1))
-    more = alone(lambda group, _: train(group, still_vae(), epochs=3))
+    one = alone(lambda group: train(group, still_vae(), run=tmp_path / "one", epochs=1))
+    more = alone(lambda group: train(group, still_vae(), epochs=3))
     assert one.history.final["step"] == 5
-    found = Engine("cpu", 2).run(everything, (tmp_path, compile))
+    found = Engine("cpu", 2).run(partial(everything, tmp_path, compile))
     close(more.vae, found["more"].vae)
     assert found["more"].history["epoch"] == [1, 2, 3]
     one = alone(with_noise_handed_in)
@@ -201,7 +199,7 @@ def test_two_processes(tmp_path: Path, compile: bool) -> None:
             assert two == pytest.approx(result.history[column], abs=1e-5), (name, column)
     elbos = (h["eager"].history["validation_elbo"] for h in (one, found["still"]))
     assert next(elbos) == pytest.approx(next(elbos), abs=1e-5)
-    at_start = alone(lambda group, _: validated(group))
+    at_start = alone(lambda group: validated(group))
     two = found["validation"].history["validation_elbo"]
     assert two == pytest.approx(at_start.history["validation_elbo"], abs=1e-6)
     assert found["resumed"]
@@ -378,7 +376,7 @@ def test_processes_that_cannot_meet_are_told_so(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("torch.distributed.is_torchelastic_launched", lambda: True)
     monkeypatch.setattr("torch.distributed.init_process_group", lambda _: pytest.fail("waits"))
     with pytest.raises(ValueError, match="MASTER_PORT at 0.* give --master-port a free port"):
-        Engine("cpu", 1).run(lambda group, task: None, None)
+        Engine("cpu", 1).run(lambda group: None)
 
 
 @pytest.mark.slow

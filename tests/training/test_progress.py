@@ -7,8 +7,7 @@ import torch
 from rich.console import Console
 
 from pyro_vae import build, fit
-from pyro_vae.training import progress
-from pyro_vae.training.progress import History, make_bar
+from pyro_vae.training.progress import Bar, History
 
 X = torch.bernoulli(torch.rand(53, 7))
 
@@ -23,16 +22,16 @@ def row(epoch: int, validation: float | None) -> dict:
     }
 
 
-def told(validation: list[float | None], patience: int | None, over: bool) -> None:
+def told(validation: list[float | None], patience: int | None) -> None:
     history = History()
-    with progress._Lines(11, patience, over) as bar:
+    with Bar(True, 11, patience, 4) as bar:
         for epoch, value in enumerate(validation, 1):
             history.rows.append(row(epoch, value))
             bar.end(history)
 
 
 def test_a_file_has_a_line_for_each_epoch(capsys: pytest.CaptureFixture) -> None:
-    told([-9.0, -8.0, -8.5], 5, over=False)
+    told([-9.0, -8.0, -8.5], 5)
     assert capsys.readouterr().out.splitlines() == [
         "epoch 1/11  1.2 s  ELBO -7.50  KL 2.00  validation -9.00, best -9.00 (0/5)",
         "epoch 2/11  1.2 s  ELBO -7.50  KL 2.00  validation -8.00, best -8.00 (0/5)",
@@ -40,8 +39,11 @@ def test_a_file_has_a_line_for_each_epoch(capsys: pytest.CaptureFixture) -> None
     ]
 
 
-def test_a_notebook_has_one_line(capsys: pytest.CaptureFixture) -> None:
-    told([None, None], None, over=True)
+def test_a_notebook_has_one_line(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    told([None, None], None)
     text = capsys.readouterr().out
     assert text.count("\n") == 1
     assert [part.strip() for part in text.split("\r")] == [
@@ -62,8 +64,7 @@ def test_fit_shows_every_epoch_once(capsys: pytest.CaptureFixture) -> None:
 
 def test_a_terminal_has_one_bar_over_all_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Console, "is_terminal", True)
-    with make_bar(True, 11, None, 4) as bar:
-        assert isinstance(bar, progress._Terminal)
+    with Bar(True, 11, None, 4) as bar:
         bar.show(3, 1, {"elbo": -7.0})
         (task,) = bar.progress.tasks
         assert (task.completed, task.total) == (9, 44)
@@ -71,14 +72,11 @@ def test_a_terminal_has_one_bar_over_all_epochs(monkeypatch: pytest.MonkeyPatch)
         bar.end(history)
         assert task.completed == 12
         assert task.fields["metrics"] == "ELBO -7.50  validation -8.50, best -8.00"
-    assert make_bar(False, 11, None, 4).__class__ is progress.Bar
 
 
 def test_a_bar_is_shown_the_batches_done_and_their_means(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = {}
-    monkeypatch.setattr(
-        progress.Bar, "show", lambda _, epoch, *given: shown.update({epoch: given})
-    )
+    monkeypatch.setattr(Bar, "show", lambda _, epoch, *given: shown.update({epoch: given}))
     vae = build((7,), 2, encoder={"class_path": "MLP", "init_args": {"hidden": [11]}})
     history = fit(vae, X, epochs=2, batch_size=17, progress=False)
     assert [done for done, _ in shown.values()] == [4, 4]

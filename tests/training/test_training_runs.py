@@ -429,10 +429,10 @@ def test_a_run_from_before_compilation_was_recorded_goes_on_eagerly(
     record["training"].pop("compile")
     (run / "run.json").write_text(json.dumps(record))
 
-    def stop(engine: object, train: object, task: Any) -> None:
-        raise Stop(task.settings.compile)
+    def stop(engine: object, trainer: Any) -> None:
+        raise Stop(trainer.settings.compile)
 
-    monkeypatch.setattr("pyro_vae.training.engine.Engine.run", stop)
+    monkeypatch.setattr("pyro_vae.processes.Engine.run", stop)
     x = torch.bernoulli(torch.full((53, 5), 0.5), generator=torch.Generator().manual_seed(0))
     options = {"batch_size": 11, "validation": x[:13], "epochs": 10**6, **QUIET}
     with pytest.raises(Stop, match="False"):
