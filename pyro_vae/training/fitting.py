@@ -16,10 +16,9 @@ from pyro_vae.files import PathLike
 from pyro_vae.objectives import Objective
 from pyro_vae.processes import Engine, is_first_process
 from pyro_vae.training.dataset import as_dataset, describe
-from pyro_vae.training.optimizers import OptimizerSpec, ScheduleSpec
 from pyro_vae.training.progress import Callback, History
 from pyro_vae.training.run_folder import Settings, as_json, check_same, earlier_run
-from pyro_vae.training.step import PRECISIONS, worth_compiling
+from pyro_vae.training.step import PRECISIONS, OptimizerSpec, ScheduleSpec, worth_compiling
 from pyro_vae.training.trainer import Trainer
 
 __all__ = ["fit"]

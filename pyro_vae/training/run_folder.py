@@ -35,8 +35,8 @@ from pyro_vae.files import (
     write,
 )
 from pyro_vae.objectives import Objective
-from pyro_vae.training.optimizers import OptimizerSpec, ScheduleSpec
 from pyro_vae.training.progress import COLUMNS, OPTIONAL
+from pyro_vae.training.step import OptimizerSpec, ScheduleSpec
 
 __all__ = [
     "Settings",

@@ -29,9 +29,7 @@ from pyro_vae.runtime import (
     seed_generators,
     threads,
 )
-from pyro_vae.training.dataset import Dataset, fetch, fetch_few
-from pyro_vae.training.evaluation import Evaluator
-from pyro_vae.training.optimizers import advance, make_optimizer, make_schedule, replay, restore
+from pyro_vae.training.dataset import Dataset, Evaluator, fetch, fetch_few
 from pyro_vae.training.progress import (
     Bar,
     Callback,
@@ -49,7 +47,18 @@ from pyro_vae.training.run_folder import (
     start_run,
     write_metrics,
 )
-from pyro_vae.training.step import Gradient, Monitor, Outcome, StepLoss, compiled_gradient
+from pyro_vae.training.step import (
+    Gradient,
+    Monitor,
+    Outcome,
+    StepLoss,
+    advance,
+    compiled_gradient,
+    make_optimizer,
+    make_schedule,
+    replay,
+    restore,
+)
 
 __all__ = ["Result", "Trainer"]
 

@@ -24,7 +24,7 @@ from training_cases import QUIET, make_data, make_vae, noisy_data, same, weights
 from pyro_vae import build, likelihoods, networks, posteriors, priors
 from pyro_vae.objectives import ELBO, BetaTC, FactorVAE, Objective
 from pyro_vae.processes import Engine, Group, in_processes
-from pyro_vae.training import State, evaluation, fit, load_weights
+from pyro_vae.training import State, dataset, fit, load_weights
 from pyro_vae.training.dataset import as_dataset
 from pyro_vae.training.run_folder import Settings, load_state
 from pyro_vae.training.trainer import Result, Trainer
@@ -112,7 +112,7 @@ def close(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float 
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=tolerance, msg=name)
 
 
-@patch.object(evaluation, "CHUNK", 5)  # rows of a part of the validation
+@patch.object(dataset, "CHUNK", 5)  # rows of a part of the validation
 def with_noise_handed_in(group: Group, compile: bool = False) -> dict[str, Result]:
     """Trainings whose result does not depend on who draws what."""
     x, one = make_data(), {"epochs": 1}
@@ -153,7 +153,7 @@ def everything(folder: Path, compile: bool, group: Group) -> dict[str, Any]:
     return found
 
 
-@patch.object(evaluation, "CHUNK", 5)
+@patch.object(dataset, "CHUNK", 5)
 def validated(group: Group) -> Result:
     return train(group, make_vae(), epochs=1, lr=1e-9, validation=noisy_data(13))
 

@@ -16,8 +16,7 @@ from pyro_vae import likelihoods
 from pyro_vae.objectives import ELBO
 from pyro_vae.training import State, fit, load_weights
 from pyro_vae.training.dataset import as_dataset
-from pyro_vae.training.optimizers import advance, make_optimizer, make_schedule
-from pyro_vae.training.step import Monitor, StepLoss
+from pyro_vae.training.step import Monitor, StepLoss, advance, make_optimizer, make_schedule
 
 
 class Empty(nn.Module):
