@@ -35,6 +35,7 @@ ERRORS = (
 OPTIONS = [option for command in COMMANDS.values() for option in command.options.items()]
 FLAGS = {key[2:] for key, known in OPTIONS if known.get("type") in (bool, bool | None)}
 SWITCHES = {key[2:] for key, known in OPTIONS if "action" in known} | {"help", "help_all"}
+FAMILY_OPTIONS = {f"--{family}" for family in FAMILIES}
 FEWER = "ask for fewer rows at once, draws, classes or latents, or for narrower layers"
 LONGEST = 1000  # characters of a message
 LARGEST = 10_000  # values of a configuration
@@ -85,10 +86,28 @@ def parse(command: str, argv: list[str]) -> Namespace:
             if os.getcwd() not in sys.path:  # a console script does not look where it is started
                 sys.path.insert(0, os.getcwd())
             import_module(value)
-    if command != "train":
-        return parser.parse_args(argv)
-    declared, argv = _declared(_resumed(argv), parser)
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv) if command != "train" else _of_train(parser, argv)
+
+
+def _of_train(parser: ArgumentParser, argv: list[str]) -> Namespace:
+    """The options of `train`, of files and then as typed, its classes with theirs."""
+    of_class, typed = list[str](), list[str]()
+    for argument in argv:
+        name = argument.partition("=")[0].partition(".")[0]
+        (of_class if name in FAMILY_OPTIONS else typed).append(argument)
+    declared = dict[str, Any](FAMILIES)
+    for content in _files(parser.parse_args(typed), parser):
+        declared |= {family: content.pop(family) for family in FAMILIES if family in content}
+        parser.set_defaults(content)
+    for argument in sorted(of_class, key=lambda one: one.partition("=")[0].count(".")):
+        name, _, text = argument.partition("=")  # a class comes before its options
+        family, *option = name.removeprefix("--").split(".")
+        if not text:
+            raise ValueError(f"argument {name}: expected one argument")
+        if option == ["help"]:
+            _print_options(family, text)
+        declared[family] = config.declare(family, declared[family], option, text)
+    options = parser.parse_args(typed)
     for family in FAMILIES:
         options[family] = config.component(family, declared[family])
     if options.print_config:
@@ -103,33 +122,28 @@ def plain_options(options: Namespace, without: Collection[str]) -> dict[str, Any
     return plain | {family: options[family].plain for family in FAMILIES}
 
 
-def _declared(argv: list[str], parser: ArgumentParser) -> tuple[dict[str, Any], list[str]]:
-    """What is declared of each family, in configuration files and then in arguments; the rest.
+def _files(options: Namespace, parser: ArgumentParser) -> Iterator[dict[str, Any]]:
+    """What files declare: that of the run which goes on, then the one that was typed.
 
-    Other options of the files become defaults of the parser.
-
-    Raises:
-        ValueError: If a class is unknown.
+    Of the run's own come also the options that it left unnamed.
     """
-    declared, given, rest = dict[str, Any](FAMILIES), [], []
-    for argument in argv:
-        name, _, text = argument.partition("=")
-        family, *option = name.removeprefix("--").split(".")
-        if name != "--config" and not (name.startswith("--") and family in FAMILIES):
-            rest.append(argument)
-        elif not text:
-            raise ValueError(f"argument {name}: expected one argument")
-        elif name == "--config":
-            content = _read_config(text, parser)
-            declared |= {family: content.pop(family) for family in FAMILIES if family in content}
-            parser.set_defaults(content)
-        else:
-            given.append((family, option, text))
-    for family, option, text in sorted(given, key=lambda one: len(one[1])):  # classes first
-        if option == ["help"]:
-            _print_options(family, text)
-        declared[family] = config.declare(family, declared[family], option, text)
-    return declared, rest
+    if options.resume is not None:
+        check_folder(options.resume)
+        path = Path(options.resume) / "config.yaml"
+        if not path.exists():
+            raise ValueError(
+                f"{options.resume or repr('')} cannot be resumed: it has no config.yaml, which "
+                "pyro-vae train writes; give the folder of a run that it began"
+            )
+        content = _read_yaml(path)
+        with reading(path):
+            likelihood = config.as_named_now(content.get("likelihood", FAMILIES["likelihood"]))
+        yield {
+            "run": options.resume,
+            **_checked(path, {**content, "likelihood": likelihood}, parser),
+        }
+    if options.config is not None:
+        yield _checked(options.config, _read_yaml(options.config), parser)
 
 
 def _print_options(family: str, name: str) -> NoReturn:
@@ -185,31 +199,9 @@ def make_parser(name: str) -> ArgumentParser:
     return parser
 
 
-def _resumed(argv: list[str]) -> list[str]:
-    """With `--resume RUN`, the options of that run come first, also those it left unnamed."""
-    for argument in reversed(argv):  # the last one counts
-        name, given, folder = argument.partition("=")
-        if name != "--resume" or not given:
-            continue
-        check_folder(folder)
-        declaration = Path(folder) / "config.yaml"
-        if not declaration.exists():
-            raise ValueError(
-                f"{folder or repr('')} cannot be resumed: it has no config.yaml, which pyro-vae "
-                "train writes; give the folder of a run that it began"
-            )
-        with reading(declaration):
-            named = _read_yaml(declaration).get("likelihood", FAMILIES["likelihood"])
-            likelihood = yaml.safe_dump(config.as_named_now(named))
-        return [
-            f"--config={declaration}", f"--run={folder}", f"--likelihood={likelihood}", *argv
-        ]  # fmt: skip
-    return argv
-
-
-def _read_config(path: str, parser: ArgumentParser) -> dict[str, Any]:
-    """The options of a configuration file, each known, its classes too."""
-    content, known = _read_yaml(path), {*parser.get_defaults().keys()}
+def _checked(path: str | Path, content: dict[str, Any], parser: ArgumentParser) -> dict[str, Any]:
+    """The options of a configuration file, each known, of its type, its classes too."""
+    known = {*parser.get_defaults().keys()}
     for key in content:
         if key in NOT_IN_FILES and content[key] is not None:
             raise ValueError(f"configuration {path} cannot set {key!r}: type --{key} instead")
@@ -219,10 +211,10 @@ def _read_config(path: str, parser: ArgumentParser) -> dict[str, Any]:
                 f"configuration {path} has {key!r}, which is no option{hint}: "
                 f"see {parser.prog} --help"
             )
-    parts = {family: content.pop(family) for family in FAMILIES if family in content}
+    others = {key: value for key, value in content.items() if key not in FAMILIES}
     with reading(path):
-        made = {family: config.component(family, part) for family, part in parts.items()}
-    return made | _typed(path, content, parser)
+        made = {f: config.component(f, content[f]) for f in FAMILIES if f in content}
+    return made | _typed(path, others, parser)
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
