@@ -50,7 +50,6 @@ __all__ = [
     "given",
     "load",
     "named_class",
-    "option_names",
     "plain_words",
     "short_name",
 ]
@@ -104,8 +103,8 @@ class Component(NamedTuple):
         options = {}
         for name, value in self.options.items():
             if isinstance(value, objectives.Schedule):
-                cls = type(value)
-                value = Component(cls, {n: getattr(value, n) for n in option_names(cls)}).plain
+                names = signature(type(value)).parameters
+                value = Component(type(value), {n: getattr(value, n) for n in names}).plain
             options[name] = list(value) if isinstance(value, tuple) else value
         return {"class_path": short_name(self.cls), "init_args": options}
 
@@ -181,9 +180,9 @@ def build(
             "a hierarchy needs a latent_dim of two sizes or more, from the data upwards, such as "
             f"[40, 40]; got {latent_dim!r}"
         )
-    order = None
-    if several:
-        order = component("hierarchy", "TopDown" if hierarchy is None else hierarchy)
+    order = (
+        component("hierarchy", "TopDown" if hierarchy is None else hierarchy) if several else None
+    )
     check_whole(0, condition_dim=condition_dim, classes=classes)
     if condition_dim and classes:
         raise ValueError(
@@ -241,7 +240,6 @@ def build(
 def _latents(
     parts: dict[str, Component], filled: dict[str, Any], sizes: tuple[int, ...]
 ) -> tuple[Any, Any]:
-    """Prior and posterior, of one layer or of several."""
     order, encoder, shape = parts.get("hierarchy"), parts["encoder"], filled["data_shape"]
     condition_dim = encoder.options.get("condition_dim", 0)
     reads = [(shape, 0)] if order is None else order.cls.reads(shape, sizes)
@@ -338,9 +336,10 @@ def components(family: str) -> dict[str, type]:
 
     Of those that share a name it is ours, else the last that was defined.
     """
-    found = final_subclasses(BASES[family])
-    ours = {cls.__name__: cls for cls in found if short_name(cls) == cls.__name__}
-    return dict(sorted(({cls.__name__: cls for cls in found} | ours).items()))
+    found = sorted(
+        final_subclasses(BASES[family]), key=lambda cls: short_name(cls) == cls.__name__
+    )
+    return dict(sorted({cls.__name__: cls for cls in found}.items()))
 
 
 def component(family: str, declared: Declared) -> Component:
@@ -352,7 +351,8 @@ def component(family: str, declared: Declared) -> Component:
         return declared
     name, options = name_and_options(family, declared)
     cls = named_class(family, name)
-    check_options(f"{family} {cls.__name__}", options, option_names(cls))
+    names = [name for name in signature(cls).parameters if name not in INJECTED]
+    check_options(f"{family} {cls.__name__}", options, names)
     options = {name: _value(cls, name, value) for name, value in options.items()}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, family, skip=INJECTED)
@@ -361,7 +361,7 @@ def component(family: str, declared: Declared) -> Component:
     except ArgumentError as error:
         line = plain_words(str(error)).replace(f"{family}.", "")
         raise ValueError(f"{family} {cls.__name__}: {line}") from error
-    return Component(cls, {key: checked[family][key] for key in option_names(cls)})
+    return Component(cls, {name: checked[family][name] for name in names})
 
 
 def plain_words(line: str) -> str:
@@ -441,11 +441,6 @@ def _value(cls: type, option: str, declared: Any) -> Any:
             "texts and lists; make other objects inside your class"
         )
     return declared
-
-
-def option_names(cls: type) -> list[str]:
-    """Names of the arguments of `cls` that a user sets."""
-    return [name for name in signature(cls).parameters if name not in INJECTED]
 
 
 def _is_plain(hint: Any) -> bool:

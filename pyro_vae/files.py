@@ -157,12 +157,13 @@ def locked(path: PathLike) -> Iterator[None]:
     path = Path(path)
     made = [path.parent, *(folder for folder in path.parent.parents if not folder.exists())]
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-    try:
-        try:
-            held = _lock(handle) and os.path.samestat(os.fstat(handle), os.lstat(path))
-        except FileNotFoundError:  # a process that has just ended removed it
-            held = False
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+    with open(os.open(path, flags, 0o666), "r+b", 0) as file:
+        held = False
+        with suppress(FileNotFoundError):  # a process that has just ended removed it
+            held = _lock(file.fileno()) and os.path.samestat(
+                os.fstat(file.fileno()), os.lstat(path)
+            )
         if not held:
             raise Locked(
                 f"{path.parent} is being written by another process: wait until it ends, or "
@@ -175,20 +176,16 @@ def locked(path: PathLike) -> Iterator[None]:
                 path.unlink()
                 for folder in made:
                     folder.rmdir()
-    finally:
-        os.close(handle)
 
 
 def _lock(handle: int) -> bool:
     """Whether no other process has locked this file; true where there are no locks."""
     try:
         import fcntl
-    except ImportError:
-        return True
-    try:
+
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system without locks
+    except (ImportError, OSError):  # a system, or a file system, without locks
         return True
     return True

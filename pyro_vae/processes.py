@@ -237,7 +237,6 @@ def is_first_process() -> bool:
 
 
 def _under_torchrun() -> bool:
-    """Whether torchrun started this process and others."""
     return (
         distributed.is_available()
         and distributed.is_torchelastic_launched()
@@ -325,7 +324,6 @@ class Engine:
             return self._connected(function, int(os.environ["LOCAL_RANK"]))
 
     def _connected(self, function: Function, index: int) -> Any:
-        """Runs `function` in this process, one of several that are connected."""
         device = self._device(index)
         if self.on_cuda:
             torch.cuda.set_device(device)
@@ -338,7 +336,6 @@ class Engine:
 
 
 def _in_process(engine: Engine, function: Function, part: tuple[str, int, int]) -> Any:
-    """Runs `function` in a process that was started for it; returns the result of rank 0."""
     store, rank, index = part
     if rank > 0:
         warnings.simplefilter("ignore")

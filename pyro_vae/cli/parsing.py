@@ -96,7 +96,7 @@ def _of_train(parser: ArgumentParser, argv: list[str]) -> Namespace:
         name = argument.partition("=")[0].partition(".")[0]
         (of_class if name in FAMILY_OPTIONS else typed).append(argument)
     declared = dict[str, Any](FAMILIES)
-    for content in _files(parser.parse_args(typed), parser):
+    for content in _files(typed, parser):
         declared |= {family: content.pop(family) for family in FAMILIES if family in content}
         parser.set_defaults(content)
     for argument in sorted(of_class, key=lambda one: one.partition("=")[0].count(".")):
@@ -122,32 +122,31 @@ def plain_options(options: Namespace, without: Collection[str]) -> dict[str, Any
     return plain | {family: options[family].plain for family in FAMILIES}
 
 
-def _files(options: Namespace, parser: ArgumentParser) -> Iterator[dict[str, Any]]:
-    """What files declare: that of the run which goes on, then the one that was typed.
+def _files(typed: list[str], parser: ArgumentParser) -> Iterator[dict[str, Any]]:
+    """What files declare: that of the run which goes on, then those that were typed.
 
     Of the run's own come also the options that it left unnamed.
     """
-    if options.resume is not None:
-        check_folder(options.resume)
-        path = Path(options.resume) / "config.yaml"
+    run = parser.parse_args(typed).resume
+    if run is not None:
+        check_folder(run)
+        path: Any = Path(run) / "config.yaml"
         if not path.exists():
             raise ValueError(
-                f"{options.resume or repr('')} cannot be resumed: it has no config.yaml, which "
-                "pyro-vae train writes; give the folder of a run that it began"
+                f"{run or repr('')} cannot be resumed: it has no config.yaml, which pyro-vae "
+                "train writes; give the folder of a run that it began"
             )
         content = _read_yaml(path)
         with reading(path):
             likelihood = config.as_named_now(content.get("likelihood", FAMILIES["likelihood"]))
-        yield {
-            "run": options.resume,
-            **_checked(path, {**content, "likelihood": likelihood}, parser),
-        }
-    if options.config is not None:
-        yield _checked(options.config, _read_yaml(options.config), parser)
+        content = _checked(path, {**content, "likelihood": likelihood}, parser)
+        yield {"run": run, **content}
+    for name, _, path in (argument.partition("=") for argument in typed):
+        if name == "--config":
+            yield _checked(path, _read_yaml(path), parser)
 
 
 def _print_options(family: str, name: str) -> NoReturn:
-    """The options of a class, as the arguments that set them."""
     cls = config.named_class(family, name)
     usage = f"pyro-vae train --{family} {cls.__name__} [--{family}.OPTION VALUE ...]"
     parser = ArgumentParser(usage=usage, add_help=False)
@@ -218,11 +217,6 @@ def _checked(path: str | Path, content: dict[str, Any], parser: ArgumentParser) 
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
-    """What a configuration file says.
-
-    Raises:
-        ValueError: If it cannot be read, or does not hold options.
-    """
     try:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:

@@ -125,7 +125,6 @@ def train_all(runs: list[Namespace]) -> None:
 def _fit(
     options: Namespace, vae: VAE, splits: Splits, folder: Path, objective: Objective
 ) -> History:
-    """The training, which says how to go on if it is stopped."""
     data, loggers = splits.train, []
     if options.tensorboard:
         from lightning_fabric.loggers import TensorBoardLogger
@@ -185,7 +184,6 @@ def _splits(options: Namespace) -> Splits:
 
 
 def _of_columns(given: Any, schema: Schema) -> dict[str, Any] | list[Any]:
-    """The declared columns, those that are not declared from the schema."""
     if not isinstance(given, dict):
         return list(given)
     columns: dict[str, Any] = schema.likelihood["init_args"]["columns"]
@@ -195,7 +193,6 @@ def _of_columns(given: Any, schema: Schema) -> dict[str, Any] | list[Any]:
 
 
 def _described(splits: Splits, options: Namespace) -> str:
-    """One line on the data: rows of each part, and what was chosen for them."""
     rows = ", ".join(f"{len(part)} {name}" for name, part in splits.parts.items())
     likelihood = options.likelihood.cls.__name__
     why = f", which fits {likelihood}" if options.transform == "auto" else ""
@@ -207,7 +204,6 @@ def _described(splits: Splits, options: Namespace) -> str:
 
 
 def _go_on(folder: Path, options: Namespace) -> str:
-    """How to go on with an interrupted run, if it has begun."""
     if not (folder / "run.json").exists():
         return ""
     module = f" --import {options['import']}" if options["import"] else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from pyro_vae.arguments import as_plain
 from pyro_vae.files import PathLike
 from pyro_vae.objectives import Objective
 from pyro_vae.processes import Engine, is_first_process
-from pyro_vae.training.dataset import as_dataset, describe
+from pyro_vae.training.dataset import as_dataset
 from pyro_vae.training.progress import Callback, History
-from pyro_vae.training.run_folder import Settings, as_json, check_same, earlier_run
+from pyro_vae.training.run_folder import Settings, check_same, earlier_run, make_record
 from pyro_vae.training.step import PRECISIONS, OptimizerSpec, ScheduleSpec, worth_compiling
 from pyro_vae.training.trainer import Trainer
 
@@ -147,13 +146,13 @@ def fit(
             check(getattr(part, "y", None))
     engine = Engine(accelerator, as_plain(devices))
     threads = engine.threads(vae, batch_size * objective.num_particles)
-    settings, said = replace(settings, threads=threads), None
+    settings.threads, said = threads, None
     was = earlier_run(run, resume) if run is not None and (resume or is_first_process()) else {}
-    before = was and {"compile": False, **was["training"]}
+    before = {"compile": False, **was["training"]} if was else {}
     if compile is None:
         steps = epochs * -(-len(rows) // batch_size)
         choice = worth_compiling(steps, objective, precision, engine.on_cuda)
-        settings = replace(settings, compile=before.get("compile", choice))
+        settings.compile = before.get("compile", choice)
         how = "is compiled" if settings.compile else "runs eagerly"
         said = f"compile: {steps} steps are planned, and the step {how}"
     if objective.batch_level and engine.size > 1:
@@ -162,27 +161,19 @@ def fit(
             f"each one's share, {batch_size // engine.size} rows of {batch_size}"
         )
         warnings.warn(message, UserWarning, stacklevel=2)
-    parts = {"train": rows, "validation": held_out}
-    record: dict[str, Any] = (
-        {}
-        if run is None
-        else as_json(
-            {
-                "declaration": declaration or getattr(vae, "declaration", None),
-                "training": settings.record(objective),
-                "data": {n: None if part is None else describe(part) for n, part in parts.items()},
-            }
-        )
-    )
-    if was and run is not None and is_first_process():
-        check_same(run, was, record)
+    folder, record = None, {}
+    if run is not None:
+        declaration = declaration or getattr(vae, "declaration", None)
+        parts = {"train": rows, "validation": held_out}
+        folder, record = Path(run), make_record(declaration, settings, objective, parts)
+    if was and folder is not None and is_first_process():
+        check_same(folder, was, record)
         if before.get("threads", threads) != threads:
             message = (
                 f"{run} was trained on {before['threads']} threads and goes on with {threads}: "
                 "its weights will differ, by rounding, from an unbroken run's"
             )
             warnings.warn(message, UserWarning, stacklevel=2)
-    folder = None if run is None else Path(run)
     trainer = Trainer(
         vae, objective, rows, held_out, settings, folder, record, resume, tuple(callbacks),
         progress, said, tuple(loggers),
@@ -199,7 +190,6 @@ def fit(
 
 
 def _named(name: str) -> Objective:
-    """The objective of this name, with its usual options."""
     classes = {n: getattr(objectives, n) for n in objectives.__all__ if n != "Objective"}
     known = {n: cls for n, cls in classes.items() if issubclass(cls, Objective)}
     if name not in known:

@@ -35,16 +35,17 @@ from pyro_vae.files import (
     write,
 )
 from pyro_vae.objectives import Objective
+from pyro_vae.training.dataset import Dataset, describe
 from pyro_vae.training.progress import COLUMNS, OPTIONAL
 from pyro_vae.training.step import OptimizerSpec, ScheduleSpec
 
 __all__ = [
     "Settings",
-    "as_json",
     "check_same",
     "earlier_run",
     "load_state",
     "load_weights",
+    "make_record",
     "put_weights",
     "read_run",
     "save_checkpoint",
@@ -72,7 +73,7 @@ RECORDS: Kinds = {  # what run.json holds, and of which type
 MAY_CHANGE = ("compile", "epochs", "patience", "checkpoint_every", "threads")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Settings:
     """The arguments of `fit` that a run records; checked, and numbers made Python's own."""
 
@@ -96,19 +97,19 @@ class Settings:
         check_real(above=0, lr=self.lr)
         check_real(above=0, optional=True, clip_norm=self.clip_norm)
         for name, value in vars(self).items():  # numpy's cannot be read from a checkpoint
-            object.__setattr__(self, name, as_plain(value))
-
-    def record(self, objective: Objective) -> dict[str, Any]:
-        """As a run records it."""
-        objective.at(0)
-        return {
-            **vars(self),
-            "objective": {"class_path": type(objective).__name__, "init_args": objective.options},
-        }
+            setattr(self, name, as_plain(value))
 
 
-def as_json(record: dict[str, Any]) -> dict[str, Any]:
-    """A record as JSON gives it back: schedules by name and options, other objects by name."""
+def make_record(
+    declaration: dict[str, Any] | None,
+    settings: Settings,
+    objective: Objective,
+    data: dict[str, Dataset | None],
+) -> dict[str, Any]:
+    """What a run records, as JSON gives it back.
+
+    Schedules have their name and options; functions, and objects of other kinds, their name.
+    """
 
     def plain(value: Any) -> Any:
         name = getattr(value, "__qualname__", None)
@@ -120,6 +121,13 @@ def as_json(record: dict[str, Any]) -> dict[str, Any]:
             return {"class_path": type(value).__name__, "init_args": asdict(value)}
         return str(value) if isinstance(value, partial) else type(value).__name__
 
+    objective.at(0)
+    options = {"class_path": type(objective).__name__, "init_args": objective.options}
+    record = {
+        "declaration": declaration,
+        "training": {**vars(settings), "objective": options},
+        "data": {n: None if rows is None else describe(rows) for n, rows in data.items()},
+    }
     return json.loads(json.dumps(record, default=plain))
 
 

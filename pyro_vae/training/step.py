@@ -181,34 +181,37 @@ class Monitor:
         self.bad = torch.full((), -1, device=device)  # the first step whose loss is not finite
         self.terms: Tensor | None = None  # of that step
 
-    def add(self, step: int, loss: Tensor, terms: Tensor) -> None:
-        """Adds the terms of a step, and checks its loss."""
+    def add(
+        self,
+        step: int,
+        loss: Tensor,
+        terms: Tensor,
+        parameters: Iterable[nn.Parameter] = (),
+        norm: Tensor | None = None,
+    ) -> None:
+        """Adds the terms of a step, and checks its loss and the gradient of `parameters`.
+
+        Raises:
+            FloatingPointError: If the loss is not finite, or the gradient, or its norm; on a CPU.
+        """
+        self.sums = terms.double() if self.sums is None else self.sums + terms
         if not self.every_step:
             first = ~loss.isfinite() & (self.bad < 0)
             self.bad = torch.where(first, step, self.bad)
             self.terms = terms if self.terms is None else torch.where(first, terms, self.terms)
-        elif not math.isfinite(loss.item()):
+            return
+        if not math.isfinite(loss.item()):
             raise self._loss_error(step, terms)
-        self.sums = terms.double() if self.sums is None else self.sums + terms
-
-    def check_gradient(
-        self, step: int, parameters: Iterable[nn.Parameter], norm: Tensor | None = None
-    ) -> None:
-        """Raises a FloatingPointError if a gradient, or their norm, is not finite; on a CPU."""
-        if not self.every_step:
-            return
-        total: Any = norm
-        if total is None:
-            total = sum(p.grad.sum() for p in parameters if p.grad is not None)
-        if math.isfinite(total):
-            return
-        named = self.loss.vae.named_parameters()
-        bad = [n for n, p in named if p.grad is not None and not p.grad.isfinite().all()]
-        names = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-        raise FloatingPointError(
-            f"step {step}: the gradient of {names} is not finite, though the loss is; lower lr, "
-            "or look for a function whose derivative is infinite"
-        )
+        gradients = (p.grad for p in parameters if p.grad is not None)
+        total: Any = sum(map(torch.sum, gradients)) if norm is None else norm
+        if not math.isfinite(total):
+            named = self.loss.vae.named_parameters()
+            bad = [n for n, p in named if p.grad is not None and not p.grad.isfinite().all()]
+            names = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+            raise FloatingPointError(
+                f"step {step}: the gradient of {names} is not finite, though the loss is; lower "
+                "lr, or look for a function whose derivative is infinite"
+            )
 
     def raise_if_bad(self, step: int, weights: Iterable[Tensor] = ()) -> None:
         """Raises a FloatingPointError if a loss or weight was not finite; waits for the device."""

@@ -213,7 +213,6 @@ class Trainer:
         return self.group.broadcast(state.stopped)
 
     def _train_epoch(self) -> dict[str, float]:
-        """All steps of an epoch; returns its running means."""
         self.vae.train()
         order = epoch_order(len(self.rows), self.settings.seed, self.epoch)
         batches = order.to(self.group.device).split(self.settings.batch_size)
@@ -250,13 +249,14 @@ class Trainer:
             terms = terms * (len(index) / len(share))
         loss, terms = self.group.all_reduce_mean(weight, self.parameters, loss, terms)
         with self.resuming:  # the state that was loaded is used from here on
-            self.monitor.add(self.step, loss, terms)
             norm = None
             if self.settings.clip_norm is not None:
                 self.scaler.unscale_(self.optimizer)
                 norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
-            if not self.scaler.is_enabled():  # which leaves out a step of infinite gradients
-                self.monitor.check_gradient(self.step, self.parameters, norm)
+            if self.scaler.is_enabled():  # it leaves out a step of infinite gradients
+                self.monitor.add(self.step, loss, terms)
+            else:
+                self.monitor.add(self.step, loss, terms, self.parameters, norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             for parameter in self.parameters:
@@ -268,7 +268,6 @@ class Trainer:
         self.offset += 1
 
     def _eager(self, *batch: Tensor) -> Outcome:
-        """Runs the programs, and leaves the gradient in the parameters."""
         loss, terms, d = self.loss(*batch)
         self.scaler.scale(loss).backward()
         return loss.detach(), terms, d
