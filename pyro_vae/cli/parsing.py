@@ -140,7 +140,7 @@ def _files(typed: list[str], parser: ArgumentParser) -> Iterator[dict[str, Any]]
         with reading(path):
             likelihood = config.as_named_now(content.get("likelihood", FAMILIES["likelihood"]))
         content = _checked(path, {**content, "likelihood": likelihood}, parser)
-        yield {"run": run, **content}
+        yield {**content, "run": run}
     for name, _, path in (argument.partition("=") for argument in typed):
         if name == "--config":
             yield _checked(path, _read_yaml(path), parser)

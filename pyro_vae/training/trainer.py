@@ -29,7 +29,14 @@ from pyro_vae.runtime import (
     seed_generators,
     threads,
 )
-from pyro_vae.training.dataset import Dataset, Evaluator, fetch, fetch_few
+from pyro_vae.training.dataset import (
+    UNIT_ROWS,
+    Dataset,
+    active_units,
+    fetch,
+    fetch_few,
+    validation_bound,
+)
 from pyro_vae.training.progress import (
     Bar,
     Callback,
@@ -112,9 +119,16 @@ class Trainer:
     def _place(self, group: Group) -> None:
         """The state before the first step, on the device of the group."""
         self.group = group
+        if self.settings.precision == "64-true":
+            self.vae.double()
+        # the others, and the data, have its device and type
+        self.weight = next(p for p in self.vae.parameters() if p.is_floating_point())
         self.rows = self.rows.to(group.device)
-        held_out = None if self.held_out is None else self.held_out.to(group.device)
-        self.evaluator = Evaluator(self.vae, self.rows, held_out, self.settings.seed, group)
+        with forked(group.device):
+            if self.held_out is not None:
+                self.held_out = self.held_out.to(group.device).fixed(self.settings.seed)
+            few = self.held_out or self.rows.fixed(self.settings.seed)
+        self.unit_rows = fetch_few(few, UNIT_ROWS, self.weight)
         self.history = History()
         self.epoch = self.step = self.offset = 0  # epochs, steps, batches of this epoch done
         self.seconds = 0.0  # spent in this epoch before it was resumed
@@ -128,26 +142,24 @@ class Trainer:
 
     def _start(self, state: dict[str, Any] | None) -> None:
         """Initialises the vae or loads the checkpoint `state`, and makes the optimiser."""
-        settings, device, weight = self.settings, self.group.device, self.evaluator.weight
+        settings, device = self.settings, self.group.device
         self.objective.prepare(len(self.rows), self.num_batches)
         if state is not None:
-            if settings.precision == "64-true":
-                self.vae.double()  # before its weights come, which are
             if self.group.rank == 0:
                 put_weights(self.vae, load_weights(self.run, "last"), self.run)  # type: ignore[arg-type]
         elif callable(initialise := getattr(self.vae, "initialise", None)):
             with forked(device):
                 fixed = self.rows.fixed(settings.seed)
-            initialise(fetch_few(fixed, INITIAL_ROWS, weight)[0])
+            initialise(fetch_few(fixed, INITIAL_ROWS, self.weight)[0])
         variables = chain(self.vae.named_parameters(), self.vae.named_buffers())
         self.group.broadcast_(dict(variables))
         try:  # now, not after an epoch
             with pyro.validation_enabled(True):
-                self.evaluator.bound()
+                self._bound()
         except ValueError as error:
             raise ValueError(f"validation: {error}") from error
         if self.objective.own_step:
-            programs, few = self.evaluator.programs, fetch_few(self.rows, 2, weight)
+            programs, few = (self.vae.model, self.vae.guide), fetch_few(self.rows, 2, self.weight)
             with evaluating(*programs, seed=settings.seed, device=device):
                 d = densities(*programs, *few)
             self.objective.start(d)
@@ -161,8 +173,6 @@ class Trainer:
         self.optimizer.zero_grad()
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.schedule = make_schedule(settings.schedule, self.optimizer, settings.epochs)
-        if settings.precision == "64-true":
-            self.loss.double()
         if state is not None:
             self.resuming = reading(f"the state of run {self.run}")
             with reading(f"the state of run {self.run}"):
@@ -192,7 +202,8 @@ class Trainer:
                 logger.finalize("success")
             if self.best is not None:
                 self.vae.load_state_dict(self.best)
-            units, moving = self.evaluator.active_units(), self.objective.unsettled(self.step)
+            units = active_units(self.vae, self.unit_rows, settings.seed)
+            moving = self.objective.unsettled(self.step)
             if any(active < total for active, total in units.values()):
                 bar.say(units_in_use(units))
         said = warnings_at_the_end(self.history, self.first_elbo, units, moving)
@@ -237,7 +248,7 @@ class Trainer:
         checked, gradient = self.step < VALIDATED, self._eager
         try:
             with pyro.validation_enabled(True) if checked else nullcontext():
-                batch = fetch(self.rows, share, self.evaluator.weight)
+                batch = fetch(self.rows, share, self.weight)
                 # a shorter last batch is not worth a compilation of its own
                 if self.settings.compile and not checked and len(share) == self.local_batch_size:
                     self.compiled = self.compiled or self._compile(*batch)
@@ -312,8 +323,8 @@ class Trainer:
         self.group.broadcast_(dict(self.vae.named_buffers()))
         row: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step, "seconds": 0.0}
         row |= {"lr": float(self.optimizer.param_groups[0]["lr"]), **means}
-        row |= self.evaluator.bound()
-        units = self.evaluator.active_units().values()
+        row |= self._bound()
+        units = active_units(self.vae, self.unit_rows, self.settings.seed).values()
         row["active_units"], self.history.num_units = (
             map(sum, zip(*units)) if units else [None] * 2
         )
@@ -324,6 +335,10 @@ class Trainer:
         self.epoch, self.offset, self.seconds = self.epoch + 1, 0, 0.0
         self.monitor.sums = None
         return row
+
+    def _bound(self) -> dict[str, float | None]:
+        seed, group = self.settings.seed, self.group
+        return validation_bound(self.vae, self.held_out, self.weight, seed, group)
 
     def _out_of_patience(self) -> bool:
         """Whether `patience` epochs passed without a better one, since all weights settled."""
