@@ -271,14 +271,11 @@ def _as_asked(options: Namespace) -> Iterator[None]:
     """The devices, threads and precision that a command asks for; warnings as one line."""
     import torch
 
-    from pyro_vae.processes import check_processes, uses_cuda
     from pyro_vae.runtime import threads
 
     precision, number = torch.get_float32_matmul_precision(), options.get("threads")
     most = os.cpu_count() or 1
     check_whole(devices=options.get("devices", 1))
-    if options.get("devices", 1) > 1:
-        check_processes(options.devices, "cuda" if uses_cuda(options.accelerator) else "cpu")
     if number is not None and not 1 <= number <= most:
         raise ValueError(
             f"threads must be from 1 to {most}, the processors of this machine; got {number}"

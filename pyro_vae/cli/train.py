@@ -245,12 +245,12 @@ def _run_folder(options: Namespace) -> Path:
     if not options.run.strip():
         raise ValueError(f"run must name a folder; got {options.run!r}")
     folder = Path(options.run)
-    if options.resume is not None and folder != Path(options.resume):
-        raise ValueError(f"resume goes on in {options.resume} itself: leave --run out")
-    if options.resume is None and (folder / "run.json").exists():
-        raise ValueError(f"{folder} holds a run: choose another --run, or go on with --resume")
     if options.resume is not None:
+        if folder != Path(options.resume):
+            raise ValueError(f"resume goes on in {options.resume} itself: leave --run out")
         read_run(folder)
+    elif (folder / "run.json").exists():
+        raise ValueError(f"{folder} holds a run: choose another --run, or go on with --resume")
     return folder
 
 

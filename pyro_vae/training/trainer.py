@@ -124,10 +124,12 @@ class Trainer:
         # the others, and the data, have its device and type
         self.weight = next(p for p in self.vae.parameters() if p.is_floating_point())
         self.rows = self.rows.to(group.device)
+        seed, held_out = self.settings.seed, self.held_out
         with forked(group.device):
-            if self.held_out is not None:
-                self.held_out = self.held_out.to(group.device).fixed(self.settings.seed)
-            few = self.held_out or self.rows.fixed(self.settings.seed)
+            if held_out is not None:
+                held_out = held_out.to(group.device).fixed(seed)
+            few = held_out or self.rows.fixed(seed)
+        self.bound = partial(validation_bound, self.vae, held_out, self.weight, seed, group)
         self.unit_rows = fetch_few(few, UNIT_ROWS, self.weight)
         self.history = History()
         self.epoch = self.step = self.offset = 0  # epochs, steps, batches of this epoch done
@@ -155,7 +157,7 @@ class Trainer:
         self.group.broadcast_(dict(variables))
         try:  # now, not after an epoch
             with pyro.validation_enabled(True):
-                self._bound()
+                self.bound()
         except ValueError as error:
             raise ValueError(f"validation: {error}") from error
         if self.objective.own_step:
@@ -323,7 +325,7 @@ class Trainer:
         self.group.broadcast_(dict(self.vae.named_buffers()))
         row: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step, "seconds": 0.0}
         row |= {"lr": float(self.optimizer.param_groups[0]["lr"]), **means}
-        row |= self._bound()
+        row |= self.bound()
         units = active_units(self.vae, self.unit_rows, self.settings.seed).values()
         row["active_units"], self.history.num_units = (
             map(sum, zip(*units)) if units else [None] * 2
@@ -335,10 +337,6 @@ class Trainer:
         self.epoch, self.offset, self.seconds = self.epoch + 1, 0, 0.0
         self.monitor.sums = None
         return row
-
-    def _bound(self) -> dict[str, float | None]:
-        seed, group = self.settings.seed, self.group
-        return validation_bound(self.vae, self.held_out, self.weight, seed, group)
 
     def _out_of_patience(self) -> bool:
         """Whether `patience` epochs passed without a better one, since all weights settled."""
