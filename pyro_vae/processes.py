@@ -221,14 +221,12 @@ class Group:
             distributed.all_gather_object(values, value)
         return values
 
-    def broadcast_(self, tensors: dict[str, Tensor]) -> None:
+    @torch.no_grad()
+    def broadcast_(self, *tensors: Tensor) -> None:
         """Overwrites tensors, in place, with those of rank 0."""
-        if self.size == 1:
-            return
-        theirs = self.broadcast({name: tensor.cpu() for name, tensor in tensors.items()})
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(theirs[name])
+        if self.size > 1:
+            for tensor, theirs in zip(tensors, self.broadcast([t.cpu() for t in tensors])):
+                tensor.copy_(theirs)
 
 
 def is_first_process() -> bool:

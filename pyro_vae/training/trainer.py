@@ -153,8 +153,7 @@ class Trainer:
             with forked(device):
                 fixed = self.rows.fixed(settings.seed)
             initialise(fetch_few(fixed, INITIAL_ROWS, self.weight)[0])
-        variables = chain(self.vae.named_parameters(), self.vae.named_buffers())
-        self.group.broadcast_(dict(variables))
+        self.group.broadcast_(*self.vae.parameters(), *self.vae.buffers())
         try:  # now, not after an epoch
             with pyro.validation_enabled(True):
                 self.bound()
@@ -165,7 +164,7 @@ class Trainer:
             with evaluating(*programs, seed=settings.seed, device=device):
                 d = densities(*programs, *few)
             self.objective.start(d)
-            self.group.broadcast_(dict(self.objective.named_parameters()))
+            self.group.broadcast_(*self.objective.parameters())
         self.loss = StepLoss(self.vae, self.objective, settings.precision)
         self.monitor = Monitor(self.loss, device)
         # 16-mixed unscales gradients before the step, which fused ones do inside
@@ -322,7 +321,7 @@ class Trainer:
     def _measure(self, means: dict[str, float]) -> dict[str, Any]:
         """Ends an epoch of these means: its row of the history, and a step of the schedule."""
         began = time.monotonic()
-        self.group.broadcast_(dict(self.vae.named_buffers()))
+        self.group.broadcast_(*self.vae.buffers())
         row: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step, "seconds": 0.0}
         row |= {"lr": float(self.optimizer.param_groups[0]["lr"]), **means}
         row |= self.bound()
@@ -355,7 +354,7 @@ class Trainer:
         if self.run is None:
             return
         self.monitor.raise_if_bad(self.step, self.parameters)
-        self.group.broadcast_(dict(self.vae.named_buffers()))
+        self.group.broadcast_(*self.vae.buffers())
         state = self._state()
         if self.group.rank == 0:
             if not (self.run / "run.json").exists():
