@@ -15,8 +15,6 @@ from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["CannotCompile", "Traced", "compiled"]
-
 
 class CannotCompile(RuntimeError):
     """A forward pass that cannot be traced or compiled; says why in one line."""

@@ -11,20 +11,6 @@ from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
-__all__ = [
-    "Kinds",
-    "Locked",
-    "PathLike",
-    "as_csv",
-    "check_folder",
-    "check_types",
-    "damaged",
-    "flush_folder",
-    "locked",
-    "reading",
-    "write",
-]
-
 PathLike = str | os.PathLike[str]
 Kinds = dict[str, tuple[type, ...]]  # of the values of a record, by name
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL

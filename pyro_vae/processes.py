@@ -23,15 +23,6 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from pyro_vae.runtime import alone, is_small, threads
 
-__all__ = [
-    "Engine",
-    "Group",
-    "check_processes",
-    "in_processes",
-    "is_first_process",
-    "uses_cuda",
-]
-
 T = TypeVar("T")
 Function = Callable[["Group"], Any]  # what runs on each device
 

@@ -16,19 +16,6 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from pyro_vae.arguments import check_whole
 
-__all__ = [
-    "alone",
-    "check_fits",
-    "epoch_order",
-    "fast_products",
-    "forked",
-    "is_small",
-    "keep_memory",
-    "parameters_that_fit",
-    "seed_generators",
-    "threads",
-]
-
 MANY = 10_000_000  # multiplications in a layer that are worth a second thread
 LARGE = 2**14  # entries of a matrix from which oneDNN's products are faster
 SWITCHED_OFF = ("none", "ieee")

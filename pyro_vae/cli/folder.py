@@ -33,20 +33,6 @@ from pyro_vae.processes import check_processes, uses_cuda
 from pyro_vae.training import read_run
 from pyro_vae.vae import VAE
 
-__all__ = [
-    "check_support",
-    "declared_run",
-    "destination",
-    "home",
-    "load_run",
-    "own_rows",
-    "pairs",
-    "placed",
-    "read_part",
-    "read_record",
-    "read_table",
-]
-
 RECORD: Kinds = {  # of data.json
     "description": (dict,),
     "transform": (dict,),

@@ -19,16 +19,6 @@ from pyro_vae.arguments import check_whole, closest
 from pyro_vae.cli import COMMANDS, DATA, FAMILIES
 from pyro_vae.files import check_folder, reading
 
-__all__ = [
-    "ERRORS",
-    "data_options",
-    "make_parser",
-    "parse",
-    "plain_options",
-    "run",
-    "spelled",
-]
-
 ERRORS = (
     *(ArgumentError, ValueError, OSError, FloatingPointError, NotImplementedError, ImportError),
 )

@@ -27,8 +27,6 @@ from pyro_vae.processes import in_processes, is_first_process, uses_cuda
 from pyro_vae.training import History, fit, read_run
 from pyro_vae.vae import VAE
 
-__all__ = ["demo", "hints", "train"]
-
 NOT_DECLARED = (*NOT_IN_FILES, "progress", "seeds")
 DEMO = {
     "data": "digits",

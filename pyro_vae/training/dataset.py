@@ -15,18 +15,6 @@ from pyro_vae.densities.programs import is_random
 from pyro_vae.estimators.importance import lower_bound
 from pyro_vae.processes import Group
 
-__all__ = [
-    "UNIT_ROWS",
-    "Dataset",
-    "TensorDataset",
-    "active_units",
-    "as_dataset",
-    "describe",
-    "fetch",
-    "fetch_few",
-    "validation_bound",
-]
-
 CHUNK = 1000  # rows at once
 UNIT_ROWS = 1000  # that the active units are counted on
 ACTIVE = 0.01  # least variance over data of an active unit's posterior mean

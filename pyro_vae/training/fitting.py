@@ -20,8 +20,6 @@ from pyro_vae.training.run_folder import Settings, check_same, earlier_run, make
 from pyro_vae.training.step import PRECISIONS, OptimizerSpec, ScheduleSpec, worth_compiling
 from pyro_vae.training.trainer import Trainer
 
-__all__ = ["fit"]
-
 
 def fit(
     vae: nn.Module,

@@ -9,16 +9,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = [
-    "COLUMNS",
-    "Bar",
-    "Callback",
-    "History",
-    "State",
-    "units_in_use",
-    "warnings_at_the_end",
-]
-
 COLUMNS = (
     "epoch",
     "step",

@@ -39,20 +39,6 @@ from pyro_vae.training.dataset import Dataset, describe
 from pyro_vae.training.progress import COLUMNS, OPTIONAL
 from pyro_vae.training.step import OptimizerSpec, ScheduleSpec
 
-__all__ = [
-    "Settings",
-    "check_same",
-    "earlier_run",
-    "load_state",
-    "load_weights",
-    "make_record",
-    "put_weights",
-    "read_run",
-    "save_checkpoint",
-    "start_run",
-    "write_metrics",
-]
-
 FORMAT = 1
 POINTERS = "checkpoints/current.json"  # the last, the best, and the digests of their files
 WEIGHTS, STATE = "weights.safetensors", "state.pt"

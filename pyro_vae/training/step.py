@@ -22,22 +22,6 @@ from pyro_vae.compiling import CannotCompile, compiled
 from pyro_vae.densities import Densities, OwnParameters, folds, registered_densities, summed_values
 from pyro_vae.objectives import Objective
 
-__all__ = [
-    "PRECISIONS",
-    "Gradient",
-    "Monitor",
-    "OptimizerSpec",
-    "ScheduleSpec",
-    "StepLoss",
-    "advance",
-    "compiled_gradient",
-    "make_optimizer",
-    "make_schedule",
-    "replay",
-    "restore",
-    "worth_compiling",
-]
-
 PRECISIONS = {  # and the types of what autocast casts
     "32-true": None,
     "bf16-mixed": torch.bfloat16,

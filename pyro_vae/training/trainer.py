@@ -67,8 +67,6 @@ from pyro_vae.training.step import (
     restore,
 )
 
-__all__ = ["Result", "Trainer"]
-
 INITIAL_ROWS = 10_000  # that `vae.initialise` sees
 VALIDATED = 2  # first steps, with the argument checks of Pyro's distributions
 INTERVAL = 0.5  # seconds between two reports
