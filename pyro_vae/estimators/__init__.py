@@ -1,7 +1,6 @@
 """Estimators of log p(x): no gradients of parameters, nothing left behind."""
 
-from pyro_vae.estimators.annealed import annealed_importance_sampling
-from pyro_vae.estimators.bidirectional import Bracket, bidirectional
+from pyro_vae.estimators.annealed import Bracket, annealed_importance_sampling, bidirectional
 from pyro_vae.estimators.classes import ClassProbabilities, class_probabilities
 from pyro_vae.estimators.conditional import (
     Imputation,
@@ -9,9 +8,14 @@ from pyro_vae.estimators.conditional import (
     impute,
     log_conditional,
 )
-from pyro_vae.estimators.diagnostics import convergence, jackknife
 from pyro_vae.estimators.evidence import Evidence
-from pyro_vae.estimators.importance import Bound, evidence_lower_bound, importance_sampling
+from pyro_vae.estimators.importance import (
+    Bound,
+    convergence,
+    evidence_lower_bound,
+    importance_sampling,
+    jackknife,
+)
 from pyro_vae.estimators.log_evidence import Audit, audit, log_evidence
 from pyro_vae.estimators.refined import refined_importance_sampling
 

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from pyro_vae.densities import Program
-from pyro_vae.estimators.diagnostics import pareto_khat
 from pyro_vae.estimators.escalating import walk
-from pyro_vae.estimators.evidence import Evidence, summarise
+from pyro_vae.estimators.evidence import Evidence, pareto_khat, summarise
 from pyro_vae.estimators.log_evidence import log_evidence
 from pyro_vae.estimators.proposal import joined
 from pyro_vae.estimators.refined import LOWEST, METHOD, Fit, fit_proposal
@@ -230,7 +229,7 @@ def _imputed(target: Target, num_draws: int, num_samples: int) -> Imputation:
 
 def _drawn(fit: Fit, num_samples: int, num_draws: int) -> tuple[Imputation, Tensor, Tensor]:
     """Imputations from K draws of a fitted proposal, these draws and their log weights."""
-    places = fit.places(num_samples)
+    places = fit.draw(num_samples)
     weights, mean, stderr = _moments(fit.target, fit.weighed(places, num_samples))
     evidence = fit.judge(summarise(weights.cpu(), METHOD, "doubtful"), TOLERANCE)
     draws = _picked(fit.target, places, weights, num_draws)
@@ -451,7 +450,7 @@ def _joined(
 def _columns(target: Target, num_samples: int, missing: bool) -> Tensor:
     """As `_LeftOut`, of B data; `missing` is whether the model takes NaN."""
     fit = fit_proposal(target)
-    runs = fit.weighed(fit.places(num_samples), num_samples)
+    runs = fit.weighed(fit.draw(num_samples), num_samples)
     weights, entries = zip(*((w.unsqueeze(-1), run.entry_log_prob()) for w, run in runs))
     whole = torch.cat(weights)
     rest = whole - torch.cat(entries).flatten(2)  # of each entry left out [K, B, C]
@@ -470,6 +469,8 @@ def _cells(fit: Fit, entry: Tensor, num_samples: int) -> Tensor:
     cell: Any = (torch.arange(len(entry)), *torch.unravel_index(entry, target.x.shape[1:]))
     rest = fit_proposal(target.without(cell))
     halves = joined([rest.proposal, fit.proposal], [-math.log(2)] * 2)
-    places, weights = replace(rest, proposal=halves).draw_with_places(2 * num_samples)
+    both = replace(rest, proposal=halves)
+    places = both.draw(2 * num_samples)
+    weights = both.log_weights(places, 2 * num_samples)
     parts = [target.at(u).entry_log_prob()[:, *cell] for u in places.split(target.draws_at_once)]
     return ((weights + torch.cat(parts)).logsumexp(0) - weights.logsumexp(0)).cpu()

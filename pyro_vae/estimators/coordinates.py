@@ -18,12 +18,10 @@ from pyro_vae.densities import Densities, Site
 
 __all__ = [
     "Coordinates",
-    "NormalScores",
     "coordinates",
     "holds_tensor",
     "is_delta",
     "is_discrete",
-    "normal_units",
 ]
 
 DRAWS = 64  # of a prior, behind its centre and spread
@@ -132,9 +130,6 @@ class LogSticks(Transform):
     domain, codomain = constraints.real_vector, constraints.simplex
     bijective = True
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, LogSticks)
-
     def _call(self, v: Tensor) -> Tensor:
         return (_left(v) + F.pad(F.logsigmoid(v), (0, 1))).exp()
 
@@ -147,14 +142,6 @@ class LogSticks(Transform):
         """log |dp / dv| of the first parts [*]."""
         return (F.logsigmoid(v) + F.logsigmoid(-v) + _left(v)[..., :-1]).sum(-1)
 
-    def forward_shape(self, shape: torch.Size) -> torch.Size:
-        """One part more than logits."""
-        return torch.Size([*shape[:-1], shape[-1] + 1])
-
-    def inverse_shape(self, shape: torch.Size) -> torch.Size:
-        """One logit less than parts."""
-        return torch.Size([*shape[:-1], shape[-1] - 1])
-
 
 def _left(v: Tensor) -> Tensor:
     """log of what is left of the stick before each part [*, n + 1]."""
@@ -163,12 +150,15 @@ def _left(v: Tensor) -> Tensor:
 
 def coordinates(
     first: Densities, second: Densities, known: dict[str, Coordinates] | None = None
-) -> dict[str, Coordinates]:
-    """Where each latent lies, from two runs whose latents differ.
+) -> tuple[dict[str, Coordinates], Tensor, Tensor]:
+    """Where each latent lies, and its prior's mean and standard deviation [B, D] there.
+
+    These are known, and else NaN, of Normal scores, and of Normal sites that depend on no other
+    latent.
 
     Args:
         first: Densities of one run.
-        second: Those of another.
+        second: Those of another, whose latents differ.
         known: Coordinates of other data, whose maps to Normal scores are kept.
 
     Raises:
@@ -176,6 +166,7 @@ def coordinates(
             unconstrained coordinates.
     """
     sites: dict[str, Coordinates] = {}
+    units = []
     start = 0
     for name, site in first.sites.items():
         transform, other = (_transform(name, d.sites[name]) for d in (first, second))
@@ -187,39 +178,29 @@ def coordinates(
             )
         columns = slice(start, start + free[0, 0].numel())
         where = Coordinates(columns, free.shape[2:], transform, site.value.dtype, None)
-        if known is None:
-            scores = _normal_scores(where, site.model, second.sites[name].model)
-        else:
-            scores = known[name].scores
-        sites[name] = replace(where, scores=scores)
-        start = columns.stop
-    return sites
+        if known is not None:
+            where = replace(where, scores=known[name].scores)
+        elif scores := _normal_scores(where, site.model, second.sites[name].model):
+            where = replace(where, scores=scores)
+        sites[name], start = where, columns.stop
+        known_units = _units(where, free[0], site, second.sites[name])
+        units.append(known_units.reshape(2, len(free[0]), -1))
+    mean, deviation = torch.cat(units, -1)
+    return sites, mean, deviation
 
 
-def normal_units(
-    sites: dict[str, Coordinates], first: Densities, second: Densities
-) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the prior of each coordinate [B, D]; NaN if not known.
-
-    Known are those of Normal scores, and of Normal sites that depend on no other latent.
-    """
-    units = [_units(site, first.sites[n], second.sites[n]) for n, site in sites.items()]
-    mean, deviation = (torch.cat(columns, -1) for columns in zip(*units))
-    return mean, deviation
-
-
-def _units(where: Coordinates, first: Site, second: Site) -> tuple[Tensor, Tensor]:
-    value = where.inverse(first.value)[0]
+def _units(where: Coordinates, like: Tensor, first: Site, second: Site) -> Tensor:
+    """Mean and standard deviation of the prior [2, B, *], or NaN."""
     if where.scores is not None:
-        return torch.zeros_like(value), torch.ones_like(value)
+        return torch.stack([torch.zeros_like(like), torch.ones_like(like)])
     if _is_normal(where, first.model) and _is_normal(where, second.model):
         units, other = (
-            [part.expand_as(first.value)[0].reshape(value.shape) for part in (fn.mean, fn.stddev)]
+            torch.stack([part.expand_as(first.value)[0] for part in (fn.mean, fn.stddev)])
             for fn in (first.model, second.model)
         )
-        if all(torch.equal(a, b) for a, b in zip(units, other)):
-            return units[0].double(), units[1].double()
-    return torch.full_like(value, torch.nan), torch.full_like(value, torch.nan)
+        if torch.equal(units, other):
+            return units.double()
+    return torch.full_like(like, torch.nan).expand(2, *like.shape)
 
 
 def _is_normal(where: Coordinates, fn: Distribution) -> bool:
@@ -293,12 +274,7 @@ def _normal_scores(
     fixed = _alike(first, first[:, :1]) and _alike(first, again)
     if not fixed or not _factorises(where, fn, v[:PAIRS], v[-PAIRS:]):
         return None
-    return _tables(where, fn, v)
-
-
-def _tables(where: Coordinates, fn: Distribution, draws: Tensor) -> NormalScores | None:
-    """The map from draws [S, n] of the prior; None if every coordinate is Normal."""
-    centre, spread = draws.median(0).values, draws.quantile(0.75, 0) - draws.quantile(0.25, 0)
+    centre, spread = v.median(0).values, v.quantile(0.75, 0) - v.quantile(0.25, 0)
     seen: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
     rows, normal = [], True
     for i in range(len(centre)):

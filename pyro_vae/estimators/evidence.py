@@ -15,15 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vae.estimators.diagnostics import (
-    effective_sample_size,
-    log_mean_exp,
-    log_mean_exp_stderr,
-    pareto_khat,
-)
+from pyro_vae.densities import log_mean_exp
 from pyro_vae.files import reading, write
 
-__all__ = ["Evidence", "summarise", "worst"]
+__all__ = ["Evidence", "pareto_khat", "summarise", "worst"]
 
 DIGEST = "sha256"
 MATTERS = 1e-3  # posterior probability from which a value's verdict counts
@@ -148,6 +143,8 @@ class Evidence:
         share = (joint - total).exp()
         stderr, ess, khat = (torch.stack([getattr(p, n) for p in parts]) for n in TENSORS[1:4])
         missing = torch.stack([part.missing for part in parts]).amax(0)
+        audits = [part.audit for part in parts if part.audit]
+        failed = [audit for audit in audits if audit.startswith("FAILED")]
         return cls(
             log_prob=total,
             stderr=(share * stderr).square().sum(0).sqrt(),
@@ -160,20 +157,26 @@ class Evidence:
             ],
             verdict=worst(parts, share),
             extras={"missing": missing} if bool(missing.any()) else {},
-            audit=_audits([part.audit for part in parts if part.audit]),
+            audit=f"{(failed or audits)[0]} ({len(failed)} of {len(audits)} values failed)"
+            if len(set(audits)) > 1
+            else "".join(audits[:1]),
         )
+
+    def known(self, index: Tensor, log_prob: float, how: str) -> Evidence:
+        """The evidence with log p(x) of some of the data known without error."""
+        exact = {"log_prob": log_prob, "stderr": 0.0, "khat": -math.inf}
+        new = {name: getattr(self, name).index_fill(0, index, v) for name, v in exact.items()}
+        new["ess"] = self.ess.index_copy(0, index, self.num_samples[index].to(self.ess))
+        method, verdict = list(self.method), list(self.verdict)
+        for i in index.tolist():
+            method[i], verdict[i] = how, "reliable"
+        return replace(self, **new, method=method, verdict=verdict)
 
     def excluded(self, index: Tensor) -> Evidence:
         """The evidence with log p(x) of some of the data -inf, for the model excludes them."""
-        tensors = {name: getattr(self, name).clone() for name in TENSORS}
-        for name, value in zip(TENSORS, (-math.inf, 0.0, 1.0, -math.inf, 0)):
-            tensors[name][index] = value
-        missing = self.missing.clone()
-        missing[index] = 0
-        verdict = list(self.verdict)
-        for i in index.tolist():
-            verdict[i] = "reliable"
-        return replace(self, **tensors, verdict=verdict, extras={"missing": missing})
+        numbers, missing = (t.index_fill(0, index, 0) for t in (self.num_samples, self.missing))
+        found = self.known(index, -math.inf, "excluded")
+        return replace(found, num_samples=numbers, extras={"missing": missing})
 
     def rows(self, index: Tensor) -> Evidence:
         """The evidence of some of the data, by their indices."""
@@ -209,16 +212,6 @@ class Evidence:
         x, dims = {"x": frame.pop("log_prob")}, dict.fromkeys([*frame, "x"], ["row"])
         return arviz.from_dict(log_likelihood=x, sample_stats=frame, dims=dims)
 
-    def known(self, index: Tensor, log_prob: float) -> Evidence:
-        """The evidence with log p(x) of some of the data known without error."""
-        new = {name: getattr(self, name).clone() for name in TENSORS[:-1]}
-        for name, value in zip(new, (log_prob, 0.0, self.num_samples[index].double(), -math.inf)):
-            new[name][index] = torch.as_tensor(value, dtype=new[name].dtype)
-        method, verdict = list(self.method), list(self.verdict)
-        for i in index.tolist():
-            method[i], verdict[i] = "nothing observed", "reliable"
-        return replace(self, **new, method=method, verdict=verdict)
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file with its digest, all or nothing."""
         from safetensors.torch import save
@@ -250,17 +243,14 @@ class Evidence:
                 if name.startswith("extras.")
             }
             found = cls(**tensors, **{k: json.loads(v) for k, v in texts.items()}, extras=extras)
-            found._check()
+            number = len(found)
+            columns = [*tensors.values(), *extras.values()]
+            if any(t.ndim != 1 or t.is_complex() or len(t) != number for t in columns) or any(
+                type(v) is not list or len(v) != number or {*map(type, v)} - {str}
+                for v in (found.method, found.verdict)
+            ):
+                raise TypeError("expected columns of one length")
             return found
-
-    def _check(self) -> None:
-        """Whether all columns are vectors of one length."""
-        tensors = [getattr(self, name) for name in TENSORS] + list(self.extras.values())
-        texts = [self.method, self.verdict]
-        if any(t.ndim != 1 or t.is_complex() or len(t) != len(self) for t in tensors) or any(
-            type(v) is not list or len(v) != len(self) or {*map(type, v)} - {str} for v in texts
-        ):
-            raise TypeError("expected columns of one length")
 
     def _repr_html_(self) -> str:
         monte_carlo, data = self.mean_stderr()
@@ -289,7 +279,13 @@ class Evidence:
 
 
 def summarise(log_weights: Tensor, method: str, verdict: str) -> Evidence:
-    """Evidence of B data from all their log weights [K, B], with one logsumexp.
+    r"""Evidence of B data from all their log weights [K, B], with one logsumexp.
+
+    The standard error is that of the delta method, NaN for one weight; it says nothing of a tail
+    that was not visited. The effective sample size is the usual one:
+
+    .. math:: \frac{s_w}{\sqrt{K} \, \bar w}, \quad s_w^2 = \frac{1}{K-1} \sum (w - \bar w)^2,
+        \qquad \frac{(\sum w)^2}{\sum w^2}
 
     Raises:
         ValueError: If a weight is NaN or infinitely large.
@@ -298,10 +294,12 @@ def summarise(log_weights: Tensor, method: str, verdict: str) -> Evidence:
         bad = (~(log_weights < torch.inf)).any(0).nonzero().flatten().tolist()
         raise ValueError(f"importance weights of data {bad[:5]} are NaN or infinite")
     K, B = log_weights.shape
+    log_prob = log_mean_exp(log_weights)
+    square = ((log_weights - log_prob).exp() - 1).square().sum(0)
     return Evidence(
-        log_prob=log_mean_exp(log_weights),
-        stderr=log_mean_exp_stderr(log_weights),
-        ess=effective_sample_size(log_weights),
+        log_prob=log_prob,
+        stderr=(square / (K * (K - 1))).sqrt() if K > 1 else torch.full_like(log_prob, math.nan),
+        ess=(2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp(),
         khat=pareto_khat(log_weights),
         num_samples=torch.full((B,), K),
         method=[method] * B,
@@ -315,17 +313,49 @@ def worst(parts: Sequence[Evidence], share: Tensor) -> list[str]:
     return [VERDICTS[i] for i in ranks.masked_fill(share <= MATTERS, 0).amax(0).tolist()]
 
 
-def _audits(found: list[str]) -> str:
-    """One line of the audits of all values: how many there are, and one that failed if any did."""
-    if len(set(found)) < 2:
-        return "".join(found[:1])
-    failed = [audit for audit in found if audit.startswith("FAILED")]
-    return f"{(failed or found)[0]} ({len(failed)} of {len(found)} values failed)"
-
-
 def _digest(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
     sha = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         sha.update(tensor.cpu().numpy().data)
     return sha.hexdigest()
+
+
+def pareto_khat(log_weights: Tensor) -> Tensor:
+    """Shape [B] of a generalised Pareto fitted to the tail of the weights, of logs [K, B].
+
+    The tail is the largest min(K / 5, 3 sqrt(K)) weights. Below 21 weights there is no tail to
+    fit: NaN. Equal weights have none either: -inf.
+
+    References:
+        Vehtari, Simpson, Gelman, Yao and Gabry. Pareto smoothed importance sampling. 2024.
+        Zhang and Stephens. A new and efficient estimation method for the generalized Pareto
+        distribution. 2009.
+    """
+    K = len(log_weights)
+    tail = math.ceil(min(K / 5, 3 * math.sqrt(K)))
+    if tail < 5:
+        return torch.full_like(log_weights[0], math.nan)
+    top = log_weights.double().topk(tail + 1, 0).values
+    weights = (top - top[0]).exp()
+    cutoff = weights[-1].clamp(min=torch.finfo(torch.float64).tiny)
+    khat = [_pareto_shape((w[w > c] - c).flip(0)) for w, c in zip(weights.T, cutoff)]
+    return torch.stack(khat).to(log_weights.dtype)
+
+
+def _pareto_shape(excess: Tensor) -> Tensor:
+    """Posterior mean of the shape, of excesses in rising order, with a weak prior at 1/2."""
+    n = len(excess)
+    if n == 0:
+        return excess.new_tensor(-math.inf)
+    if n < 5:
+        return excess.new_tensor(math.inf)
+    count = 30 + int(n**0.5)
+    grid = torch.arange(1, count + 1, dtype=excess.dtype)
+    b = 1 - (count / (grid - 0.5)).sqrt()
+    b = b / (3 * excess[int(n / 4 + 0.5) - 1]) + 1 / excess[-1]
+    k = torch.log1p(-b[:, None] * excess).mean(1)
+    log_profile = n * ((-b / k).log() - k - 1)
+    b_mean = (torch.softmax(log_profile, 0) * b).sum()
+    shape = torch.log1p(-b_mean * excess).mean()
+    return (n * shape + 5) / (n + 10)

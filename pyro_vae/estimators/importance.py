@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,19 +11,26 @@ from inspect import unwrap
 import torch
 from torch import Tensor
 
-from pyro_vae.densities import Latents, Program, densities, evaluating, log_joint, log_weights
-from pyro_vae.estimators.compiled import CompiledJoint
+from pyro_vae.densities import (
+    Latents,
+    Program,
+    densities,
+    evaluating,
+    log_joint,
+    log_mean_exp,
+    log_weights,
+)
 from pyro_vae.estimators.coordinates import is_delta, is_discrete
-from pyro_vae.estimators.diagnostics import convergence, jackknife
 from pyro_vae.estimators.evidence import Evidence, summarise
 from pyro_vae.estimators.run import check_support, estimator, map_batches
-from pyro_vae.estimators.target import ROWS
+from pyro_vae.estimators.target import ROWS, Compiled
 from pyro_vae.estimators.values import summed
 from pyro_vae.runtime import check_fits
 
 __all__ = ["Bound", "evidence_lower_bound", "importance_sampling", "lower_bound"]
 
 DRAWS = 50_000  # draws held at once: more run the guide again
+LARGEST = 8  # weights whose pairs are taken one by one
 
 
 @estimator
@@ -92,7 +100,7 @@ def importance_sampling(
                 f"the guide is a Delta at {points}, which has no density, so that its weights "
                 "bound nothing: use log_evidence, which starts there"
             )
-    joint = CompiledJoint() if compile else log_joint
+    joint = partial(compiled_joint, Compiled()) if compile else log_joint
     parts = map_batches(
         partial(_estimate, num_samples=num_samples, rows=rows, proposal=proposal, joint=joint),
         model,
@@ -129,16 +137,24 @@ def _estimate(
         )
         blocks.append(weights.double().cpu())
     weights = torch.cat(blocks)
+    bounds = convergence(weights).items()
+    extras = {f"bound_{k}": bound for k, bound in bounds if k < num_samples}
+    for order in range(1, min(3, num_samples)):
+        extras[f"jackknife_{order}"] = jackknife(weights, order)
     evidence = summarise(weights, f"importance sampling, {proposal}", "lower bound")
-    return replace(evidence, extras=_extras(weights))
+    return replace(evidence, extras=extras)
 
 
-def _extras(log_weights: Tensor) -> dict[str, Tensor]:
-    """The bound at fewer samples and the jackknife, as far as K allows."""
-    K = len(log_weights)
-    bounds = {f"bound_{k}": bound for k, bound in convergence(log_weights).items() if k < K}
-    orders = [order for order in (1, 2) if order < K]
-    return bounds | {f"jackknife_{order}": jackknife(log_weights, order) for order in orders}
+def compiled_joint(
+    fast: Compiled, model: Program, x: Tensor, y: Tensor | None, latents: Latents
+) -> Tensor:
+    """`log_joint` without gradients, compiled for the shapes that come often."""
+
+    def joint(x: Tensor, *given: Tensor) -> Tensor:
+        values = dict(zip(latents, given))
+        return log_joint(model, x, given[-1] if len(given) > len(latents) else None, values)
+
+    return fast(joint, model, x, *latents.values(), *([] if y is None else [y]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,3 +225,77 @@ def evidence_lower_bound(
 
 
 lower_bound = unwrap(evidence_lower_bound)  # of what is known to be data
+
+
+def convergence(log_weights: Tensor) -> dict[int, Tensor]:
+    r"""The bound :math:`\mathbb{E} \log \frac1k \sum_{i=1}^k w_i` [B] at k = K/100, K/10 and K.
+
+    Averaged over the K // k disjoint blocks of the log weights [K, B]. A bound that still rises
+    tenfold by tenfold has not arrived. Sizes below one are left out.
+    """
+    K = len(log_weights)
+    sizes = sorted({k for k in (K // 100, K // 10, K) if k > 0})
+    blocks = {k: log_weights[: K - K % k].unflatten(0, (-1, k)) for k in sizes}
+    return {k: (block.logsumexp(1) - math.log(k)).mean(0) for k, block in blocks.items()}
+
+
+def jackknife(log_weights: Tensor, order: int = 1) -> Tensor:
+    r"""log p(x) [B] by the jackknife over log weights [K, B], its bias of order 1 / K^(order + 1).
+
+    .. math:: K L_K - (K - 1) L_{K-1}, \qquad
+        \tfrac12 K^2 L_K - (K - 1)^2 L_{K-1} + \tfrac12 (K - 2)^2 L_{K-2}
+
+    where L_K is `log_mean_exp`, and the others are its averages over all subsets that leave one
+    or two weights out: exactly, at a cost that is linear in K. No bound, and of no use where
+    the variance of the weights is not small beside K.
+
+    Args:
+        log_weights: Log weights [K, B].
+        order: 1 or 2.
+
+    Raises:
+        ValueError: If the order is another, or K does not exceed it.
+
+    References:
+        Nowozin. Debiasing evidence approximations: on importance-weighted autoencoders and
+        jackknife variational inference. 2018.
+    """
+    K = len(log_weights)
+    if order not in (1, 2) or K <= order:
+        raise ValueError(f"order must be 1 or 2 and K larger; got order {order}, K = {K}")
+    full = log_mean_exp(log_weights)
+    ordered = log_weights.double().sort(0, descending=True).values
+    kept = _log_kept(ordered)  # log(1 - w_i / sum of w)
+    one = kept.mean(0) + math.log(K / (K - 1))  # L_{K-1} - L_K
+    if order == 1:
+        return full - ((K - 1) * one).to(full)
+    with_largest = (kept[0] + _log_kept(ordered[1:])).sum(0)
+    odds = (ordered - ordered.logsumexp(0) - kept)[1:].exp()
+    pairs = with_largest + (K - 2) * kept[1:].sum(0) + _sum_over_pairs(odds)
+    two = pairs / (K * (K - 1) / 2) + math.log(K / (K - 2))  # L_{K-2} - L_K
+    return full + ((K - 2) ** 2 / 2 * two - (K - 1) ** 2 * one).to(full)
+
+
+def _log_kept(ordered: Tensor) -> Tensor:
+    """log(1 - w_i / sum of w) [K, B] of falling log weights, also where the first is all."""
+    total = ordered.logsumexp(0)
+    rest = torch.log1p(-(ordered[1:] - total).exp())
+    return torch.cat([(ordered[1:].logsumexp(0) - total).unsqueeze(0), rest])
+
+
+def _sum_over_pairs(odds: Tensor) -> Tensor:
+    """Sum over pairs i < j of log(1 - o_i o_j) [B], of falling odds [K, B] below one.
+
+    Pairs with one of the largest one by one; for the rest, whose products are below 1 / 64,
+    by the series of the logarithm in sums of powers.
+    """
+    number = min(LARGEST, len(odds))
+    total = torch.zeros_like(odds[0])
+    for i in range(number):
+        total = total + torch.log1p(-odds[i] * odds[i + 1 :]).sum(0)
+    small = odds[number:]
+    power = small
+    for n in range(1, 8):
+        total = total - (power.sum(0).square() - power.square().sum(0)) / (2 * n)
+        power = power * small
+    return total

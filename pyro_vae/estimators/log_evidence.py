@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,14 +11,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from pyro_vae.arguments import digest_of
 from pyro_vae.densities import NotSimulated, Program
-from pyro_vae.estimators.bidirectional import simulate
 from pyro_vae.estimators.escalating import escalate
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.importance import lower_bound
 from pyro_vae.estimators.run import estimator, map_targets
 from pyro_vae.estimators.target import ROWS, Target
-from pyro_vae.estimators.values import not_summed, summed
+from pyro_vae.estimators.values import refuse_summed, summed
 
 __all__ = ["Audit", "audit", "kept_audit", "log_evidence"]
 
@@ -125,20 +124,22 @@ def log_evidence(
         compile=compile,
         **options,
     )
-    evidence = Evidence.cat([part.evidence for part in parts])
+    evidence = Evidence.cat(parts)
     bound = lower_bound(
         model, guide, x, y, num_samples=REGRET_DRAWS, chunk_size=chunk_size or ROWS, seed=seed
     )
     evidence = replace(evidence, extras={"regret": evidence.log_prob - bound.elbo})
     if audit is False or "reliable" not in evidence.verdict:
         return evidence
-    if audit is not True:
-        return audit.applied(evidence)
-    try:
-        made = kept_audit(model, guide, x, y, tolerance=tolerance, budget=budget, **options)
-    except NotSimulated as error:
-        return replace(evidence, audit=f"none: {error}")
-    return made.applied(evidence)
+    if audit is True:
+        try:
+            made = kept_audit(model, guide, x, y, tolerance=tolerance, budget=budget, **options)
+        except NotSimulated as error:
+            return replace(evidence, audit=f"none: {error}")
+    else:
+        made = audit
+    verdict = evidence.verdict if made.passed else ["doubtful"] * len(evidence)
+    return replace(evidence, verdict=verdict, audit=str(made))
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,11 +190,6 @@ class Audit:
         small = self.mean_gap < SLACK * self.tolerance**2
         return bool(small and not self.beyond.any() and self.reliable.sum() > len(self) / 2)
 
-    def applied(self, evidence: Evidence) -> Evidence:
-        """The evidence, with "reliable" withheld where this audit failed."""
-        verdict = evidence.verdict if self.passed else ["doubtful"] * len(evidence)
-        return replace(evidence, verdict=verdict, audit=str(self))
-
     def __str__(self) -> str:
         return (
             f"{'passed' if self.passed else 'FAILED'}: of {len(self)} simulated data "
@@ -206,7 +202,6 @@ class Audit:
 
 
 @estimator
-@not_summed
 def audit(
     model: Program,
     guide: Program,
@@ -259,6 +254,7 @@ def audit(
         Cusumano-Towner and Mansinghka. AIDE: an algorithm for measuring the accuracy of
         probabilistic inference algorithms. 2017.
     """
+    refuse_summed("audit", model, x, y)
     rows = (torch.arange(num_data, device=x.device) * max(1, len(x) // num_data)) % len(x)
     limit = math.inf if budget is None else budget
     parts = map_targets(
@@ -278,15 +274,14 @@ def audit(
 
 
 def _audited(template: Target, tolerance: float, budget: float) -> Audit:
-    target, exact = simulate(template)
-    result = escalate(target, tolerance, budget, exact)
-    lower, number = result.evidence.log_prob, result.evidence.num_samples
-    star = result.log_weight - number.log()
-    upper = torch.logaddexp(lower + torch.log1p(-1 / number), star)
-    return Audit(result.evidence, upper, tolerance)
+    target, exact = template.simulated()
+    evidence = escalate(target, tolerance, budget, exact)
+    number, star = evidence.num_samples, evidence.extras["exact"] - evidence.num_samples.log()
+    upper = torch.logaddexp(evidence.log_prob + torch.log1p(-1 / number), star)
+    return Audit(replace(evidence, extras={}), upper, tolerance)
 
 
-KEPT: WeakKeyDictionary[nn.Module, tuple[str, Audit]] = WeakKeyDictionary()
+KEPT: WeakKeyDictionary[nn.Module, tuple[Any, Audit]] = WeakKeyDictionary()
 
 
 def kept_audit(
@@ -297,18 +292,10 @@ def kept_audit(
     owner, other = (getattr(program, "__self__", None) for program in (model, guide))
     if not isinstance(owner, nn.Module) or id(owner) != id(other):
         return audit(model, guide, x, y, num_data=num_data, **options)
+    state = [torch.atleast_1d(p) for p in owner.state_dict().values() if isinstance(p, Tensor)]
     names = [getattr(program, "__name__", "") for program in (model, guide)]
-    key = _digest(owner, x, y, [*names, *(options[n] for n in ("tolerance", "budget", "seed"))])
+    asked = [options[name] for name in ("tolerance", "budget", "seed")]
+    key = (digest_of(*state, x.isnan(), y), x.shape[1:], x.dtype, *names, *asked)
     if owner not in KEPT or KEPT[owner][0] != key or len(KEPT[owner][1]) < num_data:
         KEPT[owner] = key, audit(model, guide, x, y, num_data=num_data, **options)
     return KEPT[owner][1]
-
-
-def _digest(owner: nn.Module, x: Tensor, y: Tensor | None, options: list[Any]) -> str:
-    """Of all that an audit depends on but for its size."""
-    parts = [*owner.state_dict().values(), *([] if y is None else [y]), x.isnan()]
-    digest = hashlib.sha256(repr((x.shape[1:], x.dtype, options)).encode())
-    for part in parts:
-        if isinstance(part, Tensor):
-            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +31,7 @@ BARRIER = 0.5  # nats by which the density dips between two modes
 NEGLIGIBLE = 20.0  # nats below the highest mode
 
 
-@dataclass(frozen=True, eq=False)
-class Modes:
+class Modes(NamedTuple):
     """The distinct modes of B posteriors, M in all.
 
     Attributes:
@@ -82,7 +81,7 @@ def find_modes(target: Target, num_starts: int) -> Modes:
     return Modes(row, *search.polished(row, u), simple, complete)
 
 
-def search_cost(dim: int, num_starts: int) -> int:
+def search_cost(dim: int, num_starts: int = 5) -> int:
     """Evaluations of the model for one datum of one mode."""
     lines, units = 2 * min(dim, LINES), min(dim, UNITS)
     walks = lines * (len(WALK) + 1 + 2 * len(STRIDES)) + units * (units - 1) // 2 + MORE_STARTS
@@ -103,7 +102,8 @@ class _Search:
 
     def __init__(self, target: Target, first: Tensor, likely: Tensor, centre: Tensor) -> None:
         self.target, self.likely, self.centre = target, likely, centre
-        climbed = _climb(target, first, None, FIRST_STEPS, FIRST_LR)
+        identity = torch.eye(target.dim).to(first).expand(target.num_data, -1, -1)
+        climbed = _climb(target, first, identity, FIRST_STEPS, FIRST_LR)
         highest = target.log_joint(climbed).argmax(0, keepdim=True)
         top, self.tril = laplace(target, _gather(climbed, highest)[0])
         self.known, self.lower = top.unsqueeze(0), _gather(climbed, 1 - highest)
@@ -121,7 +121,7 @@ class _Search:
         fruitless[number == 1] = PATIENCE
         for origin in range(1, MOST_ROUNDS + 1):
             again = (fruitless < PATIENCE * number) & (number <= MOST_MODES)
-            found.append(_flat(rows[~again], u[:, ~again], keep[:, ~again]))
+            found.append((rows[~again], u[:, ~again], keep[:, ~again]))
             complete[rows[~again]] = number[~again] <= MOST_MODES
             rows, number, fruitless = rows[again], number[again], fruitless[again]
             if not len(rows):
@@ -132,9 +132,9 @@ class _Search:
             number = keep.sum(0)
         else:
             complete[rows] = fruitless >= PATIENCE * number
-            found.append(_flat(rows, u, keep))
-        row, place = (torch.cat(parts) for parts in zip(*found))
-        return row, place, complete
+            found.append((rows, u, keep))
+        row = torch.cat([rows.expand(keep.shape)[keep] for rows, _, keep in found])
+        return row, torch.cat([u[keep] for _, u, keep in found]), complete
 
     def polished(self, row: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """The modes [M, D] climbed to the top, and the factors of their covariances [M, D, D].
@@ -271,31 +271,26 @@ def _apart(target: Target, known: Tensor, points: Tensor, height: Tensor) -> Ten
     return apart
 
 
-def _flat(rows: Tensor, u: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-    which, column = keep.nonzero().T
-    return rows[column], u[which, column]
-
-
 def _climb(
-    target: Target, starts: Tensor, tril: Tensor | None, num_steps: int, lr: Tensor | float
+    target: Target, starts: Tensor, tril: Tensor, num_steps: int, lr: Tensor | float
 ) -> Tensor:
     """Where Adam leads from the starts [S, B, D]; the start itself where that is no higher.
 
     Args:
         target: The posteriors.
         starts: Where it begins.
-        tril: Factor [B, D, D] of the metric, or None for that of the coordinates.
+        tril: Factor [B, D, D] of the metric.
         num_steps: Steps.
         lr: Size of the first, in units of the metric; of all, or of each start [S, B, 1].
     """
     moved = torch.zeros_like(starts)
 
     def place() -> Tensor:
-        return starts + lr * (moved if tril is None else torch.einsum("bij,kbj->kbi", tril, moved))
+        return starts + lr * torch.einsum("bij,kbj->kbi", tril, moved)
 
-    def gradient() -> tuple[Tensor, ...]:
+    def gradient() -> tuple[Tensor]:
         (slope,) = gradients(lambda u: (target.log_joint(u),), place(), target.draws_at_once)[1]
-        return (slope if tril is None else torch.einsum("bji,kbj->kbi", tril, slope),)
+        return (torch.einsum("bji,kbj->kbi", tril, slope),)
 
     ascend([moved], gradient, num_steps=num_steps, lr=1.0, eps=EPS)
     better = target.log_joint(place()) > target.log_joint(starts)

@@ -18,7 +18,7 @@ __all__ = [
     "components_cost",
     "curvature",
     "factor",
-    "fit_draws",
+    "fit_cost",
     "fit_gaussian",
     "joined",
     "laplace",
@@ -87,23 +87,14 @@ class Proposal:
 
     def log_prob(self, u: Tensor) -> Tensor:
         """log q(u) [K, B] of u [K, B, D]."""
-        D = u.shape[-1]
-        terms = [
-            log_weight
-            - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-            - (self.df + D) / 2 * torch.log1p(_square(u - loc, tril) / self.df)
-            for log_weight, loc, tril in zip(self.log_weight, self.loc, self.tril)
-        ]
+        D, terms = u.shape[-1], []
+        for log_weight, loc, tril in zip(self.log_weight, self.loc, self.tril):
+            white = torch.linalg.solve_triangular(tril, (u - loc).permute(1, 2, 0), upper=False)
+            height = log_weight - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+            away = torch.log1p(white.pow(2).sum(1).T / self.df)
+            terms.append(height - (self.df + D) / 2 * away)
         constant = math.lgamma((self.df + D) / 2) - math.lgamma(self.df / 2)
-        return (
-            torch.logsumexp(torch.stack(terms), 0) + constant - D / 2 * math.log(self.df * math.pi)
-        )
-
-
-def _square(difference: Tensor, tril: Tensor) -> Tensor:
-    """Squared length [K, B] of vectors [K, B, D] in units of the factor [B, D, D]."""
-    white = torch.linalg.solve_triangular(tril, difference.permute(1, 2, 0), upper=False)
-    return white.pow(2).sum(1).T
+        return torch.stack(terms).logsumexp(0) + constant - D / 2 * math.log(self.df * math.pi)
 
 
 def laplace(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,10 +102,12 @@ def laplace(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
 
     The covariance is the inverse of the exact negative Hessian, |eigenvalues| floored at 0.5:
     a saddle or a flat direction still gets a finite width. Each of at most three rounds costs
-    D gradients and their own gradients, of the data that are not at their mode yet.
+    D gradients and their own gradients, of the data that are not at their mode yet. A step is
+    the best of a few lengths, or none.
     """
     u, tril = u.clone(), u.new_empty(*u.shape, u.shape[1])
     rows = torch.arange(len(u), device=u.device)
+    sizes = u.new_tensor((0.0, *STEP_SIZES)).view(-1, 1, 1)
     for _ in range(ROUNDS):
         slope, precision = curvature(target, u[rows])
         tril[rows] = root = factor(precision)
@@ -123,29 +116,27 @@ def laplace(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
         if not far.any():
             break
         rows, target = rows[far], target.rows(far)
-        u[rows] = _newton(target, u[rows], (root[far] @ white[far]).squeeze(-1))
+        tried = u[rows] + sizes * (root[far] @ white[far]).squeeze(-1)
+        best = target.log_joint(tried).nan_to_num(-torch.inf).argmax(0)
+        u[rows] = tried[best, torch.arange(len(rows), device=u.device)]
     return u, tril
 
 
 def curvature(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient [B, D] and negative Hessian [B, D, D] of log p(x, u) at `u` [B, D]."""
-    columns = torch.arange(u.shape[1], device=u.device)
-    parts = [_rows(target, u, part) for part in columns.split(target.draws_at_once)]
-    hessian = torch.cat([rows for _, rows in parts]).transpose(0, 1)
-    return parts[0][0], -(hessian + hessian.mT) / 2
-
-
-def _rows(target: Target, u: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient [B, D], and the rows [R, B, D] of the Hessian of some columns, all at once."""
-    leaf = u.expand(len(columns), *u.shape).detach().requires_grad_()
-    with torch.enable_grad():
-        value = target.run_log_joint(leaf).sum()
-        (slope,) = torch.autograd.grad(value, leaf, create_graph=True)
-        column = slope.gather(-1, columns.view(-1, 1, 1).expand(-1, len(u), 1)).sum()
-    if not column.requires_grad:  # linear in u
-        return slope[0], torch.zeros_like(slope)
-    (rows,) = torch.autograd.grad(column, leaf, materialize_grads=True)
-    return slope[0].detach(), rows
+    rows = []
+    for part in torch.arange(u.shape[1], device=u.device).split(target.draws_at_once):
+        leaf = u.expand(len(part), *u.shape).detach().requires_grad_()
+        with torch.enable_grad():
+            value = target.run_log_joint(leaf).sum()
+            (slope,) = torch.autograd.grad(value, leaf, create_graph=True)
+            column = slope.gather(-1, part.view(-1, 1, 1).expand(-1, len(u), 1)).sum()
+        if column.requires_grad:
+            rows.append(torch.autograd.grad(column, leaf, materialize_grads=True)[0])
+        else:  # linear in u
+            rows.append(torch.zeros_like(slope))
+    hessian = torch.cat(rows).transpose(0, 1)
+    return slope[0].detach(), -(hessian + hessian.mT) / 2
 
 
 def factor(precision: Tensor) -> Tensor:
@@ -153,14 +144,6 @@ def factor(precision: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(precision.nan_to_num(0.0, 0.0, 0.0))
     variance = 1 / values.abs().clamp(FLOOR, CEILING)
     return torch.linalg.cholesky((vectors * variance.unsqueeze(-2)) @ vectors.mT)
-
-
-def _newton(target: Target, u: Tensor, step: Tensor) -> Tensor:
-    """The best of a few lengths of the step, or none."""
-    sizes = u.new_tensor((0.0, *STEP_SIZES)).view(-1, 1, 1)
-    tried = u + sizes * step
-    best = target.log_joint(tried).nan_to_num(-torch.inf).argmax(0)
-    return tried[best, torch.arange(len(u), device=u.device)]
 
 
 def ascend(
@@ -254,15 +237,17 @@ def fit_draws(dim: int) -> int:
     return max(LEAST_DRAWS, 2 * (dim // 16))
 
 
+def fit_cost(dim: int, num_steps: int = FIT_STEPS) -> int:
+    """How often `fit_gaussian` evaluates the model for one datum."""
+    return num_steps * fit_draws(dim) + 2 * CHECKS
+
+
 def _bound(target: Target, noise: Tensor, loc: Tensor, tril: Tensor) -> Tensor:
     """The ELBO [B] of a Gaussian, at draws made of the noise [K, B, D]."""
     entropy = (noise.pow(2).sum(-1) + loc.shape[-1] * math.log(2 * math.pi)) / 2
     log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return (target.log_joint(_move(noise, loc, tril)) + entropy).mean(0) + log_det
-
-
-def _move(noise: Tensor, loc: Tensor, tril: Tensor) -> Tensor:
-    return loc + torch.einsum("bij,kbj->kbi", tril, noise)
+    u = loc + torch.einsum("bij,kbj->kbi", tril, noise)
+    return (target.log_joint(u) + entropy).mean(0) + log_det
 
 
 def _tril(below: Tensor) -> Tensor:

@@ -6,38 +6,34 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_vae.densities import Program
 from pyro_vae.estimators.evidence import Evidence, summarise
-from pyro_vae.estimators.modes import find_modes, search_cost
+from pyro_vae.estimators.modes import find_modes
 from pyro_vae.estimators.proposal import (
-    CHECKS,
     FIT_STEPS,
     Proposal,
     add_components,
-    fit_draws,
     fit_gaussian,
     joined,
 )
 from pyro_vae.estimators.run import estimator, map_targets
-from pyro_vae.estimators.target import SCALE_DRAWS, Run, Target
+from pyro_vae.estimators.target import Run, Target
 from pyro_vae.estimators.values import summed
 
 __all__ = [
+    "AGAIN_STEPS",
     "METHOD",
     "Fit",
-    "again_cost",
-    "fit_cost",
     "fit_proposal",
     "refined_importance_sampling",
 ]
 
 METHOD = "importance sampling, refined"
-AGAIN = 2 * FIT_STEPS  # of a second fit
+AGAIN_STEPS = 2 * FIT_STEPS  # of a second fit
 WIDER, WIDEST = 0.8, 0.2  # over the root of the number of informed directions, at most
 DEFENSIVE_SHARE = 0.05  # of the draws, from the guide and from the prior
 LEAST_WEIGHT = 0.05  # of a component
@@ -156,7 +152,7 @@ class Fit:
         """
         row, component = self.proposal.log_weight.T.isfinite().nonzero().T
         parts = self.proposal.loc[component, row], self.proposal.tril[component, row]
-        fitted = _fitted(self.target, row, *parts, AGAIN)
+        fitted = _fitted(self.target, row, *parts, AGAIN_STEPS)
         half = [-math.log(2.0)] * 2
         return replace(self, proposal=joined([self.proposal, fitted], half))
 
@@ -168,7 +164,8 @@ class Fit:
         self, num_samples: int, tolerance: float = 0.1, khat: float = 1.0
     ) -> Evidence:
         """Evidence from K fresh draws of each proposal, the guide and the prior."""
-        evidence = summarise(self.draw(num_samples), METHOD, "doubtful")
+        chunks = (self.log_weights(u, num_samples) for u in self._draws(num_samples))
+        evidence = summarise(torch.cat([*chunks]).cpu(), METHOD, "doubtful")
         return self.judge(evidence, tolerance, khat)
 
     def judge(self, evidence: Evidence, tolerance: float, khat: float = 1.0) -> Evidence:
@@ -187,6 +184,28 @@ class Fit:
         verdict = ["reliable" if good else "doubtful" for good in reliable.tolist()]
         return replace(evidence, verdict=verdict)
 
+    def draw(self, num_samples: int) -> Tensor:
+        """Fresh draws [K, B, D]."""
+        return torch.cat([*self._draws(num_samples)])
+
+    def _draws(self, num_samples: int) -> Iterator[Tensor]:
+        """Fresh draws, some after others: more than a few thousand take much memory."""
+        sources: list[Callable[[int], Tensor]]
+        sources = [
+            self.proposal.draw,
+            self.target.draw_guide,
+            lambda n: self.target.draw_prior(n)[0],
+        ]
+        for draw, number in zip(sources, self._numbers(num_samples)):
+            for some in torch.ones(number).split(self.target.draws_at_once) if number else ():
+                yield draw(len(some))
+
+    def _numbers(self, num_samples: int) -> tuple[int, int, int]:
+        """Draws from the proposal, the guide and the prior."""
+        few = math.ceil(DEFENSIVE_SHARE * num_samples) if num_samples > 2 else 0
+        guide = few if self.target.guide_is_density else 0
+        return num_samples - guide - few, guide, few
+
     def log_weights(self, u: Tensor, num_samples: int) -> Tensor:
         """Log weights [K, B] of draws u [K, B, D] among `num_samples`, by the balance heuristic.
 
@@ -197,77 +216,45 @@ class Fit:
 
     def weighed(self, u: Tensor, num_samples: int) -> Iterator[tuple[Tensor, Run]]:
         """As `log_weights`, of some draws after others, each with its run of the model."""
-        numbers, step = self._numbers(num_samples), self.target.draws_at_once
-        for part in u.split(step):
-            run = self.target.at(part)
-            yield self._weigh(part, run, numbers), run
-
-    def _weigh(self, u: Tensor, run: Run, numbers: tuple[int, int, int]) -> Tensor:
-        log_prior, log_likelihood = run.log_prior, run.log_likelihood
-        parts = [self.proposal.log_prob(u), torch.zeros_like(log_prior), log_prior]
-        if numbers[1]:
-            parts[1] = self.target.log_guide(u)
-        shares = u.new_tensor(numbers).log() - math.log(sum(numbers))
-        log_q = torch.logsumexp(torch.stack(parts) + shares.view(-1, 1, 1), 0)
-        log_p = log_prior + log_likelihood
-        return torch.where(log_p == -torch.inf, log_p, log_p - log_q)
-
-    def _numbers(self, num_samples: int) -> tuple[int, int, int]:
-        """Draws from the proposal, the guide and the prior."""
-        few = math.ceil(DEFENSIVE_SHARE * num_samples) if num_samples > 2 else 0
-        guide = few if self.target.guide_is_density else 0
-        return num_samples - guide - few, guide, few
-
-    def draw(self, num_samples: int) -> Tensor:
-        """Log weights [K, B] of fresh draws, on the CPU."""
-        return torch.cat([weights for _, weights in self._scored(num_samples)]).cpu()
-
-    def draw_with_places(self, num_samples: int) -> tuple[Tensor, Tensor]:
-        """Fresh draws [K, B, D] and their log weights [K, B]."""
-        places, weights = zip(*self._scored(num_samples))
-        return torch.cat(places), torch.cat(weights)
-
-    def places(self, num_samples: int) -> Tensor:
-        """Fresh draws [K, B, D]."""
-        return torch.cat([u for u, _ in self._draws(num_samples)])
-
-    def _scored(self, num_samples: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Fresh draws, some after others, and their log weights."""
         numbers = self._numbers(num_samples)
-        for u, run in self._draws(num_samples):
-            yield u, self._weigh(u, run or self.target.at(u), numbers)
-
-    def _draws(self, num_samples: int) -> Iterator[tuple[Tensor, Run | None]]:
-        """Fresh draws, some after others; those of the prior with the run that made them."""
-        target, step = self.target, self.target.draws_at_once
-        sources: list[Callable[[int], Any]]
-        sources = [self.proposal.draw, target.draw_guide, target.run_prior]
-        for draw, number in zip(sources, self._numbers(num_samples)):
-            for done in range(0, number, step):
-                drawn = draw(min(step, number - done))
-                yield drawn if isinstance(drawn, tuple) else (drawn, None)
+        shares = u.new_tensor(numbers).log().view(-1, 1, 1) - math.log(num_samples)
+        for part in u.split(self.target.draws_at_once):
+            run = self.target.at(part)
+            guide = self.target.log_guide(part) if numbers[1] else torch.zeros_like(run.log_prior)
+            parts = torch.stack([self.proposal.log_prob(part), guide, run.log_prior])
+            log_q = torch.logsumexp(parts + shares, 0)
+            yield torch.where(run.log_joint > -torch.inf, run.log_joint - log_q, -torch.inf), run
 
 
 def fit_proposal(target: Target, num_starts: int = 5) -> Fit:
     """Finds the modes of each posterior and fits a proposal to them."""
     target.check_gradient()
-    modes = find_modes(target, num_starts)
-    row, loc, tril = modes.row, modes.u, modes.tril
+    row, loc, tril, simple, complete = find_modes(target, num_starts)
     log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     mass = target.rows(row).log_joint(loc.unsqueeze(0))[0] + log_det  # but for a constant
     highest = torch.where(row == row[:, None], mass, -torch.inf).amax(1)
     kept = ~(mass < highest - NEGLIGIBLE)  # all, where the model excludes the datum
     proposal = _fitted(target, row[kept], loc[kept], tril[kept], FIT_STEPS)
-    return Fit(target, proposal, modes.simple, modes.complete)
+    return Fit(target, proposal, simple, complete)
 
 
 def _fitted(target: Target, row: Tensor, loc: Tensor, tril: Tensor, num_steps: int) -> Proposal:
-    """Proposals fitted from M first components, each of its row."""
+    """Mixtures fitted from M first components, each of its row, and weighed by their bounds."""
     size = target.num_data  # no more at once than there are data
     batches = zip(row.split(size), loc.split(size), tril.split(size))
     parts = [fit_gaussian(target.rows(rows), a, b, num_steps) for rows, a, b in batches]
     loc, tril, bound = map(torch.cat, zip(*parts))
-    return _mixture(row, loc, _wider(tril), bound)
+    bound = bound.nan_to_num(LOWEST, neginf=LOWEST)  # where a draw has no density
+    nth = (row == row[:, None]).tril(-1).sum(1)
+    shape, D = (int(nth.max()) + 1, target.num_data), loc.shape[-1]
+    height = bound.new_full(shape, -torch.inf).index_put((nth, row), bound)
+    weight = torch.softmax(height, 0) + LEAST_WEIGHT * (height > -torch.inf)
+    identity = torch.eye(D, dtype=tril.dtype, device=tril.device)
+    return Proposal(
+        torch.log_softmax(weight.log(), 0),
+        loc.new_zeros(*shape, D).index_put((nth, row), loc),
+        identity.repeat(*shape, 1, 1).index_put((nth, row), _wider(tril)),
+    )
 
 
 def _wider(tril: Tensor) -> Tensor:
@@ -282,30 +269,3 @@ def _wider(tril: Tensor) -> Tensor:
     more = WIDER / informed.sum(-1, keepdim=True).sqrt().clamp(min=WIDER / WIDEST)
     variance = variance * (1 + more * (2 + more) * informed)
     return torch.linalg.cholesky((vectors * variance.unsqueeze(-2)) @ vectors.mT)
-
-
-def fit_cost(dim: int, num_starts: int = 5) -> int:
-    """About how often `fit_proposal` evaluates the model for one datum of one mode."""
-    return SCALE_DRAWS + search_cost(dim, num_starts) + FIT_STEPS * fit_draws(dim) + 2 * CHECKS
-
-
-def again_cost(dim: int) -> int:
-    """About how often `Fit.again` evaluates the model for one datum of one mode."""
-    return AGAIN * fit_draws(dim) + 2 * CHECKS
-
-
-def _mixture(row: Tensor, loc: Tensor, tril: Tensor, bound: Tensor) -> Proposal:
-    """Components [M] of their data as mixtures [C, B], weighed by their bounds."""
-    nth = (row == row[:, None]).tril(-1).sum(1)
-    C, B = int(nth.max()) + 1, int(row.max()) + 1
-    D = loc.shape[-1]
-    known = bound.nan_to_num(LOWEST, neginf=LOWEST)  # where a draw has no density
-    log_weight = bound.new_full((C, B), -torch.inf).index_put((nth, row), known)
-    weight = torch.softmax(log_weight, 0)
-    weight = (weight + LEAST_WEIGHT * (log_weight > -torch.inf)).log()
-    identity = torch.eye(D, dtype=tril.dtype, device=tril.device)
-    return Proposal(
-        torch.log_softmax(weight, 0),
-        loc.new_zeros(C, B, D).index_put((nth, row), loc),
-        identity.repeat(C, B, 1, 1).index_put((nth, row), tril),
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
@@ -16,31 +16,25 @@ from torch import Tensor, nn
 
 from pyro_vae.arguments import TakesVAE, as_rows, check_real, check_whole, programs
 from pyro_vae.densities import Densities, Program, densities, evaluating
-from pyro_vae.estimators.compiled import CompiledTarget
-from pyro_vae.estimators.coordinates import Coordinates
 from pyro_vae.estimators.evidence import Evidence
-from pyro_vae.estimators.target import ROWS, Target
+from pyro_vae.estimators.target import ROWS, Compiled, Target
 from pyro_vae.processes import check_processes, in_processes
-from pyro_vae.runtime import (
-    alone,
-    forked,
-    is_small,
-    keep_memory,
-    seed_generators,
-    threads,
-)
+from pyro_vae.runtime import alone, forked, is_small, keep_memory, seed_generators, threads
 
 __all__ = [
     "check_support",
     "estimator",
+    "exact_without_data",
     "map_batches",
     "map_targets",
+    "track",
 ]
 
 DRAWS_AT_ONCE = 4  # draws of each datum that make up the rows that the model sees at once
 STEP = 100  # rows of a usual step of training, by which models are small for `fit`, too
 LAYER = 2_000_000  # numbers of the widest layer at once: more falls out of cache
 NUMBERS = 5_000_000  # coordinates of a thousand draws of a batch
+WHOLE = ("budget", "chunk_size", "devices")
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -50,7 +44,8 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
 
     x and y may be tensors, arrays, frames or lists; they and the numbers are checked, by name.
     Pyro's own checks are on, whatever flags are set: a density of data that are impossible is no
-    number to report. They are flags of the process, so that other threads wait.
+    number to report. They are flags of the process, so that other threads wait. Small modules
+    on the CPU get one thread of torch.
     """
     signature = inspect.signature(function)
 
@@ -64,10 +59,18 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
             if len(y) != len(x):
                 raise ValueError(f"y must have a row for each of the {len(x)} of x; got {len(y)}")
         for name, value in given.items():
-            check_number(name, value, optional=signature.parameters[name].default is None)
-        with alone, pyro.validation_enabled(True), few_threads(given, x):
+            optional = signature.parameters[name].default is None
+            if name.startswith("num_") or name in WHOLE:
+                check_whole(optional=optional, **{name: value})
+            elif name == "seed":
+                check_whole(0, optional=True, seed=value)
+            elif name == "tolerance":
+                check_real(above=0, tolerance=value)
+        weights = weights_of(given["model"], given["guide"])
+        small = bool(weights) and x.device.type == "cpu" and is_small(weights, STEP)
+        with alone, pyro.validation_enabled(True), threads(1) if small else nullcontext():
             found = function(*bound.args, **bound.kwargs)
-            if isinstance(found, Evidence) and "model" in given:
+            if isinstance(found, Evidence):
                 parts = given["model"], given["guide"], x, given.get("y")
                 return exact_without_data(found, *parts).of(x)  # type: ignore[return-value]
             return found
@@ -75,26 +78,10 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
     return call
 
 
-def few_threads(programs: dict[str, Any], x: Tensor) -> AbstractContextManager[None]:
-    """One thread of torch while an estimator works on a small module on the CPU."""
-    weights = weights_of(programs.get("model"), programs.get("guide"))
-    small = bool(weights) and x.device.type == "cpu" and is_small(weights, STEP)
-    return threads(1) if small else nullcontext()
-
-
 def weights_of(*programs: Any) -> list[Tensor]:
     """The parameters of the modules whose methods the programs are."""
     modules = (getattr(program, "__self__", None) for program in programs)
     return [p for m in modules if isinstance(m, nn.Module) for p in m.parameters()]
-
-
-def rows_at_once(model: Program, guide: Program, x: Tensor) -> int:
-    """Rows that the programs see at once: more of narrow layers, whose calls take the time."""
-    weights = weights_of(model, guide)
-    if not weights or any(p.ndim > 2 for p in weights):
-        return 2 * ROWS
-    widest = max(x[0].numel(), *(max(p.shape, default=1) for p in weights))
-    return min(max(2 * ROWS, LAYER // widest), 16 * ROWS)
 
 
 def exact_without_data(
@@ -107,17 +94,7 @@ def exact_without_data(
     with evaluating(model, guide, seed=0, device=x.device):
         d = densities(model, guide, x[rows], None if y is None else y[rows], num_particles=2)
         rows = rows[(d.log_likelihood == 0).all(0)].cpu()  # models may observe something else
-    return evidence.known(rows, 0.0)
-
-
-def check_number(name: str, value: Any, optional: bool) -> None:
-    """Refuses a number of an estimator that cannot be one; what is none of its numbers passes."""
-    if name.startswith("num_") or name in ("budget", "chunk_size", "devices"):
-        check_whole(optional=optional, **{name: value})
-    elif name == "seed":
-        check_whole(0, optional=True, seed=value)
-    elif name == "tolerance":
-        check_real(above=0, tolerance=value)
+    return evidence.known(rows, 0.0, "nothing observed")
 
 
 def check_support(
@@ -136,6 +113,41 @@ def check_support(
             d = densities(model, guide, x[rows], None if y is None else y[rows])
             _ = d.log_likelihood, d.log_prior
     return d
+
+
+def map_targets(
+    estimate: Callable[[Target], T],
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    y: Tensor | None,
+    *,
+    chunk_size: int | None,
+    seed: int | None,
+    compile: bool = False,
+    **options: Any,
+) -> list[T]:
+    """What `estimate` gives for the posteriors of each batch of data, as by `map_batches`.
+
+    The programs see `chunk_size` rows at once; or, of narrow layers, whose calls take the time,
+    as many more as the processor's cache holds.
+    """
+    rows, weights = chunk_size or 2 * ROWS, weights_of(model, guide)
+    if chunk_size is None and weights and all(p.ndim <= 2 for p in weights):
+        widest = max(x[0].numel(), *(max(p.shape, default=1) for p in weights))
+        rows = min(max(rows, LAYER // widest), 16 * ROWS)
+    check_support(model, guide, x, y, rows)
+    with evaluating(model, guide, seed=seed, device=x.device):
+        first = Target(model, guide, x[:4], None if y is None else y[:4], chunk_size=rows)
+    fast = Compiled() if compile else None
+    target = partial(Target, chunk_size=rows, sites=first.sites, fast=fast)
+    size = min((chunk_size or 2 * ROWS) // DRAWS_AT_ONCE, NUMBERS // (1000 * first.dim))
+    given: dict[str, Any] = {"size": max(1, size), "seed": seed, **options}
+    return map_batches(partial(_on_target, estimate, target), model, guide, x, y, **given)
+
+
+def _on_target(estimate: Callable[[Target], T], target: Callable[..., Target], *given: Any) -> T:
+    return estimate(target(*given))
 
 
 def map_batches(
@@ -159,7 +171,14 @@ def map_batches(
     Raises:
         ValueError: If there are not so many devices, or the programs cannot be sent to them.
     """
-    _check_devices(devices, (model, guide), x.device)
+    if devices > 1:
+        check_processes(devices, x.device.type)
+        for program in (model, guide):
+            if not isinstance(getattr(program, "__self__", program), nn.Module):
+                raise ValueError(
+                    "with several devices model and guide must be methods of a torch module, "
+                    f"which takes their weights to the other processes; got {program!r}"
+                )
     size = -(-len(x) // -(-len(x) // size))  # of as many batches, all alike
     if seed is None:
         with forked(x.device):  # the current state stays as it is
@@ -168,15 +187,12 @@ def map_batches(
     if devices == 1 or len(x) <= size:
         return work()
     store = pyro.get_param_store().get_state()
-    results: list[T] = []
     first, *rest = work.split(devices)  # of which this process does the first
     indices = [i for i in range(devices) if i != (x.device.index or 0)]
+    parts = [replace(part, store=store) for part in rest]
+    results: list[T] = []
     found = in_processes(
-        _with_store,
-        [(part, store) for part in rest],
-        x.device.type,
-        indices,
-        lambda: results.extend(first()),
+        Work.__call__, parts, x.device.type, indices, lambda: results.extend(first())
     )
     return results + [result for part in found for result in part]
 
@@ -194,12 +210,15 @@ class Work(Generic[T]):
     seed: int
     title: str | None
     number: int = 0  # of the first batch
+    store: Any = None  # the state of Pyro's store, for another process
 
     def __call__(self) -> list[T]:
         """The estimates."""
         batches = torch.arange(len(self.x), device=self.x.device).split(self.size)
         results = []
         keep_memory()
+        if self.store is not None:
+            pyro.get_param_store().set_state(self.store)
         with (
             pyro.validation_enabled(True),  # in other processes too
             evaluating(self.model, self.guide, seed=None, device=self.x.device),
@@ -214,85 +233,15 @@ class Work(Generic[T]):
 
     def split(self, parts: int) -> list[Work[T]]:
         """The same in at most so many parts, of whole batches; the first shows its progress."""
-        batches = torch.arange(-(-len(self.x) // self.size))
         split: list[Work[T]] = []
-        for numbers in batches.tensor_split(min(parts, len(batches))):
-            rows = slice(int(numbers[0]) * self.size, (int(numbers[-1]) + 1) * self.size)
-            split.append(
-                replace(
-                    self,
-                    x=self.x[rows].clone(),
-                    y=None if self.y is None else self.y[rows].clone(),
-                    number=int(numbers[0]),
-                    title=None if split else self.title,
-                )
-            )
+        for numbers in torch.arange(-(-len(self.x) // self.size)).tensor_split(parts):
+            if len(numbers):
+                first, rows = int(numbers[0]), numbers[[0, -1]] * self.size
+                some = slice(int(rows[0]), int(rows[1]) + self.size)
+                x, y = self.x[some].clone(), None if self.y is None else self.y[some].clone()
+                title = None if split else self.title
+                split.append(replace(self, x=x, y=y, number=first, title=title))
         return split
-
-
-def _with_store(part: tuple[Work[T], Any]) -> list[T]:
-    work, store = part
-    pyro.get_param_store().set_state(store)
-    return work()
-
-
-def _check_devices(devices: int, programs: Sequence[Program], device: torch.device) -> None:
-    if devices == 1:
-        return
-    check_processes(devices, device.type)
-    for program in programs:
-        if not isinstance(getattr(program, "__self__", program), nn.Module):
-            raise ValueError(
-                "with several devices model and guide must be methods of a torch module, which "
-                f"takes their weights to the other processes; got {program!r}"
-            )
-
-
-def map_targets(
-    estimate: Callable[[Target], T],
-    model: Program,
-    guide: Program,
-    x: Tensor,
-    y: Tensor | None,
-    *,
-    chunk_size: int | None,
-    seed: int | None,
-    devices: int,
-    progress: bool,
-    compile: bool = False,
-    title: str = "log p(x)",
-) -> list[T]:
-    """What `estimate` gives for the posteriors of each batch of data, as by `map_batches`."""
-    rows = rows_at_once(model, guide, x) if chunk_size is None else chunk_size
-    size = (2 * ROWS if chunk_size is None else chunk_size) // DRAWS_AT_ONCE
-    check_support(model, guide, x, y, rows)
-    with evaluating(model, guide, seed=seed, device=x.device):
-        first = Target(model, guide, x[:4], None if y is None else y[:4], chunk_size=rows)
-    return map_batches(
-        partial(_on_target, estimate, rows, first.sites, CompiledTarget() if compile else None),
-        model,
-        guide,
-        x,
-        y,
-        size=max(1, min(size, NUMBERS // (1000 * first.dim))),
-        seed=seed,
-        devices=devices,
-        progress=progress,
-        title=title,
-    )
-
-
-def _on_target(
-    estimate: Callable[[Target], T],
-    rows: int,
-    sites: dict[str, Coordinates],
-    fast: CompiledTarget | None,
-    model: Program,
-    guide: Program,
-    x: Tensor,
-    y: Tensor | None,
-) -> T:
-    return estimate(Target(model, guide, x, y, chunk_size=rows, sites=sites, fast=fast))
 
 
 def track(items: Sequence[T], description: str, show: bool) -> Iterable[T]:

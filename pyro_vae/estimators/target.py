@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import warnings
+from collections import Counter
+from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyro_vae.compiling import CannotCompile, Traced, compiled
 from pyro_vae.densities import (
-    Densities,
     Latents,
     Program,
     complete_data,
     densities,
+    draw_data,
     draw_latents,
     entry_log_prob,
     log_joint,
     run_program,
     sites_at,
 )
-from pyro_vae.estimators.coordinates import (
-    Coordinates,
-    coordinates,
-    holds_tensor,
-    is_delta,
-    normal_units,
-)
+from pyro_vae.estimators.coordinates import Coordinates, coordinates, holds_tensor, is_delta
 
-__all__ = ["ROWS", "Run", "Target", "gradients"]
+__all__ = ["ROWS", "SCALE_DRAWS", "Compiled", "Run", "Target", "gradients"]
 
 ROWS = 1000  # rows decoded at once: 250 to 2500 are equally fast, more falls out of cache
 SCALE_DRAWS = 64  # prior draws behind the unit of each coordinate
 NORMAL_IQR = 1.349  # distance between the quartiles of a unit Normal
+USES = 20  # evaluations of one shape before it is compiled
+MOST = 3  # shapes that are compiled: the others are rare
 
 
 class Target:
@@ -60,7 +58,7 @@ class Target:
         chunk_size: Draws times data that the model sees at once.
         scale: Units of the coordinates [B, D]; from draws of the prior if None.
         sites: Coordinates of other data of the same programs, to use the same maps; or None.
-        fast: What evaluates log p(x, u), compiled; None for the model itself.
+        fast: What compiles log p(x, u), if its maps are the same for all data; or None.
 
     Raises:
         ValueError: If a latent is discrete, or its support depends on another latent or has no
@@ -77,62 +75,62 @@ class Target:
         chunk_size: int = ROWS,
         scale: Tensor | None = None,
         sites: dict[str, Coordinates] | None = None,
-        fast: Callable[[Target, Tensor], Tensor] | None = None,
+        fast: Compiled | None = None,
     ) -> None:
         self.model, self.guide, self.x, self.y = model, guide, x, y
         self.chunk_size, self.num_data = chunk_size, len(x)
         with torch.no_grad():
             first = densities(model, guide, x, y)
-            _check_value(first)
+            if bad := (first.log_likelihood + first.log_prior).isnan().any(0).sum().item():
+                raise ValueError(
+                    f"log p(x, z) is NaN at a draw of the guide for {bad} of {first.num_data} "
+                    "data: check the model there, and the data for NaN"
+                )
             with pyro.validation_enabled(False):
                 second = densities(model, guide, x, y)
-            self.sites = coordinates(first, second, sites)
+            self.sites, mean, deviation = coordinates(first, second, sites)
             self.observed = list(first.observed)
             self.fixed = not any(holds_tensor(site.transform) for site in self.sites.values())
             self.fast = fast if self.fixed else None
-            self.dim = max(site.columns.stop for site in self.sites.values())
+            self.dim = mean.shape[-1]
             self.guide_is_density = not any(is_delta(s.guide) for s in second.sites.values())
-            self.scale = x.new_ones(len(x), self.dim, dtype=torch.float64)
-            mean, deviation = normal_units(self.sites, first, second)
-            if scale is None:
-                unknown = deviation.isnan()
-                scale = deviation
-                if unknown.any():
-                    scale = torch.where(unknown, self._prior_scale(), deviation)
-            self.scale, self.prior_mean = scale, mean / scale
+            self.scale = torch.ones_like(mean)
+            self.scale = self._units(deviation) if scale is None else scale
+            self.prior_mean = mean / self.scale
+
+    def _units(self, deviation: Tensor) -> Tensor:
+        """The prior's deviations [B, D], from its draws where they are not known."""
+        if not (unknown := deviation.isnan()).any():
+            return deviation
+        draws = self.draw_prior(SCALE_DRAWS)[0].nan_to_num()
+        low, high = draws.quantile(draws.new_tensor([0.25, 0.75]), dim=0)
+        spread = (high - low) / NORMAL_IQR
+        usable = (spread > 0) & spread.isfinite()
+        return torch.where(unknown, torch.where(usable, spread, 1.0), deviation)
 
     def rows(self, index: Tensor) -> Target:
         """The target of some of the data, in the same units."""
-        y = None if self.y is None else self.y[index]
-        if not self.fixed:
-            return self._anew(self.x[index], y, self.scale[index])
         part = copy.copy(self)
-        part.x, part.y, part.num_data = self.x[index], y, len(self.scale[index])
+        part.x, part.y = self.x[index], None if self.y is None else self.y[index]
         part.scale, part.prior_mean = self.scale[index], self.prior_mean[index]
+        part.num_data = len(part.x)
         vars(part).pop("_only_guide", None)
-        return part
+        return part if self.fixed else part._with(part.x)
 
     def without(self, entries: tuple[Tensor, ...]) -> Target:
         """The target of the data less some entries, in the same units."""
-        return self.of(self.x.index_put(entries, self.x.new_tensor(torch.nan)))
+        return self._with(self.x.index_put(entries, self.x.new_tensor(torch.nan)))
 
-    def of(self, x: Tensor) -> Target:
+    def simulated(self) -> tuple[Target, Tensor]:
+        """The target of data drawn from the model, and the latents [1, B, D] that made them."""
+        x, latents = draw_data(self.model, self.x, self.y)
+        target = self._with(x)
+        return target, target.vector(latents)
+
+    def _with(self, x: Tensor) -> Target:
         """The target of as many other data, in the same units."""
-        return self._anew(x, self.y, self.scale)
-
-    def _anew(self, x: Tensor, y: Tensor | None, scale: Tensor) -> Target:
-        given: dict[str, Any]
-        given = {"chunk_size": self.chunk_size, "scale": scale, "sites": self.sites}
-        return Target(self.model, self.guide, x, y, **given, fast=self.fast)
-
-    @cached_property
-    def _only_guide(self) -> Any:
-        """The distribution of a guide of one site, which spares the encoder; else None."""
-        if len(self.sites) > 1:
-            return None
-        with torch.no_grad(), pyro.validation_enabled(False):
-            nodes: Any = run_program(self.guide, self.x, self.y, 1).nodes
-        return nodes[next(iter(self.sites))]["fn"]
+        given: dict[str, Any] = {"chunk_size": self.chunk_size, "scale": self.scale}
+        return Target(self.model, self.guide, x, self.y, sites=self.sites, fast=self.fast, **given)
 
     @property
     def draws_at_once(self) -> int:
@@ -141,8 +139,31 @@ class Target:
 
     def log_joint(self, u: Tensor) -> Tensor:
         """log p(x, u) [K, B]."""
-        run = self.run_log_joint if self.fast is None else partial(self.fast, self)
+        run = self.run_log_joint if self.fast is None else partial(self._compiled, self.fast)
         return torch.cat([run(part) for part in u.split(self.draws_at_once)])
+
+    def run_log_joint(self, u: Tensor) -> Tensor:
+        """log p(x, u) [K, B], of one chunk, by a run of the model."""
+        latents, log_det = self._latents(u)
+        with pyro.validation_enabled(False):
+            return _never_nan(log_joint(self.model, self.x, self.y, latents).double() + log_det)
+
+    def _compiled(self, fast: Compiled, u: Tensor) -> Tensor:
+        """log p(x, u) [K, B], of one chunk, differentiable in u alone."""
+
+        def value(u: Tensor, scale: Tensor, x: Tensor, *y: Tensor) -> Tensor:
+            target = copy.copy(self)
+            target.scale, target.x, target.y = scale, x, y[0] if y else None
+            return target.run_log_joint(u)
+
+        def value_and_slope(u: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+            (found,), (slope,) = gradients(lambda v: (value(v, *rest),), u, len(u))
+            return found, slope
+
+        inputs = [u.detach(), self.scale, self.x, *([] if self.y is None else [self.y])]
+        if u.requires_grad and torch.is_grad_enabled():
+            return _WithSlope.apply(u, *fast(value_and_slope, self.model, *inputs))
+        return fast(value, self.model, *inputs)
 
     def log_guide(self, u: Tensor) -> Tensor:
         """log q(u | x) [K, B]."""
@@ -155,10 +176,14 @@ class Target:
                 log_prob = log_joint(self.guide, self.x, self.y, latents)
         return _never_nan(log_prob.double() + log_det)
 
-    def log_prior(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """log p(u) and log p(x | u), each [K, B], from one run of the model."""
-        run = self.at(u)
-        return run.log_prior, run.log_likelihood
+    @cached_property
+    def _only_guide(self) -> Any:
+        """The distribution of a guide of one site, which spares the encoder; else None."""
+        if len(self.sites) > 1:
+            return None
+        with torch.no_grad(), pyro.validation_enabled(False):
+            nodes: Any = run_program(self.guide, self.x, self.y, 1).nodes
+        return nodes[next(iter(self.sites))]["fn"]
 
     def at(self, u: Tensor) -> Run:
         """One run of the model at u."""
@@ -170,7 +195,7 @@ class Target:
         """Raises a ValueError if the likelihood has no gradient with respect to the latents."""
         u = self.draw_guide(1).requires_grad_()
         with torch.enable_grad():
-            likelihood = self.log_prior(u)[1].sum()
+            likelihood = self.at(u).log_likelihood.sum()
         if likelihood.requires_grad:
             if torch.autograd.grad(likelihood, u, allow_unused=True)[0] is not None:
                 return
@@ -189,33 +214,23 @@ class Target:
     def draw_prior(self, num_draws: int) -> tuple[Tensor, Tensor, Tensor]:
         """Draws of the prior u [K, B, D], and log p(u) and log p(x | u) [K, B] at each."""
         parts = []
-        for done in range(0, num_draws, self.draws_at_once):
-            u, run = self.run_prior(min(self.draws_at_once, num_draws - done))
+        for some in torch.ones(num_draws).split(self.draws_at_once):
+            with torch.no_grad(), pyro.validation_enabled(False):
+                nodes: Any = run_program(self.model, self.x, self.y, len(some)).nodes
+                values = {name: nodes[name]["value"] for name in self.sites}
+                sites = {name: nodes[name] for name in [*self.sites, *self.observed]}
+                u = self.vector(values)
+                run = Run(sites, self.x, values, self._latents(u)[1])
             parts.append((u, run.log_prior, run.log_likelihood))
-        draws, log_prior, log_likelihood = (torch.cat(part) for part in zip(*parts))
-        return draws, log_prior, log_likelihood
+        u, log_prior, log_likelihood = (torch.cat(part) for part in zip(*parts))
+        return u, log_prior, log_likelihood
 
-    def run_prior(self, num_draws: int) -> tuple[Tensor, Run]:
-        """Draws of the prior u [K, B, D], of one chunk, and the run of the model behind them."""
-        with torch.no_grad(), pyro.validation_enabled(False):
-            nodes: Any = run_program(self.model, self.x, self.y, num_draws).nodes
-            values = {name: nodes[name]["value"] for name in self.sites}
-            u = self.vector(values)
-            sites = {name: nodes[name] for name in [*self.sites, *self.observed]}
-            return u, Run(sites, self.x, values, self._latents(u)[1])
-
-    def vector(self, latents: dict[str, Tensor]) -> Tensor:
+    def vector(self, latents: Latents) -> Tensor:
         """u [K, B, D] of latents by site [K, B, *]."""
         free = [site.inverse(latents[name]) for name, site in self.sites.items()]
         return torch.cat(free, -1) / self.scale
 
-    def run_log_joint(self, u: Tensor) -> Tensor:
-        """log p(x, u) [K, B], of one chunk, by a run of the model."""
-        latents, log_det = self._latents(u)
-        with pyro.validation_enabled(False):
-            return _never_nan(log_joint(self.model, self.x, self.y, latents).double() + log_det)
-
-    def _latents(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def _latents(self, u: Tensor) -> tuple[Latents, Tensor]:
         """Constrained latents by site, and log |dz / du| [K, B]."""
         log_det = self.scale.log().sum(-1).expand(u.shape[:2])
         raw, latents = u * self.scale, {}
@@ -224,27 +239,57 @@ class Target:
             log_det = log_det + jacobian
         return latents, log_det
 
-    def _prior_scale(self) -> Tensor:
-        draws = self.draw_prior(SCALE_DRAWS)[0]
-        quartiles = draws.nan_to_num().quantile(draws.new_tensor([0.25, 0.75]), dim=0)
-        spread = (quartiles[1] - quartiles[0]) / NORMAL_IQR
-        return torch.where((spread > 0) & spread.isfinite(), spread, torch.ones_like(spread))
+
+class Run:
+    """One run of a model at u [K, B, D]: what it says of u, and of the data there.
+
+    Attributes:
+        log_prior: log p(u) [K, B].
+        log_likelihood: log p(x | u) [K, B].
+        log_joint: log p(x, u) [K, B].
+
+    Args:
+        sites: The sites of the model.
+        x: Data [B, *E].
+        latents: The latents at u, by site.
+        log_det: log |dz / du| [K, B].
+    """
+
+    def __init__(self, sites: Any, x: Tensor, latents: Latents, log_det: Tensor) -> None:
+        self.sites, self.x, self.latents = sites, x, latents
+        observed = [name for name in sites if name not in latents]
+        self.log_prior, self.log_likelihood = (
+            _never_nan(sum((sites[n]["fn"].log_prob(sites[n]["value"]) for n in names), first))
+            for names, first in ((latents, log_det), (observed, torch.zeros_like(log_det)))
+        )
+        self.log_joint = _never_nan(self.log_prior + self.log_likelihood)
+
+    def complete(self) -> Tensor:
+        """The data [K, B, *E] with what is missing drawn from p(x | u)."""
+        with pyro.validation_enabled(False):
+            return complete_data(self.sites, self.x, self.latents)
+
+    def entry_log_prob(self) -> Tensor:
+        """log p(x_e | u) of each entry [K, B, *E]."""
+        with pyro.validation_enabled(False):
+            return entry_log_prob(self.sites, self.x, self.latents)
+
+
+def _never_nan(log_prob: Tensor) -> Tensor:
+    return log_prob.double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
 def gradients(
     density: Callable[[Tensor], tuple[Tensor, ...]], u: Tensor, draws_at_once: int
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Log densities [K, B] at `u` [K, B, D] and their gradients [K, B, D].
+    """Log densities [K, B] at `u` [K, B, D] and as many gradients [K, B, D] with respect to it.
 
-    With respect to `u` alone: nothing is added to the `.grad` of a parameter.
+    Nothing is added to the `.grad` of a parameter.
 
     Args:
         density: From u to one or more log densities, rows independent.
         u: Points.
         draws_at_once: Points of each datum that are evaluated together.
-
-    Returns:
-        The densities, and as many gradients.
     """
     values, slopes = [], []
     for part in u.split(draws_at_once):
@@ -257,61 +302,56 @@ def gradients(
     return tuple(map(torch.cat, zip(*values))), tuple(map(torch.cat, zip(*slopes)))
 
 
-def _never_nan(log_prob: Tensor) -> Tensor:
-    return log_prob.double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+class Compiled:
+    """Calls functions of tensors, compiled for the shapes that come often.
 
+    What cannot be compiled is called as it is, after one warning that says why.
 
-def _check_value(d: Densities) -> None:
-    if bad := (d.log_likelihood + d.log_prior).isnan().any(0).sum().item():
-        raise ValueError(
-            f"log p(x, z) is NaN at a draw of the guide for {bad} of {d.num_data} data: "
-            "check the model there, and the data for NaN"
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """One run of a model at u [K, B, D]: what it says of u, and of the data there.
-
-    Attributes:
-        sites: The sites of the model.
-        x: Data [B, *E].
-        latents: The latents at u, by site.
-        log_det: log |dz / du| [K, B].
+    Args:
+        uses: Calls of a shape after which it is compiled.
     """
 
-    sites: dict[str, Any]
-    x: Tensor
-    latents: Latents
-    log_det: Tensor
+    def __init__(self, uses: int = USES) -> None:
+        self.uses, self.most = uses, MOST
+        self.seen: Counter[object] = Counter()
+        self.fast: dict[object, Traced] = {}
 
-    @property
-    def log_prior(self) -> Tensor:
-        """log p(u) [K, B]."""
-        return self._scores(self.latents, self.log_det)
+    def __call__(self, function: Callable[..., Any], program: Program, *inputs: Tensor) -> Any:
+        """What the function of that name returns, of the inputs and of the program's weights."""
+        key = (function.__name__, *((part.shape, part.dtype) for part in inputs))
+        if key not in self.fast and len(self.fast) < self.most:
+            self.seen[key] += 1
+            if self.seen[key] >= self.uses:
+                try:
+                    self.fast[key] = compiled(_Pass(function, program), *inputs)
+                except CannotCompile as error:
+                    warnings.warn(f"compile: the model runs eagerly, for {error}", stacklevel=2)
+                    self.most = 0  # no other try
+        return self.fast.get(key, function)(*inputs)
 
-    @property
-    def log_likelihood(self) -> Tensor:
-        """log p(x | u) [K, B]."""
-        observed = [name for name in self.sites if name not in self.latents]
-        return self._scores(observed, torch.zeros_like(self.log_det))
 
-    @property
-    def log_joint(self) -> Tensor:
-        """log p(x, u) [K, B]."""
-        return _never_nan(self.log_prior + self.log_likelihood)
+class _Pass(nn.Module):
+    """A function as a forward pass, and the module whose weights it reads, if any."""
 
-    def complete(self) -> Tensor:
-        """The data [K, B, *E] with what is missing drawn from p(x | u)."""
-        with pyro.validation_enabled(False):
-            return complete_data(self.sites, self.x, self.latents)
+    def __init__(self, function: Callable[..., Any], program: Program) -> None:
+        super().__init__()
+        owner = getattr(program, "__self__", program)
+        self.owner = owner if isinstance(owner, nn.Module) else None
+        self.function = function
 
-    def entry_log_prob(self) -> Tensor:
-        """log p(x_e | u) of each entry [K, B, *E]."""
-        with pyro.validation_enabled(False):
-            return entry_log_prob(self.sites, self.x, self.latents)
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(*inputs)
 
-    def _scores(self, names: Iterable[str], first: Tensor) -> Tensor:
-        with pyro.validation_enabled(False):
-            found = (self.sites[n]["fn"].log_prob(self.sites[n]["value"]) for n in names)
-            return _never_nan(sum(found, first))
+
+class _WithSlope(torch.autograd.Function):
+    """A value [K, B] whose gradient with respect to u [K, B, D] is known."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return outer[0].unsqueeze(-1) * slope, None, None

@@ -16,7 +16,7 @@ from pyro_vae.estimators.run import track
 from pyro_vae.estimators.target import ROWS
 from pyro_vae.runtime import forked
 
-__all__ = ["for_each_value", "not_summed", "summed"]
+__all__ = ["for_each_value", "refuse_summed", "summed"]
 
 TRIED = 16  # draws of a datum that all must be impossible, for the model to exclude it
 Values = dict[str, Tensor]
@@ -47,21 +47,13 @@ def summed(function: Callable[P, T]) -> Callable[P, T]:
     return call
 
 
-def not_summed(function: Callable[P, T]) -> Callable[P, T]:
-    """An estimator that refuses models with discrete latents to be summed out."""
-    signature = inspect.signature(function)
-
-    @wraps(function)
-    def call(*args: P.args, **options: P.kwargs) -> T:
-        given = signature.bind(*args, **options).arguments
-        if values := summed_values(given["model"], given["x"], given.get("y")):
-            raise ValueError(
-                f"{function.__name__} takes no model with discrete latents to be summed out, here "
-                f"{sorted(values)}: give it one at a value, by pyro.condition"
-            )
-        return function(*args, **options)
-
-    return call
+def refuse_summed(name: str, model: Program, x: Tensor, y: Tensor | None) -> None:
+    """Refuses a model with discrete latents to be summed out, for the estimator of that name."""
+    if values := summed_values(model, x, y):
+        raise ValueError(
+            f"{name} takes no model with discrete latents to be summed out, here "
+            f"{sorted(values)}: give it one at a value, by pyro.condition"
+        )
 
 
 class OneValue(nn.Module):
@@ -111,11 +103,11 @@ def for_each_value(
         values: Joint values [C, *event] of each site.
     """
     parts, count = [], len(next(iter(values.values())))
+    quiet = {"progress": False} if "progress" in given else {}
     for c in track(range(count), f"{count} values", bool(given.get("progress"))):
         one = OneValue(given["model"], given["guide"], {n: v[c] for n, v in values.items()})
-        seed = given.get("seed")
-        own = {"model": one.model, "guide": one.guide, "seed": None if seed is None else seed + c}
-        quiet = {"progress": False} if "progress" in given else {}
+        seed = None if given.get("seed") is None else given["seed"] + c
+        own = {"model": one.model, "guide": one.guide, "seed": seed}
         parts.append(_where_possible(function, given | own | quiet))
     some = next((part for part in parts if part is not None), None)
     if some is None:

@@ -12,7 +12,6 @@ from worlds import WORLDS, World, data, linear, misses, quadrature
 from pyro_vae.densities import evaluating
 from pyro_vae.estimators import annealed_importance_sampling, bidirectional
 from pyro_vae.estimators.annealed import STARTS, Path, Point, hmc_step, make_start
-from pyro_vae.estimators.bidirectional import simulate
 from pyro_vae.estimators.target import Target
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -217,7 +216,7 @@ def test_simulated_data_are_the_models() -> None:
     world = linear(0.7, num_data=1)
     with evaluating(seed=0, device=CPU):
         template = Target(world.model, world.guide, world.x.expand(3001, -1))
-        target, exact = simulate(template)
+        target, exact = template.simulated()
     assert exact.shape == (1, 3001, 3)
     assert torch.allclose(exact.mean(), torch.zeros(()), atol=0.1)
     centred = evidence(target.x)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from worlds import linear
 
+from pyro_vae.densities import log_mean_exp
 from pyro_vae.estimators import convergence, importance_sampling, jackknife
-from pyro_vae.estimators.diagnostics import log_mean_exp
 
 pytestmark = pytest.mark.usefixtures("float64")
 
