@@ -18,7 +18,7 @@ from pyro_vae import class_probabilities, objectives
 from pyro_vae.densities import densities, summed_values
 from pyro_vae.distributions import Label
 from pyro_vae.estimators import audit, importance_sampling, log_evidence
-from pyro_vae.estimators.values import _possible
+from pyro_vae.estimators.run import _possible
 
 pytestmark = pytest.mark.usefixtures("float64")
 

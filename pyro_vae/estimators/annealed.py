@@ -14,9 +14,8 @@ from torch import Tensor
 from pyro_vae.densities import Program, log_mean_exp
 from pyro_vae.estimators.evidence import Evidence, summarise
 from pyro_vae.estimators.refined import Fit, fit_proposal
-from pyro_vae.estimators.run import estimator, map_targets
+from pyro_vae.estimators.run import estimator, map_targets, refuse_summed, summed
 from pyro_vae.estimators.target import Target, gradients
-from pyro_vae.estimators.values import refuse_summed, summed
 
 __all__ = [
     "ACCEPTANCE",

@@ -11,8 +11,7 @@ from torch import Tensor
 from pyro_vae.densities import Program, summed_values
 from pyro_vae.estimators.evidence import Evidence, worst
 from pyro_vae.estimators.log_evidence import log_evidence
-from pyro_vae.estimators.run import estimator
-from pyro_vae.estimators.values import for_each_value
+from pyro_vae.estimators.run import estimator, for_each_value
 
 __all__ = ["ClassProbabilities", "class_probabilities"]
 
@@ -87,20 +86,10 @@ def class_probabilities(
     parts = for_each_value(estimator, given, values)
     rows = values[site].reshape(len(values[site]), -1)
     first = (rows.unsqueeze(1) == rows).all(-1).int().argmax(1)  # of the same value
-    return probabilities(parts, torch.unique(first, return_inverse=True)[1].cpu())
-
-
-def probabilities(parts: list[Evidence], classes: Tensor) -> ClassProbabilities:
-    """Probabilities of classes from evidence of log p(x, c) for each joint value.
-
-    Args:
-        parts: Evidence for each of J joint values.
-        classes: Class of each joint value [J].
-    """
-    joint = torch.stack([part.log_prob for part in parts])
-    share = (joint - joint.logsumexp(0)).exp()
+    classes = torch.unique(first, return_inverse=True)[1].cpu()
+    joint, stderr = (torch.stack([getattr(p, n) for p in parts]) for n in ("log_prob", "stderr"))
+    share = (joint - joint.logsumexp(0)).exp()  # [J, N] of the J joint values
     member = torch.nn.functional.one_hot(classes).to(share)  # [J, C]
     found = share.T @ member
-    stderr = torch.stack([part.stderr for part in parts])
     slopes = (member.unsqueeze(1) - found) * (share * stderr).unsqueeze(-1)  # [J, N, C]
     return ClassProbabilities(found, slopes.square().sum(0).sqrt(), worst(parts, share))

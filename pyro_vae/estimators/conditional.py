@@ -17,9 +17,8 @@ from pyro_vae.estimators.evidence import Evidence, pareto_khat, summarise
 from pyro_vae.estimators.log_evidence import log_evidence
 from pyro_vae.estimators.proposal import joined
 from pyro_vae.estimators.refined import LOWEST, METHOD, Fit, fit_proposal
-from pyro_vae.estimators.run import estimator, exact_without_data, map_targets
+from pyro_vae.estimators.run import estimator, exact_without_data, map_targets, summed
 from pyro_vae.estimators.target import Run, Target
-from pyro_vae.estimators.values import summed
 from pyro_vae.runtime import check_fits
 
 TOLERANCE = 0.1  # nats: largest standard error of what is called reliable

@@ -22,9 +22,8 @@ from pyro_vae.densities import (
 )
 from pyro_vae.estimators.coordinates import is_delta, is_discrete
 from pyro_vae.estimators.evidence import Evidence, summarise
-from pyro_vae.estimators.run import check_support, estimator, map_batches
+from pyro_vae.estimators.run import check_support, estimator, map_batches, summed
 from pyro_vae.estimators.target import ROWS, Compiled
-from pyro_vae.estimators.values import summed
 from pyro_vae.runtime import check_fits
 
 __all__ = ["Bound", "evidence_lower_bound", "importance_sampling", "lower_bound"]
@@ -129,14 +128,9 @@ def _estimate(
 ) -> Evidence:
     """Evidence of the data of one batch."""
     draw_from = guide if proposal == "guide" else None
-    blocks = []
-    for done in range(0, num_samples, DRAWS):
-        draws = min(DRAWS, num_samples - done)
-        weights = log_weights(
-            model, draw_from, x, y, num_particles=draws, chunk_size=rows, joint=joint
-        )
-        blocks.append(weights.double().cpu())
-    weights = torch.cat(blocks)
+    run = partial(log_weights, model, draw_from, x, y, chunk_size=rows, joint=joint)
+    blocks = torch.ones(num_samples).split(DRAWS)
+    weights = torch.cat([run(num_particles=len(some)).double().cpu() for some in blocks])
     bounds = convergence(weights).items()
     extras = {f"bound_{k}": bound for k, bound in bounds if k < num_samples}
     for order in range(1, min(3, num_samples)):
@@ -200,24 +194,21 @@ def evidence_lower_bound(
         ValueError: If `num_samples` or `chunk_size` is below one, or the programs have no
             density per datum (see `densities`).
     """
-    batch = max(1, chunk_size // num_samples)
     parts, rules = [], {}
     with evaluating(model, guide, seed=seed, device=x.device):
-        for start in range(0, len(x), batch):
-            xb, yb = x[start : start + batch], None if y is None else y[start : start + batch]
-            step = max(1, chunk_size // len(xb))
-            total = torch.zeros(2, len(xb), dtype=torch.float64)
-            for done in range(0, num_samples, step):
-                draws = min(step, num_samples - done)
-                d = densities(model, guide, xb, yb, num_particles=draws)
-                if d.num_data != len(xb):
+        for rows in torch.arange(len(x), device=x.device).split(max(1, chunk_size // num_samples)):
+            given = x[rows], None if y is None else y[rows]
+            total = torch.zeros(2, len(rows), dtype=torch.float64)
+            for some in torch.ones(num_samples).split(max(1, chunk_size // len(rows))):
+                d = densities(model, guide, *given, num_particles=len(some))
+                if d.num_data != len(rows):
                     raise ValueError(
-                        f"the plate 'data' has {d.num_data} rows for {len(xb)} data: an estimate "
-                        "for each datum needs all of them; remove the subsampling"
+                        f"the plate 'data' has {d.num_data} rows for {len(rows)} data: an "
+                        "estimate for each datum needs all of them; remove the subsampling"
                     )
                 kl = torch.stack(list(d.kl().values())).sum(0)
                 terms = torch.stack([d.log_likelihood.mean(0), kl])
-                total += draws / num_samples * terms.double().cpu()
+                total += len(some) / num_samples * terms.double().cpu()
                 rules = d.kl_rules
             parts.append(total)
     reconstruction, kl = torch.cat(parts, -1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.estimators.evidence import Evidence, summarise
-from pyro_vae.estimators.proposal import CONVERGED, ROUNDS, ascend, laplace
+from pyro_vae.estimators.proposal import CONVERGED, ROUNDS, Adam, laplace
 from pyro_vae.estimators.target import Target, gradients
 
 __all__ = ["Modes", "find_modes", "search_cost"]
@@ -113,26 +113,22 @@ class _Search:
     def run(self, num_starts: int) -> tuple[Tensor, Tensor, Tensor]:
         """The row [M] and place [M, D] of each mode, and whether a row's search ended [B]."""
         rows = torch.arange(self.centre.shape[0], device=self.centre.device)
+        complete = torch.zeros_like(rows, dtype=torch.bool)
         if num_starts == 1:
-            return rows, self.known[0], torch.zeros_like(rows, dtype=torch.bool)
-        complete = torch.ones_like(rows, dtype=torch.bool)
-        u, keep = self._extend(rows, self.known, num_starts, 0)
-        number, fruitless, found = keep.sum(0), torch.zeros_like(rows), []
-        fruitless[number == 1] = PATIENCE
-        for origin in range(1, MOST_ROUNDS + 1):
-            again = (fruitless < PATIENCE * number) & (number <= MOST_MODES)
-            found.append((rows[~again], u[:, ~again], keep[:, ~again]))
-            complete[rows[~again]] = number[~again] <= MOST_MODES
-            rows, number, fruitless = rows[again], number[again], fruitless[again]
-            if not len(rows):
-                break
-            known = u[: int(number.max()), again]  # the distinct ones come first
-            u, keep = self._extend(rows, known, MORE_STARTS, origin)
+            return rows, self.known[0], complete
+        known, number, fruitless, found = self.known, torch.ones_like(rows), 0 * rows, []
+        for origin in range(MOST_ROUNDS + 1):
+            u, keep = self._extend(rows, known, MORE_STARTS if origin else num_starts, origin)
             fruitless = torch.where(keep.sum(0) > number, 0, fruitless + MORE_STARTS)
             number = keep.sum(0)
-        else:
-            complete[rows] = fruitless >= PATIENCE * number
-            found.append((rows, u, keep))
+            ended = fruitless >= PATIENCE * number
+            over = ended | (number > MOST_MODES) | (origin == MOST_ROUNDS)
+            complete[rows] = ended
+            found.append((rows[over], u[:, over], keep[:, over]))
+            if over.all():
+                break
+            rows, number, fruitless = rows[~over], number[~over], fruitless[~over]
+            known = u[: int(number.max()), ~over]  # the distinct ones come first
         row = torch.cat([rows.expand(keep.shape)[keep] for rows, _, keep in found])
         return row, torch.cat([u[keep] for _, u, keep in found]), complete
 
@@ -157,8 +153,7 @@ class _Search:
         """Points [S, R, D] of some rows, the distinct modes first, and which these are [S, R]."""
         target = self.target.rows(rows)
         starts = self._starts(target, rows, known, number, origin % len(known))
-        if origin == 0:
-            starts = torch.cat([starts, self.lower[:, rows]])
+        starts = starts if origin else torch.cat([starts, self.lower[:, rows]])
         tril = self.tril[rows]
         more = _climb(target, starts, tril, STEPS, _far(tril, starts - known[0]))
         return _distinct(target, torch.cat([known, more]))
@@ -172,17 +167,15 @@ class _Search:
         exchanged, gain = _exchange(target, mode, self.pairs[:, rows], centre)
         others = torch.cat([known[:origin], known[origin + 1 : number]])
         onward, rise = _onward(target, mode, others)
-        height, order = torch.cat([reach, gain, rise]).sort(0, descending=True)
-        beyond = _gather(torch.cat([walked, exchanged, onward]), order)
-        new = _apart(target, others, beyond, height)
-        new, order = new.sort(dim=0, descending=True, stable=True)
-        beyond = _gather(beyond, order)
-        likely, starts = self.likely[:, rows], list(known)
+        points, height = torch.cat([walked, exchanged, onward]), torch.cat([reach, gain, rise])
+        new = _apart(target, others, points, height)
+        height, order = torch.where(new, height, -torch.inf).sort(0, descending=True)
+        beyond, likely, starts = _gather(points, order), self.likely[:, rows], list(known)
         for i in range(number):
             far = torch.stack([(likely - start).norm(dim=-1) for start in starts]).amin(0)
             start = _gather(likely, far.argmax(0, keepdim=True))[0]
-            if i < min(number // 2, len(new)):
-                start = torch.where(new[i].unsqueeze(-1), beyond[i], start)
+            if i < min(number // 2, len(height)):
+                start = torch.where(height[i].isfinite().unsqueeze(-1), beyond[i], start)
             starts.append(start)
         return torch.stack(starts[len(known) :])
 
@@ -252,8 +245,8 @@ def _onward(target: Target, mode: Tensor, others: Tensor) -> tuple[Tensor, Tenso
     if not len(points):
         return points, points[..., 0]
     height = target.log_joint(points)
-    between = points.lerp(torch.cat([mode.expand_as(others), others]), 0.5)
-    valid = target.log_joint(between) < height - BARRIER
+    origins = torch.cat([mode.expand_as(others), others])
+    valid = _valley(target, origins, points, 1) < height - BARRIER
     return points, torch.where(valid, height, -torch.inf)
 
 
@@ -265,9 +258,7 @@ def _apart(target: Target, known: Tensor, points: Tensor, height: Tensor) -> Ten
         return apart
     part = target.rows(rows)
     for mode in known[:, rows]:
-        way = torch.cat([mode.lerp(points[:, rows], t / 8) for t in range(1, 8)])
-        valley = part.log_joint(way).unflatten(0, (7, len(points))).amin(0)
-        apart[:, rows] &= valley < height[:, rows] - BARRIER
+        apart[:, rows] &= _valley(part, mode, points[:, rows], 7) < height[:, rows] - BARRIER
     return apart
 
 
@@ -283,18 +274,14 @@ def _climb(
         num_steps: Steps.
         lr: Size of the first, in units of the metric; of all, or of each start [S, B, 1].
     """
-    moved = torch.zeros_like(starts)
-
-    def place() -> Tensor:
-        return starts + lr * torch.einsum("bij,kbj->kbi", tril, moved)
-
-    def gradient() -> tuple[Tensor]:
-        (slope,) = gradients(lambda u: (target.log_joint(u),), place(), target.draws_at_once)[1]
-        return (torch.einsum("bji,kbj->kbi", tril, slope),)
-
-    ascend([moved], gradient, num_steps=num_steps, lr=1.0, eps=EPS)
-    better = target.log_joint(place()) > target.log_joint(starts)
-    return torch.where(better.unsqueeze(-1), place(), starts)
+    moved, place = torch.zeros_like(starts), starts
+    adam = Adam([moved], num_steps=num_steps, lr=1.0, eps=EPS)
+    for _ in range(num_steps):
+        (slope,) = gradients(lambda u: (target.log_joint(u),), place, target.draws_at_once)[1]
+        adam.ascend(torch.einsum("bji,kbj->kbi", tril, slope))
+        place = starts + lr * torch.einsum("bij,kbj->kbi", tril, moved)
+    better = target.log_joint(place) > target.log_joint(starts)
+    return torch.where(better.unsqueeze(-1), place, starts)
 
 
 def _far(tril: Tensor, difference: Tensor) -> Tensor:
@@ -314,11 +301,16 @@ def _distinct(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
     keep = height > height[0] - NEGLIGIBLE
     keep[0] = True
     for lower in range(1, len(u)):
-        way = torch.cat([u[:lower].lerp(u[lower], t) for t in (0.25, 0.5, 0.75)])
-        valley = target.log_joint(way).unflatten(0, (3, lower)).amin(0)
-        keep[lower] &= (~keep[:lower] | (valley < height[lower] - BARRIER)).all(0)
+        dips = _valley(target, u[lower], u[:lower], 3) < height[lower] - BARRIER
+        keep[lower] &= (~keep[:lower] | dips).all(0)
     order = (~keep).int().sort(dim=0, stable=True).indices
     return _gather(u, order), keep.gather(0, order)
+
+
+def _valley(target: Target, a: Tensor, b: Tensor, number: int) -> Tensor:
+    """The lowest log density [R, B] at so many points between a and b [R, B, D]."""
+    way = torch.cat([a.lerp(b, t / (number + 1)) for t in range(1, number + 1)])
+    return target.log_joint(way).unflatten(0, (number, -1)).amin(0)
 
 
 def _gather(u: Tensor, index: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor
 from pyro_vae.estimators.target import Target, gradients
 
 __all__ = [
+    "Adam",
     "Proposal",
     "add_components",
-    "ascend",
     "components_cost",
     "curvature",
     "factor",
@@ -24,6 +24,7 @@ __all__ = [
     "laplace",
 ]
 
+DF = 20.0  # degrees of freedom of the components
 FLOOR, CEILING = 0.5, 1e12  # of the eigenvalues of the precision, in units of the prior's
 ROUNDS = 3
 CONVERGED = 0.01  # nats that a Newton step promises
@@ -46,25 +47,21 @@ LEAST = 0.01  # of the draws for a component
 class Proposal:
     r"""For each of B data a mixture of up to C multivariate t distributions.
 
-    .. math:: q(u) = \sum_{c=1}^{C} \pi_c \, t_\nu(u; \mu_c, L_c L_c^\top)
+    .. math:: q(u) = \sum_{c=1}^{C} \pi_c \, t_{20}(u; \mu_c, L_c L_c^\top)
 
     Attributes:
         log_weight: log pi [C, B]; minus infinity where a datum has fewer components.
         loc: Locations [C, B, D].
         tril: Cholesky factors of the scale matrices [C, B, D, D].
-        df: Degrees of freedom nu.
     """
 
     log_weight: Tensor
     loc: Tensor
     tril: Tensor
-    df: float = 20.0
 
     def rows(self, index: Tensor) -> Proposal:
         """The proposals of some of the data."""
-        return Proposal(
-            self.log_weight[:, index], self.loc[:, index], self.tril[:, index], self.df
-        )
+        return Proposal(self.log_weight[:, index], self.loc[:, index], self.tril[:, index])
 
     @property
     def scale_tril(self) -> Tensor:
@@ -76,7 +73,7 @@ class Proposal:
         """Draws [K, B, D]."""
         _, B, D = self.loc.shape
         noise = torch.randn_like(self.loc[:1].expand(num_draws, B, D))
-        half = torch.full_like(noise[..., 0], self.df / 2)
+        half = torch.full_like(noise[..., 0], DF / 2)
         noise = noise * (half / torch._standard_gamma(half)).sqrt().unsqueeze(-1)
         component = torch.multinomial(self.log_weight.exp().T, num_draws, True).T
         draws = torch.zeros_like(noise)
@@ -91,10 +88,10 @@ class Proposal:
         for log_weight, loc, tril in zip(self.log_weight, self.loc, self.tril):
             white = torch.linalg.solve_triangular(tril, (u - loc).permute(1, 2, 0), upper=False)
             height = log_weight - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-            away = torch.log1p(white.pow(2).sum(1).T / self.df)
-            terms.append(height - (self.df + D) / 2 * away)
-        constant = math.lgamma((self.df + D) / 2) - math.lgamma(self.df / 2)
-        return torch.stack(terms).logsumexp(0) + constant - D / 2 * math.log(self.df * math.pi)
+            away = torch.log1p(white.pow(2).sum(1).T / DF)
+            terms.append(height - (DF + D) / 2 * away)
+        constant = math.lgamma((DF + D) / 2) - math.lgamma(DF / 2)
+        return torch.stack(terms).logsumexp(0) + constant - D / 2 * math.log(DF * math.pi)
 
 
 def laplace(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,22 +143,14 @@ def factor(precision: Tensor) -> Tensor:
     return torch.linalg.cholesky((vectors * variance.unsqueeze(-2)) @ vectors.mT)
 
 
-def ascend(
-    parameters: Sequence[Tensor],
-    slopes: Callable[[], Sequence[Tensor]],
-    *,
-    num_steps: int,
-    lr: float,
-    eps: float,
-) -> None:
-    """Moves `parameters` in place by Adam, its step falling to zero as a half cosine.
+class Adam:
+    """Moves `parameters` in place, by steps that fall to zero as a half cosine.
 
     Adam works element by element, so that each datum goes its own way. A slope that is not a
     number stands for none. Written out because `torch.optim` takes seconds to import.
 
     Args:
         parameters: What is moved; no gradient is recorded.
-        slopes: The gradients there, called once a step.
         num_steps: Steps.
         lr: The first step's size.
         eps: Slopes below it are followed in proportion, those above it by their sign alone.
@@ -169,15 +158,23 @@ def ascend(
     References:
         Kingma and Ba. Adam: a method for stochastic optimization. 2015.
     """
-    first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
-    for step in range(num_steps):
-        rate = lr * (1 + math.cos(math.pi * step / num_steps)) / 2
-        unbias = [1 / (1 - decay ** (step + 1)) for decay in DECAYS]
-        for p, m, v, slope in zip(parameters, first, second, slopes()):
+
+    def __init__(
+        self, parameters: Sequence[Tensor], *, num_steps: int, lr: float, eps: float
+    ) -> None:
+        self.state = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+        self.num_steps, self.lr, self.eps, self.done = num_steps, lr, eps, 0
+
+    def ascend(self, *slopes: Tensor) -> None:
+        """One step along the gradients."""
+        rate = self.lr * (1 + math.cos(math.pi * self.done / self.num_steps)) / 2
+        self.done += 1
+        unbias = [1 / (1 - decay**self.done) for decay in DECAYS]
+        for (p, m, v), slope in zip(self.state, slopes):
             slope = slope.nan_to_num(0.0, 0.0, 0.0)
             m.lerp_(slope, 1 - DECAYS[0])
             v.mul_(DECAYS[1]).addcmul_(slope, slope, value=1 - DECAYS[1])
-            p.addcdiv_(m, v.mul(unbias[1]).sqrt_().add_(eps), value=rate * unbias[0])
+            p.addcdiv_(m, v.mul(unbias[1]).sqrt_().add_(self.eps), value=rate * unbias[0])
 
 
 def fit_gaussian(
@@ -208,8 +205,8 @@ def fit_gaussian(
     B, D = loc.shape
     mean = loc.new_zeros(B, D, 1, dtype=torch.float32)  # exact enough for numbers of order one
     below = mean.new_zeros(B, D, D)  # L, with the logarithm of its diagonal
-
-    def slopes() -> tuple[Tensor, Tensor]:
+    adam = Adam([mean, below], num_steps=num_steps, lr=FIT_LR, eps=FIT_EPS)
+    for _ in range(num_steps):
         noise = torch.randn(B, D, fit_draws(D) // 2, dtype=mean.dtype, device=loc.device)
         noise = torch.cat([noise, -noise], -1)
         factor = _tril(below)
@@ -220,12 +217,10 @@ def fit_gaussian(
         g = slope.clamp(-STEEPEST, STEEPEST).to(mean) + pull
         outer = (g @ noise.mT).div_(len(u)).tril_()
         outer.diagonal(dim1=-2, dim2=-1).mul_(factor.diagonal(dim1=-2, dim2=-1))
-        return g.mean(-1, keepdim=True), outer
-
-    ascend([mean, below], slopes, num_steps=num_steps, lr=FIT_LR, eps=FIT_EPS)
+        adam.ascend(g.mean(-1, keepdim=True), outer)
     noise = torch.randn(CHECKS, B, D, dtype=loc.dtype, device=loc.device)
     fitted = loc + (tril @ mean.to(loc)).squeeze(-1), tril @ _tril(below.to(loc))
-    before, after = _bound(target, noise, loc, tril), _bound(target, noise, *fitted)
+    before, after = (_bound(target, noise, *q) for q in ((loc, tril), fitted))
     better = (after > before).view(-1, 1)
     loc = torch.where(better, fitted[0], loc)
     tril = torch.where(better.unsqueeze(-1), fitted[1], tril)
@@ -252,9 +247,7 @@ def _bound(target: Target, noise: Tensor, loc: Tensor, tril: Tensor) -> Tensor:
 
 def _tril(below: Tensor) -> Tensor:
     """A lower triangle with the exponential of its diagonal."""
-    factor = below.clone()
-    factor.diagonal(dim1=-2, dim2=-1).exp_()
-    return factor
+    return below.tril(-1) + below.diagonal(dim1=-2, dim2=-1).exp().diag_embed()
 
 
 def add_components(target: Target, proposal: Proposal, visited: Tensor) -> Proposal:
@@ -281,7 +274,7 @@ def add_components(target: Target, proposal: Proposal, visited: Tensor) -> Propo
     u = torch.cat([proposal.draw(2 * ROUND_DRAWS), visited])
     log_p = target.log_joint(u)
     density = [proposal.log_prob(u)]  # of the first mixture, then of each component
-    extra: list[Proposal] = []
+    parts = [proposal]
     for _ in range(MOST_COMPONENTS):
         log_weight = log_p - _made(torch.stack(density))
         weight, best = log_weight.nan_to_num(-torch.inf).max(0)
@@ -290,14 +283,12 @@ def add_components(target: Target, proposal: Proposal, visited: Tensor) -> Propo
             break
         loc = u[best, torch.arange(u.shape[1], device=u.device)]
         tril = factor(curvature(target, loc)[1]).unsqueeze(0)
-        extra.append(Proposal(tril.new_zeros(1, len(loc)), loc.unsqueeze(0), tril, proposal.df))
-        fresh = extra[-1].draw(ROUND_DRAWS)
+        parts.append(Proposal(tril.new_zeros(1, len(loc)), loc.unsqueeze(0), tril))
+        fresh = parts[-1].draw(ROUND_DRAWS)
         u, log_p = torch.cat([u, fresh]), torch.cat([log_p, target.log_joint(fresh)])
-        sources = [proposal, *extra]
-        density = [
-            torch.cat([old, source.log_prob(fresh)]) for old, source in zip(density, sources[:-1])
-        ] + [extra[-1].log_prob(u)]
-    return _weighed([proposal, *extra], torch.stack(density), log_p)
+        density = [torch.cat([old, part.log_prob(fresh)]) for old, part in zip(density, parts)]
+        density.append(parts[-1].log_prob(u))
+    return _weighed(parts, torch.stack(density), log_p)
 
 
 def components_cost(dim: int) -> int:
@@ -329,5 +320,4 @@ def joined(parts: Sequence[Proposal], log_pi: Iterable[float | Tensor]) -> Propo
         torch.cat([part.log_weight + pi for part, pi in zip(parts, log_pi)]),
         torch.cat([part.loc for part in parts]),
         torch.cat([part.tril for part in parts]),
-        parts[0].df,
     )

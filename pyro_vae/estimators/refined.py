@@ -20,9 +20,8 @@ from pyro_vae.estimators.proposal import (
     fit_gaussian,
     joined,
 )
-from pyro_vae.estimators.run import estimator, map_targets
+from pyro_vae.estimators.run import estimator, map_targets, summed
 from pyro_vae.estimators.target import Run, Target
-from pyro_vae.estimators.values import summed
 
 __all__ = [
     "AGAIN_STEPS",
@@ -61,7 +60,7 @@ def refined_importance_sampling(
     r"""log p(x) of each datum by importance sampling from a proposal of its own.
 
     .. math:: \log p(x) \approx \log \frac1K \sum_{k=1}^K \frac{p(x, u_k)}{q(u_k)}, \\
-        q = 0.9 \sum_c \pi_c \, t_8(\mu_c, 1.1^2 \Sigma_c)
+        q = 0.9 \sum_c \pi_c \, t_{20}(\mu_c, \Sigma_c)
         + 0.05 \, q(\cdot \mid x) + 0.05 \, p(\cdot)
 
     For each datum: the modes of the posterior, by Adam from the guide's mean and from good

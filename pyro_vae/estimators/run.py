@@ -1,21 +1,29 @@
-"""How estimators are run: what they are given, in batches, in processes."""
+"""How estimators are run: on what is given, for each value of a discrete latent, in batches."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from functools import partial, wraps
-from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+from operator import call
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import pyro
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_vae.arguments import TakesVAE, as_rows, check_real, check_whole, programs
-from pyro_vae.densities import Densities, Program, densities, evaluating
+from pyro_vae.densities import (
+    Densities,
+    Program,
+    densities,
+    evaluating,
+    log_weights,
+    summed_values,
+)
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.target import ROWS, Compiled, Target
 from pyro_vae.processes import check_processes, in_processes
@@ -26,15 +34,19 @@ __all__ = [
     "estimator",
     "exact_without_data",
     "map_batches",
+    "for_each_value",
     "map_targets",
-    "track",
+    "refuse_summed",
+    "summed",
 ]
 
 DRAWS_AT_ONCE = 4  # draws of each datum that make up the rows that the model sees at once
 STEP = 100  # rows of a usual step of training, by which models are small for `fit`, too
 LAYER = 2_000_000  # numbers of the widest layer at once: more falls out of cache
 NUMBERS = 5_000_000  # coordinates of a thousand draws of a batch
+TRIED = 16  # draws of a datum that all must be impossible, for the model to exclude it
 WHOLE = ("budget", "chunk_size", "devices")
+Values = dict[str, Tensor]
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -50,7 +62,7 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
     signature = inspect.signature(function)
 
     @wraps(function)
-    def call(*args: Any, **options: Any) -> T:
+    def checked(*args: Any, **options: Any) -> T:
         bound = signature.bind(*programs(args, options), **options)
         given = bound.arguments
         x = given["x"] = as_rows("x", given["x"], missing=True)  # the model refuses what it must
@@ -75,7 +87,7 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
                 return exact_without_data(found, *parts).of(x)  # type: ignore[return-value]
             return found
 
-    return call
+    return checked
 
 
 def weights_of(*programs: Any) -> list[Tensor]:
@@ -183,65 +195,176 @@ def map_batches(
     if seed is None:
         with forked(x.device):  # the current state stays as it is
             seed = int(torch.randint(2**62, (), device=x.device))
-    work = Work(estimate, model, guide, x, y, size, seed, title if progress else None)
+    work = partial(_batches, estimate, model, guide, size=size, seed=seed)
+    title = title if progress else ""
     if devices == 1 or len(x) <= size:
-        return work()
+        return work(x, y, title=title)
     store = pyro.get_param_store().get_state()
-    first, *rest = work.split(devices)  # of which this process does the first
+    first, *rest = _shares(x, y, size, devices)  # of which this process does the first
     indices = [i for i in range(devices) if i != (x.device.index or 0)]
-    parts = [replace(part, store=store) for part in rest]
+    parts = [partial(work, *share, store=store) for share in rest]
     results: list[T] = []
-    found = in_processes(
-        Work.__call__, parts, x.device.type, indices, lambda: results.extend(first())
-    )
+    meanwhile = partial(work, *first, title=title)
+    found = in_processes(call, parts, x.device.type, indices, lambda: results.extend(meanwhile()))
     return results + [result for part in found for result in part]
 
 
-@dataclass(frozen=True)
-class Work(Generic[T]):
-    """Batches of data to be estimated, in this process or in another."""
+def _shares(
+    x: Tensor, y: Tensor | None, size: int, number: int
+) -> list[tuple[Tensor, Tensor | None, int]]:
+    """At most so many parts of the data, of whole batches, and the number of the first of each."""
+    shares = []
+    for batches in torch.arange(-(-len(x) // size)).tensor_split(number):
+        if len(batches):
+            rows = slice(int(batches[0]) * size, (int(batches[-1]) + 1) * size)
+            given = None if y is None else y[rows].clone()
+            shares.append((x[rows].clone(), given, int(batches[0])))
+    return shares
 
-    estimate: Callable[[Program, Program, Tensor, Tensor | None], T]
-    model: Program
-    guide: Program
-    x: Tensor
-    y: Tensor | None
-    size: int
-    seed: int
-    title: str | None
-    number: int = 0  # of the first batch
-    store: Any = None  # the state of Pyro's store, for another process
 
-    def __call__(self) -> list[T]:
-        """The estimates."""
-        batches = torch.arange(len(self.x), device=self.x.device).split(self.size)
-        results = []
-        keep_memory()
-        if self.store is not None:
-            pyro.get_param_store().set_state(self.store)
-        with (
-            pyro.validation_enabled(True),  # in other processes too
-            evaluating(self.model, self.guide, seed=None, device=self.x.device),
-        ):
-            for i, rows in enumerate(track(batches, self.title or "", self.title is not None)):
-                number = [self.seed % 2**64, self.number + i]
-                noise = np.random.SeedSequence(number).generate_state(1, np.uint64)
-                seed_generators(self.x.device, int(noise[0]))
-                y = None if self.y is None else self.y[rows]
-                results.append(self.estimate(self.model, self.guide, self.x[rows], y))
-        return results
+def _batches(
+    estimate: Callable[[Program, Program, Tensor, Tensor | None], T],
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    y: Tensor | None,
+    first: int = 0,
+    *,
+    size: int,
+    seed: int,
+    title: str = "",
+    store: Any = None,
+) -> list[T]:
+    """The estimates of batches of data, the first of that number, here or in another process."""
+    results = []
+    keep_memory()
+    if store is not None:
+        pyro.get_param_store().set_state(store)
+    batches = torch.arange(len(x), device=x.device).split(size)
+    with (
+        pyro.validation_enabled(True),  # in other processes too
+        evaluating(model, guide, seed=None, device=x.device),
+    ):
+        for number, rows in enumerate(track(batches, title, bool(title)), first):
+            noise = np.random.SeedSequence([seed % 2**64, number]).generate_state(1, np.uint64)
+            seed_generators(x.device, int(noise[0]))
+            results.append(estimate(model, guide, x[rows], None if y is None else y[rows]))
+    return results
 
-    def split(self, parts: int) -> list[Work[T]]:
-        """The same in at most so many parts, of whole batches; the first shows its progress."""
-        split: list[Work[T]] = []
-        for numbers in torch.arange(-(-len(self.x) // self.size)).tensor_split(parts):
-            if len(numbers):
-                first, rows = int(numbers[0]), numbers[[0, -1]] * self.size
-                some = slice(int(rows[0]), int(rows[1]) + self.size)
-                x, y = self.x[some].clone(), None if self.y is None else self.y[some].clone()
-                title = None if split else self.title
-                split.append(replace(self, x=x, y=y, number=first, title=title))
-        return split
+
+def summed(function: Callable[P, T]) -> Callable[P, T]:
+    """An estimator run for each value of the discrete latents that a model asks to sum out.
+
+    What it gives at each value is mixed, by the method `mixed` of the result.
+    """
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def over_values(*args: P.args, **options: P.kwargs) -> T:
+        bound = signature.bind(*args, **options)
+        bound.apply_defaults()
+        given = bound.arguments
+        values = summed_values(given["model"], given["x"], given["y"])
+        if not values:
+            return function(*args, **options)
+        parts = for_each_value(function, given, values)
+        with forked(torch.device("cpu"), given["seed"]):
+            mixed: T = type(parts[0]).mixed(parts)
+        return mixed
+
+    return over_values
+
+
+def refuse_summed(name: str, model: Program, x: Tensor, y: Tensor | None) -> None:
+    """Refuses a model with discrete latents to be summed out, for the estimator of that name."""
+    if values := summed_values(model, x, y):
+        raise ValueError(
+            f"{name} takes no model with discrete latents to be summed out, here "
+            f"{sorted(values)}: give it one at a value, by pyro.condition"
+        )
+
+
+class OneValue(nn.Module):
+    """A model and a guide with discrete latents at one value, which the model observes."""
+
+    def __init__(self, model: Program, guide: Program, values: Values) -> None:
+        super().__init__()
+        self.programs, self.values = (model, guide), values
+        owners = {id(o): o for o in (getattr(p, "__self__", p) for p in self.programs)}
+        self.owners = nn.ModuleList(o for o in owners.values() if isinstance(o, nn.Module))
+
+    def model(self, *args: Any) -> Any:
+        """The model, observing the value."""
+        with At(self.values, hidden=False):
+            return self.programs[0](*args)
+
+    def guide(self, *args: Any) -> Any:
+        """The guide, given the value."""
+        with At(self.values, hidden=True):
+            return self.programs[1](*args)
+
+
+class At(Messenger):
+    """Gives sites a value, and shows them to handlers outside as observed, or not at all."""
+
+    def __init__(self, values: Values, hidden: bool) -> None:
+        super().__init__()
+        self.values, self.hidden = values, hidden
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values:
+            value = self.values[msg["name"]]
+            msg["value"] = value.expand(*msg["fn"].batch_shape, *value.shape)
+            msg["is_observed"], msg["stop"] = True, self.hidden
+
+
+def for_each_value(
+    function: Callable[..., Any], given: dict[str, Any], values: Values
+) -> list[Any]:
+    """Evidence of log p(x, c) for each joint value c, or imputations given it.
+
+    Data for which the model excludes a value, such as by a known label, are marked so.
+
+    Args:
+        function: An estimator.
+        given: Its arguments, by name.
+        values: Joint values [C, *event] of each site.
+    """
+    parts, count = [], len(next(iter(values.values())))
+    quiet = {"progress": False} if "progress" in given else {}
+    for c in track(range(count), f"{count} values", bool(given.get("progress"))):
+        one = OneValue(given["model"], given["guide"], {n: v[c] for n, v in values.items()})
+        seed = None if given.get("seed") is None else given["seed"] + c
+        own = {"model": one.model, "guide": one.guide, "seed": seed}
+        parts.append(_where_possible(function, given | own | quiet))
+    some = next((part for part in parts if part is not None), None)
+    if some is None:
+        raise ValueError(f"the model excludes all data at every value of {sorted(values)}")
+    return [some.excluded(torch.arange(len(some))) if part is None else part for part in parts]
+
+
+def _where_possible(function: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """Results of all data, found of those that the model does not exclude; None if it does all."""
+    x, y = given["x"], given.get("y")
+    if y is None:
+        return function(**given)
+    possible = _possible(given["model"], given["guide"], x, y)
+    rows = possible.nonzero()[:, 0]
+    if not len(rows):
+        return None
+    found = function(**given | {"x": x[rows], "y": y[rows]})
+    place = (possible.cumsum(0) - 1).clamp(min=0).cpu()
+    return found.rows(place).excluded((~possible).nonzero()[:, 0].cpu())
+
+
+def _possible(model: Program, guide: Program, x: Tensor, y: Tensor) -> Tensor:
+    """Data [N] that the model does not exclude, such as by a known label."""
+    with evaluating(model, guide, seed=0, device=x.device):
+        parts = [
+            log_weights(model, guide, *pair, num_particles=TRIED, chunk_size=ROWS).amax(0)
+            for pair in zip(x.split(ROWS), y.split(ROWS))
+        ]
+    return torch.cat(parts) != -torch.inf  # what is NaN is not excluded: the estimator refuses it
 
 
 def track(items: Sequence[T], description: str, show: bool) -> Iterable[T]:

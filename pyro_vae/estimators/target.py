@@ -95,18 +95,14 @@ class Target:
             self.dim = mean.shape[-1]
             self.guide_is_density = not any(is_delta(s.guide) for s in second.sites.values())
             self.scale = torch.ones_like(mean)
-            self.scale = self._units(deviation) if scale is None else scale
+            if scale is None and (unknown := deviation.isnan()).any():
+                draws = self.draw_prior(SCALE_DRAWS)[0].nan_to_num()
+                low, high = draws.quantile(draws.new_tensor([0.25, 0.75]), dim=0)
+                spread = (high - low) / NORMAL_IQR
+                spread = torch.where((spread > 0) & spread.isfinite(), spread, 1.0)
+                deviation = torch.where(unknown, spread, deviation)
+            self.scale = deviation if scale is None else scale
             self.prior_mean = mean / self.scale
-
-    def _units(self, deviation: Tensor) -> Tensor:
-        """The prior's deviations [B, D], from its draws where they are not known."""
-        if not (unknown := deviation.isnan()).any():
-            return deviation
-        draws = self.draw_prior(SCALE_DRAWS)[0].nan_to_num()
-        low, high = draws.quantile(draws.new_tensor([0.25, 0.75]), dim=0)
-        spread = (high - low) / NORMAL_IQR
-        usable = (spread > 0) & spread.isfinite()
-        return torch.where(unknown, torch.where(usable, spread, 1.0), deviation)
 
     def rows(self, index: Tensor) -> Target:
         """The target of some of the data, in the same units."""

@@ -21,7 +21,7 @@ from pyro_vae.estimators import (
     log_evidence,
     refined_importance_sampling,
 )
-from pyro_vae.estimators.run import Work
+from pyro_vae.estimators.run import _shares
 
 
 class Gaussian(nn.Module):
@@ -131,11 +131,10 @@ def pickle_and_back(value: Any) -> Any:
 def test_parts_are_whole_batches_in_order() -> None:
     for rows in range(1, 23):
         x = torch.arange(rows)[:, None]
-        work = Work(lambda model, guide, x, y: x, None, None, x, None, 3, 0, None)  # type: ignore
-        parts = work.split(4)
-        assert torch.equal(torch.cat([part.x for part in parts]), x)
-        assert all(len(part.x) % 3 == 0 for part in parts[:-1])
-        assert [part.number * 3 for part in parts] == [int(part.x[0]) for part in parts]
+        parts = _shares(x, x, 3, 4)
+        assert torch.equal(torch.cat([part for part, *_ in parts]), x)
+        assert all(len(part) % 3 == 0 for part, *_ in parts[:-1])
+        assert [number * 3 for *_, number in parts] == [int(part[0]) for part, *_ in parts]
 
 
 def test_a_seed_of_none_goes_on_from_the_current_state() -> None:
