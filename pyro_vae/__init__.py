@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         posteriors,
         priors,
     )
+    from pyro_vae.cli.explore import explore
     from pyro_vae.config import build, load
     from pyro_vae.densities import scale_latents
     from pyro_vae.estimators import (
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
         log_evidence,
         refined_importance_sampling,
     )
-    from pyro_vae.exploring import explore
     from pyro_vae.scoring import Scorer
     from pyro_vae.training import fit
     from pyro_vae.vae import VAE
@@ -48,7 +48,7 @@ _HOMES = {  # of the names that are not the estimators'
     "build": "config",
     "load": "config",
     "Scorer": "scoring",
-    "explore": "exploring",
+    "explore": "cli.explore",
     "fit": "training",
     "scale_latents": "densities",
 }

@@ -24,13 +24,12 @@ from torch import Tensor, nn
 
 from pyro_vae import build, load
 from pyro_vae.__main__ import main
-from pyro_vae.cli.explore import evaluated
+from pyro_vae.cli.explore import Follow, Mean, evaluated, explore
 from pyro_vae.data import Data, load_data
 from pyro_vae.data.schema import Schema
 from pyro_vae.data.transforms import Identity, Standardise
 from pyro_vae.estimators import Evidence
 from pyro_vae.explorer import CannotRun, Content, Program, Rows, page, trace
-from pyro_vae.exploring import Follow, Mean, explore
 from pyro_vae.likelihoods import Columns
 from pyro_vae.networks import Conv, ConvTranspose, Network, ResNet, ResNetTranspose
 
@@ -225,7 +224,7 @@ def test_a_decoder_of_ones_own_becomes_an_atlas_and_the_page_says_so() -> None:
 def test_a_page_too_large_becomes_an_atlas_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = {"class_path": "MLP", "init_args": {"hidden": [2999]}}
     given = content(Mean(vae(decoder=wide), Identity()))
-    module = import_module("pyro_vae.explorer.page")
+    module = import_module("pyro_vae.explorer")
     monkeypatch.setattr(module, "LIMIT", 500_000)
     said = Held(page(given)).header["decoder"]["said"]
     assert re.search(r"does not run in the page \(its page would take 0.\d MB\)", said)

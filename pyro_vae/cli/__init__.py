@@ -255,7 +255,7 @@ COMMANDS = {
         example="runs/mnist-1 --out report.html",
     ),
     "explore": Command(
-        "explore.explore",
+        "explore.command",
         "one HTML page that runs the decoder: move in latent space, pick data",
         {
             **RUN,

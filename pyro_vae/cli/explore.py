@@ -1,56 +1,68 @@
-"""The page that runs a decoder, of a run."""
+"""The page that runs a decoder: of a run, of a VAE, or of programs of one's own and some data."""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import os
+from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
+import pyro.poutine as poutine
 import torch
 from jsonargparse import Namespace
+from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from pyro_vae.arguments import check_whole
+from pyro_vae.classes import ClassVAE
+from pyro_vae.cli.figures import followed, unit_kl, unit_names
 from pyro_vae.cli.folder import destination, load_run, placed
 from pyro_vae.cli.judge import estimate, rows_of
 from pyro_vae.data import Data, spread
-from pyro_vae.estimators import Evidence, evidence_lower_bound
-from pyro_vae.explorer import page
-from pyro_vae.exploring import content, known_rows
+from pyro_vae.data.transforms import Transform
+from pyro_vae.densities import densities, evaluating
+from pyro_vae.estimators import (
+    Evidence,
+    class_probabilities,
+    evidence_lower_bound,
+    importance_sampling,
+    log_evidence,
+)
+from pyro_vae.explorer import Content, Rows, page
 from pyro_vae.files import reading, write
 from pyro_vae.vae import VAE
 
-__all__ = ["evaluated", "explore"]
+__all__ = ["Follow", "Mean", "command", "evaluated", "explore"]
 
 
-def explore(options: Namespace) -> None:
-    """Writes the page; it opens from disk and asks for nothing else."""
+def command(options: Namespace) -> None:
+    """Writes the page of a run; it opens from disk and asks for nothing else."""
     check_whole(0, judged=options.judged)
-    out = destination(options.out, Path(options.run) / "explore.html", (".html",))
+    folder = Path(options.run)
+    out = destination(options.out, folder / "explore.html", (".html",))
     vae, splits = load_run(options.run, options.data_root)
     part: Data = getattr(splits, options.part)
     index = spread(len(part), options.limit, splits.seed)
     data = part.subset(index).fixed()
     where = rows_of(splits, options.part, data)
-    name = Path(options.run).resolve().name
-    with torch.no_grad():
-        known = _known(vae, data, where, splits.seed, options)
-        text = page(content(vae, data, index, known, name, where, not options.no_data))
-    write(out, text)
-    print(f"{len(text) / 1e6:.2f} MB in {out}: open it in a browser")
-
-
-def _known(vae: VAE, data: Data, where: str, seed: int, options: Namespace) -> dict[str, Any]:
-    """ELBO of each row, and log p(x): what evaluate found, or of some rows now."""
     vae, rows = placed(vae, data, options.accelerator)
     elbo = evidence_lower_bound(vae, *rows.batch(), num_samples=100).elbo
-    found = evaluated(Path(options.run), where, elbo.mean().item())
-    some = torch.arange(len(data))
-    if found is None:
-        some = spread(len(data), min(options.judged, len(data)) or 1, seed)
-        found = estimate(vae, rows.subset(some), options) if options.judged else None
-    vae.to("cpu")
-    return known_rows(vae, data, found, some, elbo)
+    found, some = evaluated(folder, where, elbo.mean().item()), torch.arange(len(data))
+    if found is None and options.judged:
+        some = spread(len(data), min(options.judged, len(data)), splits.seed)
+        found = estimate(vae, rows.subset(some), options)
+    known = _known(elbo, found, some)
+    name, held = folder.resolve().name, not options.no_data
+    with torch.no_grad():
+        text = page(_content(vae.to("cpu"), data, index, known, name, where, held))
+    write(out, text)
+    print(f"{len(text) / 1e6:.2f} MB in {out}: open it in a browser")
 
 
 def evaluated(folder: Path, where: str, elbo: float) -> Evidence | None:
@@ -64,3 +76,241 @@ def evaluated(folder: Path, where: str, elbo: float) -> Evidence | None:
         if numbers.get("rows_of") != where or not same:
             return None
     return Evidence.load(folder / "evidence.safetensors")
+
+
+def explore(
+    vae: Any,
+    data: Any,
+    out: str | os.PathLike[str] = "explore.html",
+    *,
+    evidence: Evidence | None = None,
+    limit: int = 1000,
+    judged: int = 50,
+    rows: bool = True,
+    name: str = "",
+    seed: int = 0,
+) -> Path:
+    """Writes one page that runs the decoder: it opens from disk, without server or network.
+
+    A program of one's own needs one latent site, of event (D,), and one that observes x and has a
+    mean. Where its operations are not the page's, the page holds an atlas, and says so.
+
+    Args:
+        vae: A VAE; or any module with a `model` and a `guide` that `fit` would take.
+        data: What the page shows codes of: `Data`, rows x [N, *E], or a pair (x, y).
+        out: The .html file, overwritten.
+        evidence: log p(x) of the rows shown, in their order; of `judged` rows by `log_evidence`
+            if None.
+        limit: Most rows that are shown, spread over the data.
+        judged: How many of them get log p(x).
+        rows: Whether the page holds the rows themselves, and not their codes alone.
+        name: The title; that of the class if "".
+        seed: Of estimates.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: If `vae` has no programs, the data are none of these, the evidence is of other
+            rows, the program has other sites, `out` is in no folder, or the page would be above
+            10 MB.
+    """
+    if not (isinstance(vae, nn.Module) and hasattr(vae, "model") and hasattr(vae, "guide")):
+        raise ValueError(
+            "explore needs a VAE, or a torch module with the programs model and guide; got "
+            f"{type(vae).__name__}"
+        )
+    path = destination(os.fspath(out), Path(), (".html", ".htm"))
+    check_whole(0, judged=judged, seed=seed)
+    check_whole(limit=limit)
+    if not isinstance(data, Data):
+        data = Data(*data) if isinstance(data, tuple) and len(data) == 2 else Data(data)
+    index = spread(len(data), limit, seed)
+    data = data.subset(index).fixed()
+    if any(part.device.type != "cpu" for part in vae.parameters()):
+        vae, data = copy.deepcopy(vae).to("cpu"), data.to("cpu")
+    with evaluating(vae.model, vae.guide, seed=seed, device=torch.device("cpu")):
+        own: Any = vae if isinstance(vae, VAE) else Own(vae, data)
+        elbo = evidence_lower_bound(vae.model, vae.guide, *data.batch(), num_samples=100).elbo
+        some = torch.arange(len(data))
+        if evidence is None and judged:
+            some = spread(len(data), min(judged, len(data)), seed)
+            evidence = log_evidence(vae.model, vae.guide, *data.batch(some), seed=seed)
+        known = _known(elbo, evidence, some)
+        title = name or type(vae).__name__
+        text = page(_content(own, data, index, known, title, f"{len(data)} rows", rows))
+    write(path, text)
+    return path
+
+
+class Mean(nn.Module):
+    """E[x | z] in the units of the data before their transform, at means of other latents."""
+
+    def __init__(self, vae: Any, transform: Transform) -> None:
+        super().__init__()
+        self.vae, self.transform = vae, transform
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """[B, *E] for z [B, D] and y [B, C]."""
+        with pyro.validation_enabled(False):
+            latents = self.vae.likelihood.latents() if isinstance(self.vae, VAE) else {}
+            own = {name: fn.mean for name, fn in latents.items()}
+            return self.transform.inverse(self.vae.likelihood(z, y, **own).mean)
+
+
+class Follow(nn.Module):
+    """z [B, D] with the layers below that of a unit at their means given those above."""
+
+    def __init__(self, vae: Any, unit: int) -> None:
+        super().__init__()
+        self.vae, self.unit = vae, unit
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """[B, D] for z [B, D] and y [B, C]."""
+        with pyro.validation_enabled(False):
+            return followed(self.vae.prior(y), z, self.unit)
+
+
+class Own(nn.Module):
+    """Programs of one's own as the page asks for a VAE.
+
+    Args:
+        programs: A module with a model and a guide.
+        data: Rows, of which one stands for x where only z matters.
+    """
+
+    def __init__(self, programs: Any, data: Data) -> None:
+        super().__init__()
+        self.programs = programs
+        self.model, self.guide = programs.model, programs.guide
+        x, y = data.batch(torch.arange(1))
+        found = densities(self.model, self.guide, x, y)
+        shapes = {name: tuple(site.model.event_shape) for name, site in found.sites.items()}
+        if list(map(len, shapes.values())) != [1]:
+            raise ValueError(
+                f"explore needs one latent site, of event (D,); the model has {shapes}"
+            )
+        self.sizes = {name: shape[0] for name, shape in shapes.items()}
+        (self.site,) = self.sizes
+        (self.observed, *_) = found.observed
+        self.register_buffer("x", x)
+        self.x: Tensor
+
+    def prior(self, y: Tensor | None = None) -> Distribution:
+        """p(z), batch () where it is one Normal; else batch [B], that of y, or [1]."""
+        fn = self._site(self.model, self.site, 1 if y is None else len(y), y)
+        base = getattr(fn, "base_dist", None)
+        if y is None and isinstance(base, torch.distributions.Normal):
+            return dist.Normal(base.loc[0], base.scale[0]).to_event(1)
+        return fn
+
+    def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
+        """q(z | x)."""
+        return self._site(self.guide, self.site, x, y)
+
+    def likelihood(self, z: Tensor, y: Tensor | None = None) -> Distribution:
+        """p(x | z)."""
+        with poutine.condition(data={self.site: z}):
+            return self._site(self.model, self.observed, len(z), y)
+
+    def _site(self, program: Any, site: str, x: Tensor | int, y: Tensor | None) -> Any:
+        """Of the program for x, or for a number of rows of which only z matters."""
+        x = self.x.expand(x, *self.x.shape[1:]) if isinstance(x, int) else x
+        args = (x,) if y is None else (x, y)
+        trace = poutine.trace(program).get_trace(*args)
+        return trace.nodes[site]["fn"]
+
+
+def _known(elbo: Tensor, evidence: Evidence | None, some: Tensor) -> dict[str, Any]:
+    """What is known of each row: ELBO, and log p(x) of `some` of them; fields of `Rows`."""
+    log_prob, stderr = torch.full((2, len(elbo)), math.nan)
+    verdict = [""] * len(elbo)
+    if evidence is not None:
+        if len(evidence) != len(some):
+            raise ValueError(
+                f"evidence must be of the {len(some)} rows shown; got {len(evidence)}: give limit "
+                "the number of your rows"
+            )
+        log_prob[some], stderr[some] = evidence.log_prob.float(), evidence.stderr.float()
+        for i, word in zip(some.tolist(), evidence.verdict):
+            verdict[i] = word
+    return {"elbo": elbo, "log_prob": log_prob, "stderr": stderr, "verdict": verdict}
+
+
+def _content(
+    vae: Any,
+    data: Data,
+    numbers: Tensor,
+    known: Mapping[str, Any],
+    name: str,
+    where: str,
+    rows: bool,
+) -> Content:
+    """What the page of a VAE, or of `Own` programs, is made of.
+
+    `numbers` are the positions of the rows in their part; `where` says which rows they are.
+    """
+    x, c = data.batch()
+    if isinstance(vae, ClassVAE):  # of the class of most weight, or that of the label
+        few: dict[str, Any] = {"estimator": importance_sampling, "num_samples": 10}
+        likely = class_probabilities(vae, x, c, **few).probabilities.argmax(-1)
+        c = torch.eye(vae.classes)[likely]
+    codes = VAE.encode(vae, x, c) if isinstance(vae, ClassVAE) else vae.encode(x, c)
+    back = data.transform.inverse
+    inputs = getattr(vae.prior, "inputs", None)
+    if inputs is not None and not (rows and inputs.shape[1:] == x.shape[1:]):
+        inputs = None
+    kl = None if isinstance(vae, ClassVAE) else unit_kl(vae, data)
+    one_hot = c is not None and c.shape[1] == data.classes
+    columns = [] if data.schema is None else data.schema.columns.values()
+    return Content(
+        name=name,
+        about=_about(vae, where, rows),
+        decoder=Mean(vae, data.transform).eval(),
+        prior=vae.prior(c),
+        rows=Rows(
+            numbers=numbers if data.columns is None else data.rows,
+            codes=codes,
+            shown=back(x).float() if rows else None,
+            y=c,
+            labels=data.labels,
+            **known,
+        ),
+        limits=_limits(back(x), data),
+        kl=codes.mean.var(0, correction=0) if kl is None else kl,
+        order="the variance of its codes" if kl is None else "KL, in nats",
+        names=unit_names(vae),
+        layers=list(vae.sizes.values()),
+        follow=[Follow(vae, end).eval() for end in accumulate(list(vae.sizes.values())[:-1])],
+        columns=data.columns,
+        categories=[list(map(str, column.categories)) for column in columns],
+        classes=data.classes if one_hot else None,
+        inputs=None if inputs is None else back(inputs),
+    )
+
+
+def _about(vae: Any, where: str, rows: bool) -> list[str]:
+    sizes = " + ".join(map(str, vae.sizes.values())) + " latents"
+    sizes = "one latent" if sizes == "1 latents" else sizes
+    kind = f"The programs of {type(getattr(vae, 'programs', vae)).__name__}, of {sizes}."
+    if isinstance(vae, VAE):
+        top = getattr(vae.prior, "layers", [vae.prior])[-1]
+        parts = {"prior": top, "likelihood": vae.likelihood, "posterior": vae.posterior}
+        named = ", ".join(f"{role} {type(part).__name__}" for role, part in parts.items())
+        kind = f"A variational autoencoder of {sizes}: {named}."
+    held = "the rows themselves" if rows else "not the rows themselves"
+    return [
+        kind,
+        f"Codes are those of {where}.",
+        f"This file holds the decoder's weights, the codes of these rows, and {held}.",
+    ]
+
+
+def _limits(x: Tensor, data: Data) -> tuple[Tensor, Tensor]:
+    """Black and white of images; of columns, the ends of most of their values."""
+    if data.levels is not None:
+        return torch.tensor(0.0), torch.tensor(float(data.levels - 1))
+    if x.ndim == 4:
+        return x[~x.isnan()].amin(), x[~x.isnan()].amax()
+    low, high = x.float().nanquantile(torch.tensor([0.01, 0.99]), 0).nan_to_num(0)
+    return low, torch.where(high > low, high, low + 1)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.fx.node import map_arg
 
-__all__ = ["CannotRun", "Program", "Ref", "trace"]
+__all__ = ["CannotRun", "Program", "trace"]
 
 SCRIPT = Path(__file__).with_name("program.js").read_text("utf-8")
 KNOWN = set(re.findall(r"^OPS\.(\w+) = ", SCRIPT, re.MULTILINE))
@@ -27,40 +28,31 @@ class CannotRun(ValueError):
 
 
 @dataclass(frozen=True)
-class Ref:
-    """The value of an input, a constant or an earlier step, by its number."""
-
-    number: int
-
-
-@dataclass(frozen=True)
 class Program:
     """Steps from inputs and constants to one tensor.
 
-    Values are numbered: inputs first, then constants, then a value for each step.
-
     Attributes:
-        inputs: How many there are.
+        numbers: Of each value: inputs first, then constants, then one of each step.
         constants: Weights, as the page holds them: matrices and kernels in float16.
         exact: The same weights in float32.
-        steps: Operation of torch, its arguments (with `Ref` for values) and keywords.
-        output: The number of the result.
+        steps: Operations of torch, whose arguments are earlier values.
+        output: The value that is the result.
     """
 
-    inputs: int
+    numbers: dict[Node, int]
     constants: list[Tensor]
     exact: list[Tensor]
-    steps: list[tuple[Any, list[Any], dict[str, Any]]]
-    output: int
+    steps: list[Node]
+    output: Node
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """What the page computes, by torch; for inputs of the shapes of the trace."""
         whole = [c.float() if c.is_floating_point() else c for c in self.constants]
-        values: list[Any] = [*inputs, *whole]
-        for target, arguments, keywords in self.steps:
-            filled = [_filled(argument, values) for argument in arguments]
-            values.append(target(*filled, **keywords))
-        return values[self.output]
+        values: dict[Node, Any] = dict(zip(self.numbers, [*inputs, *whole]))
+        for node in self.steps:
+            values[node] = _computed(node, values)
+        found: Tensor = values[self.output]
+        return found
 
     def single(self) -> Program:
         """The same with all weights in float32."""
@@ -68,15 +60,24 @@ class Program:
 
     def declare(self) -> dict[str, Any]:
         """Steps for JSON: name, arguments, keywords."""
-        steps = [
-            [
-                _name(target),
-                _plain(arguments),
-                {k: keywords[k] for k in KEYWORDS & keywords.keys()},
-            ]
-            for target, arguments, keywords in self.steps
-        ]
-        return {"inputs": self.inputs, "steps": steps, "output": self.output}
+        return {
+            "inputs": len(self.numbers) - len(self.constants) - len(self.steps),
+            "steps": [
+                [_name(n), self._plain(n.args), {k: n.kwargs[k] for k in KEYWORDS & {*n.kwargs}}]
+                for n in self.steps
+            ],
+            "output": self.numbers[self.output],
+        }
+
+    def _plain(self, argument: Any) -> Any:
+        """For JSON: {"r": number} for a value, a string for a number that JSON lacks."""
+        if isinstance(argument, list | tuple):
+            return [self._plain(part) for part in argument]
+        if isinstance(argument, Node):
+            return {"r": self.numbers[argument]}
+        if isinstance(argument, float) and not math.isfinite(argument):
+            return {"f": str(argument).replace("inf", "Infinity").replace("nan", "NaN")}
+        return argument if isinstance(argument, int | float | None) else None
 
 
 def trace(module: nn.Module, *inputs: Tensor) -> Program:
@@ -93,46 +94,27 @@ def trace(module: nn.Module, *inputs: Tensor) -> Program:
     except Exception as error:
         first = " ".join(str(error).strip().splitlines()[:1])
         raise CannotRun(f"{type(error).__name__}: {first}") from error
-    return _program(exported)
-
-
-def _program(exported: torch.export.ExportedProgram) -> Program:
-    known, inputs = _constants(exported)
-    live: dict[Node, Any] = {node: ("input", i) for i, node in enumerate(inputs)}
-    constants: dict[Node, Tensor] = {}
-    steps: list[tuple[Node, list[Any]]] = []
-
-    def place(argument: Any) -> Any:
-        """An argument, its constants kept for the page."""
-        if isinstance(argument, list | tuple):
-            return [place(part) for part in argument]
-        if isinstance(argument, Node) and argument in known:
-            constants[argument] = known[argument]
-        return argument
-
+    known, steps = _weights(exported), []
     for node in exported.graph.nodes:
         if node.op != "call_function" or not (node.users or "val" in node.meta):
             continue  # a check, which gives nothing
-        if all(used in known for used in node.all_input_nodes) and _folds(node, known):
+        if known.keys() >= {*node.all_input_nodes} and _folds(node, known):
             known[node] = _computed(node, known)
         else:
             _check(node)
-            live[node] = ("step", len(steps))
-            steps.append((node, place(list(node.args))))
+            steps.append(node)
+    places = [n for n in exported.graph.nodes if n.op == "placeholder" and n not in known]
     (result,) = next(iter(reversed(exported.graph.nodes))).args[0]
-    place(result)
-    numbers = {node: i for i, node in enumerate([*inputs, *constants, *(n for n, _ in steps)])}
-    return Program(
-        len(inputs),
-        [_stored(constant) for constant in constants.values()],
-        [_single(constant) for constant in constants.values()],
-        [(n.target, _numbered(arguments, numbers), dict(n.kwargs)) for n, arguments in steps],
-        numbers[result],
-    )
+    used = [*(part for node in steps for part in node.all_input_nodes), result]
+    constants = dict.fromkeys(node for node in used if node in known)
+    weights = [known[node] for node in constants]
+    exact = [w if w.dtype == torch.bool else w.float().contiguous() for w in weights]
+    numbers = {node: i for i, node in enumerate([*places, *constants, *steps])}
+    return Program(numbers, [_stored(weight) for weight in exact], exact, steps, result)
 
 
-def _constants(exported: torch.export.ExportedProgram) -> tuple[dict[Node, Any], list[Node]]:
-    """Values of the placeholders of weights, and the placeholders of inputs."""
+def _weights(exported: torch.export.ExportedProgram) -> dict[Node, Any]:
+    """Values of the placeholders that are no inputs."""
     signature = exported.graph_signature
     values = {**exported.state_dict, **exported.constants}
     names = {
@@ -140,9 +122,8 @@ def _constants(exported: torch.export.ExportedProgram) -> tuple[dict[Node, Any],
         **signature.inputs_to_buffers,
         **signature.inputs_to_lifted_tensor_constants,
     }
-    placeholders = [node for node in exported.graph.nodes if node.op == "placeholder"]
-    known = {n: values[names[n.name]].detach() for n in placeholders if n.name in names}
-    return known, [node for node in placeholders if node not in known]
+    nodes = (node for node in exported.graph.nodes if node.name in names)
+    return {node: values[names[node.name]].detach() for node in nodes}
 
 
 def _folds(node: Node, known: dict[Node, Any]) -> bool:
@@ -154,7 +135,7 @@ def _folds(node: Node, known: dict[Node, Any]) -> bool:
 
 
 def _computed(node: Node, known: dict[Node, Any]) -> Any:
-    arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda used: known[used])
+    arguments = map_arg((node.args, node.kwargs), known.__getitem__)
     with torch.no_grad():
         return node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
 
@@ -183,34 +164,6 @@ def _name(target: Any) -> str:
 
 def _stored(constant: Tensor) -> Tensor:
     """Matrices and kernels in half precision, where they fit; what is small as it is."""
-    constant = _single(constant)
     if constant.ndim < 2 or constant.dtype == torch.bool:
         return constant
     return constant.half() if bool((constant.abs() < LARGEST_HALF).all()) else constant
-
-
-def _single(constant: Tensor) -> Tensor:
-    return constant if constant.dtype == torch.bool else constant.float().contiguous()
-
-
-def _numbered(argument: Any, numbers: dict[Node, int]) -> Any:
-    if isinstance(argument, list):
-        return [_numbered(part, numbers) for part in argument]
-    return Ref(numbers[argument]) if isinstance(argument, Node) else argument
-
-
-def _filled(argument: Any, values: list[Any]) -> Any:
-    if isinstance(argument, list):
-        return [_filled(part, values) for part in argument]
-    return values[argument.number] if isinstance(argument, Ref) else argument
-
-
-def _plain(argument: Any) -> Any:
-    """For JSON: {"r": number} for a value, a string for a number that JSON lacks."""
-    if isinstance(argument, list):
-        return [_plain(part) for part in argument]
-    if isinstance(argument, Ref):
-        return {"r": argument.number}
-    if isinstance(argument, float) and not math.isfinite(argument):
-        return {"f": str(argument).replace("inf", "Infinity").replace("nan", "NaN")}
-    return argument if isinstance(argument, int | float | None) else None
