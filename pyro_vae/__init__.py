@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         priors,
     )
     from pyro_vae.cli.explore import explore
+    from pyro_vae.cli.score import Scorer
     from pyro_vae.config import build, load
     from pyro_vae.densities import scale_latents
     from pyro_vae.estimators import (
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
         log_evidence,
         refined_importance_sampling,
     )
-    from pyro_vae.scoring import Scorer
     from pyro_vae.training import fit
     from pyro_vae.vae import VAE
 
@@ -47,7 +47,7 @@ _HOMES = {  # of the names that are not the estimators'
     "VAE": "vae",
     "build": "config",
     "load": "config",
-    "Scorer": "scoring",
+    "Scorer": "cli.score",
     "explore": "cli.explore",
     "fit": "training",
     "scale_latents": "densities",

@@ -68,7 +68,6 @@ ALLOWED: dict[str, set[str]] = {
     "options": ANYTHING,
     "config": ANYTHING,
     "cli": ANYTHING,
-    "scoring": ANYTHING,
     "sklearn": ANYTHING,
     "__main__": ANYTHING,
     "__init__": ANYTHING,

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pyro_vae.cli.folder import load_run, placed
-from pyro_vae.cli.judge import estimate, held_out, rows_of, shifted
 from pyro_vae.cli.report import declaration
+from pyro_vae.cli.score import estimate, held_out, rows_of, shifted
 from pyro_vae.data import Splits
 from pyro_vae.estimators import Evidence
 from pyro_vae.metrics import Difference, paired_difference
@@ -28,6 +28,7 @@ __all__ = ["check_comparable", "compare", "compared", "differing", "told"]
 
 def compare(options: Namespace) -> None:
     """Runs on the same rows: log p(x) of each, and paired differences with their errors."""
+    options.progress &= not options.json
     if len(set(options.runs)) < 2:
         raise ValueError("compare needs two runs or more; for one: pyro-vae evaluate RUN")
     models = {run: replicas(run) for run in options.runs}

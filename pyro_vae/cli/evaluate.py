@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pyro_vae import plots
 from pyro_vae.classes import ClassVAE
-from pyro_vae.cli.figures import NAMES, decompose, keep, layer_lines, limits
+from pyro_vae.cli.figures import NAMES, TERMS, decompose, keep, layer_lines, limits
 from pyro_vae.cli.folder import load_run, pairs, placed
-from pyro_vae.cli.judge import by_column, estimate, held_out, rows_of, shown
+from pyro_vae.cli.score import by_column, estimate, held_out, rows_of
 from pyro_vae.data import Data, spread
 from pyro_vae.estimators import (
     Evidence,
@@ -56,10 +56,16 @@ PATTERNS = 5  # of missing values that are shown
 
 def evaluate(options: Namespace) -> None:
     """The table of a run: log p(x) with its error, ELBO and its terms, active units."""
+    options.progress &= not options.json
     vae, splits = load_run(options.run, options.data_root)
     vae, data = placed(vae, held_out(splits, options.part, options.limit), options.accelerator)
     bound = evidence_lower_bound(vae, *data.batch(), num_samples=options.elbo_samples)
-    alone = encoder_bound(vae, data, options)
+    alone: dict[str, Any] = {}
+    if options.num_samples is not None:
+        names = ("num_samples", "chunk_size", "compile", "devices", "seed")
+        asked = {name: options[name] for name in names}
+        found = importance_sampling(vae, *data.batch(), progress=options.progress, **asked)
+        alone = {"encoder_bound": found.mean(), "encoder_bound_samples": options.num_samples}
     evidence = estimate(vae, data, options)
     evidence.save(Path(options.run) / "evidence.safetensors")
     draw_audit(vae, data, evidence, options)
@@ -67,7 +73,8 @@ def evaluate(options: Namespace) -> None:
     with torch.no_grad():
         active = active_units(torch.cat([vae.encode(*pair).mean for pair in pairs(data)]))
     parts = decompose(vae, getattr(splits, options.part).fixed(), num_rows=500)
-    gap = evidence.log_prob - bound.elbo
+    terms = {name: term for name, term in vars(bound).items() if isinstance(term, Tensor)}
+    terms["inference_gap"] = evidence.log_prob - bound.elbo
     monte_carlo, over_data = evidence.mean_stderr()
     numbers: dict[str, Any] = {
         "part": options.part,
@@ -81,7 +88,8 @@ def evaluate(options: Namespace) -> None:
         "methods": dict(Counter(evidence.method)),
         "audit": evidence.audit,
         **alone,
-        **with_errors({**vars(bound), "inference_gap": gap}),
+        **{name: term.mean().item() for name, term in terms.items()},
+        **{f"stderr_{n}": (t.std() / len(t) ** 0.5).item() for n, t in terms.items()},
         "kl_rules": sorted(set(bound.rules.values())),
         **parts_numbers(parts),
         "active_units": int(active.sum()),
@@ -126,8 +134,10 @@ def lines_of(found: dict[str, Any]) -> list[tuple[str, str, list[str], str, str]
         "mutual_information": ceiling,
         "active_units": f"of {found['units']}" if "units" in found else "",
     }
+    no_kl = () if found.get("prior_factorises", True) else TERMS[1:]
+    mixed = () if found.get("of_one_unit", True) else ("bits_per_dim",)
     for key, (name, form, remark) in QUANTITIES.items():
-        if key in found and key not in hidden(found):
+        if key in found and key not in (*no_kl, *mixed):  # which would mislead
             error = found.get(f"stderr_{key}")
             shown = [] if error is None else [f"{error:.2g} (data)"]
             remark = ", ".join(filter(None, [remark.format_map(found), more.get(key)]))
@@ -135,30 +145,6 @@ def lines_of(found: dict[str, Any]) -> list[tuple[str, str, list[str], str, str]
             lines.append((name, f"{found[key]:{form}}", shown, remark, f"{count:,}"))
     layers = found.get("layers", {}).items()
     return [*lines, *((site, "", [], text, rows) for site, text in layers)]
-
-
-def hidden(found: dict[str, Any]) -> set[str]:
-    """Numbers that would mislead: what is no KL, and bits of columns of different units."""
-    no_kl = set() if found.get("prior_factorises", True) else {"total_correlation"}
-    no_kl |= {"dimension_wise_kl"} if no_kl else set()
-    return no_kl if found.get("of_one_unit", True) else no_kl | {"bits_per_dim"}
-
-
-def encoder_bound(vae: VAE, data: Data, options: Namespace) -> dict[str, float]:
-    """The bound of the encoder's own draws, where their number is given."""
-    if options.num_samples is None:
-        return {}
-    names = ("num_samples", "chunk_size", "compile", "devices", "seed")
-    asked = {name: options[name] for name in names}
-    found = importance_sampling(vae, *data.batch(), progress=shown(options), **asked)
-    return {"encoder_bound": found.mean(), "encoder_bound_samples": options.num_samples}
-
-
-def with_errors(terms: dict[str, Any]) -> dict[str, float]:
-    """Means of `terms` [N] over data, by name, and their standard errors."""
-    tensors = {name: term for name, term in terms.items() if isinstance(term, Tensor)}
-    errors = {f"stderr_{n}": (t.std() / len(t) ** 0.5).item() for n, t in tensors.items()}
-    return {name: term.mean().item() for name, term in tensors.items()} | errors
 
 
 def parts_numbers(parts: Decomposition | None) -> dict[str, Any]:
@@ -223,12 +209,9 @@ def draw_audit(vae: VAE, data: Data, evidence: Evidence, options: Namespace) -> 
     """
     if not evidence.audit or evidence.audit.startswith("none") or isinstance(vae, ClassVAE):
         return
-    names = ("tolerance", "chunk_size", "devices", "seed", "progress")
-    asked = {name: options[name] for name in names}
-    found = kept_audit(vae.model, vae.guide, *data.batch(), budget=None, **asked)
-    figures = Path(options.run) / "figures"
-    figures.mkdir(exist_ok=True)
-    keep(plots.audit(found.gap, found.reliable, REACH), figures / "audit")
+    same = {name: options[name] for name in ("tolerance", "seed")}
+    found = kept_audit(vae.model, vae.guide, *data.batch(), budget=None, **same)
+    keep(plots.audit(found.gap, found.reliable, REACH), Path(options.run) / "figures" / "audit")
 
 
 def draw_extremes(data: Data, evidence: Evidence, figures: Path) -> None:
@@ -238,10 +221,9 @@ def draw_extremes(data: Data, evidence: Evidence, figures: Path) -> None:
     order = evidence.log_prob.argsort()
     chosen = torch.cat([order[:10], order[-10:]])
     x = data.transform.inverse(data.batch(chosen)[0].cpu()).unflatten(0, (2, 10))
-    least, most = (
-        [f"{v:.0f}" for v in evidence.log_prob[ends].tolist()]
-        for ends in order[[0, 9, -10, -1]].view(2, 2)
-    )
-    names = [f"least: {' to '.join(least)}", f"most: {' to '.join(most)}"]
-    figures.mkdir(exist_ok=True)
+    values = evidence.log_prob[order].tolist()
+    names = [
+        f"{end}: {first:.0f} to {last:.0f}"
+        for end, first, last in (("least", *values[:10:9]), ("most", *values[-10::9]))
+    ]
     keep(plots.image_rows(x, names, "log p(x), nats", limits(data)), figures / "extremes")

@@ -23,7 +23,7 @@ from pyro_vae.arguments import check_whole
 from pyro_vae.classes import ClassVAE
 from pyro_vae.cli.figures import followed, unit_kl, unit_names
 from pyro_vae.cli.folder import destination, load_run, placed
-from pyro_vae.cli.judge import estimate, rows_of
+from pyro_vae.cli.score import estimate, rows_of
 from pyro_vae.data import Data, spread
 from pyro_vae.data.transforms import Transform
 from pyro_vae.densities import densities, evaluating

@@ -61,7 +61,6 @@ def plot(options: Namespace) -> None:
 def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
     """Curves, latent scatter, samples and reconstructions, of validation data."""
     figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
     data = splits.validation
     data = data.subset(torch.arange(min(len(data), 2000))).fixed()
     x, y = data.batch()
@@ -100,6 +99,7 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
 
 def keep(figure: Figure, place: Path) -> None:
     """Images as PNG, all else as SVG; one of the two is there."""
+    place.parent.mkdir(exist_ok=True)
     drawn = any(ax.images for ax in figure.axes)
     kind, other = (".png", ".svg") if drawn else (".svg", ".png")
     plots.save(figure, str(place.with_suffix(kind)))

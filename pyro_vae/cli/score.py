@@ -1,41 +1,90 @@
-"""log p(x) of each row of a file, written as it is found."""
+"""log p(x) of rows: of a file, written as it is found; of batches; of a part of a run's data."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jsonargparse import Namespace
 from torch import Tensor
 
 from pyro_vae import config
-from pyro_vae.arguments import check_whole
+from pyro_vae.arguments import as_tensor, check_options, check_whole
 from pyro_vae.classes import ClassVAE
-from pyro_vae.cli.folder import destination, load_run, own_rows, placed
-from pyro_vae.cli.judge import by_column, held_out, shifted
+from pyro_vae.cli.folder import (
+    as_trained,
+    destination,
+    load_run,
+    own_rows,
+    placed,
+    read_record,
+    schema_of,
+)
 from pyro_vae.cli.stream import Job, key_of, part_seed, stream
-from pyro_vae.data import Data
+from pyro_vae.data import Data, Splits, read_table, spread
 from pyro_vae.densities import NotSimulated
-from pyro_vae.estimators import Evidence, importance_sampling, log_evidence
+from pyro_vae.estimators import Evidence, column_log_prob, importance_sampling, log_evidence
 from pyro_vae.estimators.log_evidence import kept_audit
 from pyro_vae.files import as_csv, write
 from pyro_vae.metrics import p_values
 from pyro_vae.runtime import forked
 from pyro_vae.vae import VAE
 
-__all__ = ["score"]
+__all__ = ["Scorer", "by_column", "estimate", "held_out", "rows_of", "score", "shifted"]
 
-Estimate = Callable[[Data, int], Evidence]
+Estimate = Callable[..., Evidence]
 WORK = ("chunk_size", "compile")
 RESULT = ("tolerance", "num_samples", "columns", "p_values", "seed", *WORK)
+NONE = {"log_prob": np.zeros(0), "stderr": np.zeros(0), "verdict": np.zeros(0, str)}
+OPTIONS = tuple(inspect.signature(log_evidence).parameters)[4:]  # after model, guide, x, y
+
+
+def held_out(splits: Splits, part: str, limit: int | None) -> Data:
+    """Rows that stand for a part, with their noise drawn once."""
+    data: Data = getattr(splits, part)
+    return data.subset(spread(len(data), limit, splits.seed)).fixed()
+
+
+def rows_of(splits: Splits, part: str, data: Data) -> str:
+    """Which rows of a part these are, in words."""
+    whole = len(getattr(splits, part))
+    if len(data) == whole:
+        return f"all {whole} rows of the {part} part"
+    return f"{len(data)} of {whole} rows of the {part} part, spread over it (seed {splits.seed})"
+
+
+def estimate(vae: VAE, data: Data, options: Namespace) -> Evidence:
+    """log p(x) of all rows, by the one estimator to call."""
+    found: Evidence = config.given(log_evidence, vars(options), vae, *data.batch())
+    return found
+
+
+def shifted(evidence: Evidence, data: Data) -> Evidence:
+    """Evidence in the units of the data before their transform."""
+    return replace(evidence, log_prob=evidence.log_prob + data.log_jacobians)
+
+
+def by_column(vae: VAE, data: Data, **options: Any) -> Tensor:
+    """log p(x_c | the other columns) [N, C] in the units of the data; NaN where one is missing.
+
+    Raises:
+        ValueError: If the data are no table.
+    """
+    if len(data.data_shape) != 1:
+        raise ValueError("columns are those of tables: leave --columns out")
+    found = column_log_prob(vae, *data.batch(), **options)
+    return found + torch.as_tensor(data.transform.log_slope()).to(found)
 
 
 def score(options: Namespace) -> None:
@@ -55,55 +104,28 @@ def job(options: Namespace) -> Job:
     """The scoring of a file."""
     vae = config.load(options.run)
     vae, data = placed(vae, own_rows(options.run, options.file, vae), options.accelerator)
-    estimate = estimator(vae, data, options)
-    among = references(vae, estimate, options)
+    estimate = _estimator(vae, data, options)
+    among = _references(vae, estimate, options)
     result = {"sums": True} | {name: options[name] for name in RESULT}
-    run = partial(scored, vae, data, options, estimate, among)
+    run = partial(_scored, vae, data, options, estimate, among)
     return Job(len(data), partial(key_of, vae, data, result), run, joined)
 
 
-def scored(
-    vae: VAE,
-    data: Data,
-    options: Namespace,
-    estimate: Estimate,
-    among: dict[str, Tensor],
-    part: int,
-    rows: Tensor,
-) -> bytes:
-    """The lines of a part, below one of their sums."""
-    seed, some = part_seed(options.seed, part), data.subset(rows)
-    work = {name: options[name] for name in WORK}
-    each = by_column(vae, some, seed=seed, **work) if options.columns else None
-    evidence = estimate(some, seed)
-    ranks = {name: p_values(evidence.log_prob, other) for name, other in among.items()}
-    sums = json.dumps([sums_of(evidence), Counter(evidence.verdict)])
-    return f"{sums}\n{lines(rows, evidence, ranks, each, data, part == 0)}".encode()
-
-
-def estimator(vae: VAE, data: Data, options: Namespace) -> Estimate:
+def _estimator(vae: VAE, data: Data, options: Namespace) -> Estimate:
     """What gives log p(x) of some of the rows from a seed, held to one audit for all."""
+    work = {name: options[name] for name in WORK}
     if options.num_samples is not None:
-        draws = {name: options[name] for name in ("num_samples", *WORK)}
-        return partial(estimated, partial(importance_sampling, **draws), vae)
-    same: dict[str, Any] = {"tolerance": options.tolerance, "chunk_size": options.chunk_size}
+        return partial(importance_sampling, vae, num_samples=options.num_samples, **work)
     audit: Any = True  # for each part
     if not isinstance(vae, ClassVAE):
         first = data.subset(torch.arange(min(len(data), 1000)))
+        same = {name: options[name] for name in ("tolerance", "chunk_size", "seed")}
         with suppress(NotSimulated):
-            audit = kept_audit(
-                vae.model, vae.guide, *first.batch(), budget=None, seed=options.seed, **same
-            )
-    same |= {"audit": audit, "compile": options.compile}
-    return partial(estimated, partial(log_evidence, **same), vae)
+            audit = kept_audit(vae.model, vae.guide, *first.batch(), budget=None, **same)
+    return partial(log_evidence, vae, tolerance=options.tolerance, audit=audit, **work)
 
 
-def estimated(estimate: Callable[..., Evidence], vae: VAE, rows: Data, seed: int) -> Evidence:
-    """Evidence of rows, from a seed, in their own units."""
-    return shifted(estimate(vae, *rows.batch(), seed=seed), rows)
-
-
-def references(vae: VAE, estimate: Estimate, options: Namespace) -> dict[str, Tensor]:
+def _references(vae: VAE, estimate: Estimate, options: Namespace) -> dict[str, Tensor]:
     """log p(x) of held-out rows, and of as many that the model draws, where they are asked for."""
     if not options.p_values:
         return {}
@@ -114,12 +136,41 @@ def references(vae: VAE, estimate: Estimate, options: Namespace) -> dict[str, Te
     y = held.y if held.y is not None else condition(held, len(held), None, vae)
     with forked(torch.device("cpu"), options.seed), torch.no_grad():
         x = vae.cpu().sample(len(held), y)
-    found = {"p_held_out": held, "p_simulated": replace(held, x=x)}
-    found = {name: placed(vae, rows, options.accelerator)[1] for name, rows in found.items()}
-    return {
-        name: estimate(rows, part_seed(options.seed, 2**32 + i)).log_prob
-        for i, (name, rows) in enumerate(found.items())
+    found = {}
+    for i, (name, rows) in enumerate(
+        {"p_held_out": held, "p_simulated": replace(held, x=x)}.items()
+    ):
+        rows = placed(vae, rows, options.accelerator)[1]
+        given = estimate(*rows.batch(), seed=part_seed(options.seed, 2**32 + i))
+        found[name] = shifted(given, rows).log_prob
+    return found
+
+
+def _scored(
+    vae: VAE,
+    data: Data,
+    options: Namespace,
+    estimate: Estimate,
+    among: dict[str, Tensor],
+    part: int,
+    rows: Tensor,
+) -> bytes:
+    """The lines of a part, below one of what averages over all parts are made of."""
+    seed, some = part_seed(options.seed, part), data.subset(rows)
+    work = {name: options[name] for name in WORK}
+    each = by_column(vae, some, seed=seed, **work) if options.columns else None
+    evidence = shifted(estimate(*some.batch(), seed=seed), some)
+    ranks = {name: p_values(evidence.log_prob, other) for name, other in among.items()}
+    value = evidence.log_prob.double()
+    sums = {
+        "rows": len(value),
+        "log_prob": value.sum().item(),
+        "square": (value**2).sum().item(),
+        "variance": (evidence.stderr.double() ** 2).sum().item(),
+        "annealed": sum(method.startswith("annealed") for method in evidence.method),
     }
+    head = json.dumps([sums, Counter(evidence.verdict)])
+    return f"{head}\n{lines(rows, evidence, ranks, each, data, part == 0)}".encode()
 
 
 def lines(
@@ -132,35 +183,23 @@ def lines(
 ) -> str:
     """Lines of the CSV for the rows of a part, under its head where it is the first."""
     names = data.columns or range(data.data_shape.numel())
-    heads = [f"log_prob of {name}" for name in names] if each is not None else []
+    values = [] if each is None else list(each.T)
+    heads = [f"log_prob of {name}" for name, _ in zip(names, values)]
     head = ["row", "log_prob", "stderr", "verdict", "method", *ranks, *heads]
     table = zip(
         rows.tolist(),
-        numbers(evidence.log_prob),
-        numbers(evidence.stderr),
+        _numbers(evidence.log_prob),
+        _numbers(evidence.stderr),
         evidence.verdict,
         evidence.method,
-        *(numbers(rank) for rank in ranks.values()),
-        *(() if each is None else map(numbers, each.T)),
+        *map(_numbers, [*ranks.values(), *values]),
     )
     return as_csv([head, *table] if first else table)
 
 
-def numbers(values: Tensor) -> Iterator[str]:
+def _numbers(values: Tensor) -> Iterator[str]:
     """Each with six decimals; nothing for NaN."""
     return ("" if value != value else f"{value:.6f}" for value in values.tolist())
-
-
-def sums_of(evidence: Evidence) -> dict[str, float]:
-    """What averages over all parts are made of."""
-    value, variance = evidence.log_prob.double(), evidence.stderr.double() ** 2
-    return {
-        "rows": len(value),
-        "log_prob": value.sum().item(),
-        "square": (value**2).sum().item(),
-        "variance": variance.sum().item(),
-        "annealed": sum(method.startswith("annealed") for method in evidence.method),
-    }
 
 
 def joined(parts: list[Path], out: Path) -> str:
@@ -184,3 +223,89 @@ def joined(parts: list[Path], out: Path) -> str:
         f"log p(x) = {mean:.2f} +- {math.sqrt(sums['variance']) / count:.2f} (Monte Carlo) "
         f"+- {spread:.2f} (data), in the file's units; {words}; rows in {out}"
     )
+
+
+class Scorer:
+    """A function from a batch of rows to the batch with log p(x) of each row beside it.
+
+    It is what Ray Data's `map_batches`, Dask's `map_partitions` and Spark's `mapInPandas` take:
+    small to send, for it holds the path of the run alone and loads it once in each process. A
+    row's noise depends on its place in the batch; its log p(x) does so within its standard error.
+
+    Args:
+        run: A run folder of `pyro-vae train`, which every machine can read.
+        options: Of `log_evidence`, such as `tolerance`.
+
+    Raises:
+        ValueError: If the folder holds no run, or one that is not complete.
+    """
+
+    def __init__(self, run: str | os.PathLike[str], **options: Any) -> None:
+        check_options("log_evidence", options, OPTIONS)
+        self.run, self.options = os.path.abspath(run), options
+        read_record(self.run)
+        self._vae: VAE | None = config.load(self.run)  # here, where a broken run is seen early
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_vae": None}
+
+    def __call__(self, batch: Any) -> Any:
+        """Adds the columns "log_prob" (nats, in the data's own units), "stderr" and "verdict".
+
+        Args:
+            batch: A pandas frame, or a mapping of arrays: of "x" [N, *E] (and "y" [N, C]), or of
+                the columns of a table by name. Other columns, such as an id, are passed on.
+
+        Raises:
+            ValueError: If the rows are not of the kind that the run was trained on.
+        """
+        is_mapping = isinstance(batch, Mapping)
+        if not is_mapping and not hasattr(batch, "assign"):
+            raise ValueError(
+                "a batch must be a pandas frame or a mapping of arrays; got "
+                f"{type(batch).__name__}"
+            )
+        cells = batch.values() if is_mapping else [batch.index]
+        found = NONE
+        if {*map(len, cells)} != {0}:
+            self._vae = self._vae or config.load(self.run)
+            rows = as_trained(self.run, self._rows(batch), self._vae)
+            evidence = shifted(log_evidence(self._vae, *rows.batch(), **self.options), rows)
+            log_prob, stderr = evidence.log_prob.numpy(), evidence.stderr.numpy()
+            verdict = np.array(evidence.verdict)
+            found = {"log_prob": log_prob, "stderr": stderr, "verdict": verdict}
+        return {**batch, **found} if is_mapping else batch.assign(**found)
+
+    def _rows(self, batch: Any) -> Data:
+        """The batch as rows, untransformed."""
+        schema, known = schema_of(self.run), read_record(self.run).get("rows", {}).get("columns")
+        if isinstance(batch, Mapping) and "x" in batch and "x" not in (known or ()):
+            return Data(batch["x"], batch.get("y"), name="the batch")
+        cells = {str(name): batch[name] for name in batch}
+        if len(cells) < len(list(batch)):
+            raise ValueError(
+                "the batch: expected columns of different names; got "
+                f"{', '.join(map(str, batch))}: rename those that are there twice"
+            )
+        if known is not None and cells.keys() >= set(known):
+            cells = {name: cells[name] for name in known}
+        if len(lengths := {*map(len, cells.values())}) != 1:
+            raise ValueError(
+                "the batch: expected columns of one length; got "
+                f"{', '.join(map(str, sorted(lengths))) or 'no column'}"
+            )
+        if schema is None:
+            columns = [_column(f"the batch: {name}", cell) for name, cell in cells.items()]
+            return Data(torch.stack(columns, 1), name="the batch", columns=tuple(cells))
+        import pandas as pd
+
+        rows, _ = read_table(pd.DataFrame(cells), schema)
+        return Data(rows, name="the batch", columns=tuple(schema.columns), schema=schema)
+
+
+def _column(name: str, cell: Any) -> Tensor:
+    """A column as float32; Decimals and texts of numbers come as objects."""
+    if isinstance(getattr(cell, "dtype", None), np.dtypes.ObjectDType):
+        with suppress(TypeError, ValueError):  # which the next line says in plain words
+            cell = np.asarray(cell, np.float64)
+    return as_tensor(name, cell).float()

@@ -48,12 +48,6 @@ class Job:
     run: Run
     join: Callable[[list[Path], Path], str]
 
-    def parts(self) -> list[range]:
-        """Its parts: a thousand rows each, and what is left over in the last one."""
-        starts = range(0, max(1, self.number // ROWS) * ROWS, ROWS)
-        ends = [*starts[1:], self.number]
-        return [range(start, end) for start, end in zip(starts, ends)]
-
 
 def stream(job: Job, options: Namespace, out: Path) -> None:
     """Makes all parts that are not there yet, in this process or in several, and joins them.
@@ -72,9 +66,11 @@ def stream(job: Job, options: Namespace, out: Path) -> None:
     folder = out.with_name(f".{out.name}.{job.key()[:16]}.parts")
     folder.mkdir(exist_ok=True)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    paths = [folder / f"{part:08d}" for part in range(len(job.parts()))]
-    own = [*zip(paths, job.parts())][rank::world]
-    with keeping(paths), TemporaryDirectory() as taken:
+    starts = range(0, max(1, job.number // ROWS) * ROWS, ROWS)  # the last has what is left over
+    parts = [range(*ends) for ends in zip(starts, [*starts[1:], job.number])]
+    paths = [folder / f"{part:08d}" for part in range(len(parts))]
+    own = [*zip(paths, parts)][rank::world]
+    with _keeping(paths), TemporaryDirectory() as taken:
         given = job.run, own, Path(taken)
         shown = options.get("progress", True) and rank == 0
         if (others := options.get("devices", 1) - 1) == 0:
@@ -83,9 +79,9 @@ def stream(job: Job, options: Namespace, out: Path) -> None:
             device = "cuda" if uses_cuda(options.accelerator) else "cpu"
             here = partial(_make_parts, given, shown)
             in_processes(_make_parts, [given] * others, device, range(1, others + 1), here)
-    if _whole(paths):  # else who makes the last part finds the lock free
+    if all(map(Path.exists, paths)):  # else who makes the last part finds the lock free
         with suppress(Locked), locked(folder / "lock"):
-            if _whole(paths):  # else another one has joined them meanwhile
+            if all(map(Path.exists, paths)):  # else another one has joined them meanwhile
                 print(job.join(paths, out))
                 for old in out.parent.glob(f".{glob.escape(out.name)}.*.parts"):
                     shutil.rmtree(old, ignore_errors=True)
@@ -97,24 +93,17 @@ def _make_parts(given: tuple[Run, list[tuple[Path, range]], Path], shown: bool =
     """Makes those parts that are not there and that no other process has taken, in order."""
     run, parts, taken = given
     for path, rows in track(parts, "rows, by the thousand", disable=not shown):
-        if not path.exists() and _is_first(taken / path.name):
-            write(path, run(int(path.name), torch.arange(rows.start, rows.stop)))
-
-
-def _whole(paths: list[Path]) -> bool:
-    return all(path.exists() for path in paths)
-
-
-def _is_first(path: Path) -> bool:
-    """Whether this process makes a file that no other one has made."""
-    with suppress(FileExistsError):
-        path.touch(exist_ok=False)
-        return True
-    return False
+        if path.exists():
+            continue
+        try:
+            (taken / path.name).touch(exist_ok=False)
+        except FileExistsError:  # of another process that makes it
+            continue
+        write(path, run(int(path.name), torch.arange(rows.start, rows.stop)))
 
 
 @contextmanager
-def keeping(paths: list[Path]) -> Iterator[None]:
+def _keeping(paths: list[Path]) -> Iterator[None]:
     """Says of what went wrong how much is kept; a folder without parts is removed."""
     try:
         yield
