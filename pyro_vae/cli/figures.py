@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NAMES",
+    "TERMS",
     "KlParts",
     "condition",
     "decompose",
@@ -60,41 +61,60 @@ def plot(options: Namespace) -> None:
 
 def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
     """Curves, latent scatter, samples and reconstructions, of validation data."""
-    figures = folder / "figures"
-    data = splits.validation
-    data = data.subset(torch.arange(min(len(data), 2000))).fixed()
-    x, y = data.batch()
-    with forked(torch.device("cpu"), 0), torch.no_grad():
+    data = _few(splits.validation)
+    with torch.no_grad():
         means = torch.cat([vae.encode(*pair).mean for pair in pairs(data)])
+        made = (_of_images if data.x.ndim == 4 else _of_tables)(vae, splits, data)
+    made |= _of_parts(folder, vae, len(data))
+    made["curves"] = plots.curves(rows)
+    made["latent"] = plots.latent(means, data.labels, unit_names(vae))
+    for name, figure in made.items():
+        keep(figure, folder / "figures" / name)
+
+
+def _few(data: Data) -> Data:
+    """At most 2000 rows, with their noise drawn once."""
+    return data.subset(torch.arange(min(len(data), 2000))).fixed()
+
+
+def _of_images(vae: VAE, splits: Splits, data: Data) -> dict[str, Figure]:
+    """Draws, reconstructions, and what each class, component and latent makes."""
+    x, y = data.batch()
+    back, light = data.transform.inverse, limits(data)
+    with forked(torch.device("cpu"), 0):
         classes = condition(splits.train, 100, None, vae)
         draws = {mean: vae.sample(100, classes, mean=mean) for mean in (False, True)}
         again = vae.reconstruct(x[:30], None if y is None else y[:30])
-    keep(plots.curves(rows), figures / "curves")
-    keep(plots.latent(means, data.labels, unit_names(vae)), figures / "latent")
-    draw_parts(folder, vae, len(data))
-    back = data.transform.inverse
-    if x.ndim != 4:
-        of_tables = _of_tables(vae, splits.train)
-        keep(plots.columns(*of_tables), figures / "samples")
-        if of_tables[0].shape[1] > 1:
-            keep(plots.pairs(*of_tables), figures / "pairs")
-        return
-    shown = {
-        "samples": plots.images(back(draws[False]), "draws of x", limits(data)),
-        "sample_means": plots.images(back(draws[True]), "E[x | z] of drawn z", limits(data)),
-        "reconstructions": plots.reconstructions(back(x[:30]), back(again), limits(data)),
+    made = {
+        "samples": plots.images(back(draws[False]), "draws of x", light),
+        "sample_means": plots.images(back(draws[True]), "E[x | z] of drawn z", light),
+        "reconstructions": plots.reconstructions(back(x[:30]), back(again), light),
     }
     if isinstance(vae, ClassVAE):
-        shown["classes"] = _of_each_class(vae, data)
+        each = torch.arange(vae.classes).repeat_interleave(10)
+        with forked(torch.device("cpu"), 0):
+            means = back(vae.sample(len(each), each, mean=True)).unflatten(0, (-1, 10))
+        names = [f"class {c}" for c in range(vae.classes)]
+        made["classes"] = plots.image_rows(means, names, "", light)
     inputs = getattr(vae.prior, "inputs", None)
     if inputs is not None and inputs.shape[1:] == x.shape[1:]:
-        seen = back(inputs.detach()[:100])
-        shown["pseudo_inputs"] = plots.images(seen, "pseudo-inputs of the prior", limits(data))
-    kl = unit_kl(vae, data)
-    if kl is not None:
-        shown["traversals"] = traversal(vae, data, kl)
-    for name, figure in shown.items():
-        keep(figure, figures / name)
+        title = "pseudo-inputs of the prior"
+        made["pseudo_inputs"] = plots.images(back(inputs[:100]), title, light)
+    if (kl := unit_kl(vae, data)) is not None:
+        made["traversals"] = _traversal(vae, data, kl)
+    return made
+
+
+def _of_tables(vae: VAE, splits: Splits, data: Data) -> dict[str, Figure]:
+    """Columns of the training rows and of as many draws, both in the units of the file."""
+    data = _few(splits.train)
+    with forked(torch.device("cpu"), 0):
+        draws = vae.sample(len(data), condition(data, len(data), None, vae))
+    rows, draws = (data.transform.inverse(x).flatten(1) for x in (data.batch()[0], draws))
+    made = {"samples": plots.columns(rows, draws, data.columns)}
+    if rows.shape[1] > 1:
+        made["pairs"] = plots.pairs(rows, draws, data.columns)
+    return made
 
 
 def keep(figure: Figure, place: Path) -> None:
@@ -106,29 +126,18 @@ def keep(figure: Figure, place: Path) -> None:
     place.with_suffix(other).unlink(missing_ok=True)
 
 
-def _of_tables(vae: VAE, data: Data) -> tuple[Tensor, Tensor, Any]:
-    """Rows of a table, as many draws, both in the units of the file, and names of columns."""
-    data = data.subset(torch.arange(min(len(data), 2000))).fixed()
-    with forked(torch.device("cpu"), 0), torch.no_grad():
-        draws = vae.sample(len(data), condition(data, len(data), None, vae))
-    back = data.transform.inverse
-    rows = data.batch()[0]
-    return back(rows).flatten(1), back(draws).flatten(1), data.columns
-
-
-def traversal(vae: VAE, data: Data, kl: Tensor) -> Figure:
+def _traversal(vae: VAE, data: Data, kl: Tensor) -> Figure:
     """What each latent does to the first image, from -3 to 3; at most ten, of most KL.
 
     Layers below that of a latent follow it, at their mean given it.
     """
     x, y = data.batch(torch.zeros(1, dtype=torch.long))
     top, values = kl.argsort(descending=True)[:10], torch.linspace(-3, 3, 11)
-    with torch.no_grad():
-        z = vae.encode(x, y).mean.expand(len(top), len(values), -1).clone()
-        z[torch.arange(len(top)), :, top] = values.to(z)
-        z = torch.stack([followed(vae.prior(y), *pair) for pair in zip(z, top.tolist())])
-        again = None if y is None else y.expand(len(top), len(values), -1)
-        images = data.transform.inverse(vae.likelihood(z, again).mean)
+    z = vae.encode(x, y).mean.expand(len(top), len(values), -1).clone()
+    z[torch.arange(len(top)), :, top] = values.to(z)
+    z = torch.stack([followed(vae.prior(y), *pair) for pair in zip(z, top.tolist())])
+    again = None if y is None else y.expand(len(top), len(values), -1)
+    images = data.transform.inverse(vae.likelihood(z, again).mean)
     names = [unit_names(vae)[unit] for unit in top]
     return plots.traversals(images, kl[top], values, limits=limits(data), dims=names)
 
@@ -157,15 +166,6 @@ def condition(data: Data, size: int, label: int | None, vae: VAE) -> Tensor | No
         raise ValueError(f"label must be from 0 to {data.classes - 1}; got {label}")
     labels = torch.arange(size) % data.classes if label is None else torch.full((size,), label)
     return torch.eye(data.classes)[labels]
-
-
-def _of_each_class(vae: ClassVAE, data: Data) -> Figure:
-    """Ten images of each class in a row."""
-    y = torch.arange(vae.classes).repeat_interleave(10)
-    with forked(torch.device("cpu"), 0), torch.no_grad():
-        means = data.transform.inverse(vae.sample(len(y), y, mean=True))
-    names = [f"class {c}" for c in range(vae.classes)]
-    return plots.image_rows(means.unflatten(0, (-1, 10)), names, "", limits(data))
 
 
 def limits(data: Data) -> tuple[float, float] | None:
@@ -203,10 +203,8 @@ def unit_kl(vae: VAE, data: Data) -> Tensor | None:
 
 def unit_names(vae: VAE) -> list[str]:
     """Names of all units: z0, z1, ..., or z1[0], ..., z2[0], ... in several layers."""
-    (first, size), *others = vae.sizes.items()
-    if not others:
-        return [f"{first}{d}" for d in range(size)]
-    return [f"{site}[{d}]" for site, size in vae.sizes.items() for d in range(size)]
+    form = "{}{}" if len(vae.sizes) == 1 else "{}[{}]"
+    return [form.format(site, d) for site, size in vae.sizes.items() for d in range(size)]
 
 
 def layer_lines(vae: VAE, data: Data) -> dict[str, str]:
@@ -234,7 +232,7 @@ class KlParts:
 
     def __init__(self, folder: Path, data: Data) -> None:
         self.path = folder / "parts.csv"
-        self.data = data.subset(torch.arange(min(len(data), 2000))).fixed()
+        self.data = _few(data)
         self.rows: list[dict[str, Any]] = []
         if self.path.exists():
             rows = read_table(folder, self.path.name)
@@ -258,17 +256,14 @@ class KlParts:
         write(self.path, as_csv([row, *([old.get(name) for name in row] for old in self.rows)]))
 
 
-def draw_parts(folder: Path, vae: VAE, num_data: int) -> None:
-    """Figures of parts.csv, where there is one: parts of the KL, and KL of each dimension.
+def _of_parts(folder: Path, vae: VAE, num_data: int) -> dict[str, Figure]:
+    """Of parts.csv, where there is one: parts of the KL, and KL of each dimension.
 
-    Args:
-        folder: The run folder.
-        vae: Its VAE, whose prior may factorise.
-        num_data: Data of q(z), whose logarithm the mutual information cannot pass.
+    `num_data` is the number of data of q(z), whose logarithm the mutual information cannot pass.
     """
-    path = folder / "parts.csv"
+    path, made = folder / "parts.csv", dict[str, Figure]()
     if not path.exists():
-        return
+        return made
     with reading(path):
         rows = read_table(folder, path.name)
         epochs = torch.tensor([row["epoch"] for row in rows])
@@ -281,8 +276,9 @@ def draw_parts(folder: Path, vae: VAE, num_data: int) -> None:
                 correlation, mismatch = (parts.pop(NAMES[name]) for name in TERMS[1:])
                 parts[NAMES["aggregate_kl"]] = correlation + mismatch
             parts["log N, ceiling of the first"] = torch.full_like(epochs, math.log(num_data))
-            keep(plots.terms(epochs, parts), folder / "figures" / "parts")
+            made["parts"] = plots.terms(epochs, parts)
         if units := [key for key in rows[0] if key.startswith("kl_z")]:
             kl = torch.tensor([[row[unit] for unit in units] for row in rows])
             names = [unit.removeprefix("kl_") for unit in units]
-            keep(plots.unit_kl(epochs, kl, names), folder / "figures" / "unit_kl")
+            made["unit_kl"] = plots.unit_kl(epochs, kl, names)
+    return made
