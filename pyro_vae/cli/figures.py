@@ -261,9 +261,10 @@ def _of_parts(folder: Path, vae: VAE, num_data: int) -> dict[str, Figure]:
 
     `num_data` is the number of data of q(z), whose logarithm the mutual information cannot pass.
     """
-    path, made = folder / "parts.csv", dict[str, Figure]()
+    path = folder / "parts.csv"
     if not path.exists():
-        return made
+        return {}
+    made = {}
     with reading(path):
         rows = read_table(folder, path.name)
         epochs = torch.tensor([row["epoch"] for row in rows])

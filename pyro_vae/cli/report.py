@@ -10,7 +10,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jinja2 import Environment, StrictUndefined
@@ -31,6 +31,7 @@ from pyro_vae.vae import VAE
 __all__ = ["report"]
 
 T = TypeVar("T")
+Picture = dict[str, Any]  # its source, its width on the page and its caption
 
 CAPTIONS = {
     "sample_means": "What the decoder makes of z drawn from the prior: E[x | z].",
@@ -53,24 +54,16 @@ EACH = "log p(x) of each datum{}; and k-hat, the tail of its weights."
 GAP = "; its ELBO against it, which lies below the line by the inference gap"
 
 
-class Picture(NamedTuple):
-    """A figure inside the page."""
-
-    source: str
-    width: int
-    caption: str
-
-
 def report(options: Namespace) -> None:
     """Writes the page; it opens from disk and asks for nothing else."""
     folder = Path(options.run)
     recorded = read_run(folder)
     vae = config.load(folder)
+    out = destination(options.out, folder / "report.html", (".html",))
+    drawn = figures(folder)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    out = destination(options.out, folder / "report.html", (".html",))
-    drawn = figures(folder)
     template = environment.from_string(Path(__file__).with_suffix(".html").read_text("utf-8"))
     with reading(folder / "run.json"):
         shown = declaration(folder, recorded, vae)
@@ -97,13 +90,15 @@ def report(options: Namespace) -> None:
 def declaration(folder: Path, recorded: dict[str, Any], vae: VAE) -> dict[str, dict[str, str]]:
     """Tables of names and values: data, model, training."""
     model = recorded["declaration"]
-    given = _read(folder / "data.json", lambda path: json.loads(path.read_text())["description"])
-    known: dict[str, Any] = given or {}
-    data: dict[str, str] = {key: str(known[key]) for key in ("name", "transform") if key in known}
+    described = _read(
+        folder / "data.json", lambda path: dict(json.loads(path.read_text())["description"])
+    )
+    known = described or {}
+    data = {key: str(known[key]) for key in ("name", "transform") if key in known}
     rows = {f"{part} rows": f"{held['rows']:,}" for part, held in recorded["data"].items()}
     families = {key: _called(value) for key, value in model.items() if isinstance(value, dict)}
     size = sum(parameter.numel() for parameter in vae.parameters())
-    settings = recorded["training"]
+    settings = {key: value for key, value in recorded["training"].items() if value is not None}
     made = {key: str(value) for key, value in (recorded.get("made") or {}).items()}
     return {
         "Data": {**data, **rows, "shape": " x ".join(map(str, model["data_shape"]))},
@@ -115,7 +110,6 @@ def declaration(folder: Path, recorded: dict[str, Any], vae: VAE) -> dict[str, d
         "Training": {
             key.replace("_", " "): _called(value) if isinstance(value, dict) else str(value)
             for key, value in settings.items()
-            if value is not None
         },
         **({"Made": {"pyro_vae": str(recorded["pyro_vae"]), **made}} if made else {}),
     }
@@ -128,7 +122,6 @@ def training(path: Path) -> dict[str, Any] | None:
         return None
     validated = [row for row in rows if row.get("validation_elbo") is not None]
     best = max(validated, key=lambda row: row["validation_elbo"], default=rows[-1])
-    rises = bool(validated) and best is rows[-1] and len(rows) > 1
     chosen = {"last": best} if best is rows[-1] else {"best validation": best, "last": rows[-1]}
     numbers = {
         f"{QUANTITIES[term][0]}, {part}": [row.get(start + term) for row in chosen.values()]
@@ -136,7 +129,7 @@ def training(path: Path) -> dict[str, Any] | None:
         for term in BOUND
     }
     return {
-        "curves": _drawn(plots.curves(rows), "Bound and its terms after each epoch."),
+        "curves": _picture(plots.svg(plots.curves(rows)), "Bound and its terms after each epoch."),
         "epochs": {name: f"{row['epoch']:.0f}" for name, row in chosen.items()},
         "numbers": {
             name: [f"{value:.2f}" for value in values]
@@ -144,28 +137,16 @@ def training(path: Path) -> dict[str, Any] | None:
             if None not in values
         },
         "seconds": f"{sum(row['seconds'] for row in rows):,.0f}",
-        "rises": rises,
+        "rises": bool(validated) and best is rows[-1] and len(rows) > 1,
     }
 
 
 def evaluation(path: Path) -> dict[str, Any]:
     """The table that `evaluate` printed: value, error, remark."""
     found = json.loads(path.read_text())
-    first = f"the first {found['rows']} rows of the {found['part']} part"  # before 0.2
-    odd = [
-        (str(row["row"]), f"{row['log_prob']:.2f}", row["column"], row["cell"],
-         f"{row['column_log_prob']:.2f}")
-        for row in found.get("odd_rows", [])
-    ]  # fmt: skip
-    missing = {name: f"{share:.1%}" for name, share in found.get("missing", {}).items()}
-    patterns = [
-        (", ".join(one["columns"]) or "none", one["rows"])
-        for one in found.get("missing_patterns", [])
-    ]
-    return {
-        "rows": found.get("rows_of", first), "lines": lines_of(found), "odd": odd,
-        "missing": missing, "patterns": patterns,
-    }  # fmt: skip
+    first = f"the first {found['rows']} rows of the {found['part']} part"
+    earlier = {"rows_of": first, "odd_rows": [], "missing": {}, "missing_patterns": []}
+    return {**earlier, **found, "lines": lines_of(found)}
 
 
 def evidence(path: Path) -> dict[str, Any]:
@@ -177,7 +158,7 @@ def evidence(path: Path) -> dict[str, Any]:
         worst = here.stderr.max().item()
         lines.append((*kind, str(count), f"{here.mean():.2f}", f"{worst:.2g}"))
     caption = EACH.format(GAP if "regret" in found.extras else "")
-    return {"lines": lines, "each": _drawn(each_datum(found), caption)}
+    return {"lines": lines, "each": _picture(plots.svg(each_datum(found)), caption)}
 
 
 @plots.style()
@@ -210,23 +191,26 @@ def each_datum(found: Evidence) -> Figure:
 
 def figures(folder: Path) -> dict[str, Picture]:
     """The figures of the run but for curves, which are drawn anew; ours first, in order."""
-    kinds = ("*.png", "*.svg")
-    paths = {p.stem: p for kind in kinds for p in sorted((folder / "figures").glob(kind))}
+    found = [*(folder / "figures").glob("*.png"), *(folder / "figures").glob("*.svg")]
+    paths = {path.stem: path for path in sorted(found)}
     paths.pop("curves", None)
     drawn = {}
     for name in sorted(paths, key=lambda name: [*CAPTIONS, name].index(name)):
         with reading(paths[name]):
-            source, width = _pictured(paths[name].read_bytes())
-        drawn[name] = Picture(source, width, CAPTIONS.get(name, name.replace("_", " ")))
+            caption = CAPTIONS.get(name, name.replace("_", " "))
+            drawn[name] = _picture(paths[name].read_bytes(), caption)
     return drawn
 
 
-def _pictured(data: bytes) -> tuple[str, int]:
+def _picture(data: bytes, caption: str) -> Picture:
     """A PNG or SVG for the page, and its width there: 96 dots, or 72 points, are an inch."""
-    if width := re.search(rb'<svg [^>]*width="([\d.]+)pt"', data):
-        return _inside("svg+xml", data), round(float(width[1]) * 96 / 72)
-    image = Image.open(io.BytesIO(data))
-    return _inside("png", data), round(image.width * 96 / image.info.get("dpi", (96.0,))[0])
+    if points := re.search(rb'<svg [^>]*width="([\d.]+)pt"', data):
+        kind, width = "svg+xml", float(points[1]) * 96 / 72
+    else:
+        image = Image.open(io.BytesIO(data))
+        kind, width = "png", image.width * 96 / image.info.get("dpi", (96.0,))[0]
+    source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return {"source": source, "width": round(width), "caption": caption}
 
 
 def programs(vae: VAE, declared: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -240,46 +224,19 @@ def programs(vae: VAE, declared: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _program(program: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any]:
     related = get_model_relations(program, arguments)
-    plates = related["plate_sample"].items()
-    sites = [
-        (
-            site,
-            related["sample_dist"][site],
-            ", ".join(parents),
-            ", ".join(plate for plate, inside in plates if site in inside),
-            "observed" if site in related["observed"] else "latent",
-        )
-        for site, parents in related["sample_sample"].items()
-    ]
-    return {"sites": sites, "drawing": _graph([(site, given) for site, _, given, *_ in sites])}
-
-
-def _graph(sites: list[tuple[str, str]]) -> dict[str, Any]:
-    """Places of the sites, each below what it is given, and the arrows between them."""
-    depth: dict[str, int] = {}
-    for site, given in sites:  # Pyro lists them in the order in which they are drawn
-        parents = given.split(", ") if given else []
-        depth[site] = 1 + max((depth[parent] for parent in parents), default=-1)
-    places: dict[str, tuple[int, int]] = {}
-    for site, level in depth.items():
-        column = sum(place[1] == 60 + 80 * level for place in places.values())
-        places[site] = (70 + 100 * column, 60 + 80 * level)
-    arrows = [
-        (*places[parent], *places[site])
-        for site, given in sites
-        for parent in (given.split(", ") if given else [])
-    ]
-    width, height = (max(p[i] for p in places.values()) + 50 for i in (0, 1))
-    return {"places": places, "arrows": arrows, "width": width + 20, "height": height + 10}
-
-
-def _drawn(figure: Figure, caption: str) -> Picture:
-    width = round(figure.get_figwidth() * 96)
-    return Picture(_inside("svg+xml", plots.svg(figure)), width, caption)
-
-
-def _inside(kind: str, data: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    places, arrows, sites = dict[str, tuple[int, int]](), [], []
+    for site, parents in related["sample_sample"].items():  # in the order in which they are drawn
+        down = max((80 + places[parent][1] for parent in parents), default=60)
+        across = 70 + 100 * sum(place[1] == down for place in places.values())
+        places[site] = across, down
+        arrows += [(*places[parent], across, down) for parent in parents]
+        plates = (name for name, inside in related["plate_sample"].items() if site in inside)
+        kind = "observed" if site in related["observed"] else "latent"
+        law = related["sample_dist"][site]
+        sites.append((site, law, ", ".join(parents), ", ".join(plates), kind))
+    width, height = (max(ends) for ends in zip(*places.values()))
+    drawing = {"places": places, "arrows": arrows, "width": width + 70, "height": height + 60}
+    return {"sites": sites, "drawing": drawing}
 
 
 def _called(declared: dict[str, Any]) -> str:
