@@ -32,34 +32,32 @@ def compare(options: Namespace) -> None:
     if len(set(options.runs)) < 2:
         raise ValueError("compare needs two runs or more; for one: pyro-vae evaluate RUN")
     models = {run: replicas(run) for run in options.runs}
-    every = [run for runs in models.values() for run in runs]
-    loaded = {run: load_run(run, options.data_root) for run in every}
-    for run in every[1:]:
-        check_comparable(every[0], run, loaded, options.part)
-    found: dict[str, Evidence] = {}
+    loaded = {run: load_run(run, options.data_root) for runs in models.values() for run in runs}
+    first = next(iter(loaded))
+    for run in loaded:
+        check_comparable(first, run, loaded, options.part)
+    each: dict[str, Evidence] = {}
     for run, (vae, splits) in loaded.items():
         rows = held_out(splits, options.part, options.limit)
         vae, data = placed(vae, rows, options.accelerator)
-        found[run] = shifted(estimate(vae, data, options), data)
-    where = rows_of(loaded[every[0]][1], options.part, rows)
-    of_model = {model: [found[run] for run in runs] for model, runs in models.items()}
-    firsts = {model: runs[0] for model, runs in models.items()}
+        each[run] = shifted(estimate(vae, data, options), data)
+    found = {model: [each[run] for run in runs] for model, runs in models.items()}
     tables = {
-        m: declaration(Path(run), read_run(run), loaded[run][0]) for m, run in firsts.items()
+        model: declaration(Path(run), read_run(run), loaded[run][0])
+        for model, (run, *_) in models.items()
     }
-    differs = differing({name: each["Model"] | each["Training"] for name, each in tables.items()})
-    numbers = compared(of_model, where) | {"differs": differs}
+    differs = differing({model: own["Model"] | own["Training"] for model, own in tables.items()})
+    numbers = compared(found, rows_of(splits, options.part, rows)) | {"differs": differs}
     if options.json:
         print(json.dumps(numbers, indent=1))
         return
-    options_table = Table("", *firsts, title="what differs between them")
+    unlike = Table("", *models, title="what differs between them")
     for name, values in differs.items():
-        options_table.add_row(name, *values.values())
-    paired = pairs_of(of_model)
-    for table in (ranking(numbers), options_table, differences(paired)):
+        unlike.add_row(name, *values.values())
+    for table in (ranking(numbers), unlike, differences(numbers)):
         Console().print(table)
-    for (a, b), d in paired.items():
-        print(told(a, b, d))
+    for (a, b), difference in pairs_of(found).items():
+        print(told(a, b, difference))
 
 
 def replicas(run: str) -> list[str]:
@@ -73,10 +71,6 @@ def check_comparable(
 ) -> None:
     """Refuses runs whose log p(x) are of different things."""
     first, data = (getattr(loaded[name][1], part) for name in (first_run, run))
-    masses = {
-        name: vae.likelihood.measure if splits.transform != "dequantise" else [True]
-        for name, (vae, splits) in loaded.items()
-    }
     if data.digest() != first.digest():
         raise ValueError(
             f"{run} and {first_run} have other rows, or other values missing: train both on the "
@@ -92,9 +86,12 @@ def check_comparable(
             f"{name} log p(x{' | ' + of if of else ''})" for name, of in given.items()
         )
         raise ValueError(f"{run} and {first_run} do not compare: {what}")
-    size = data.data_shape.numel()
-    a, b = (masses[name] * (size // len(masses[name])) for name in (run, first_run))
-    if a != b:
+    masses = [
+        vae.likelihood.measure if splits.transform != "dequantise" else [True]
+        for vae, splits in (loaded[run], loaded[first_run])
+    ]
+    one, other = (mass * (data.data_shape.numel() // len(mass)) for mass in masses)
+    if one != other:
         raise ValueError(
             f"{run} and {first_run} do not compare: one gives the probability of whole numbers "
             "or intervals, the other a density; train the second on dequantised data, or give "
@@ -133,16 +130,15 @@ def ranking(numbers: dict[str, Any]) -> Table:
     return shown
 
 
-def differences(paired: dict[tuple[str, str], Difference]) -> Table:
+def differences(numbers: dict[str, Any]) -> Table:
     """Differences of each two models with their errors over data and seeds, and which is worse."""
     shown = Table("first less second", title="paired differences, nats, +- over data")
     for name in ("difference", "+- over seeds", "P(first is worse)"):
         shown.add_column(name, no_wrap=True)
-    for (a, b), d in paired.items():
-        seeds = "unknown" if math.isnan(d.stderr_seeds) else f"{d.stderr_seeds:.3f}"
-        shown.add_row(
-            f"{a} - {b}", f"{d.mean:.3f} +- {d.stderr_data:.3f}", seeds, f"{d.p_worse:.2g}"
-        )
+    for d in numbers["differences"]:
+        seeds = "unknown" if d["stderr_seeds"] is None else f"{d['stderr_seeds']:.3f}"
+        value = f"{d['difference']:.3f} +- {d['stderr_data']:.3f}"
+        shown.add_row(f"{d['first']} - {d['second']}", value, seeds, f"{d['p_worse']:.2g}")
     return shown
 
 

@@ -57,23 +57,17 @@ def encode(options: Namespace) -> None:
     """Posterior means and scales of the rows of a file, in its order."""
     default = Path(options.file).with_suffix(".encoded.npz")
     out = destination(options.out, default, (".npz", ".csv"), options.file)
-    stream(encoding(options), options, out)
-
-
-def encoding(options: Namespace) -> Job:
-    """The encoding of a file: means and scales of each row, float32."""
     vae = config.load(options.run)
     data = own_rows(options.run, options.file, vae)
 
     def run(part: int, rows: Tensor) -> bytes:
         with torch.no_grad():
             q = vae.encode(*data.batch(rows))
-            codes = torch.cat([q.mean, q.stddev], 1)
         file = io.BytesIO()
-        np.save(file, codes.numpy())
+        np.save(file, torch.cat([q.mean, q.stddev], 1).numpy())
         return file.getvalue()
 
-    return Job(len(data), partial(key_of, vae, data, {}), run, _codes)
+    stream(Job(len(data), partial(key_of, vae, data, {}), run, _codes), options, out)
 
 
 def _codes(parts: list[Path], out: Path) -> str:
@@ -110,23 +104,18 @@ def impute(options: Namespace) -> None:
         raise ValueError(f"expected a .csv, .npy or .npz file to impute; got {source}")
     default = source.with_suffix(f".imputed{suffix}")
     out = destination(options.out, default, (suffix,), options.file)
-    stream(imputation(options), options, out)
-
-
-def imputation(options: Namespace) -> Job:
-    """The imputation of a file: of each row the best values, and draws [1 + R, n, *E]."""
     vae = config.load(options.run)
     vae, rows = placed(vae, own_rows(options.run, options.file, vae), options.accelerator)
     schema = rows.schema
     given = read_rows(options.file) if schema is None else rows
 
     def join(parts: list[Path], out: Path) -> str:
-        beside = {} if schema is None else label_cells(Path(options.file), schema)
-        names = [f"{out.stem}-{i:0{len(str(options.draws))}d}" for i in range(options.draws + 1)]
-        for i, name in enumerate([out.stem, *names[1:]]):
+        beside = {} if schema is None else label_cells(source, schema)
+        width = len(str(options.draws))
+        for i in range(options.draws + 1):
+            name = f"{out.stem}-{i:0{width}d}" if i else out.stem
             each = (_of_part(part, "x")[i] for part in parts)
-            path = out.with_name(f"{name}{out.suffix}")
-            write(path, _content(given, each, out.suffix, beside))
+            write(out.with_name(f"{name}{suffix}"), _content(given, each, suffix, beside))
         verdicts = Counter(word for part in parts for word in _of_part(part, "verdict"))
         words = ", ".join(f"{n} {word}" for word, n in verdicts.items())
         draws = f" and {options.draws} files of draws beside it" if options.draws else ""
@@ -134,11 +123,11 @@ def imputation(options: Namespace) -> Job:
         return f"{share} ({words}): {out}{draws}"
 
     result = {name: options[name] for name in (*WAY, "draws", "seed")}
-    key = partial(key_of, vae, rows, result)
-    return Job(len(rows), key, partial(imputed, vae, rows, given, options), join)
+    key, run = partial(key_of, vae, rows, result), partial(_imputed, vae, rows, given, options)
+    stream(Job(len(rows), key, run, join), options, out)
 
 
-def imputed(
+def _imputed(
     vae: VAE, rows: Data, given: Data, options: Namespace, part: int, index: Tensor
 ) -> bytes:
     """A part of the rows given, filled in: x [1 + R, n, *E], and the verdict of each."""
@@ -151,11 +140,14 @@ def imputed(
         seed=part_seed(options.seed, part),
         **{name: options[name] for name in WAY},
     )
-    best = found.median if whole else found.mean
-    best = best if schema is None else schema.centre(found.draws, found.mean)
+    plain = found.median if whole else found.mean
+    best = plain if schema is None else schema.centre(found.draws, found.mean)
     filled = torch.cat([best.unsqueeze(0), found.draws[: options.draws]])
-    some = given.subset(index)
-    values = torch.stack([_complete(some, rows, each) for each in filled])
+    x = given.subset(index).x[:].cpu()
+    filled = rows.transform.inverse(filled.cpu())
+    if given.columns is not None and rows.columns is not None:
+        filled = filled[..., [rows.columns.index(name) for name in given.columns]]
+    values = torch.where(x.isnan(), filled.to(x.dtype), x)
     return _archive(x=values.numpy(), verdict=np.array(found.verdict))
 
 
@@ -181,22 +173,17 @@ def classify(options: Namespace) -> None:
     ]
     names = [f"p{c}" for c in range(vae.classes)]
     write(out, as_csv([["row", "class", *names, "stderr", "verdict"], *lines]))
-    print(f"classes of {len(x)} rows in {out}, {_right(best, data.labels)}")
+    said = "no label known"
+    if data.labels is not None and bool((known := data.labels >= 0).any()):
+        share = (best == data.labels)[known].double().mean()
+        said = f"{share:.1%} of {int(known.sum())} known labels found"
+    print(f"classes of {len(x)} rows in {out}, {said}")
 
 
 def _of_part(part: Path, name: str) -> np.ndarray:
     with np.load(part) as file:
         found: np.ndarray = file[name]
     return found
-
-
-def _complete(given: Data, rows: Data, values: Tensor) -> Tensor:
-    """The rows `given` with what is missing filled in from model values [n, *E]."""
-    filled = rows.transform.inverse(values.cpu())
-    if given.columns is not None and rows.columns is not None:
-        filled = filled[:, [rows.columns.index(name) for name in given.columns]]
-    x = given.x[:].cpu()
-    return torch.where(x.isnan(), filled.to(x.dtype), x)
 
 
 def _content(
@@ -212,28 +199,14 @@ def _content(
     if given.schema is not None:
         return given.schema.csv(torch.from_numpy(x), beside)
     if suffix == ".csv":
-        return _table(given, x)
+        rows: list[Any] = list(x)  # in the fewest digits that give them again
+        head = [] if given.columns is None else [[*given.columns]]
+        if given.labels is not None:
+            rows = [[*row, label] for row, label in zip(x, given.labels.tolist())]
+            head = [[*names, "label"] for names in head]
+        return as_csv([*head, *rows])
     arrays: dict[str, Any] = {"x": x, "y": given.y, "labels": given.labels}
     return _archive(**{name: part for name, part in arrays.items() if part is not None})
-
-
-def _table(given: Data, x: np.ndarray) -> str:
-    """Rows as a table with the names of its columns; labels, if there are any, in the last."""
-    lines = [[str(value) for value in row] for row in x]  # the fewest digits that give it again
-    if given.labels is not None:
-        lines = [[*line, str(label)] for line, label in zip(lines, given.labels.tolist())]
-    if given.columns is not None:
-        lines.insert(0, [*given.columns, *([] if given.labels is None else ["label"])])
-    return as_csv(lines)
-
-
-def _right(found: Tensor, labels: Tensor | None) -> str:
-    """How many of the known labels were found."""
-    if labels is None or not bool((labels >= 0).any()):
-        return "no label known"
-    known = labels >= 0
-    share = (found == labels)[known].double().mean()
-    return f"{share:.1%} of {int(known.sum())} known labels found"
 
 
 def _archive(**arrays: Any) -> bytes:
