@@ -105,8 +105,8 @@ def reconstructions(
 ) -> Figure:
     """Images [N, C, H, W] in a row, above what the model makes of them, in rows of ten."""
     parts = []
-    for some in torch.stack([x, reconstructed], 1).split(10):
-        pair = [_row(row, 10) for row in some.unbind(1)]
+    for some in zip(x.split(10), reconstructed.split(10)):
+        pair = [_row(row, 10) for row in some]
         parts += [*pair, torch.full_like(pair[0][..., :2, :], math.nan)]
     title = "data (upper rows) and their reconstructions (lower rows)"
     return _picture(torch.cat(parts[:-1], -2), title, limits or _limits(x), width=7)

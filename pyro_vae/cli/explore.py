@@ -224,7 +224,7 @@ class Own(nn.Module):
 def _known(elbo: Tensor, evidence: Evidence | None, some: Tensor) -> dict[str, Any]:
     """What is known of each row: ELBO, and log p(x) of `some` of them; fields of `Rows`."""
     log_prob, stderr = torch.full((2, len(elbo)), math.nan)
-    verdict = [""] * len(elbo)
+    verdict = dict.fromkeys(range(len(elbo)), "")
     if evidence is not None:
         if len(evidence) != len(some):
             raise ValueError(
@@ -232,9 +232,8 @@ def _known(elbo: Tensor, evidence: Evidence | None, some: Tensor) -> dict[str, A
                 "the number of your rows"
             )
         log_prob[some], stderr[some] = evidence.log_prob.float(), evidence.stderr.float()
-        for i, word in zip(some.tolist(), evidence.verdict):
-            verdict[i] = word
-    return {"elbo": elbo, "log_prob": log_prob, "stderr": stderr, "verdict": verdict}
+        verdict |= dict(zip(some.tolist(), evidence.verdict))
+    return {"elbo": elbo, "log_prob": log_prob, "stderr": stderr, "verdict": [*verdict.values()]}
 
 
 def _content(
@@ -290,8 +289,8 @@ def _content(
 
 
 def _about(vae: Any, where: str, rows: bool) -> list[str]:
-    sizes = " + ".join(map(str, vae.sizes.values())) + " latents"
-    sizes = "one latent" if sizes == "1 latents" else sizes
+    count = " + ".join(map(str, vae.sizes.values()))
+    sizes = "one latent" if count == "1" else f"{count} latents"
     kind = f"The programs of {type(getattr(vae, 'programs', vae)).__name__}, of {sizes}."
     if isinstance(vae, VAE):
         top = getattr(vae.prior, "layers", [vae.prior])[-1]

@@ -48,10 +48,6 @@ CAPTIONS = {
     "parts": "Parts of the KL of validation data after each epoch.",
     "unit_kl": "KL of each latent dimension, of validation data, after each epoch.",
 }
-PARTS = ("parts", "unit_kl")
-BOUND = ("elbo", "kl", "reconstruction")
-EACH = "log p(x) of each datum{}; and k-hat, the tail of its weights."
-GAP = "; its ELBO against it, which lies below the line by the inference gap"
 
 
 def report(options: Namespace) -> None:
@@ -79,7 +75,7 @@ def report(options: Namespace) -> None:
         training=_read(folder / "metrics.csv", training),
         evaluation=_read(folder / "evaluation.json", evaluation),
         evidence=_read(folder / "evidence.safetensors", evidence),
-        parts=[drawn.pop(name) for name in PARTS if name in drawn],
+        parts=[drawn.pop(name) for name in ("parts", "unit_kl") if name in drawn],
         figures=drawn.values(),
         programs=sites,
     )
@@ -126,7 +122,7 @@ def training(path: Path) -> dict[str, Any] | None:
     numbers = {
         f"{QUANTITIES[term][0]}, {part}": [row.get(start + term) for row in chosen.values()]
         for part, start in (("training", ""), ("validation", "validation_"))
-        for term in BOUND
+        for term in ("elbo", "kl", "reconstruction")
     }
     return {
         "curves": _picture(plots.svg(plots.curves(rows)), "Bound and its terms after each epoch."),
@@ -157,7 +153,9 @@ def evidence(path: Path) -> dict[str, Any]:
         here = found.rows(torch.tensor([i for i, other in enumerate(kinds) if other == kind]))
         worst = here.stderr.max().item()
         lines.append((*kind, str(count), f"{here.mean():.2f}", f"{worst:.2g}"))
-    caption = EACH.format(GAP if "regret" in found.extras else "")
+    gap = "; its ELBO against it, which lies below the line by the inference gap"
+    against = gap if "regret" in found.extras else ""
+    caption = f"log p(x) of each datum{against}; and k-hat, the tail of its weights."
     return {"lines": lines, "each": _picture(plots.svg(each_datum(found)), caption)}
 
 

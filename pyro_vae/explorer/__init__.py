@@ -147,8 +147,10 @@ def _of_program(content: Content, draws: tuple[Tensor, ...]) -> dict[str, Any]:
         program = program.single()
         error = _error(program, content.decoder, draws)
     weights = sum(constant.numel() for constant in program.constants)
-    said = f"The decoder runs in this page, from its {weights:,} weights. "
-    said += f"It deviates from torch by at most {error:.1g} of the range of its values."
+    said = (
+        f"The decoder runs in this page, from its {weights:,} weights. It deviates from torch by "
+        f"at most {error:.1g} of the range of its values."
+    )
     return {"program": program.declare(), "constants": program.constants, "said": said}
 
 
@@ -166,15 +168,13 @@ def _of_atlas(content: Content, draws: tuple[Tensor, ...], why: str) -> dict[str
     They are those of the rows, and a grid of two latents, or draws and lines along latents.
     """
     means = content.rows.codes.mean
-    parts = [draws[0], means]
     if means.shape[1] == 2:
-        parts = [_grid(content, 32)[0], means]
+        z = torch.cat([_grid(content, 32)[0], means])
     else:
-        for d in content.kl.argsort(descending=True)[:AXES].tolist():
-            line = means.mean(0).repeat(AXIS, 1)
-            line[:, d] = torch.linspace(-3, 3, AXIS).to(line)
-            parts.append(line)
-    z = torch.cat(parts)
+        top = content.kl.argsort(descending=True)[:AXES]
+        lines = means.mean(0).repeat(len(top), AXIS, 1)
+        lines[torch.arange(len(top)), :, top] = torch.linspace(-3, 3, AXIS).to(lines)
+        z = torch.cat([draws[0], means, lines.flatten(0, 1)])
     y = [y[torch.arange(len(z)) % len(y)] for y in draws[1:]]
     x = torch.cat([content.decoder(*some) for some in zip(*(p.split(64) for p in (z, *y)))])
     said = (
