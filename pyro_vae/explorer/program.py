@@ -63,7 +63,11 @@ class Program:
         return {
             "inputs": len(self.numbers) - len(self.constants) - len(self.steps),
             "steps": [
-                [_name(n), self._plain(n.args), {k: n.kwargs[k] for k in KEYWORDS & {*n.kwargs}}]
+                [
+                    _name(n.target),
+                    self._plain(n.args),
+                    {k: n.kwargs[k] for k in KEYWORDS & {*n.kwargs}},
+                ]
                 for n in self.steps
             ],
             "output": self.numbers[self.output],
