@@ -13,7 +13,6 @@ numbers of rows.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import statistics
@@ -24,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from turns import Done, Turns, compare, peak_memory
+from turns import Turns, compare, peak_memory
 
 BATCH, LATENTS, WIDTH, CHECKED = 100, 10, 128, 1000
 KINDS = {"count": "Normal", "pos": "Normal", "real": "Normal", "cat": "Categorical"}
@@ -103,15 +102,12 @@ def by_hand(folder: Path, turns: Turns) -> Any:
         return (0.5 * (loc**2 + scale**2 - 1) - scale.log()).sum(1).mean() - found.mean()
 
     optimizer = torch.optim.Adam(modules.parameters(), lr=1e-3, fused=True)
-    with contextlib.suppress(Done):
-        while True:
-            for index in torch.randperm(len(x)).split(BATCH)[: len(x) // BATCH]:
-                turns.tick()
-                value = loss(x[index])
-                optimizer.zero_grad()
-                value.backward()
-                optimizer.step()
-                value.item()
+    for index in turns.batches(len(x), BATCH):
+        value = loss(x[index])
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        value.item()
 
     def ended() -> float:
         with torch.no_grad():
@@ -139,26 +135,12 @@ def pyro_vae(folder: Path, turns: Turns, compiled: bool = False) -> Any:
     """`fit`, with all that its loop does."""
     import torch
 
-    from pyro_vae import fit
     from pyro_vae.estimators import evidence_lower_bound
-    from pyro_vae.training.dataset import TensorDataset
-
-    class Waiting(TensorDataset):
-        def to(self, device: Any) -> Any:
-            return self
-
-        def batch(self, index: Any) -> Any:
-            if len(index) == BATCH:
-                turns.tick()
-            return super().batch(index)
 
     torch.manual_seed(0)
     x, columns = rows(folder)
     vae = vae_of(columns)
-    vae.initialised.fill_(True)  # start where the others start
-    options = {"batch_size": BATCH, "lr": 1e-3, "progress": False, "compile": compiled}
-    with contextlib.suppress(Done):
-        fit(vae, Waiting(x), epochs=10_000, **options)
+    turns.fit(vae, x, batch_size=BATCH, lr=1e-3, compile=compiled)
     return lambda: -evidence_lower_bound(vae, x[:CHECKED], num_samples=10).elbo.mean().item()
 
 

@@ -9,13 +9,12 @@ semi-supervised example: a classifier q(y | x) in the guide, `TraceEnum_ELBO`, C
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import time
 from functools import partial
 from typing import Any
 
-from turns import Done, Turns, compare
+from turns import Turns, compare
 
 ROWS, BATCH, C, D, HIDDEN, X = 2000, 100, 10, 50, 500, 784
 
@@ -58,13 +57,10 @@ def by_hand(turns: Turns) -> Any:
         joint = weights.log_softmax(0).unsqueeze(1) - each.sum(-1) + ratio.sum(-1)
         return -joint.logsumexp(0).mean()
 
-    with contextlib.suppress(Done):
-        while True:
-            for batch in x[torch.randperm(ROWS)].split(BATCH):
-                turns.tick()
-                optimizer.zero_grad()
-                loss(batch).backward()
-                optimizer.step()
+    for index in turns.batches(ROWS, BATCH):
+        optimizer.zero_grad()
+        loss(x[index]).backward()
+        optimizer.step()
     return lambda: loss(x[:BATCH]).item()
 
 
@@ -72,25 +68,13 @@ def pyro_vae(options: dict[str, Any], turns: Turns) -> Any:
     """`fit` of a declared VAE with classes."""
     import torch
 
-    from pyro_vae import build, fit
+    from pyro_vae import build
     from pyro_vae.estimators import evidence_lower_bound
-    from pyro_vae.training.dataset import TensorDataset
-
-    class Waiting(TensorDataset):
-        def batch(self, index: Any) -> Any:
-            if len(index) == BATCH and vae.training:
-                turns.tick()
-            return super().batch(index)
-
-        def to(self, device: Any) -> Any:
-            return self
 
     torch.manual_seed(0)
     wide: Any = {"class_path": "MLP", "init_args": {"hidden": [HIDDEN], "activation": "softplus"}}
     vae, x = build(X, D, encoder=wide, decoder=wide, classes=C), rows()
-    vae.initialised.fill_(True)  # start where the others start
-    with contextlib.suppress(Done):
-        fit(vae, Waiting(x), epochs=10_000, batch_size=BATCH, progress=False, **options)
+    turns.fit(vae, x, batch_size=BATCH, **options)
     return lambda: -evidence_lower_bound(vae, x[:BATCH]).elbo.mean().item()
 
 
@@ -126,11 +110,8 @@ def pyro_example(turns: Turns) -> Any:
 
     loss = TraceEnum_ELBO(max_plate_nesting=1)
     svi = SVI(model, config_enumerate(guide), pyro.optim.ClippedAdam({"lr": 1e-3}), loss)
-    with contextlib.suppress(Done):
-        while True:
-            for batch in x[torch.randperm(ROWS)].split(BATCH):
-                turns.tick()
-                svi.step(batch)
+    for index in turns.batches(ROWS, BATCH):
+        svi.step(x[index])
     return lambda: svi.evaluate_loss(x[:BATCH]) / BATCH
 
 

@@ -204,11 +204,8 @@ def by_hand(
 
     if graph:
         step = recorded(step, x[:batch].clone())
-    with contextlib.suppress(Done):
-        while True:
-            for index in torch.randperm(ROWS, device=device).split(batch)[: ROWS // batch]:
-                turns.tick()
-                step(x[index])
+    for index in turns.batches(ROWS, batch, device):
+        step(x[index])
     return lambda: loss_of(loss, x)
 
 
@@ -276,19 +273,9 @@ def pyro_vae(
     """`fit`, with all that its loop does."""
     import torch
 
-    from pyro_vae import build, fit
+    from pyro_vae import build
     from pyro_vae.estimators import evidence_lower_bound
     from pyro_vae.objectives import ELBO, IWAE
-    from pyro_vae.training.dataset import TensorDataset
-
-    class Waiting(TensorDataset):
-        def to(self, device: Any) -> Any:
-            return self
-
-        def batch(self, index: Any) -> Any:
-            if len(index) == workload["batch"]:
-                turns.tick()
-            return super().batch(index)
 
     torch.manual_seed(0)
     torch.set_float32_matmul_precision(matmul)
@@ -308,17 +295,14 @@ def pyro_vae(
         encoder=network,
         decoder="ConvTranspose" if images else network,
     )
-    vae.initialised.fill_(True)  # start where the others start
     if "counts" in workload:
         vae.likelihood.log_total.copy_(torch.tensor([7.0, 0.5]))
     x = data(workload["shape"])
     objective = IWAE(workload["draws"]) if "draws" in workload else ELBO()
-    options = {"batch_size": workload["batch"], "lr": 1e-3, "progress": False}
-    options["accelerator"] = device
+    options = {"batch_size": workload["batch"], "lr": 1e-3, "accelerator": device}
     if device != "cpu":
         turns.wait = torch.cuda.synchronize
-    with contextlib.suppress(Done):
-        fit(vae, Waiting(x.to(device)), objective, epochs=10_000, compile=compiled, **options)
+    turns.fit(vae, x.to(device), objective, compile=compiled, **options)
     if "draws" in workload:
         return lambda: objective.loss(vae.model, vae.guide, x[:CHECKED]) / CHECKED
     return lambda: -evidence_lower_bound(vae.model, vae.guide, x[:CHECKED]).elbo.mean().item()

@@ -12,7 +12,8 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -57,6 +58,37 @@ class Turns:
                 raise Done
             self.left, self.began = self.steps, self.clock()
         self.left -= 1
+
+    def batches(self, count: int, size: int, device: str = "cpu") -> Iterator[Any]:
+        """Positions of random batches of `count` rows, each after a tick, until the last turn."""
+        import torch
+
+        with suppress(Done):
+            while True:
+                for index in torch.randperm(count, device=device).split(size)[: count // size]:
+                    self.tick()
+                    yield index
+
+    def fit(self, vae: Any, x: Any, objective: Any = None, **options: Any) -> None:
+        """pyro_vae's `fit` of the rows x, with a tick before each batch of training."""
+        from pyro_vae import fit
+        from pyro_vae.objectives import ELBO
+        from pyro_vae.training.dataset import TensorDataset
+
+        turns = self
+
+        class Waiting(TensorDataset):
+            def to(self, device: Any) -> Any:
+                return self
+
+            def batch(self, index: Any) -> Any:
+                if len(index) == options["batch_size"] and vae.training:
+                    turns.tick()
+                return super().batch(index)
+
+        vae.initialised.fill_(True)  # start where the others start
+        with suppress(Done):
+            fit(vae, Waiting(x), objective or ELBO(), epochs=10_000, progress=False, **options)
 
 
 Train = Callable[[Turns], Callable[[], float]]
