@@ -141,8 +141,20 @@ def evaluation(path: Path) -> dict[str, Any]:
     """The table that `evaluate` printed: value, error, remark."""
     found = json.loads(path.read_text())
     first = f"the first {found['rows']} rows of the {found['part']} part"
-    earlier = {"rows_of": first, "odd_rows": [], "missing": {}, "missing_patterns": []}
-    return {**earlier, **found, "lines": lines_of(found)}
+    return {
+        "rows": found.get("rows_of", first),
+        "lines": lines_of(found),
+        "odd": [
+            (str(one["row"]), f"{one['log_prob']:.2f}", one["column"], one["cell"],
+             f"{one['column_log_prob']:.2f}")
+            for one in found.get("odd_rows", [])
+        ],
+        "missing": {name: f"{share:.1%}" for name, share in found.get("missing", {}).items()},
+        "patterns": [
+            (", ".join(one["columns"]) or "none", one["rows"])
+            for one in found.get("missing_patterns", [])
+        ],
+    }  # fmt: skip
 
 
 def evidence(path: Path) -> dict[str, Any]:
