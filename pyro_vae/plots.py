@@ -314,7 +314,8 @@ def unit_kl(epochs: Tensor, kl: Tensor, names: Sequence[str] | None = None) -> F
         look = {"color": "0.8"} if place >= 10 else {"label": names[d]}
         line = "--" if len(PALETTE) <= place < 10 else "-"
         ax.plot(epochs.tolist(), kl[:, d].tolist(), line, marker=_mark(epochs), **look)
-    _over_epochs(ax, "KL of each latent dimension")
+    ax.set(title="KL of each latent dimension", xlabel="epoch", ylabel="nats per datum")
+    _name_lines(ax)
     title = f"the last of each, {kl[-1].sum():.1f} nats in all"
     bars.set(title=title, xlabel="latent dimensions, in order", xticks=[])
     if len(set(sites)) > 1:
@@ -357,7 +358,8 @@ def terms(epochs: Tensor, parts: Mapping[str, Tensor]) -> Figure:
     for name, values in parts.items():
         look = {"label": name.replace("_", " "), "marker": _mark(epochs)}
         ax.plot(epochs.tolist(), values.tolist(), **look)
-    _over_epochs(ax, "parts of the KL")
+    ax.set(title="parts of the KL", xlabel="epoch", ylabel="nats per datum")
+    _name_lines(ax)
     return figure
 
 
@@ -457,11 +459,6 @@ def _short(name: str, most: int = 26) -> str:
 def _mark(points: Any) -> str:
     """Dots on a line that is too short to be seen."""
     return "." if len(points) < 3 else ""
-
-
-def _over_epochs(ax: Any, title: str) -> None:
-    ax.set(title=title, xlabel="epoch", ylabel="nats per datum")
-    _name_lines(ax)
 
 
 def _name_lines(ax: Any) -> None:

@@ -64,10 +64,12 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
     data = _few(splits.validation)
     with torch.no_grad():
         means = torch.cat([vae.encode(*pair).mean for pair in pairs(data)])
-        made = (_of_images if data.x.ndim == 4 else _of_tables)(vae, splits, data)
-    made |= _of_parts(folder, vae, len(data))
-    made["curves"] = plots.curves(rows)
-    made["latent"] = plots.latent(means, data.labels, unit_names(vae))
+        made = {
+            "curves": plots.curves(rows),
+            "latent": plots.latent(means, data.labels, unit_names(vae)),
+            **_of_parts(folder, vae, len(data)),
+            **(_of_images(vae, splits, data) if data.x.ndim == 4 else _of_tables(vae, splits)),
+        }
     for name, figure in made.items():
         keep(figure, folder / "figures" / name)
 
@@ -105,7 +107,7 @@ def _of_images(vae: VAE, splits: Splits, data: Data) -> dict[str, Figure]:
     return made
 
 
-def _of_tables(vae: VAE, splits: Splits, data: Data) -> dict[str, Figure]:
+def _of_tables(vae: VAE, splits: Splits) -> dict[str, Figure]:
     """Columns of the training rows and of as many draws, both in the units of the file."""
     data = _few(splits.train)
     with forked(torch.device("cpu"), 0):
@@ -270,8 +272,7 @@ def _of_parts(folder: Path, vae: VAE, num_data: int) -> dict[str, Figure]:
         epochs = torch.tensor([row["epoch"] for row in rows])
         if len(vae.sizes) == 1:
             parts = {NAMES[name]: torch.tensor([row[name] for row in rows]) for name in TERMS}
-            with torch.no_grad():
-                prior = vae.prior()
+            prior = vae.prior()
             if not isinstance(prior, Independent) or prior.base_dist.event_shape:
                 # the last two terms are no KL where the prior does not factorise; their sum is
                 correlation, mismatch = (parts.pop(NAMES[name]) for name in TERMS[1:])

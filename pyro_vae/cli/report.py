@@ -229,24 +229,23 @@ def programs(vae: VAE, declared: dict[str, Any]) -> dict[str, dict[str, Any]]:
     y = torch.zeros(2, conditions) if conditions else None
     with forked(torch.device("cpu"), 0), torch.no_grad():
         arguments = (vae.sample(2, y), y)
-    return {name: _program(getattr(vae, name), arguments) for name in ("model", "guide")}
-
-
-def _program(program: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any]:
-    related = get_model_relations(program, arguments)
-    places, arrows, sites = dict[str, tuple[int, int]](), [], []
-    for site, parents in related["sample_sample"].items():  # in the order in which they are drawn
-        down = max((80 + places[parent][1] for parent in parents), default=60)
-        across = 70 + 100 * sum(place[1] == down for place in places.values())
-        places[site] = across, down
-        arrows += [(*places[parent], across, down) for parent in parents]
-        plates = (name for name, inside in related["plate_sample"].items() if site in inside)
-        kind = "observed" if site in related["observed"] else "latent"
-        law = related["sample_dist"][site]
-        sites.append((site, law, ", ".join(parents), ", ".join(plates), kind))
-    width, height = (max(ends) for ends in zip(*places.values()))
-    drawing = {"places": places, "arrows": arrows, "width": width + 70, "height": height + 60}
-    return {"sites": sites, "drawing": drawing}
+    found = {}
+    for name in ("model", "guide"):
+        related = get_model_relations(getattr(vae, name), arguments)
+        places, arrows, sites = dict[str, tuple[int, int]](), [], []
+        for site, parents in related["sample_sample"].items():  # in the order of their draws
+            down = max((80 + places[parent][1] for parent in parents), default=60)
+            across = 70 + 100 * sum(place[1] == down for place in places.values())
+            places[site] = across, down
+            arrows += [(*places[parent], across, down) for parent in parents]
+            plates = (plate for plate, inside in related["plate_sample"].items() if site in inside)
+            kind = "observed" if site in related["observed"] else "latent"
+            law = related["sample_dist"][site]
+            sites.append((site, law, ", ".join(parents), ", ".join(plates), kind))
+        width, height = (max(ends) for ends in zip(*places.values()))
+        drawing = {"places": places, "arrows": arrows, "width": width + 70, "height": height + 60}
+        found[name] = {"sites": sites, "drawing": drawing}
+    return found
 
 
 def _called(declared: dict[str, Any]) -> str:
