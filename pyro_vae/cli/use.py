@@ -63,8 +63,9 @@ def encode(options: Namespace) -> None:
     def run(part: int, rows: Tensor) -> bytes:
         with torch.no_grad():
             q = vae.encode(*data.batch(rows))
+            codes = torch.cat([q.mean, q.stddev], 1)
         file = io.BytesIO()
-        np.save(file, torch.cat([q.mean, q.stddev], 1).numpy())
+        np.save(file, codes.numpy())
         return file.getvalue()
 
     stream(Job(len(data), partial(key_of, vae, data, {}), run, _codes), options, out)
