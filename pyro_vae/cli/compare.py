@@ -23,8 +23,6 @@ from pyro_vae.metrics import Difference, paired_difference
 from pyro_vae.training import read_run
 from pyro_vae.vae import VAE
 
-__all__ = ["check_comparable", "compare", "compared", "differing", "told"]
-
 
 def compare(options: Namespace) -> None:
     """Runs on the same rows: log p(x) of each, and paired differences with their errors."""

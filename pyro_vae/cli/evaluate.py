@@ -30,8 +30,6 @@ from pyro_vae.files import write
 from pyro_vae.metrics import Decomposition, active_units
 from pyro_vae.vae import VAE
 
-__all__ = ["QUANTITIES", "evaluate", "lines_of"]
-
 QUANTITIES = {
     "encoder_bound": ("encoder alone", ".2f", "a lower bound, K = {encoder_bound_samples}"),
     "elbo": ("ELBO", ".2f", "reconstruction less KL"),

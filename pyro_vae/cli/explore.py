@@ -38,8 +38,6 @@ from pyro_vae.explorer import Content, Rows, page
 from pyro_vae.files import reading, write
 from pyro_vae.vae import VAE
 
-__all__ = ["Follow", "Mean", "command", "evaluated", "explore"]
-
 
 def command(options: Namespace) -> None:
     """Writes the page of a run; it opens from disk and asks for nothing else."""

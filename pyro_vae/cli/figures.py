@@ -27,22 +27,6 @@ from pyro_vae.vae import VAE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = [
-    "NAMES",
-    "TERMS",
-    "KlParts",
-    "condition",
-    "decompose",
-    "draw",
-    "followed",
-    "keep",
-    "layer_lines",
-    "limits",
-    "plot",
-    "unit_kl",
-    "unit_names",
-]
-
 TERMS = ("mutual_information", "total_correlation", "dimension_wise_kl")
 NAMES = {
     "mutual_information": "mutual information",

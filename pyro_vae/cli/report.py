@@ -28,8 +28,6 @@ from pyro_vae.runtime import forked
 from pyro_vae.training import read_run
 from pyro_vae.vae import VAE
 
-__all__ = ["report"]
-
 T = TypeVar("T")
 Picture = dict[str, Any]  # its source, its width on the page and its caption
 

@@ -41,8 +41,6 @@ from pyro_vae.metrics import p_values
 from pyro_vae.runtime import forked
 from pyro_vae.vae import VAE
 
-__all__ = ["Scorer", "by_column", "estimate", "held_out", "rows_of", "score", "shifted"]
-
 Estimate = Callable[..., Evidence]
 WORK = ("chunk_size", "compile")
 RESULT = ("tolerance", "num_samples", "columns", "p_values", "seed", *WORK)

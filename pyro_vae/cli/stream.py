@@ -24,8 +24,6 @@ from pyro_vae.data import Data
 from pyro_vae.files import Locked, locked, write
 from pyro_vae.processes import in_processes, uses_cuda
 
-__all__ = ["Job", "key_of", "part_seed", "stream"]
-
 Run = Callable[[int, Tensor], bytes]
 ROWS = 1000  # of a part: what is lost when a process dies
 

@@ -29,8 +29,6 @@ from pyro_vae.files import as_csv, write
 from pyro_vae.runtime import forked
 from pyro_vae.vae import VAE
 
-__all__ = ["classify", "encode", "impute", "sample"]
-
 WAY = ("chunk_size", "compile")
 
 
