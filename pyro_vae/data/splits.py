@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_vae.arguments import check_real, check_whole, closest
 from pyro_vae.data.data import Data, Parts
 from pyro_vae.data.readers import NAMED, read_arrays, read_cells, read_images, read_named
-from pyro_vae.data.schema import Schema
+from pyro_vae.data.schema import Known, Schema
 from pyro_vae.data.tables import TABLES, ending, is_mixed, read_csv, read_rows_of_table
 from pyro_vae.data.transforms import make_transform
 
@@ -195,13 +195,12 @@ def read_rows(path: str | Path, schema: Schema | None = None) -> Data:
     Raises:
         ValueError: If there is none, or it cannot be used.
     """
-    path = Path(path)
-    if schema is None and path.is_file() and is_mixed(path):
-        return read_rows_of_table(path, "real").unchecked(schema=None)
-    return _read(path, schema)["train"]
+    rows = _read(Path(path), schema, "real")["train"]
+    return rows.unchecked(schema=schema and rows.schema)
 
 
-def _read(path: Path, schema: Schema | Mapping[str, Any] | None) -> Parts:
+def _read(path: Path, schema: Known, unknown: str | None = None) -> Parts:
+    """The parts of a source; `unknown` is the kind of columns of which nothing is known."""
     if path.is_dir():
         return read_images(path)
     if not path.suffix and not path.exists():
@@ -213,7 +212,7 @@ def _read(path: Path, schema: Schema | Mapping[str, Any] | None) -> Parts:
         raise ValueError(f"expected a file or folder at {path}, got none; check the path")
     kind = ending(path)
     if kind in TABLES and (schema is not None or is_mixed(path)):
-        return {"train": read_rows_of_table(path, schema)}
+        return {"train": read_rows_of_table(path, unknown if schema is None else schema)}
     if kind == ".csv":
         return {"train": read_csv(path)}
     if kind in (".h5ad", ".mtx"):

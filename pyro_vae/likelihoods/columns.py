@@ -146,10 +146,10 @@ class Columns(Likelihood):
     @property
     def measure(self) -> list[bool | float]:
         """True for each column of a mass, False of a density, or the width of an interval."""
-        each = [(part.measure, len(group)) for part, group in self._pairs()]
-        measures = [m for widths, n in each for m in widths * (n // len(widths))]
-        order = [column for _, group in self._pairs() for column in group]
-        return [measures[order.index(column)] for column in range(len(order))]
+        found: dict[int, bool | float] = {}
+        for part, group in self._pairs():
+            found |= zip(group, part.measure * len(group))
+        return [found[column] for column in range(len(found))]
 
     def raw_start(self, x: Tensor) -> Tensor:
         """Raw parameters of the average row; those that a column does not start are 0."""
