@@ -71,6 +71,7 @@ class Columns(Likelihood):
         Nazabal et al. Handling incomplete heterogeneous data using VAEs. 2020.
     """
 
+    support: Rows
     support_name = "the supports of its columns"
     before: ClassVar[dict[str, Any]] = {"together": False}
     input_loc: Tensor
@@ -126,7 +127,7 @@ class Columns(Likelihood):
         """The product of the columns."""
         raw = self.decoded(z, y, sum(self.sizes))
         pieces = zip(self.parts, raw.split(self.sizes, -1))
-        return Product([part(piece).base_dist for part, piece in pieces], self.columns).to_event(1)
+        return Product([part(piece).base_dist for part, piece in pieces], self.support).to_event(1)
 
     def inputs(self, x: Tensor) -> Tensor:
         """Categories one-hot, other columns scaled, and the mask where entries may be missing.
