@@ -324,8 +324,8 @@ class MixtureOfLogistics(DiscretizedLogistic):
         """Mixture of logistics in bins."""
         raw = self.raw(z, y, 3 * self.components).movedim(0, -1)
         loc, logits, scale = raw.unflatten(-1, (3, self.components)).unbind(-2)
-        each = distributions.MixtureOfLogistics(logits, self._logistic(loc, scale))
-        return each.to_event(len(self.data_shape))
+        weights, each = dist.Categorical(logits=logits), self._logistic(loc, scale)
+        return distributions.MixtureOfLogistics(weights, each).to_event(len(self.data_shape))
 
     def raw_start(self, x: Tensor) -> Tensor:
         """Locations about the mean level, a twentieth of all levels apart."""
