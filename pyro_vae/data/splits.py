@@ -16,7 +16,7 @@ from torch import Tensor
 from pyro_vae.arguments import check_real, check_whole, closest
 from pyro_vae.data.data import Data, Parts
 from pyro_vae.data.readers import NAMED, read_arrays, read_cells, read_images, read_named
-from pyro_vae.data.schema import Schema
+from pyro_vae.data.schema import Known, Schema
 from pyro_vae.data.tables import TABLES, ending, is_mixed, read_csv, read_rows_of_table
 from pyro_vae.data.transforms import make_transform
 
@@ -161,28 +161,22 @@ def load_data(
     named = {key.lower(): key for key in NAMED}.get(name.lower() if isinstance(name, str) else "")
     name = os.path.abspath(name) if named is None and os.path.exists(name) else name
     source = _numbered(_read(Path(name), schema) if named is None else read_named(named, root))
-    whole = _split(source, validation, seed)
-    rows = None if "validation" in source else len(whole["validation"])
-    parts: Any = {k: _kept(part, limit, even, seed, conditional) for k, part in whole.items()}
+    split, parts = _split(source, validation, seed), dict[str, Any]()
+    for key, (part, index) in split.items():
+        some = spread(len(index), limit, seed) if even else slice(limit)
+        found = part.subset(index[some]).unchecked(seed=seed)
+        found = found if conditional else found.unchecked(y=None)
+        parts[key] = found.one_hot() if conditional and found.y is None else found
     splits = Splits(
         **parts,
         name=str(name),
-        validation_rows=rows,
+        validation_rows=None if "validation" in source else len(split["validation"][1]),
         seed=seed,
         conditional=conditional,
         limit=limit,
         even=even,
     )
     return splits.with_transform(transform)
-
-
-def _kept(part: Data, limit: int | None, even: bool, seed: int, conditional: bool) -> Data:
-    """At most `limit` rows of a part, with y if they are to be conditioned on."""
-    index = spread(len(part), limit, seed) if even else torch.arange(len(part))[:limit]
-    part = part.subset(index).unchecked(seed=seed)
-    if not conditional:
-        return part.unchecked(y=None)
-    return part.one_hot() if part.y is None else part
 
 
 def read_rows(path: str | Path, schema: Schema | None = None) -> Data:
@@ -195,13 +189,12 @@ def read_rows(path: str | Path, schema: Schema | None = None) -> Data:
     Raises:
         ValueError: If there is none, or it cannot be used.
     """
-    path = Path(path)
-    if schema is None and path.is_file() and is_mixed(path):
-        return read_rows_of_table(path, "real").unchecked(schema=None)
-    return _read(path, schema)["train"]
+    rows = _read(Path(path), schema, "real")["train"]
+    return rows.unchecked(schema=schema and rows.schema)
 
 
-def _read(path: Path, schema: Schema | Mapping[str, Any] | None) -> Parts:
+def _read(path: Path, schema: Known, unknown: str | None = None) -> Parts:
+    """The parts of a source; `unknown` is the kind of columns of which nothing is known."""
     if path.is_dir():
         return read_images(path)
     if not path.suffix and not path.exists():
@@ -212,10 +205,10 @@ def _read(path: Path, schema: Schema | Mapping[str, Any] | None) -> Parts:
     if not path.is_file():
         raise ValueError(f"expected a file or folder at {path}, got none; check the path")
     kind = ending(path)
-    if kind in TABLES and (schema is not None or is_mixed(path)):
-        return {"train": read_rows_of_table(path, schema)}
-    if kind == ".csv":
-        return {"train": read_csv(path)}
+    if kind in TABLES:
+        is_table = schema is not None or is_mixed(path)
+        known = unknown if schema is None else schema
+        return {"train": read_rows_of_table(path, known) if is_table else read_csv(path)}
     if kind in (".h5ad", ".mtx"):
         return {"train": read_cells(path)}
     if kind in (".npz", ".npy"):
@@ -251,8 +244,10 @@ def _numbered(source: Parts) -> Parts:
     }
 
 
-def _split(source: Parts, validation: int | float | None, seed: int) -> Parts:
-    """Three parts; those that the source lacks are taken from its training part."""
+def _split(
+    source: Parts, validation: int | float | None, seed: int
+) -> dict[str, tuple[Data, Tensor]]:
+    """The rows of three parts; those that the source lacks are taken from its training part."""
     whole, rows = source["train"], len(source["train"])
     order = torch.from_numpy(np.random.default_rng(seed).permutation(rows))
     test = 0 if "test" in source else max(1, round(rows / 10))
@@ -276,9 +271,9 @@ def _split(source: Parts, validation: int | float | None, seed: int) -> Parts:
             f"{whole.name}: expected rows left for training, got {rows} rows for {held} of "
             f"validation and {test} of test; choose a smaller validation part or give more rows"
         )
-    taken = {"validation": order[test : held + test], "test": order[:test]}
-    own = {name: source.get(name) or whole.subset(index) for name, index in taken.items()}
-    return {"train": whole.subset(order[held + test :]), **own}
+    own = {name: (part, torch.arange(len(part))) for name, part in source.items()}
+    taken = {"validation": (whole, order[test : held + test]), "test": (whole, order[:test])}
+    return taken | own | {"train": (whole, order[held + test :])}
 
 
 def spread(num_data: int, limit: int | None, seed: int) -> Tensor:

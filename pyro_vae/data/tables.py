@@ -374,11 +374,17 @@ def read_csv(path: Path) -> Data:
     header, table = _numbers(path)
     names = [name.strip() for name in header]
     _check_names(str(path), names, is_text=True, once=False)
-    labels = [names.index(key) for key in _label_column(str(path), names)]
-    values = [d for d in range(table.shape[1]) if d not in labels]
+    label = [names.index(key) for key in _label_column(str(path), names)]
+    values = [d for d in range(table.shape[1]) if d not in label]
+    labels = table[:, label].nan_to_num(nan=-1.0).flatten()  # an empty cell
+    for row in (labels != labels.round()).nonzero().flatten().tolist():
+        raise ValueError(
+            f"{path}: expected labels that are integers from 0, got {labels[row].item()} in row "
+            f"{row} (from 0); number the classes"
+        )
     return Data(
         table[:, values].float(),
-        labels=_label_numbers(path, table[:, labels[0]]) if labels else None,
+        labels=labels.long() if label else None,
         name=str(path),
         columns=tuple(names[d] for d in values) if names else None,
     )
@@ -401,32 +407,13 @@ def _numbers(path: Path) -> tuple[list[str], Tensor]:
     if not values:
         raise ValueError(f"{path}: expected at least one row of numbers, got none; fill the file")
     table = torch.from_numpy(np.array(values)).unflatten(0, (-1, len(first)))
-    counts_up = _counts_up(table)
-    if not named and counts_up[0] and counts_up.sum() == 1 and len(table) > 1:
+    steps = table.diff(dim=1)
+    whole = (table == table.round()).all(1)
+    counts_up = whole & (steps > 0).all(1) & (steps == steps[:, :1]).all(1)
+    if not named and table.shape[1] > 1 and counts_up[0] and counts_up.sum() == 1 < len(table):
         raise ValueError(
             f"{path}: expected names or data in the first line, got numbers that count up, "
             f"{', '.join(first[:3])}, as no other line does: if they are names, write them as "
             "text, such as y2019; if data, give the columns names in a line above"
         )
     return first if named else [], table
-
-
-def _counts_up(table: Tensor) -> Tensor:
-    """Which rows are whole numbers at one distance above 0, as a header of years is."""
-    steps = table.diff(dim=1)
-    if not steps.numel():
-        return torch.zeros(len(table), dtype=torch.bool)
-    whole = (table == table.round()).all(1)
-    return whole & (steps > 0).all(1) & (steps == steps[:, :1]).all(1)
-
-
-def _label_numbers(path: Path, column: Tensor) -> Tensor:
-    column = column.nan_to_num(nan=-1.0)  # an empty cell
-    bad = (column != column.round()).nonzero()
-    if len(bad):
-        row = int(bad[0])
-        raise ValueError(
-            f"{path}: expected labels that are integers from 0, got {column[row].item()} in row "
-            f"{row} (from 0); number the classes"
-        )
-    return column.long()

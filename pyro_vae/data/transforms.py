@@ -49,6 +49,11 @@ class Transform:
         Raises:
             ValueError: If the transform is noisy and ``u`` is None.
         """
+        if self.noisy and u is None:
+            raise ValueError(f"{type(self).__name__} needs uniform noise u of x's shape, got None")
+        return self._map(x, u)
+
+    def _map(self, x: Tensor, u: Any) -> Tensor:
         return x.float()
 
     def fixed(self, x: Tensor, rows: Tensor, seed: int) -> Tensor:
@@ -98,8 +103,7 @@ class Threshold(Transform):
 
     binary = True
 
-    def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
-        """See ``Transform``."""
+    def _map(self, x: Tensor, u: Any) -> Tensor:
         return (x >= self.at).float()
 
     def inverse(self, x: Tensor) -> Tensor:
@@ -116,11 +120,6 @@ class _Grey(Transform):
     def __post_init__(self) -> None:
         if self.levels < 2:
             raise ValueError(f"expected at least 2 grey levels, got levels={self.levels}")
-
-    def _noise(self, u: Tensor | None) -> Tensor:
-        if u is None:
-            raise ValueError(f"{type(self).__name__} needs uniform noise u of x's shape, got None")
-        return u
 
     def inverse(self, x: Tensor) -> Tensor:
         """Maps a value, or a mean in [0, 1], to [0, levels - 1]."""
@@ -154,9 +153,8 @@ class Binarise(_Grey):
         """Whether training redraws."""
         return self.dynamic
 
-    def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
-        """See ``Transform``."""
-        return (self._noise(u) < x.float() / (self.levels - 1)).float()
+    def _map(self, x: Tensor, u: Any) -> Tensor:
+        return (u < x.float() / (self.levels - 1)).float()
 
 
 @dataclass(frozen=True)
@@ -177,11 +175,10 @@ class Dequantise(_Grey):
     noisy = True
     fresh = True
 
-    def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
-        """See ``Transform``."""
+    def _map(self, x: Tensor, u: Any) -> Tensor:
         # float32 rounding can reach the next bin, and 0 and 1, where a logit is infinite.
-        low, top, edge = x.float(), x.float() + 1, 3 * 2.0**-24
-        value = (low + self._noise(u)).clamp(low * (1 + edge), top * (1 - edge))
+        low, edge = x.float(), 3 * 2.0**-24
+        value = (low + u).clamp(low * (1 + edge), (low + 1) * (1 - edge))
         return (value / self.levels).clamp(2.0**-32, 1 - 2.0**-24)
 
     def inverse(self, x: Tensor) -> Tensor:
@@ -205,8 +202,7 @@ class Rescale(_Grey):
         levels: The number of grey levels.
     """
 
-    def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
-        """See ``Transform``."""
+    def _map(self, x: Tensor, u: Any) -> Tensor:
         return x.float() / (self.levels - 1)
 
     def log_slope(self) -> float:
@@ -256,8 +252,7 @@ class Standardise(Transform):
         std = (squares / count).sqrt().masked_fill(low == high, 0.0)
         return cls((total / count).float(), std.float())
 
-    def __call__(self, x: Tensor, u: Tensor | None = None) -> Tensor:
-        """See ``Transform``."""
+    def _map(self, x: Tensor, u: Any) -> Tensor:
         return (x.float() - self.mean.to(x.device)) / self.std.to(x.device)
 
     def inverse(self, x: Tensor) -> Tensor:

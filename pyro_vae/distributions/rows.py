@@ -14,6 +14,32 @@ from torch.distributions import Independent, constraints, transform_to
 from pyro_vae.distributions.scalars import Levels, Made, Shape
 
 
+class Rows(constraints.Constraint):
+    """Rows whose columns are each within their own support.
+
+    Args:
+        parts: Supports of scalars.
+        columns: For each of them, the numbers of its columns.
+    """
+
+    def __init__(
+        self, parts: Sequence[constraints.Constraint], columns: Sequence[Sequence[int]]
+    ) -> None:
+        self.parts, self.columns = parts, columns
+        joined = [c for part in columns for c in part]
+        self.order = sorted(range(len(joined)), key=lambda i: joined[i])  # of columns in it
+
+    @property
+    def is_discrete(self) -> bool:  # type: ignore[override]
+        """Whether every column is."""
+        return all(part.is_discrete for part in self.parts)
+
+    def check(self, value: Tensor) -> Tensor:
+        """Whether each entry is in the support of its column."""
+        pairs = zip(self.parts, self.columns)
+        return torch.cat([p.check(value[..., c]) for p, c in pairs], -1)[..., self.order]
+
+
 class Product(TorchDistribution):
     r"""Independent columns of several families, one column an entry of the batch [*S, C].
 
@@ -24,31 +50,24 @@ class Product(TorchDistribution):
 
     Args:
         parts: Scalar distributions, of batch [*S, C_k] each.
-        columns: For each part, the numbers of its C_k columns.
+        support: Their supports, and for each the numbers of its C_k columns.
     """
 
     arg_constraints = {}
+    support: Any = constraints.real
 
     def __init__(
-        self,
-        parts: Sequence[Any],
-        columns: Sequence[Sequence[int]],
-        validate_args: bool | None = None,
+        self, parts: Sequence[Any], support: Rows, validate_args: bool | None = None
     ) -> None:
-        self.parts, self.columns = parts, columns
-        self.order = _inverse([c for part in columns for c in part])
+        self.parts, self.support = parts, support
+        self.columns, self.order = support.columns, support.order
         batch = Size((*parts[0].batch_shape[:-1], len(self.order)))
         super().__init__(batch, validate_args=validate_args)
-
-    @property
-    def support(self) -> constraints.Constraint:
-        """Rows of numbers, each column within the support of its part."""
-        return Rows([p.support for p in self.parts], self.columns)
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> Product:
         """The same distribution over a larger batch."""
         parts = [p.expand((*batch_shape[:-1], p.batch_shape[-1])) for p in self.parts]
-        return type(self)(parts, self.columns, validate_args=False)
+        return type(self)(parts, self.support, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log density of each entry of `value` [*S, C] in nats."""
@@ -73,35 +92,10 @@ class Product(TorchDistribution):
         return joined.index_select(-1, torch.tensor(self.order, device=joined.device))
 
 
-class Rows(constraints.Constraint):
-    """Rows whose columns are each within their own support; arguments as in `Product`."""
-
-    def __init__(
-        self, parts: Sequence[constraints.Constraint], columns: Sequence[Sequence[int]]
-    ) -> None:
-        self.parts, self.columns = parts, columns
-        self.order = _inverse([c for part in columns for c in part])
-
-    @property
-    def is_discrete(self) -> bool:  # type: ignore[override]
-        """Whether every column is."""
-        return all(part.is_discrete for part in self.parts)
-
-    def check(self, value: Tensor) -> Tensor:
-        """Whether each entry is in the support of its column."""
-        pairs = zip(self.parts, self.columns)
-        return torch.cat([p.check(value[..., c]) for p, c in pairs], -1)[..., self.order]
-
-
 def _run(numbers: Sequence[int]) -> Sequence[int] | slice:
     """Numbers as a slice, where they rise one by one."""
     whole = slice(numbers[0], numbers[-1] + 1)
     return whole if list(numbers) == list(range(whole.start, whole.stop)) else numbers
-
-
-def _inverse(order: Sequence[int]) -> list[int]:
-    """Where each number of a permutation stands."""
-    return sorted(range(len(order)), key=lambda i: order[i])
 
 
 class Incomplete(dist.Independent):

@@ -179,21 +179,13 @@ class DiscretizedLogistic(Made, TorchDistribution):
         return total
 
 
-class MixtureOfLogistics(Made, dist.MixtureSameFamily):
-    """A mixture of `DiscretizedLogistic`, whose last batch dimension is that of `logits`."""
-
-    made_of = ("logits", "each")
-
-    def __init__(
-        self, logits: Tensor, each: DiscretizedLogistic, validate_args: bool | None = None
-    ) -> None:
-        self.logits, self.each = logits, each
-        super().__init__(dist.Categorical(logits=logits), each, validate_args=validate_args)
+class MixtureOfLogistics(dist.MixtureSameFamily):
+    """A mixture of `DiscretizedLogistic` over their last batch dimension."""
 
     @property
     def support(self) -> constraints.Constraint:
         """Integers from 0 to levels - 1."""
-        return self.each.support
+        return self.component_distribution.support
 
 
 class Levels(dist.Categorical):

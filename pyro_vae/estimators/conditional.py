@@ -330,11 +330,7 @@ def log_conditional(
     twice = None if y is None else torch.cat([y, y])
     found = log_evidence(model, guide, both, twice, **options)
     rows = torch.arange(len(x))
-    return _less(found.rows(rows), found.rows(rows + len(x)))
-
-
-def _less(a: Evidence, b: Evidence) -> Evidence:
-    """The difference of two evidences of the same data, with the worse diagnostics of both."""
+    a, b = found.rows(rows), found.rows(rows + len(x))
     good = [{v, w} == {"reliable"} for v, w in zip(a.verdict, b.verdict)]
     return Evidence(
         log_prob=a.log_prob - b.log_prob,

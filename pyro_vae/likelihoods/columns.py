@@ -71,6 +71,7 @@ class Columns(Likelihood):
         Nazabal et al. Handling incomplete heterogeneous data using VAEs. 2020.
     """
 
+    support: Rows
     support_name = "the supports of its columns"
     before: ClassVar[dict[str, Any]] = {"together": False}
     input_loc: Tensor
@@ -126,7 +127,7 @@ class Columns(Likelihood):
         """The product of the columns."""
         raw = self.decoded(z, y, sum(self.sizes))
         pieces = zip(self.parts, raw.split(self.sizes, -1))
-        return Product([part(piece).base_dist for part, piece in pieces], self.columns).to_event(1)
+        return Product([part(piece).base_dist for part, piece in pieces], self.support).to_event(1)
 
     def inputs(self, x: Tensor) -> Tensor:
         """Categories one-hot, other columns scaled, and the mask where entries may be missing.
@@ -146,10 +147,10 @@ class Columns(Likelihood):
     @property
     def measure(self) -> list[bool | float]:
         """True for each column of a mass, False of a density, or the width of an interval."""
-        each = [(part.measure, len(group)) for part, group in self._pairs()]
-        measures = [m for widths, n in each for m in widths * (n // len(widths))]
-        order = [column for _, group in self._pairs() for column in group]
-        return [measures[order.index(column)] for column in range(len(order))]
+        found: dict[int, bool | float] = {}
+        for part, group in self._pairs():
+            found |= zip(group, part.measure * len(group))
+        return [found[column] for column in range(len(found))]
 
     def raw_start(self, x: Tensor) -> Tensor:
         """Raw parameters of the average row; those that a column does not start are 0."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from functools import partial
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -95,15 +94,20 @@ class Counts(Likelihood):
         self, z: Tensor, y: Tensor | None = None, library: Tensor | None = None
     ) -> Distribution:
         """Counts given z, y and the total [*S] where it is a latent."""
-        raw = list(self.raw(z, y, self.num_rates + self.zero_inflated))
-        log_gate = raw.pop() if self.zero_inflated else None
-        log_rate, *rest = raw
-        if self.library == "none":
-            return self._made(log_rate, rest, log_gate)
-        of_total = partial(self._made, self._log_share(log_rate), rest, log_gate)
-        if library is not None:
-            return of_total(library)
-        return OfTotal(of_total, dist.LogNormal(*self.log_total).expand(z.shape[:-1]))
+        log_rate, *rest = self.raw(z, y, self.num_rates + self.zero_inflated)
+        log_rate = log_rate if self.library == "none" else self._log_share(log_rate)
+        event = len(self.data_shape)
+
+        def made(total: Tensor | None) -> Any:
+            rate = log_rate if total is None else log_rate + total.log()[(..., *[None] * event)]
+            each = self.counts(rate, *rest[: self.num_rates - 1])
+            if self.zero_inflated:
+                each = dist.ZeroInflatedDistribution(each, gate_logits=rest[-1])
+            return each.to_event(event)
+
+        if self.library == "none" or library is not None:
+            return made(library)
+        return OfTotal(made, dist.LogNormal(*self.log_total).expand(z.shape[:-1]))
 
     def shares(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """The expected share of each count in the total [*S, *E]."""
@@ -111,10 +115,9 @@ class Counts(Likelihood):
 
     def raw_start(self, x: Tensor) -> Tensor:
         """Log of the mean, and few zeros beyond those of the counts."""
-        start = [x.mean(0).clamp(min=0.01).log()]
-        start += [torch.zeros_like(start[0])] * (self.num_rates - 1)
-        start += [torch.full_like(start[0], GATE)] if self.zero_inflated else []
-        return torch.cat(start)
+        first, rest = x.mean(0).clamp(min=0.01).log(), [0.0] * (self.num_rates - 1)
+        rest += [GATE] * self.zero_inflated
+        return torch.cat([first, *(torch.full_like(first, value) for value in rest)])
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
@@ -128,21 +131,6 @@ class Counts(Likelihood):
     def _log_share(self, log_rate: Tensor) -> Tensor:
         first = log_rate.ndim - len(self.data_shape)
         return log_rate.flatten(first).log_softmax(-1).view_as(log_rate)
-
-    def _made(
-        self,
-        log_rate: Tensor,
-        rest: list[Tensor],
-        log_gate: Tensor | None,
-        total: Tensor | None = None,
-    ) -> Distribution:
-        """Counts of their rates, or of their shares in a total [*S]."""
-        if total is not None:
-            log_rate = log_rate + total.log()[(...,) + (None,) * len(self.data_shape)]
-        each = self.counts(log_rate, *rest)
-        if log_gate is not None:
-            each = dist.ZeroInflatedDistribution(each, gate_logits=log_gate)
-        return each.to_event(len(self.data_shape))
 
     @abstractmethod
     def counts(self, log_rate: Tensor, *rest: Tensor) -> Any:
@@ -336,8 +324,8 @@ class MixtureOfLogistics(DiscretizedLogistic):
         """Mixture of logistics in bins."""
         raw = self.raw(z, y, 3 * self.components).movedim(0, -1)
         loc, logits, scale = raw.unflatten(-1, (3, self.components)).unbind(-2)
-        each = distributions.MixtureOfLogistics(logits, self._logistic(loc, scale))
-        return each.to_event(len(self.data_shape))
+        weights, each = dist.Categorical(logits=logits), self._logistic(loc, scale)
+        return distributions.MixtureOfLogistics(weights, each).to_event(len(self.data_shape))
 
     def raw_start(self, x: Tensor) -> Tensor:
         """Locations about the mean level, a twentieth of all levels apart."""
