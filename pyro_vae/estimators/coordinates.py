@@ -9,20 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pyro.distributions import Delta, Normal
+from pyro.distributions import Normal
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, constraints
 from torch.distributions.transforms import identity_transform
 
 from pyro_vae.densities import Densities, Site
-
-__all__ = [
-    "Coordinates",
-    "coordinates",
-    "holds_tensor",
-    "is_delta",
-    "is_discrete",
-]
 
 DRAWS = 64  # of a prior, behind its centre and spread
 PAIRS = 4  # of draws, which show whether coordinates are independent
@@ -205,7 +197,7 @@ def _units(where: Coordinates, like: Tensor, first: Site, second: Site) -> Tenso
 
 def _is_normal(where: Coordinates, fn: Distribution) -> bool:
     transform = getattr(where.transform, "base_transform", where.transform)
-    return isinstance(_base(fn), Normal) and transform is identity_transform
+    return isinstance(base(fn), Normal) and transform is identity_transform
 
 
 def holds_tensor(transform: Any) -> bool:
@@ -215,13 +207,8 @@ def holds_tensor(transform: Any) -> bool:
     return own or any(holds_tensor(part) for part in parts if part is not None)
 
 
-def is_delta(fn: Any) -> bool:
-    """Whether a distribution is a point."""
-    return isinstance(_base(fn), Delta)
-
-
 def _transform(name: str, site: Site) -> Transform:
-    kind = type(_base(site.model)).__name__
+    kind = type(base(site.model)).__name__
     if any(is_discrete(fn) for fn in (site.model, site.guide)):
         raise ValueError(
             f"latent site {name!r} is discrete ({kind}), where gradients are needed: sum it out "
@@ -244,14 +231,15 @@ def _whole(support: Any) -> Any:
     """The support of a mixture as that of its components."""
     if not hasattr(support, "base_constraint"):
         return support
-    base = _whole(support.base_constraint)
+    inner = _whole(support.base_constraint)
     if isinstance(support, constraints.independent):
-        return constraints.independent(base, support.reinterpreted_batch_ndims)
-    return base
+        return constraints.independent(inner, support.reinterpreted_batch_ndims)
+    return inner
 
 
-def _base(fn: Any) -> Any:
-    return _base(fn.base_dist) if hasattr(fn, "base_dist") else fn
+def base(fn: Any) -> Any:
+    """The distribution inside what is independent, expanded or transformed."""
+    return base(fn.base_dist) if hasattr(fn, "base_dist") else fn
 
 
 def is_discrete(fn: Any) -> bool:
