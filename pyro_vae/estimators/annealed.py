@@ -17,22 +17,6 @@ from pyro_vae.estimators.refined import Fit, fit_proposal
 from pyro_vae.estimators.run import estimator, map_targets, refuse_summed, summed
 from pyro_vae.estimators.target import Target, gradients
 
-__all__ = [
-    "ACCEPTANCE",
-    "GAIN",
-    "PILOT_CHAINS",
-    "STARTS",
-    "Bracket",
-    "Path",
-    "Point",
-    "Start",
-    "annealed_importance_sampling",
-    "bidirectional",
-    "hmc_step",
-    "make_start",
-    "refined",
-]
-
 ACCEPTANCE = 0.65
 GAIN = 0.7  # of the logarithm of a step size, for each move
 PILOT_CHAINS = 16
@@ -257,27 +241,26 @@ def hmc_step(
     References:
         Neal. MCMC using Hamiltonian dynamics. 2011.
     """
-
-    def between(start: Tensor, joint: Tensor) -> Tensor:
-        return joint if beta == 1 else (1 - beta) * start + beta * joint
-
-    def slope(point: Point) -> Tensor:
-        found = between(point.slope_start, point.slope_joint)
-        return torch.einsum("bji,kbj->kbi", scale_tril, found)
-
-    size = step_size.unsqueeze(-1)
-    momentum = torch.randn_like(point.u)
-    moved, speed = point, momentum + size / 2 * slope(point)
-    for step in range(num_leapfrog):
-        moved = at(moved.u + size * torch.einsum("bij,kbj->kbi", scale_tril, speed))
-        speed = speed + (size / 2 if step == num_leapfrog - 1 else size) * slope(moved)
-    gain, before = (between(p.log_start, p.log_joint) for p in (moved, point))
-    gain = gain - before + (momentum.pow(2) - speed.pow(2)).sum(-1) / 2
+    size, moved = step_size.unsqueeze(-1), point
+    momentum = speed = torch.randn_like(point.u)
+    for step in range(num_leapfrog + 1):
+        if step:
+            moved = at(moved.u + size * torch.einsum("bij,kbj->kbi", scale_tril, speed))
+        slope = _between(moved.slope_start, moved.slope_joint, beta)
+        kick = size / 2 if step in (0, num_leapfrog) else size
+        speed = speed + kick * torch.einsum("bji,kbj->kbi", scale_tril, slope)
+    after, before = (_between(p.log_start, p.log_joint, beta) for p in (moved, point))
+    gain = after - before + (momentum.pow(2) - speed.pow(2)).sum(-1) / 2
     probability = gain.nan_to_num(-torch.inf, torch.inf).clamp(max=0).exp()
     accepted = torch.rand_like(probability) < probability
     masks = {2: accepted, 3: accepted.unsqueeze(-1)}
     kept = Point(*(torch.where(masks[a.ndim], a, b) for a, b in zip(moved, point)))
     return kept, probability
+
+
+def _between(start: Tensor, joint: Tensor, beta: float) -> Tensor:
+    """A log density between the start's and log p(x, u), or its gradient."""
+    return joint if beta == 1 else (1 - beta) * start + beta * joint
 
 
 @dataclass(frozen=True, eq=False)

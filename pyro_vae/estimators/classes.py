@@ -13,8 +13,6 @@ from pyro_vae.estimators.evidence import Evidence, worst
 from pyro_vae.estimators.log_evidence import log_evidence
 from pyro_vae.estimators.run import estimator, for_each_value
 
-__all__ = ["ClassProbabilities", "class_probabilities"]
-
 
 class ClassProbabilities(NamedTuple):
     """p(y | x) of each datum, on the CPU.

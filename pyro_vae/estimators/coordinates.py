@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pyro.distributions import Delta, Normal
+from pyro.distributions import Normal
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, constraints
 from torch.distributions.transforms import identity_transform
 
 from pyro_vae.densities import Densities, Site
-
-__all__ = [
-    "Coordinates",
-    "coordinates",
-    "holds_tensor",
-    "is_delta",
-    "is_discrete",
-]
 
 DRAWS = 64  # of a prior, behind its centre and spread
 PAIRS = 4  # of draws, which show whether coordinates are independent
@@ -205,7 +196,7 @@ def _units(where: Coordinates, like: Tensor, first: Site, second: Site) -> Tenso
 
 def _is_normal(where: Coordinates, fn: Distribution) -> bool:
     transform = getattr(where.transform, "base_transform", where.transform)
-    return isinstance(_base(fn), Normal) and transform is identity_transform
+    return isinstance(base(fn), Normal) and transform is identity_transform
 
 
 def holds_tensor(transform: Any) -> bool:
@@ -215,13 +206,8 @@ def holds_tensor(transform: Any) -> bool:
     return own or any(holds_tensor(part) for part in parts if part is not None)
 
 
-def is_delta(fn: Any) -> bool:
-    """Whether a distribution is a point."""
-    return isinstance(_base(fn), Delta)
-
-
 def _transform(name: str, site: Site) -> Transform:
-    kind = type(_base(site.model)).__name__
+    kind = type(base(site.model)).__name__
     if any(is_discrete(fn) for fn in (site.model, site.guide)):
         raise ValueError(
             f"latent site {name!r} is discrete ({kind}), where gradients are needed: sum it out "
@@ -244,14 +230,15 @@ def _whole(support: Any) -> Any:
     """The support of a mixture as that of its components."""
     if not hasattr(support, "base_constraint"):
         return support
-    base = _whole(support.base_constraint)
+    inner = _whole(support.base_constraint)
     if isinstance(support, constraints.independent):
-        return constraints.independent(base, support.reinterpreted_batch_ndims)
-    return base
+        return constraints.independent(inner, support.reinterpreted_batch_ndims)
+    return inner
 
 
-def _base(fn: Any) -> Any:
-    return _base(fn.base_dist) if hasattr(fn, "base_dist") else fn
+def base(fn: Any) -> Any:
+    """The distribution inside what is independent, expanded or transformed."""
+    return base(fn.base_dist) if hasattr(fn, "base_dist") else fn
 
 
 def is_discrete(fn: Any) -> bool:
@@ -274,35 +261,31 @@ def _normal_scores(
     fixed = _alike(first, first[:, :1]) and _alike(first, again)
     if not fixed or not _factorises(where, fn, v[:PAIRS], v[-PAIRS:]):
         return None
-    centre, spread = v.median(0).values, v.quantile(0.75, 0) - v.quantile(0.25, 0)
-    seen: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
-    rows, normal = [], True
-    for i in range(len(centre)):
-
-        def along(v: Tensor, i: int = i) -> Tensor:
-            points = centre.repeat(len(v), 1)
-            points[:, i] = v
-            return _log_prior(where, fn, points)[:, 0]
-
-        shape = along(centre.new_tensor(SHAPE))
-        shape = shape - shape[0]
-        normal &= _alike(shape.diff(n=3), torch.zeros_like(shape[3:]))
-        table = next((table for known, table in seen if _alike(known, shape)), None)
-        if table is None:
-            table = _table(along, centre[i], spread[i])
-            seen.append((shape, table))
-        rows.append(table)
-    value, slope = (torch.stack(column) for column in zip(*rows))
+    centre, n = v.median(0).values, v.shape[1]
+    points, each = centre.repeat(n, len(SHAPE), 1), torch.arange(n)
+    points[each, :, each] = centre.new_tensor(SHAPE)
+    shapes = _log_prior(where, fn, points.flatten(0, 1))[:, 0].view(n, -1)
+    shapes = shapes - shapes[:, :1]
+    if _alike(shapes.diff(n=3), torch.zeros_like(shapes[:, 3:])):
+        return None
+    spread = v.quantile(0.75, 0) - v.quantile(0.25, 0)
+    tables: list[Any] = []
+    for i, shape in enumerate(shapes):  # those of one shape have one table
+        same = next(j for j, other in enumerate(shapes) if _alike(other, shape))
+        tables.append(tables[same] if same < i else _table(where, fn, centre, spread[i], i))
+    value, slope = (torch.stack(column) for column in zip(*tables))
     usable = bool((slope > 0).all() and slope.isfinite().all())
-    return NormalScores(value, slope) if usable and not normal else None
+    return NormalScores(value, slope) if usable else None
 
 
-def _table(along: Callable[[Tensor], Tensor], centre: Tensor, spread: Tensor) -> Any:
+def _table(where: Coordinates, fn: Distribution, centre: Tensor, spread: Tensor, i: int) -> Any:
     """Knots and slopes of v = F^{-1}(Phi(u)), from log p(v) along one coordinate."""
     from scipy.interpolate import PchipInterpolator  # which takes a second to load
 
     far = torch.linspace(-FAR, FAR, FINE, dtype=centre.dtype, device=centre.device)
-    log_mass = along(centre + spread * far.sinh()) + far.cosh().log()
+    points = centre.repeat(FINE, 1)
+    points[:, i] += spread * far.sinh()
+    log_mass = _log_prior(where, fn, points)[:, 0] + far.cosh().log()
     log_mass = torch.where(log_mass.isfinite(), log_mass, -torch.inf)
     mass = (log_mass - log_mass.max()).exp()
     steps = (mass[1:] + mass[:-1]) / 2
@@ -313,7 +296,7 @@ def _table(along: Callable[[Tensor], Tensor], centre: Tensor, spread: Tensor) ->
     rising = score.isfinite()
     rising[1:] &= score[1:] > score[:-1]
     knots = np.arange(round(2 * REACH / STEP) + 1) * STEP - REACH
-    u, v = score[rising].cpu().numpy(), (centre + spread * far.sinh())[rising].cpu().numpy()
+    u, v = (each[rising].cpu().numpy() for each in (score, points[:, i]))
     value = PchipInterpolator(u, v)(knots)
     slope = PchipInterpolator(knots, value).derivative()(knots)
     return tuple(torch.from_numpy(part).to(centre) for part in (value, slope))

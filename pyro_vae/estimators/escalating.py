@@ -25,8 +25,6 @@ from pyro_vae.estimators.proposal import components_cost, fit_cost
 from pyro_vae.estimators.refined import AGAIN_STEPS, METHOD, Fit, fit_proposal
 from pyro_vae.estimators.target import SCALE_DRAWS, Target, gradients
 
-__all__ = ["escalate", "walk"]
-
 PILOT, SECOND = 400, 2000  # draws that choose the number of draws, and are not scored
 NUMBERS = 1000, 1500, 2000, 3000, 4000, 6000, 8000, 12_000, 16_000, 24_000, 32_000, 48_000, 64_000
 ENOUGH = 8000  # draws that have to be, or else the proposal is improved
@@ -57,24 +55,11 @@ def escalate(
     Raises:
         ValueError: If the budget is below the least.
     """
-    least = SCALE_DRAWS + search_cost(target.dim) + fit_cost(target.dim)
-    left = budget - least - PILOT - 2 * WALK_COST
-    if left < NUMBERS[0]:
-        raise ValueError(
-            f"budget must be at least {budget - left + NUMBERS[0]:.0f} evaluations of the model "
-            f"for each datum, at {target.dim} latent dimensions; got {budget}: raise it, or use "
-            "importance_sampling"
-        )
-    improvements: list[Callable[[Fit, Tensor], Fit] | None] = [None]
-    for better, cost in (
-        (lambda fit, _: fit.again(), fit_cost(target.dim, AGAIN_STEPS)),
-        (Fit.with_components, components_cost(target.dim)),
-    ):
-        after = left - ENOUGH - cost - SECOND - 2 * WALK_COST
-        if after < AGAIN:
-            break
-        improvements.insert(-1, better)
-        left = after
+    improvements: list[Callable[[Fit, Tensor], Fit] | None]
+    improvements = [lambda fit, _: fit.again(), Fit.with_components, None]
+    if budget < math.inf:
+        stages, budget = _affordable(budget, target.dim)
+        improvements = [*improvements[: stages - 1], None]
     fit = fit_proposal(target)
     parts: list[Evidence] = []
     rows = last = torch.arange(target.num_data)  # last: where a datum's last estimate is
@@ -82,7 +67,7 @@ def escalate(
         needed, visited = _pilot(fit, tolerance, SECOND if stage else PILOT)
         needed = needed.clamp(min=AGAIN if stage else 0)
         hard = (needed > (AGAIN if stage else ENOUGH)) & (improve is not None)
-        part = _by_need(fit, needed.masked_fill(hard, 0), tolerance, left, exact)
+        part = _by_need(fit, needed.masked_fill(hard, 0), tolerance, budget, exact)
         last = last.index_copy(0, rows, sum(len(p) for p in parts) + torch.arange(len(rows)))
         parts.append(part)
         trusted = part.khat < part.khat_threshold.clamp(max=TRUSTED)
@@ -94,6 +79,24 @@ def escalate(
     return Evidence.cat(parts).rows(last)
 
 
+def _affordable(budget: float, dim: int) -> tuple[int, float]:
+    """How many proposals can be tried, and what is left for the draws of the last."""
+    least = SCALE_DRAWS + search_cost(dim) + fit_cost(dim)
+    left, stages = budget - least - PILOT - 2 * WALK_COST, 1
+    if left < NUMBERS[0]:
+        raise ValueError(
+            f"budget must be at least {budget - left + NUMBERS[0]:.0f} evaluations of the model "
+            f"for each datum, at {dim} latent dimensions; got {budget}: raise it, or use "
+            "importance_sampling"
+        )
+    for cost in (fit_cost(dim, AGAIN_STEPS), components_cost(dim)):
+        after = left - ENOUGH - cost - SECOND - 2 * WALK_COST
+        if after < AGAIN:
+            break
+        left, stages = after, stages + 1
+    return stages, left
+
+
 def _pilot(fit: Fit, tolerance: float, number: int) -> tuple[Tensor, Tensor]:
     r"""Draws that bring the standard error below the tolerance [B], and where walks led.
 
@@ -101,7 +104,7 @@ def _pilot(fit: Fit, tolerance: float, number: int) -> tuple[Tensor, Tensor]:
     the proposal, which do not see where it does not reach; and from walks through the
     posterior, over which the average weight is one more than it,
 
-    .. math:: \operatorname{Var}_q rac{w}{p(x)} = \mathbb{E}_{p(u \mid x)} rac{w}{p(x)} - 1
+    .. math:: \operatorname{Var}_q \frac{w}{p(x)} = \mathbb{E}_{p(u \mid x)} \frac{w}{p(x)} - 1
 
     Walks start at the largest weights, from where they go on into what the proposal does not
     reach, if the posterior has mass there, and come back if it has none. Where more than 2000
@@ -119,23 +122,20 @@ def _pilot(fit: Fit, tolerance: float, number: int) -> tuple[Tensor, Tensor]:
     draws_for = (MARGIN * tolerance) ** -2  # a unit of variance
     visited = walk(fit.target, places, weights, fit.proposal.scale_tril)
     found = fit.log_weights(visited, NUMBERS[0])
-    spread, beyond = number * pilot.stderr.square(), _variance(found, pilot.log_prob)
+    spread = number * pilot.stderr.square()
+    beyond = (found[WALKS:].cpu() - pilot.log_prob).exp().mean(0) - 1  # after one move
     rows = (draws_for * torch.maximum(spread, beyond) > TWICE).nonzero()[:, 0]
     if len(rows):
         part = fit.rows(rows)
         seen = torch.cat([places, visited])[:, rows], torch.cat([weights, found])[:, rows]
         visited[:, rows] = again = walk(part.target, *seen, part.proposal.scale_tril)
-        second = _variance(part.log_weights(again, NUMBERS[0]), pilot.log_prob[rows])
+        found = part.log_weights(again, NUMBERS[0])[WALKS:].cpu()
+        second = (found - pilot.log_prob[rows]).exp().mean(0) - 1
         beyond[rows] = (beyond[rows] + second) / 2
     needed = draws_for * torch.maximum(spread, beyond)
     if number > PILOT:
         needed = torch.where(pilot.khat < KHAT, needed, torch.inf)
     return needed, visited
-
-
-def _variance(log_weights: Tensor, log_prob: Tensor) -> Tensor:
-    """The relative variance of a weight [B], from the log weights of walks after one move."""
-    return (log_weights[WALKS:].cpu() - log_prob).exp().mean(0) - 1
 
 
 def _by_need(

@@ -18,8 +18,6 @@ from torch import Tensor
 from pyro_vae.densities import log_mean_exp
 from pyro_vae.files import reading, write
 
-__all__ = ["Evidence", "pareto_khat", "summarise", "worst"]
-
 DIGEST = "sha256"
 MATTERS = 1e-3  # posterior probability from which a value's verdict counts
 VERDICTS = ["reliable", "lower bound", "doubtful"]  # from the best to the worst

@@ -9,6 +9,7 @@ from functools import partial
 from inspect import unwrap
 
 import torch
+from pyro.distributions import Delta
 from torch import Tensor
 
 from pyro_vae.densities import (
@@ -20,13 +21,11 @@ from pyro_vae.densities import (
     log_mean_exp,
     log_weights,
 )
-from pyro_vae.estimators.coordinates import is_delta, is_discrete
+from pyro_vae.estimators.coordinates import base, is_discrete
 from pyro_vae.estimators.evidence import Evidence, summarise
 from pyro_vae.estimators.run import check_support, estimator, map_batches, summed
 from pyro_vae.estimators.target import ROWS, Compiled
 from pyro_vae.runtime import check_fits
-
-__all__ = ["Bound", "evidence_lower_bound", "importance_sampling", "lower_bound"]
 
 DRAWS = 50_000  # draws held at once: more run the guide again
 LARGEST = 8  # weights whose pairs are taken one by one
@@ -93,7 +92,7 @@ def importance_sampling(
         raise ValueError(f"proposal must be 'guide' or 'prior'; got {proposal!r}")
     if proposal == "guide":
         d = check_support(model, guide, x, y, rows)
-        sites = {name: site for name, site in d.sites.items() if is_delta(site.guide)}
+        sites = {n: site for n, site in d.sites.items() if isinstance(base(site.guide), Delta)}
         if points := [name for name, site in sites.items() if not is_discrete(site.model)]:
             raise ValueError(
                 f"the guide is a Delta at {points}, which has no density, so that its weights "

@@ -19,8 +19,6 @@ from pyro_vae.estimators.importance import lower_bound
 from pyro_vae.estimators.run import estimator, map_targets, refuse_summed, summed
 from pyro_vae.estimators.target import ROWS, Target
 
-__all__ = ["Audit", "audit", "kept_audit", "log_evidence"]
-
 REGRET_DRAWS = 16  # of the guide, behind its ELBO
 REACH = 0.3  # nats by which one exact draw may raise the estimate of a reliable datum
 SLACK = 4.0  # times the variance that the tolerance allows, in what exact draws show of it

@@ -11,8 +11,6 @@ from pyro_vae.estimators.evidence import Evidence, summarise
 from pyro_vae.estimators.proposal import CONVERGED, ROUNDS, Adam, laplace
 from pyro_vae.estimators.target import Target, gradients
 
-__all__ = ["Modes", "find_modes", "search_cost"]
-
 GUIDE_DRAWS = 32  # behind the guide's mean
 PRIOR_DRAWS = 500
 LIKELY_DRAWS = 128  # of them, from which starts are picked

@@ -11,19 +11,6 @@ from torch import Tensor
 
 from pyro_vae.estimators.target import Target, gradients
 
-__all__ = [
-    "Adam",
-    "Proposal",
-    "add_components",
-    "components_cost",
-    "curvature",
-    "factor",
-    "fit_cost",
-    "fit_gaussian",
-    "joined",
-    "laplace",
-]
-
 DF = 20.0  # degrees of freedom of the components
 FLOOR, CEILING = 0.5, 1e12  # of the eigenvalues of the precision, in units of the prior's
 ROUNDS = 3
@@ -219,12 +206,16 @@ def fit_gaussian(
         outer.diagonal(dim1=-2, dim2=-1).mul_(factor.diagonal(dim1=-2, dim2=-1))
         adam.ascend(g.mean(-1, keepdim=True), outer)
     noise = torch.randn(CHECKS, B, D, dtype=loc.dtype, device=loc.device)
-    fitted = loc + (tril @ mean.to(loc)).squeeze(-1), tril @ _tril(below.to(loc))
-    before, after = (_bound(target, noise, *q) for q in ((loc, tril), fitted))
-    better = (after > before).view(-1, 1)
+    entropy = (noise.square().sum(-1) + D * math.log(2 * math.pi)) / 2
+    fitted, bounds = (loc + (tril @ mean.to(loc)).squeeze(-1), tril @ _tril(below.to(loc))), []
+    for a, b in ((loc, tril), fitted):
+        log_joint = target.log_joint(a + torch.einsum("bij,kbj->kbi", b, noise))
+        log_det = b.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        bounds.append((log_joint + entropy).mean(0) + log_det)
+    better = (bounds[1] > bounds[0]).view(-1, 1)
     loc = torch.where(better, fitted[0], loc)
     tril = torch.where(better.unsqueeze(-1), fitted[1], tril)
-    return loc, tril, torch.maximum(before, after)
+    return loc, tril, torch.maximum(*bounds)
 
 
 def fit_draws(dim: int) -> int:
@@ -235,14 +226,6 @@ def fit_draws(dim: int) -> int:
 def fit_cost(dim: int, num_steps: int = FIT_STEPS) -> int:
     """How often `fit_gaussian` evaluates the model for one datum."""
     return num_steps * fit_draws(dim) + 2 * CHECKS
-
-
-def _bound(target: Target, noise: Tensor, loc: Tensor, tril: Tensor) -> Tensor:
-    """The ELBO [B] of a Gaussian, at draws made of the noise [K, B, D]."""
-    entropy = (noise.pow(2).sum(-1) + loc.shape[-1] * math.log(2 * math.pi)) / 2
-    log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    u = loc + torch.einsum("bij,kbj->kbi", tril, noise)
-    return (target.log_joint(u) + entropy).mean(0) + log_det
 
 
 def _tril(below: Tensor) -> Tensor:

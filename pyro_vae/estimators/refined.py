@@ -23,14 +23,6 @@ from pyro_vae.estimators.proposal import (
 from pyro_vae.estimators.run import estimator, map_targets, summed
 from pyro_vae.estimators.target import Run, Target
 
-__all__ = [
-    "AGAIN_STEPS",
-    "METHOD",
-    "Fit",
-    "fit_proposal",
-    "refined_importance_sampling",
-]
-
 METHOD = "importance sampling, refined"
 AGAIN_STEPS = 2 * FIT_STEPS  # of a second fit
 WIDER, WIDEST = 0.8, 0.2  # over the root of the number of informed directions, at most

@@ -29,17 +29,6 @@ from pyro_vae.estimators.target import ROWS, Compiled, Target
 from pyro_vae.processes import check_processes, in_processes
 from pyro_vae.runtime import alone, forked, is_small, keep_memory, seed_generators, threads
 
-__all__ = [
-    "check_support",
-    "estimator",
-    "exact_without_data",
-    "map_batches",
-    "for_each_value",
-    "map_targets",
-    "refuse_summed",
-    "summed",
-]
-
 DRAWS_AT_ONCE = 4  # draws of each datum that make up the rows that the model sees at once
 STEP = 100  # rows of a usual step of training, by which models are small for `fit`, too
 LAYER = 2_000_000  # numbers of the widest layer at once: more falls out of cache

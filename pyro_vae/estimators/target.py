@@ -11,6 +11,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.distributions import Delta
 from torch import Tensor, nn
 
 from pyro_vae.compiling import CannotCompile, Traced, compiled
@@ -26,9 +27,7 @@ from pyro_vae.densities import (
     run_program,
     sites_at,
 )
-from pyro_vae.estimators.coordinates import Coordinates, coordinates, holds_tensor, is_delta
-
-__all__ = ["ROWS", "SCALE_DRAWS", "Compiled", "Run", "Target", "gradients"]
+from pyro_vae.estimators.coordinates import Coordinates, base, coordinates, holds_tensor
 
 ROWS = 1000  # rows decoded at once: 250 to 2500 are equally fast, more falls out of cache
 SCALE_DRAWS = 64  # prior draws behind the unit of each coordinate
@@ -93,7 +92,8 @@ class Target:
             self.fixed = not any(holds_tensor(site.transform) for site in self.sites.values())
             self.fast = fast if self.fixed else None
             self.dim = mean.shape[-1]
-            self.guide_is_density = not any(is_delta(s.guide) for s in second.sites.values())
+            guides = [base(site.guide) for site in second.sites.values()]
+            self.guide_is_density = not any(isinstance(guide, Delta) for guide in guides)
             self.scale = torch.ones_like(mean)
             if scale is None and (unknown := deviation.isnan()).any():
                 draws = self.draw_prior(SCALE_DRAWS)[0].nan_to_num()
