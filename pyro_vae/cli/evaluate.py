@@ -27,7 +27,7 @@ from pyro_vae.estimators import (
 )
 from pyro_vae.estimators.log_evidence import REACH, kept_audit
 from pyro_vae.files import write
-from pyro_vae.metrics import Decomposition, active_units
+from pyro_vae.metrics import active_units
 from pyro_vae.vae import VAE
 
 QUANTITIES = {
@@ -70,7 +70,6 @@ def evaluate(options: Namespace) -> None:
     draw_extremes(data, evidence, Path(options.run) / "figures")
     with torch.no_grad():
         active = active_units(torch.cat([vae.encode(*pair).mean for pair in pairs(data)]))
-    parts = decompose(vae, getattr(splits, options.part).fixed(), num_rows=500)
     terms = {name: term for name, term in vars(bound).items() if isinstance(term, Tensor)}
     terms["inference_gap"] = evidence.log_prob - bound.elbo
     monte_carlo, over_data = evidence.mean_stderr()
@@ -89,7 +88,7 @@ def evaluate(options: Namespace) -> None:
         **{name: term.mean().item() for name, term in terms.items()},
         **{f"stderr_{n}": (t.std() / len(t) ** 0.5).item() for n, t in terms.items()},
         "kl_rules": sorted(set(bound.rules.values())),
-        **parts_numbers(parts),
+        **decompose(vae, getattr(splits, options.part).fixed(), num_rows=500),
         "active_units": int(active.sum()),
         "units": len(active),
         **({"layers": layers} if (layers := layer_lines(vae, data)) else {}),
@@ -143,20 +142,6 @@ def lines_of(found: dict[str, Any]) -> list[tuple[str, str, list[str], str, str]
             lines.append((name, f"{found[key]:{form}}", shown, remark, f"{count:,}"))
     layers = found.get("layers", {}).items()
     return [*lines, *((site, "", [], text, rows) for site, text in layers)]
-
-
-def parts_numbers(parts: Decomposition | None) -> dict[str, Any]:
-    """The parts of the KL with their errors over data, for evaluation.json."""
-    if parts is None:
-        return {}
-    terms = {name: getattr(parts, name) for name in NAMES}
-    return {
-        **{name: term.value for name, term in terms.items()},
-        **{f"stderr_{name}": term.stderr_data for name, term in terms.items()},
-        "parts_rows": parts.num_data,
-        "prior_factorises": parts.per_dimension is not None,
-        "at_ceiling": parts.at_ceiling,
-    }
 
 
 def odd_rows(vae: VAE, data: Data, evidence: Evidence) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from pyro_vae.data import Data, Splits
 from pyro_vae.densities import densities
 from pyro_vae.distributions import Joint
 from pyro_vae.files import as_csv, reading, write
-from pyro_vae.metrics import Decomposition, active_units, elbo_decomposition
+from pyro_vae.metrics import active_units, elbo_decomposition
 from pyro_vae.runtime import forked
 from pyro_vae.training import State
 from pyro_vae.vae import VAE
@@ -159,21 +159,28 @@ def limits(data: Data) -> tuple[float, float] | None:
     return None if data.levels is None else (0.0, float(data.levels - 1))
 
 
-def decompose(vae: VAE, data: Data, num_rows: int) -> Decomposition | None:
+def decompose(vae: VAE, data: Data, num_rows: int) -> dict[str, Any]:
     """Parts of the KL against the aggregate posterior of all `data`, drawn from `num_rows`.
 
-    None where there are none: a posterior without densities of single dimensions, such as a
+    Empty where there are none: a posterior without densities of single dimensions, such as a
     flow, a prior that depends on `y`, several layers, or a class that is summed out.
     """
     if len(vae.sizes) > 1 or isinstance(vae, ClassVAE):
-        return None
+        return {}
     x, y = data.to(home(vae)).batch()
     try:
         with torch.no_grad():
             posterior, prior = vae.encode(x, y), vae.prior()
-        return elbo_decomposition(posterior, prior, num_rows=min(len(data), num_rows))
+        parts = elbo_decomposition(posterior, prior, num_rows=min(len(data), num_rows))
     except ValueError:
-        return None
+        return {}
+    return {
+        **{name: getattr(parts, name).value for name in NAMES},
+        **{f"stderr_{name}": getattr(parts, name).stderr_data for name in NAMES},
+        "parts_rows": parts.num_data,
+        "prior_factorises": parts.per_dimension is not None,
+        "at_ceiling": parts.at_ceiling,
+    }
 
 
 def unit_kl(vae: VAE, data: Data) -> Tensor | None:
@@ -231,10 +238,9 @@ class KlParts:
         parts = decompose(vae.eval(), self.data, num_rows=200)
         kl = unit_kl(vae, self.data)
         vae.train(training)
-        if parts is None and (kl is None or len(vae.sizes) == 1):
+        if not parts and (kl is None or len(vae.sizes) == 1):
             return
-        row = {"epoch": state.epoch}
-        row |= {} if parts is None else {name: getattr(parts, name).value for name in TERMS}
+        row = {"epoch": state.epoch, **{name: parts[name] for name in TERMS if parts}}
         each = [] if kl is None else kl.tolist()
         row |= {f"kl_{name}": value for name, value in zip(unit_names(vae), each)}
         # a resumed run measures the epochs after its checkpoint again

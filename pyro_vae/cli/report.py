@@ -10,7 +10,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jinja2 import Environment, StrictUndefined
@@ -28,7 +28,6 @@ from pyro_vae.runtime import forked
 from pyro_vae.training import read_run
 from pyro_vae.vae import VAE
 
-T = TypeVar("T")
 Picture = dict[str, Any]  # its source, its width on the page and its caption
 
 CAPTIONS = {
@@ -84,10 +83,8 @@ def report(options: Namespace) -> None:
 def declaration(folder: Path, recorded: dict[str, Any], vae: VAE) -> dict[str, dict[str, str]]:
     """Tables of names and values: data, model, training."""
     model = recorded["declaration"]
-    described = _read(
-        folder / "data.json", lambda path: dict(json.loads(path.read_text())["description"])
-    )
-    known = described or {}
+    described = folder / "data.json"
+    known = _read(described, lambda path: dict(json.loads(path.read_text())["description"])) or {}
     data = {key: str(known[key]) for key in ("name", "transform") if key in known}
     rows = {f"{part} rows": f"{held['rows']:,}" for part, held in recorded["data"].items()}
     families = {key: _called(value) for key, value in model.items() if isinstance(value, dict)}
@@ -252,7 +249,7 @@ def _called(declared: dict[str, Any]) -> str:
     return f"{declared['class_path']}({options})" if "class_path" in declared else str(declared)
 
 
-def _read(path: Path, read: Callable[[Path], T]) -> T | None:
+def _read(path: Path, read: Callable[[Path], Any]) -> Any:
     """What `read` makes of a file; None where there is none."""
     if not path.exists():
         return None
