@@ -20,6 +20,7 @@ from pyro_vae.arguments import check_whole
 from pyro_vae.classes import ClassVAE
 from pyro_vae.cli.figures import condition, limits
 from pyro_vae.cli.folder import destination, load_run, own_rows, placed, schema_of
+from pyro_vae.cli.score import WORK
 from pyro_vae.cli.stream import Job, key_of, part_seed, stream
 from pyro_vae.data import Data, read_rows
 from pyro_vae.data.mapped import npy
@@ -28,8 +29,6 @@ from pyro_vae.data.tables import label_cells
 from pyro_vae.files import as_csv, write
 from pyro_vae.runtime import forked
 from pyro_vae.vae import VAE
-
-WAY = ("chunk_size", "compile")
 
 
 def sample(options: Namespace) -> None:
@@ -121,7 +120,7 @@ def impute(options: Namespace) -> None:
         share = f"{rows.missing_share:.1%} of the values of {len(rows)} rows filled in"
         return f"{share} ({words}): {out}{draws}"
 
-    result = {name: options[name] for name in (*WAY, "draws", "seed")}
+    result = {name: options[name] for name in (*WORK, "draws", "seed")}
     key, run = partial(key_of, vae, rows, result), partial(_imputed, vae, rows, given, options)
     stream(Job(len(rows), key, run, join), options, out)
 
@@ -137,7 +136,7 @@ def _imputed(
         *rows.batch(index),
         num_draws=max(options.draws, 100 if whole or schema is not None else 1),
         seed=part_seed(options.seed, part),
-        **{name: options[name] for name in WAY},
+        **{name: options[name] for name in WORK},
     )
     plain = found.median if whole else found.mean
     best = plain if schema is None else schema.centre(found.draws, found.mean)
