@@ -274,8 +274,7 @@ def downwards(
                 z = torch.cat([z.expand(*lead, -1), y.to(z.dtype).expand(*lead, -1)], -1)
             z = draw(name, below(name, z))
 
-    own = () if y is None else y.shape[:-1]
-    return Joint(program, sizes, torch.broadcast_shapes(top.batch_shape, own))
+    return Joint(program, sizes, top.batch_shape or (() if y is None else y.shape[:-1]))
 
 
 def merged(a: Any, b: Any) -> Independent:
