@@ -192,11 +192,6 @@ class ResNetTranspose(Network):
             h = width(F.interpolate(block(h), size, mode="nearest"))
         return self.output(self.activation(h))
 
-    @property
-    def output_bias(self) -> Tensor:
-        """Bias of every channel, [C, 1, 1]."""
-        return self.output.bias.view(-1, 1, 1)
-
 
 class ResidualBlock(nn.Module):
     """x + convolution(activation(convolution(activation(x)))), 3 x 3, same size."""
