@@ -6,7 +6,7 @@ Layers are counted from the data upwards: the sites are "z1", next to the data, 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -47,8 +47,7 @@ class Layers(nn.Module):
         top = self.layers[-1](y)
         sizes = named([*(p.latent_dim for p in self.layers[:-1]), top.event_shape.numel()])
         priors = dict(zip(sizes, self.layers))
-        program = downwards(sizes, top, lambda name, above: priors[name](above), y)
-        return Joint(program, sizes, top.batch_shape if y is None else y.shape[:-1])
+        return downwards(sizes, top, lambda name, above: priors[name](above), y)
 
     def initialise(self, x: Tensor) -> None:
         """Nothing: the order of inference knows what the top layer's posterior sees."""
@@ -81,7 +80,22 @@ class Inference(nn.Module):
         self.layers = nn.ModuleList(posteriors)
         self.sizes = named([q.latent_dim for q in posteriors])
         self.condition_dim = getattr(posteriors[-1].encoder, "condition_dim", 1)
-        self._check()
+        sizes, encoder = [*self.sizes.items()], posteriors[-1].encoder
+        if len(prior.layers) != len(sizes):
+            raise ValueError(
+                f"{type(self).__name__} needs one posterior for each prior; got {len(sizes)} for "
+                f"{len(prior.layers)}"
+            )
+        for (name, size), p, (_, above) in zip(sizes, prior.layers, sizes[1:]):
+            takes = getattr(getattr(p, "network", None), "in_shape", None)
+            needs = (above + self.condition_dim,)
+            known = takes is not None and hasattr(encoder, "condition_dim")
+            if p.latent_dim != size or (known and takes != needs):
+                raise ValueError(
+                    f"the prior of {name} must map {needs[0]} numbers, those of the layer above "
+                    f"(and y), to {size} latents; got {takes} to {p.latent_dim}: "
+                    "let neighbours have matching sizes"
+                )
 
     @classmethod
     @abstractmethod
@@ -103,26 +117,6 @@ class Inference(nn.Module):
             q.initialise(x)
         self.prior.layers[-1].initialise(x)
 
-    def _check(self) -> None:
-        priors = self.prior.layers
-        if len(priors) != len(self.layers):
-            raise ValueError(
-                f"{type(self).__name__} needs one posterior for each prior; got "
-                f"{len(self.layers)} for {len(priors)}"
-            )
-        for (name, size), prior, above in zip(
-            self.sizes.items(), priors, list(self.sizes.values())[1:]
-        ):
-            takes = getattr(getattr(prior, "network", None), "in_shape", None)
-            needs = (above + self.condition_dim,)
-            known = takes is not None and hasattr(self.layers[-1].encoder, "condition_dim")
-            if prior.latent_dim != size or (known and takes != needs):
-                raise ValueError(
-                    f"the prior of {name} must map {needs[0]} numbers, those of the layer above "
-                    f"(and y), to {size} latents; got {takes} to {prior.latent_dim}: "
-                    "let neighbours have matching sizes"
-                )
-
 
 class TopDown(Inference):
     r"""From the top layer down, in the order in which the model draws.
@@ -143,8 +137,7 @@ class TopDown(Inference):
     def forward(self, x: Tensor, y: Tensor | None = None) -> Joint:
         """q(z_L | x), then each layer given x and the one above."""
         top, posteriors = self.layers[-1](x, y), dict(zip(self.sizes, self.layers))
-        program = downwards(self.sizes, top, lambda name, above: posteriors[name](x, above), y)
-        return Joint(program, self.sizes, top.batch_shape)
+        return downwards(self.sizes, top, lambda name, above: posteriors[name](x, above), y)
 
 
 class BottomUp(Inference):
@@ -206,6 +199,15 @@ class Ladder(Inference):
         Sonderby, Raiko, Maaloe, Sonderby and Winther. Ladder variational autoencoders. 2016.
     """
 
+    def __init__(self, posteriors: Sequence[Posterior], prior: Layers) -> None:
+        super().__init__(posteriors, prior)
+        for q, p in list(zip(posteriors, prior.layers))[:-1]:
+            if not (isinstance(q, DiagonalNormal) and isinstance(p, ConditionalNormal)):
+                raise ValueError(
+                    "Ladder merges Normals: below the top it needs posterior DiagonalNormal and "
+                    f"prior ConditionalNormal; got {type(q).__name__} and {type(p).__name__}"
+                )
+
     @classmethod
     def reads(cls, in_shape: tuple[int, ...], sizes: Sequence[int]) -> list[Reads]:
         """Data alone."""
@@ -216,19 +218,9 @@ class Ladder(Inference):
         seen = {name: q(x, y) for name, q in zip(self.sizes, self.layers)}
         priors = dict(zip(self.sizes, self.prior.layers))
         *_, top = seen.values()
-        program = downwards(
+        return downwards(
             self.sizes, top, lambda name, above: merged(seen[name], priors[name](above)), y
         )
-        return Joint(program, self.sizes, top.batch_shape)
-
-    def _check(self) -> None:
-        super()._check()
-        for q, p in list(zip(self.layers, self.prior.layers))[:-1]:
-            if not (isinstance(q, DiagonalNormal) and isinstance(p, ConditionalNormal)):
-                raise ValueError(
-                    "Ladder merges Normals: below the top it needs posterior DiagonalNormal and "
-                    f"prior ConditionalNormal; got {type(q).__name__} and {type(p).__name__}"
-                )
 
 
 class Lowest(nn.Module):
@@ -269,12 +261,12 @@ def named(sizes: Sequence[int]) -> dict[str, int]:
 
 
 def downwards(
-    names: Iterable[str], top: Any, below: Callable[[str, Tensor], Any], y: Tensor | None
-) -> Callable[[Draw], None]:
-    """Draws the top layer, then each one below it given the one above, joined with `y`."""
+    sizes: dict[str, int], top: Any, below: Callable[[str, Tensor], Any], y: Tensor | None
+) -> Joint:
+    """The top layer, then each one below it given the one above, joined with `y`."""
 
     def program(draw: Draw) -> None:
-        *lower, highest = names
+        *lower, highest = sizes
         z = draw(highest, top)
         for name in reversed(lower):
             if y is not None:
@@ -282,7 +274,7 @@ def downwards(
                 z = torch.cat([z.expand(*lead, -1), y.to(z.dtype).expand(*lead, -1)], -1)
             z = draw(name, below(name, z))
 
-    return program
+    return Joint(program, sizes, top.batch_shape or (() if y is None else y.shape[:-1]))
 
 
 def merged(a: Any, b: Any) -> Independent:

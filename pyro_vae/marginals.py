@@ -25,8 +25,8 @@ def marginals(q: Distribution) -> Normal:
     base = q.base_dist if isinstance(q, Independent) else q
     if not isinstance(base, Normal):
         raise ValueError(
-            f"the densities of single dimensions of {_name(q)} are not known: expected a Normal, "
-            "diagonal or full; use the posterior DiagonalNormal or FullNormal"
+            f"the densities of single dimensions of {type(base).__name__} are not known: expected "
+            "a Normal, diagonal or full; use the posterior DiagonalNormal or FullNormal"
         )
     shape = (*q.batch_shape, q.event_shape.numel())
     return Normal(base.loc.reshape(shape), base.scale.reshape(shape), validate_args=False)
@@ -63,8 +63,3 @@ def pair_log_prob(q: Distribution, z: Tensor, dims: Sequence[int] | None = None)
 def _at(tensor: Tensor, dims: Sequence[int] | None) -> Tensor:
     """Some of the last dimension, or all: without an index, which a GPU would wait for."""
     return tensor if dims is None else torch.stack([tensor[..., dim] for dim in dims], -1)
-
-
-def _name(q: Distribution) -> str:
-    base: Distribution | None = getattr(q, "base_dist", None)
-    return type(q).__name__ if base is None else f"{type(q).__name__}({type(base).__name__})"

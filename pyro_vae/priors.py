@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pyro.distributions as dist
@@ -241,10 +239,16 @@ class VampPrior(Prior):
 
     def forward(self, y: Tensor | None = None) -> Distribution:
         """The mixture of posteriors."""
-        with _frozen_statistics(self.posterior):
+        modules = self.posterior.modules()
+        norms = [m for m in modules if m.training and getattr(m, "running_mean", None) is not None]
+        for norm in norms:
+            norm.training = False  # it uses its running statistics, and does not change them
+        try:
             components = self.posterior(self.inputs, None if y is None else y.unsqueeze(-2))
-        logits = self.inputs.new_zeros(len(self.raw_inputs))
-        return mixture(logits, components)
+        finally:
+            for norm in norms:
+                norm.training = True
+        return mixture(self.raw_inputs.new_zeros(len(self.raw_inputs)), components)
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
@@ -323,17 +327,3 @@ class FlowPrior(Prior):
     def forward(self, y: Tensor | None = None) -> Distribution:
         """The flow's distribution."""
         return Flow(self.flow())
-
-
-@contextmanager
-def _frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Has what normalises by running statistics use them, without a change of them."""
-    known = [m for m in module.modules() if getattr(m, "running_mean", None) is not None]
-    training = [m for m in known if m.training]
-    for m in training:
-        m.training = False
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True

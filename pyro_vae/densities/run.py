@@ -154,8 +154,7 @@ def log_weights(
             observed = {name: site for name, site in sites.items() if site["is_observed"]}
             parts.append(_log_prob(observed, x))
         return torch.cat(parts)
-    drawn = {"num_particles": num_particles, "chunk_size": chunk_size}
-    latents, log_q = draw_latents(guide, x, y, **drawn)
+    latents, log_q = draw_latents(guide, x, y, num_particles=num_particles, chunk_size=chunk_size)
     for start in range(0, num_particles, step):
         chunk = {name: z[start : start + step] for name, z in latents.items()}
         with nullcontext() if start == 0 else pyro.validation_enabled(False):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 
 import pyro
 import torch
@@ -34,12 +33,16 @@ class Calibration:
         names: Of the columns, such as "z 0".
         num_draws: Draws K of the guide.
         uniforms: The ranks as uniform numbers [N, D + 1], jittered within their steps.
+        statistic: Kolmogorov-Smirnov distances of the ranks from uniform [D + 1].
+        p_value: Probabilities of distances as large, were the guide exact [D + 1].
     """
 
     ranks: Tensor
     names: tuple[str, ...]
     num_draws: int
-    uniforms: Tensor = field(repr=False)
+    uniforms: Tensor
+    statistic: Tensor
+    p_value: Tensor
 
     def coverage(self, level: float = 0.9) -> Tensor:
         """Share of exact draws inside the guide's central interval of mass `level` [D + 1].
@@ -55,27 +58,9 @@ class Calibration:
         return ((self.uniforms - 0.5).abs() < level / 2).double().mean(0)
 
     @property
-    def statistic(self) -> Tensor:
-        """Kolmogorov-Smirnov distances of the ranks from uniform [D + 1]."""
-        return self._tests[0]
-
-    @property
-    def p_value(self) -> Tensor:
-        """Probabilities of distances as large, were the guide exact [D + 1]."""
-        return self._tests[1]
-
-    @property
     def worst(self) -> str:
         """The column of the largest distance."""
         return self.names[int(self.statistic.argmax())]
-
-    @cached_property
-    def _tests(self) -> tuple[Tensor, Tensor]:
-        from scipy.stats import kstest
-
-        found = [kstest(column, "uniform") for column in self.uniforms.T.numpy()]
-        tests = torch.tensor([(test.statistic, test.pvalue) for test in found])
-        return tests[:, 0], tests[:, 1]
 
     def __repr__(self) -> str:
         at = self.names.index(self.worst)
@@ -128,6 +113,8 @@ def calibration(
         Modrak et al. Simulation-based calibration checking for Bayesian computation: the choice
         of test quantities shapes sensitivity. 2023 (the rank of the joint density).
     """
+    from scipy.stats import kstest
+
     check_whole(num_data=num_data, num_draws=num_draws)
     check_whole(0, seed=seed)
     owner = getattr(model, "__self__", None)
@@ -145,7 +132,9 @@ def calibration(
             names, *found = _ranks(model, guide, x[index], given, num_draws)
             parts.append(found)
     ranks, uniforms = (torch.cat(part).cpu() for part in zip(*parts))
-    return Calibration(ranks, names, num_draws, uniforms)
+    tests = [kstest(column, "uniform") for column in uniforms.T.numpy()]
+    statistic, p_value = torch.tensor([(test.statistic, test.pvalue) for test in tests]).T
+    return Calibration(ranks, names, num_draws, uniforms, statistic, p_value)
 
 
 def _ranks(

@@ -70,7 +70,8 @@ class Network(nn.Module):
     @property
     def output_bias(self) -> Tensor:
         """Bias of the last layer, a view that broadcasts to `out_shape`; here of `output`."""
-        return self.output.bias.view(self.out_shape)
+        bias = self.output.bias  # of a convolution it is that of each channel
+        return bias.view(self.out_shape if isinstance(self.output, nn.Linear) else (-1, 1, 1))
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Raw parameters [*S, *out_shape] of `x` [*S, *in_shape] and `y` [*S, condition_dim].

@@ -174,9 +174,8 @@ class ResNetTranspose(Network):
     ) -> None:
         super().__init__(in_shape, out_shape, condition_dim)
         channels = as_shape("channels", channels)
-        halvings = len(channels)
-        sizes = image_sizes(self.out_shape, halvings, "ResNetTranspose", "out_shape", "ResNet")
-        self.sizes = sizes[::-1]
+        names = "ResNetTranspose", "out_shape", "ResNet"
+        self.sizes = image_sizes(self.out_shape, len(channels), *names)[::-1]
         self.start = (channels[0], *self.sizes[0])
         self.input = nn.Linear(prod(self.in_shape) + condition_dim, prod(self.start))
         self.blocks = nn.ModuleList(ResidualBlock(c, activation, norm) for c in channels)
@@ -192,11 +191,6 @@ class ResNetTranspose(Network):
         for block, width, size in zip(self.blocks, self.widths, self.sizes[1:]):
             h = width(F.interpolate(block(h), size, mode="nearest"))
         return self.output(self.activation(h))
-
-    @property
-    def output_bias(self) -> Tensor:
-        """Bias of every channel, [C, 1, 1]."""
-        return self.output.bias.view(-1, 1, 1)
 
 
 class ResidualBlock(nn.Module):
