@@ -31,8 +31,8 @@ def compare(options: Namespace) -> None:
         raise ValueError("compare needs two runs or more; for one: pyro-vae evaluate RUN")
     models = {run: replicas(run) for run in options.runs}
     loaded = {run: load_run(run, options.data_root) for runs in models.values() for run in runs}
-    first = next(iter(loaded))
-    for run in loaded:
+    first, *others = loaded
+    for run in others:
         check_comparable(first, run, loaded, options.part)
     each: dict[str, Evidence] = {}
     for run, (vae, splits) in loaded.items():
