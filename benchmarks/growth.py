@@ -82,12 +82,11 @@ def pixels(count: int = 20_000) -> Timed:
 def on_disk(path: Path, count: int) -> Timed:
     """Rows of an .npy file that stay there, which is written first."""
     random = np.random.default_rng(0)
-    with path.open("wb") as file:
-        head = {"descr": "<f4", "fortran_order": False, "shape": (count, COLUMNS)}
-        np.lib.format.write_array_header_1_0(file, head)
-        for done in range(0, count, 100_000):
-            part = random.random((min(100_000, count - done), COLUMNS), np.float32)
-            file.write((part < 0.2).astype(np.float32).tobytes())
+    rows = np.lib.format.open_memmap(path, "w+", "<f4", (count, COLUMNS))
+    for done in range(0, count, 100_000):
+        part = rows[done : done + 100_000]
+        part[:] = random.random(part.shape, np.float32) < 0.2
+    rows.flush()
     return Timed(mapped(path, torch.from_numpy, path.name))  # type: ignore[arg-type]
 
 

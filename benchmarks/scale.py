@@ -32,13 +32,11 @@ def write_rows(path: Path, count: int, columns: int) -> Path:
     """An array of rows with a few directions in common."""
     random = np.random.default_rng(0)
     directions = random.normal(size=(8, columns)).astype(np.float32)
-    with path.open("wb") as file:
-        head = {"descr": "<f4", "fortran_order": False, "shape": (count, columns)}
-        np.lib.format.write_array_header_1_0(file, head)
-        for done in range(0, count, 10_000):
-            size = min(10_000, count - done)
-            z, noise = random.normal(size=(size, 8)), random.normal(size=(size, columns))
-            file.write((z @ directions + noise).astype(np.float32).tobytes())
+    rows = np.lib.format.open_memmap(path, "w+", "<f4", (count, columns))
+    for done in range(0, count, 10_000):
+        part = rows[done : done + 10_000]
+        part[:] = random.normal(size=(len(part), 8)) @ directions + random.normal(size=part.shape)
+    rows.flush()
     return path
 
 

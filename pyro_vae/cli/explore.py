@@ -191,8 +191,7 @@ class Own(nn.Module):
         self.sizes = {name: shape[0] for name, shape in shapes.items()}
         (self.site,) = self.sizes
         (self.observed, *_) = found.observed
-        self.register_buffer("x", x)
-        self.x: Tensor
+        self.x = x
 
     def prior(self, y: Tensor | None = None) -> Distribution:
         """p(z), batch () where it is one Normal; else batch [B], that of y, or [1]."""
