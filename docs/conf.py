@@ -54,7 +54,7 @@ html_theme_options = {"top_of_page_buttons": []}
 DOCS = Path(__file__).parent
 shutil.copytree(DOCS.parent / "results", DOCS / "results", dirs_exist_ok=True)  # as pages
 MODULES = (
-    *("metrics", "sklearn", "scoring", "networks", "hierarchy", "posteriors", "priors"),
+    *("metrics", "sklearn", "networks", "hierarchy", "posteriors", "priors"),
     *("likelihoods", "objectives", "estimators"),
 )  # a name of several is that of the last
 NAMES = {
@@ -62,7 +62,7 @@ NAMES = {
     for module in MODULES
     for name in import_module(f"pyro_vae.{module}").__all__
 } | {
-    **{name: f"pyro_vae.{name}" for name in ("VAE", "build", "explore", "fit", "load")},
+    **{name: f"pyro_vae.{name}" for name in ("VAE", "Scorer", "build", "explore", "fit", "load")},
     **{name: f"pyro_vae.data.{name}" for name in ("load_data", "read_table")},
     **{name: f"pyro_vae.densities.{name}" for name in ("densities", "scale_latents")},
     "Incomplete": "pyro_vae.distributions.Incomplete",
