@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -20,29 +20,12 @@ UNIT_ROWS = 1000  # that the active units are counted on
 ACTIVE = 0.01  # least variance over data of an active unit's posterior mean
 
 
-@runtime_checkable
-class Dataset(Protocol):
-    """N rows that are gathered by index; `describe()` and `digest()` are recorded if defined."""
-
-    def __len__(self) -> int:
-        """The number of rows N."""
-
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x [B, *E] and y [B, C] or None of these rows, on the device where they lie.
-
-        Noise that is drawn anew at each visit comes from torch's global generator.
-        """
-
-    def fixed(self, seed: int) -> Dataset:
-        """The same rows with their noise drawn once, for evaluation."""
-
-    def to(self, device: torch.device) -> Dataset:
-        """The same rows on a device."""
-
-
 @dataclass(frozen=True, eq=False)
 class TensorDataset:
-    """Tensors as they are; values that are not floating point become so in a batch.
+    """Tensors as rows that are gathered by index.
+
+    Other classes train as well that have its `__len__`, `batch`, `fixed` and `to`; `describe` and
+    `digest` are recorded where they are defined.
 
     Attributes:
         x: Data [N, *E].
@@ -56,13 +39,14 @@ class TensorDataset:
         return len(self.x)
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The rows at `index` [B]."""
-        x = self.x[index]
-        x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
-        return x, None if self.y is None else self.y[index]
+        """x [B, *E] and y [B, C] or None of the rows at `index` [B], on the device where they lie.
+
+        Classes that draw noise anew at each visit take it from torch's global generator.
+        """
+        return self.x[index], None if self.y is None else self.y[index]
 
     def fixed(self, seed: int) -> TensorDataset:
-        """These rows: they carry no noise."""
+        """The same rows with their noise drawn once, for evaluation: here there is none."""
         return self
 
     def to(self, device: torch.device) -> TensorDataset:
@@ -82,7 +66,7 @@ class TensorDataset:
         return digest_of(self.x, self.y)
 
 
-def as_dataset(data: Any, name: str, missing: bool = False) -> Dataset:
+def as_dataset(data: Any, name: str, missing: bool = False) -> TensorDataset:
     """`data` as a dataset; `missing` as in `check_finite`.
 
     Raises:
@@ -96,7 +80,7 @@ def as_dataset(data: Any, name: str, missing: bool = False) -> Dataset:
         and getattr(data[0], "ndim", 2) > 1
     )
     if not pair and not is_rows(data):
-        if not isinstance(data, Dataset):
+        if not all(hasattr(data, part) for part in ("__len__", "batch", "fixed", "to")):
             raise ValueError(
                 f"{name} must be rows [N, *E] (a tensor, array, frame or list), a pair (x, y) of "
                 "them, or an object with __len__, batch, fixed and to, such as splits.train; got "
@@ -125,7 +109,7 @@ def as_dataset(data: Any, name: str, missing: bool = False) -> Dataset:
     return TensorDataset(x, y)
 
 
-def describe(rows: Dataset) -> dict[str, Any]:
+def describe(rows: TensorDataset) -> dict[str, Any]:
     """What a run records of its data: number of rows, and description and digest if defined."""
     record: dict[str, Any] = {"rows": len(rows)}
     for name in ("describe", "digest"):
@@ -134,20 +118,20 @@ def describe(rows: Dataset) -> dict[str, Any]:
     return record
 
 
-def fetch(rows: Dataset, index: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+def fetch(rows: TensorDataset, index: Tensor, like: Tensor) -> tuple[Tensor, ...]:
     """x, and y if there is one, of the rows at `index` [B], in type and place like a weight."""
     x, y = rows.batch(index)
     return (x.to(like),) if y is None else (x.to(like), y.to(like))
 
 
-def fetch_few(rows: Dataset, at_most: int, like: Tensor) -> tuple[Tensor, ...]:
+def fetch_few(rows: TensorDataset, at_most: int, like: Tensor) -> tuple[Tensor, ...]:
     """The like of at most `at_most` rows, evenly spaced."""
     index = torch.linspace(0, len(rows) - 1, min(len(rows), at_most), dtype=torch.float64)
     return fetch(rows, index.long().to(like.device), like)
 
 
 def validation_bound(
-    vae: Any, rows: Dataset | None, like: Tensor, seed: int, group: Group
+    vae: Any, rows: TensorDataset | None, like: Tensor, seed: int, group: Group
 ) -> dict[str, float | None]:
     """Mean beta = 1 ELBO, reconstruction and KL of validation rows, in nats; None without rows.
 

@@ -35,7 +35,7 @@ from pyro_vae.files import (
     write,
 )
 from pyro_vae.objectives import Objective
-from pyro_vae.training.dataset import Dataset, describe
+from pyro_vae.training.dataset import TensorDataset, describe
 from pyro_vae.training.progress import COLUMNS, OPTIONAL
 from pyro_vae.training.step import OptimizerSpec, ScheduleSpec
 
@@ -90,7 +90,7 @@ def make_record(
     declaration: dict[str, Any] | None,
     settings: Settings,
     objective: Objective,
-    data: dict[str, Dataset | None],
+    data: dict[str, TensorDataset | None],
 ) -> dict[str, Any]:
     """What a run records, as JSON gives it back.
 

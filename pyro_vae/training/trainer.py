@@ -31,7 +31,7 @@ from pyro_vae.runtime import (
 )
 from pyro_vae.training.dataset import (
     UNIT_ROWS,
-    Dataset,
+    TensorDataset,
     active_units,
     fetch,
     fetch_few,
@@ -88,8 +88,8 @@ class Trainer:
 
     vae: Any
     objective: Objective
-    rows: Dataset
-    held_out: Dataset | None
+    rows: TensorDataset
+    held_out: TensorDataset | None
     settings: Settings
     run: Path | None
     record: dict[str, Any]
