@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-__all__ = ["COMMANDS", "DATA", "FAMILIES", "Command", "completion", "help_of"]
+__all__ = ["COMMANDS", "DATA", "FAMILIES", "PARTS", "Command", "completion", "help_of"]
 
 Options = dict[str, dict[str, Any]]
 
@@ -23,6 +23,11 @@ FAMILIES = {
     "objective": "ELBO",
 }
 """What `train` composes, each a class and its options, with its default."""
+
+PARTS: Options = {
+    f"--{family}": option(str, name, f"a class (--{family}.help CLASS), and its --{family}.OPTION")
+    for family, name in FAMILIES.items()
+}
 
 DATA: Options = {
     "--data": option(str, "digits", "name of a data set, or path of a file or image folder"),
@@ -159,7 +164,7 @@ COMMANDS = {
     "train": Command(
         "train.train",
         "train a VAE on a data set, file or image folder; leaves a run folder",
-        {**DATA, **MODEL, **TRAINING},
+        {**DATA, **MODEL, **TRAINING, **PARTS},
     ),
     "evaluate": Command(
         "evaluate.evaluate",
@@ -357,9 +362,8 @@ def completion() -> str:
     """A script for bash, and zsh with bashcompinit, that completes commands, options and files."""
     cases = ""
     for name, command in COMMANDS.items():
-        families = [f"--{family}" for family in FAMILIES] if name == "train" else []
         flags = [key.replace("_", "-") for key in command.options if key.startswith("--")]
-        cases += f"    {name}) words='{' '.join(flags + families)}';;\n"
+        cases += f"    {name}) words='{' '.join(flags)}';;\n"
     return f"""\
 _pyro_vae() {{
   local words='{" ".join(COMMANDS)}' word=${{COMP_WORDS[COMP_CWORD]}}

@@ -16,7 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from pyro_vae import config
 from pyro_vae.arguments import check_whole, closest
-from pyro_vae.cli import COMMANDS, DATA, FAMILIES
+from pyro_vae.cli import COMMANDS, DATA, FAMILIES, PARTS
 from pyro_vae.files import check_folder, reading
 
 ERRORS = (
@@ -25,7 +25,6 @@ ERRORS = (
 OPTIONS = [option for command in COMMANDS.values() for option in command.options.items()]
 FLAGS = {key[2:] for key, known in OPTIONS if known.get("type") in (bool, bool | None)}
 SWITCHES = {key[2:] for key, known in OPTIONS if "action" in known} | {"help", "help_all"}
-FAMILY_OPTIONS = {f"--{family}" for family in FAMILIES}
 FEWER = "ask for fewer rows at once, draws, classes or latents, or for narrower layers"
 LONGEST = 1000  # characters of a message
 LARGEST = 10_000  # values of a configuration
@@ -84,7 +83,7 @@ def _of_train(parser: ArgumentParser, argv: list[str]) -> Namespace:
     of_class, typed = list[str](), list[str]()
     for argument in argv:
         name = argument.partition("=")[0].partition(".")[0]
-        (of_class if name in FAMILY_OPTIONS else typed).append(argument)
+        (of_class if name in PARTS else typed).append(argument)
     declared = dict[str, Any](FAMILIES)
     for content in _files(typed, parser):
         declared |= {family: content.pop(family) for family in FAMILIES if family in content}
@@ -181,10 +180,6 @@ def make_parser(name: str) -> ArgumentParser:
     )
     for key, settings in command.options.items():
         parser.add_argument(key, **settings)
-    for family, default in FAMILIES.items() if name == "train" else ():
-        known = ", ".join(config.components(family))
-        text = f"a class, and its options as --{family}.OPTION (--{family}.help CLASS): {known}"
-        parser.add_argument(f"--{family}", type=str, default=default, help=text)
     return parser
 
 
