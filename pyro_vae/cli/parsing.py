@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Collection, Iterator
@@ -80,10 +81,8 @@ def parse(command: str, argv: list[str]) -> Namespace:
 
 def _of_train(parser: ArgumentParser, argv: list[str]) -> Namespace:
     """The options of `train`, of files and then as typed, its classes with theirs."""
-    of_class, typed = list[str](), list[str]()
-    for argument in argv:
-        name = argument.partition("=")[0].partition(".")[0]
-        (of_class if name in PARTS else typed).append(argument)
+    of_class = [argument for argument in argv if re.split("[=.]", argument)[0] in PARTS]
+    typed = [argument for argument in argv if argument not in of_class]
     declared = dict[str, Any](FAMILIES)
     for content in _files(typed, parser):
         declared |= {family: content.pop(family) for family in FAMILIES if family in content}
