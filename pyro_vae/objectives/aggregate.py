@@ -83,6 +83,8 @@ class BetaTC(Objective):
         Chen et al. Isolating sources of disentanglement in variational autoencoders. 2018.
     """
 
+    batch_level = True
+
     def __init__(
         self,
         alpha: float | Schedule = 1.0,
