@@ -16,28 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "LARGEST",
-    "Shown",
-    "TakesVAE",
-    "as_plain",
-    "as_rows",
-    "as_shape",
-    "as_tensor",
-    "check_finite",
-    "check_options",
-    "check_real",
-    "check_whole",
-    "closest",
-    "completed",
-    "digest_of",
-    "final_subclasses",
-    "is_rows",
-    "name_and_options",
-    "programs",
-    "takes_vae",
-]
-
 LARGEST = 2**63 - 1  # whole number, and so seed, that torch takes
 MISSING_HINT = ", or give the VAE missing=True if NaN stands for a missing entry"
 PLAIN = (bool, int, float, str, tuple, list)

@@ -20,8 +20,6 @@ from pyro_vae.posteriors import Posterior
 from pyro_vae.priors import Prior
 from pyro_vae.vae import VAE, register
 
-__all__ = ["ClassVAE"]
-
 SUMMED: Any = {"enumerate": "parallel"}
 
 

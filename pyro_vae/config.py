@@ -37,23 +37,6 @@ from pyro_vae.runtime import parameters_that_fit
 from pyro_vae.training import load_weights, put_weights, read_run
 from pyro_vae.vae import VAE
 
-__all__ = [
-    "BASES",
-    "INJECTED",
-    "Component",
-    "Declared",
-    "build",
-    "component",
-    "components",
-    "declare",
-    "default_transform",
-    "given",
-    "load",
-    "named_class",
-    "plain_words",
-    "short_name",
-]
-
 BASES: dict[str, type] = {
     "prior": priors.Prior,
     "likelihood": likelihoods.Likelihood,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-__all__ = ["COMMANDS", "DATA", "FAMILIES", "PARTS", "Command", "completion", "help_of"]
-
 Options = dict[str, dict[str, Any]]
 
 
