@@ -157,18 +157,21 @@ def mnar(name: str, full: Tensor, seed: int, arguments: argparse.Namespace) -> d
     study = runpy.run_path(str(STUDY))
     torch.manual_seed(seed)
     x = study["large_missing"](full)
-    epochs, D = max(1, arguments.mnar_steps * 100 // len(x)), x.shape[1]
+    size, D = arguments.mnar_batch_size, x.shape[1]
     start = time.process_time()
-    vae = study["normal"](D, D - 1, arguments.mnar_hidden)
-    program = study["SelfMasking"](vae, x.isnan().any(0))
-    filled = study["imputed"](
-        program, x, epochs, arguments.mnar_lr, seed, compile=arguments.compile
-    )
-    found = squared(filled, full, x) ** 0.5
+    scale = arguments.mnar_scale, arguments.mnar_min_scale
+    vae = study["normal"](D, D - 1, arguments.mnar_hidden, *scale)
+    found = study["imputed"](
+        study["SelfMasking"](vae, x.isnan().any(0)), x,
+        epochs=max(1, arguments.mnar_steps * size // len(x)), lr=arguments.mnar_lr, seed=seed,
+        compile=arguments.compile, batch_size=size, decay=not arguments.mnar_constant,
+    )  # fmt: skip
+    error = squared(found.mean, full, x) ** 0.5
     seconds = time.process_time() - start
     em = squared(gaussian_em(x), full, x) ** 0.5
-    print(f"| {name} | mnar, seed {seed} | {em:.3f} | {found:.3f} ({seconds:.0f} s) |", flush=True)
-    return {"EM": em, "ours": found}
+    print(f"| {name} | mnar, seed {seed} | {em:.3f} | {error:.3f} ({seconds:.0f} s) | log p "
+          f"{found.log_prob.mean():.3f} |", flush=True)  # fmt: skip
+    return {"EM": em, "ours": error}
 
 
 def main() -> None:
@@ -183,6 +186,10 @@ def main() -> None:
     add("--mnar_steps", type=int, default=5000)
     add("--mnar_lr", type=float, default=1e-2)
     add("--mnar_hidden", type=int, nargs="*", default=[])
+    add("--mnar_batch_size", type=int, default=100)
+    add("--mnar_scale", default="learned", help="or predicted, or per_dimension")
+    add("--mnar_min_scale", type=float, default=0.01)
+    add("--mnar_constant", action="store_true", help="no decay of the learning rate")
     add("--batch_size", type=int, default=32)
     add("--particles", type=int, default=20)
     add("--samples", type=int, default=1000)

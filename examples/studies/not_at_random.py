@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyro_vae import VAE, build, fit, impute
+from pyro_vae import VAE, Imputation, build, fit, impute
 from pyro_vae.objectives import IWAE
 
 
@@ -62,11 +62,17 @@ class SelfMasking(nn.Module):
             pyro.sample("x_missing", self.vae.likelihood(z))
 
 
-def normal(data_dim: int, latent_dim: int, hidden: Sequence[int] = ()) -> VAE:
+def normal(
+    data_dim: int,
+    latent_dim: int,
+    hidden: Sequence[int] = (),
+    scale: str = "learned",
+    min_scale: float = 0.01,
+) -> VAE:
     """Probabilistic PCA, or a network for its linear map, with an encoder of incomplete rows."""
     return build(
         data_dim, latent_dim, missing=True,
-        likelihood={"class_path": "Normal", "init_args": {"scale": "learned"}},
+        likelihood={"Normal": {"scale": scale, "min_scale": min_scale}},
         encoder={"class_path": "MLP", "init_args": {"hidden": [128, 128]}},
         decoder={"class_path": "MLP", "init_args": {"hidden": list(hidden)}},
     )  # fmt: skip
@@ -92,13 +98,15 @@ def imputed(
     lr: float = 1e-2,
     seed: int = 0,
     compile: bool = False,
-) -> Tensor:
-    """Means of the missing values after training by IWAE."""
-    options = {"epochs": epochs, "batch_size": 100, "lr": lr, "progress": False, "seed": seed}
-    options["compile"] = compile
-    decay = {"class_path": "CosineAnnealingLR", "init_args": {"T_max": epochs}}
-    fit(program, x, IWAE(num_particles=20), schedule=decay, **options)
-    return impute(program, x, num_draws=1, num_samples=2000, proposal="guide").mean
+    batch_size: int = 100,
+    decay: bool = True,
+) -> Imputation:
+    """What is missing after training by IWAE."""
+    options = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "progress": False}
+    options |= {"seed": seed, "compile": compile}
+    options["schedule"] = {"CosineAnnealingLR": {"T_max": epochs}} if decay else None
+    fit(program, x, IWAE(num_particles=20), **options)
+    return impute(program, x, num_draws=1, num_samples=2000, proposal="guide")
 
 
 def main(smoke: bool = False) -> dict[str, float]:
@@ -111,9 +119,9 @@ def main(smoke: bool = False) -> dict[str, float]:
     vae = normal(5, 2)
     return {
         "column means": error(x.nanmean(0).expand_as(x), full, x),
-        "at random": error(imputed(normal(5, 2), x, epochs), full, x),
+        "at random": error(imputed(normal(5, 2), x, epochs).mean, full, x),
         "self-masking known": error(
-            imputed(SelfMasking(vae, x.isnan().any(0)), x, epochs), full, x
+            imputed(SelfMasking(vae, x.isnan().any(0)), x, epochs).mean, full, x
         ),
     }
 

@@ -62,10 +62,17 @@ class Data:
     applied: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("x", "y", "labels"):
+        for name, ndim in (("x", 0), ("y", 2), ("labels", 1), ("rows", 1)):
             part = getattr(self, name)
-            if part is not None and not isinstance(part, Mapped):
-                object.__setattr__(self, name, as_tensor(f"{self._title}: {name}", part))
+            if part is None or isinstance(part, Mapped):
+                continue
+            part = as_tensor(f"{self._title}: {name}", part)
+            object.__setattr__(self, name, part)
+            if ndim and (part.ndim != ndim or len(part) != len(self.x)):
+                raise ValueError(
+                    f"{self._title}: expected {name} of {ndim} dimension(s) with one row for each "
+                    f"of the {len(self.x)} rows of x, got shape {list(part.shape)}"
+                )
         if self.x.ndim < 2 or 0 in self.x.shape:
             raise ValueError(
                 f"{self._title}: expected x of shape [N, *E] with at least 1 row and 1 value "
@@ -74,13 +81,6 @@ class Data:
         if self.rows is None:
             rows = self.x.index if isinstance(self.x, Mapped) else torch.arange(len(self.x))
             object.__setattr__(self, "rows", rows.to(self.x.device))
-        for name, ndim in (("y", 2), ("labels", 1), ("rows", 1)):
-            part = getattr(self, name)
-            if part is not None and (part.ndim != ndim or len(part) != len(self.x)):
-                raise ValueError(
-                    f"{self._title}: expected {name} of {ndim} dimension(s) with one row for each "
-                    f"of the {len(self.x)} rows of x, got shape {list(part.shape)}"
-                )
         if self.columns is not None and (len(self.columns),) != tuple(self.data_shape):
             raise ValueError(
                 f"{self._title}: expected one name for each of the {self.data_shape.numel()} "

@@ -36,7 +36,7 @@ NAMED = {
 """The names, each with the folder below the data root that holds its files."""
 
 
-_PARTS = ("", "_validation", "_test")
+_PARTS = {"train": "", "validation": "_validation", "test": "_test"}
 _ARRAYS = ("x", "y", "labels")
 _LEVELS = {"bool": 2, "uint8": 256}
 
@@ -121,7 +121,8 @@ def read_arrays(path: Path) -> Parts:
             arrays = {"x": loaded}
         else:
             arrays = {name: loaded[name] for name in loaded.files}
-    known = {f"{name}{part}" for part in _PARTS if f"x{part}" in arrays for name in _ARRAYS}
+    given = {name: part for name, part in _PARTS.items() if f"x{part}" in arrays}
+    known = {f"{array}{part}" for part in given.values() for array in _ARRAYS}
     if "x" not in arrays or not known.issuperset(arrays):
         raise ValueError(
             f"{path}: expected an array 'x', optionally 'x_validation' and 'x_test', and with "
@@ -129,9 +130,7 @@ def read_arrays(path: Path) -> Parts:
             "classes) and 'labels' (such integers) of the same ending, got "
             f"{', '.join(sorted(arrays)) or 'none'}; rename or remove arrays"
         )
-    names = ("train", "validation", "test")
-    found = zip(names, _PARTS)
-    return {name: _part(path, arrays, part) for name, part in found if f"x{part}" in arrays}
+    return {name: _part(path, arrays, part) for name, part in given.items()}
 
 
 def _part(path: Path, arrays: Mapping[str, np.ndarray], part: str) -> Data:

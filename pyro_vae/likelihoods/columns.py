@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
+from torch.nn.functional import pad
 
 from pyro_vae.arguments import check_options, final_subclasses, name_and_options
 from pyro_vae.distributions import Product, Rows
@@ -154,9 +155,8 @@ class Columns(Likelihood):
 
     def raw_start(self, x: Tensor) -> Tensor:
         """Raw parameters of the average row; those that a column does not start are 0."""
-        pieces = [part.raw_start(x[:, group]).flatten() for part, group in self._pairs()]
-        rest = [x.new_zeros(size - len(piece)) for piece, size in zip(pieces, self.sizes)]
-        return torch.cat([part for pair in zip(pieces, rest) for part in pair])
+        starts = (part.raw_start(x[:, group]).flatten() for part, group in self._pairs())
+        return torch.cat([pad(s, (0, size - len(s))) for s, size in zip(starts, self.sizes)])
 
     def check(self, x: Tensor) -> None:
         """Raises a ValueError that names the column if `x` is outside the support."""
