@@ -111,11 +111,8 @@ def as_dataset(data: Any, name: str, missing: bool = False) -> TensorDataset:
 
 def describe(rows: TensorDataset) -> dict[str, Any]:
     """What a run records of its data: number of rows, and description and digest if defined."""
-    record: dict[str, Any] = {"rows": len(rows)}
-    for name in ("describe", "digest"):
-        if hasattr(rows, name):
-            record[name] = getattr(rows, name)()
-    return record
+    names = [name for name in ("describe", "digest") if hasattr(rows, name)]
+    return {"rows": len(rows), **{name: getattr(rows, name)() for name in names}}
 
 
 def fetch(rows: TensorDataset, index: Tensor, like: Tensor) -> tuple[Tensor, ...]:

@@ -320,9 +320,13 @@ class Trainer:
         """Ends an epoch of these means: its row of the history, and a step of the schedule."""
         began = time.monotonic()
         self.group.broadcast_(*self.vae.buffers())
-        row: dict[str, Any] = {"epoch": self.epoch + 1, "step": self.step, "seconds": 0.0}
-        row |= {"lr": float(self.optimizer.param_groups[0]["lr"]), **means}
-        row |= self.bound()
+        row: dict[str, Any] = {
+            "epoch": self.epoch + 1,
+            "step": self.step,
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            **means,
+            **self.bound(),
+        }
         units = active_units(self.vae, self.unit_rows, self.settings.seed).values()
         row["active_units"], self.history.num_units = (
             map(sum, zip(*units)) if units else [None] * 2
