@@ -98,9 +98,9 @@ class Column:
     @property
     def plain(self) -> dict[str, Any]:
         """For YAML and JSON."""
-        codes = {"categories": list(self.categories)} if self.categories else {}
-        width = {} if self.resolution is None else {"resolution": self.resolution}
-        return {"kind": self.kind, **codes, **width}
+        codes = list(self.categories) or None
+        given = {"kind": self.kind, "categories": codes, "resolution": self.resolution}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
