@@ -196,12 +196,12 @@ def curves(rows: Sequence[Mapping[str, float | None]]) -> Figure:
     figure, axes = _axes(1, 3, 2)
     titles = {"elbo": "ELBO", "kl": "KL", "reconstruction": "reconstruction"}
     for ax, (term, title) in zip(axes, titles.items()):
-        for part, start in (("training", ""), ("validation", "validation_")):
-            key = start + term
-            points = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
-            if points:
-                ax.plot(*zip(*points), label=part, marker=_mark(points))
-        ax.set(title=title, xlabel="epoch")
+        parts = {"training": term, "validation": f"validation_{term}"}
+        lines = {
+            part: [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
+            for part, key in parts.items()
+        }
+        _lines(ax, lines, title=title)
     axes[0].set_ylabel("nats per datum")
     _name_lines(axes[-1])
     return figure
@@ -310,11 +310,12 @@ def unit_kl(epochs: Tensor, kl: Tensor, names: Sequence[str] | None = None) -> F
         mine = [(i, kl[-1, d].item()) for i, d in enumerate(order) if sites[i] == site]
         total = sum(value for _, value in mine)
         bars.bar(*zip(*mine), color=colour, label=f"{site}, {total:.1f} nats")
-    for place, d in enumerate(order):
-        look = {"color": "0.8"} if place >= 10 else {"label": names[d]}
-        line = "--" if len(PALETTE) <= place < 10 else "-"
-        ax.plot(epochs.tolist(), kl[:, d].tolist(), line, marker=_mark(epochs), **look)
-    ax.set(title="KL of each latent dimension", xlabel="epoch", ylabel="nats per datum")
+    each = {names[d]: [*zip(epochs.tolist(), kl[:, d].tolist())] for d in order}
+    _lines(ax, each, title="KL of each latent dimension", ylabel="nats per datum")
+    for line in ax.lines[len(PALETTE) : 10]:
+        line.set_linestyle("--")
+    for line in ax.lines[10:]:
+        line.set(color="0.8", label="_")
     _name_lines(ax)
     title = f"the last of each, {kl[-1].sum():.1f} nats in all"
     bars.set(title=title, xlabel="latent dimensions, in order", xticks=[])
@@ -355,10 +356,11 @@ def calibration(uniforms: Tensor, names: Sequence[str]) -> Figure:
 def terms(epochs: Tensor, parts: Mapping[str, Tensor]) -> Figure:
     """Parts of the KL, such as those of `metrics.elbo_decomposition`, [T] each, over epochs."""
     figure, (ax,) = _axes(1, 1, 3)
-    for name, values in parts.items():
-        look = {"label": name.replace("_", " "), "marker": _mark(epochs)}
-        ax.plot(epochs.tolist(), values.tolist(), **look)
-    ax.set(title="parts of the KL", xlabel="epoch", ylabel="nats per datum")
+    lines = {
+        name.replace("_", " "): [*zip(epochs.tolist(), values.tolist())]
+        for name, values in parts.items()
+    }
+    _lines(ax, lines, title="parts of the KL", ylabel="nats per datum")
     _name_lines(ax)
     return figure
 
@@ -456,9 +458,11 @@ def _short(name: str, most: int = 26) -> str:
     return name.replace("$", r"\$")  # matplotlib takes what is between for mathematics
 
 
-def _mark(points: Any) -> str:
-    """Dots on a line that is too short to be seen."""
-    return "." if len(points) < 3 else ""
+def _lines(ax: Any, lines: Mapping[str, Sequence[tuple[Any, Any]]], **labels: str) -> None:
+    """Lines over epochs, by name; with dots where they are too short to be seen."""
+    for name, points in lines.items():
+        ax.plot(*zip(*points), label=name, marker="." if len(points) < 3 else "")
+    ax.set(xlabel="epoch", **labels)
 
 
 def _name_lines(ax: Any) -> None:
