@@ -115,13 +115,11 @@ def log_evidence(
     evidence = replace(evidence, extras={"regret": evidence.log_prob - bound.elbo})
     if audit is False or "reliable" not in evidence.verdict:
         return evidence
-    if audit is True:
-        try:
-            made = kept_audit(model, guide, x, y, tolerance=tolerance, budget=budget, **options)
-        except NotSimulated as error:
-            return replace(evidence, audit=f"none: {error}")
-    else:
-        made = audit
+    options |= {"tolerance": tolerance, "budget": budget}
+    try:
+        made = kept_audit(model, guide, x, y, **options) if audit is True else audit
+    except NotSimulated as error:
+        return replace(evidence, audit=f"none: {error}")
     verdict = evidence.verdict if made.passed else ["doubtful"] * len(evidence)
     return replace(evidence, verdict=verdict, audit=str(made))
 
