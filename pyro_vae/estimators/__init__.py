@@ -1,7 +1,6 @@
 """Estimators of log p(x): no gradients of parameters, nothing left behind."""
 
 from pyro_vae.estimators.annealed import Bracket, annealed_importance_sampling, bidirectional
-from pyro_vae.estimators.classes import ClassProbabilities, class_probabilities
 from pyro_vae.estimators.conditional import (
     Imputation,
     column_log_prob,
@@ -16,7 +15,13 @@ from pyro_vae.estimators.importance import (
     importance_sampling,
     jackknife,
 )
-from pyro_vae.estimators.log_evidence import Audit, audit, log_evidence
+from pyro_vae.estimators.log_evidence import (
+    Audit,
+    ClassProbabilities,
+    audit,
+    class_probabilities,
+    log_evidence,
+)
 from pyro_vae.estimators.refined import refined_importance_sampling
 
 __all__ = [

@@ -228,7 +228,7 @@ def _imputed(target: Target, num_draws: int, num_samples: int) -> Imputation:
 
 def _drawn(fit: Fit, num_samples: int, num_draws: int) -> tuple[Imputation, Tensor, Tensor]:
     """Imputations from K draws of a fitted proposal, these draws and their log weights."""
-    places = fit.draw(num_samples)
+    places = torch.cat([*fit.draws(num_samples)])
     weights, mean, stderr = _moments(fit.target, fit.weighed(places, num_samples))
     evidence = fit.judge(summarise(weights.cpu(), METHOD, "doubtful"), TOLERANCE)
     draws = _picked(fit.target, places, weights, num_draws)
@@ -445,7 +445,7 @@ def _joined(
 def _columns(target: Target, num_samples: int, missing: bool) -> Tensor:
     """As `_LeftOut`, of B data; `missing` is whether the model takes NaN."""
     fit = fit_proposal(target)
-    runs = fit.weighed(fit.draw(num_samples), num_samples)
+    runs = fit.weighed(torch.cat([*fit.draws(num_samples)]), num_samples)
     weights, entries = zip(*((w.unsqueeze(-1), run.entry_log_prob()) for w, run in runs))
     whole = torch.cat(weights)
     rest = whole - torch.cat(entries).flatten(2)  # of each entry left out [K, B, C]
@@ -465,7 +465,6 @@ def _cells(fit: Fit, entry: Tensor, num_samples: int) -> Tensor:
     rest = fit_proposal(target.without(cell))
     halves = joined([rest.proposal, fit.proposal], [-math.log(2)] * 2)
     both = replace(rest, proposal=halves)
-    places = both.draw(2 * num_samples)
-    weights = both.log_weights(places, 2 * num_samples)
+    places, weights = map(torch.cat, zip(*both.scored(2 * num_samples)))
     parts = [target.at(u).entry_log_prob()[:, *cell] for u in places.split(target.draws_at_once)]
     return ((weights + torch.cat(parts)).logsumexp(0) - weights.logsumexp(0)).cpu()

@@ -116,8 +116,7 @@ def _pilot(fit: Fit, tolerance: float, number: int) -> tuple[Tensor, Tensor]:
         The number of draws [B], infinity where their variance is not believed; and the points
         of the walks [R, B, D].
     """
-    places = fit.draw(number)
-    weights = fit.log_weights(places, number)
+    places, weights = map(torch.cat, zip(*fit.scored(number)))
     pilot = summarise(weights.cpu(), METHOD, "doubtful")
     draws_for = (MARGIN * tolerance) ** -2  # a unit of variance
     visited = walk(fit.target, places, weights, fit.proposal.scale_tril)

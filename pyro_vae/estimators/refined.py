@@ -155,9 +155,8 @@ class Fit:
         self, num_samples: int, tolerance: float = 0.1, khat: float = 1.0
     ) -> Evidence:
         """Evidence from K fresh draws of each proposal, the guide and the prior."""
-        chunks = (self.log_weights(u, num_samples) for u in self._draws(num_samples))
-        evidence = summarise(torch.cat([*chunks]).cpu(), METHOD, "doubtful")
-        return self.judge(evidence, tolerance, khat)
+        weights = torch.cat([weights for _, weights in self.scored(num_samples)])
+        return self.judge(summarise(weights.cpu(), METHOD, "doubtful"), tolerance, khat)
 
     def judge(self, evidence: Evidence, tolerance: float, khat: float = 1.0) -> Evidence:
         """The evidence with a verdict from its errors, and from the draws of the prior.
@@ -175,12 +174,13 @@ class Fit:
         verdict = ["reliable" if good else "doubtful" for good in reliable.tolist()]
         return replace(evidence, verdict=verdict)
 
-    def draw(self, num_samples: int) -> Tensor:
-        """Fresh draws [K, B, D]."""
-        return torch.cat([*self._draws(num_samples)])
+    def scored(self, num_samples: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Fresh draws, some after others, and their log weights."""
+        for u in self.draws(num_samples):
+            yield u, self.log_weights(u, num_samples)
 
-    def _draws(self, num_samples: int) -> Iterator[Tensor]:
-        """Fresh draws, some after others: more than a few thousand take much memory."""
+    def draws(self, num_samples: int) -> Iterator[Tensor]:
+        """Fresh draws [*, B, D], some after others: all K together take much memory."""
         sources: list[Callable[[int], Tensor]]
         sources = [
             self.proposal.draw,

@@ -34,6 +34,7 @@ SCALE_DRAWS = 64  # prior draws behind the unit of each coordinate
 NORMAL_IQR = 1.349  # distance between the quartiles of a unit Normal
 USES = 20  # evaluations of one shape before it is compiled
 MOST = 3  # shapes that are compiled: the others are rare
+unchecked = pyro.validation_enabled(False)  # decorates what runs programs: one run was checked
 
 
 class Target:
@@ -85,8 +86,7 @@ class Target:
                     f"log p(x, z) is NaN at a draw of the guide for {bad} of {first.num_data} "
                     "data: check the model there, and the data for NaN"
                 )
-            with pyro.validation_enabled(False):
-                second = densities(model, guide, x, y)
+            second = unchecked(densities)(model, guide, x, y)
             self.sites, mean, deviation = coordinates(first, second, sites)
             self.observed = list(first.observed)
             self.fixed = not any(holds_tensor(site.transform) for site in self.sites.values())
@@ -138,11 +138,11 @@ class Target:
         run = self.run_log_joint if self.fast is None else partial(self._compiled, self.fast)
         return torch.cat([run(part) for part in u.split(self.draws_at_once)])
 
+    @unchecked
     def run_log_joint(self, u: Tensor) -> Tensor:
         """log p(x, u) [K, B], of one chunk, by a run of the model."""
         latents, log_det = self._latents(u)
-        with pyro.validation_enabled(False):
-            return _never_nan(log_joint(self.model, self.x, self.y, latents).double() + log_det)
+        return _never_nan(log_joint(self.model, self.x, self.y, latents).double() + log_det)
 
     def _compiled(self, fast: Compiled, u: Tensor) -> Tensor:
         """log p(x, u) [K, B], of one chunk, differentiable in u alone."""
@@ -161,31 +161,29 @@ class Target:
             return _WithSlope.apply(u, *fast(value_and_slope, self.model, *inputs))
         return fast(value, self.model, *inputs)
 
+    @unchecked
     def log_guide(self, u: Tensor) -> Tensor:
         """log q(u | x) [K, B]."""
         latents, log_det = self._latents(u)
-        with pyro.validation_enabled(False):
-            if self._only_guide is not None:
-                (value,) = latents.values()
-                log_prob = self._only_guide.log_prob(value)
-            else:
-                log_prob = log_joint(self.guide, self.x, self.y, latents)
+        if len(latents) > 1:
+            log_prob = log_joint(self.guide, self.x, self.y, latents)
+        else:
+            (value,) = latents.values()
+            log_prob = self._only_guide.log_prob(value)
         return _never_nan(log_prob.double() + log_det)
 
     @cached_property
+    @torch.no_grad()
     def _only_guide(self) -> Any:
-        """The distribution of a guide of one site, which spares the encoder; else None."""
-        if len(self.sites) > 1:
-            return None
-        with torch.no_grad(), pyro.validation_enabled(False):
-            nodes: Any = run_program(self.guide, self.x, self.y, 1).nodes
+        """The distribution of a guide of one site, which spares the encoder."""
+        nodes: Any = run_program(self.guide, self.x, self.y, 1).nodes
         return nodes[next(iter(self.sites))]["fn"]
 
+    @unchecked
     def at(self, u: Tensor) -> Run:
         """One run of the model at u."""
         latents, log_det = self._latents(u)
-        with pyro.validation_enabled(False):
-            return Run(sites_at(self.model, self.x, self.y, latents), self.x, latents, log_det)
+        return Run(sites_at(self.model, self.x, self.y, latents), self.x, latents, log_det)
 
     def check_gradient(self) -> None:
         """Raises a ValueError if the likelihood has no gradient with respect to the latents."""
@@ -200,23 +198,24 @@ class Target:
             "use importance_sampling, which does not"
         )
 
+    @unchecked
+    @torch.no_grad()
     def draw_guide(self, num_draws: int) -> Tensor:
         """Draws of the guide [K, B, D]."""
-        with pyro.validation_enabled(False), torch.no_grad():
-            options = {"num_particles": num_draws, "chunk_size": self.chunk_size}
-            latents, _ = draw_latents(self.guide, self.x, self.y, **options)
-        return self.vector(latents)
+        options = {"num_particles": num_draws, "chunk_size": self.chunk_size}
+        return self.vector(draw_latents(self.guide, self.x, self.y, **options)[0])
 
+    @unchecked
+    @torch.no_grad()
     def draw_prior(self, num_draws: int) -> tuple[Tensor, Tensor, Tensor]:
         """Draws of the prior u [K, B, D], and log p(u) and log p(x | u) [K, B] at each."""
         parts = []
         for some in torch.ones(num_draws).split(self.draws_at_once):
-            with torch.no_grad(), pyro.validation_enabled(False):
-                nodes: Any = run_program(self.model, self.x, self.y, len(some)).nodes
-                values = {name: nodes[name]["value"] for name in self.sites}
-                sites = {name: nodes[name] for name in [*self.sites, *self.observed]}
-                u = self.vector(values)
-                run = Run(sites, self.x, values, self._latents(u)[1])
+            nodes: Any = run_program(self.model, self.x, self.y, len(some)).nodes
+            values = {name: nodes[name]["value"] for name in self.sites}
+            sites = {name: nodes[name] for name in [*self.sites, *self.observed]}
+            u = self.vector(values)
+            run = Run(sites, self.x, values, self._latents(u)[1])
             parts.append((u, run.log_prior, run.log_likelihood))
         u, log_prior, log_likelihood = (torch.cat(part) for part in zip(*parts))
         return u, log_prior, log_likelihood
@@ -260,15 +259,15 @@ class Run:
         )
         self.log_joint = _never_nan(self.log_prior + self.log_likelihood)
 
+    @unchecked
     def complete(self) -> Tensor:
         """The data [K, B, *E] with what is missing drawn from p(x | u)."""
-        with pyro.validation_enabled(False):
-            return complete_data(self.sites, self.x, self.latents)
+        return complete_data(self.sites, self.x, self.latents)
 
+    @unchecked
     def entry_log_prob(self) -> Tensor:
         """log p(x_e | u) of each entry [K, B, *E]."""
-        with pyro.validation_enabled(False):
-            return entry_log_prob(self.sites, self.x, self.latents)
+        return entry_log_prob(self.sites, self.x, self.latents)
 
 
 def _never_nan(log_prob: Tensor) -> Tensor:

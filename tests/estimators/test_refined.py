@@ -70,7 +70,7 @@ def test_weights_are_unbiased_whatever_the_fit() -> None:
         old = good.proposal
         bad = Proposal(old.log_weight, old.loc + 0.3, 1.5 * old.tril)
         moved = Fit(good.target, bad, good.simple, good.complete)
-        weights = moved.log_weights(moved.draw(20_011), 20_011).exp()
+        weights = torch.cat([weights for _, weights in moved.scored(20_011)]).exp()
     ratio = weights / world.truth.exp()
     assert ((ratio.mean(0) - 1).abs() < 5 * ratio.std(0) / 20_011**0.5).all()
     assert (ratio.std(0) > 0.1).all()
