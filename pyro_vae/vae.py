@@ -251,7 +251,9 @@ class VAE(nn.Module):
 
     def _cast(self, x: Tensor) -> Tensor:
         """`x` in the type of the weights, as `fit` gives it: integers and doubles work too."""
-        x = _checked("x", x, self.likelihood.missing)
+        x = as_tensor("x", x)
+        if is_validation_enabled():
+            check_finite("x", x, self.likelihood.missing)
         known = getattr(self.posterior, "input_scale", None)
         if known is not None and known.dtype == x.dtype:  # looking at parameters takes time
             return x
@@ -262,7 +264,9 @@ class VAE(nn.Module):
         """Refuses a `y` that nothing would look at: parts of one's own are taken to do so."""
         if y is None:
             return None
-        y = _checked("y", y)
+        y = as_tensor("y", y)
+        if is_validation_enabled():
+            check_finite("y", y)
         parts = (
             self,
             self.prior,
@@ -301,14 +305,6 @@ class VAE(nn.Module):
                 "posterior that stays inside the prior's support, or a prior on all real vectors"
             )
         return z
-
-
-def _checked(name: str, value: Any, missing: bool | None = None) -> Tensor:
-    """A tensor of rows; that all numbers are finite is looked at while Pyro checks."""
-    value = as_tensor(name, value)
-    if is_validation_enabled():
-        check_finite(name, value, missing)
-    return value
 
 
 @effectful(type="module")

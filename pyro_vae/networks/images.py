@@ -36,8 +36,7 @@ class Conv(Network):
         condition_dim: int = 0,
         norm: str | None = None,
     ) -> None:
-        super().__init__(in_shape, out_shape, condition_dim, hidden=hidden)
-        channels = as_shape("channels", channels)
+        super().__init__(in_shape, out_shape, condition_dim, channels=channels, hidden=hidden)
         sizes = image_sizes(self.in_shape, len(channels), "Conv", "in_shape", "ConvTranspose")
         layers: list[nn.Module] = []
         for i, o in zip((self.in_shape[0], *channels), channels):
@@ -47,7 +46,8 @@ class Conv(Network):
                 activation_layer(activation),
             ]
         self.convolutions = nn.Sequential(*layers)
-        widths = (channels[-1] * prod(sizes[-1]) + condition_dim, *hidden)
+        flat = (channels[-1] if channels else self.in_shape[0]) * prod(sizes[-1])
+        widths = (flat + condition_dim, *hidden)
         self.hidden = nn.Sequential(*dense(widths, activation, norm))
         self.output = nn.Linear(widths[-1], prod(self.out_shape))
 

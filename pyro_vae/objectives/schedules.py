@@ -54,7 +54,7 @@ CHECKS: dict[str, Callable[..., None]] = {  # of the numbers of a schedule
 
 
 class Checked(Schedule):
-    """A schedule whose unit and numbers are checked when it is made."""
+    """A schedule from `start` to `end`, or of one `value`, that is checked when it is made."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -65,6 +65,12 @@ class Checked(Schedule):
                 raise ValueError(f"{what} must be 'step' or 'epoch'; got {value!r}")
             if name == "rising" and value > 1:
                 raise ValueError(f"{what} must be at most 1; got {value}")
+
+    @property
+    def extremes(self) -> tuple[float, float]:
+        """The two ends, or the value twice."""
+        ends = [v for name, v in vars(self).items() if name in ("start", "end", "value")]
+        return min(ends), max(ends)
 
 
 @dataclass(frozen=True)
@@ -90,11 +96,6 @@ class Constant(Checked):
     def finish(self) -> float:
         """Zero, for it never moves."""
         return 0.0
-
-    @property
-    def extremes(self) -> tuple[float, float]:
-        """The value, twice."""
-        return self.value, self.value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +133,6 @@ class Linear(Checked):
     def finish(self) -> float:
         """delay + length."""
         return self.delay + self.length
-
-    @property
-    def extremes(self) -> tuple[float, float]:
-        """The two values."""
-        return min(self.start, self.end), max(self.start, self.end)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,11 +188,6 @@ class Cyclical(Checked):
     def finish(self) -> float:
         """length * cycles."""
         return self.length * self.cycles
-
-    @property
-    def extremes(self) -> tuple[float, float]:
-        """The two values."""
-        return min(self.start, self.end), max(self.start, self.end)
 
 
 def _between(start: float, end: float, t: float) -> float:
