@@ -215,6 +215,7 @@ class Trainer:
         """
         state = State(self.epoch, self.step, self.vae, dict(row))
         if self.group.rank == 0:
+            self._check_folder()  # callbacks may write to it
             for logger in self.loggers:
                 logger.log_metrics({k: v for k, v in row.items() if v is not None}, self.step)
             for callback in self.callbacks:
@@ -359,13 +360,16 @@ class Trainer:
         self.group.broadcast_(*self.vae.buffers())
         state = self._state()
         if self.group.rank == 0:
-            if not (self.run / "run.json").exists():
-                raise ValueError(
-                    f"{self.run} was removed or renamed while it was trained: its run.json is "
-                    "gone; train anew, and leave the folder where it is"
-                )
+            self._check_folder()
             save_checkpoint(self.run, self.vae.state_dict(), state, best=best)
             write_metrics(self.run, self.history.rows)
+
+    def _check_folder(self) -> None:
+        if self.run is not None and not (self.run / "run.json").exists():
+            raise ValueError(
+                f"{self.run} was removed or renamed while it was trained: its run.json is "
+                "gone; train anew, and leave the folder where it is"
+            )
 
     def _state(self) -> dict[str, Any]:
         device = self.group.device

@@ -246,6 +246,19 @@ def test_a_run_that_vanishes_while_it_is_trained_is_said(tmp_path: Path) -> None
     fit(make_vae(), make_data(), run=moved, epochs=5, resume=True, **QUIET)
 
 
+def test_no_callback_writes_to_a_run_that_vanished_during_an_epoch(tmp_path: Path) -> None:
+    run, vae = tmp_path / "run", make_vae()
+
+    def move(*_: Any) -> None:
+        if (run / "run.json").exists():
+            run.rename(tmp_path / "moved")
+
+    vae.posterior.register_forward_hook(move)
+    with pytest.raises(ValueError, match="run was removed or renamed while it was trained"):
+        fit(vae, make_data(), run=run, epochs=1, callbacks=[lambda _: run.mkdir()], **QUIET)
+    assert not run.exists()
+
+
 def test_data_far_from_a_unit_scale_are_said() -> None:
     x = torch.randn(53, 7) * torch.tensor([1, 1, 1, 1, 1, 1, 300.0])
     for likelihood in (likelihoods.Normal, likelihoods.Laplace, likelihoods.StudentT):
