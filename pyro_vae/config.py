@@ -334,7 +334,9 @@ def component(family: str, declared: Declared) -> Component:
         return declared
     name, options = name_and_options(family, declared)
     cls = named_class(family, name)
-    names = [name for name in signature(cls).parameters if name not in INJECTED]
+    taken = signature(cls).parameters.values()
+    names = [p.name for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    names = [name for name in names if name not in INJECTED]
     check_options(f"{family} {cls.__name__}", options, names)
     options = {name: _value(cls, name, value) for name, value in options.items()}
     parser = ArgumentParser(exit_on_error=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -36,18 +35,11 @@ class Prior(Shown):
     batch shape (). That is all: it is then found by name, and the laws in the tests apply.
     `StandardNormal` is the one to read.
 
-    Args:
-        sizes: Options that must be whole numbers from 1.
-
     Attributes:
         posterior: The posterior that this prior is made of, if any; not owned by it.
     """
 
     posterior: nn.Module | None = None
-
-    def __init__(self, **sizes: Any) -> None:
-        super().__init__()
-        check_whole(**sizes)
 
     @abstractmethod
     def forward(self, y: Tensor | None = None) -> Distribution:
@@ -68,7 +60,8 @@ class StandardNormal(Prior):
     """
 
     def __init__(self, latent_dim: int) -> None:
-        super().__init__(latent_dim=latent_dim)
+        super().__init__()
+        check_whole(latent_dim=latent_dim)
         self.loc = nn.Buffer(torch.zeros(latent_dim))
         self.scale = nn.Buffer(torch.ones(latent_dim))
 
@@ -85,7 +78,8 @@ class Normal(Prior):
     """
 
     def __init__(self, latent_dim: int) -> None:
-        super().__init__(latent_dim=latent_dim)
+        super().__init__()
+        check_whole(latent_dim=latent_dim)
         self.loc = nn.Parameter(torch.zeros(latent_dim))
         self.log_scale = nn.Parameter(torch.zeros(latent_dim))
 
@@ -112,7 +106,8 @@ class ConditionalNormal(Prior):
     """
 
     def __init__(self, network: nn.Module, latent_dim: int, min_scale: float = 1e-4) -> None:
-        super().__init__(latent_dim=latent_dim)
+        super().__init__()
+        check_whole(latent_dim=latent_dim)
         check_real(0, min_scale=min_scale)
         self.network, self.latent_dim, self.min_scale = network, latent_dim, min_scale
 
@@ -151,7 +146,8 @@ class MixtureOfGaussians(Prior):
     """
 
     def __init__(self, latent_dim: int, num_components: int = 10) -> None:
-        super().__init__(latent_dim=latent_dim, num_components=num_components)
+        super().__init__()
+        check_whole(latent_dim=latent_dim, num_components=num_components)
         self.logits = nn.Parameter(torch.zeros(num_components))
         self.loc = nn.Parameter(torch.randn(num_components, latent_dim))
         self.log_scale = nn.Parameter(torch.zeros(num_components, latent_dim))
@@ -179,7 +175,8 @@ class NormalPerClass(Prior):
     """
 
     def __init__(self, latent_dim: int, classes: int = 10) -> None:
-        super().__init__(latent_dim=latent_dim, classes=classes)
+        super().__init__()
+        check_whole(latent_dim=latent_dim, classes=classes)
         self.loc = nn.Parameter(torch.randn(classes, latent_dim))
         self.log_scale = nn.Parameter(torch.zeros(classes, latent_dim))
 
@@ -221,7 +218,8 @@ class VampPrior(Prior):
         num_components: int = 500,
         data_range: tuple[float, float] | None = None,
     ) -> None:
-        super().__init__(num_components=num_components)
+        super().__init__()
+        check_whole(num_components=num_components)
         vars(self)["posterior"] = posterior  # past torch, so that only the VAE owns it
         self._range_given = data_range is not None
         ends = (0.0, 1.0) if data_range is None else data_range
@@ -269,7 +267,8 @@ class Laplace(Prior):
     """
 
     def __init__(self, latent_dim: int) -> None:
-        super().__init__(latent_dim=latent_dim)
+        super().__init__()
+        check_whole(latent_dim=latent_dim)
         self.loc = nn.Buffer(torch.zeros(latent_dim))
         self.scale = nn.Buffer(torch.ones(latent_dim))
 
@@ -287,7 +286,8 @@ class StudentT(Prior):
     """
 
     def __init__(self, latent_dim: int, df: float = 5.0) -> None:
-        super().__init__(latent_dim=latent_dim)
+        super().__init__()
+        check_whole(latent_dim=latent_dim)
         check_real(above=0, df=df)
         self.df = nn.Buffer(torch.full((latent_dim,), float(df)))
 
@@ -320,7 +320,8 @@ class FlowPrior(Prior):
         transforms: int = 3,
         hidden: tuple[int, ...] = (64, 64),
     ) -> None:
-        super().__init__(latent_dim=latent_dim, transforms=transforms)
+        super().__init__()
+        check_whole(latent_dim=latent_dim, transforms=transforms)
         hidden = as_shape("hidden", hidden) if hidden else ()
         self.flow = make_flow(flow, latent_dim, transforms=transforms, hidden=hidden)
 
