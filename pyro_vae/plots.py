@@ -185,7 +185,7 @@ def pairs(data: Tensor, samples: Tensor, names: Names = None) -> Figure:
         xlabel, ylabel = (_short(named[d], 18) for d in pair)
         ax.set(xlim=xlim, ylim=ylim, xlabel=xlabel, ylabel=ylabel, xticks=[], yticks=[])
         for axis, d in zip((ax.xaxis, ax.yaxis), pair):
-            _name_ticks(axis, codes.get(named[d], ()))
+            _name_ticks(axis, codes.get(named[d], ()), 5)
         if pair == chosen[0]:
             ax.set_title(title, loc="left")
     return figure
@@ -479,7 +479,7 @@ def _lines(ax: Any, lines: Mapping[str, Sequence[tuple[Any, Any]]], **labels: st
     for name, points in lines.items():
         ax.plot(*zip(*points), label=name, marker="." if len(points) < 3 else "")
     ax.set(xlabel="epoch", **labels)
-    ax.locator_params(axis="x", integer=True)
+    ax.locator_params(axis="x", integer=True, min_n_ticks=1)
 
 
 def _name_lines(ax: Any) -> None:
