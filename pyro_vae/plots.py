@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -55,6 +55,7 @@ STYLE: Any = {
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
 }
+Names = Sequence[str] | Mapping[str, Sequence[str | float]] | None  # of columns
 SCREEN = 96  # points of a page in an inch
 GREY = "#767676"  # text that is read on white and on black
 SHADES = {
@@ -126,7 +127,7 @@ def image_rows(
 
 
 @style()
-def columns(data: Tensor, samples: Tensor, names: Sequence[str] | None = None) -> Figure:
+def columns(data: Tensor, samples: Tensor, names: Names = None) -> Figure:
     """Histograms of the first nine columns of tables [N, D]: data beside samples.
 
     Heights are shares of all rows, so that samples outside the data's range are missed.
@@ -134,8 +135,9 @@ def columns(data: Tensor, samples: Tensor, names: Sequence[str] | None = None) -
     Args:
         data: Rows of data; NaN is left out.
         samples: Rows of the model.
-        names: One for each column; their numbers from 0 if None.
+        names: Of the columns (numbers if None), or a mapping of each to names of its codes 0, ...
     """
+    codes = names if isinstance(names, Mapping) else {}
     count = data.shape[1]
     shown = min(count, 9)
     figure, axes = _axes(-(-shown // 3), min(shown, 3), 2)
@@ -147,7 +149,8 @@ def columns(data: Tensor, samples: Tensor, names: Sequence[str] | None = None) -
             share = torch.ones(len(values)) / len(values)
             ax.hist(values.tolist(), bins, weights=share.tolist(), **look)
         ax.set_title(_short(name), fontsize=9)
-        ax.locator_params(axis="x", nbins=4, prune="both")
+        ax.locator_params(axis="x", nbins=4, prune="both", integer=_few(held))
+        _name_ticks(ax.xaxis, codes.get(name, ()))
         ax.set_yticks([])
     for ax in axes[shown:]:
         ax.remove()
@@ -159,7 +162,7 @@ def columns(data: Tensor, samples: Tensor, names: Sequence[str] | None = None) -
 
 
 @style()
-def pairs(data: Tensor, samples: Tensor, names: Sequence[str] | None = None) -> Figure:
+def pairs(data: Tensor, samples: Tensor, names: Names = None) -> Figure:
     """Pairs of columns of tables [N, D]: data above samples, on the axes of the data.
 
     They are the four, among the first hundred columns, whose ranks correlate most in the data.
@@ -168,18 +171,21 @@ def pairs(data: Tensor, samples: Tensor, names: Sequence[str] | None = None) -> 
     Args:
         data: Rows of data; NaN is left out.
         samples: Rows of the model.
-        names: One for each column; their numbers from 0 if None.
+        names: As in `columns`.
     """
     chosen = _strongest(data[:, :100], 4)
     figure, axes = _axes(2, len(chosen), 1.8)
-    names = _named(names, data.shape[1], "column ")
+    codes = names if isinstance(names, Mapping) else {}
+    named = _named(names, data.shape[1], "column ")
     parts = (("data", data), ("samples", samples))
     for ax, ((title, rows), pair) in zip(axes, product(parts, chosen)):
-        x, y = (_spread(rows[:1000, d]).tolist() for d in pair)
+        x, y = (_spread(rows[:1000, d], d).tolist() for d in pair)
         ax.plot(x, y, ".", ms=2, alpha=0.5, color=PALETTE[rows is samples], rasterized=True)
-        xlim, ylim = (_limits(_spread(data[:, d])) for d in pair)
-        xlabel, ylabel = (_short(names[d], 18) for d in pair)
+        xlim, ylim = (_limits(_spread(data[:, d], d)) for d in pair)
+        xlabel, ylabel = (_short(named[d], 18) for d in pair)
         ax.set(xlim=xlim, ylim=ylim, xlabel=xlabel, ylabel=ylabel, xticks=[], yticks=[])
+        for axis, d in zip((ax.xaxis, ax.yaxis), pair):
+            _name_ticks(axis, codes.get(named[d], ()), 5)
         if pair == chosen[0]:
             ax.set_title(title, loc="left")
     return figure
@@ -230,12 +236,13 @@ def latent(
     for i, label in enumerate(classes := labels.unique().tolist()):
         points = shown[labels == label]
         look = {"marker": "o^sDv"[i // len(PALETTE) % 5], "color": PALETTE[i % len(PALETTE)]}
-        ax.scatter(*points.T.tolist(), s=6, linewidths=0, rasterized=True, **look)
+        ax.scatter(*points.T.tolist(), s=10, linewidths=0, rasterized=True, **look)
         if len(classes) > 1:
             halo = [withStroke(linewidth=3, foreground="#ffffff")]
             placed = torch.cat([placed, _free(points, placed, apart)[None]])
             at = placed[-1].tolist()
-            ax.text(*at, f"{label:g}", size=13, weight="bold", path_effects=halo)
+            text = {"color": look["color"], "path_effects": halo, "weight": "bold"}
+            ax.text(*at, "?" if label < 0 else f"{label:g}", size=13, **text)
     names = _named(names, means.shape[1], "z")
     xlabel, ylabel = (*(f"E[{names[d]} | x]" for d in pair), "rows, in order")[:2]
     chosen = ", the two dimensions of largest variance" if means.shape[1] > 2 else ""
@@ -295,7 +302,7 @@ def factor_matrix(information: Tensor, names: Sequence[str]) -> Figure:
 def unit_kl(epochs: Tensor, kl: Tensor, names: Sequence[str] | None = None) -> Figure:
     """KL of each latent dimension [T, D] over epochs [T], in nats, and the last, in order.
 
-    The largest are named; bars of a hierarchy have a colour for each layer.
+    The largest lines and as many bars as fit are named; those of a layer have one colour.
 
     Args:
         epochs: Epochs [T].
@@ -318,7 +325,8 @@ def unit_kl(epochs: Tensor, kl: Tensor, names: Sequence[str] | None = None) -> F
         line.set(color="0.8", label="_")
     _name_lines(ax)
     title = f"the last of each, {kl[-1].sum():.1f} nats in all"
-    bars.set(title=title, xlabel="latent dimensions, in order", xticks=[])
+    bars.set(title=title, xlabel="latent dimensions, in order")
+    _name_ticks(bars.xaxis, [names[d] for d in order], 20)
     if len(set(sites)) > 1:
         bars.legend()
     return figure
@@ -381,7 +389,7 @@ def audit(gap: Tensor, reliable: Tensor, reach: float) -> Figure:
         ax.plot(place.tolist(), gap[place].tolist(), ".", label=f"{name}: {len(place)}")
     ax.axhline(reach, color="grey", linewidth=1, linestyle="--")
     ax.set_yscale("symlog", linthresh=reach)
-    ax.set(xlabel="simulated data, by gap", ylabel="gap of the bounds, nats")
+    ax.set(xlabel="simulated data, by gap", ylabel="gap of the bounds, nats; limit dashed")
     ax.set_title("audit: what an exact draw adds")
     ax.legend()
     return figure
@@ -405,7 +413,7 @@ def _drawn(figure: Figure, kind: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def _named(names: Sequence[str | int] | None, count: int, prefix: str) -> list[str]:
+def _named(names: Iterable[str | int] | None, count: int, prefix: str) -> list[str]:
     names = range(count) if names is None else names
     return [name if isinstance(name, str) else f"{prefix}{name}" for name in names]
 
@@ -444,11 +452,11 @@ def _strongest(data: Tensor, count: int) -> list[list[int]]:
     return places[:, best].T.tolist()
 
 
-def _spread(column: Tensor) -> Tensor:
-    """A column, with noise if it is of few integers."""
+def _spread(column: Tensor, seed: int) -> Tensor:
+    """A column, with noise of its own if it is of few integers."""
     if not _few(column[~column.isnan()]):
         return column
-    noise = torch.rand(column.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(column.shape, generator=torch.Generator().manual_seed(seed))
     return column + 0.6 * noise.to(column) - 0.3
 
 
@@ -458,11 +466,20 @@ def _short(name: str, most: int = 26) -> str:
     return name.replace("$", r"\$")  # matplotlib takes what is between for mathematics
 
 
+def _name_ticks(axis: Any, names: Sequence[str | float], most: int = 10) -> None:
+    """Names at 0, 1, ... of an axis, as many as fit; none leave it as it is."""
+    if every := -(-len(names) // most):
+        shown = [_short(str(name), 12) for name in names[::every]]
+        turned = axis.axis_name == "x" and len("".join(shown)) > 18
+        axis.set_ticks(range(0, len(names), every), shown, rotation=90 * turned)
+
+
 def _lines(ax: Any, lines: Mapping[str, Sequence[tuple[Any, Any]]], **labels: str) -> None:
     """Lines over epochs, by name; with dots where they are too short to be seen."""
     for name, points in lines.items():
         ax.plot(*zip(*points), label=name, marker="." if len(points) < 3 else "")
     ax.set(xlabel="epoch", **labels)
+    ax.locator_params(axis="x", integer=True, min_n_ticks=1)
 
 
 def _name_lines(ax: Any) -> None:

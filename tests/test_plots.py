@@ -60,6 +60,8 @@ def test_latent_means_lie_on_the_axes_of_their_dimensions() -> None:
     assert drawn[:, 0].tolist() == pytest.approx(means[:, 0].tolist())
     assert (drawn[:, 1].diff() > 0).all()
     assert plots.latent(means[:1]).axes
+    (ax,) = plots.latent(means, torch.tensor([0, 0, -1, -1, 1, 1, 1])).axes
+    assert [text.get_text() for text in ax.texts] == ["?", "0", "1"]  # -1 is an unknown class
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 9, 30])
@@ -108,6 +110,24 @@ def test_integers_have_a_bin_each() -> None:
     assert plots.columns(torch.full((7, 1), torch.nan), torch.zeros(7, 1)).axes
 
 
+def test_codes_are_named() -> None:
+    data = torch.arange(60.0)[:, None] % torch.tensor([2, 3, 30, 7])
+    towns = [f"a town of number {d}" for d in range(30)]
+    known = {"smokes": ["no", "yes"], "grade": [1, 2.5, "$"], "town": towns, "visits": ()}
+    for figure in (plots.columns(data, data, known), plots.pairs(data, data, known)):
+        FigureCanvasAgg(figure).draw()
+        axes = {ax.get_title() or ax.get_xlabel(): ax for ax in figure.axes}
+        for name, shown in (("smokes", ["no", "yes"]), ("grade", ["1", "2.5", r"\$"])):
+            assert [tick.get_text() for tick in axes[name].get_xticklabels()] == shown
+            assert list(axes[name].get_xticks()) == [*range(len(shown))]
+    (ax,) = [ax for ax in plots.columns(data, data, known).axes if ax.get_title() == "town"]
+    assert list(ax.get_xticks()) == [*range(0, 30, 3)]
+    assert {tick.get_text() for tick in ax.get_xticklabels()} == {"a town of..."}
+    x, y = torch.tensor(plots.pairs(data[:, :2], data[:, :2]).axes[0].lines[0].get_xydata()).T
+    noise = torch.stack([x - x.round(), y - y.round()])
+    assert torch.corrcoef(noise)[0, 1].abs() < 0.5  # a noise of its own for each column
+
+
 def test_pairs_are_of_the_columns_whose_ranks_go_together() -> None:
     data = torch.randn(53, 7)
     data[:, 5] = -(data[:, 1] * 4).exp()
@@ -140,8 +160,12 @@ def test_curves_over_epochs() -> None:
     epochs, kl = torch.arange(4), torch.rand(4, 12)
     ax, bars = plots.unit_kl(epochs, kl, [f"z{d % 2}[{d // 2}]" for d in range(12)]).axes
     assert [bar.get_height() for bar in bars.patches[:6]] == sorted(kl[-1, ::2].tolist())[::-1]
-    (ax, _) = plots.unit_kl(epochs, kl).axes
+    ax, bars = plots.unit_kl(epochs, kl).axes
     order = kl[-1].argsort(descending=True)
+    assert [tick.get_text() for tick in bars.get_xticklabels()] == [f"z{d}" for d in order]
+    for count in (1, 2, 4):
+        (short,) = plots.terms(epochs[:count], {"kl": kl[:count, 0]}).axes
+        assert all(tick == round(tick) for tick in short.get_xticks())
     assert [list(line.get_ydata()) for line in ax.lines] == kl.T[order].tolist()
     named = {text.get_text(): text.get_position()[1] for text in ax.texts}
     assert list(named) == [f"z{d}" for d in reversed(order[:10].tolist())]

@@ -97,9 +97,10 @@ def _of_tables(vae: VAE, splits: Splits) -> dict[str, Figure]:
     with forked(torch.device("cpu"), 0):
         draws = vae.sample(len(data), condition(data, len(data), None, vae))
     rows, draws = (data.transform.inverse(x).flatten(1) for x in (data.batch()[0], draws))
-    made = {"samples": plots.columns(rows, draws, data.columns)}
+    known = data.schema and {name: c.categories for name, c in data.schema.columns.items()}
+    made = {"samples": plots.columns(rows, draws, known or data.columns)}
     if rows.shape[1] > 1:
-        made["pairs"] = plots.pairs(rows, draws, data.columns)
+        made["pairs"] = plots.pairs(rows, draws, known or data.columns)
     return made
 
 
@@ -267,8 +268,9 @@ def _of_parts(folder: Path, vae: VAE, num_data: int) -> dict[str, Figure]:
                 # the last two terms are no KL where the prior does not factorise; their sum is
                 correlation, mismatch = (parts.pop(NAMES[name]) for name in TERMS[1:])
                 parts[NAMES["aggregate_kl"]] = correlation + mismatch
-            parts["log N, ceiling of the first"] = torch.full_like(epochs, math.log(num_data))
             made["parts"] = plots.terms(epochs, parts)
+            ceiling = f"mutual information is at most log N = {math.log(num_data):.1f}"
+            made["parts"].supxlabel(ceiling, fontsize=8)
         if units := [key for key in rows[0] if key.startswith("kl_z")]:
             kl = torch.tensor([[row[unit] for unit in units] for row in rows])
             names = [unit.removeprefix("kl_") for unit in units]

@@ -93,15 +93,8 @@ def declaration(folder: Path, recorded: dict[str, Any], vae: VAE) -> dict[str, d
     made = {key: str(value) for key, value in (recorded.get("made") or {}).items()}
     return {
         "Data": {**data, **rows, "shape": " x ".join(map(str, model["data_shape"]))},
-        "Model": {
-            "latent size": str(model["latent_dim"]),
-            **families,
-            "parameters": f"{size:,}",
-        },
-        "Training": {
-            key.replace("_", " "): _called(value) if isinstance(value, dict) else str(value)
-            for key, value in settings.items()
-        },
+        "Model": {"latent size": str(model["latent_dim"]), **families, "parameters": f"{size:,}"},
+        "Training": {key.replace("_", " "): _called(value) for key, value in settings.items()},
         **({"Made": {"pyro_vae": str(recorded["pyro_vae"]), **made}} if made else {}),
     }
 
@@ -243,10 +236,13 @@ def programs(vae: VAE, declared: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _called(declared: dict[str, Any]) -> str:
+def _called(declared: Any) -> str:
     """A declared component as one would call it."""
-    options = ", ".join(f"{key}={value}" for key, value in declared.get("init_args", {}).items())
-    return f"{declared['class_path']}({options})" if "class_path" in declared else str(declared)
+    if not isinstance(declared, dict):
+        return str(declared)
+    named = declared.get("init_args", {}) if "class_path" in declared else declared
+    options = ", ".join(f"{key}={_called(value)}" for key, value in named.items())
+    return f"{declared.get('class_path', 'dict')}({options})"
 
 
 def _read(path: Path, read: Callable[[Path], Any]) -> Any:
