@@ -12,6 +12,7 @@ import sys
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from pyro_vae.__main__ import main
 from pyro_vae.cli.compare import check_comparable
 from pyro_vae.cli.figures import KlParts, followed, layer_lines
 from pyro_vae.cli.folder import NOISY, check_support, load_run
+from pyro_vae.cli.score import estimate
 from pyro_vae.cli.train import _run_folder
 from pyro_vae.data import Data, Dequantise, Splits, load_data, spread, tables
 from pyro_vae.metrics import elbo_decomposition
@@ -217,6 +219,27 @@ def test_compare_pairs_the_data(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert main(["train", *SMALL, *options]) == 0
     assert main(["compare", str(run), str(third), *estimator]) == 2
     assert "have other rows" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:posterior collapse")
+def test_compare_takes_the_same_rows_and_noise_of_runs_of_other_split_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = np.random.default_rng(0).integers(0, 256, (61, 2, 2), np.uint8)
+    np.savez(tmp_path / "x.npz", x=x, x_test=x[:31])
+    runs, seen = [str(tmp_path / seed) for seed in "01"], []
+    options = ["--data", str(tmp_path / "x.npz"), "--transform=static", "--epochs=1"]
+    for run in runs:
+        split = ["--split_seed", Path(run).name, "--run", run]
+        assert main(["train", *SMALL, *options, *split, "--validation=7"]) == 0
+
+    def spied(vae: Any, data: Any, options: Any) -> Any:
+        seen.append(data.batch()[0])
+        return estimate(vae, data, options)
+
+    monkeypatch.setattr("pyro_vae.cli.compare.estimate", spied)
+    assert main(["compare", *runs, "--limit=7", "--progress=false"]) == 0
+    assert torch.equal(*seen)
 
 
 def test_a_mass_and_a_density_do_not_compare(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def compare(options: Namespace) -> None:
         check_comparable(first, run, loaded, options.part)
     each: dict[str, Evidence] = {}
     for run, (vae, splits) in loaded.items():
+        splits = replace(splits, seed=loaded[first][1].seed)  # for the same rows and noise
         rows = held_out(splits, options.part, options.limit)
         vae, data = placed(vae, rows, options.accelerator)
         each[run] = shifted(estimate(vae, data, options), data)

@@ -51,7 +51,7 @@ OPTIONS = tuple(inspect.signature(log_evidence).parameters)[4:]  # after model, 
 def held_out(splits: Splits, part: str, limit: int | None) -> Data:
     """Rows that stand for a part, with their noise drawn once."""
     data: Data = getattr(splits, part)
-    return data.subset(spread(len(data), limit, splits.seed)).fixed()
+    return data.subset(spread(len(data), limit, splits.seed)).fixed(splits.seed)
 
 
 def rows_of(splits: Splits, part: str, data: Data) -> str:
