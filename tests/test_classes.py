@@ -139,6 +139,8 @@ def test_evidence_is_that_of_the_mixture_and_labels_are_observed(prior: str) -> 
     assert torch.equal(again.log_prob, found.log_prob)
     share, stderr, _ = class_probabilities(vae, x, estimator=importance_sampling, **way)
     assert ((share - truth.softmax(1)).abs() < 4.5 * stderr + 1e-9).all()
+    all_known = importance_sampling(vae, x, torch.arange(B) % 2, **way)  # class 2 is no row's
+    assert ((all_known.ess > 1) & (all_known.ess <= 199)).all()
 
 
 def joint_of_layers(vae: ClassVAE, x: Tensor) -> Tensor:

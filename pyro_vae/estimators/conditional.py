@@ -448,10 +448,10 @@ def _columns(target: Target, num_samples: int, missing: bool) -> Tensor:
     runs = fit.weighed(torch.cat([*fit.draws(num_samples)]), num_samples)
     weights, entries = zip(*((w.unsqueeze(-1), run.entry_log_prob()) for w, run in runs))
     whole = torch.cat(weights)
-    rest = whole - torch.cat(entries).flatten(2)  # of each entry left out [K, B, C]
+    rest = whole - torch.cat(entries).reshape(*whole.shape[:2], -1)  # one left out [K, B, C]
     found = torch.cat([whole.logsumexp(0), rest.logsumexp(0)], 1).cpu()
     khat = pareto_khat(rest.flatten(1).cpu()).view(found[:, 1:].shape)
-    hard = ((khat > KHAT) & ~target.x.isnan().flatten(1).cpu() & missing).nonzero()
+    hard = ((khat > KHAT) & ~target.x.isnan().reshape(len(found), -1).cpu() & missing).nonzero()
     for rows, entry in (cells.T for cells in hard.split(target.num_data) if len(hard)):
         given = _cells(fit.rows(rows.to(whole.device)), entry, num_samples)
         found[rows, 1 + entry] = found[rows, 0] - given

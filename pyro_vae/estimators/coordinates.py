@@ -271,7 +271,7 @@ def _normal_scores(
     spread = v.quantile(0.75, 0) - v.quantile(0.25, 0)
     tables: list[Any] = []
     for i, shape in enumerate(shapes):  # those of one shape have one table
-        same = next(j for j, other in enumerate(shapes) if _alike(other, shape))
+        same = next((j for j, other in enumerate(shapes[:i]) if _alike(other, shape)), i)
         tables.append(tables[same] if same < i else _table(where, fn, centre, spread[i], i))
     value, slope = (torch.stack(column) for column in zip(*tables))
     usable = bool((slope > 0).all() and slope.isfinite().all())

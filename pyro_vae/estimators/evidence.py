@@ -164,7 +164,8 @@ class Evidence:
         """The evidence with log p(x) of some of the data known without error."""
         exact = {"log_prob": log_prob, "stderr": 0.0, "khat": -math.inf}
         new = {name: getattr(self, name).index_fill(0, index, v) for name, v in exact.items()}
-        new["ess"] = self.ess.index_copy(0, index, self.num_samples[index].to(self.ess))
+        number = self.num_samples[index].clamp(min=1).to(self.ess)  # 0 where excluded before
+        new["ess"] = self.ess.index_copy(0, index, number)
         method, verdict = list(self.method), list(self.verdict)
         for i in index.tolist():
             method[i], verdict[i] = how, "reliable"

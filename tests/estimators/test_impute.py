@@ -216,6 +216,25 @@ def test_column_log_prob_is_exact() -> None:
     assert found[4].argmin() == 2
 
 
+def test_a_datum_of_one_number_has_its_log_prob_as_its_column() -> None:
+    class One:
+        missing = False
+
+        def model(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x), dim=-1):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+        def guide(self, x: Tensor) -> None:
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("z", dist.Normal(0.8 * x, 0.5))
+
+    x = torch.tensor([0.0, 1.0, -2.0])
+    found = column_log_prob(One().model, One().guide, x)
+    truth = dist.Normal(0.0, 1.25**0.5).log_prob(x)
+    torch.testing.assert_close(found, truth, rtol=0, atol=0.15)
+
+
 def test_column_log_prob_needs_no_missing_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """With missing=True each value would get draws of its own, of a row without it."""
     monkeypatch.setattr(import_module("pyro_vae.estimators.conditional"), "KHAT", -torch.inf)

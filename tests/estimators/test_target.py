@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 from worlds import WORLDS, data, gamma_poisson, linear, misses
 
 from pyro_vae.densities import evaluating
@@ -165,6 +166,25 @@ def test_a_model_that_is_no_number_is_refused() -> None:
     with pyro.validation_enabled(False):
         with pytest.raises(ValueError, match="NaN at a draw of the guide for 5 of 5 data"):
             Target(flat, missing, torch.zeros(5))
+
+
+def test_a_prior_may_have_no_mass_in_a_part_of_its_support() -> None:
+    class Within(dist.Uniform):
+        support = constraints.real
+
+    def model(x: Tensor) -> None:
+        with data(len(x)):
+            z = pyro.sample("z", Within(-1.0, 1.0, validate_args=False))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with data(len(x)):
+            pyro.sample("z", dist.Normal(0.4 * x.tanh(), 0.2))
+
+    x = torch.tensor([0.0, 2.0])
+    _, _, log_likelihood = Target(model, guide, x).draw_prior(20_000)
+    truth = (dist.Normal(x, 0.5).cdf(torch.ones(2)) - dist.Normal(x, 0.5).cdf(-torch.ones(2))) / 2
+    torch.testing.assert_close(log_likelihood.exp().mean(0), truth, rtol=0.05, atol=0)
 
 
 def test_a_likelihood_without_gradient_is_refused() -> None:
