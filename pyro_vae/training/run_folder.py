@@ -200,13 +200,13 @@ def read_run(run: PathLike) -> dict[str, Any]:
     check_folder(run)
     path = Path(run) / "run.json"
     record = {"declaration": None, "training": {}, "data": {}, **_read_json(path)}
+    if type(written := record.get("format")) is int and written > FORMAT:
+        raise ValueError(
+            f"{path} has format {written}, this pyro_vae reads up to {FORMAT}: use the newer "
+            "pyro_vae that wrote it"
+        )
     with reading(path):
         check_types(record, RECORDS)
-    if record["format"] > FORMAT:
-        raise ValueError(
-            f"{path} has format {record['format']}, this pyro_vae reads up to {FORMAT}: "
-            "use the newer pyro_vae that wrote it"
-        )
     return record
 
 

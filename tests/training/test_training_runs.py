@@ -311,7 +311,7 @@ def test_damaged_files_are_named(tmp_path: Path, part: str, how: str) -> None:
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     fit(make_vae(), make_data(), run=tmp_path, **{**OPTIONS, "epochs": 1})
     record = json.loads((tmp_path / "run.json").read_text())
-    (tmp_path / "run.json").write_text(json.dumps({**record, "format": 2}))
+    (tmp_path / "run.json").write_text(json.dumps({**record, "format": 2, "data": []}))
     with pytest.raises(ValueError, match="format 2"):
         load_weights(tmp_path)
 
