@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
 
 from pyro_vae import build, class_probabilities, column_log_prob, fit, impute, load
-from pyro_vae.classes import ClassVAE
+from pyro_vae.classes import SUMMED, ClassVAE
 from pyro_vae.cli.parsing import run
 from pyro_vae.densities import densities, summed_values
 from pyro_vae.distributions import Label
@@ -213,6 +214,32 @@ def test_a_classifier_learns_labels_and_is_tied_to_the_model_elsewhere(options: 
         assert wanted[-1].any()
         for with_it, without, part in zip(*slopes, wanted):
             torch.testing.assert_close(with_it - without, part, rtol=1e-8, atol=1e-10)
+
+
+def test_a_classifier_learns_labels_where_x_excludes_another_class() -> None:
+    x, labels = torch.tensor([0.5, -1.0]), torch.tensor([[0], [1]])
+    slope, logits = torch.tensor(0.5, requires_grad=True), torch.zeros(3, requires_grad=True)
+
+    def model(x: Tensor, labels: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            c = pyro.sample("c", dist.OneHotCategorical(torch.ones(3)), infer=SUMMED)
+            weighted: Any = {"label_weight": 5.0}
+            pyro.sample("label", Label(c), obs=labels[..., 0], infer=weighted)
+            z = pyro.sample("z", dist.Normal(slope * c[..., 1], 1.0))
+            top = torch.where(c[..., 2] > 0, 0.1, 9.0)  # no x of the third class is so large
+            pyro.sample("size", dist.Uniform(0.0, top, validate_args=False), obs=x.abs())
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def guide(x: Tensor, labels: Tensor) -> None:
+        infer: Any = SUMMED | {"classifier": True}
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("c", dist.OneHotCategorical(logits=logits), infer=infer)
+            pyro.sample("z", dist.Normal(x, 0.5))
+
+    loss = ELBO().differentiable_loss(model, guide, x, labels)
+    slopes = torch.autograd.grad(loss, [slope, logits])
+    assert slopes[0].isfinite()
+    torch.testing.assert_close(slopes[1], torch.tensor([-5.0, -5.0, 10.0]) / 3)
 
 
 @pytest.mark.usefixtures("float64")

@@ -245,6 +245,7 @@ def _classifier_term(
     weights = {n: s["infer"]["label_weight"] for n, s in p.items() if "label_weight" in s["infer"]}
     labels = {n: log_p[n][:, 0] for n in weights}
     rest = _total({n: v for n, v in log_p.items() if n not in weights}) - _total(log_q)
+    rest = rest.clamp(min=torch.finfo(rest.dtype).min)  # where x excludes a value: no NaN slopes
     log_w, log_c, said = rest.logsumexp(1), log_classifier.mean(1), _total(labels)
     posterior = (log_c + said).softmax(0)
     kl = (posterior * (log_c - log_w)).sum(0)
