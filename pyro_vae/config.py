@@ -195,20 +195,16 @@ def build(
         check_whole(**{name: options[name] for name in counts if type(options[name]) is int})
     cls, options = parts["likelihood"]
     inputs = given(cls.input_shape, {**options, "missing": missing}, shape)
+    made: dict[str, Any] = dict(labels)
     filled: dict[str, Any] = {"latent_dim": sizes[-1], "data_shape": shape}
     filled |= {"classes": classes} if classes else {}
-    seen = sum(sizes) if skip else sizes[0]
-    network = parts["decoder"].made(in_shape=(seen,), out_shape=cls.out_shape(shape, **options))
-    filled["decoder"] = Lowest(network, seen) if seen < sum(sizes) else network
-    made_likelihood = parts["likelihood"].made(**filled)
+    made["likelihood"] = _likelihood(parts, filled, sizes, skip)
     filled["data_shape"] = inputs  # a prior's pseudo-inputs lie where the encoder reads
-    made_prior, made_posterior = _latents(parts, filled, sizes)
-    kind: Any = ClassVAE if classes else VAE
-    extra: Any = dict(labels)
+    made["prior"], made["posterior"] = _latents(parts, filled, sizes)
     if classifier:
         plain = parts["encoder"].having(condition_dim=0)
-        extra["classifier"] = plain.made(in_shape=inputs, out_shape=(classes,))
-    vae: VAE = kind(made_prior, made_likelihood, made_posterior, missing, **extra)
+        made["classifier"] = plain.made(in_shape=inputs, out_shape=(classes,))
+    vae = (ClassVAE if classes else VAE)(missing=missing, **made)
     vae.declaration = {
         "data_shape": list(shape),
         "latent_dim": sizes[0] if order is None else list(sizes),
@@ -218,6 +214,17 @@ def build(
         **{family: part.plain for family, part in parts.items()},
     }
     return vae
+
+
+def _likelihood(
+    parts: dict[str, Component], filled: dict[str, Any], sizes: tuple[int, ...], skip: bool
+) -> Any:
+    cls, options = parts["likelihood"]
+    seen = sum(sizes) if skip else sizes[0]
+    out_shape = cls.out_shape(filled["data_shape"], **options)
+    network = parts["decoder"].made(in_shape=(seen,), out_shape=out_shape)
+    decoder = Lowest(network, seen) if seen < sum(sizes) else network
+    return parts["likelihood"].made(**filled, decoder=decoder)
 
 
 def _latents(
