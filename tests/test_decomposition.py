@@ -181,7 +181,7 @@ def laplace() -> Distribution:
         (diagonal, 3, {}, r"prior must have batch \(\) and event \(2,\)"),
         (diagonal, 2, {"num_samples": 1}, "num_samples must be at least 2"),
         (diagonal, 2, {"num_rows": 6}, "num_rows must be from 2 to the 5 data; got 6"),
-        (laplace, 2, {}, r"of Independent\(Laplace\) are not known"),
+        (laplace, 2, {}, "of Laplace are not known"),
     ],
 )
 def test_what_does_not_fit_is_refused(
