@@ -21,7 +21,7 @@ keep_memory()
 x = torch.ones(1000, 784)
 def temporaries():
     return [x + i for i in range(8)]
-for _ in range(3):
+for _ in range(20):  # until the heap has grown to what they need
     temporaries()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
@@ -34,8 +34,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_pages_are_not_asked_for_again() -> None:
     command = [sys.executable, "-c", CODE]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    # of the 60,000 pages of all, those of one temporary may be new; without it, 4,500 and more are
-    assert int(done.stdout) < 2_000
+    # of the 60,000 pages of all, those of one temporary may be new; without it, most often all are
+    assert int(done.stdout) < 1_000
 
 
 @pytest.mark.parametrize("hidden", [[10**9], [300_000, 300_000], [10**18]])
