@@ -1,9 +1,9 @@
 """Data sets, their three parts, and the transforms between the file and the model."""
 
 from pyro_vae.data.data import Data, alike, kind_of
-from pyro_vae.data.readers import Sprites, read_dsprites
 from pyro_vae.data.schema import Column, Schema
 from pyro_vae.data.splits import Splits, load_data, read_rows, spread
+from pyro_vae.data.sprites import Sprites, read_dsprites
 from pyro_vae.data.tables import read_table
 from pyro_vae.data.transforms import (
     Binarise,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data import Sprites, load_data, read_dsprites
-from pyro_vae.data.readers import FACTORS, REACH
+from pyro_vae.data.sprites import FACTORS, REACH
 
 GRID = Sprites(3, 3, 8, 5, 7, size=32)
 AREAS = {"square": 0.25**2, "ellipse": math.pi * 0.2 * 0.1, "heart": 3.66197 * 0.13**2}
