@@ -20,6 +20,7 @@ from pyro_vae.distributions import (
     FullNormal,
     Levels,
     MixtureOfDiagonalNormals,
+    NegativeBinomial,
     Poisson,
     flow_family,
     make_flow,
@@ -168,6 +169,25 @@ def test_poisson_in_high_precision(log_rate: float, value: float) -> None:
     torch.testing.assert_close(found.item(), float(exact), rtol=1e-6, atol=1e-6)
     (slope,) = torch.autograd.grad(found, eta)
     torch.testing.assert_close(slope.item(), float(value - rate), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("log_odds", [-20.0, -1.0, 0.5, 13.8, 21.0])
+@pytest.mark.parametrize("dispersion", [1e-3, 2.0, 50.0])
+@pytest.mark.parametrize("value", [0.0, 3.0, 1e6])
+def test_negative_binomial_in_high_precision(
+    value: float, dispersion: float, log_odds: float
+) -> None:
+    r, eta = (torch.tensor(given, requires_grad=True) for given in (dispersion, log_odds))
+    found = NegativeBinomial(r, eta).log_prob(torch.tensor(value))
+    a, b = mpmath.mpf(r.item()), mpmath.mpf(eta.item())
+    ways = mpmath.loggamma(a + value) - mpmath.loggamma(a) - mpmath.loggamma(value + 1)
+    exact = b * value - (a + value) * mpmath.log(1 + mpmath.exp(b)) + ways
+    torch.testing.assert_close(found.item(), float(exact), rtol=1e-6, atol=1e-6)
+    slopes = torch.autograd.grad(found, [r, eta])
+    by_eta = value - (a + value) / (1 + mpmath.exp(-b))
+    by_r = mpmath.digamma(a + value) - mpmath.digamma(a) - mpmath.log(1 + mpmath.exp(b))
+    for slope, exact in zip(slopes, (by_r, by_eta)):
+        torch.testing.assert_close(slope.item(), float(exact), rtol=1e-5, atol=1e-5)
 
 
 def test_levels_have_a_mean() -> None:

@@ -19,6 +19,7 @@ from pyro_vae.distributions.scalars import (
     Label,
     Levels,
     MixtureOfLogistics,
+    NegativeBinomial,
     Poisson,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "Levels",
     "MixtureOfDiagonalNormals",
     "MixtureOfLogistics",
+    "NegativeBinomial",
     "OfTotal",
     "Poisson",
     "Product",

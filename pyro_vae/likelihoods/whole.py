@@ -208,7 +208,7 @@ class NegativeBinomial(Counts):
         """Negative binomial by log mean and dispersion."""
         raw = rest[0] if rest else self.raw_dispersion
         r = self.min_dispersion + F.softplus(raw)
-        return dist.NegativeBinomial(r.expand(log_rate.shape), logits=log_rate - r.log())
+        return distributions.NegativeBinomial(r, log_rate - r.log())
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
