@@ -65,7 +65,19 @@ def test_help_of_train_names_what_there_is(capsys: pytest.CaptureFixture) -> Non
         assert str(found) == option, default
     with pytest.raises(SystemExit):
         main(["train", "--help-all"])
-    assert len(capsys.readouterr().out) > 2 * len(text)
+    everything = capsys.readouterr().out
+    assert len(everything) > 2 * len(text)
+    assert all(name in everything for name in ("VampPrior", "Poisson", "FullNormal", "BetaTC"))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "score", "compare", "train"])
+def test_more_devices_than_there_are_are_refused_before_anything_is_read(
+    command: str, capsys: pytest.CaptureFixture
+) -> None:
+    given = ["--data", "nowhere"] if command == "train" else ["nowhere", "nowhere"]
+    given = given[:1] if command == "evaluate" else given
+    assert main([command, *given, "--devices=100000"]) == 2
+    assert "devices=100000 were asked for; this machine has" in capsys.readouterr().err
 
 
 def test_help_loads_no_torch() -> None:

@@ -178,6 +178,9 @@ def make_parser(name: str) -> ArgumentParser:
         prog=f"pyro-vae {name}", exit_on_error=False, allow_abbrev=False, **command.about(name)
     )
     for key, settings in command.options.items():
+        if key in PARTS:
+            classes = ", ".join(config.components(key[2:]))
+            settings = settings | {"help": f"{settings['help']}: {classes}"}
         parser.add_argument(key, **settings)
     return parser
 
@@ -255,11 +258,14 @@ def _as_asked(options: Namespace) -> Iterator[None]:
     """The devices, threads and precision that a command asks for; warnings as one line."""
     import torch
 
+    from pyro_vae.processes import check_processes, uses_cuda
     from pyro_vae.runtime import threads
 
     precision, number = torch.get_float32_matmul_precision(), options.get("threads")
     most = os.cpu_count() or 1
-    check_whole(devices=options.get("devices", 1))
+    devices, kind = options.get("devices", 1), options.get("accelerator", "cpu")
+    check_whole(devices=devices)
+    check_processes(devices, "cuda" if uses_cuda(kind) else "cpu")
     if number is not None and not 1 <= number <= most:
         raise ValueError(
             f"threads must be from 1 to {most}, the processors of this machine; got {number}"
