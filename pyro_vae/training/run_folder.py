@@ -157,6 +157,8 @@ def start_run(run: PathLike, record: dict[str, Any]) -> None:
         for left in folder.glob(".*.tmp"):  # by processes that were killed within `write`
             left.unlink(missing_ok=True)
     path = Path(run) / "run.json"
+    script = Path(sys.argv[0])
+    by_module = ["python", "-m", script.parent.name]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     made = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -164,7 +166,9 @@ def start_run(run: PathLike, record: dict[str, Any]) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "pyro": pyro.__version__,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(
+            [*(by_module if script.name == "__main__.py" else [script.name]), *sys.argv[1:]]
+        ),
     }
     if path.exists():  # a run that goes on keeps when and by what it was begun
         made = _read_json(path).get("made", made)

@@ -437,3 +437,16 @@ def test_a_run_from_before_compilation_was_recorded_goes_on_eagerly(
     options = {"batch_size": 11, "validation": x[:13], "epochs": 10**6, **QUIET}
     with pytest.raises(Stop, match="False"):
         fit(load(run), x, ELBO(beta=Linear(length=7)), run=run, resume=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [("/a/pyro_vae/__main__.py", "python -m pyro_vae"), ("/bin/pyro-vae", "pyro-vae")],
+)
+def test_a_run_says_the_command_that_made_it(
+    script: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [script, "train", "--data", "a b.csv"])
+    fit(make_vae(), make_data(), epochs=1, run=tmp_path / "run", **QUIET)
+    made = json.loads((tmp_path / "run/run.json").read_text())["made"]
+    assert made["command"] == f"{told} train --data 'a b.csv'"
