@@ -261,6 +261,8 @@ def _listed(folder: Path) -> tuple[list[Path], list[str]]:
     """The images below a folder, and the class of each, if they have one."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
+    if folder == Path(folder.anchor):
+        raise ValueError(f"{folder} is all of the disk: give the folder of the images")
     found = sorted(
         path
         for path in folder.rglob("*")
