@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from pyro_vae import objectives
@@ -139,8 +140,8 @@ def fit(
     missing = getattr(vae, "missing", True)  # programs of one's own may take NaN
     rows = as_dataset(data, "data", missing)
     held_out = None if validation is None else as_dataset(validation, "validation", missing)
-    if callable(check := getattr(vae, "check_labels", None)):
-        for part in (rows, held_out):
+    for part, name in ((rows, "check_training_labels"), (held_out, "check_labels")):
+        if callable(check := getattr(vae, name, None)):
             check(getattr(part, "y", None))
     engine = Engine(accelerator, as_plain(devices))
     threads = engine.threads(vae, batch_size * objective.num_particles)
@@ -204,6 +205,10 @@ def _check(vae: Any, objective: Any, **lists: Any) -> None:
         )
     if not any(parameter.requires_grad for parameter in vae.parameters()):
         raise ValueError("nothing to train: no parameter of the vae requires gradients")
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in vae.parameters()):
+        raise ValueError(
+            "fit needs gradients: build the vae and call fit outside of torch.inference_mode()"
+        )
     for name, given in lists.items():
         if not isinstance(given, Sequence):
             raise ValueError(f"{name} must be a list; got {type(given).__name__}")

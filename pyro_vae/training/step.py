@@ -41,7 +41,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     for name, cls in vars(torch.optim).items()
     if isinstance(cls, type)
     and issubclass(cls, Optimizer)
-    and name not in ("Optimizer", "LBFGS", "SparseAdam")  # need a closure, or sparse gradients
+    and name not in ("Optimizer", "LBFGS", "Muon", "SparseAdam")  # need a closure, matrices, ...
 }
 SCHEDULES: dict[str, type[LRScheduler]] = {
     name: cls

@@ -16,7 +16,14 @@ from pyro_vae import likelihoods
 from pyro_vae.objectives import ELBO
 from pyro_vae.training import State, fit, load_weights
 from pyro_vae.training.dataset import as_dataset
-from pyro_vae.training.step import Monitor, StepLoss, advance, make_optimizer, make_schedule
+from pyro_vae.training.step import (
+    OPTIMIZERS,
+    Monitor,
+    StepLoss,
+    advance,
+    make_optimizer,
+    make_schedule,
+)
 
 
 class Empty(nn.Module):
@@ -52,6 +59,24 @@ class Empty(nn.Module):
 def test_bad_arguments(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         fit(**{"vae": make_vae(), "data": make_data(), **QUIET, **options})
+
+
+def test_inference_mode_is_refused() -> None:
+    vae = make_vae()
+    with torch.inference_mode():
+        made = make_vae()
+        with pytest.raises(ValueError, match="outside of torch.inference_mode"):
+            fit(vae, make_data(), **QUIET)
+    with pytest.raises(ValueError, match="outside of torch.inference_mode"):
+        fit(made, make_data(), **QUIET)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimiser_on_offer_takes_weights_and_biases(name: str) -> None:
+    vae = make_vae()
+    before = weights(vae)
+    fit(vae, make_data(), epochs=1, optimizer=name, **QUIET)
+    assert not same(before, weights(vae))
 
 
 def test_validation_data_that_do_not_suit_fail_before_training() -> None:
