@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pyro
@@ -195,6 +196,15 @@ class ClassVAE(VAE):
                 f"labels must be from 0 to {self.classes - 1}, for {self.classes} classes, or -1 "
                 f"where unknown; got {bad[0]:g}"
             )
+
+    def check_training_labels(self, y: Tensor | None) -> None:
+        """As `check_labels`; warns of labels that a classifier will not learn."""
+        self.check_labels(y)
+        labels = self._labels(y)
+        unseen = self.classifier is not None and not self.label_weight
+        if unseen and labels is not None and bool((labels >= 0).any()):
+            message = "the classifier learns no label at label_weight=0: give one, such as 50"
+            warnings.warn(message, UserWarning, stacklevel=3)
 
     def _labels(self, y: Tensor | None, rows: int | None = None) -> Tensor | None:
         """Labels [B], -1 where unknown; of so many rows, if that is known."""

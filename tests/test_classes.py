@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -216,8 +217,9 @@ def test_a_classifier_learns_labels_and_is_tied_to_the_model_elsewhere(options: 
             torch.testing.assert_close(with_it - without, part, rtol=1e-8, atol=1e-10)
 
 
-def test_a_classifier_learns_labels_where_x_excludes_another_class() -> None:
-    x, labels = torch.tensor([0.5, -1.0]), torch.tensor([[0], [1]])
+@pytest.mark.parametrize("labels", [[0, 1], [-1, -1]])
+def test_a_classifier_learns_where_x_excludes_a_class(labels: list[int]) -> None:
+    x, known = torch.tensor([0.5, -1.0]), torch.tensor(labels).unsqueeze(1)
     slope, logits = torch.tensor(0.5, requires_grad=True), torch.zeros(3, requires_grad=True)
 
     def model(x: Tensor, labels: Tensor) -> None:
@@ -236,10 +238,25 @@ def test_a_classifier_learns_labels_where_x_excludes_another_class() -> None:
             pyro.sample("c", dist.OneHotCategorical(logits=logits), infer=infer)
             pyro.sample("z", dist.Normal(x, 0.5))
 
-    loss = ELBO().differentiable_loss(model, guide, x, labels)
+    loss = ELBO().differentiable_loss(model, guide, x, known)
     slopes = torch.autograd.grad(loss, [slope, logits])
     assert slopes[0].isfinite()
-    torch.testing.assert_close(slopes[1], torch.tensor([-5.0, -5.0, 10.0]) / 3)
+    if labels[0] < 0:
+        assert 10 < slopes[1][2] < 100  # away from what x excludes
+    else:
+        torch.testing.assert_close(slopes[1], torch.tensor([-5.0, -5.0, 10.0]) / 3)
+
+
+@pytest.mark.parametrize(("weight", "label", "warned"), [(0.0, 2, 1), (0.0, -1, 0), (3.0, 2, 0)])
+def test_labels_that_a_classifier_will_not_see_are_told(
+    weight: float, label: int, warned: int
+) -> None:
+    vae, labels = made(label_weight=weight, classifier=True), torch.full((B,), -1)
+    labels[0] = label
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(vae, (torch.randn(B, F), labels), epochs=1, progress=False)
+    assert ["learns no label" in str(w.message) for w in caught] == [True] * warned
 
 
 @pytest.mark.usefixtures("float64")
@@ -322,7 +339,7 @@ def test_a_resumed_run_is_an_unbroken_one(tmp_path: Path, latent_dim: Any) -> No
     data, weights = (x, torch.where(y == 1, y, -1)), []
     for epochs in ((4,), (2, 4)):
         torch.manual_seed(3)
-        vae = made(latent_dim=latent_dim, classifier=True)
+        vae = made(latent_dim=latent_dim, label_weight=5.0, classifier=True)
         folder = tmp_path / str(len(epochs))
         for number in epochs:
             fit(vae, data, epochs=number, run=folder, resume=True, progress=False)

@@ -25,6 +25,7 @@ from pyro_vae.densities.result import Densities, Site, densities_of
 __all__ = ["summed_densities", "summed_values"]
 
 MOST = 10_000  # joint values
+EXCLUDED = 100.0  # nats by which a classifier takes what x excludes for less likely than the rest
 
 
 def summed_values(model: Program, x: Tensor, y: Tensor | None = None) -> Latents:
@@ -245,7 +246,9 @@ def _classifier_term(
     weights = {n: s["infer"]["label_weight"] for n, s in p.items() if "label_weight" in s["infer"]}
     labels = {n: log_p[n][:, 0] for n in weights}
     rest = _total({n: v for n, v in log_p.items() if n not in weights}) - _total(log_q)
-    rest = rest.clamp(min=torch.finfo(rest.dtype).min)  # where x excludes a value: no NaN slopes
+    excluded = rest == -torch.inf  # by x: taken as less likely than all else, not impossible
+    least = rest.detach().masked_fill(excluded, torch.inf).amin((0, 1))
+    rest = torch.where(excluded, least - EXCLUDED, rest)
     log_w, log_c, said = rest.logsumexp(1), log_classifier.mean(1), _total(labels)
     posterior = (log_c + said).softmax(0)
     kl = (posterior * (log_c - log_w)).sum(0)
