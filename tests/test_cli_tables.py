@@ -103,6 +103,7 @@ def test_samples_are_written_as_the_table_is(run: Path) -> None:
     assert rows.shape == (31, 4)
     assert not rows.isnan().any()
     lines = (run / "samples.csv").read_text().splitlines()
+    assert all(len(line.split(",")[0].partition(".")[2]) <= 1 for line in lines[1:])  # of age
     assert {line.split(",")[1] for line in lines[1:]} <= set(JOBS)
 
 
@@ -137,6 +138,7 @@ def test_impute_fills_the_holes_of_a_table_and_leaves_the_rest(run: Path, tmp_pa
             for cell, value in zip(row, filled, strict=True):
                 same = value in JOBS if isinstance(cell, str) else float(value) == cell
                 assert value != "" if cell == "" else value == cell or same, (row, filled)
+            assert len(filled[0].partition(".")[2]) <= 1  # of the resolution of age
 
 
 def test_impute_keeps_the_labels_of_a_table(run: Path, tmp_path: Path) -> None:

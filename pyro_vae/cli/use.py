@@ -42,6 +42,7 @@ def sample(options: Namespace) -> None:
     y = condition(splits.train, options.size, options.label, vae)
     with forked(torch.device("cpu"), options.seed), torch.no_grad():
         x = splits.train.transform.inverse(vae.sample(options.size, y, mean=options.mean))
+    x = x if schema is None else schema.rounded(x)
     if splits.train.levels is not None and bool((x == x.round()).all()):
         x = x.to(torch.uint8)  # as the data were, so that other commands read it
     write(out, _archive(x=x.numpy()) if schema is None else schema.csv(x))
@@ -93,7 +94,8 @@ def _codes(parts: list[Path], out: Path) -> str:
 def impute(options: Namespace) -> None:
     """The file with what is missing filled in: by its mean (median of whole numbers), and draws.
 
-    Observed values are those of the file; the others are in its units.
+    Observed values are those of the file; the others are in its units, and in a table at
+    multiples of their column's resolution.
     """
     check_whole(0, draws=options.draws)
     source = Path(options.file)
@@ -143,6 +145,7 @@ def _imputed(
     filled = torch.cat([best.unsqueeze(0), found.draws[: options.draws]])
     x = given.subset(index).x[:].cpu()
     filled = rows.transform.inverse(filled.cpu())
+    filled = filled if schema is None else schema.rounded(filled)
     if given.columns is not None and rows.columns is not None:
         filled = filled[..., [rows.columns.index(name) for name in given.columns]]
     values = torch.where(x.isnan(), filled.to(x.dtype), x)

@@ -186,6 +186,12 @@ class Schema:
         taken = [CENTRES.get(column.family, "mean") for column in self.columns.values()]
         return torch.stack([best[name][:, c] for c, name in enumerate(taken)], 1)
 
+    def rounded(self, rows: Tensor) -> Tensor:
+        """Rows [*S, C] at multiples of each column's resolution, as values of the table are."""
+        widths = [column.resolution or 0.0 for column in self.columns.values()]
+        width, exact = torch.tensor(widths, dtype=torch.float64), rows.double()
+        return torch.where(width > 0, (exact / width).round() * width, exact).to(rows)
+
     def csv(self, rows: Tensor, beside: Cells | None = None) -> str:
         """Rows [N, C] as the text of a .csv file, in the table's own names and units.
 
