@@ -274,7 +274,7 @@ def _moments(target: Target, runs: Iterable[tuple[Tensor, Run]]) -> tuple[Tensor
     centre, sums = target.scale, [target.scale.new_zeros(())] * 5
     largest = target.scale.new_full((target.num_data, 1), LOWEST)
     for weight, run in runs:
-        data = run.complete().double().flatten(2)
+        data = run.complete().double().reshape(*weight.shape, -1)
         if not weights:
             centre = data[0]  # so that little cancels below
         weights.append(weight)

@@ -89,7 +89,7 @@ def exact_without_data(
     evidence: Evidence, model: Program, guide: Program, x: Tensor, y: Tensor | None
 ) -> Evidence:
     """The evidence, where nothing of a datum was observed replaced by what is known: 0."""
-    rows = x.isnan().flatten(1).all(1).nonzero()[:, 0] if x.ndim > 1 else ()
+    rows = x.isnan().unsqueeze(-1).flatten(1).all(1).nonzero()[:, 0]
     if not len(rows):
         return evidence
     with evaluating(model, guide, seed=0, device=x.device):

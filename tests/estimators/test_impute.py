@@ -223,16 +223,21 @@ def test_a_datum_of_one_number_has_its_log_prob_as_its_column() -> None:
         def model(self, x: Tensor) -> None:
             with pyro.plate("data", len(x), dim=-1):
                 z = pyro.sample("z", dist.Normal(0.0, 1.0))
-                pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+                pyro.sample("x", Incomplete(dist.Normal(z, 0.5)), obs=x)
 
         def guide(self, x: Tensor) -> None:
             with pyro.plate("data", len(x), dim=-1):
-                pyro.sample("z", dist.Normal(0.8 * x, 0.5))
+                pyro.sample("z", dist.Normal(0.8 * x.nan_to_num(), 0.5 + 0.5 * x.isnan()))
 
     x = torch.tensor([0.0, 1.0, -2.0])
     found = column_log_prob(One().model, One().guide, x)
     truth = dist.Normal(0.0, 1.25**0.5).log_prob(x)
     torch.testing.assert_close(found, truth, rtol=0, atol=0.15)
+    filled = impute(One().model, One().guide, torch.tensor([0.3, NAN]))
+    assert filled.draws.shape == (100, 2)
+    assert (filled.mean[0], filled.stderr[0]) == (0.3, 0.0)
+    assert abs(filled.mean[1]) < 4 * filled.stderr[1] < 0.2
+    assert filled.log_prob[1] == 0
 
 
 def test_column_log_prob_needs_no_missing_values(monkeypatch: pytest.MonkeyPatch) -> None:
