@@ -51,6 +51,10 @@ def test_arrays(folder: Path) -> None:
     found = scorer({"x": x, "id": np.arange(N)})
     np.testing.assert_allclose(found["log_prob"], scores(folder / "x.scores.csv"), atol=1e-5)
     assert set(found) == {"x", "id", "log_prob", "stderr", "verdict"}
+    beside = {"source": "a.csv", "day": np.int64(5), "part": torch.tensor(3), "none": None}
+    wide = scorer({"x": x[:5], **beside})
+    assert {name: wide[name] for name in beside} == beside
+    assert wide["log_prob"].shape == (5,)
     again = pickle.loads(pickle.dumps(scorer))({"x": torch.from_numpy(x[:5])})
     close = 5 * (again["stderr"] + found["stderr"][:5])
     assert (abs(again["log_prob"] - found["log_prob"][:5]) < close + 1e-6).all()

@@ -252,7 +252,7 @@ class Scorer:
 
         Args:
             batch: A pandas frame, or a mapping of arrays: of "x" [N, *E] (and "y" [N, C]), or of
-                the columns of a table by name. Other columns, such as an id, are passed on.
+                the columns of a table by name. Others, such as an id or a scalar, are passed on.
 
         Raises:
             ValueError: If the rows are not of the kind that the run was trained on.
@@ -263,11 +263,12 @@ class Scorer:
                 "a batch must be a pandas frame or a mapping of arrays; got "
                 f"{type(batch).__name__}"
             )
-        cells = batch.values() if is_mapping else [batch.index]
+        own = {k: v for k, v in batch.items() if _is_column(v)} if is_mapping else batch
+        cells = own.values() if is_mapping else [batch.index]
         found = NONE
         if {*map(len, cells)} != {0}:
             self._vae = self._vae or config.load(self.run)
-            rows = as_trained(self.run, self._rows(batch), self._vae)
+            rows = as_trained(self.run, self._rows(own), self._vae)
             evidence = shifted(log_evidence(self._vae, *rows.batch(), **self.options), rows)
             log_prob, stderr = evidence.log_prob.numpy(), evidence.stderr.numpy()
             verdict = np.array(evidence.verdict)
@@ -299,6 +300,10 @@ class Scorer:
 
         rows, _ = read_table(pd.DataFrame(cells), schema)
         return Data(rows, name="the batch", columns=tuple(schema.columns), schema=schema)
+
+
+def _is_column(cell: Any) -> bool:
+    return hasattr(cell, "__len__") and not isinstance(cell, str) and getattr(cell, "ndim", 1) > 0
 
 
 def _column(name: str, cell: Any) -> Tensor:
