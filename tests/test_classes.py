@@ -432,8 +432,8 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
             read(x, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="a datum has one y: give classes or a condition"):
         build(F, D, classes=C, condition_dim=2)
-    with pytest.raises(ValueError, match=r"audit takes no model .* here \['y'\]"):
-        audit(vae, x)
+    with pytest.raises(ValueError, match=r"audit holds \['y'\] at each value: expected no y"):
+        audit(vae, x, torch.zeros(len(x), 1))
     with pytest.raises(ValueError, match="label_weight needs classes"):
         build(F, D, label_weight=1.0)
     with pytest.raises(ValueError, match="classifier needs classes"):
@@ -458,6 +458,8 @@ def test_each_class_is_audited() -> None:
     found = log_evidence(vae, x)
     assert found.audit.startswith("passed: of 24 simulated data")
     assert set(found.verdict) == {"reliable"}
+    held = audit(vae, x, num_data=7)
+    assert (len(held), held.passed) == (7 * C, True)
 
 
 def test_data_that_are_refused_leave_the_class_summed_out() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from pyro_vae.densities import NotSimulated, Program, summed_values
 from pyro_vae.estimators.escalating import escalate
 from pyro_vae.estimators.evidence import Evidence, worst
 from pyro_vae.estimators.importance import lower_bound
-from pyro_vae.estimators.run import estimator, for_each_value, map_targets, refuse_summed, summed
+from pyro_vae.estimators.run import estimator, for_each_value, map_targets, summed
 from pyro_vae.estimators.target import ROWS, Target
 
 REGRET_DRAWS = 16  # of the guide, behind its ELBO
@@ -139,6 +139,12 @@ class Audit:
     upper: Tensor
     tolerance: float
 
+    @classmethod
+    def cat(cls, parts: Sequence[Audit]) -> Audit:
+        """The audit of all simulated data."""
+        evidence = Evidence.cat([part.evidence for part in parts])
+        return cls(evidence, torch.cat([part.upper for part in parts]), parts[0].tolerance)
+
     def __len__(self) -> int:
         return len(self.upper)
 
@@ -207,12 +213,13 @@ def audit(
     on data that the model would not.
 
     Args:
-        model: As in `log_evidence`. Its one observed site must be x.
+        model: As in `log_evidence`. Its one observed site must be x. A discrete latent that is
+            summed out, such as a class, is held at each of its values; y must be None then.
         guide: As in `log_evidence`.
         x: Data [N, *E], of which the shape alone matters: the values are simulated.
         y: What is conditioned on [N, C], or None; its rows are used in turn.
-        num_data: Data to simulate. What happens to a share s of them is missed with
-            probability (1 - s)^num_data.
+        num_data: Data to simulate, at each of these values. What happens to a share s of them is
+            missed with probability (1 - s)^num_data.
         tolerance: As in `log_evidence`.
         budget: As in `log_evidence`.
         chunk_size: As in `log_evidence`.
@@ -221,7 +228,8 @@ def audit(
         progress: As in `log_evidence`.
 
     Raises:
-        ValueError: As `log_evidence`, or if the model observes anything but x.
+        ValueError: As `log_evidence`, or if the model observes anything but x, or has both a
+            discrete latent and a y.
 
     References:
         Grosse, Ghahramani and Adams. Sandwiching the marginal likelihood using bidirectional
@@ -229,7 +237,13 @@ def audit(
         Cusumano-Towner and Mansinghka. AIDE: an algorithm for measuring the accuracy of
         probabilistic inference algorithms. 2017.
     """
-    refuse_summed("audit", model, x, y)
+    if values := summed_values(model, x, y):
+        if y is not None:
+            raise ValueError(f"audit holds {sorted(values)} at each value: expected no y, got one")
+        given = {"model": model, "guide": guide, "x": x, "num_data": num_data, "seed": seed}
+        given |= {"tolerance": tolerance, "budget": budget, "chunk_size": chunk_size}
+        given |= {"devices": devices, "progress": progress}
+        return Audit.cat(for_each_value(audit, given, values))
     rows = (torch.arange(num_data, device=x.device) * max(1, len(x) // num_data)) % len(x)
     limit = math.inf if budget is None else budget
     parts = map_targets(
@@ -244,8 +258,7 @@ def audit(
         progress=progress,
         title="audit",
     )
-    evidence = Evidence.cat([part.evidence for part in parts])
-    return Audit(evidence, torch.cat([part.upper for part in parts]), tolerance)
+    return Audit.cat(parts)
 
 
 def _audited(template: Target, tolerance: float, budget: float) -> Audit:
