@@ -215,7 +215,10 @@ def curves(rows: Sequence[Mapping[str, float | None]]) -> Figure:
 
 @style()
 def latent(
-    means: Tensor, labels: Tensor | None = None, names: Sequence[str] | None = None
+    means: Tensor,
+    labels: Tensor | None = None,
+    names: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> Figure:
     """Posterior means [N, D] in the two dimensions of largest variance, labels at their medians.
 
@@ -225,6 +228,7 @@ def latent(
         means: Posterior means [N, D].
         labels: Class of each of the N data, or None.
         names: Names of the D dimensions; z0, z1, ... if None.
+        class_names: What the labels stand for; their numbers if None.
     """
     pair = sorted(means.var(0, correction=0).argsort(descending=True)[:2].tolist())
     shown = means[:, pair].float().cpu()
@@ -242,7 +246,8 @@ def latent(
             placed = torch.cat([placed, _free(points, placed, apart)[None]])
             at = placed[-1].tolist()
             text = {"color": look["color"], "path_effects": halo, "weight": "bold"}
-            ax.text(*at, "?" if label < 0 else f"{label:g}", size=13, **text)
+            word = f"{label:g}" if class_names is None else _short(class_names[int(label)], 18)
+            ax.text(*at, "?" if label < 0 else word, size=13, **text)
     names = _named(names, means.shape[1], "z")
     xlabel, ylabel = (*(f"E[{names[d]} | x]" for d in pair), "rows, in order")[:2]
     chosen = ", the two dimensions of largest variance" if means.shape[1] > 2 else ""

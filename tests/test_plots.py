@@ -62,6 +62,8 @@ def test_latent_means_lie_on_the_axes_of_their_dimensions() -> None:
     assert plots.latent(means[:1]).axes
     (ax,) = plots.latent(means, torch.tensor([0, 0, -1, -1, 1, 1, 1])).axes
     assert [text.get_text() for text in ax.texts] == ["?", "0", "1"]  # -1 is an unknown class
+    (ax,) = plots.latent(means, torch.arange(7) // 4 - 1, class_names=["yes"]).axes
+    assert [text.get_text() for text in ax.texts] == ["?", "yes"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 9, 30])

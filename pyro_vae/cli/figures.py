@@ -50,7 +50,7 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
         means = torch.cat([vae.encode(*pair).mean for pair in pairs(data)])
         made = {
             "curves": plots.curves(rows),
-            "latent": plots.latent(means, data.labels, unit_names(vae)),
+            "latent": plots.latent(means, data.labels, unit_names(vae), data.class_names),
             **_of_parts(folder, vae, len(data)),
             **(_of_images(vae, splits, data) if data.x.ndim == 4 else _of_tables(vae, splits)),
         }

@@ -42,6 +42,7 @@ class Data:
         columns: The names of the values, for tables [N, D] that have them.
         schema: What these columns hold, for tables that `read_table` reads.
         applied: Whether x holds the model values already, as ``fixed`` leaves them.
+        class_names: What the labels 0, 1, ... stand for, where they were words; or None.
 
     Raises:
         ValueError: If there is no row, lengths or the number of columns differ, a value is
@@ -60,6 +61,7 @@ class Data:
     columns: tuple[str, ...] | None = None
     schema: Schema | None = None
     applied: bool = False
+    class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, ndim in (("x", 0), ("y", 2), ("labels", 1), ("rows", 1)):

@@ -326,4 +326,5 @@ def _images(
         levels=2 if mode == "1" else 256,
         name=str(folder),
         classes=len(classes) or None,
+        class_names=tuple(classes) or None,
     )

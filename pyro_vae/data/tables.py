@@ -25,6 +25,7 @@ from pyro_vae.data.schema import (
     Column,
     Known,
     Schema,
+    as_name,
     as_number,
     check_digits,
     ignored_in,
@@ -107,13 +108,9 @@ def read_rows_of_table(path: Path, schema: Known) -> Data:
     else:
         number = table.file.metadata.num_rows
         rows = spooled(table.parts(found), number, len(found.columns), table.name)
-    return Data(
-        rows,
-        labels=labels[0] if labels else None,
-        name=table.name,
-        columns=tuple(found.columns),
-        schema=found,
-    )
+    codes, names = labels[0] if labels else (None, None)
+    about: dict[str, Any] = {"columns": tuple(found.columns), "schema": found}
+    return Data(rows, labels=codes, class_names=names, name=table.name, **about)
 
 
 def label_cells(path: Path, schema: Schema) -> Cells:
@@ -192,13 +189,13 @@ def read_numbers(
         return torch.from_numpy(values.astype(np.float32)), Schema(found)
 
 
-def _labels(where: str, cells: Sequence[Any]) -> Tensor:
-    """Classes of rows, numbered by their names in order; -1 where a cell is empty or -1."""
+def _labels(where: str, cells: Sequence[Any]) -> tuple[Tensor, tuple[str, ...]]:
+    """Classes of rows, -1 where a cell is empty or -1, and the names of these, in order."""
     some = {cell for cell in cells if cell is not None and as_number(cell) != -1}
     if not some:
         raise ValueError(f"{where} is empty: fill some cells, or leave the column out")
     codes = {name: code for code, name in enumerate(sorted(some, key=number_or_text))}
-    return torch.tensor([codes.get(cell, -1) for cell in cells])
+    return torch.tensor([codes.get(cell, -1) for cell in cells]), tuple(map(as_name, codes))
 
 
 def ending(path: Path) -> str:

@@ -225,6 +225,10 @@ def test_a_csv_column_of_labels(tmp_path: Path) -> None:
     assert torch.equal(other.train.x, splits.train.x)
     assert torch.equal(other.train.labels, splits.train.labels)
     assert other.train.columns == ("a", "b")
+    path.write_text("a,label,b\n" + "".join(f"{i}.5,{'yn'[i % 2]},u{i % 3}\n" for i in range(11)))
+    named = load_data(path).train
+    assert named.class_names == ("n", "y")
+    assert torch.equal(named.labels, 1 - named.rows % 2)
 
 
 @pytest.mark.parametrize(
