@@ -196,28 +196,23 @@ def as_tensor(name: str, value: Any) -> Tensor:
         array = value.to_numpy() if hasattr(value, "to_numpy") else np.asarray(value)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name} must hold rows of one length: {_line(error)}") from error
-    if array.shape == (0,):
-        raise ValueError(f"{name} must have at least one row; got none")
     if array.dtype.kind not in "fiub":
         raise ValueError(f"{name} must hold real numbers; got {array.dtype} values")
-    if array.dtype.kind == "f":
-        with np.errstate(over="ignore"):  # what becomes infinite is refused as such
-            kind = torch.zeros(()).numpy().dtype
-            return torch.from_numpy(np.array(array, dtype=kind))
     if array.dtype.kind == "u" and array.size and int(array.max()) > LARGEST:
         raise ValueError(f"{name} must be at most {LARGEST}; got {array.max()}")
-    return torch.from_numpy(np.array(array, dtype=bool if array.dtype.kind == "b" else np.int64))
+    kinds: dict[str, Any] = {"f": torch.zeros(()).numpy().dtype, "b": bool}
+    with np.errstate(over="ignore"):  # what becomes infinite is refused as such
+        return torch.from_numpy(np.array(array, dtype=kinds.get(array.dtype.kind, np.int64)))
 
 
 def digest_of(*parts: Any) -> str:
     """The SHA-256, in hex, of types, shapes and bytes of tensors; None is left out."""
     sha = sha256()
-    for part in parts:
-        if part is not None:
-            sha.update(f"{part.dtype}{list(part.shape)}".encode())
-            for rows in part.split(1024):
-                flat = rows.detach().cpu().contiguous().view(-1)
-                sha.update(flat.view(torch.uint8).numpy().data)
+    for part in (part for part in parts if part is not None):
+        sha.update(f"{part.dtype}{list(part.shape)}".encode())
+        for rows in part.split(1024):
+            flat = rows.detach().cpu().contiguous().view(-1)
+            sha.update(flat.view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 

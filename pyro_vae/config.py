@@ -12,11 +12,8 @@ from pathlib import Path
 from types import EllipsisType, NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
-from torch import Tensor
-from torch.distributions import constraints
 
 from pyro_vae import likelihoods, networks, objectives, posteriors, priors
 from pyro_vae.arguments import (
@@ -29,7 +26,6 @@ from pyro_vae.arguments import (
     name_and_options,
 )
 from pyro_vae.classes import ClassVAE
-from pyro_vae.data.mapped import Mapped
 from pyro_vae.data.schema import as_number
 from pyro_vae.files import reading
 from pyro_vae.hierarchy import Inference, Layers, Lowest
@@ -163,9 +159,6 @@ def build(
             "a hierarchy needs a latent_dim of two sizes or more, from the data upwards, such as "
             f"[40, 40]; got {latent_dim!r}"
         )
-    order = (
-        component("hierarchy", "TopDown" if hierarchy is None else hierarchy) if several else None
-    )
     check_whole(0, condition_dim=condition_dim, classes=classes)
     if condition_dim and classes:
         raise ValueError(
@@ -178,14 +171,10 @@ def build(
     labels: dict[str, Any] = {"classes": classes, "label_weight": label_weight} if classes else {}
     labels |= {"classifier": True} if classifier else {}
     shape = as_shape("data_shape", as_plain(data_shape))
-    parts = {
-        "prior": component("prior", prior),
-        "likelihood": component("likelihood", likelihood),
-        "posterior": component("posterior", posterior),
-        "encoder": component("encoder", encoder),
-        "decoder": component("decoder", decoder),
-        **({} if order is None else {"hierarchy": order}),
-    }
+    declared = {"prior": prior, "likelihood": likelihood, "posterior": posterior}
+    declared |= {"encoder": encoder, "decoder": decoder}
+    declared |= {"hierarchy": "TopDown" if hierarchy is None else hierarchy} if several else {}
+    parts = {family: component(family, part) for family, part in declared.items()}
     for family in ("encoder", "decoder") if condition_dim or classes else ():
         own = parts[family].options.get("condition_dim")
         parts[family] = parts[family].having(condition_dim=own or condition_dim or classes)
@@ -195,10 +184,9 @@ def build(
         check_whole(**{name: options[name] for name in counts if type(options[name]) is int})
     cls, options = parts["likelihood"]
     inputs = given(cls.input_shape, {**options, "missing": missing}, shape)
-    made: dict[str, Any] = dict(labels)
     filled: dict[str, Any] = {"latent_dim": sizes[-1], "data_shape": shape}
     filled |= {"classes": classes} if classes else {}
-    made["likelihood"] = _likelihood(parts, filled, sizes, skip)
+    made = {**labels, "likelihood": _likelihood(parts, filled, sizes, skip)}
     filled["data_shape"] = inputs  # a prior's pseudo-inputs lie where the encoder reads
     made["prior"], made["posterior"] = _latents(parts, filled, sizes)
     if classifier:
@@ -207,8 +195,8 @@ def build(
     vae = (ClassVAE if classes else VAE)(missing=missing, **made)
     vae.declaration = {
         "data_shape": list(shape),
-        "latent_dim": sizes[0] if order is None else list(sizes),
-        **({} if order is None else {"skip": skip}),
+        "latent_dim": list(sizes) if several else sizes[0],
+        **({"skip": skip} if several else {}),
         **({"missing": True} if missing else {}),
         **labels,
         **{family: part.plain for family, part in parts.items()},
@@ -230,18 +218,20 @@ def _likelihood(
 def _latents(
     parts: dict[str, Component], filled: dict[str, Any], sizes: tuple[int, ...]
 ) -> tuple[Any, Any]:
-    order, encoder, shape = parts.get("hierarchy"), parts["encoder"], filled["data_shape"]
+    order, top, posterior = parts.get("hierarchy"), parts["prior"], parts["posterior"]
+    encoder, shape = parts["encoder"], filled["data_shape"]
     condition_dim = encoder.options.get("condition_dim", 0)
     reads = [(shape, 0)] if order is None else order.cls.reads(shape, sizes)
     posteriors = []
     for size, (in_shape, above) in zip(sizes, reads):
         network = encoder if in_shape == shape else _dense(encoder)
         network = network.having(condition_dim=condition_dim + above) if above else network
-        out_shape = (given(parts["posterior"].cls.num_params, parts["posterior"].options, size),)
-        made = network.made(in_shape=in_shape, out_shape=out_shape)
-        posteriors.append(parts["posterior"].made(latent_dim=size, encoder=made))
+        made = network.made(
+            in_shape=in_shape,
+            out_shape=(given(posterior.cls.num_params, posterior.options, size),),
+        )
+        posteriors.append(posterior.made(latent_dim=size, encoder=made))
     filled = {**filled, "posterior": posteriors[-1], "data_shape": reads[-1][0]}
-    top = parts["prior"]
     if "network" in signature(top.cls).parameters:
         if not condition_dim:
             raise ValueError(
@@ -304,21 +294,6 @@ def as_named_now(likelihood: Declared) -> dict[str, Any]:
     name, options = name_and_options("likelihood", likelihood)
     cls: Any = named_class("likelihood", name)
     return {"class_path": name, "init_args": {**cls.before, **options}}
-
-
-def default_transform(likelihood: type, levels: int | None, x: Tensor | Mapped) -> str:
-    """Name of the transform that fits raw data `x` to the support of a likelihood."""
-    if issubclass(likelihood, likelihoods.Columns):
-        return "none"
-    support: constraints.Constraint = likelihood.support  # type: ignore[attr-defined]
-    if support is constraints.boolean and levels not in (2, None):
-        return "threshold"
-    if support.is_discrete or levels == 2:
-        return "none"
-    if levels is not None:
-        return "dequantise"
-    whole_line = bool(support.check(torch.tensor([-10.0, 10.0])).all())
-    return "standardise" if whole_line and x.ndim == 2 else "none"
 
 
 def components(family: str) -> dict[str, type]:

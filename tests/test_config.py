@@ -21,6 +21,7 @@ from torch.distributions import Distribution, Independent, Normal
 
 from pyro_vae import config, likelihoods, networks, posteriors, priors
 from pyro_vae.config import build, component, declare
+from pyro_vae.data.transforms import default_transform
 from pyro_vae.objectives import Cyclical
 from pyro_vae.vae import VAE
 
@@ -273,9 +274,9 @@ def test_own_classes_that_share_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_default_transform_fits_the_support(
-    likelihood: type, levels: int | None, shape: tuple[int, ...], transform: str
+    likelihood: Any, levels: int | None, shape: tuple[int, ...], transform: str
 ) -> None:
-    assert config.default_transform(likelihood, levels, torch.zeros(shape)) == transform
+    assert default_transform(likelihood.support, levels, len(shape)) == transform
 
 
 def test_networks_are_shared_by_no_two_parts() -> None:

@@ -10,8 +10,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -175,9 +175,12 @@ def test_64_workers_score_each_row_once_and_as_one_does(
     np.save(rows, np.random.default_rng(1).normal(size=(67, F)))
     given = dict.fromkeys(score.RESULT) | {"num_samples": 7, "p_values": 0, "seed": 0}
     given |= {"run": str(folder / "run"), "file": str(rows), "accelerator": "cpu"}
-    given |= {"progress": False, "devices": 1}
-    job = score.job(options := Namespace(**given))
-    stream.stream(job, options, whole)
+    options = Namespace(**given, progress=False, devices=1, out=str(whole))
+    job: list[Any] = []
+    monkeypatch.setattr(score, "stream", lambda options, out, *given: job.extend(given))
+    score.score(options)
+    number, key, scored, join = job
+    stream.stream(options, whole, *job)
     made: list[list[int]] = [[] for _ in range(64)]
     monkeypatch.setenv("WORLD_SIZE", "64")
     for rank in np.random.default_rng(0).permutation(64).tolist():
@@ -186,9 +189,9 @@ def test_64_workers_score_each_row_once_and_as_one_does(
 
         def run(part: int, at: torch.Tensor, rank: int = rank) -> bytes:
             made[rank] += at.tolist()
-            return job.run(part, at)
+            return scored(part, at)
 
-        stream.stream(replace(job, run=run), options, out)
+        stream.stream(options, out, number, key, run, join)
     assert made == [[rank, rank + 64] if rank < 3 else [rank] for rank in range(64)]
     assert out.read_bytes() == whole.read_bytes()
 
@@ -225,7 +228,7 @@ def test_the_last_part_is_joined_also_where_it_comes_while_another_process_looks
     def process(rank: int) -> None:
         monkeypatch.setenv("RANK", str(rank))
         options = Namespace(devices=1, progress=False)
-        stream.stream(stream.Job(2, lambda: "k" * 16, lambda *_: b"x", join), options, out)
+        stream.stream(options, out, 2, "k" * 16, lambda *_: b"x", join)
 
     @contextmanager
     def slow(path: Path) -> Iterator[None]:

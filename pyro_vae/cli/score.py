@@ -31,7 +31,7 @@ from pyro_vae.cli.folder import (
     read_record,
     schema_of,
 )
-from pyro_vae.cli.stream import Job, key_of, part_seed, stream
+from pyro_vae.cli.stream import key_of, part_seed, stream
 from pyro_vae.data import Data, Splits, read_table, spread
 from pyro_vae.densities import NotSimulated
 from pyro_vae.estimators import Evidence, column_log_prob, importance_sampling, log_evidence
@@ -95,18 +95,13 @@ def score(options: Namespace) -> None:
     check_whole(0, p_values=options.p_values)
     default = Path(options.file).with_suffix(".scores.csv")
     out = destination(options.out, default, (".csv",), options.file)
-    stream(job(options), options, out)
-
-
-def job(options: Namespace) -> Job:
-    """The scoring of a file."""
     vae = config.load(options.run)
     vae, data = placed(vae, own_rows(options.run, options.file, vae), options.accelerator)
     estimate = _estimator(vae, data, options)
     among = _references(vae, estimate, options)
     result = {"sums": True} | {name: options[name] for name in RESULT}
     run = partial(_scored, vae, data, options, estimate, among)
-    return Job(len(data), partial(key_of, vae, data, result), run, joined)
+    stream(options, out, len(data), key_of(vae, data, result), run, joined)
 
 
 def _estimator(vae: VAE, data: Data, options: Namespace) -> Estimate:

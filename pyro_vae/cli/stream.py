@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,34 +19,17 @@ from jsonargparse import Namespace
 from rich.progress import track
 from torch import Tensor, nn
 
+from pyro_vae.arguments import digest_of
 from pyro_vae.data import Data
 from pyro_vae.files import Locked, locked, write
 from pyro_vae.processes import in_processes, uses_cuda
 
 Run = Callable[[int, Tensor], bytes]
+Join = Callable[[list[Path], Path], str]
 ROWS = 1000  # of a part: what is lost when a process dies
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is done with the rows of a file.
-
-    Attributes:
-        number: Of rows.
-        key: What gives a digest of all that the results depend on.
-        run: From the number of a part and the positions of its rows to what is kept of it; with
-            several processes, what can be sent to them.
-        join: From the files of all parts, in order, and the file to write, to what the command
-            has to say.
-    """
-
-    number: int
-    key: Callable[[], str]
-    run: Run
-    join: Callable[[list[Path], Path], str]
-
-
-def stream(job: Job, options: Namespace, out: Path) -> None:
+def stream(options: Namespace, out: Path, number: int, key: str, run: Run, join: Join) -> None:
     """Makes all parts that are not there yet, in this process or in several, and joins them.
 
     Parts lie in a hidden folder beside `out` until all of them are there. A part depends on its
@@ -57,19 +39,24 @@ def stream(job: Job, options: Namespace, out: Path) -> None:
     parts there joins them.
 
     Args:
-        job: What is done.
         options: Of the command.
         out: The file that it writes.
+        number: Of rows.
+        key: A digest of all that the results depend on.
+        run: From the number of a part and the positions of its rows to what is kept of it; with
+            several processes, what can be sent to them.
+        join: From the files of all parts, in order, and the file to write, to what the command
+            has to say.
     """
-    folder = out.with_name(f".{out.name}.{job.key()[:16]}.parts")
+    folder = out.with_name(f".{out.name}.{key[:16]}.parts")
     folder.mkdir(exist_ok=True)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    starts = range(0, max(1, job.number // ROWS) * ROWS, ROWS)  # the last has what is left over
-    parts = [range(*ends) for ends in zip(starts, [*starts[1:], job.number])]
+    starts = range(0, max(1, number // ROWS) * ROWS, ROWS)  # the last has what is left over
+    parts = [range(*ends) for ends in zip(starts, [*starts[1:], number])]
     paths = [folder / f"{part:08d}" for part in range(len(parts))]
     own = [*zip(paths, parts)][rank::world]
     with _keeping(paths), TemporaryDirectory() as taken:
-        given = job.run, own, Path(taken)
+        given = run, own, Path(taken)
         shown = options.get("progress", True) and rank == 0
         if (others := options.get("devices", 1) - 1) == 0:
             _make_parts(given, shown)
@@ -80,7 +67,7 @@ def stream(job: Job, options: Namespace, out: Path) -> None:
     if all(map(Path.exists, paths)):  # else who makes the last part finds the lock free
         with suppress(Locked), locked(folder / "lock"):
             if all(map(Path.exists, paths)):  # else another one has joined them meanwhile
-                print(job.join(paths, out))
+                print(join(paths, out))
                 for old in out.parent.glob(f".{glob.escape(out.name)}.*.parts"):
                     shutil.rmtree(old, ignore_errors=True)
                 return
@@ -119,11 +106,10 @@ def _keeping(paths: list[Path]) -> Iterator[None]:
 
 def key_of(vae: nn.Module, data: Data, options: dict[str, Any]) -> str:
     """The SHA-256 of weights, rows and options, which results depend on."""
-    sha = hashlib.sha256(f"{ROWS} {sorted(options.items())} {data.digest()}".encode())
-    for name, weight in vae.state_dict().items():
-        sha.update(name.encode())
-        sha.update(weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
+    weights = digest_of(*(weight.flatten() for weight in vae.state_dict().values()))
+    return sha256(
+        f"{ROWS} {sorted(options.items())} {data.digest()} {weights}".encode()
+    ).hexdigest()
 
 
 def part_seed(seed: int, part: int) -> int:

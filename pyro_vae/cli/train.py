@@ -20,6 +20,7 @@ from pyro_vae.cli.figures import KlParts, draw
 from pyro_vae.cli.folder import check_support, declared_run, read_record
 from pyro_vae.cli.parsing import NOT_IN_FILES, parse, plain_options
 from pyro_vae.data import Data, Schema, Splits, load_data, spread
+from pyro_vae.data.transforms import default_transform, is_whole_line
 from pyro_vae.files import locked, reading
 from pyro_vae.likelihoods import Bernoulli, Columns, Likelihood
 from pyro_vae.objectives import Objective
@@ -175,9 +176,10 @@ def _splits(options: Namespace) -> Splits:
             options.likelihood = config.component("likelihood", "Columns")
         columns = options.likelihood.options["columns"] or {}
         options.likelihood = options.likelihood.having(columns=columns)
-    name = options.transform
-    if name == "auto":
-        name = config.default_transform(options.likelihood.cls, train.levels, train.x)
+    cls, name = options.likelihood.cls, options.transform
+    if name == "auto":  # columns keep their units
+        columns = issubclass(cls, Columns)
+        name = "none" if columns else default_transform(cls.support, train.levels, train.x.ndim)
     return splits.with_transform(name)
 
 
@@ -259,8 +261,9 @@ def hints(data: Data, likelihood: Likelihood) -> list[str]:
     x = data.x[spread(len(data), ROWS, 0)].double()
     if library := getattr(likelihood, "library", None):
         return _totals(x) if library == "none" and data.y is None else []
-    whole_line = bool(likelihood.support.check(x.new_tensor([-10.0, 10.0])).all())
-    return _codes(x, data.columns, type(likelihood).__name__) if whole_line else []
+    if not is_whole_line(likelihood.support):
+        return []
+    return _codes(x, data.columns, type(likelihood).__name__)
 
 
 def _totals(x: Tensor) -> list[str]:

@@ -21,7 +21,7 @@ from pyro_vae.classes import ClassVAE
 from pyro_vae.cli.figures import condition, limits
 from pyro_vae.cli.folder import destination, load_run, own_rows, placed, schema_of
 from pyro_vae.cli.score import WORK
-from pyro_vae.cli.stream import Job, key_of, part_seed, stream
+from pyro_vae.cli.stream import key_of, part_seed, stream
 from pyro_vae.data import Data, read_rows
 from pyro_vae.data.mapped import npy
 from pyro_vae.data.schema import Cells
@@ -66,7 +66,7 @@ def encode(options: Namespace) -> None:
         np.save(file, codes.numpy())
         return file.getvalue()
 
-    stream(Job(len(data), partial(key_of, vae, data, {}), run, _codes), options, out)
+    stream(options, out, len(data), key_of(vae, data, {}), run, _codes)
 
 
 def _codes(parts: list[Path], out: Path) -> str:
@@ -123,8 +123,8 @@ def impute(options: Namespace) -> None:
         return f"{share} ({words}): {out}{draws}"
 
     result = {name: options[name] for name in (*WORK, "draws", "seed")}
-    key, run = partial(key_of, vae, rows, result), partial(_imputed, vae, rows, given, options)
-    stream(Job(len(rows), key, run, join), options, out)
+    run = partial(_imputed, vae, rows, given, options)
+    stream(options, out, len(rows), key_of(vae, rows, result), run, join)
 
 
 def _imputed(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyro_vae.arguments import closest
 from pyro_vae.data.mapped import CHUNK, Mapped
@@ -262,6 +263,22 @@ class Standardise(Transform):
     def log_slope(self) -> Tensor:
         """See ``Transform``."""
         return -self.std.double().log()
+
+
+def default_transform(support: constraints.Constraint, levels: int | None, ndim: int) -> str:
+    """The name of the transform that fits raw data [N, *E] to the support of a likelihood."""
+    if support is constraints.boolean and levels not in (2, None):
+        return "threshold"
+    if support.is_discrete or levels == 2:
+        return "none"
+    if levels is not None:
+        return "dequantise"
+    return "standardise" if ndim == 2 and is_whole_line(support) else "none"
+
+
+def is_whole_line(support: constraints.Constraint) -> bool:
+    """Whether a support holds all numbers, of either sign."""
+    return bool(support.check(torch.tensor([-10.0, 10.0])).all())
 
 
 def make_transform(name: str, x: Tensor | Mapped, levels: int | None) -> Transform:
