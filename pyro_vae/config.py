@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from types import EllipsisType, NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -226,10 +226,8 @@ def _latents(
     for size, (in_shape, above) in zip(sizes, reads):
         network = encoder if in_shape == shape else _dense(encoder)
         network = network.having(condition_dim=condition_dim + above) if above else network
-        made = network.made(
-            in_shape=in_shape,
-            out_shape=(given(posterior.cls.num_params, posterior.options, size),),
-        )
+        count = given(posterior.cls.num_params, posterior.options, size)
+        made = network.made(in_shape=in_shape, out_shape=(count,))
         posteriors.append(posterior.made(latent_dim=size, encoder=made))
     filled = {**filled, "posterior": posteriors[-1], "data_shape": reads[-1][0]}
     if "network" in signature(top.cls).parameters:
@@ -317,8 +315,8 @@ def component(family: str, declared: Declared) -> Component:
     name, options = name_and_options(family, declared)
     cls = named_class(family, name)
     taken = signature(cls).parameters.values()
-    names = [p.name for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    names = [name for name in names if name not in INJECTED]
+    variable = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    names = [p.name for p in taken if p.kind not in variable and p.name not in INJECTED]
     check_options(f"{family} {cls.__name__}", options, names)
     options = {name: _value(cls, name, value) for name, value in options.items()}
     parser = ArgumentParser(exit_on_error=False)

@@ -127,6 +127,8 @@ def damaged(path: PathLike, what: str, remedy: str = "write it again") -> Iterat
     try:
         yield
     except Exception as error:
+        if str(error).startswith(f"{path}: "):  # ours
+            raise
         line = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: expected {what}, got: {line}; {remedy}") from error
 

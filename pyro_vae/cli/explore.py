@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,12 @@ def command(options: Namespace) -> None:
     where = rows_of(splits, options.part, data)
     vae, rows = placed(vae, data, options.accelerator)
     elbo = evidence_lower_bound(vae, *rows.batch(), num_samples=100).elbo
-    found, some = evaluated(folder, where, elbo.mean().item()), torch.arange(len(data))
-    if found is None and options.judged:
-        some = spread(len(data), min(options.judged, len(data)), splits.seed)
-        found = estimate(vae, rows.subset(some), options)
-    known = _known(elbo, found, some)
+    known = _known(
+        elbo,
+        evaluated(folder, where, elbo.mean().item()),
+        spread(len(data), options.judged, splits.seed) if options.judged else None,
+        lambda some: estimate(vae, rows.subset(some), options),
+    )
     name, held = folder.resolve().name, not options.no_data
     with torch.no_grad():
         text = page(_content(vae.to("cpu"), data, index, known, name, where, held))
@@ -130,11 +131,12 @@ def explore(
     with evaluating(vae.model, vae.guide, seed=seed, device=torch.device("cpu")):
         own: Any = vae if isinstance(vae, VAE) else Own(vae, data)
         elbo = evidence_lower_bound(vae.model, vae.guide, *data.batch(), num_samples=100).elbo
-        some = torch.arange(len(data))
-        if evidence is None and judged:
-            some = spread(len(data), min(judged, len(data)), seed)
-            evidence = log_evidence(vae.model, vae.guide, *data.batch(some), seed=seed)
-        known = _known(elbo, evidence, some)
+        known = _known(
+            elbo,
+            evidence,
+            spread(len(data), judged, seed) if judged else None,
+            lambda some: log_evidence(vae.model, vae.guide, *data.batch(some), seed=seed),
+        )
         title = name or type(vae).__name__
         text = page(_content(own, data, index, known, title, f"{len(data)} rows", rows))
     write(path, text)
@@ -218,8 +220,16 @@ class Own(nn.Module):
         return trace.nodes[site]["fn"]
 
 
-def _known(elbo: Tensor, evidence: Evidence | None, some: Tensor) -> dict[str, Any]:
-    """What is known of each row: ELBO, and log p(x) of `some` of them; fields of `Rows`."""
+def _known(
+    elbo: Tensor,
+    evidence: Evidence | None,
+    judged: Tensor | None,
+    estimate: Callable[[Tensor], Evidence],
+) -> dict[str, Any]:
+    """What is known of each row: ELBO, and log p(x), estimated of some if unknown; for `Rows`."""
+    some = torch.arange(len(elbo))
+    if evidence is None and judged is not None:
+        some, evidence = judged, estimate(judged)
     log_prob, stderr = torch.full((2, len(elbo)), math.nan)
     verdict = dict.fromkeys(range(len(elbo)), "")
     if evidence is not None:

@@ -143,12 +143,10 @@ def condition(data: Data, size: int, label: int | None, vae: VAE) -> Tensor | No
     if isinstance(vae, ClassVAE):
         vae.check_labels(y := torch.full((size,), -1 if label is None else label))
         return y
-    if data.y is None:
+    if data.y is None or data.classes is None or data.y.shape[1] != data.classes:
         if label is not None:
-            raise ValueError("label needs a conditional model: train with --conditional true")
-        return None
-    if data.classes is None or data.y.shape[1] != data.classes:
-        return data.y[torch.arange(size) % len(data)]
+            raise ValueError("label needs a model conditional on labels: train with --conditional")
+        return None if data.y is None else data.y[torch.arange(size) % len(data)]
     if label is not None and not 0 <= label < data.classes:
         raise ValueError(f"label must be from 0 to {data.classes - 1}; got {label}")
     labels = torch.arange(size) % data.classes if label is None else torch.full((size,), label)

@@ -206,10 +206,9 @@ def _checked(path: str | Path, content: dict[str, Any], parser: ArgumentParser) 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise ValueError(f"configuration {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"configuration {path} cannot be read: {error}") from error
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        why = getattr(error, "strerror", error)
+        raise ValueError(f"configuration {path} cannot be read: {why}") from error
     if not isinstance(content, dict | None):
         raise ValueError(
             f"configuration {path} must hold lines of option: value; got a "

@@ -174,8 +174,6 @@ def _splits(options: Namespace) -> Splits:
         options.schema = train.schema.plain
         if cls is Bernoulli:  # the usual one, which nobody asked for
             options.likelihood = config.component("likelihood", "Columns")
-        columns = options.likelihood.options["columns"] or {}
-        options.likelihood = options.likelihood.having(columns=columns)
     cls, name = options.likelihood.cls, options.transform
     if name == "auto":  # columns keep their units
         columns = issubclass(cls, Columns)
@@ -184,12 +182,12 @@ def _splits(options: Namespace) -> Splits:
 
 
 def _of_columns(given: Any, schema: Schema) -> dict[str, Any] | list[Any]:
-    if not isinstance(given, dict):
+    if isinstance(given, list | tuple):
         return list(given)
     columns: dict[str, Any] = schema.likelihood["init_args"]["columns"]
-    if unknown := [name for name in given if name not in columns]:
-        raise ValueError(f"there is no column {unknown[0]!r}{closest(unknown[0], columns)}")
-    return {**columns, **given}
+    for name in (given or {}).keys() - columns.keys():
+        raise ValueError(f"there is no column {name!r}{closest(name, columns)}")
+    return columns | (given or {})
 
 
 def _described(splits: Splits, options: Namespace) -> str:

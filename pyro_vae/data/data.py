@@ -168,15 +168,14 @@ class Data:
     @property
     def log_jacobian(self) -> float:
         """The transform's log-Jacobian, in nats per datum; of an average row if values miss."""
-        if self.missing:
-            return self.log_jacobians.mean().item()
-        return self.transform.log_jacobian(self.data_shape)
+        return self.log_jacobians.mean().item()
 
     @property
     def log_jacobians(self) -> Tensor:
         """The transform's log-Jacobian of what is observed of each row, in nats, [N]."""
         if not self.missing:
-            return torch.full((len(self),), self.log_jacobian, dtype=torch.float64)
+            each = self.transform.log_jacobian(self.data_shape)
+            return torch.full((len(self),), each, dtype=torch.float64)
         slope = torch.as_tensor(self.transform.log_slope(), dtype=torch.float64)
         parts = (torch.where(x.isnan().cpu(), 0.0, slope) for x in self.x.split(CHUNK))
         return torch.cat([part.flatten(1).sum(1) for part in parts])
@@ -191,9 +190,7 @@ class Data:
             The bits per dimension, in the same shape; J is ``log_jacobian``, and D counts what is
             observed of an average row.
         """
-        dimensions: float = self.data_shape.numel()
-        if self.missing:
-            dimensions = dimensions * (1 - self.missing_share)
+        dimensions = self.data_shape.numel() * (1 - self.missing_share)
         return -(log_prob + self.log_jacobian) / (dimensions * math.log(2))
 
     def batch(self, index: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -238,11 +235,12 @@ class Data:
             return self.unchecked(seed=seed)
         dtype = torch.uint8 if self.transform.binary else torch.float32
         change = partial(self.transform.fixed, seed=seed)
+        x: Tensor | Mapped
         if isinstance(self.x, Mapped):
-            later = replace(self.x, change=change, dtype=dtype)
-            return self.unchecked(x=later, applied=True, seed=seed)
-        x = torch.cat(list(map(change, self.x.split(CHUNK), self.rows.split(CHUNK))))
-        check_finite(f"{self._title}: x", x, missing=True)
+            x = replace(self.x, change=change, dtype=dtype)
+        else:
+            x = torch.cat(list(map(change, self.x.split(CHUNK), self.rows.split(CHUNK))))
+            check_finite(f"{self._title}: x", x, missing=True)
         return self.unchecked(x=x, applied=True, seed=seed)
 
     def with_transform(self, transform: Transform) -> Data:

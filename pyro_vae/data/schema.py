@@ -40,6 +40,8 @@ OFTEN = 0.9  # share of different numbers below which they are taken for rounded
 DATE = re.compile(r"\d{4}-\d\d?-\d\d?([T ].*)?|\d\d?[/.]\d\d?[/.]\d{2,4}( .*)?|\d\d?:\d\d(:\d\d)?")
 Cells = dict[str, list[Any]]
 Known = Union["Schema", Mapping[str, Any], str, None]  # of columns
+Read = Callable[[str], tuple[Sequence[Any], Sequence[Any] | None]]
+"""From the name of a column to its cells, and the order of its categories where it is known."""
 
 
 @dataclass(frozen=True)
@@ -116,15 +118,19 @@ class Schema:
     ignored: tuple[str, ...] = ()
 
     @classmethod
-    def restore(cls, plain: Mapping[str, Any]) -> Schema:
+    def restore(cls, plain: Mapping[str, Any], read: Read | None = None) -> Schema:
         """The schema that `plain` describes; a kind alone stands for itself.
+
+        Args:
+            plain: As the property of that name.
+            read: What reads a column of a table, for categories that `plain` leaves out.
 
         Raises:
             ValueError: If an entry is wrong; the message names the column.
         """
         ignored = ignored_in(plain)
         kept = {str(name): entry for name, entry in plain.items() if str(name) not in ignored}
-        return cls({name: _restored(name, entry) for name, entry in kept.items()}, ignored)
+        return cls({name: _restored(name, entry, read) for name, entry in kept.items()}, ignored)
 
     @property
     def plain(self) -> dict[str, Any]:
@@ -216,7 +222,7 @@ def differing(known: Iterable[str], given: Iterable[str]) -> str:
     return "; ".join(f"{word}: {', '.join(sorted(n))}" for word, n in parts.items() if n)
 
 
-def _restored(name: str, entry: Any) -> Column:
+def _restored(name: str, entry: Any, read: Read | None) -> Column:
     given: Any = {"kind": entry} if isinstance(entry, str) else entry
     keys = set(given) if isinstance(given, Mapping) else set()
     if not {"kind"} <= keys <= {"kind", "categories", "resolution"}:
@@ -224,12 +230,13 @@ def _restored(name: str, entry: Any) -> Column:
             f"schema of column {name!r} must be a kind, or a mapping of kind, categories and "
             f"resolution; got {entry!r}"
         )
-    categories = given.get("categories") or ()
+    kind, categories = str(given["kind"]), given.get("categories") or ()
     if not isinstance(categories, list | tuple):
         raise ValueError(f"schema of column {name!r}: categories must be a list")
+    if kind in CODED and not categories and read is not None:
+        categories = _levels(kind, *read(name))
     try:
-        names = tuple(map(shortened, categories))
-        return Column(str(given["kind"]), names, given.get("resolution"))
+        return Column(kind, tuple(map(shortened, categories)), given.get("resolution"))
     except ValueError as error:
         raise ValueError(f"schema of column {name!r}: {error}") from None
 
@@ -275,19 +282,12 @@ def shortened(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def with_levels(entry: Any, read: Callable[[], tuple[Sequence[Any], Sequence[Any] | None]]) -> Any:
-    """A declared column; where its kind needs categories and has none, those of its cells."""
-    declared = {"kind": entry} if isinstance(entry, str) else entry
-    coded = isinstance(declared, Mapping) and declared.get("kind") in CODED
-    if not coded or declared.get("categories"):
-        return entry
-    cells, order = read()
+def _levels(kind: str, cells: Sequence[Any], order: Sequence[Any] | None) -> list[str]:
+    """The categories that cells show; none if there are too many, or their order is unknown."""
     names = {as_name(cell) for cell in cells if cell is not None}
     found = sorted(names, key=number_or_text) if order is None else list(map(as_name, order))
     ranked = order is not None or all(as_number(name) is not None for name in names)
-    if (declared["kind"] == "ordinal" and not ranked) or len(found) > MOST_LEVELS:
-        return entry
-    return {**declared, "categories": found}
+    return [] if (kind == "ordinal" and not ranked) or len(found) > MOST_LEVELS else found
 
 
 def inferred(where: str, cells: Sequence[Any], order: Sequence[Any] | None = None) -> Column:
@@ -336,7 +336,7 @@ def _numeric(where: str, values: np.ndarray) -> Column:
     whole = bool((values == values.round()).all())
     if len(different) == 2 or (whole and len(different) <= min(FEW, len(values) // 3)):
         kind = "binary" if len(different) == 2 else "ordinal"
-        return Column(kind, tuple(map(shortened, np.unique(values).tolist())))
+        return Column(kind, tuple(map(shortened, different.tolist())))
     check_digits(where, values)
     if whole and values.min() >= 0 and values.var() >= values.mean():
         return Column("count")

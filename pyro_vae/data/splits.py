@@ -17,7 +17,7 @@ from pyro_vae.arguments import check_real, check_whole, closest
 from pyro_vae.data.data import Data, Parts
 from pyro_vae.data.readers import NAMED, read_arrays, read_cells, read_images, read_named
 from pyro_vae.data.schema import Known, Schema
-from pyro_vae.data.tables import TABLES, ending, is_mixed, read_csv, read_rows_of_table
+from pyro_vae.data.tables import TABLES, is_mixed, read_csv, read_rows_of_table
 from pyro_vae.data.transforms import make_transform
 
 
@@ -156,7 +156,7 @@ def load_data(
     check_whole(optional=True, limit=limit)
     if not name:
         raise ValueError("expected the name of a data set or a path, got ''")
-    if schema and ending(Path(name)) not in TABLES:
+    if schema and Path(name).suffix.lower() not in TABLES:
         raise ValueError(f"a schema is of tables ({', '.join(TABLES)}); {name} is none")
     named = {key.lower(): key for key in NAMED}.get(name.lower() if isinstance(name, str) else "")
     name = os.path.abspath(name) if named is None and os.path.exists(name) else name
@@ -204,7 +204,7 @@ def _read(path: Path, schema: Known, unknown: str | None = None) -> Parts:
         )
     if not path.is_file():
         raise ValueError(f"expected a file or folder at {path}, got none; check the path")
-    kind = ending(path)
+    kind = path.suffix.lower()
     if kind in TABLES:
         is_table = schema is not None or is_mixed(path)
         known = unknown if schema is None else schema

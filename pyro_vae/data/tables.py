@@ -6,10 +6,9 @@ import csv
 import math
 import re
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from pyro_vae.data.schema import (
     Cells,
     Column,
     Known,
+    Read,
     Schema,
     as_name,
     as_number,
@@ -32,13 +32,14 @@ from pyro_vae.data.schema import (
     inferred,
     number_or_text,
     resolution,
-    with_levels,
 )
+from pyro_vae.files import damaged
 
 TABLES = (".csv", ".tsv", ".parquet")
 EMPTY = {"", "na", "n/a", "nan", "null", "<na>"}
 DELIMITERS = ",;\t"
 LOOKED_AT = 1000  # lines, to see whether a file holds text
+ARROW = "a table with one kind of values in each column"
 QUOTED = re.compile('"[^"]*"')
 DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+(e[+-]?\d+)?", re.IGNORECASE)
 
@@ -49,7 +50,7 @@ class Table:
 
     name: str
     columns: Sequence[str]
-    read: Callable[[str], tuple[Sequence[Any], Sequence[Any] | None]]
+    read: Read
     file: Any = None  # of pyarrow, where rows stay in a large .parquet file
 
     def encoded(self, schema: Schema) -> Tensor:
@@ -59,7 +60,7 @@ class Table:
     def parts(self, schema: Schema) -> Iterator[Tensor]:
         """The rows of a large file, some at once."""
         first = 0
-        with _arrow_errors(self.name):
+        with damaged(self.name, ARROW):
             for batch in self.file.iter_batches(CHUNK, columns=list(schema.columns)):
                 cells = {key: _cells(batch.column(key)) for key in schema.columns}
                 yield schema.encode(cells, self.name, first)
@@ -160,11 +161,7 @@ def _given(table: Table, known: Mapping[str, Any] | str | None, coded: bool = Fa
             f"{table.name}: the schema names columns that are not there: {', '.join(unknown)}; "
             f"there are {', '.join(table.columns)}"
         )
-    if coded:
-        return Schema.restore(each)
-    return Schema.restore(
-        {key: with_levels(entry, partial(table.read, str(key))) for key, entry in each.items()}
-    )
+    return Schema.restore(each, None if coded else table.read)
 
 
 def read_numbers(
@@ -198,21 +195,11 @@ def _labels(where: str, cells: Sequence[Any]) -> tuple[Tensor, tuple[str, ...]]:
     return torch.tensor([codes.get(cell, -1) for cell in cells]), tuple(map(as_name, codes))
 
 
-def ending(path: Path) -> str:
-    """How a file's name ends, in small letters: what kind of file it is."""
-    return path.suffix.lower()
-
-
 def is_mixed(path: Path) -> bool:
-    """Whether a file is a table that `read_table` alone can read: with a column of text."""
-    if ending(path) != ".csv":
-        return ending(path) in TABLES
-    if _delimiter(path) != ",":
+    """Whether `read_table` alone can read a file of a table: it has a column of text."""
+    if path.suffix.lower() != ".csv" or _delimiter(path) != ",":
         return True
-    try:
-        head, *rows = [row for _, row in islice(_lines(path), 1 + LOOKED_AT)] or [[]]
-    except ValueError:  # read_table says what is wrong
-        return True
+    head, *rows = [row for _, row in islice(_lines(path), 1 + LOOKED_AT)] or [[]]
     texts = [[cell for cell in (_text(c, False) for c in column) if cell] for column in zip(*rows)]
     numbers = [sum(as_number(cell) is not None for cell in column) for column in texts]
     words = any(2 * count < len(column) for count, column in zip(numbers, texts))
@@ -234,19 +221,16 @@ def _lines(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
             for row in filter(None, reader):
                 width = width or len(row)
                 if len(row) != width:
-                    break
+                    raise ValueError(
+                        f"{path}: expected {width} columns as in the first line, got {len(row)} "
+                        f"in line {reader.line_num}; give every line the same columns"
+                    )
                 yield reader.line_num, row
-            else:
-                return
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise ValueError(
             f"{path}: expected a table in UTF-8, of commas, semicolons or tabs, got: {error}; "
             "write it again"
         ) from error
-    raise ValueError(
-        f"{path}: expected {width} columns as in the first line, got {len(row)} in line "
-        f"{reader.line_num}; give every line the same columns"
-    )
 
 
 def _opened(source: Any) -> Table:
@@ -256,7 +240,7 @@ def _opened(source: Any) -> Table:
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"expected a file at {path}, got none; check the path")
-    return _of_arrow(str(path), path) if ending(path) == ".parquet" else _of_text(path)
+    return _of_arrow(str(path), path) if path.suffix.lower() == ".parquet" else _of_text(path)
 
 
 def _of_text(path: Path) -> Table:
@@ -308,23 +292,10 @@ def _pyarrow() -> Any:
     return pyarrow
 
 
-@contextmanager
-def _arrow_errors(source: str) -> Iterator[None]:
-    try:
-        yield
-    except (_pyarrow().ArrowException, TypeError, ValueError, OSError, OverflowError) as error:
-        if str(error).startswith(f"{source}: "):
-            raise  # ours
-        raise ValueError(
-            f"{source}: expected a table with one kind of values in each column, got: "
-            f"{' '.join(str(error).split())}"
-        ) from error
-
-
 def _of_arrow(name: str, source: Any) -> Table:
     """The table of a frame or a .parquet file, of which a large one is read column by column."""
     pyarrow, is_file = _pyarrow(), isinstance(source, Path)
-    with _arrow_errors(name):
+    with damaged(name, ARROW):
         table = pyarrow.parquet.ParquetFile(source) if is_file else pyarrow.table(source)
     whole = (table.schema_arrow if is_file else table.schema).names
     names = [n for n in whole if not n.startswith("__index_level_")]
@@ -335,7 +306,7 @@ def _of_arrow(name: str, source: Any) -> Table:
 
     @lru_cache(1 if large else None)
     def read(key: str) -> tuple[list[Any], list[Any] | None]:
-        with _arrow_errors(name):
+        with damaged(name, ARROW):
             column = (table.read(columns=[key]) if is_file else table.select([key])).column(0)
         kind, types = column.type, pyarrow.types
         refused = {

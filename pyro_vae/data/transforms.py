@@ -329,13 +329,13 @@ def restore(declaration: Mapping[str, Any]) -> Transform:
     Raises:
         ValueError: If the class is none of this module's.
     """
-    known = (Identity, Threshold, Binarise, Dequantise, Rescale, Standardise)
-    classes: dict[Any, Any] = {cls.__name__: cls for cls in known}
-    name = declaration.get("class")
-    if name not in classes:
-        raise ValueError(f"expected a transform of pyro_vae.data, got {name!r}")
+    known: tuple[Any, ...] = (Identity, Threshold, Binarise, Dequantise, Rescale, Standardise)
     values = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in declaration.items()}
-    return classes[name](**{k: v for k, v in values.items() if k != "class"})
+    name = values.pop("class", None)
+    for cls in known:
+        if cls.__name__ == name:
+            return cls(**values)
+    raise ValueError(f"expected a transform of pyro_vae.data, got {name!r}")
 
 
 def row_noise(rows: Tensor, shape: Sequence[int], seed: int) -> Tensor:
