@@ -195,6 +195,14 @@ def test_levels_have_a_mean() -> None:
     assert abs(p.mean.item() - 1.6) < 1e-6
 
 
+def test_draws_of_levels_are_as_frequent_as_their_probabilities() -> None:
+    probs = torch.tensor([[0.0, 0.1, 0.2, 0.0, 0.7, 0.0], [0.5, 0.0, 0.3, 1e-3, 0.0, 0.199]])
+    draws = Levels(logits=probs.log()).sample(torch.Size([100_000]))
+    assert (draws.shape, draws.dtype) == ((100_000, 2), probs.dtype)
+    shares = torch.nn.functional.one_hot(draws.long(), 6).double().mean(0)
+    assert ((shares - probs).abs() <= 4 * (probs * (1 - probs) / 100_000).sqrt()).all()
+
+
 def diagonal(*batch: int, dim: int) -> dist.Distribution:
     return dist.Normal(torch.randn(*batch, dim), torch.rand(*batch, dim) + 0.3).to_event(1)
 

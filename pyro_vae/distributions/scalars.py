@@ -220,8 +220,13 @@ class Levels(dist.Categorical):
     """Categorical over the integers 0, ..., C - 1 as numbers: draws are, and it has a mean."""
 
     def sample(self, sample_shape: Shape = Size()) -> Tensor:
-        """Draws, of the precision of the probabilities."""
-        return super().sample(sample_shape).to(self.probs.dtype)
+        """Draws by the inverse of the cumulative distribution, of its precision."""
+        with torch.no_grad():
+            below = self.logits.exp().cumsum(-1)
+            shape = self._extended_shape(sample_shape)
+            u = 1 - torch.rand(shape, dtype=below.dtype, device=below.device)  # above 0
+            level = u * below[..., -1]  # rounding: the sum is not 1
+            return (below < level.unsqueeze(-1)).sum(-1, dtype=below.dtype)
 
     @property
     def mean(self) -> Tensor:
