@@ -61,10 +61,12 @@ def test_scores_are_of_what_is_observed_in_its_units(folder: Path) -> None:
     assert rows[2]["verdict"] == "reliable"
 
 
-def test_impute_fills_a_table(folder: Path) -> None:
+def test_impute_fills_a_table(folder: Path, capsys: pytest.CaptureFixture) -> None:
     (folder / "few.csv").write_text(FEW)
     files = [str(folder / "run"), str(folder / "few.csv")]
-    assert main(["impute", *files, "--draws", "11", "--progress=false"]) == 0
+    options = ["--draws", "11", "--num_samples", "300", "--progress=false"]
+    assert main(["impute", *files, *options]) == 0
+    assert "lower bound" in capsys.readouterr().out
     names = [f"few.imputed-{i:02d}.csv" for i in range(1, 12)]
     tables = [(folder / name).read_text().splitlines() for name in ["few.imputed.csv", *names]]
     given = FEW.splitlines()
@@ -103,6 +105,7 @@ def test_impute_fills_arrays(folder: Path, suffix: str) -> None:
         ("a,c\n1,\n", [], "expected the columns of the run"),
         ("a,b\n9,\n", ["--out=x.npz"], "out must end in .csv"),
         ("a,b\n9,\n", ["--draws=-1"], "draws must be at least 0"),
+        ("a,b\n9,\n", ["--num_samples=0"], "num_samples must be at least 1"),
     ],
 )
 def test_bad_input_of_impute(

@@ -233,6 +233,9 @@ COMMANDS = {
             "file": {"help": ".npz, .npy or .csv file"},
             **out("file of the same kind"),
             "--draws": option(int, 20, "more files, each filled in by another draw; 0: none"),
+            "--num_samples": option(
+                int | None, None, "draws of the encoder, such as 200: faster; null: refined ones"
+            ),
             **WORK,
         },
         example="runs/people-1 new.csv --draws 5",

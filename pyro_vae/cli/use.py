@@ -98,6 +98,7 @@ def impute(options: Namespace) -> None:
     multiples of their column's resolution.
     """
     check_whole(0, draws=options.draws)
+    check_whole(optional=True, num_samples=options.num_samples)
     source = Path(options.file)
     suffix = source.suffix if schema_of(options.run) is None else ".csv"
     if suffix not in (".csv", ".npy", ".npz"):
@@ -122,7 +123,7 @@ def impute(options: Namespace) -> None:
         share = f"{rows.missing_share:.1%} of the values of {len(rows)} rows filled in"
         return f"{share} ({words}): {out}{draws}"
 
-    result = {name: options[name] for name in (*WORK, "draws", "seed")}
+    result = {name: options[name] for name in (*WORK, "draws", "num_samples", "seed")}
     run = partial(_imputed, vae, rows, given, options)
     stream(options, out, len(rows), key_of(vae, rows, result), run, join)
 
@@ -133,12 +134,15 @@ def _imputed(
     """A part of the rows given, filled in: x [1 + R, n, *E], and the verdict of each."""
     schema = rows.schema
     whole = vae.likelihood.support.is_discrete  # of which a mean is none
+    work: dict[str, Any] = {name: options[name] for name in WORK}
+    if options.num_samples is not None:
+        work |= {"proposal": "guide", "num_samples": options.num_samples}
     found = estimators.impute(
         vae,
         *rows.batch(index),
         num_draws=max(options.draws, 100 if whole or schema is not None else 1),
         seed=part_seed(options.seed, part),
-        **{name: options[name] for name in WORK},
+        **work,
     )
     plain = found.median if whole else found.mean
     best = plain if schema is None else schema.centre(found.draws, found.mean)
