@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from pyro_vae.arguments import as_plain
 from pyro_vae.files import PathLike
 from pyro_vae.objectives import Objective
 from pyro_vae.processes import Engine, is_first_process
-from pyro_vae.training.dataset import as_dataset
+from pyro_vae.training.dataset import TensorDataset, as_dataset
 from pyro_vae.training.progress import Callback, History
 from pyro_vae.training.run_folder import Settings, check_same, earlier_run, make_record
-from pyro_vae.training.step import PRECISIONS, OptimizerSpec, ScheduleSpec, worth_compiling
+from pyro_vae.training.step import OptimizerSpec, ScheduleSpec, worth_compiling
 from pyro_vae.training.trainer import Trainer
 
 
@@ -131,51 +131,30 @@ def fit(
     if objective is None or isinstance(objective, str):
         objective = _named("ELBO" if objective is None else objective)
     _check(vae, objective, callbacks=callbacks, loggers=loggers)
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
     if patience is not None and validation is None:
         raise ValueError("patience needs validation data: give validation=, or no patience")
     if resume and run is None:
         raise ValueError("resume=True needs the folder of the run: give run=")
-    missing = getattr(vae, "missing", True)  # programs of one's own may take NaN
-    rows = as_dataset(data, "data", missing)
-    held_out = None if validation is None else as_dataset(validation, "validation", missing)
-    for part, name in ((rows, "check_training_labels"), (held_out, "check_labels")):
-        if callable(check := getattr(vae, name, None)):
-            check(getattr(part, "y", None))
+    rows, held_out = _parts(vae, data, validation)
     engine = Engine(accelerator, as_plain(devices))
-    threads = engine.threads(vae, batch_size * objective.num_particles)
-    settings.threads, said = threads, None
+    settings.threads = engine.threads(vae, batch_size * objective.num_particles)
     was = earlier_run(run, resume) if run is not None and (resume or is_first_process()) else {}
-    before = {"compile": False, **was["training"]} if was else {}
     if compile is None:
         steps = epochs * -(-len(rows) // batch_size)
-        choice = worth_compiling(steps, objective, precision, engine.on_cuda)
-        settings.compile = before.get("compile", choice)
-        how = "is compiled" if settings.compile else "runs eagerly"
-        said = f"compile: {steps} steps are planned, and the step {how}"
-    if objective.batch_level and engine.size > 1:
-        message = (
-            f"{type(objective).__name__} looks at whole batches; on {engine.size} devices it sees "
-            f"each one's share, {batch_size // engine.size} rows of {batch_size}"
-        )
-        warnings.warn(message, UserWarning, stacklevel=2)
-    folder, record = None, {}
+        worth = worth_compiling(steps, objective, precision, engine.on_cuda)
+        settings.compile = was["training"].get("compile", False) if was else worth
+    record = {}
     if run is not None:
         declaration = declaration or getattr(vae, "declaration", None)
         parts = {"train": rows, "validation": held_out}
-        folder, record = Path(run), make_record(declaration, settings, objective, parts)
-    if was and folder is not None and is_first_process():
-        check_same(folder, was, record)
-        if before.get("threads", threads) != threads:
-            message = (
-                f"{run} was trained on {before['threads']} threads and goes on with {threads}: "
-                "its weights will differ, by rounding, from an unbroken run's"
-            )
-            warnings.warn(message, UserWarning, stacklevel=2)
+        run, record = Path(run), make_record(declaration, settings, objective, parts)
+        if was and is_first_process():
+            check_same(run, was, record)
+    for message in _remarks(run, was, settings, objective, engine.size):
+        warnings.warn(message, UserWarning, stacklevel=2)
     trainer = Trainer(
-        vae, objective, rows, held_out, settings, folder, record, resume, tuple(callbacks),
-        progress, said, tuple(loggers),
+        vae, objective, rows, held_out, settings, run, record, resume, tuple(callbacks),
+        progress, compile is None, tuple(loggers),
     )  # fmt: skip
     result = engine.run(trainer)
     if engine.spawns:  # loads what other processes trained
@@ -216,4 +195,32 @@ def _check(vae: Any, objective: Any, **lists: Any) -> None:
         raise ValueError(
             "objective must be one of pyro_vae.objectives, such as ELBO(); got "
             f"{type(objective).__name__}: for Pyro's own, use pyro.infer.SVI"
+        )
+
+
+def _parts(vae: Any, data: Any, validation: Any) -> tuple[TensorDataset, TensorDataset | None]:
+    """Training and validation rows, if the vae takes them."""
+    missing = getattr(vae, "missing", True)  # programs of one's own may take NaN
+    rows = as_dataset(data, "data", missing)
+    held_out = None if validation is None else as_dataset(validation, "validation", missing)
+    for part, name in ((rows, "check_training_labels"), (held_out, "check_labels")):
+        if callable(check := getattr(vae, name, None)):
+            check(getattr(part, "y", None))
+    return rows, held_out
+
+
+def _remarks(
+    run: Path | None, was: dict[str, Any], settings: Settings, objective: Objective, size: int
+) -> Iterator[str]:
+    """What to warn of before a training in `size` processes, of a run that `was` begun."""
+    if objective.batch_level and size > 1:
+        yield (
+            f"{type(objective).__name__} looks at whole batches; on {size} devices it sees each "
+            f"one's share, {settings.batch_size // size} rows of {settings.batch_size}"
+        )
+    threads = was["training"].get("threads", settings.threads) if was else settings.threads
+    if threads != settings.threads and is_first_process():
+        yield (
+            f"{run} was trained on {threads} threads and goes on with {settings.threads}: its "
+            "weights will differ, by rounding, from an unbroken run's"
         )

@@ -37,7 +37,7 @@ from pyro_vae.files import (
 from pyro_vae.objectives import Objective
 from pyro_vae.training.dataset import TensorDataset, describe
 from pyro_vae.training.progress import COLUMNS, OPTIONAL
-from pyro_vae.training.step import OptimizerSpec, ScheduleSpec
+from pyro_vae.training.step import PRECISIONS, OptimizerSpec, ScheduleSpec
 
 FORMAT = 1
 POINTERS = "checkpoints/current.json"  # the last, the best, and the digests of their files
@@ -82,6 +82,9 @@ class Settings:
         check_whole(0, seed=self.seed)
         check_real(above=0, lr=self.lr)
         check_real(above=0, optional=True, clip_norm=self.clip_norm)
+        if self.precision not in PRECISIONS:
+            known = ", ".join(PRECISIONS)
+            raise ValueError(f"precision must be one of {known}; got {self.precision!r}")
         for name, value in vars(self).items():  # numpy's cannot be read from a checkpoint
             setattr(self, name, as_plain(value))
 

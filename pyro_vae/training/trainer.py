@@ -96,7 +96,7 @@ class Trainer:
     resume: bool
     callbacks: Sequence[Callback]
     progress: bool
-    said: str | None = None  # whether the step is compiled, in words, where `fit` decided it
+    chosen: bool = False  # whether `fit` chose to compile or not, and not its caller
     loggers: Sequence[Any] = ()
 
     def __call__(self, group: Group) -> Result:
@@ -188,8 +188,10 @@ class Trainer:
         shown = self.progress and self.group.rank == 0
         with Bar(shown, settings.epochs, settings.patience, self.num_batches) as bar:
             self.bar = bar
-            if self.said is not None:
-                bar.say(self.said)
+            if self.chosen:
+                steps = settings.epochs * self.num_batches
+                how = "is compiled" if settings.compile else "runs eagerly"
+                bar.say(f"compile: {steps} steps are planned, and the step {how}")
             while self.epoch < settings.epochs and not (stopped or self._out_of_patience()):
                 with fast_products(self.parameters):
                     means = self._train_epoch()
@@ -290,10 +292,10 @@ class Trainer:
             return compiled_gradient(self.loss, *batch)
         except CannotCompile as error:
             message = f"compile: the step runs eagerly, for {error}"
-            if self.said is None:  # the user asked for it
-                warnings.warn(message, stacklevel=2)
-            else:
+            if self.chosen:
                 self.bar.say(message)
+            else:  # the user asked for it
+                warnings.warn(message, stacklevel=2)
             return self._eager
 
     def _report(self) -> dict[str, float]:
