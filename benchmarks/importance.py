@@ -13,17 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
-import os
-import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
-from multiprocessing.connection import Connection
 from typing import Any
+
+from turns import Done, Turns, compare
 
 K, CHUNK, D = 5000, 1000, 20
 Run = Callable[[], float]
@@ -210,24 +209,20 @@ CANDIDATES = {
 NEEDS = {"NumPyro": "numpyro", "pythae": "pythae"}
 
 
-def serve(name: str, images: int, matmul: str, beside: str | None, pipe: Connection) -> None:
-    """One candidate: a mean for each request, with its seconds; at last its peak memory."""
-    clock = time.process_time if beside else time.perf_counter
+def score(name: str, images: int, matmul: str, beside: str | None, turns: Turns) -> Run:
+    """One candidate, a scoring of all images a step; gives its last mean."""
     if name == "the other":
         sys.path.insert(0, str(beside))
     if name != "NumPyro":
         import torch
 
         torch.set_float32_matmul_precision(matmul)
-    run = CANDIDATES.get(name, pyro_vae)(images)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run()
-    pipe.send("ready")
-    while pipe.recv():
-        start = clock()
-        mean = run()
-        pipe.send((mean, clock() - start))
-    pipe.send((before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+    run, mean = CANDIDATES.get(name, pyro_vae)(images), math.nan
+    with suppress(Done):
+        while True:
+            turns.tick()
+            mean = run()
+    return lambda: mean
 
 
 def main() -> None:
@@ -240,36 +235,27 @@ def main() -> None:
     parser.add_argument("--matmul", default="highest", help="torch's float32 matmul precision")
     parser.add_argument("--beside", metavar="CHECKOUT", help="folder of another checkout")
     arguments = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
-    context = multiprocessing.get_context("spawn")
-    pipes, seconds, means = {}, {}, {}
-    found = [name for name in CANDIDATES if name not in NEEDS or find_spec(NEEDS[name])]
-    for name in ["by hand", "pyro_vae", "the other"] if arguments.beside else found:
-        pipes[name], child = context.Pipe()
-        given = name, arguments.images, arguments.matmul, arguments.beside, child
-        context.Process(target=serve, args=given, daemon=True).start()
-        seconds[name] = []
-    for pipe in pipes.values():
-        pipe.recv()
-    for _ in range(arguments.repeats):
-        for name, pipe in pipes.items():
-            pipe.send(True)
-            means[name], elapsed = pipe.recv()
-            seconds[name].append(elapsed)
+    given = arguments.images, arguments.matmul, arguments.beside
+    names = [name for name in CANDIDATES if name not in NEEDS or find_spec(NEEDS[name])]
+    names = ["by hand", "pyro_vae", "the other"] if arguments.beside else names
+    results = compare(
+        {name: partial(score, name, *given) for name in names},
+        turns=arguments.repeats,
+        steps=1,
+        warm=1,
+        threads=arguments.threads,
+        clock=time.process_time if arguments.beside else time.perf_counter,
+    )
     print(f"{arguments.threads} threads, {arguments.images} images, K = {K}")
-    base = statistics.median(seconds["by hand"])
     rows = []
-    for name, times in seconds.items():
-        time = statistics.median(times)
-        pipes[name].send(False)
-        before, after = pipes[name].recv()
-        row = {"candidate": name, "ratio": time / base, "mean": means[name]}
-        row |= {"M draws x images / s": arguments.images * K / time / 1e6}
-        row |= {"MB": (after - before) / 1024}
-        rows.append(row)
+    for name, result in results.items():
+        ratio = result.ratio(results["by hand"])
+        rate = arguments.images * K / statistics.median(result.ms) / 1e3
+        row = {"candidate": name, "ratio": ratio, "mean": result.loss}
+        rows.append({**row, "M draws x images / s": rate, "MB": result.memory})
         print(
-            f"{name:26} {time / base:.3f} of by hand, {row['M draws x images / s']:.3f} M draws "
-            f"x images / s, mean {means[name]:.2f}, {row['MB']:.0f} MB more"
+            f"{name:26} {ratio:.3f} of by hand, {rate:.3f} M draws x images / s, mean "
+            f"{result.loss:.2f}, {result.memory:.0f} MB more"
         )
     if arguments.out:
         with open(arguments.out, "w") as file:
