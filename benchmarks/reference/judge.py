@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,10 @@ class Outcome:
 
 
 def judge(
-    estimate: Callable[..., Any], names: Sequence[str] | None = None, numpy: bool = False
+    estimate: Callable[..., Any],
+    names: Iterable[str] | None = None,
+    numpy: bool = False,
+    problem: Callable[[str], Problem] = load,
 ) -> list[Outcome]:
     """Runs an estimator on models of the set, all of them if no names are given.
 
@@ -81,8 +84,9 @@ def judge(
             estimator vouches for a row; None vouches for all of them.
         names: Of models.
         numpy: Which of the two.
+        problem: Gives a model by name; the stored one if not said.
     """
-    return [_judge(estimate, load(name), numpy) for name in names or declarations()]
+    return [_judge(estimate, problem(name), numpy) for name in names or declarations()]
 
 
 def _judge(estimate: Callable[..., Any], problem: Problem, numpy: bool) -> Outcome:
