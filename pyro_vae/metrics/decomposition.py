@@ -127,25 +127,13 @@ def elbo_decomposition(
     parts, dims = [], []
     with torch.no_grad():
         for index, z in draws_of(posterior, num_samples, num_rows, seed):
-            terms, each = _terms(posterior, prior, index, z)
-            parts.append(terms)
+            part, each = _terms(posterior, prior, index, z)
+            parts.append(part)
             if isinstance(prior, Independent) and not prior.base_dist.event_shape:
                 dims.append(each - prior.base_dist.log_prob(z))
-    kl, information, aggregate, correlation, mismatch = (
-        _term(term) for term in torch.cat(parts, 1).reshape(5, -1, num_samples)
-    )
+    terms = torch.cat(parts, 1).reshape(5, -1, num_samples)
     per_dimension = torch.cat(dims).mean(0) if dims else None
-    return Decomposition(
-        kl,
-        information,
-        aggregate,
-        correlation,
-        mismatch,
-        per_dimension,
-        num_data,
-        num_samples,
-        seed,
-    )
+    return Decomposition(*map(_term, terms), per_dimension, num_data, num_samples, seed)
 
 
 def _terms(

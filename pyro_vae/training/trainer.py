@@ -141,17 +141,10 @@ class Trainer:
         self.local_batch_size = len(group.local_rows(batch)[0])
 
     def _start(self, state: dict[str, Any] | None) -> None:
-        """Initialises the vae or loads the checkpoint `state`, and makes the optimiser."""
+        """Sets the weights, makes what a step needs, and loads the checkpoint `state`."""
         settings, device = self.settings, self.group.device
         self.objective.prepare(len(self.rows), self.num_batches)
-        if state is not None:
-            if self.group.rank == 0:
-                put_weights(self.vae, load_weights(self.run, "last"), self.run)  # type: ignore[arg-type]
-        elif callable(initialise := getattr(self.vae, "initialise", None)):
-            with forked(device):
-                fixed = self.rows.fixed(settings.seed)
-            initialise(fetch_few(fixed, INITIAL_ROWS, self.weight)[0])
-        self.group.broadcast_(*self.vae.parameters(), *self.vae.buffers())
+        self._set_weights(resumed=state is not None)
         try:  # now, not after an epoch
             with pyro.validation_enabled(True):
                 self.bound()
@@ -178,6 +171,17 @@ class Trainer:
                 self._load_state(state)
         elif self.group.rank > 0:
             seed_generators(device, self.group.seed(settings.seed, 0))
+
+    def _set_weights(self, resumed: bool) -> None:
+        """Those of the last checkpoint, or as the vae initialises itself; alike on all devices."""
+        if resumed:
+            if self.group.rank == 0:
+                put_weights(self.vae, load_weights(self.run, "last"), self.run)  # type: ignore[arg-type]
+        elif callable(initialise := getattr(self.vae, "initialise", None)):
+            with forked(self.group.device):
+                fixed = self.rows.fixed(self.settings.seed)
+            initialise(fetch_few(fixed, INITIAL_ROWS, self.weight)[0])
+        self.group.broadcast_(*self.vae.parameters(), *self.vae.buffers())
 
     def _fit(self) -> Result:
         """Trains to the end, and then loads the best weights if there was validation.
