@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,9 +132,9 @@ def elbo_decomposition(
             parts.append(part)
             if isinstance(prior, Independent) and not prior.base_dist.event_shape:
                 dims.append(each - prior.base_dist.log_prob(z))
-    terms = torch.cat(parts, 1).reshape(5, -1, num_samples)
+    terms: Any = map(_term, torch.cat(parts, 1).reshape(5, -1, num_samples))
     per_dimension = torch.cat(dims).mean(0) if dims else None
-    return Decomposition(*map(_term, terms), per_dimension, num_data, num_samples, seed)
+    return Decomposition(*terms, per_dimension, num_data, num_samples, seed)
 
 
 def _terms(
