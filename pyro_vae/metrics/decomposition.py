@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,13 +127,25 @@ def elbo_decomposition(
     parts, dims = [], []
     with torch.no_grad():
         for index, z in draws_of(posterior, num_samples, num_rows, seed):
-            part, each = _terms(posterior, prior, index, z)
-            parts.append(part)
+            terms, each = _terms(posterior, prior, index, z)
+            parts.append(terms)
             if isinstance(prior, Independent) and not prior.base_dist.event_shape:
                 dims.append(each - prior.base_dist.log_prob(z))
-    terms: Any = map(_term, torch.cat(parts, 1).reshape(5, -1, num_samples))
+    kl, information, aggregate, correlation, mismatch = (
+        _term(term) for term in torch.cat(parts, 1).reshape(5, -1, num_samples)
+    )
     per_dimension = torch.cat(dims).mean(0) if dims else None
-    return Decomposition(*terms, per_dimension, num_data, num_samples, seed)
+    return Decomposition(
+        kl,
+        information,
+        aggregate,
+        correlation,
+        mismatch,
+        per_dimension,
+        num_data,
+        num_samples,
+        seed,
+    )
 
 
 def _terms(
