@@ -100,6 +100,18 @@ def check_real(
             raise ValueError(f"{name} must be {', '.join(bounds)}; got {_shown(value)}")
 
 
+def check_choice(known: Collection[str], **values: Any) -> None:
+    """Refuses values that are none of the known names, each by its own name.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    for name, value in values.items():
+        if not (isinstance(value, str) and value in known):
+            *first, last = map(repr, known)
+            raise ValueError(f"{name} must be {', '.join(first)} or {last}; got {_shown(value)}")
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """A hint at the known name that is most like `name`, in whatever case."""
     names = {k.lower(): k for k in known}

@@ -1,15 +1,14 @@
 """(model, guide, x) -> log p(x|z), log p(z), log q(z|x), and the sites behind them."""
 
+from pyro_vae.densities.particles import folds, run_program
 from pyro_vae.densities.programs import (
     Latents,
     OwnParameters,
     Program,
     evaluating,
-    folds,
-    run_program,
     scale_latents,
 )
-from pyro_vae.densities.result import Densities, Site, check_kl, log_mean_exp
+from pyro_vae.densities.result import KL_RULES, Densities, Site, log_mean_exp
 from pyro_vae.densities.run import (
     NotSimulated,
     complete_data,
@@ -26,12 +25,12 @@ from pyro_vae.densities.summed import summed_values
 
 __all__ = [
     "Densities",
+    "KL_RULES",
     "Latents",
     "NotSimulated",
     "OwnParameters",
     "Program",
     "Site",
-    "check_kl",
     "complete_data",
     "densities",
     "draw_latents",

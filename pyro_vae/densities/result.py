@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, kl_divergence
 
+from pyro_vae.arguments import check_choice
 from pyro_vae.densities.programs import Latents, Sites
+
+KL_RULES = ("auto", "analytic", "sampled")
 
 
 @dataclass(eq=False)
@@ -157,7 +160,7 @@ class Densities:
         Raises:
             ValueError: If "analytic" is asked for a pair that has no rule, which it names.
         """
-        check_kl(rule)
+        check_choice(KL_RULES, kl=rule)
         return {name: self._site_kl(name, site, rule) for name, site in self.sites.items()}
 
     def kl_by_dimension(self, rule: str = "auto") -> dict[str, Tensor]:
@@ -224,13 +227,6 @@ def densities_of(p: Sites, q: Sites, num_particles: int) -> Densities:
         site_scales=[(n, s["scale"]) for sites in (p, q) for n, s in sites.items()],
         same_order=[n for n in p if n in q] == list(q),
     )
-
-
-def check_kl(rule: str) -> str:
-    """`rule`, if it is one that `Densities.kl` knows."""
-    if rule not in ("auto", "analytic", "sampled"):
-        raise ValueError(f"kl must be 'auto', 'analytic' or 'sampled'; got {rule!r}")
-    return rule
 
 
 def log_mean_exp(log_weights: Tensor) -> Tensor:

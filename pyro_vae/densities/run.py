@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from pyro_vae.arguments import check_whole, takes_vae
+from pyro_vae.densities.particles import folds, run_program
 from pyro_vae.densities.programs import (
     Latents,
     OwnParameters,
     Program,
     Sites,
     check_latents,
-    folds,
     is_random,
-    run_program,
     sample_sites,
 )
 from pyro_vae.densities.result import Densities, densities_of, factors

@@ -11,15 +11,8 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_vae.densities.programs import (
-    Latents,
-    Program,
-    Sites,
-    check_latents,
-    known_of,
-    run_program,
-    sample_sites,
-)
+from pyro_vae.densities.particles import known_of, run_program
+from pyro_vae.densities.programs import Latents, Program, Sites, check_latents, sample_sites
 from pyro_vae.densities.result import Densities, Site, densities_of
 
 __all__ = ["summed_densities", "summed_values"]

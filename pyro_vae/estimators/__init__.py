@@ -2,9 +2,9 @@
 
 from pyro_vae.estimators.annealed import Bracket, annealed_importance_sampling, bidirectional
 from pyro_vae.estimators.conditional import (
-    Imputation,
+    ClassProbabilities,
+    class_probabilities,
     column_log_prob,
-    impute,
     log_conditional,
 )
 from pyro_vae.estimators.evidence import Evidence
@@ -15,13 +15,8 @@ from pyro_vae.estimators.importance import (
     importance_sampling,
     jackknife,
 )
-from pyro_vae.estimators.log_evidence import (
-    Audit,
-    ClassProbabilities,
-    audit,
-    class_probabilities,
-    log_evidence,
-)
+from pyro_vae.estimators.impute import Imputation, impute
+from pyro_vae.estimators.log_evidence import Audit, audit, log_evidence
 from pyro_vae.estimators.refined import refined_importance_sampling
 
 __all__ = [

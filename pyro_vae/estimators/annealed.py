@@ -6,19 +6,19 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import check_choice
 from pyro_vae.densities import Program, log_mean_exp
 from pyro_vae.estimators.evidence import Evidence, summarise
+from pyro_vae.estimators.hmc import ACCEPTANCE, GAIN, Point, hmc_step
 from pyro_vae.estimators.refined import Fit, fit_proposal
 from pyro_vae.estimators.run import estimator, map_targets, refuse_summed, summed
 from pyro_vae.estimators.target import Target, gradients
 
-ACCEPTANCE = 0.65
-GAIN = 0.7  # of the logarithm of a step size, for each move
 PILOT_CHAINS = 16
 STEEPNESS = 4.0  # of the sigmoid schedule
 STARTS = ("prior", "guide", "refined")
@@ -120,8 +120,7 @@ def check_path(start: str, schedule: str) -> None:
     """Raises a ValueError if there is no such path."""
     if start not in STARTS:
         raise ValueError(f"start must be one of {STARTS}; got {start!r}")
-    if schedule not in ("sigmoid", "linear"):
-        raise ValueError(f"schedule must be 'sigmoid' or 'linear'; got {schedule!r}")
+    check_choice(("sigmoid", "linear"), schedule=schedule)
 
 
 class Path:
@@ -195,74 +194,6 @@ class Path:
         )
 
 
-class Point(NamedTuple):
-    """States of C chains for B data, and what is known there.
-
-    Attributes:
-        u: Where they are [C, B, D].
-        log_start: Log density of the start [C, B].
-        log_joint: log p(x, u) [C, B].
-        slope_start: Gradient of the first [C, B, D].
-        slope_joint: Gradient of the second [C, B, D].
-    """
-
-    u: Tensor
-    log_start: Tensor
-    log_joint: Tensor
-    slope_start: Tensor
-    slope_joint: Tensor
-
-
-def hmc_step(
-    at: Callable[[Tensor], Point],
-    point: Point,
-    beta: float,
-    *,
-    step_size: Tensor,
-    scale_tril: Tensor,
-    num_leapfrog: int,
-) -> tuple[Point, Tensor]:
-    r"""One move that leaves the density at `beta` as it is.
-
-    Leapfrog steps in coordinates whitened by A, :math:`u = A v`, with unit mass, then
-    acceptance by chain and datum. A proposal whose energy is not a number is rejected.
-
-    Args:
-        at: Evaluates a position.
-        point: Where the chains are.
-        beta: Inverse temperature.
-        step_size: Of each datum [B].
-        scale_tril: A [B, D, D].
-        num_leapfrog: Leapfrog steps.
-
-    Returns:
-        Where they are then, and the probability of acceptance [C, B].
-
-    References:
-        Neal. MCMC using Hamiltonian dynamics. 2011.
-    """
-    size, moved = step_size.unsqueeze(-1), point
-    momentum = speed = torch.randn_like(point.u)
-    for step in range(num_leapfrog + 1):
-        if step:
-            moved = at(moved.u + size * torch.einsum("bij,kbj->kbi", scale_tril, speed))
-        slope = _between(moved.slope_start, moved.slope_joint, beta)
-        kick = size / 2 if step in (0, num_leapfrog) else size
-        speed = speed + kick * torch.einsum("bji,kbj->kbi", scale_tril, slope)
-    after, before = (_between(p.log_start, p.log_joint, beta) for p in (moved, point))
-    gain = after - before + (momentum.pow(2) - speed.pow(2)).sum(-1) / 2
-    probability = gain.nan_to_num(-torch.inf, torch.inf).clamp(max=0).exp()
-    accepted = torch.rand_like(probability) < probability
-    masks = {2: accepted, 3: accepted.unsqueeze(-1)}
-    kept = Point(*(torch.where(masks[a.ndim], a, b) for a, b in zip(moved, point)))
-    return kept, probability
-
-
-def _between(start: Tensor, joint: Tensor, beta: float) -> Tensor:
-    """A log density between the start's and log p(x, u), or its gradient."""
-    return joint if beta == 1 else (1 - beta) * start + beta * joint
-
-
 @dataclass(frozen=True, eq=False)
 class Start:
     """A density to draw from and to score, beside that of the target.
@@ -285,11 +216,7 @@ class Start:
 def refined(fit: Fit) -> Start:
     """The proposals fitted to the posteriors, in the metric of their heaviest components."""
     target, q = fit.target, fit.proposal
-
-    def of_fit(u: Tensor) -> tuple[Tensor, Tensor]:
-        return q.log_prob(u), target.log_joint(u)
-
-    return Start(target, q.scale_tril, q.draw, of_fit, fit)
+    return Start(target, q.scale_tril, q.draw, lambda u: (q.log_prob(u), target.log_joint(u)), fit)
 
 
 def make_start(name: str, target: Target) -> Start:
@@ -302,23 +229,22 @@ def make_start(name: str, target: Target) -> Start:
         return refined(fit_proposal(target))
     target.check_gradient()
     if name == "prior":
-
-        def of_prior(u: Tensor) -> tuple[Tensor, Tensor]:
-            run = target.at(u)
-            return run.log_prior, run.log_joint
-
-        scale_tril = torch.diag_embed(torch.ones_like(target.scale))
-        return Start(target, scale_tril, lambda number: target.draw_prior(number)[0], of_prior)
+        both = attrgetter("log_prior", "log_joint")
+        return Start(
+            target,
+            torch.diag_embed(torch.ones_like(target.scale)),
+            lambda number: target.draw_prior(number)[0],
+            lambda u: both(target.at(u)),
+        )
     if not target.guide_is_density:
         raise ValueError("the guide is a Delta, which has no density: use start='refined'")
     spread = target.draw_guide(GUIDE_DRAWS).std(0)
-    usable = (spread > 0) & spread.isfinite()
-
-    def of_guide(u: Tensor) -> tuple[Tensor, Tensor]:
-        return target.log_guide(u), target.log_joint(u)
-
+    spread = torch.where((spread > 0) & spread.isfinite(), spread, 1.0)
     return Start(
-        target, torch.diag_embed(torch.where(usable, spread, 1.0)), target.draw_guide, of_guide
+        target,
+        torch.diag_embed(spread),
+        target.draw_guide,
+        lambda u: (target.log_guide(u), target.log_joint(u)),
     )
 
 

@@ -169,29 +169,27 @@ def coordinates(
             )
         columns = slice(start, start + free[0, 0].numel())
         where = Coordinates(columns, free.shape[2:], transform, site.value.dtype, None)
-        if known is not None:
-            where = replace(where, scores=known[name].scores)
-        elif scores := _normal_scores(where, site.model, second.sites[name].model):
-            where = replace(where, scores=scores)
-        sites[name], start = where, columns.stop
-        known_units = _units(where, free[0], site, second.sites[name])
-        units.append(known_units.reshape(2, len(free[0]), -1))
+        priors = site.model, second.sites[name].model
+        scores = known[name].scores if known else _normal_scores(where, *priors)
+        sites[name] = where = replace(where, scores=scores)
+        start = columns.stop
+        units.append(_units(where, free, *priors).reshape(2, len(free[0]), -1))
     mean, deviation = torch.cat(units, -1)
     return sites, mean, deviation
 
 
-def _units(where: Coordinates, like: Tensor, first: Site, second: Site) -> Tensor:
+def _units(where: Coordinates, free: Tensor, first: Distribution, second: Distribution) -> Tensor:
     """Mean and standard deviation of the prior [2, B, *], or NaN."""
     if where.scores is not None:
-        return torch.stack([torch.zeros_like(like), torch.ones_like(like)])
-    if _is_normal(where, first.model) and _is_normal(where, second.model):
+        return torch.stack([torch.zeros_like(free[0]), torch.ones_like(free[0])])
+    if _is_normal(where, first) and _is_normal(where, second):
         units, other = (
-            torch.stack([part.expand_as(first.value)[0] for part in (fn.mean, fn.stddev)])
-            for fn in (first.model, second.model)
+            torch.stack([part.expand_as(free)[0] for part in (fn.mean, fn.stddev)])
+            for fn in (first, second)
         )
         if torch.equal(units, other):
             return units.double()
-    return torch.full_like(like, torch.nan).expand(2, *like.shape)
+    return torch.full_like(free[0], torch.nan).expand(2, *free.shape[1:])
 
 
 def _is_normal(where: Coordinates, fn: Distribution) -> bool:

@@ -10,20 +10,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pyro_vae.estimators.annealed import (
-    ACCEPTANCE,
-    GAIN,
-    PILOT_CHAINS,
-    Path,
-    Point,
-    hmc_step,
-    refined,
-)
+from pyro_vae.estimators.annealed import PILOT_CHAINS, Path, refined
 from pyro_vae.estimators.evidence import Evidence, summarise
+from pyro_vae.estimators.hmc import WALK_COST, WALKS, walk
 from pyro_vae.estimators.modes import search_cost
 from pyro_vae.estimators.proposal import components_cost, fit_cost
 from pyro_vae.estimators.refined import AGAIN_STEPS, METHOD, Fit, fit_proposal
-from pyro_vae.estimators.target import SCALE_DRAWS, Target, gradients
+from pyro_vae.estimators.target import SCALE_DRAWS, Target
 
 PILOT, SECOND = 400, 2000  # draws that choose the number of draws, and are not scored
 NUMBERS = 1000, 1500, 2000, 3000, 4000, 6000, 8000, 12_000, 16_000, 24_000, 32_000, 48_000, 64_000
@@ -35,8 +28,6 @@ TWICE = 2000  # draws above which a second walk starts where the first one led
 MARGIN = 0.8  # of the tolerance, that a pilot must promise
 TRUSTED = 0.6  # k-hat, near that at which the variance of the weights ends (0.5)
 KHAT = 0.7  # of a pilot of many draws, above which its variance is not believed
-WALKS, MOVES, LEAPFROG = 8, 6, 3  # short walks, whose step sizes follow the acceptance
-WALK_COST = WALKS * (1 + MOVES * (LEAPFROG + 1))  # evaluations of the model for one datum
 
 
 def escalate(
@@ -162,43 +153,3 @@ def _by_need(
         parts.append(evidence)
         order.append(rows)
     return Evidence.cat(parts).rows(torch.cat(order).argsort())
-
-
-def walk(target: Target, draws: Tensor, log_weights: Tensor, scale_tril: Tensor) -> Tensor:
-    """Points [R, B, D] that Hamiltonian Monte Carlo visits in each posterior.
-
-    The chains start at the draws of largest weight, and move on from there, also to where no
-    draw has been. Where a proposal reaches all of the posterior they are among its draws after
-    a few moves; where it does not, they stay where weights are large.
-
-    Args:
-        target: The posteriors.
-        draws: Draws of the proposals [K, B, D].
-        log_weights: Their importance weights [K, B].
-        scale_tril: Metric of the moves [B, D, D].
-    """
-    height, start = log_weights.nan_to_num(-torch.inf, neginf=-torch.inf).topk(
-        min(WALKS, len(draws)), 0
-    )
-    start = torch.where(height > -torch.inf, start, start[:1])
-    start = start[torch.arange(WALKS, device=start.device) % len(start)].unsqueeze(-1)
-
-    def at(u: Tensor) -> Point:
-        (value,), (slope,) = gradients(lambda v: (target.log_joint(v),), u, target.draws_at_once)
-        return Point(u, value, value, slope, slope)
-
-    point = at(draws.gather(0, start.expand(-1, -1, draws.shape[-1])))
-    size = torch.full_like(target.scale[:, 0], target.dim**-0.25)
-    visited = []
-    for _ in range(MOVES):
-        point, probability = hmc_step(
-            at,
-            point,
-            1,
-            step_size=size,
-            scale_tril=scale_tril,
-            num_leapfrog=LEAPFROG,
-        )
-        size = size * (GAIN * (probability.mean(0) - ACCEPTANCE)).exp()
-        visited.append(point.u)
-    return torch.cat(visited)

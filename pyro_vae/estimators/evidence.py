@@ -13,6 +13,7 @@ from html import escape
 from typing import Any
 
 import torch
+from pyro.ops.stats import fit_generalized_pareto
 from torch import Tensor
 
 from pyro_vae.densities import log_mean_exp
@@ -338,23 +339,9 @@ def pareto_khat(log_weights: Tensor) -> Tensor:
     top = log_weights.double().topk(tail + 1, 0).values
     weights = (top - top[0]).exp()
     cutoff = weights[-1].clamp(min=torch.finfo(torch.float64).tiny)
-    khat = [_pareto_shape((w[w > c] - c).flip(0)) for w, c in zip(weights.T, cutoff)]
-    return torch.stack(khat).to(log_weights.dtype)
-
-
-def _pareto_shape(excess: Tensor) -> Tensor:
-    """Posterior mean of the shape, of excesses in rising order, with a weak prior at 1/2."""
-    n = len(excess)
-    if n == 0:
-        return excess.new_tensor(-math.inf)
-    if n < 5:
-        return excess.new_tensor(math.inf)
-    count = 30 + int(n**0.5)
-    grid = torch.arange(1, count + 1, dtype=excess.dtype)
-    b = 1 - (count / (grid - 0.5)).sqrt()
-    b = b / (3 * excess[int(n / 4 + 0.5) - 1]) + 1 / excess[-1]
-    k = torch.log1p(-b[:, None] * excess).mean(1)
-    log_profile = n * ((-b / k).log() - k - 1)
-    b_mean = (torch.softmax(log_profile, 0) * b).sum()
-    shape = torch.log1p(-b_mean * excess).mean()
-    return (n * shape + 5) / (n + 10)
+    khat = []
+    for w, c in zip(weights.T, cutoff):
+        excess = w[w > c] - c
+        few = math.inf if len(excess) else -math.inf
+        khat.append(few if len(excess) < 5 else fit_generalized_pareto(excess)[0])
+    return log_weights.new_tensor(khat)

@@ -12,6 +12,7 @@ import torch
 from pyro.distributions import Delta
 from torch import Tensor
 
+from pyro_vae.arguments import check_choice
 from pyro_vae.densities import (
     Latents,
     Program,
@@ -88,8 +89,7 @@ def importance_sampling(
     """
     rows = ROWS if chunk_size is None else chunk_size
     check_fits(16 * num_samples, f"{num_samples} draws")
-    if proposal not in ("guide", "prior"):
-        raise ValueError(f"proposal must be 'guide' or 'prior'; got {proposal!r}")
+    check_choice(("guide", "prior"), proposal=proposal)
     if proposal == "guide":
         d = check_support(model, guide, x, y, rows)
         sites = {n: site for n, site in d.sites.items() if isinstance(base(site.guide), Delta)}

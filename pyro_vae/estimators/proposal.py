@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributions import Chi2
 
 from pyro_vae.estimators.target import Target, gradients
 
@@ -60,8 +61,8 @@ class Proposal:
         """Draws [K, B, D]."""
         _, B, D = self.loc.shape
         noise = torch.randn_like(self.loc[:1].expand(num_draws, B, D))
-        half = torch.full_like(noise[..., 0], DF / 2)
-        noise = noise * (half / torch._standard_gamma(half)).sqrt().unsqueeze(-1)
+        df = torch.full_like(noise[..., 0], DF)
+        noise = noise * (df / Chi2(df).sample()).sqrt().unsqueeze(-1)
         component = torch.multinomial(self.log_weight.exp().T, num_draws, True).T
         draws = torch.zeros_like(noise)
         for c, (loc, tril) in enumerate(zip(self.loc, self.tril)):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_vae import distributions
-from pyro_vae.arguments import check_real
+from pyro_vae.arguments import check_choice, check_real
 from pyro_vae.likelihoods.base import Likelihood
 
 LARGE = 10.0  # deviation of data that a decoder takes long to reach
@@ -68,8 +68,7 @@ class LocationScale(Likelihood):
         if not isinstance(scale, str):
             check_real(above=0, scale=scale)
         check_real(0, min_scale=min_scale)
-        if mean not in LINKS:
-            raise ValueError(f"mean must be 'identity', 'sigmoid' or 'tanh'; got {mean!r}")
+        check_choice(LINKS, mean=mean)
         self.scale_option, self.mean_option, self.min_scale = scale, mean, min_scale
         self.standardise, self.resolution = standardise, resolution
         if resolution is not None:

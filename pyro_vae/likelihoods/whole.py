@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from pyro_vae import distributions
-from pyro_vae.arguments import check_real, check_whole
+from pyro_vae.arguments import check_choice, check_real, check_whole
 from pyro_vae.distributions import OfTotal
 from pyro_vae.likelihoods.base import Likelihood
 
@@ -50,7 +50,7 @@ class Counts(Likelihood):
         log_inputs: bool = True,
     ) -> None:
         super().__init__(decoder, data_shape)
-        _check_name("library", library, LIBRARIES)
+        check_choice(LIBRARIES, library=library)
         self.zero_inflated, self.library, self.log_inputs = zero_inflated, library, log_inputs
         self.of = "its total" if library == "observed" else ""
         if library != "none":
@@ -191,7 +191,7 @@ class NegativeBinomial(Counts):
     ) -> None:
         super().__init__(decoder, data_shape, zero_inflated, library, log_inputs)
         check_real(0, min_dispersion=min_dispersion)
-        _check_name("dispersion", dispersion, DISPERSIONS)
+        check_choice(DISPERSIONS, dispersion=dispersion)
         self.min_dispersion, self.dispersion = min_dispersion, dispersion
         if dispersion == "cell":
             self.num_rates = 2
@@ -219,11 +219,6 @@ class NegativeBinomial(Counts):
             r = (mean.square() / (variance - mean).clamp(min=1e-6)).clamp(0.05, 50)
             r = r if self.dispersion == "gene" else r.log().mean().exp()
             self.raw_dispersion.copy_(r.expm1().log())
-
-
-def _check_name(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}; got {value!r}")
 
 
 class Levelled(Likelihood):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Adam, Optimizer
 
-from pyro_vae.arguments import as_plain, check_real, check_whole
+from pyro_vae.arguments import as_plain, check_choice, check_real, check_whole
 from pyro_vae.densities import Densities
 from pyro_vae.marginals import marginals, pair_log_prob, pair_marginals
 from pyro_vae.objectives.base import Average, Objective, draws, only_site
@@ -95,8 +95,7 @@ class BetaTC(Objective):
         num_particles: int = 1,
     ) -> None:
         super().__init__(num_particles)
-        if estimator not in ("stratified", "weighted"):
-            raise ValueError(f"estimator must be 'stratified' or 'weighted'; got {estimator!r}")
+        check_choice(("stratified", "weighted"), estimator=estimator)
         check_whole(optional=True, num_data=num_data)
         self.estimator, self.num_data = estimator, num_data
         self._told: int | None = None
@@ -128,18 +127,15 @@ class BetaTC(Objective):
 
     def _average(self, d: Densities, log_prob: Tensor) -> Tensor:
         """Logarithm of the weighted sum over data, the third dimension of `log_prob`."""
-        weights = estimator_weights(self.estimator, d.num_data, self._size(d), log_prob)
-        log_weights = weights.log().reshape(*weights.shape, *[1] * (log_prob.ndim - 3))
-        return (log_prob + log_weights).logsumexp(2)
-
-    def _size(self, d: Densities) -> int:
         size = self.num_data or self._told or round(d.scale * d.num_data)
         if size < d.num_data:
             raise ValueError(
                 f"num_data must be at least the {d.num_data} rows of the batch; got {size}: "
                 "give the number of training data"
             )
-        return size
+        weights = estimator_weights(self.estimator, d.num_data, size, log_prob)
+        log_weights = weights.log().reshape(*weights.shape, *[1] * (log_prob.ndim - 3))
+        return (log_prob + log_weights).logsumexp(2)
 
 
 class HierarchicallyFactorized(BetaTC):
@@ -260,8 +256,7 @@ class DIP(Objective):
         num_particles: int = 1,
     ) -> None:
         super().__init__(num_particles, kl)
-        if kind not in ("I", "II"):
-            raise ValueError(f"kind must be 'I' or 'II'; got {kind!r}")
+        check_choice(("I", "II"), kind=kind)
         self.off_diagonal = self.add_weight("off_diagonal", off_diagonal)
         self.diagonal = self.add_weight("diagonal", diagonal)
         self.kind = kind

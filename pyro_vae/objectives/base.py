@@ -13,13 +13,13 @@ import pyro.infer
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.arguments import check_whole
+from pyro_vae.arguments import check_choice, check_whole
 from pyro_vae.densities import (
+    KL_RULES,
     Densities,
     OwnParameters,
     Program,
     Site,
-    check_kl,
     registered_densities,
 )
 from pyro_vae.objectives.schedules import Schedule
@@ -56,7 +56,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
     def __init__(self, num_particles: int = 1, kl: str = "auto") -> None:
         nn.Module.__init__(self)
         check_whole(num_particles=num_particles)
-        check_kl(kl)
+        check_choice(KL_RULES, kl=kl)
         self.kl = kl
         pyro.infer.ELBO.__init__(
             self, num_particles=num_particles, max_plate_nesting=1, vectorize_particles=True

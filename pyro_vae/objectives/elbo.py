@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_vae.arguments import check_whole
+from pyro_vae.arguments import check_choice, check_whole
 from pyro_vae.densities import Densities
 from pyro_vae.objectives.base import Objective
 from pyro_vae.objectives.schedules import Schedule
@@ -118,8 +118,7 @@ class FreeBits(Objective):
     ) -> None:
         super().__init__(num_particles, kl)
         check_whole(optional=True, group_size=group_size)
-        if on not in ("batch", "datum"):
-            raise ValueError(f"on must be 'batch' or 'datum'; got {on!r}")
+        check_choice(("batch", "datum"), on=on)
         self.free_nats = self.add_weight("free_nats", free_nats)
         self.group_size = group_size
         self.on = on
@@ -127,22 +126,21 @@ class FreeBits(Objective):
 
     def bound(self, d: Densities) -> Tensor:
         """Mean reconstruction less the KL above its floors, [B]."""
-        kl = self.group_kl(d)
-        if self.on == "batch":
-            kl = kl.mean(0).expand_as(kl)
-        return d.log_likelihood.mean(0) - torch.maximum(kl, self.free_nats).sum(-1)
-
-    def group_kl(self, d: Densities) -> Tensor:
-        """KL of each group [B, J]."""
         if self.group_size is None:
-            return torch.stack(list(d.kl(self.kl).values()), -1)
-        sites = d.kl_by_dimension(self.kl)
-        if uneven := [name for name, kl in sites.items() if kl.shape[-1] % self.group_size]:
-            raise ValueError(
-                f"group_size must divide the {sites[uneven[0]].shape[-1]} dimensions of site "
-                f"{uneven[0]!r}; got {self.group_size}"
-            )
-        return torch.cat(list(sites.values()), -1).unflatten(-1, (-1, self.group_size)).sum(-1)
+            groups = torch.stack([*d.kl(self.kl).values()], -1)
+        else:
+            sites = d.kl_by_dimension(self.kl)
+            for name, kl in sites.items():
+                if kl.shape[-1] % self.group_size:
+                    raise ValueError(
+                        f"group_size must divide the {kl.shape[-1]} dimensions of site {name!r}; "
+                        f"got {self.group_size}"
+                    )
+            each = torch.cat([*sites.values()], -1)
+            groups = each.unflatten(-1, (-1, self.group_size)).sum(-1)
+        if self.on == "batch":
+            groups = groups.mean(0).expand_as(groups)
+        return d.log_likelihood.mean(0) - torch.maximum(groups, self.free_nats).sum(-1)
 
 
 class StickingTheLanding(Objective):

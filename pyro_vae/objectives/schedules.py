@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from pyro_vae.arguments import check_real, check_whole
+from pyro_vae.arguments import check_choice, check_real, check_whole
 
 __all__ = ["Constant", "Cosine", "Cyclical", "Linear", "Schedule"]
 
@@ -50,6 +50,7 @@ CHECKS: dict[str, Callable[..., None]] = {  # of the numbers of a schedule
     "delay": partial(check_real, 0),
     "cycles": check_whole,
     "rising": partial(check_real, above=0),
+    "unit": partial(check_choice, ("step", "epoch")),
 }
 
 
@@ -59,10 +60,7 @@ class Checked(Schedule):
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             what = f"{type(self).__name__}: {name}"
-            if name != "unit":
-                CHECKS.get(name, check_real)(**{what: value})
-            elif value not in ("step", "epoch"):
-                raise ValueError(f"{what} must be 'step' or 'epoch'; got {value!r}")
+            CHECKS.get(name, check_real)(**{what: value})
             if name == "rising" and value > 1:
                 raise ValueError(f"{what} must be at most 1; got {value}")
 

@@ -11,7 +11,8 @@ from worlds import WORLDS, World, data, linear, misses, quadrature
 
 from pyro_vae.densities import evaluating
 from pyro_vae.estimators import annealed_importance_sampling, bidirectional
-from pyro_vae.estimators.annealed import STARTS, Path, Point, hmc_step, make_start
+from pyro_vae.estimators.annealed import STARTS, Path, make_start
+from pyro_vae.estimators.hmc import Point, hmc_step
 from pyro_vae.estimators.target import Target
 
 pytestmark = pytest.mark.usefixtures("float64")

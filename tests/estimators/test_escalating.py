@@ -12,7 +12,7 @@ from torch import Tensor
 from worlds import World, data, linear, misses, quadrature, square
 
 from pyro_vae.densities import evaluating
-from pyro_vae.estimators import escalating, log_evidence, refined_importance_sampling
+from pyro_vae.estimators import escalating, hmc, log_evidence, refined_importance_sampling
 from pyro_vae.estimators.evidence import summarise
 from pyro_vae.estimators.proposal import Proposal, _weighed, add_components, laplace
 from pyro_vae.estimators.refined import Fit, _wider
@@ -42,15 +42,13 @@ def test_walks_stay_in_the_posterior() -> None:
         target = target_of(linear(num_data=401))
         loc, tril = laplace(target, target.draw_guide(1)[0])
         exact = loc + torch.einsum("bij,kbj->kbi", tril, torch.randn(97, *loc.shape))
-        points = escalating.walk(target, exact, torch.zeros(97, 401), tril)
+        points = hmc.walk(target, exact, torch.zeros(97, 401), tril)
         white = torch.linalg.solve_triangular(tril, (points - loc).permute(1, 2, 0), upper=False)
-    assert points.shape == (escalating.WALKS * escalating.MOVES, 401, 3)
-    last = white[..., -escalating.WALKS :]
+    assert points.shape == (hmc.WALKS * hmc.MOVES, 401, 3)
+    last = white[..., -hmc.WALKS :]
     assert abs(last.mean()) < 5 * last.numel() ** -0.5
     assert abs(last.var() - 1) < 5 * (2 / last.numel()) ** 0.5
-    assert (
-        (points[-escalating.WALKS :] - points[: escalating.WALKS]).abs() > 1e-6
-    ).double().mean() > 0.9
+    assert ((points[-hmc.WALKS :] - points[: hmc.WALKS]).abs() > 1e-6).double().mean() > 0.9
 
 
 def test_walks_start_where_the_weights_are_and_leave() -> None:
@@ -60,25 +58,25 @@ def test_walks_start_where_the_weights_are_and_leave() -> None:
         loc, tril = laplace(target, target.draw_guide(1)[0])
         draws = torch.stack([torch.full_like(loc, torch.nan), loc])
         weights = torch.tensor([[-torch.inf], [0.0]]).expand(2, 53)
-        points = escalating.walk(target, draws, weights, tril)
+        points = hmc.walk(target, draws, weights, tril)
     assert points.isfinite().all()
     white = torch.linalg.solve_triangular(tril, (points - loc).permute(1, 2, 0), upper=False)
-    assert white[..., -escalating.WALKS :].var() > 0.8
+    assert white[..., -hmc.WALKS :].var() > 0.8
 
 
 def test_walks_start_at_the_largest_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of seven draws all, the heaviest again; of nineteen the heaviest, whatever their share."""
     stay = lambda at, point, beta, **_: (point, torch.ones_like(point.log_joint))  # noqa: E731
-    monkeypatch.setattr(escalating, "hmc_step", stay)
+    monkeypatch.setattr(hmc, "hmc_step", stay)
     with evaluating(seed=0, device=CPU):
         target = target_of(linear(num_data=2))
         tril = torch.eye(3).expand(2, 3, 3)
         for number in (7, 19):
             weights = 9 * torch.randn(number, 2)
             draws = weights.unsqueeze(-1).expand(number, 2, 3)
-            start = escalating.walk(target, draws, weights, tril)[: escalating.WALKS, :, 0]
+            start = hmc.walk(target, draws, weights, tril)[: hmc.WALKS, :, 0]
             order = weights.sort(0, descending=True).values
-            torch.testing.assert_close(start, torch.cat([order, order])[: escalating.WALKS])
+            torch.testing.assert_close(start, torch.cat([order, order])[: hmc.WALKS])
 
 
 def test_the_cost_of_walks_is_what_they_evaluate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,9 +87,9 @@ def test_the_cost_of_walks_is_what_they_evaluate(monkeypatch: pytest.MonkeyPatch
         fit = fit_of(target, one(loc, tril))
         run = target.run_log_joint
         monkeypatch.setattr(target, "run_log_joint", lambda u: (seen.append(len(u)), run(u))[1])
-        points = escalating.walk(target, loc.expand(3, 5, 3), torch.zeros(3, 5), tril)
+        points = hmc.walk(target, loc.expand(3, 5, 3), torch.zeros(3, 5), tril)
         fit.log_weights(points, 1000)
-    assert sum(seen) + len(points) == escalating.WALK_COST
+    assert sum(seen) + len(points) == hmc.WALK_COST
 
 
 def mirrored() -> tuple[Target, Proposal, World]:
@@ -164,7 +162,7 @@ def test_a_pilot_sees_the_variance_that_its_draws_do_not() -> None:
         loc, tril = laplace(target, target.draw_guide(1)[0])
         good, _ = escalating._pilot(fit_of(target, one(loc, 1.1 * tril)), 0.05, 400)
         narrow, visited = escalating._pilot(fit_of(target, one(loc, 0.4 * tril)), 0.05, 400)
-    assert visited.shape == (escalating.WALKS * escalating.MOVES, 7, 3)
+    assert visited.shape == (hmc.WALKS * hmc.MOVES, 7, 3)
     assert (good > 10).all()
     assert (good < 1000).all()
     assert (narrow > 2000).all()
@@ -177,7 +175,7 @@ def test_where_a_walk_leads_counts_in_a_pilot(monkeypatch: pytest.MonkeyPatch) -
         target = target_of(world)
         loc, tril = laplace(target, world.x.new_zeros(3, 3))
         fit = fit_of(target, one(loc, 0.6 * tril))
-        points = torch.stack([*[loc] * escalating.WALKS, loc, loc + 4 * tril[..., 0]])
+        points = torch.stack([*[loc] * hmc.WALKS, loc, loc + 4 * tril[..., 0]])
         monkeypatch.setattr(escalating, "walk", lambda *args: points.clone())
         needed, visited = escalating._pilot(fit, 0.05, 400)
         relative = (fit.log_weights(points, 1000) - world.truth).exp()

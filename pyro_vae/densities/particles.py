@@ -1,0 +1,276 @@
+"""Runs of programs with K particles: together in a plate, or folded into rows of data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import pyro.distributions as dist
+import pyro.poutine as poutine
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine.broadcast_messenger import BroadcastMessenger
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Size, Tensor, nn
+
+from pyro_vae.densities.programs import (
+    Latents,
+    Program,
+    Sites,
+    evaluating,
+    is_random,
+    sample_sites,
+)
+
+__all__ = ["folds", "known_of", "run_program"]
+
+Run = Callable[..., poutine.Trace]  # `run_program` of a program and data
+
+TRIED = 3  # particles
+TOLERANCE = 1e-3  # of log densities: products of other sizes are rounded otherwise
+
+
+def run_program(
+    program: Program,
+    x: Tensor,
+    y: Tensor | None,
+    num_particles: int,
+    handler: AbstractContextManager[Any] | None = None,
+    *,
+    fold: bool | None = None,
+) -> poutine.Trace:
+    """The trace of a program, the values and distributions of its sites [K, B].
+
+    A program that broadcasts sees the data once, and latents with a leading dimension of
+    particles. Any other is folded: it sees K * B rows as though there were so many data.
+
+    Args:
+        program: A model or a guide.
+        x: Data [B, *E].
+        y: What is conditioned on [B, C], or None.
+        num_particles: Particles K.
+        handler: Gives sites their values, such as `poutine.condition(data=...)`.
+        fold: Whether to fold; None to find out, once for each program.
+
+    Raises:
+        ValueError: If several particles can be run in neither way.
+    """
+    K = num_particles
+    fold = folds(program, x, y, K) if fold is None else fold
+    args = [part for part in (x, y) if part is not None]
+    if fold:
+        args = [part.expand(K, *part.shape).flatten(0, 1) for part in args]
+    particles = ParticlePlate("particles", K, dim=-2)
+    with handler or nullcontext(), particles, poutine.trace() as tracer:
+        with Fold(K) if fold else nullcontext():
+            program(*args)
+    return tracer.trace
+
+
+def folds(program: Program, x: Tensor, y: Tensor | None, num_particles: int = 1) -> bool:
+    """Whether a program must be folded.
+
+    Raises:
+        ValueError: If several particles can be run in neither way.
+    """
+    answer = known_of(program, x, y).fold
+    if not isinstance(answer, str) or num_particles == 1:
+        return bool(answer)
+    raise ValueError(
+        f"{getattr(program, '__qualname__', program)} runs with one particle alone, neither with "
+        f"latents [particles, data, *event] nor on the rows of x repeated ({answer}): let its "
+        "plate be of size len(x), and its operations act on the last dimensions, as "
+        "torch.cat([z, y.expand(*z.shape[:-1], -1)], -1)"
+    )
+
+
+class Known(NamedTuple):
+    """What a few runs of a program on one row and on two have shown.
+
+    Attributes:
+        fold: Whether it must be folded; if that is not right either, what is wrong; None where
+            it could not be tried.
+        latents: Its latent sites; the values [C, *event] of those to be summed out, else None.
+    """
+
+    fold: bool | str | None = None
+    latents: dict[str, Tensor | None] = {}
+
+
+_known: WeakKeyDictionary[Any, dict[Any, Known]] = WeakKeyDictionary()
+
+
+def known_of(program: Program, x: Tensor, y: Tensor | None) -> Known:
+    """What is known of a program, found out once and kept while its owner lives.
+
+    What is traced must have been tried before; else it counts as a program that broadcasts.
+    """
+    owner, method = getattr(program, "__self__", program), getattr(program, "__func__", None)
+    key = method, y is None, x.dtype, x.device
+    try:
+        kept = _known.setdefault(owner, {})
+    except TypeError:  # it takes no weak references: each question is answered anew
+        kept = {}
+    if key in kept:
+        return kept[key]
+    traced = type(x) not in (Tensor, nn.Parameter)  # without numbers that could be tried
+    known = Known() if traced else _tried(program, x, y)
+    if known.fold is not None:
+        kept[key] = known
+    return known
+
+
+def _tried(program: Program, x: Tensor, y: Tensor | None) -> Known:
+    """What a program shows on these data; where it fails, the run itself will say so."""
+    fold: bool | str | None = None
+    latents: Sites = {}
+    no_cast = torch.autocast(x.device.type, enabled=False)
+    with poutine.block(), evaluating(program, seed=None, device=x.device), no_cast:
+        for num_rows in (1, 2):
+            rows = torch.arange(num_rows, device=x.device) % len(x)
+            run = partial(run_program, program, x[rows], None if y is None else y[rows])
+            try:
+                alone = [sample_sites(run(1, fold=True), "program") for _ in range(TRIED)]
+                latents = {n: s for n, s in alone[0].items() if not s["is_observed"]}
+                draws = [{name: sites[name]["value"] for name in latents} for sites in alone]
+                truth = _stacked([_scores(run, 1, z, fold=True) for z in draws])
+            except Exception:
+                fold = None
+                break
+            fold = bool(_fault(run, _stacked(draws), truth, fold=False))
+            if fold:
+                fold = _fault(run, _stacked(draws), truth, fold=True) or True
+                break
+    return Known(fold, {n: _support(n, s["infer"], s["fn"]) for n, s in latents.items()})
+
+
+def _support(name: str, infer: dict[str, Any], fn: Any) -> Tensor | None:
+    if infer.get("enumerate") != "parallel":
+        return None
+    if not fn.has_enumerate_support:
+        raise ValueError(
+            f"site {name!r} cannot be summed out, for {type(fn).__name__} has no list of values: "
+            "leave infer={'enumerate': 'parallel'} out, or give Categorical, Bernoulli or Binomial"
+        )
+    support = fn.enumerate_support(expand=False).detach()
+    return support.reshape(len(support), *fn.event_shape)
+
+
+def _fault(run: Run, latents: Latents, truth: Latents, *, fold: bool) -> str:
+    """What is wrong with a run of all particles together; empty if nothing."""
+    try:
+        together = _scores(run, TRIED, latents, fold=fold)
+        same = [
+            score.shape == together[name].shape
+            and torch.allclose(together[name], score, TOLERANCE, TOLERANCE, equal_nan=True)
+            for name, score in truth.items()
+        ]
+    except Exception as error:
+        return " ".join(str(error).splitlines()[:1]) or type(error).__name__
+    return "" if all(same) else "which changes the densities"
+
+
+def _stacked(parts: list[Latents]) -> Latents:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _scores(run: Run, num_particles: int, latents: Latents, *, fold: bool) -> Latents:
+    """Log density of each site, but of those that can score nothing but their own draws."""
+    trace = run(num_particles, poutine.condition(data=latents), fold=fold)
+    scores = {}
+    for name, site in sample_sites(trace, "program").items():
+        try:
+            scores[name] = site["fn"].log_prob(site["value"])
+        except (KeyError, NotImplementedError):
+            continue
+    return scores
+
+
+class ParticlePlate(IndepMessenger):
+    """The plate of particles, outside the plate "data": `pyro.plate` less its subsampling."""
+
+    def _process_message(self, msg: Any) -> None:
+        super()._process_message(msg)
+        fn = msg["fn"]
+        if isinstance(fn, TorchDistributionMixin) and fn.batch_shape[:-1] != (self.size,):
+            msg["infer"]["constant"] = fn  # it is the same for every particle
+            BroadcastMessenger._pyro_sample(msg)
+
+
+class Fold(Messenger):
+    """Shows a program K * B rows, and the handlers outside it K particles of B data.
+
+    Args:
+        num_particles: K. With one, the program sees the data as they are.
+    """
+
+    def __init__(self, num_particles: int) -> None:
+        super().__init__()
+        self.num_particles = num_particles
+
+    def _pyro_sample(self, msg: Any) -> None:
+        K, fn = self.num_particles, msg["fn"]
+        if K > 1 and site_is_subsample(msg):
+            msg["stop"] = True  # its rows are not those of a program that broadcasts
+        if not (is_random(msg) and msg["cond_indep_stack"]):
+            return
+        if msg["value"] is not None:
+            shape = torch.broadcast_shapes(msg["value"].shape, fn.shape())
+            msg["value"] = msg["value"].expand(shape).unflatten(0, (K, -1))
+        if K > 1:
+            frames = msg["cond_indep_stack"]
+            if cut := [frame.name for frame in frames if frame.size != frame.full_size]:
+                raise ValueError(f"the plate {cut[0]!r} is subsampled")
+            rows = [frame.size // K for frame in frames]
+            msg["fn"] = _unfolded(fn, K)
+            msg["cond_indep_stack"] = tuple(
+                frame._replace(size=size, full_size=size) for frame, size in zip(frames, rows)
+            )
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if is_random(msg) and msg["cond_indep_stack"]:
+            msg["value"] = msg["value"].flatten(0, 1)
+
+
+def _unfolded(fn: Any, num_particles: int) -> dist.TorchDistribution:
+    """A distribution of batch [K * B] as one of batch [K, B]: a Normal stays one, for its KL."""
+    base = fn.base_dist if type(fn) is dist.Independent else fn
+    if type(base) is not dist.Normal:
+        return Unfolded(fn, num_particles)
+    loc, scale = (p.unflatten(0, (num_particles, -1)) for p in (base.loc, base.scale))
+    return dist.Normal(loc, scale).to_event(len(fn.event_shape))
+
+
+class Unfolded(dist.TorchDistribution):
+    """Any distribution of batch [K * B], with batch [K, B]."""
+
+    arg_constraints = {}
+
+    def __init__(self, base: Any, num_particles: int) -> None:
+        rows = base.batch_shape.numel() // num_particles
+        super().__init__(Size([num_particles, rows]), base.event_shape, validate_args=False)
+        self.base_dist, self.has_rsample = base, base.has_rsample
+        self.drawn: tuple[Tensor | None, Tensor | None] = None, None  # flows know their own draw
+
+    @property
+    def support(self) -> Any:
+        return self.base_dist.support
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        rows = self.base_dist(sample_shape)
+        value = rows.unflatten(len(sample_shape), self.batch_shape)
+        self.drawn = value, rows
+        return value
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        drawn, rows = self.drawn
+        if value is not drawn or rows is None:
+            dim = -len(self.event_shape) - 1
+            shape = torch.broadcast_shapes(value.shape, self.shape())
+            rows = value.expand(shape).flatten(dim - 1, dim)
+        return self.base_dist.log_prob(rows).unflatten(-1, self.batch_shape)

@@ -1,0 +1,119 @@
+"""Hamiltonian Monte Carlo: one move of many chains, and short walks through posteriors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_vae.estimators.target import Target, gradients
+
+ACCEPTANCE = 0.65
+GAIN = 0.7  # of the logarithm of a step size, for each move
+WALKS, MOVES, LEAPFROG = 8, 6, 3  # short walks, whose step sizes follow the acceptance
+WALK_COST = WALKS * (1 + MOVES * (LEAPFROG + 1))  # evaluations of the model for one datum
+
+
+class Point(NamedTuple):
+    """States of C chains for B data, and what is known there.
+
+    Attributes:
+        u: Where they are [C, B, D].
+        log_start: Log density of the start [C, B].
+        log_joint: log p(x, u) [C, B].
+        slope_start: Gradient of the first [C, B, D].
+        slope_joint: Gradient of the second [C, B, D].
+    """
+
+    u: Tensor
+    log_start: Tensor
+    log_joint: Tensor
+    slope_start: Tensor
+    slope_joint: Tensor
+
+
+def hmc_step(
+    at: Callable[[Tensor], Point],
+    point: Point,
+    beta: float,
+    *,
+    step_size: Tensor,
+    scale_tril: Tensor,
+    num_leapfrog: int,
+) -> tuple[Point, Tensor]:
+    r"""One move that leaves the density at `beta` as it is.
+
+    Leapfrog steps in coordinates whitened by A, :math:`u = A v`, with unit mass, then
+    acceptance by chain and datum. A proposal whose energy is not a number is rejected.
+
+    Args:
+        at: Evaluates a position.
+        point: Where the chains are.
+        beta: Inverse temperature.
+        step_size: Of each datum [B].
+        scale_tril: A [B, D, D].
+        num_leapfrog: Leapfrog steps.
+
+    Returns:
+        Where they are then, and the probability of acceptance [C, B].
+
+    References:
+        Neal. MCMC using Hamiltonian dynamics. 2011.
+    """
+    size, moved = step_size.unsqueeze(-1), point
+    momentum = speed = torch.randn_like(point.u)
+    for step in range(num_leapfrog + 1):
+        if step:
+            moved = at(moved.u + size * torch.einsum("bij,kbj->kbi", scale_tril, speed))
+        slope = _between(moved.slope_start, moved.slope_joint, beta)
+        kick = size / 2 if step in (0, num_leapfrog) else size
+        speed = speed + kick * torch.einsum("bji,kbj->kbi", scale_tril, slope)
+    after, before = (_between(p.log_start, p.log_joint, beta) for p in (moved, point))
+    gain = after - before + (momentum.pow(2) - speed.pow(2)).sum(-1) / 2
+    probability = gain.nan_to_num(-torch.inf, torch.inf).clamp(max=0).exp()
+    accepted = torch.rand_like(probability) < probability
+    masks = {2: accepted, 3: accepted.unsqueeze(-1)}
+    kept = Point(*(torch.where(masks[a.ndim], a, b) for a, b in zip(moved, point)))
+    return kept, probability
+
+
+def _between(start: Tensor, joint: Tensor, beta: float) -> Tensor:
+    """A log density between the start's and log p(x, u), or its gradient."""
+    return joint if beta == 1 else (1 - beta) * start + beta * joint
+
+
+def walk(target: Target, draws: Tensor, log_weights: Tensor, scale_tril: Tensor) -> Tensor:
+    """Points [R, B, D] that Hamiltonian Monte Carlo visits in each posterior.
+
+    The chains start at the draws of largest weight, and move on from there, also to where no
+    draw has been. Where a proposal reaches all of the posterior they are among its draws after
+    a few moves; where it does not, they stay where weights are large.
+
+    Args:
+        target: The posteriors.
+        draws: Draws of the proposals [K, B, D].
+        log_weights: Their importance weights [K, B].
+        scale_tril: Metric of the moves [B, D, D].
+    """
+    height, start = log_weights.nan_to_num(-torch.inf, neginf=-torch.inf).topk(
+        min(WALKS, len(draws)), 0
+    )
+    start = torch.where(height > -torch.inf, start, start[:1])
+    start = start[torch.arange(WALKS, device=start.device) % len(start)].unsqueeze(-1)
+
+    def at(u: Tensor) -> Point:
+        (value,), (slope,) = gradients(lambda v: (target.log_joint(v),), u, target.draws_at_once)
+        return Point(u, value, value, slope, slope)
+
+    point = at(draws.gather(0, start.expand(-1, -1, draws.shape[-1])))
+    size = torch.full_like(target.scale[:, 0], target.dim**-0.25)
+    visited = []
+    for _ in range(MOVES):
+        point, probability = hmc_step(
+            at, point, 1, step_size=size, scale_tril=scale_tril, num_leapfrog=LEAPFROG
+        )
+        size = size * (GAIN * (probability.mean(0) - ACCEPTANCE)).exp()
+        visited.append(point.u)
+    return torch.cat(visited)
