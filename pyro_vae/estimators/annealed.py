@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from pyro_vae.arguments import check_choice
-from pyro_vae.densities import Program, log_mean_exp
+from pyro_vae.densities import Program, log_mean_exp, summed_values
 from pyro_vae.estimators.evidence import Evidence, summarise
 from pyro_vae.estimators.hmc import ACCEPTANCE, GAIN, Point, hmc_step
 from pyro_vae.estimators.refined import Fit, fit_proposal
-from pyro_vae.estimators.run import estimator, map_targets, refuse_summed, summed
+from pyro_vae.estimators.run import estimator, map_targets, summed
 from pyro_vae.estimators.target import Target, gradients
 
 PILOT_CHAINS = 16
@@ -346,11 +346,14 @@ def bidirectional(
         Grosse, Ghahramani and Adams. Sandwiching the marginal likelihood using bidirectional
         Monte Carlo. 2015.
     """
-    refuse_summed("bidirectional", model, x, y)
+    if values := summed_values(model, x, y):
+        raise ValueError(
+            "bidirectional takes no model with discrete latents to be summed out, here "
+            f"{sorted(values)}: give it one at a value, by pyro.condition"
+        )
     check_path(start, schedule)
     count = len(x) if num_data is None else num_data
     rows = torch.arange(count, device=x.device) % len(x)
-
     steps = (num_temperatures, num_leapfrog, schedule)
     parts = map_targets(
         partial(_bracket, num_chains=num_chains, start=start, steps=steps),

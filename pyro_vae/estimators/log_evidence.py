@@ -106,19 +106,20 @@ def log_evidence(
     """
     if not isinstance(audit, bool | Audit):
         raise ValueError(f"audit must be True, False or an Audit; got {audit!r}")
+    given = model, guide, x, y
+    rows = chunk_size or ROWS
+    options: dict[str, Any]
+    options = {"chunk_size": chunk_size, "devices": devices, "seed": seed, "progress": progress}
     limit = math.inf if budget is None else budget
     estimate = partial(escalate, tolerance=tolerance, budget=limit)
-    options: dict[str, Any] = {"chunk_size": chunk_size, "seed": seed}
-    options |= {"devices": devices, "progress": progress}
-    evidence = Evidence.cat(map_targets(estimate, model, guide, x, y, compile=compile, **options))
-    given: dict[str, Any] = {"chunk_size": chunk_size or ROWS, "seed": seed}
-    bound = lower_bound(model, guide, x, y, num_samples=REGRET_DRAWS, **given)
+    evidence = Evidence.cat(map_targets(estimate, *given, compile=compile, **options))
+    bound = lower_bound(*given, num_samples=REGRET_DRAWS, chunk_size=rows, seed=seed)
     evidence = replace(evidence, extras={"regret": evidence.log_prob - bound.elbo})
     if audit is False or "reliable" not in evidence.verdict:
         return evidence
     options |= {"tolerance": tolerance, "budget": budget}
     try:
-        made = kept_audit(model, guide, x, y, **options) if audit is True else audit
+        made = kept_audit(*given, **options) if audit is True else audit
     except NotSimulated as error:
         return replace(evidence, audit=f"none: {error}")
     verdict = evidence.verdict if made.passed else ["doubtful"] * len(evidence)

@@ -181,8 +181,7 @@ class Fit:
 
     def draws(self, num_samples: int) -> Iterator[Tensor]:
         """Fresh draws [*, B, D], some after others: all K together take much memory."""
-        sources: list[Callable[[int], Tensor]]
-        sources = [
+        sources: list[Callable[[int], Tensor]] = [
             self.proposal.draw,
             self.target.draw_guide,
             lambda n: self.target.draw_prior(n)[0],

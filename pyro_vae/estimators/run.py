@@ -60,8 +60,8 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
             if len(y) != len(x):
                 raise ValueError(f"y must have a row for each of the {len(x)} of x; got {len(y)}")
         for name, value in given.items():
-            optional = signature.parameters[name].default is None
             if name.startswith("num_") or name in WHOLE:
+                optional = signature.parameters[name].default is None
                 check_whole(optional=optional, **{name: value})
             elif name == "seed":
                 check_whole(0, optional=True, seed=value)
@@ -262,15 +262,6 @@ def summed(function: Callable[P, T]) -> Callable[P, T]:
         return mixed
 
     return over_values
-
-
-def refuse_summed(name: str, model: Program, x: Tensor, y: Tensor | None) -> None:
-    """Refuses a model with discrete latents to be summed out, for the estimator of that name."""
-    if values := summed_values(model, x, y):
-        raise ValueError(
-            f"{name} takes no model with discrete latents to be summed out, here "
-            f"{sorted(values)}: give it one at a value, by pyro.condition"
-        )
 
 
 class OneValue(nn.Module):

@@ -75,8 +75,6 @@ class Columns(Likelihood):
     support: Rows
     support_name = "the supports of its columns"
     before: ClassVar[dict[str, Any]] = {"together": False}
-    input_loc: Tensor
-    input_scale: Tensor
 
     def __init__(
         self,
@@ -97,8 +95,8 @@ class Columns(Likelihood):
             self.sizes.append(sum(kind.num_params for kind in group))
         self.support = Rows([part.support for part, _ in self._pairs()], self.columns)
         numbers = sum(len(g) for p, g in self._pairs() if not isinstance(p, Categorical))
-        self.register_buffer("input_loc", torch.zeros(numbers))
-        self.register_buffer("input_scale", torch.ones(numbers))
+        self.input_loc = nn.Buffer(torch.zeros(numbers))
+        self.input_scale = nn.Buffer(torch.ones(numbers))
 
     @classmethod
     def num_params(cls) -> int:

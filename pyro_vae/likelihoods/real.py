@@ -46,10 +46,6 @@ class LocationScale(Likelihood):
     """
 
     rounded_support = Likelihood.support  # where a resolution is given
-    fixed_scale: Tensor
-    width: Tensor
-    centre: Tensor
-    spread: Tensor
 
     def __init__(
         self,
@@ -82,12 +78,12 @@ class LocationScale(Likelihood):
                     f"got {len(widths)}"
                 )
             numbers = torch.tensor(widths, dtype=torch.float64).view(channels, *[1] * len(rest))
-            self.register_buffer("width", numbers, persistent=False)
+            self.width = nn.Buffer(numbers, persistent=False)
         if standardise:
-            self.register_buffer("centre", torch.zeros(self.data_shape))
-            self.register_buffer("spread", torch.ones(self.data_shape))
+            self.centre = nn.Buffer(torch.zeros(self.data_shape))
+            self.spread = nn.Buffer(torch.ones(self.data_shape))
         if isinstance(scale, int | float):
-            self.register_buffer("fixed_scale", torch.tensor(float(scale)))
+            self.fixed_scale = nn.Buffer(torch.tensor(float(scale)))
         elif scale != "predicted":
             shape = self.data_shape if scale == "per_dimension" else ()
             self.raw_scale = nn.Parameter(torch.zeros(shape))

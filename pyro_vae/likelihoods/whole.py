@@ -39,7 +39,6 @@ class Counts(Likelihood):
     remedy = "counts must be whole and not negative"
     before: ClassVar[dict[str, Any]] = {"log_inputs": False}
     num_rates = 1  # raw parameters of each count, but for the log odds of a zero
-    log_total: Tensor  # mean and spread of log totals [2]
 
     def __init__(
         self,
@@ -54,7 +53,7 @@ class Counts(Likelihood):
         self.zero_inflated, self.library, self.log_inputs = zero_inflated, library, log_inputs
         self.of = "its total" if library == "observed" else ""
         if library != "none":
-            self.register_buffer("log_total", torch.tensor([0.0, 1.0]))
+            self.log_total = nn.Buffer(torch.tensor([0.0, 1.0]))  # mean, spread of log totals
         if library == "latent":
             self.raw_guide = nn.Parameter(torch.zeros(3))  # shift, spread, spread of few counts
 
@@ -77,9 +76,7 @@ class Counts(Likelihood):
 
     def latents(self) -> dict[str, Distribution]:
         """The total of each datum, where it is a latent of the model."""
-        if self.library != "latent":
-            return {}
-        return {"library": dist.LogNormal(*self.log_total)}
+        return {"library": dist.LogNormal(*self.log_total)} if self.library == "latent" else {}
 
     def propose(self, x: Tensor) -> dict[str, Distribution]:
         """The guide of `latents`, from data `x` [B, *E]."""

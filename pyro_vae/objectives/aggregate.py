@@ -197,24 +197,20 @@ class HierarchicallyFactorized(BetaTC):
     def bound(self, d: Densities) -> Tensor:
         """Mean of the weighted terms over draws, [B]."""
         joint, each = self.log_aggregate(d), self.log_marginals(d)
-        product, grouped = each.sum(-1), self.log_groups(d, each)
-        information = self.alpha * (d.log_posterior - joint)
-        between, inside = self.beta * (joint - grouped), self.gamma * (grouped - product)
-        mismatch = self.delta * (product - d.log_prior)
-        return (d.log_likelihood - information - between - inside - mismatch).mean(0)
-
-    def log_groups(self, d: Densities, each: Tensor) -> Tensor:
-        """Estimates of the sum over groups of log q(z_G) [K, B]; `each` are `log_marginals`."""
-        size = each.shape[-1]
         inside = [dim for group in self.groups for dim in group]
+        size = each.shape[-1]
         if beyond := [dim for dim in inside if dim >= size]:
             raise ValueError(
                 f"groups must hold dimensions from 0 to {size - 1}, the latent size less one; "
                 f"got {beyond}: give a larger latent size, or other groups"
             )
-        alone = [dim for dim in range(size) if dim not in inside]
         parts = [self.log_aggregate(d, group) for group in self.groups]
-        return torch.stack([*parts, *(each[..., dim] for dim in alone)]).sum(0)
+        parts += [each[..., dim] for dim in range(size) if dim not in inside]
+        product, grouped = each.sum(-1), torch.stack(parts).sum(0)
+        information = self.alpha * (d.log_posterior - joint)
+        between, within = self.beta * (joint - grouped), self.gamma * (grouped - product)
+        mismatch = self.delta * (product - d.log_prior)
+        return (d.log_likelihood - information - between - within - mismatch).mean(0)
 
 
 class DIP(Objective):
