@@ -154,7 +154,7 @@ def test_runs_from_before_the_options_load_as_they_were(tmp_path: Path) -> None:
 
 def test_names_of_options() -> None:
     for key in ("library", "dispersion"):
-        with pytest.raises(ValueError, match=f"{key} must be one of .*; got 'x'"):
+        with pytest.raises(ValueError, match=f"{key} must be '.*', '.*' or '.*'; got 'x'"):
             likelihoods.NegativeBinomial(Raw(), (3,), **{key: "x"})
     with pytest.raises(ValueError, match="need a likelihood of counts"):
         pyro_vae.build((3,), 2).normalised(torch.zeros(5, 3))
