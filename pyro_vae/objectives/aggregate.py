@@ -127,15 +127,18 @@ class BetaTC(Objective):
 
     def _average(self, d: Densities, log_prob: Tensor) -> Tensor:
         """Logarithm of the weighted sum over data, the third dimension of `log_prob`."""
+        weights = estimator_weights(self.estimator, d.num_data, self._size(d), log_prob)
+        log_weights = weights.log().reshape(*weights.shape, *[1] * (log_prob.ndim - 3))
+        return (log_prob + log_weights).logsumexp(2)
+
+    def _size(self, d: Densities) -> int:
         size = self.num_data or self._told or round(d.scale * d.num_data)
         if size < d.num_data:
             raise ValueError(
                 f"num_data must be at least the {d.num_data} rows of the batch; got {size}: "
                 "give the number of training data"
             )
-        weights = estimator_weights(self.estimator, d.num_data, size, log_prob)
-        log_weights = weights.log().reshape(*weights.shape, *[1] * (log_prob.ndim - 3))
-        return (log_prob + log_weights).logsumexp(2)
+        return size
 
 
 class HierarchicallyFactorized(BetaTC):
