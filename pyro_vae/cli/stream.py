@@ -19,8 +19,8 @@ from jsonargparse import Namespace
 from rich.progress import track
 from torch import Tensor, nn
 
-from pyro_vae.arguments import digest_of
 from pyro_vae import __version__
+from pyro_vae.arguments import digest_of
 from pyro_vae.data import Data
 from pyro_vae.files import Locked, locked, write
 from pyro_vae.processes import in_processes, uses_cuda
