@@ -130,7 +130,8 @@ def image_rows(
 def columns(data: Tensor, samples: Tensor, names: Names = None) -> Figure:
     """Histograms of the first nine columns of tables [N, D]: data beside samples.
 
-    Heights are shares of all rows, so that samples outside the data's range are missed.
+    Heights are shares of all rows, so that samples outside the data's range are missed. Skewed
+    columns above 0 are on a logarithmic axis; of others a few far values are left out.
 
     Args:
         data: Rows of data; NaN is left out.
@@ -149,7 +150,10 @@ def columns(data: Tensor, samples: Tensor, names: Names = None) -> Figure:
             share = torch.ones(len(values)) / len(values)
             ax.hist(values.tolist(), bins, weights=share.tolist(), **look)
         ax.set_title(_short(name), fontsize=9)
-        ax.locator_params(axis="x", nbins=4, prune="both", integer=_few(held))
+        if _skewed(held):
+            ax.set_xscale("log")
+        else:
+            ax.locator_params(axis="x", nbins=4, prune="both", integer=_few(held))
         _name_ticks(ax.xaxis, codes.get(name, ()))
         ax.set_yticks([])
     for ax in axes[shown:]:
@@ -181,7 +185,10 @@ def pairs(data: Tensor, samples: Tensor, names: Names = None) -> Figure:
     for ax, ((title, rows), pair) in zip(axes, product(parts, chosen)):
         x, y = (_spread(rows[:1000, d], d).tolist() for d in pair)
         ax.plot(x, y, ".", ms=2, alpha=0.5, color=PALETTE[rows is samples], rasterized=True)
-        xlim, ylim = (_limits(_spread(data[:, d], d)) for d in pair)
+        xlim, ylim = (_shown(_spread(data[:, d], d)) for d in pair)
+        xscale, yscale = ("log" if _skewed(data[:, d]) else "linear" for d in pair)
+        ax.set(xscale=xscale, yscale=yscale)
+        ax.minorticks_off()
         xlabel, ylabel = (_short(named[d], 18) for d in pair)
         ax.set(xlim=xlim, ylim=ylim, xlabel=xlabel, ylabel=ylabel, xticks=[], yticks=[])
         for axis, d in zip((ax.xaxis, ax.yaxis), pair):
@@ -441,10 +448,33 @@ def _few(column: Tensor) -> bool:
 
 def _bins(column: Tensor) -> list[float]:
     """Edges of bins: about the root of the count of rows, or one for each of few integers."""
-    low, high = _limits(column)
+    low, high = _shown(column)
     if _few(column):
         return torch.arange(low - 0.5, high + 1).tolist()
-    return torch.linspace(low, high, min(max(round(len(column) ** 0.5), 5), 40) + 1).tolist()
+    edges = min(max(round(len(column) ** 0.5), 5), 40) + 1
+    if _skewed(column):
+        return torch.logspace(math.log10(low), math.log10(high), edges).tolist()
+    return torch.linspace(low, high, edges).tolist()
+
+
+def _skewed(column: Tensor) -> bool:
+    """Whether a column above 0 reaches 20 times as far above its median as below."""
+    column = column[~column.isnan()].double()
+    if not len(column) or column.min() <= 0 or _few(column):
+        return False
+    low, middle, high = column.quantile(column.new_tensor([0.01, 0.5, 0.99]))
+    return bool(high - middle > 20 * (middle - low))
+
+
+def _shown(column: Tensor) -> tuple[float, float]:
+    """The limits of a column, without what is far from its middle 98 per cent."""
+    column = column[~column.isnan()].double()
+    low, high = _limits(column)
+    if not len(column) or _few(column) or _skewed(column):
+        return low, high
+    start, end = column.quantile(column.new_tensor([0.01, 0.99])).tolist()
+    far = 2 * (end - start) or math.inf
+    return max(low, start - far), min(high, end + far)
 
 
 def _strongest(data: Tensor, count: int) -> list[list[int]]:

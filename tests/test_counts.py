@@ -64,6 +64,24 @@ def test_a_large_dispersion_is_poisson() -> None:
     torch.testing.assert_close(likelihood(raw).log_prob(x), truth, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [*KINDS, {"zero_inflated": True}, {"library": "latent"}])
+@pytest.mark.parametrize("cls", ["Poisson", "NegativeBinomial"])
+def test_large_counts_in_float32(cls: str, options: dict[str, str]) -> None:
+    """Values are those of float64, and in training the gradients."""
+    options = {k: v for k, v in options.items() if k != "dispersion" or cls != "Poisson"}
+    x = counts()
+    x[0, 1] = 999_983.0
+    values, slopes = [], []
+    for kind in (torch.float32, torch.float64):
+        made, z = vae(x, cls, **options).to(kind), torch.zeros(N, 2, dtype=kind)
+        given = {"library": x.sum(1).to(kind)} if "library" in options else {}
+        values.append(made.eval().likelihood(z, **given).log_prob(x.to(kind)).double())
+        made.train().likelihood(z, **given).log_prob(x.to(kind)).sum().backward()
+        slopes += [{n: p.grad.double() for n, p in made.named_parameters() if p.grad is not None}]
+    torch.testing.assert_close(*values, rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(*slopes, rtol=1e-4, atol=1.0)  # of terms of 10^6
+
+
 @pytest.mark.parametrize(
     "cls", ["Poisson", pytest.param("NegativeBinomial", marks=pytest.mark.slow)]
 )

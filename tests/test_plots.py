@@ -226,3 +226,21 @@ def test_a_notebook_shows_a_figure_at_its_size() -> None:
     picture = Image.open(io.BytesIO(data))
     assert picture.size == (2 * shown["width"], 2 * shown["height"])
     assert picture.getpixel((picture.width - 1, 0))[3] == 0  # no ground beside the title
+
+
+@pytest.mark.parametrize("kind", ["skewed", "far"])
+def test_skewed_columns_are_not_squeezed(kind: str) -> None:
+    z = torch.randn(2003, 2, generator=torch.Generator().manual_seed(0))
+    data = (3 * z).exp() if kind == "skewed" else z
+    if kind == "far":
+        data[7] = 1e6
+    (ax, _) = plots.columns(data, data).axes
+    heights = max(patch.get_xy()[:, 1].max() for patch in ax.patches)
+    assert heights < 0.5
+    ax = plots.pairs(data, data).axes[0]
+    assert ax.get_xscale() == ("log" if kind == "skewed" else "linear")
+    x = torch.tensor(ax.lines[0].get_xdata()).double()
+    low, high = map(ax.transData.transform, zip(ax.get_xlim(), ax.get_ylim()))
+    points = ax.transData.transform(torch.stack([x, x], 1).numpy())
+    share = torch.tensor((points[:, 0] - low[0]) / (high[0] - low[0])).histc(10, 0, 1) / len(x)
+    assert share.max() < 0.6

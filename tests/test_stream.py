@@ -22,7 +22,7 @@ from torch.distributions import MultivariateNormal
 from pyro_vae import files
 from pyro_vae.__main__ import main
 from pyro_vae.cli import score, stream, use
-from pyro_vae.data import readers
+from pyro_vae.data import Data, readers
 from pyro_vae.metrics import p_values
 
 pytestmark = pytest.mark.filterwarnings("ignore:posterior collapse")
@@ -351,3 +351,11 @@ def test_a_worker_that_dies_loses_its_part(
     assert main([*command, "--progress=false"]) == 0
     lines = list(csv.DictReader(out.read_text().splitlines()))
     assert [int(line["row"]) for line in lines] == list(range(60_000))
+
+
+def test_parts_of_another_version_are_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, vae = Data(torch.zeros(3, 2)), torch.nn.Linear(2, 2)
+    now = stream.key_of(vae, data, {})
+    assert now == stream.key_of(vae, data, {})
+    monkeypatch.setattr(stream, "__version__", "another")
+    assert now != stream.key_of(vae, data, {})

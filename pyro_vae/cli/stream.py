@@ -19,6 +19,7 @@ from jsonargparse import Namespace
 from rich.progress import track
 from torch import Tensor, nn
 
+from pyro_vae import __version__
 from pyro_vae.arguments import digest_of
 from pyro_vae.data import Data
 from pyro_vae.files import Locked, locked, write
@@ -105,10 +106,10 @@ def _keeping(paths: list[Path]) -> Iterator[None]:
 
 
 def key_of(vae: nn.Module, data: Data, options: dict[str, Any]) -> str:
-    """The SHA-256 of weights, rows and options, which results depend on."""
+    """The SHA-256 of weights, rows, options and the library, which results depend on."""
     weights = digest_of(*(weight.flatten() for weight in vae.state_dict().values()))
     return sha256(
-        f"{ROWS} {sorted(options.items())} {data.digest()} {weights}".encode()
+        f"{__version__} {ROWS} {sorted(options.items())} {data.digest()} {weights}".encode()
     ).hexdigest()
 
 
