@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "examples"
-EXAMPLES, STUDIES = sorted(FOLDER.glob("*.py")), sorted(FOLDER.glob("studies/*.py"))
+EXAMPLES = sorted(FOLDER.glob("*.py"))
+STUDIES = sorted({*FOLDER.glob("studies/*.py")} - {FOLDER / "studies" / "printing.py"})
 
 
 def stem(path: Path) -> str:

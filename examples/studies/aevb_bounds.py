@@ -30,8 +30,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
+from printing import show
 
 from pyro_vae import VAE, build, fit, log_evidence, plots
 from pyro_vae.data import Data, Splits, load_data
@@ -179,10 +178,7 @@ def main(arguments: argparse.Namespace) -> None:
     tables[title] = bounds(faces, gaussian, 200, 10 * epochs, options)
     (out / "table.json").write_text(json.dumps(tables, indent=1))
     for title, rows in tables.items():
-        table = Table(*rows[0], title=f"nats per image: {title}")
-        for row in rows:
-            table.add_row(*row.values())
-        Console(width=130).print(table)
+        show(rows, f"nats per image: {title}", width=130)
     print(f"tables and figure in {out}")
 
 

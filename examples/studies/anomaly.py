@@ -30,8 +30,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
+from printing import show
 from sklearn.datasets import load_breast_cancer
 from sklearn.metrics import roc_curve
 from torch import Tensor
@@ -229,10 +228,7 @@ def main(arguments: argparse.Namespace) -> None:
             )
             print("a blank image:", tables["a blank image"])
         plots.save(draw(found, shown, blank), str(out / f"{study.__name__}.svg"))
-        printed = Table(*tables[study.__name__][0], title=f"{study.__name__}, nats per datum")
-        for line in tables[study.__name__]:
-            printed.add_row(*line.values())
-        Console(width=120).print(printed)
+        show(tables[study.__name__], f"{study.__name__}, nats per datum", width=120)
     (out / "table.json").write_text(json.dumps(tables, indent=1))
     print(f"tables and figures in {out}")
 

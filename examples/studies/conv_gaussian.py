@@ -34,8 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
+from printing import show
 from torch import Tensor
 
 from pyro_vae import build, fit, log_evidence, metrics
@@ -165,10 +164,7 @@ def report(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     }
     table = {**settings, "title": title, "rows": rows}
     Path(arguments.out, "table.json").write_text(json.dumps(table, indent=1))
-    shown = Table(*rows[0], title=f"{title}; nats per image")
-    for row in rows:
-        shown.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console(width=170).print(shown)
+    show(rows, f"{title}; nats per image", width=170, digits=3)
 
 
 if __name__ == "__main__":

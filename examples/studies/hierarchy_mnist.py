@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from printing import show
 
 from pyro_vae import VAE, build, fit, importance_sampling, log_evidence
 from pyro_vae.data import Splits, load_data
@@ -61,10 +60,7 @@ def main(options: argparse.Namespace) -> None:
     ]
     write(Path(options.out, "table.json"), json.dumps({"rows": rows, "paired": gains}, indent=1))
     for table in (rows, gains):
-        shown = Table(*table[0], title=f"{len(x)} test images, nats per image")
-        for row in table:
-            shown.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
-        Console(width=150).print(shown)
+        show(table, f"{len(x)} test images, nats per image", width=150)
 
 
 def declared(name: str, data_shape: tuple[int, ...], components: int) -> VAE:

@@ -26,8 +26,7 @@ import time
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from printing import show
 from torch.optim.lr_scheduler import LambdaLR
 
 from pyro_vae import Evidence, build, fit, importance_sampling, log_evidence, metrics
@@ -128,7 +127,7 @@ def main(arguments: argparse.Namespace) -> list[dict[str, str]]:
             }
         )
         print(rows[-1], flush=True)
-    show(rows, options, arguments.out, len(x))
+    report(rows, options, arguments.out, len(x))
     return rows
 
 
@@ -138,7 +137,7 @@ def gain(one: Evidence, first: Evidence) -> str:
     return "" if one is first else f"{nats:+.2f} +- {stderr:.2f}"
 
 
-def show(
+def report(
     rows: list[dict[str, str]], options: dict[str, Any], out: str | None, images: int
 ) -> None:
     """Prints the table, and writes it where asked."""
@@ -147,10 +146,7 @@ def show(
         "+- Monte Carlo +- data; gain over the first row on the same images +- data; "
         "published: 3280 epochs, 10,000 images"
     )
-    table = Table(*rows[0], title=title)
-    for row in rows:
-        table.add_row(*row.values())
-    Console(width=130).print(table)
+    show(rows, title, width=130)
     if out:
         with open(out, "w") as file:
             json.dump({"title": title, "rows": rows}, file, indent=1)

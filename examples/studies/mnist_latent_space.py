@@ -20,8 +20,7 @@ import json
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from printing import show
 from torch import Tensor
 
 from pyro_vae import VAE, build, fit, log_evidence, plots
@@ -153,10 +152,7 @@ def main(arguments: argparse.Namespace) -> None:
         table += [score(large, x, name, lengths.get(name)) for name, x in images.items()]
     title = f"{name}, nats per image; +- over images; of log p(x), +- Monte Carlo +- over images"
     (out / "table.json").write_text(json.dumps({"title": title, "rows": table}, indent=1))
-    shown = Table(*table[0], title=title)
-    for row in table:
-        shown.add_row(*row.values())
-    Console(width=120).print(shown)
+    show(table, title, width=120)
     print(f"table and figures in {out}")
 
 

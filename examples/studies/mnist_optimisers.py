@@ -30,8 +30,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
+from printing import show
 
 from pyro_vae import build, fit, log_evidence, plots
 from pyro_vae.data import Data, load_data
@@ -152,10 +151,7 @@ def main(arguments: argparse.Namespace) -> None:
         rows.append(study(name, train, validation, arguments))
         (out / "table.json").write_text(json.dumps({"title": title, "rows": rows}, indent=1))
         plots.save(draw(rows, arguments.images), str(out / "bounds.svg"))
-    table = Table(*rows[0], title=title)
-    for row in rows:
-        table.add_row(*row.values())
-    Console(width=150).print(table)
+    show(rows, title, width=150)
     print(f"table and figure in {out}")
 
 

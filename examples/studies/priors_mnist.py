@@ -27,8 +27,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
+from printing import show
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -156,14 +155,12 @@ def report(
     }
     table = {**settings, "title": title, "rows": rows, "differences": pairs}
     Path(arguments.out, "table.json").write_text(json.dumps(table, indent=1))
-    shown = Table(*rows[0], title=title)
-    for row in rows:
-        shown.add_row(*(f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()))
-    differences = Table("paired, on the same images", "nats", "+- data")
-    for name, (mean, error) in pairs.items():
-        differences.add_row(name, f"{mean:+.2f}", f"{error:.2f}")
-    for each in (shown, differences):
-        Console(width=150).print(each)
+    show(rows, title, width=150)
+    differences = [
+        {"paired": name, "nats": f"{mean:+.2f}", "+- data": error}
+        for name, (mean, error) in pairs.items()
+    ]
+    show(differences, "on the same images", width=150)
     return pairs
 
 
