@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from jsonargparse import Namespace
 from torch import Tensor
 
 from pyro_vae import config
@@ -116,9 +117,11 @@ def load_run(run: str, data_root: str | None) -> tuple[VAE, Splits]:
     return vae, splits
 
 
-def own_rows(run: str, file: str, vae: VAE) -> Data:
-    """The rows of a user's file, transformed as the run's data were, and checked."""
-    return as_trained(run, read_rows(file, schema_of(run)), vae)
+def with_own_rows(options: Namespace) -> tuple[VAE, Data]:
+    """The VAE of a run, and a user's file as its rows, on the device that was asked for."""
+    vae = config.load(options.run)
+    rows = read_rows(options.file, schema_of(options.run))
+    return placed(vae, as_trained(options.run, rows, vae), options.get("accelerator", "cpu"))
 
 
 def schema_of(run: str) -> Schema | None:

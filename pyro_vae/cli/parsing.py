@@ -186,21 +186,27 @@ def make_parser(name: str) -> ArgumentParser:
 
 
 def _checked(path: str | Path, content: dict[str, Any], parser: ArgumentParser) -> dict[str, Any]:
-    """The options of a configuration file, each known, of its type, its classes too."""
-    known = {*parser.get_defaults().keys()}
-    for key in content:
-        if key in NOT_IN_FILES and content[key] is not None:
+    """The options of a configuration file, each known and of its type, its classes too."""
+    defaults = parser.get_defaults().as_dict()
+    for key, value in content.items():
+        if key in NOT_IN_FILES and value is not None:
             raise ValueError(f"configuration {path} cannot set {key!r}: type --{key} instead")
-        if key not in known:
-            hint = closest(str(key), known - {*NOT_IN_FILES})
+        if key not in defaults:
+            hint = closest(str(key), defaults.keys() - {*NOT_IN_FILES})
             raise ValueError(
                 f"configuration {path} has {key!r}, which is no option{hint}: "
                 f"see {parser.prog} --help"
             )
+        if value is None and defaults[key] is not None:  # which jsonargparse takes for any type
+            raise ValueError(f"{path}: {key} cannot be null: leave it out for {defaults[key]!r}")
     others = {key: value for key, value in content.items() if key not in FAMILIES}
     with reading(path):
         made = {f: config.component(f, content[f]) for f in FAMILIES if f in content}
-    return made | _typed(path, others, parser)
+        try:
+            typed = parser.parse_object(others).as_dict()
+        except ArgumentError as error:
+            raise ValueError(str(error)) from error
+    return made | {key: typed[key] for key in others}
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
@@ -234,22 +240,8 @@ def data_options(path: Path) -> Namespace:
     """The options of the data in a run's configuration, of their types."""
     parser = make_parser("train")
     content = {key: value for key, value in _read_yaml(path).items() if f"--{key}" in DATA}
-    parser.set_defaults(_typed(path, content, parser))
+    parser.set_defaults(_checked(path, content, parser))
     return parser.get_defaults()
-
-
-def _typed(path: str | Path, content: dict[str, Any], parser: ArgumentParser) -> dict[str, Any]:
-    """The options of a file, each of its type; jsonargparse itself takes null for any."""
-    defaults = parser.get_defaults()
-    with reading(path):
-        for key, value in content.items():
-            if value is None and defaults[key] is not None:
-                raise ValueError(f"{key} cannot be null: leave it out for {defaults[key]!r}")
-        try:
-            typed = parser.parse_object(content).as_dict()
-        except ArgumentError as error:
-            raise ValueError(str(error)) from error
-    return {key: typed[key] for key in content}
 
 
 @contextmanager

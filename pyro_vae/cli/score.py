@@ -26,10 +26,10 @@ from pyro_vae.cli.folder import (
     as_trained,
     destination,
     load_run,
-    own_rows,
     placed,
     read_record,
     schema_of,
+    with_own_rows,
 )
 from pyro_vae.cli.stream import key_of, part_seed, stream
 from pyro_vae.data import Data, Splits, read_table, spread
@@ -95,8 +95,7 @@ def score(options: Namespace) -> None:
     check_whole(0, p_values=options.p_values)
     default = Path(options.file).with_suffix(".scores.csv")
     out = destination(options.out, default, (".csv",), options.file)
-    vae = config.load(options.run)
-    vae, data = placed(vae, own_rows(options.run, options.file, vae), options.accelerator)
+    vae, data = with_own_rows(options)
     estimate = _estimator(vae, data, options)
     among = _references(vae, estimate, options)
     result = {"sums": True} | {name: options[name] for name in RESULT}

@@ -15,11 +15,11 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor
 
-from pyro_vae import config, estimators, plots
+from pyro_vae import estimators, plots
 from pyro_vae.arguments import check_whole
 from pyro_vae.classes import ClassVAE
 from pyro_vae.cli.figures import condition, limits
-from pyro_vae.cli.folder import destination, load_run, own_rows, placed, schema_of
+from pyro_vae.cli.folder import destination, load_run, schema_of, with_own_rows
 from pyro_vae.cli.score import WORK
 from pyro_vae.cli.stream import key_of, part_seed, stream
 from pyro_vae.data import Data, read_rows
@@ -55,8 +55,7 @@ def encode(options: Namespace) -> None:
     """Posterior means and scales of the rows of a file, in its order."""
     default = Path(options.file).with_suffix(".encoded.npz")
     out = destination(options.out, default, (".npz", ".csv"), options.file)
-    vae = config.load(options.run)
-    data = own_rows(options.run, options.file, vae)
+    vae, data = with_own_rows(options)
 
     def run(part: int, rows: Tensor) -> bytes:
         with torch.no_grad():
@@ -105,8 +104,7 @@ def impute(options: Namespace) -> None:
         raise ValueError(f"expected a .csv, .npy or .npz file to impute; got {source}")
     default = source.with_suffix(f".imputed{suffix}")
     out = destination(options.out, default, (suffix,), options.file)
-    vae = config.load(options.run)
-    vae, rows = placed(vae, own_rows(options.run, options.file, vae), options.accelerator)
+    vae, rows = with_own_rows(options)
     schema = rows.schema
     given = read_rows(options.file) if schema is None else rows
 
@@ -160,10 +158,9 @@ def classify(options: Namespace) -> None:
     """The class of each row of a file, probabilities, standard error and verdict, as CSV."""
     default = Path(options.file).with_suffix(".classes.csv")
     out = destination(options.out, default, (".csv",), options.file)
-    vae = config.load(options.run)
+    vae, data = with_own_rows(options)
     if not isinstance(vae, ClassVAE):
         raise ValueError(f"{options.run} has no classes: train with --classes, a number of them")
-    data = own_rows(options.run, options.file, vae)
     x, _ = data.batch()
     way: dict[str, Any] = {"seed": options.seed, "progress": options.progress}
     if options.num_samples is not None:
