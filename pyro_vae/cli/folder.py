@@ -30,7 +30,7 @@ from pyro_vae.data import (
     spread,
 )
 from pyro_vae.files import Kinds, check_types, reading, write
-from pyro_vae.processes import check_processes, uses_cuda
+from pyro_vae.processes import uses_cuda
 from pyro_vae.training import read_run
 from pyro_vae.vae import VAE
 
@@ -219,7 +219,6 @@ def home(vae: VAE) -> torch.device:
 def placed(vae: VAE, data: Data, accelerator: str) -> tuple[VAE, Data]:
     """A VAE and rows on the device that was asked for; "auto" is a GPU where there is one."""
     device = torch.device("cuda" if uses_cuda(accelerator) else "cpu")
-    check_processes(1, device.type)
     return vae.to(device), data.to(device)
 
 

@@ -71,26 +71,22 @@ def read_named(name: str, root: str | Path) -> Parts:
 def _published(name: str, root: str | Path, train: bool) -> Data:
     from torchvision import datasets
 
-    if name == "EMNIST":
-        part: Any = datasets.EMNIST(root, split="balanced", train=train, download=True)
-        x, labels = part.data.transpose(1, 2), part.targets  # each image is stored transposed
-    elif name == "Omniglot":
+    options = {
+        "EMNIST": {"split": "balanced", "train": train},
+        "Omniglot": {"background": train},
+        "SVHN": {"split": "train" if train else "test"},
+    }
+    part = getattr(datasets, name)(root, download=True, **options.get(name, {"train": train}))
+    if name == "Omniglot":
         # The alphabets of the two parts are disjoint: a class would mean two characters.
-        part = datasets.Omniglot(root, background=train, download=True)
         ink = np.stack([np.asarray(image) < 128 for image, _ in part])
         return Data(torch.from_numpy(ink).byte().unsqueeze(1), levels=2, name=name)
-    elif name == "SVHN":
-        part = datasets.SVHN(root, split="train" if train else "test", download=True)
-        x, labels = part.data, part.labels
-    else:
-        part = getattr(datasets, name)(root, train=train, download=True)
-        x, labels = (
-            part.data.transpose(0, 3, 1, 2) if name == "CIFAR10" else part.data,
-            part.targets,
-        )
-    x = torch.as_tensor(x).contiguous()
+    x = torch.as_tensor(part.data)
     x = x.unsqueeze(1) if x.ndim == 3 else x
-    return Data(x, labels=torch.as_tensor(labels, dtype=torch.int64), levels=256, name=name)
+    # EMNIST stores each image transposed, CIFAR10 its channels last
+    x = {"EMNIST": x.mT, "CIFAR10": x.movedim(-1, 1)}.get(name, x).contiguous()
+    labels = torch.as_tensor(part.labels if name == "SVHN" else part.targets, dtype=torch.int64)
+    return Data(x, labels=labels, levels=256, name=name)
 
 
 def read_arrays(path: Path) -> Parts:
