@@ -14,7 +14,7 @@ from torch.distributions import Independent
 
 from pyro_vae import plots
 from pyro_vae.classes import ClassVAE
-from pyro_vae.cli.folder import home, load_run, pairs, read_table
+from pyro_vae.cli.folder import home, load_run, read_table
 from pyro_vae.data import Data, Splits
 from pyro_vae.densities import densities
 from pyro_vae.distributions import Joint
@@ -47,7 +47,7 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
     """Curves, latent scatter, samples and reconstructions, of validation data."""
     data = _few(splits.validation)
     with torch.no_grad():
-        means = torch.cat([vae.encode(*pair).mean for pair in pairs(data)])
+        means = vae.encode(*data.batch()).mean
         made = {
             "curves": plots.curves(rows),
             "latent": plots.latent(means, data.labels, unit_names(vae), data.class_names),

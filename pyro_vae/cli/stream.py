@@ -107,10 +107,9 @@ def _keeping(paths: list[Path]) -> Iterator[None]:
 
 def key_of(vae: nn.Module, data: Data, options: dict[str, Any]) -> str:
     """The SHA-256 of weights, rows, options and the library, which results depend on."""
-    weights = digest_of(*(weight.flatten() for weight in vae.state_dict().values()))
-    return sha256(
-        f"{__version__} {ROWS} {sorted(options.items())} {data.digest()} {weights}".encode()
-    ).hexdigest()
+    weights = digest_of(*map(torch.atleast_1d, vae.state_dict().values()))
+    whole = f"{__version__} {ROWS} {sorted(options.items())} {data.digest()} {weights}"
+    return sha256(whole.encode()).hexdigest()
 
 
 def part_seed(seed: int, part: int) -> int:

@@ -246,7 +246,6 @@ def _run_folder(options: Namespace) -> Path:
     if options.resume is not None:
         if folder != Path(options.resume):
             raise ValueError(f"resume goes on in {options.resume} itself: leave --run out")
-        read_run(folder)
     elif (folder / "run.json").exists():
         raise ValueError(f"{folder} holds a run: choose another --run, or go on with --resume")
     return folder

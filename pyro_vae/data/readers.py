@@ -1,11 +1,14 @@
-"""Rows by name, from files of arrays and of counts, and from folders of images."""
+"""Rows of numbers: by name, of files of arrays, text and counts, and of folders of images."""
 
 from __future__ import annotations
 
+import math
 import warnings
+from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +18,9 @@ from torch import Tensor
 
 from pyro_vae.data.data import Data, Parts
 from pyro_vae.data.mapped import LARGE, mapped
+from pyro_vae.data.schema import as_number
 from pyro_vae.data.sprites import Sprites
+from pyro_vae.data.tables import as_cell, check_names, label_column, read_lines
 from pyro_vae.files import damaged
 
 if TYPE_CHECKING:
@@ -171,6 +176,64 @@ def _values(path: Path, x: np.ndarray) -> Tensor:
     if x.dtype.kind == "u" and x.size and x.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{path}: expected integers below 2**63, got {x.max()}; store floats")
     return torch.from_numpy(x.astype(np.uint8 if grey else np.int64, copy=False))
+
+
+def read_csv(path: Path) -> Data:
+    """Reads a table of numbers, comma separated, with or without a line of column names.
+
+    The values become float32; an empty cell is NaN, a missing value. A column of the name
+    ``label`` holds the labels, an empty cell or -1 where unknown.
+
+    Raises:
+        ValueError: If the file is no table, or a cell is not a number; the message names the
+            line and the column.
+    """
+    header, table = _numbers(path)
+    names = [name.strip() for name in header]
+    check_names(str(path), names, is_text=True, once=False)
+    label = [names.index(key) for key in label_column(str(path), names)]
+    values = [d for d in range(table.shape[1]) if d not in label]
+    labels = table[:, label].nan_to_num(nan=-1.0).flatten()  # an empty cell
+    for row in (labels != labels.round()).nonzero().flatten().tolist():
+        raise ValueError(
+            f"{path}: expected labels that are integers from 0, got {labels[row].item()} in row "
+            f"{row} (from 0); number the classes"
+        )
+    return Data(
+        table[:, values].float(),
+        labels=labels.long() if label else None,
+        name=str(path),
+        columns=tuple(names[d] for d in values) if names else None,
+    )
+
+
+def _numbers(path: Path) -> tuple[list[str], Tensor]:
+    """The names of columns, none without a line of them, and the numbers below."""
+    rows, values = read_lines(path), array("d")
+    start, first = next(rows, (1, []))
+    named = bool(first) and all(as_number(cell) is None for cell in first)
+    for line, row in rows if named else chain([(start, first)], rows):
+        for column, cell in enumerate(row, start=1):
+            number = as_number(cell)
+            if number is None and as_cell(cell) is not None:
+                raise ValueError(
+                    f"{path}: expected numbers, got {cell!r} in line {line}, column {column} "
+                    "(from 1); replace or remove it"
+                )
+            values.append(math.nan if number is None else number)
+    if not values:
+        raise ValueError(f"{path}: expected at least one row of numbers, got none; fill the file")
+    table = torch.from_numpy(np.array(values)).unflatten(0, (-1, len(first)))
+    steps = table.diff(dim=1)
+    whole = (table == table.round()).all(1)
+    counts_up = whole & (steps > 0).all(1) & (steps == steps[:, :1]).all(1)
+    if not named and table.shape[1] > 1 and counts_up[0] and counts_up.sum() == 1 < len(table):
+        raise ValueError(
+            f"{path}: expected names or data in the first line, got numbers that count up, "
+            f"{', '.join(first[:3])}, as no other line does: if they are names, write them as "
+            "text, such as y2019; if data, give the columns names in a line above"
+        )
+    return first if named else [], table
 
 
 def read_cells(path: Path) -> Data:

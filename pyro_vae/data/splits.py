@@ -15,9 +15,16 @@ from torch import Tensor
 
 from pyro_vae.arguments import check_real, check_whole, closest
 from pyro_vae.data.data import Data, Parts
-from pyro_vae.data.readers import NAMED, read_arrays, read_cells, read_images, read_named
+from pyro_vae.data.readers import (
+    NAMED,
+    read_arrays,
+    read_cells,
+    read_csv,
+    read_images,
+    read_named,
+)
 from pyro_vae.data.schema import Known, Schema
-from pyro_vae.data.tables import TABLES, is_mixed, read_csv, read_rows_of_table
+from pyro_vae.data.tables import TABLES, is_mixed, read_rows_of_table
 from pyro_vae.data.transforms import make_transform
 
 

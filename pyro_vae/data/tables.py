@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import math
 import re
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +97,7 @@ def read_table(source: Any, schema: Known = None) -> tuple[Tensor, Schema]:
 def read_rows_of_table(path: Path, schema: Known) -> Data:
     """As `read_table`, for `load_data`; a column of the name ``label`` holds labels."""
     table = _opened(path)
-    label = _label_column(table.name, table.columns, schema)
+    label = label_column(table.name, table.columns, schema)
     labels = [_labels(f"{path}: column {key!r}", table.read(key)[0]) for key in label]
     table = replace(table, columns=[key for key in table.columns if key not in label])
     found = _schema(table, schema)
@@ -117,11 +115,11 @@ def read_rows_of_table(path: Path, schema: Known) -> Data:
 def label_cells(path: Path, schema: Schema) -> Cells:
     """The column of labels of a table under its name, as it stands there; nothing without one."""
     table = _opened(path)
-    label = _label_column(table.name, table.columns, schema)
+    label = label_column(table.name, table.columns, schema)
     return {key: [*table.read(key)[0]] for key in label}
 
 
-def _label_column(name: str, columns: Sequence[str], schema: Known = None) -> list[str]:
+def label_column(name: str, columns: Sequence[str], schema: Known = None) -> list[str]:
     """The column of labels, if there is one beside others."""
     kept = [key for key in columns if key not in ignored_in(schema)]
     found = [key for key in kept if key.lower() == "label"]
@@ -199,8 +197,8 @@ def is_mixed(path: Path) -> bool:
     """Whether `read_table` alone can read a file of a table: it has a column of text."""
     if path.suffix.lower() != ".csv" or _delimiter(path) != ",":
         return True
-    head, *rows = [row for _, row in islice(_lines(path), 1 + LOOKED_AT)] or [[]]
-    texts = [[cell for cell in (_text(c, False) for c in column) if cell] for column in zip(*rows)]
+    head, *rows = [row for _, row in islice(read_lines(path), 1 + LOOKED_AT)] or [[]]
+    texts = [list(filter(None, map(as_cell, column))) for column in zip(*rows)]
     numbers = [sum(as_number(cell) is not None for cell in column) for column in texts]
     words = any(2 * count < len(column) for count, column in zip(numbers, texts))
     return words and not any(as_number(name) is not None for name in head)
@@ -212,7 +210,7 @@ def _delimiter(path: Path) -> str:
         return max(DELIMITERS, key=QUOTED.sub("", file.readline()).count)
 
 
-def _lines(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+def read_lines(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
     """The lines of a text file, numbered, as cells; all have as many as the first."""
     width = 0
     try:
@@ -245,21 +243,21 @@ def _opened(source: Any) -> Table:
 
 def _of_text(path: Path) -> Table:
     delimiter = _delimiter(path)
-    rows = [row for _, row in _lines(path, delimiter)]
+    rows = [row for _, row in read_lines(path, delimiter)]
     if len(rows) < 2:
         raise ValueError(
             f"{path}: expected a line of names and rows below it, got {len(rows)} lines"
         )
     names = [name.strip() for name in rows[0]]
-    _check_names(str(path), names, is_text=True)
+    check_names(str(path), names, is_text=True)
     comma = delimiter == ";"
     cells = {
-        n: [_text(cell, comma) for cell in column] for n, column in zip(names, zip(*rows[1:]))
+        n: [as_cell(cell, comma) for cell in column] for n, column in zip(names, zip(*rows[1:]))
     }
     return Table(str(path), names, lambda key: (cells[key], None))
 
 
-def _text(cell: str, comma: bool) -> str | None:
+def as_cell(cell: str, comma: bool = False) -> str | None:
     """A cell without blanks, None if it is empty; a decimal comma becomes a point."""
     cell = cell.strip()
     if cell.lower() in EMPTY:
@@ -267,7 +265,7 @@ def _text(cell: str, comma: bool) -> str | None:
     return cell.replace(",", ".") if comma and DECIMAL_COMMA.fullmatch(cell) else cell
 
 
-def _check_names(source: str, names: Sequence[str], is_text: bool, once: bool = True) -> None:
+def check_names(source: str, names: Sequence[str], is_text: bool, once: bool = True) -> None:
     """Refuses columns without a name, as pandas writes its index, or of one name."""
     for column, name in enumerate(names, start=1):
         number = is_text and as_number(name) is not None
@@ -301,7 +299,7 @@ def _of_arrow(name: str, source: Any) -> Table:
     names = [n for n in whole if not n.startswith("__index_level_")]
     if not names:
         raise ValueError(f"{name}: expected columns, got none")
-    _check_names(name, names, is_text=False)
+    check_names(name, names, is_text=False)
     large = is_file and source.stat().st_size > LARGE
 
     @lru_cache(1 if large else None)
@@ -327,61 +325,3 @@ def _cells(column: Any) -> list[Any]:
         None if cell != cell or (isinstance(cell, str) and not cell.strip()) else cell
         for cell in column.to_pylist()
     ]
-
-
-def read_csv(path: Path) -> Data:
-    """Reads a table of numbers, comma separated, with or without a line of column names.
-
-    The values become float32; an empty cell is NaN, a missing value. A column of the name
-    ``label`` holds the labels, an empty cell or -1 where unknown.
-
-    Raises:
-        ValueError: If the file is no table, or a cell is not a number; the message names the
-            line and the column.
-    """
-    header, table = _numbers(path)
-    names = [name.strip() for name in header]
-    _check_names(str(path), names, is_text=True, once=False)
-    label = [names.index(key) for key in _label_column(str(path), names)]
-    values = [d for d in range(table.shape[1]) if d not in label]
-    labels = table[:, label].nan_to_num(nan=-1.0).flatten()  # an empty cell
-    for row in (labels != labels.round()).nonzero().flatten().tolist():
-        raise ValueError(
-            f"{path}: expected labels that are integers from 0, got {labels[row].item()} in row "
-            f"{row} (from 0); number the classes"
-        )
-    return Data(
-        table[:, values].float(),
-        labels=labels.long() if label else None,
-        name=str(path),
-        columns=tuple(names[d] for d in values) if names else None,
-    )
-
-
-def _numbers(path: Path) -> tuple[list[str], Tensor]:
-    """The names of columns, none without a line of them, and the numbers below."""
-    rows, values = _lines(path), array("d")
-    start, first = next(rows, (1, []))
-    named = bool(first) and all(as_number(cell) is None for cell in first)
-    for line, row in rows if named else chain([(start, first)], rows):
-        for column, cell in enumerate(row, start=1):
-            number = as_number(cell)
-            if number is None and _text(cell, False) is not None:
-                raise ValueError(
-                    f"{path}: expected numbers, got {cell!r} in line {line}, column {column} "
-                    "(from 1); replace or remove it"
-                )
-            values.append(math.nan if number is None else number)
-    if not values:
-        raise ValueError(f"{path}: expected at least one row of numbers, got none; fill the file")
-    table = torch.from_numpy(np.array(values)).unflatten(0, (-1, len(first)))
-    steps = table.diff(dim=1)
-    whole = (table == table.round()).all(1)
-    counts_up = whole & (steps > 0).all(1) & (steps == steps[:, :1]).all(1)
-    if not named and table.shape[1] > 1 and counts_up[0] and counts_up.sum() == 1 < len(table):
-        raise ValueError(
-            f"{path}: expected names or data in the first line, got numbers that count up, "
-            f"{', '.join(first[:3])}, as no other line does: if they are names, write them as "
-            "text, such as y2019; if data, give the columns names in a line above"
-        )
-    return first if named else [], table
