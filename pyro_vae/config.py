@@ -159,17 +159,7 @@ def build(
             "a hierarchy needs a latent_dim of two sizes or more, from the data upwards, such as "
             f"[40, 40]; got {latent_dim!r}"
         )
-    check_whole(0, condition_dim=condition_dim, classes=classes)
-    if condition_dim and classes:
-        raise ValueError(
-            f"a datum has one y: give classes or a condition, not both; got classes={classes} and "
-            f"condition_dim={condition_dim}"
-        )
-    for name, asked in (("label_weight", label_weight), ("classifier", classifier)):
-        if asked and not classes:
-            raise ValueError(f"{name} needs classes: give classes too; got {asked}")
-    labels: dict[str, Any] = {"classes": classes, "label_weight": label_weight} if classes else {}
-    labels |= {"classifier": True} if classifier else {}
+    labels = _labels(condition_dim, classes, label_weight, classifier)
     shape = as_shape("data_shape", as_plain(data_shape))
     declared = {"prior": prior, "likelihood": likelihood, "posterior": posterior}
     declared |= {"encoder": encoder, "decoder": decoder}
@@ -202,6 +192,23 @@ def build(
         **{family: part.plain for family, part in parts.items()},
     }
     return vae
+
+
+def _labels(
+    condition_dim: int, classes: int, label_weight: float, classifier: bool
+) -> dict[str, Any]:
+    """What a VAE of classes is given besides, and nothing without classes."""
+    check_whole(0, condition_dim=condition_dim, classes=classes)
+    if condition_dim and classes:
+        raise ValueError(
+            f"a datum has one y: give classes or a condition, not both; got classes={classes} and "
+            f"condition_dim={condition_dim}"
+        )
+    for name, asked in (("label_weight", label_weight), ("classifier", classifier)):
+        if asked and not classes:
+            raise ValueError(f"{name} needs classes: give classes too; got {asked}")
+    labels: dict[str, Any] = {"classes": classes, "label_weight": label_weight} if classes else {}
+    return labels | ({"classifier": True} if classifier else {})
 
 
 def _likelihood(

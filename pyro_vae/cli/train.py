@@ -257,20 +257,16 @@ def hints(data: Data, likelihood: Likelihood) -> list[str]:
         return []
     x = data.x[spread(len(data), ROWS, 0)].double()
     if library := getattr(likelihood, "library", None):
-        return _totals(x) if library == "none" and data.y is None else []
+        low, high = x.nansum(1).quantile(x.new_tensor([0.01, 0.99])).tolist()
+        unequal = library == "none" and data.y is None and high >= TENFOLD * max(low, 1.0)
+        totals = (
+            f"the sums of rows go from {low:.0f} to {high:.0f}: the latents will tell large rows "
+            "from small before kinds of rows; to set size aside give --likelihood.library latent"
+        )
+        return [totals] if unequal else []
     if not is_whole_line(likelihood.support):
         return []
     return _codes(x, data.columns, type(likelihood).__name__)
-
-
-def _totals(x: Tensor) -> list[str]:
-    low, high = x.nansum(1).quantile(x.new_tensor([0.01, 0.99])).tolist()
-    if high < TENFOLD * max(low, 1.0):
-        return []
-    return [
-        f"the sums of rows go from {low:.0f} to {high:.0f}: the latents will tell large rows from "
-        "small before kinds of rows; to set size aside give --likelihood.library latent"
-    ]
 
 
 def _codes(x: Tensor, columns: tuple[str, ...] | None, likelihood: str) -> list[str]:

@@ -61,9 +61,7 @@ def encode(options: Namespace) -> None:
         with torch.no_grad():
             q = vae.encode(*data.batch(rows))
             codes = torch.cat([q.mean, q.stddev], 1)
-        file = io.BytesIO()
-        np.save(file, codes.numpy())
-        return file.getvalue()
+        return b"".join(npy([codes.numpy()], codes.shape))
 
     stream(options, out, len(data), key_of(vae, data, {}), run, _codes)
 
