@@ -76,7 +76,7 @@ def read_named(name: str, root: str | Path) -> Parts:
 def _published(name: str, root: str | Path, train: bool) -> Data:
     from torchvision import datasets
 
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "EMNIST": {"split": "balanced", "train": train},
         "Omniglot": {"background": train},
         "SVHN": {"split": "train" if train else "test"},
