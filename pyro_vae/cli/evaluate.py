@@ -88,7 +88,7 @@ def evaluate(options: Namespace) -> None:
         **{name: term.mean().item() for name, term in terms.items()},
         **{f"stderr_{n}": (t.std() / len(t) ** 0.5).item() for n, t in terms.items()},
         "kl_rules": sorted(set(bound.rules.values())),
-        **decompose(vae, getattr(splits, options.part).fixed(), num_rows=500),
+        **decompose(vae, getattr(splits, options.part).fixed().to(data.x.device), num_rows=500),
         "active_units": int(active.sum()),
         "units": len(active),
         **({"layers": layers} if (layers := layer_lines(vae, data)) else {}),

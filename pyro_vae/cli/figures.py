@@ -14,7 +14,7 @@ from torch.distributions import Independent
 
 from pyro_vae import plots
 from pyro_vae.classes import ClassVAE
-from pyro_vae.cli.folder import home, load_run, read_table
+from pyro_vae.cli.folder import load_run, read_table
 from pyro_vae.data import Data, Splits
 from pyro_vae.densities import densities
 from pyro_vae.distributions import Joint
@@ -166,7 +166,7 @@ def decompose(vae: VAE, data: Data, num_rows: int) -> dict[str, Any]:
     """
     if len(vae.sizes) > 1 or isinstance(vae, ClassVAE):
         return {}
-    x, y = data.to(home(vae)).batch()
+    x, y = data.batch()
     try:
         with torch.no_grad():
             posterior, prior = vae.encode(x, y), vae.prior()
@@ -184,7 +184,7 @@ def decompose(vae: VAE, data: Data, num_rows: int) -> dict[str, Any]:
 
 def unit_kl(vae: VAE, data: Data) -> Tensor | None:
     """KL(q(z_d | x) || p(z_d)) averaged over `data` [D], or None where dimensions depend."""
-    x, y = data.to(home(vae)).batch()
+    x, y = data.batch()
     with forked(x.device, 0), torch.no_grad():
         try:
             kl = densities(vae.model, vae.guide, x, y).kl_by_dimension()
@@ -203,7 +203,7 @@ def layer_lines(vae: VAE, data: Data) -> dict[str, str]:
     """KL and active units of each layer of several, for a table."""
     if len(vae.sizes) == 1:
         return {}
-    x, y = data.to(home(vae)).batch()
+    x, y = data.batch()
     with forked(x.device, 0), torch.no_grad():
         kl = densities(vae.model, vae.guide, x, y).kl()
         means = vae.encode(x, y).mean.split(list(vae.sizes.values()), -1)
@@ -233,9 +233,9 @@ class KlParts:
     def __call__(self, state: State) -> None:
         """Measures, and writes all epochs so far."""
         vae: VAE = state.vae  # type: ignore[assignment]
-        training = vae.training
-        parts = decompose(vae.eval(), self.data, num_rows=200)
-        kl = unit_kl(vae, self.data)
+        training, data = vae.training, self.data.to(next(vae.parameters()).device)
+        parts = decompose(vae.eval(), data, num_rows=200)
+        kl = unit_kl(vae, data)
         vae.train(training)
         if not parts and (kl is None or len(vae.sizes) == 1):
             return

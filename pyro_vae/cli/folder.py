@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -138,8 +139,7 @@ def as_trained(run: str, rows: Data, vae: VAE) -> Data:
         transform = restore(known["transform"])
     rows = alike(rows, known.get("rows", {}), transform, vae.likelihood.data_shape)
     if known["conditional"] and rows.y is None:
-        rows = Data(rows.x, labels=rows.labels, levels=rows.levels, classes=known["classes"])
-        rows = rows.one_hot()
+        rows = replace(rows, classes=known["classes"]).one_hot()
     rows = rows.with_transform(transform).fixed(known["seed"])
     check_support(vae, rows)
     return rows
@@ -209,11 +209,6 @@ def pairs(data: Data, size: int = 1000) -> Iterator[tuple[Tensor, Tensor | None]
     """Batches (x, y) of rows in order."""
     for index in torch.arange(len(data)).split(size):
         yield data.batch(index)
-
-
-def home(vae: VAE) -> torch.device:
-    """Where the weights of a VAE are."""
-    return next(vae.parameters()).device
 
 
 def placed(vae: VAE, data: Data, accelerator: str) -> tuple[VAE, Data]:

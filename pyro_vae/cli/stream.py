@@ -114,6 +114,5 @@ def key_of(vae: nn.Module, data: Data, options: dict[str, Any]) -> str:
 
 def part_seed(seed: int, part: int) -> int:
     """The seed of a part; that of the first is the seed itself."""
-    if part == 0:
-        return seed
-    return int(np.random.SeedSequence([seed, part]).generate_state(1, np.uint64)[0] >> 1)
+    (mixed,) = np.random.SeedSequence([seed, part]).generate_state(1, np.uint64) >> 1
+    return int(mixed) if part else seed

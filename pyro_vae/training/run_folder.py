@@ -50,6 +50,7 @@ KEPT: Kinds = {  # what every state holds, and of which type
     "rng": (dict,),
     "history": (dict,),
 }
+HISTORY: Kinds = {"rows": (list,), "num_units": (int, NoneType)}  # of these
 RECORDS: Kinds = {  # what run.json holds, and of which type
     "format": (int,),
     "declaration": (dict, NoneType),
@@ -272,21 +273,17 @@ def load_state(run: PathLike) -> dict[str, Any] | None:
         if (optimizer := state.pop("adversary", None)) is not None:  # of older runs
             state["objective"]["_extra_state"] = optimizer
         check_types(state, KEPT)
-        if not _is_history(state["history"], state["epoch"]):
+        check_types(state["history"], HISTORY)
+        rows = state["history"]["rows"]
+        numbers = all(
+            type(value) in (int, float) or (value is None and name in OPTIONAL)
+            for row in rows
+            for name, value in row.items()
+        )
+        named = all(row.keys() == set(COLUMNS) for row in rows)
+        if not (numbers and named and len(rows) == state["epoch"]):
             raise TypeError("not the state of a training: its epochs")
     return state
-
-
-def _is_history(history: dict[str, Any], epochs: int) -> bool:
-    """Whether this holds the numbers of so many epochs."""
-    rows, units = history["rows"], history["num_units"]
-    numbers = all(
-        type(value) in (int, float) or (value is None and name in OPTIONAL)
-        for row in rows
-        for name, value in row.items()
-    )
-    named = all(row.keys() == set(COLUMNS) for row in rows)
-    return numbers and named and len(rows) == epochs and type(units) in (int, type(None))
 
 
 def save_checkpoint(
