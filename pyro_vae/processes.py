@@ -16,12 +16,11 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
-from pyro_vae.runtime import alone, is_small, threads
+from pyro_vae.runtime import alone, is_small, seed_of, threads
 
 T = TypeVar("T")
 Function = Callable[["Group"], Any]  # what runs on each device
@@ -174,7 +173,7 @@ class Group:
 
     def seed(self, *numbers: int) -> int:
         """A seed that differs between ranks."""
-        return int(np.random.SeedSequence([*numbers, self.rank]).generate_state(1, np.uint64)[0])
+        return seed_of(*numbers, self.rank)
 
     def all_reduce_mean(
         self, weight: float, parameters: Sequence[nn.Parameter], *more: Tensor

@@ -48,6 +48,11 @@ def seed_generators(device: torch.device, seed: int) -> None:
             torch.cuda.manual_seed(seed)
 
 
+def seed_of(*numbers: int) -> int:
+    """A seed, below 2^64, of its own for whole numbers from 0: of a run and a rank, a batch, ..."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
 def epoch_order(num_data: int, seed: int, epoch: int) -> Tensor:
     """The order in which an epoch visits the rows, a permutation of 0, ..., N - 1, int64 [N].
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from jsonargparse import Namespace
 from rich.progress import track
@@ -24,6 +23,7 @@ from pyro_vae.arguments import digest_of
 from pyro_vae.data import Data
 from pyro_vae.files import Locked, locked, write
 from pyro_vae.processes import in_processes, uses_cuda
+from pyro_vae.runtime import seed_of
 
 Run = Callable[[int, Tensor], bytes]
 Join = Callable[[list[Path], Path], str]
@@ -114,5 +114,4 @@ def key_of(vae: nn.Module, data: Data, options: dict[str, Any]) -> str:
 
 def part_seed(seed: int, part: int) -> int:
     """The seed of a part; that of the first is the seed itself."""
-    (mixed,) = np.random.SeedSequence([seed, part]).generate_state(1, np.uint64) >> 1
-    return int(mixed) if part else seed
+    return seed_of(seed, part) >> 1 if part else seed

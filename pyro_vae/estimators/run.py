@@ -9,7 +9,6 @@ from functools import partial, wraps
 from operator import call
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import numpy as np
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
@@ -27,7 +26,15 @@ from pyro_vae.densities import (
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.target import ROWS, Compiled, Target
 from pyro_vae.processes import check_processes, in_processes
-from pyro_vae.runtime import alone, forked, is_small, keep_memory, seed_generators, threads
+from pyro_vae.runtime import (
+    alone,
+    forked,
+    is_small,
+    keep_memory,
+    seed_generators,
+    seed_of,
+    threads,
+)
 
 DRAWS_AT_ONCE = 4  # draws of each datum that make up the rows that the model sees at once
 STEP = 100  # rows of a usual step of training, by which models are small for `fit`, too
@@ -235,8 +242,7 @@ def _batches(
         evaluating(model, guide, seed=None, device=x.device),
     ):
         for number, rows in enumerate(track(batches, title, bool(title)), first):
-            noise = np.random.SeedSequence([seed % 2**64, number]).generate_state(1, np.uint64)
-            seed_generators(x.device, int(noise[0]))
+            seed_generators(x.device, seed_of(seed % 2**64, number))
             results.append(estimate(model, guide, x[rows], None if y is None else y[rows]))
     return results
 
