@@ -49,7 +49,7 @@ def seed_generators(device: torch.device, seed: int) -> None:
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed, below 2^64, of its own for whole numbers from 0: of a run and a rank, a batch, ..."""
+    """A seed below 2^64 that is mixed of whole numbers from 0: a seed, a rank, a batch."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 

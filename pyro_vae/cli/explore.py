@@ -121,7 +121,6 @@ def explore(
         )
     path = destination(os.fspath(out), Path(), (".html", ".htm"))
     check_whole(0, judged=judged, seed=seed)
-    check_whole(limit=limit)
     if not isinstance(data, Data):
         data = Data(*data) if isinstance(data, tuple) and len(data) == 2 else Data(data)
     index = spread(len(data), limit, seed)
