@@ -279,7 +279,8 @@ def check_names(source: str, names: Sequence[str], is_text: bool, once: bool = T
         raise ValueError(f"{source}: expected different names, got {twice[0]!r} twice; rename one")
 
 
-def _pyarrow() -> Any:
+def _of_arrow(name: str, source: Any) -> Table:
+    """The table of a frame or a .parquet file, of which a large one is read column by column."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -287,12 +288,7 @@ def _pyarrow() -> Any:
         raise ImportError(
             "frames and .parquet need pyarrow: pip install 'pyro-vae[tables]'"
         ) from error
-    return pyarrow
-
-
-def _of_arrow(name: str, source: Any) -> Table:
-    """The table of a frame or a .parquet file, of which a large one is read column by column."""
-    pyarrow, is_file = _pyarrow(), isinstance(source, Path)
+    is_file = isinstance(source, Path)
     with damaged(name, ARROW):
         table = pyarrow.parquet.ParquetFile(source) if is_file else pyarrow.table(source)
     whole = (table.schema_arrow if is_file else table.schema).names
