@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "compiling": {"torch", "pyro"},
     "runtime": {"torch", "numpy", "arguments"},
     "arguments": {"torch", "numpy"},
-    "processes": {"torch", "numpy", "runtime"},
+    "processes": {"torch", "runtime"},
     "objectives": {"torch", "arguments", "pyro", "densities", "marginals"},
     "estimators": {
         "arviz",
