@@ -6,6 +6,7 @@ import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import sha256
@@ -76,16 +77,24 @@ def stream(options: Namespace, out: Path, number: int, key: str, run: Run, join:
 
 
 def _make_parts(given: tuple[Run, list[tuple[Path, range]], Path], shown: bool = False) -> None:
-    """Makes those parts that are not there and that no other process has taken, in order."""
+    """Makes those parts that are not there and that no other process has taken, in order.
+
+    While one waits for the disk, the next is made.
+    """
     run, parts, taken = given
-    for path, rows in track(parts, "rows, by the thousand", disable=not shown):
-        if path.exists():
-            continue
-        try:
-            (taken / path.name).touch(exist_ok=False)
-        except FileExistsError:  # of another process that makes it
-            continue
-        write(path, run(int(path.name), torch.arange(rows.start, rows.stop)))
+    with ThreadPoolExecutor(1) as writer:
+        last: Future[Any] = writer.submit(int)
+        for path, rows in track(parts, "rows, by the thousand", disable=not shown):
+            if path.exists():
+                continue
+            try:
+                (taken / path.name).touch(exist_ok=False)
+            except FileExistsError:  # of another process that makes it
+                continue
+            made = run(int(path.name), torch.arange(rows.start, rows.stop))
+            last.result()
+            last = writer.submit(write, path, made)
+        last.result()
 
 
 @contextmanager
