@@ -16,9 +16,10 @@ from pyro_vae.files import PathLike
 from pyro_vae.objectives import Objective
 from pyro_vae.processes import Engine, is_first_process
 from pyro_vae.training.dataset import TensorDataset, as_dataset
+from pyro_vae.training.optimizers import OptimizerSpec, ScheduleSpec
 from pyro_vae.training.progress import Callback, History
 from pyro_vae.training.run_folder import Settings, check_same, earlier_run, make_record
-from pyro_vae.training.step import OptimizerSpec, ScheduleSpec, worth_compiling
+from pyro_vae.training.step import worth_compiling
 from pyro_vae.training.trainer import Trainer
 
 

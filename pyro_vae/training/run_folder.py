@@ -36,8 +36,9 @@ from pyro_vae.files import (
 )
 from pyro_vae.objectives import Objective
 from pyro_vae.training.dataset import TensorDataset, describe
+from pyro_vae.training.optimizers import OptimizerSpec, ScheduleSpec
 from pyro_vae.training.progress import COLUMNS, OPTIONAL
-from pyro_vae.training.step import PRECISIONS, OptimizerSpec, ScheduleSpec
+from pyro_vae.training.step import PRECISIONS
 
 FORMAT = 1
 POINTERS = "checkpoints/current.json"  # the last, the best, and the digests of their files

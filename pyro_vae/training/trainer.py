@@ -37,6 +37,13 @@ from pyro_vae.training.dataset import (
     fetch_few,
     validation_bound,
 )
+from pyro_vae.training.optimizers import (
+    advance,
+    make_optimizer,
+    make_schedule,
+    replay,
+    restore,
+)
 from pyro_vae.training.progress import (
     Bar,
     Callback,
@@ -59,12 +66,7 @@ from pyro_vae.training.step import (
     Monitor,
     Outcome,
     StepLoss,
-    advance,
     compiled_gradient,
-    make_optimizer,
-    make_schedule,
-    replay,
-    restore,
 )
 
 INITIAL_ROWS = 10_000  # that `vae.initialise` sees

@@ -12,7 +12,7 @@ from training_cases import QUIET, make_data, make_vae
 
 from pyro_vae.training import fit, load_weights, step, trainer
 from pyro_vae.training.dataset import TensorDataset
-from pyro_vae.training.step import make_optimizer, restore
+from pyro_vae.training.optimizers import make_optimizer, restore
 from pyro_vae.vae import VAE
 
 OPTIONS = {"batch_size": 11, **QUIET}

@@ -16,14 +16,8 @@ from pyro_vae import likelihoods
 from pyro_vae.objectives import ELBO
 from pyro_vae.training import State, fit, load_weights
 from pyro_vae.training.dataset import as_dataset
-from pyro_vae.training.step import (
-    OPTIMIZERS,
-    Monitor,
-    StepLoss,
-    advance,
-    make_optimizer,
-    make_schedule,
-)
+from pyro_vae.training.optimizers import OPTIMIZERS, advance, make_optimizer, make_schedule
+from pyro_vae.training.step import Monitor, StepLoss
 
 
 class Empty(nn.Module):

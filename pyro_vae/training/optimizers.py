@@ -1,0 +1,163 @@
+"""Optimisers and schedules of the learning rate: by their names in torch, tried, and resumed."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from pyro_vae.arguments import check_options, closest, name_and_options
+
+OptimizerSpec = str | dict[str, Any] | Callable[[list[nn.Parameter]], Optimizer]
+ScheduleSpec = str | dict[str, Any] | Callable[[Optimizer], LRScheduler]
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    name: cls
+    for name, cls in vars(torch.optim).items()
+    if isinstance(cls, type)
+    and issubclass(cls, Optimizer)
+    and name not in ("Optimizer", "LBFGS", "Muon", "SparseAdam")  # need a closure, matrices, ...
+}
+SCHEDULES: dict[str, type[LRScheduler]] = {
+    name: cls
+    for name, cls in vars(lr_scheduler).items()
+    if isinstance(cls, type)
+    and issubclass(cls, LRScheduler)
+    and name not in ("LRScheduler", "SequentialLR", "ChainedScheduler")  # made of schedules
+    and not name.startswith("_")
+}
+IMPLEMENTATIONS = ("fused", "foreach", "differentiable", "capturable")  # of the same step
+
+
+def make_optimizer(
+    spec: OptimizerSpec, module: nn.Module, lr: float, *, fused: bool = True
+) -> Optimizer:
+    """One optimiser of the parameters of `module` that require gradients; `spec` as in `fit`.
+
+    Where class and device have torch's fused step, and `fused` is true, it is taken.
+
+    Raises:
+        ValueError: If the name or an option is unknown.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if callable(spec):
+        return _made(spec(parameters), Optimizer, "optimizer")
+    cls, options = _parse("optimizer", spec, OPTIMIZERS, parameters, lr=lr)
+    weight = nn.Parameter(parameters[0].new_zeros(1, 1))
+    weight.grad = torch.zeros_like(weight)
+    with _options_of("optimizer", cls):
+        cls([weight], **options).step()
+    chosen = options.keys() & IMPLEMENTATIONS
+    if fused and "fused" in inspect.signature(cls).parameters and not chosen:
+        try:
+            return cls(parameters, fused=True, **options)
+        except RuntimeError:  # not on this device or for this type
+            pass
+    return cls(parameters, **options)
+
+
+def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Loads a state; the implementation stays that of `optimizer`, for its own device.
+
+    Raises:
+        LookupError: If the state is of other parameters.
+        TypeError: If one of its tensors has another shape than its parameter.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    kept = (*IMPLEMENTATIONS, "params")
+    groups = [
+        loaded | {name: mine[name] for name in kept if name in mine}
+        for loaded, mine in zip(state["param_groups"], own, strict=True)
+    ]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    ours = type(optimizer) in OPTIMIZERS.values()  # others may keep what they like
+    for index, values in state["state"].items() if ours else ():
+        shape = parameters[index].shape
+        for name, value in values.items():
+            if isinstance(value, Tensor) and torch.broadcast_shapes(value.shape, shape) != shape:
+                raise TypeError(f"{name} of the optimizer is {list(value.shape)}")
+    optimizer.load_state_dict({**state, "param_groups": groups})
+
+
+def replay(schedule: LRScheduler, rows: Iterable[dict[str, Any]]) -> None:
+    """Takes a new schedule through the epochs of a history, to where it was after them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # no step of the optimizer came before
+        for row in rows:
+            advance(schedule, row)
+
+
+def make_schedule(
+    spec: ScheduleSpec | None, optimizer: Optimizer, epochs: int
+) -> LRScheduler | None:
+    """A schedule of the learning rate, from a name, a dict or a callable as for optimisers.
+
+    One that is named is tried for all epochs first: some end before.
+    """
+    if spec is None:
+        return None
+    if callable(spec):
+        return _made(spec(optimizer), LRScheduler, "schedule")
+    cls, options = _parse("schedule", spec, SCHEDULES, optimizer)
+    groups = [{"params": [torch.zeros(1)]} for _ in optimizer.param_groups]
+    trial = torch.optim.SGD(groups, momentum=0.9)
+    with _options_of("schedule", cls):
+        replay(cls(trial, **options), [{"elbo": 0.0, "validation_elbo": None}] * epochs)
+    return cls(optimizer, **options)
+
+
+@contextmanager
+def _options_of(what: str, cls: type) -> Iterator[None]:
+    """Makes of whatever torch raises of options, in a first step or before, one ValueError."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what} {cls.__name__}: {error}; correct its init_args") from error
+
+
+def advance(schedule: LRScheduler, row: dict[str, Any]) -> None:
+    """One epoch further; ReduceLROnPlateau looks at the (validation) ELBO of its row.
+
+    In its mode "min" it looks at minus the ELBO, so that either mode waits for a higher one.
+    """
+    if isinstance(schedule, ReduceLROnPlateau):
+        elbo = row["elbo"] if row["validation_elbo"] is None else row["validation_elbo"]
+        schedule.step(elbo if schedule.mode == "max" else -elbo)
+    else:
+        schedule.step()
+
+
+def _parse(
+    what: str, spec: Any, known: dict[str, type], *args: Any, **defaults: Any
+) -> tuple[type, dict[str, Any]]:
+    """The class that `spec` names, and its options; it takes `args` before them."""
+    path, options = name_and_options(what, spec)
+    name = path.rpartition(".")[2]
+    if name not in known:
+        raise ValueError(
+            f"{what} {name!r} is unknown{closest(name, known)}: choose one of {', '.join(known)}"
+        )
+    cls, options = known[name], {**defaults, **options}
+    signature = inspect.signature(cls)
+    check_options(f"{what} {name}", options, list(signature.parameters)[len(args) :])
+    try:
+        signature.bind(*args, **options)
+    except TypeError as error:
+        raise ValueError(f"{what} {name}: {error}; give it in init_args") from None
+    return cls, options
+
+
+def _made(result: Any, cls: type, what: str) -> Any:
+    if not isinstance(result, cls):
+        raise ValueError(
+            f"the callable given as {what} must return a torch {cls.__name__}; "
+            f"got {type(result).__name__}"
+        )
+    return result
