@@ -137,14 +137,14 @@ def _tried(program: Program, x: Tensor, y: Tensor | None) -> Known:
             try:
                 alone = [sample_sites(run(1, fold=True), "program") for _ in range(TRIED)]
                 latents = {n: s for n, s in alone[0].items() if not s["is_observed"]}
-                draws = [{name: sites[name]["value"] for name in latents} for sites in alone]
-                truth = _stacked([_scores(run, 1, z, fold=True) for z in draws])
+                draws = _stacked([{n: sites[n]["value"] for n in latents} for sites in alone])
+                truth = _stacked([_scores(sites) for sites in alone])
             except Exception:
                 fold = None
                 break
-            fold = bool(_fault(run, _stacked(draws), truth, fold=False))
+            fold = bool(_fault(run, draws, truth, fold=False))
             if fold:
-                fold = _fault(run, _stacked(draws), truth, fold=True) or True
+                fold = _fault(run, draws, truth, fold=True) or True
                 break
     return Known(fold, {n: _support(n, s["infer"], s["fn"]) for n, s in latents.items()})
 
@@ -164,7 +164,8 @@ def _support(name: str, infer: dict[str, Any], fn: Any) -> Tensor | None:
 def _fault(run: Run, latents: Latents, truth: Latents, *, fold: bool) -> str:
     """What is wrong with a run of all particles together; empty if nothing."""
     try:
-        together = _scores(run, TRIED, latents, fold=fold)
+        trace = run(TRIED, poutine.condition(data=latents), fold=fold)
+        together = _scores(sample_sites(trace, "program"))
         same = [
             score.shape == together[name].shape
             and torch.allclose(together[name], score, TOLERANCE, TOLERANCE, equal_nan=True)
@@ -179,13 +180,12 @@ def _stacked(parts: list[Latents]) -> Latents:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _scores(run: Run, num_particles: int, latents: Latents, *, fold: bool) -> Latents:
+def _scores(sites: Sites) -> Latents:
     """Log density of each site, but of those that can score nothing but their own draws."""
-    trace = run(num_particles, poutine.condition(data=latents), fold=fold)
     scores = {}
-    for name, site in sample_sites(trace, "program").items():
-        try:
-            scores[name] = site["fn"].log_prob(site["value"])
+    for name, site in sites.items():
+        try:  # of a copy: a flow knows the density of its own draw
+            scores[name] = site["fn"].log_prob(site["value"].clone())
         except (KeyError, NotImplementedError):
             continue
     return scores
