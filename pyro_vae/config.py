@@ -345,6 +345,7 @@ def plain_words(line: str) -> str:
     words = [names.replace("'", "") or KINDS.get(a or b, a) for names, a, b in types]
     if found is None or not words:
         return line
+    words.sort(key="null".__eq__)  # the last
     option = found[2].rpartition(".")[2]
     expected = " or ".join(words).replace(", ", " or ")
     return f"{found[1]}{option} must be {expected}; got {found[4].strip() or repr('')}"
