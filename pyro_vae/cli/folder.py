@@ -120,27 +120,22 @@ def load_run(run: str, data_root: str | None) -> tuple[VAE, Splits]:
 
 def with_own_rows(options: Namespace) -> tuple[VAE, Data]:
     """The VAE of a run, and a user's file as its rows, on the device that was asked for."""
-    vae = config.load(options.run)
-    rows = read_rows(options.file, schema_of(options.run))
-    return placed(vae, as_trained(options.run, rows, vae), options.get("accelerator", "cpu"))
+    vae, known = with_record(options.run)
+    rows = as_trained(read_rows(options.file, known["schema"]), known, vae)
+    return placed(vae, rows, options.get("accelerator", "cpu"))
 
 
-def schema_of(run: str) -> Schema | None:
-    """What the columns of a run's table hold; None for runs of other data."""
-    schema = read_record(run).get("rows", {}).get("schema")
-    with reading(Path(run) / "data.json"):
-        return None if schema is None else Schema.restore(schema)
+def with_record(run: str) -> tuple[VAE, dict[str, Any]]:
+    """The VAE of a run, and what is known of its data."""
+    return config.load(run), read_record(run)
 
 
-def as_trained(run: str, rows: Data, vae: VAE) -> Data:
-    """A user's rows, transformed as the run's data were, and checked."""
-    known = read_record(run)
-    with reading(Path(run) / "data.json"):
-        transform = restore(known["transform"])
-    rows = alike(rows, known.get("rows", {}), transform, vae.likelihood.data_shape)
+def as_trained(rows: Data, known: dict[str, Any], vae: VAE) -> Data:
+    """A user's rows, transformed as the run's data were, of which this is known, and checked."""
+    rows = alike(rows, known.get("rows", {}), known["transform"], vae.likelihood.data_shape)
     if known["conditional"] and rows.y is None:
         rows = replace(rows, classes=known["classes"]).one_hot()
-    rows = rows.with_transform(transform).fixed(known["seed"])
+    rows = rows.with_transform(known["transform"]).fixed(known["seed"])
     check_support(vae, rows)
     return rows
 
@@ -158,7 +153,7 @@ def check_support(vae: VAE, data: Data) -> None:
 
 
 def read_record(run: str | Path) -> dict[str, Any]:
-    """What `declared_run` wrote of the data, in data.json.
+    """What `declared_run` wrote of the data, in data.json, its transform and its schema made.
 
     Raises:
         ValueError: If the file is missing, damaged, or of other data than run.json.
@@ -176,6 +171,9 @@ def read_record(run: str | Path) -> dict[str, Any]:
         for name in trained.keys() & {"seed", "transform"}:
             if known[name] != trained[name]:
                 raise TypeError(f"{name} is {known[name]!r}, in run.json {trained[name]!r}")
+        schema = known.get("rows", {}).get("schema")
+        known["schema"] = None if schema is None else Schema.restore(schema)
+        known["transform"] = restore(known["transform"])
     return known
 
 

@@ -27,9 +27,8 @@ from pyro_vae.cli.folder import (
     destination,
     load_run,
     placed,
-    read_record,
-    schema_of,
     with_own_rows,
+    with_record,
 )
 from pyro_vae.cli.stream import key_of, part_seed, stream
 from pyro_vae.data import Data, Splits, read_table, spread
@@ -235,11 +234,10 @@ class Scorer:
     def __init__(self, run: str | os.PathLike[str], **options: Any) -> None:
         check_options("log_evidence", options, OPTIONS)
         self.run, self.options = os.path.abspath(run), options
-        read_record(self.run)
-        self._vae: VAE | None = config.load(self.run)  # here, where a broken run is seen early
+        self._loaded: Any = with_record(self.run)  # here, where a broken run is seen early
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_vae": None}
+        return {**vars(self), "_loaded": None}
 
     def __call__(self, batch: Any) -> Any:
         """Adds the columns "log_prob" (nats, in the data's own units), "stderr" and "verdict".
@@ -261,39 +259,40 @@ class Scorer:
         cells = own.values() if is_mapping else [batch.index]
         found = NONE
         if {*map(len, cells)} != {0}:
-            self._vae = self._vae or config.load(self.run)
-            rows = as_trained(self.run, self._rows(own), self._vae)
-            evidence = shifted(log_evidence(self._vae, *rows.batch(), **self.options), rows)
+            vae, known = self._loaded = self._loaded or with_record(self.run)
+            rows = as_trained(_rows(own, known), known, vae)
+            evidence = shifted(log_evidence(vae, *rows.batch(), **self.options), rows)
             log_prob, stderr = evidence.log_prob.numpy(), evidence.stderr.numpy()
             verdict = np.array(evidence.verdict)
             found = {"log_prob": log_prob, "stderr": stderr, "verdict": verdict}
         return {**batch, **found} if is_mapping else batch.assign(**found)
 
-    def _rows(self, batch: Any) -> Data:
-        """The batch as rows, untransformed."""
-        schema, known = schema_of(self.run), read_record(self.run).get("rows", {}).get("columns")
-        if isinstance(batch, Mapping) and "x" in batch and "x" not in (known or ()):
-            return Data(batch["x"], batch.get("y"), name="the batch")
-        cells = {str(name): batch[name] for name in batch}
-        if len(cells) < len(list(batch)):
-            raise ValueError(
-                "the batch: expected columns of different names; got "
-                f"{', '.join(map(str, batch))}: rename those that are there twice"
-            )
-        if known is not None and cells.keys() >= set(known):
-            cells = {name: cells[name] for name in known}
-        if len(lengths := {*map(len, cells.values())}) != 1:
-            raise ValueError(
-                "the batch: expected columns of one length; got "
-                f"{', '.join(map(str, sorted(lengths))) or 'no column'}"
-            )
-        if schema is None:
-            columns = [_column(f"the batch: {name}", cell) for name, cell in cells.items()]
-            return Data(torch.stack(columns, 1), name="the batch", columns=tuple(cells))
-        import pandas as pd
 
-        rows, _ = read_table(pd.DataFrame(cells), schema)
-        return Data(rows, name="the batch", columns=tuple(schema.columns), schema=schema)
+def _rows(batch: Any, known: dict[str, Any]) -> Data:
+    """A batch as rows, untransformed."""
+    schema, names = known["schema"], known.get("rows", {}).get("columns")
+    if isinstance(batch, Mapping) and "x" in batch and "x" not in (names or ()):
+        return Data(batch["x"], batch.get("y"), name="the batch")
+    cells = {str(name): batch[name] for name in batch}
+    if len(cells) < len(list(batch)):
+        raise ValueError(
+            "the batch: expected columns of different names; got "
+            f"{', '.join(map(str, batch))}: rename those that are there twice"
+        )
+    if names is not None and cells.keys() >= set(names):
+        cells = {name: cells[name] for name in names}
+    if len(lengths := {*map(len, cells.values())}) != 1:
+        raise ValueError(
+            "the batch: expected columns of one length; got "
+            f"{', '.join(map(str, sorted(lengths))) or 'no column'}"
+        )
+    if schema is None:
+        columns = [_column(f"the batch: {name}", cell) for name, cell in cells.items()]
+        return Data(torch.stack(columns, 1), name="the batch", columns=tuple(cells))
+    import pandas as pd
+
+    rows, _ = read_table(pd.DataFrame(cells), schema)
+    return Data(rows, name="the batch", columns=tuple(schema.columns), schema=schema)
 
 
 def _is_column(cell: Any) -> bool:

@@ -19,7 +19,7 @@ from pyro_vae import estimators, plots
 from pyro_vae.arguments import check_whole
 from pyro_vae.classes import ClassVAE
 from pyro_vae.cli.figures import condition, limits
-from pyro_vae.cli.folder import destination, load_run, schema_of, with_own_rows
+from pyro_vae.cli.folder import destination, load_run, read_record, with_own_rows
 from pyro_vae.cli.score import WORK
 from pyro_vae.cli.stream import key_of, part_seed, stream
 from pyro_vae.data import Data, read_rows
@@ -97,7 +97,7 @@ def impute(options: Namespace) -> None:
     check_whole(0, draws=options.draws)
     check_whole(optional=True, num_samples=options.num_samples)
     source = Path(options.file)
-    suffix = source.suffix if schema_of(options.run) is None else ".csv"
+    suffix = source.suffix if read_record(options.run)["schema"] is None else ".csv"
     if suffix not in (".csv", ".npy", ".npz"):
         raise ValueError(f"expected a .csv, .npy or .npz file to impute; got {source}")
     default = source.with_suffix(f".imputed{suffix}")
