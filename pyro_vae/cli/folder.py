@@ -91,8 +91,7 @@ def load_run(run: str, data_root: str | None) -> tuple[VAE, Splits]:
     Named data sets are looked for in `data_root`; where training had them, if None.
     """
     folder = Path(run)
-    vae = config.load(folder)
-    known = read_record(folder)
+    vae, known = with_record(run)
     read_part(folder, "config.yaml")
     declared = data_options(folder / "config.yaml")
     try:
