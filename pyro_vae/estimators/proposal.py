@@ -12,7 +12,7 @@ from torch.distributions import Chi2
 
 from pyro_vae.estimators.target import Target, gradients
 
-DF = 20.0  # degrees of freedom of the components
+LEAST_DF = 20  # degrees of freedom of the components, which grow with the dimension
 FLOOR, CEILING = 0.5, 1e12  # of the eigenvalues of the precision, in units of the prior's
 ROUNDS = 3
 CONVERGED = 0.01  # nats that a Newton step promises
@@ -35,7 +35,10 @@ LEAST = 0.01  # of the draws for a component
 class Proposal:
     r"""For each of B data a mixture of up to C multivariate t distributions.
 
-    .. math:: q(u) = \sum_{c=1}^{C} \pi_c \, t_{20}(u; \mu_c, L_c L_c^\top)
+    .. math:: q(u) = \sum_{c=1}^{C} \pi_c \, t_\nu(u; \mu_c, L_c L_c^\top), \qquad \nu = \max(20, D)
+
+    The radius of a t in D dimensions varies by the root of 1 / (2 D) + 1 / (2 nu), that of a
+    Gaussian by the root of 1 / (2 D): degrees of freedom that grow with D keep them alike.
 
     Attributes:
         log_weight: log pi [C, B]; minus infinity where a datum has fewer components.
@@ -61,7 +64,7 @@ class Proposal:
         """Draws [K, B, D]."""
         _, B, D = self.loc.shape
         noise = torch.randn_like(self.loc[:1].expand(num_draws, B, D))
-        df = torch.full_like(noise[..., 0], DF)
+        df = torch.full_like(noise[..., 0], max(LEAST_DF, D))
         noise = noise * (df / Chi2(df).sample()).sqrt().unsqueeze(-1)
         component = torch.multinomial(self.log_weight.exp().T, num_draws, True).T
         draws = torch.zeros_like(noise)
@@ -72,14 +75,14 @@ class Proposal:
 
     def log_prob(self, u: Tensor) -> Tensor:
         """log q(u) [K, B] of u [K, B, D]."""
-        D, terms = u.shape[-1], []
+        D, df, terms = u.shape[-1], max(LEAST_DF, u.shape[-1]), []
         for log_weight, loc, tril in zip(self.log_weight, self.loc, self.tril):
             white = torch.linalg.solve_triangular(tril, (u - loc).permute(1, 2, 0), upper=False)
             height = log_weight - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-            away = torch.log1p(white.pow(2).sum(1).T / DF)
-            terms.append(height - (DF + D) / 2 * away)
-        constant = math.lgamma((DF + D) / 2) - math.lgamma(DF / 2)
-        return torch.stack(terms).logsumexp(0) + constant - D / 2 * math.log(DF * math.pi)
+            away = torch.log1p(white.pow(2).sum(1).T / df)
+            terms.append(height - (df + D) / 2 * away)
+        constant = math.lgamma((df + D) / 2) - math.lgamma(df / 2)
+        return torch.stack(terms).logsumexp(0) + constant - D / 2 * math.log(df * math.pi)
 
 
 def laplace(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from pyro_vae.estimators.target import Run, Target
 
 METHOD = "importance sampling, refined"
 AGAIN_STEPS = 2 * FIT_STEPS  # of a second fit
-WIDER, WIDEST = 0.8, 0.2  # over the root of the number of informed directions, at most
+WIDER, WIDEST = 3.5, 0.2  # over the number of informed directions, at most
 DEFENSIVE_SHARE = 0.05  # of the draws, from the guide and from the prior
 LEAST_WEIGHT = 0.05  # of a component
 SURPRISE = 3.0  # standard errors by which draws of the prior may give more
@@ -52,7 +52,7 @@ def refined_importance_sampling(
     r"""log p(x) of each datum by importance sampling from a proposal of its own.
 
     .. math:: \log p(x) \approx \log \frac1K \sum_{k=1}^K \frac{p(x, u_k)}{q(u_k)}, \\
-        q = 0.9 \sum_c \pi_c \, t_{20}(\mu_c, \Sigma_c)
+        q = 0.9 \sum_c \pi_c \, t_\nu(\mu_c, \Sigma_c)
         + 0.05 \, q(\cdot \mid x) + 0.05 \, p(\cdot)
 
     For each datum: the modes of the posterior, by Adam from the guide's mean and from good
@@ -251,11 +251,11 @@ def _wider(tril: Tensor) -> Tensor:
     """Factors [M, D, D] of covariances that are wider where they are narrower than the prior's.
 
     Where the data inform nothing the posterior is the prior, which a wider proposal would miss.
-    A scale of 1 + s in n informed directions multiplies the average squared weight by about
-    exp(2 n s^2). s falls with the root of n, so that this price is the same for any n.
+    A scale of 1 + s in n informed directions makes the volume larger by about exp(n s). s falls
+    with n, so that this factor is the same for any n above 17.
     """
     variance, vectors = torch.linalg.eigh(tril @ tril.mT)
     informed = (1 - variance).clamp(0, 1)
-    more = WIDER / informed.sum(-1, keepdim=True).sqrt().clamp(min=WIDER / WIDEST)
+    more = WIDER / informed.sum(-1, keepdim=True).clamp(min=WIDER / WIDEST)
     variance = variance * (1 + more * (2 + more) * informed)
     return torch.linalg.cholesky((vectors * variance.unsqueeze(-2)) @ vectors.mT)

@@ -39,7 +39,7 @@ from pyro_vae.runtime import (
 DRAWS_AT_ONCE = 4  # draws of each datum that make up the rows that the model sees at once
 STEP = 100  # rows of a usual step of training, by which models are small for `fit`, too
 LAYER = 2_000_000  # numbers of the widest layer at once: more falls out of cache
-NUMBERS = 5_000_000  # coordinates of a thousand draws of a batch
+NUMBERS = 8_000_000  # coordinates of a thousand draws of a batch
 TRIED = 16  # draws of a datum that all must be impossible, for the model to exclude it
 WHOLE = ("budget", "chunk_size", "devices")
 Values = dict[str, Tensor]

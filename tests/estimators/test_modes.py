@@ -229,11 +229,11 @@ def test_what_draws_of_the_prior_show_and_the_estimate_misses_is_doubtful() -> N
 
 @pytest.mark.parametrize("number", [1, 37])
 def test_proposals_are_wider_where_data_inform(number: int) -> None:
-    """By a fifth in few directions; by less in many, at a price that stays the same."""
+    """By a fifth in few directions; by less in many, so that the volume grows as much."""
     rotation = torch.linalg.qr(torch.randn(number + 2, number + 2)).Q
     variances = torch.tensor([*[0.01] * number, 1.0, 1.7])
     wider = _wider(torch.linalg.cholesky((rotation * variances) @ rotation.T)[None])[0]
-    more = min(WIDEST, WIDER / (0.99 * number) ** 0.5)
+    more = min(WIDEST, WIDER / (0.99 * number))
     expected = variances * torch.tensor([*[1 + more * (2 + more) * 0.99] * number, 1.0, 1.0])
     torch.testing.assert_close(torch.linalg.eigvalsh(wider @ wider.T), expected)
     assert more < WIDEST or number == 1
