@@ -35,10 +35,12 @@ LEAST = 0.01  # of the draws for a component
 class Proposal:
     r"""For each of B data a mixture of up to C multivariate t distributions.
 
-    .. math:: q(u) = \sum_{c=1}^{C} \pi_c \, t_\nu(u; \mu_c, L_c L_c^\top), \qquad \nu = \max(20, D)
+    .. math:: q(u) = \sum_{c=1}^{C} \pi_c \, t_\nu(u; \mu_c, L_c L_c^\top), \qquad
+        \nu = \max(20, D)
 
-    The radius of a t in D dimensions varies by the root of 1 / (2 D) + 1 / (2 nu), that of a
-    Gaussian by the root of 1 / (2 D): degrees of freedom that grow with D keep them alike.
+    The logarithm of the radius has a standard deviation of about the root of
+    1 / (2 D) + 1 / (2 nu), that of a Gaussian the root of 1 / (2 D): degrees of freedom that
+    grow with D keep them alike.
 
     Attributes:
         log_weight: log pi [C, B]; minus infinity where a datum has fewer components.
