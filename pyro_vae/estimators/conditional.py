@@ -61,7 +61,6 @@ def log_conditional(
     found = log_evidence(model, guide, both, twice, **options)
     rows = torch.arange(len(x))
     a, b = found.rows(rows), found.rows(rows + len(x))
-    good = [{v, w} == {"reliable"} for v, w in zip(a.verdict, b.verdict)]
     return Evidence(
         log_prob=a.log_prob - b.log_prob,
         stderr=torch.hypot(a.stderr, b.stderr),
@@ -69,7 +68,10 @@ def log_conditional(
         khat=torch.maximum(a.khat, b.khat),
         num_samples=torch.minimum(a.num_samples, b.num_samples),
         method=[f"{m} less {n}" for m, n in zip(a.method, b.method)],
-        verdict=["reliable" if both else "doubtful" for both in good],
+        verdict=[
+            "reliable" if v == w == "reliable" else "doubtful"
+            for v, w in zip(a.verdict, b.verdict)
+        ],
         extras={"missing": b.missing},
         audit=a.audit,
     )

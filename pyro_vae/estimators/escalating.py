@@ -46,8 +46,11 @@ def escalate(
     Raises:
         ValueError: If the budget is below the least.
     """
-    improvements: list[Callable[[Fit, Tensor], Fit] | None]
-    improvements = [lambda fit, _: fit.again(), Fit.with_components, None]
+    improvements: list[Callable[[Fit, Tensor], Fit] | None] = [
+        lambda fit, _: fit.again(),
+        Fit.with_components,
+        None,
+    ]
     if budget < math.inf:
         stages, budget = _affordable(budget, target.dim)
         improvements = [*improvements[: stages - 1], None]

@@ -241,9 +241,18 @@ def audit(
     if values := summed_values(model, x, y):
         if y is not None:
             raise ValueError(f"audit holds {sorted(values)} at each value: expected no y, got one")
-        given = {"model": model, "guide": guide, "x": x, "num_data": num_data, "seed": seed}
-        given |= {"tolerance": tolerance, "budget": budget, "chunk_size": chunk_size}
-        given |= {"devices": devices, "progress": progress}
+        given = {
+            "model": model,
+            "guide": guide,
+            "x": x,
+            "num_data": num_data,
+            "tolerance": tolerance,
+            "budget": budget,
+            "chunk_size": chunk_size,
+            "devices": devices,
+            "seed": seed,
+            "progress": progress,
+        }
         return Audit.cat(for_each_value(audit, given, values))
     rows = (torch.arange(num_data, device=x.device) * max(1, len(x) // num_data)) % len(x)
     limit = math.inf if budget is None else budget
