@@ -64,6 +64,12 @@ def test_means_beside_a_first_column_of_categories_are_not_rounded() -> None:
     assert all((other != other.round()).all() for other in others)
 
 
+def test_a_table_of_categories_alone_starts_without_a_warning() -> None:
+    vae, x = made([KINDS["job"]] * 2), torch.randint(5, (31, 2)).double()
+    vae.initialise(x)
+    assert vae.likelihood.inputs(x).sum(1).tolist() == [2.0] * 31
+
+
 @pytest.mark.parametrize("cls", SCALAR, ids=name)
 def test_every_scalar_likelihood_is_a_kind(cls: type) -> None:
     raw = torch.randn(11, Columns.out_shape((2,), [cls.__name__, cls.__name__])[0])

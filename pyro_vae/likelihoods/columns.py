@@ -195,9 +195,10 @@ class Columns(Likelihood):
                         "alone: give the column a resolution"
                     )
                     warnings.warn(message, UserWarning, stacklevel=2)
-        deviation, mean = torch.std_mean(self._numbers(x), 0, correction=0)
-        self.input_loc.copy_(mean)
-        self.input_scale.copy_(torch.where(deviation > 0, deviation, 1.0))
+        if len(self.input_loc):  # of categories alone torch warns
+            deviation, mean = torch.std_mean(self._numbers(x), 0, correction=0)
+            self.input_loc.copy_(mean)
+            self.input_scale.copy_(torch.where(deviation > 0, deviation, 1.0))
         super().initialise(x)
 
     def _pairs(self) -> Iterable[tuple[Any, list[int]]]:
