@@ -141,8 +141,8 @@ def forests(x: Tensor, trees: int = 50, most: int = 8) -> Tensor:
     return torch.from_numpy(filled).float()
 
 
-def ours(x: Tensor, arguments: argparse.Namespace, seed: int) -> Tensor:
-    """Means imputed by a VAE whose decoder is a linear map with a network beside it."""
+def ours(x: Tensor, arguments: argparse.Namespace, seed: int) -> tuple[Tensor, float]:
+    """Means imputed by a VAE whose decoder is a linear map with a network beside it; its bound."""
     torch.manual_seed(seed)
     D, hidden = x.shape[1], {"hidden": [arguments.width] * 2, "activation": arguments.activation}
     mixture = {"MixtureOfGaussians": {"num_components": arguments.components}}
@@ -161,13 +161,13 @@ def ours(x: Tensor, arguments: argparse.Namespace, seed: int) -> Tensor:
     options = {"batch_size": arguments.batch_size, "lr": arguments.lr, "schedule": decay}
     options |= {"seed": seed, "progress": False, "compile": arguments.compile}
     fit(vae, x, IWAE(num_particles=arguments.particles), epochs=epochs, **options)
-    return impute(
-        vae, x, num_draws=1, num_samples=arguments.samples, proposal="guide", seed=seed
-    ).mean
+    number = {"num_draws": 1, "num_samples": arguments.samples}
+    found = impute(vae, x, proposal="guide", seed=seed, **number)
+    return found.mean, found.log_prob.mean().item()
 
 
-def of_levels(x: Tensor, arguments: argparse.Namespace, seed: int) -> Tensor:
-    """Means imputed by a VAE to which every number of a column is a category of its own."""
+def of_levels(x: Tensor, arguments: argparse.Namespace, seed: int) -> tuple[Tensor, float]:
+    """The same of a VAE to which every number of a column is a category of its own."""
     torch.manual_seed(seed)
     values = [column[~column.isnan()].unique() for column in x.T]
     codes = [torch.searchsorted(v, column.contiguous()) for v, column in zip(values, x.T)]
@@ -185,8 +185,10 @@ def of_levels(x: Tensor, arguments: argparse.Namespace, seed: int) -> Tensor:
     options |= {"seed": seed, "progress": False, "compile": arguments.compile}
     fit(vae, rows, IWAE(num_particles=arguments.particles), epochs=epochs, **options)
     number = {"num_draws": 400, "num_samples": arguments.samples}
-    draws = impute(vae, rows, proposal="guide", seed=seed, **number).draws.long()
-    return torch.stack([v[draws[..., d]].mean(0) for d, v in enumerate(values)], 1)
+    found = impute(vae, rows, proposal="guide", seed=seed, **number)
+    draws = found.draws.long()
+    means = torch.stack([v[draws[..., d]].mean(0) for d, v in enumerate(values)], 1)
+    return torch.where(x.isnan(), means, x), found.log_prob.mean().item()
 
 
 def neighbours(full: Tensor, x: Tensor) -> float:
@@ -214,26 +216,33 @@ def half(full: Tensor, seed: int) -> Tensor:
     return full.masked_fill(torch.rand(full.shape, generator=generator) < 0.5, torch.nan)
 
 
-def squared(found: Tensor, full: Tensor, x: Tensor) -> float:
-    return (found - full)[x.isnan()].square().mean().item()
+def squared(found: Tensor, full: Tensor, where: Tensor) -> float:
+    return (found - full)[where].square().mean().item()
 
 
 def mcar(name: str, full: Tensor, seed: int, arguments: argparse.Namespace) -> dict[str, float]:
     x = half(full, seed)
+    kept = torch.rand(x.shape, generator=torch.Generator().manual_seed(7)) < arguments.hold
+    hidden, held = x.isnan(), kept & ~x.isnan()
+    x = x.masked_fill(held, torch.nan)
     gaussian = gaussian_em(x)
     filled = {"EM": gaussian}
     if arguments.matched:
         filled["matched"] = best_matched(full, x, gaussian, [7] if name == "concrete" else [])
     if arguments.forests:
         filled["forests"] = forests(x)
-    start = time.process_time()
+    start, bound = time.process_time(), torch.nan
     if arguments.steps:
-        filled["ours"] = (of_levels if arguments.levels else ours)(x, arguments, seed)
+        way = of_levels if arguments.levels else ours
+        filled["ours"], bound = way(x, arguments, seed)
     seconds = time.process_time() - start
-    errors = {method: squared(found, full, x) for method, found in filled.items()}
-    words = " | ".join(f"{method} {error:.3f}" for method, error in errors.items())
-    print(f"| {name} | mcar, mask {seed} | {words} ({seconds:.0f} s) | complete rows "
-          f"{neighbours(full, x):.3f} |", flush=True)  # fmt: skip
+    errors = {method: squared(found, full, hidden) for method, found in filled.items()}
+    words = " | ".join(
+        f"{method} {error:.3f}, held out {squared(filled[method], full, held):.3f}"
+        for method, error in errors.items()
+    )
+    print(f"| {name} | mcar, mask {seed} | {words} | bound {bound:.3f} ({seconds:.0f} s) | "
+          f"complete rows {neighbours(full, x):.3f} |", flush=True)  # fmt: skip
     return errors
 
 
@@ -250,9 +259,9 @@ def mnar(name: str, full: Tensor, seed: int, arguments: argparse.Namespace) -> d
         epochs=max(1, arguments.mnar_steps * size // len(x)), lr=arguments.mnar_lr, seed=seed,
         compile=arguments.compile, batch_size=size, decay=not arguments.mnar_constant,
     )  # fmt: skip
-    error = squared(found.mean, full, x) ** 0.5
+    error = squared(found.mean, full, x.isnan()) ** 0.5
     seconds = time.process_time() - start
-    em = squared(gaussian_em(x), full, x) ** 0.5
+    em = squared(gaussian_em(x), full, x.isnan()) ** 0.5
     print(f"| {name} | mnar, seed {seed} | {em:.3f} | {error:.3f} ({seconds:.0f} s) | log p "
           f"{found.log_prob.mean():.3f} |", flush=True)  # fmt: skip
     return {"EM": em, "ours": error}
@@ -279,6 +288,7 @@ def main() -> None:
     add("--samples", type=int, default=1000)
     add("--latents", type=int, default=10)
     add("--components", type=int, default=0, help="of a mixture as the prior; 0: standard Normal")
+    add("--hold", type=float, default=0.0, help="share of what is observed that is hidden too")
     add("--levels", action="store_true", help="every number of a column is a category")
     add("--matched", action="store_true", help="beside it, rows that agree where both are seen")
     add("--forests", action="store_true", help="beside it, missForest by scikit-learn")
