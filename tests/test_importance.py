@@ -453,6 +453,12 @@ def test_khat_without_a_tail() -> None:
     assert (pareto_khat(torch.full((101, N), -3.0)) == -math.inf).all()
 
 
+def test_khat_of_a_tail_that_no_pareto_fits_is_nan() -> None:
+    log_weights = torch.full((100, N), -math.inf)
+    log_weights[:5, 0] = torch.tensor([0.0, -100, -200, -300, -708.2])
+    assert pareto_khat(log_weights).isnan().tolist() == [True] + [False] * (N - 1)
+
+
 # --- the bound ---------------------------------------------------------------------------------
 
 

@@ -343,5 +343,13 @@ def pareto_khat(log_weights: Tensor) -> Tensor:
     for w, c in zip(weights.T, cutoff):
         excess = w[w > c] - c
         few = math.inf if len(excess) else -math.inf
-        khat.append(few if len(excess) < 5 else fit_generalized_pareto(excess)[0])
+        khat.append(few if len(excess) < 5 else _pareto_shape(excess))
     return log_weights.new_tensor(khat)
+
+
+def _pareto_shape(excess: Tensor) -> float:
+    """Shape of the Pareto of `excess`; NaN where it has no fit, as of one beside 1e-308."""
+    try:
+        return float(fit_generalized_pareto(excess)[0])
+    except ZeroDivisionError:
+        return math.nan
