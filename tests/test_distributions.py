@@ -203,6 +203,12 @@ def test_draws_of_levels_are_as_frequent_as_their_probabilities() -> None:
     assert ((shares - probs).abs() <= 4 * (probs * (1 - probs) / 100_000).sqrt()).all()
 
 
+def test_levels_of_no_probability_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    for u in (0.0, 1 - 2**-24):
+        monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, u))
+        assert Levels(torch.tensor([0.0, 1.0, 0.0])).sample() == 1
+
+
 def diagonal(*batch: int, dim: int) -> dist.Distribution:
     return dist.Normal(torch.randn(*batch, dim), torch.rand(*batch, dim) + 0.3).to_event(1)
 

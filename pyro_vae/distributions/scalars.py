@@ -222,7 +222,7 @@ class Levels(dist.Categorical):
     def sample(self, sample_shape: Shape = Size()) -> Tensor:
         """Draws by the inverse of the cumulative distribution, of its precision."""
         with torch.no_grad():
-            below = self.logits.exp().cumsum(-1)
+            below = self.probs.cumsum(-1)
             shape = self._extended_shape(sample_shape)
             u = 1 - torch.rand(shape, dtype=below.dtype, device=below.device)  # above 0
             level = u * below[..., -1]  # rounding: the sum is not 1
