@@ -453,7 +453,8 @@ def _bins(column: Tensor) -> list[float]:
         return torch.arange(low - 0.5, high + 1).tolist()
     edges = min(max(round(len(column) ** 0.5), 5), 40) + 1
     if _skewed(column):
-        return torch.logspace(math.log10(low), math.log10(high), edges).tolist()
+        within = torch.logspace(math.log10(low), math.log10(high), edges).tolist()[1:-1]
+        return [low, *within, high]  # exactly: many rows may lie at an end
     return torch.linspace(low, high, edges).tolist()
 
 

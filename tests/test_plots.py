@@ -244,3 +244,12 @@ def test_skewed_columns_are_not_squeezed(kind: str) -> None:
     points = ax.transData.transform(torch.stack([x, x], 1).numpy())
     share = torch.tensor((points[:, 0] - low[0]) / (high[0] - low[0])).histc(10, 0, 1) / len(x)
     assert share.max() < 0.6
+
+
+def test_rows_at_the_ends_of_a_logarithmic_axis_are_counted() -> None:
+    data = torch.full((100, 1), 5.1)
+    data[51:] *= 100
+    (ax,) = plots.columns(data, data).axes
+    assert ax.get_xscale() == "log"
+    shares = ax.patches[0].get_xy()[:, 1].round(6)
+    assert {0.49, 0.51} <= {*shares.tolist()}
