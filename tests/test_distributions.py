@@ -203,10 +203,10 @@ def test_draws_of_levels_are_as_frequent_as_their_probabilities() -> None:
     assert ((shares - probs).abs() <= 4 * (probs * (1 - probs) / 100_000).sqrt()).all()
 
 
-def test_levels_of_no_probability_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    for u in (0.0, 1 - 2**-24):
-        monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, u))
-        assert Levels(torch.tensor([0.0, 1.0, 0.0])).sample() == 1
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
+def test_levels_of_no_probability_are_not_drawn(u: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, u))
+    assert Levels(torch.tensor([0.0, 1.0, 0.0])).sample() == 1
 
 
 def diagonal(*batch: int, dim: int) -> dist.Distribution:
