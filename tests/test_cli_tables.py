@@ -152,6 +152,26 @@ def test_impute_keeps_the_labels_of_a_table(run: Path, tmp_path: Path) -> None:
         assert all(row[:-1] for row in found)
 
 
+def test_a_file_without_some_classes_keeps_the_codes_of_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    table = [[name, *row] for name, row in zip(["short", "tall", "wide"] * 34, people())]
+    file, run = written(tmp_path / "a.csv", table, "label,age,job,pay,edu.num"), tmp_path / "run"
+    assert main(["train", *SMALL, "--data", str(file), "--run", str(run), "--conditional"]) == 0
+    codes = []
+    for name, rows in (("all", table), ("some", [row for row in table if row[0] != "short"])):
+        one = written(tmp_path / f"{name}.csv", rows, "label,age,job,pay,edu.num")
+        assert main(["encode", str(run), str(one), "--out", str(tmp_path / "codes.csv")]) == 0
+        _, *lines = csv.reader((tmp_path / "codes.csv").read_text().splitlines())
+        codes.append(torch.tensor([[float(cell) for cell in line] for line in lines]))
+    kept = torch.tensor([row[0] != "short" for row in table])
+    torch.testing.assert_close(codes[1], codes[0][kept])
+    other = written(tmp_path / "b.csv", [["thin", *table[0][1:]]], "label,age,job,pay,edu.num")
+    capsys.readouterr()
+    assert main(["encode", str(run), str(other), "--out", str(tmp_path / "codes.csv")]) == 2
+    assert "run's classes, short, tall, wide; got 'thin'" in capsys.readouterr().err
+
+
 def test_evaluate_and_report_say_what_is_missing_and_odd(run: Path) -> None:
     assert main(["evaluate", str(run), "--progress=false", "--num_samples", "101"]) == 0
     numbers = json.loads((run / "evaluation.json").read_text())

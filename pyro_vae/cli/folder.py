@@ -64,6 +64,7 @@ def declared_run(folder: Path, declaration: dict[str, Any], splits: Splits) -> I
         "rows": kind_of(splits.train),
         "conditional": splits.conditional,
         "classes": splits.train.classes,
+        "class_names": splits.train.class_names,
         "seed": splits.seed,
     }
     files = {
@@ -133,10 +134,24 @@ def as_trained(rows: Data, known: dict[str, Any], vae: VAE) -> Data:
     """A user's rows, transformed as the run's data were, of which this is known, and checked."""
     rows = alike(rows, known.get("rows", {}), known["transform"], vae.likelihood.data_shape)
     if known["conditional"] and rows.y is None:
-        rows = replace(rows, classes=known["classes"]).one_hot()
+        labels = _coded(rows, known["class_names"])
+        rows = replace(rows, labels=labels, classes=known["classes"]).one_hot()
     rows = rows.with_transform(known["transform"]).fixed(known["seed"])
     check_support(vae, rows)
     return rows
+
+
+def _coded(rows: Data, names: list[str]) -> Tensor | None:
+    """Labels by the numbers of a run's classes, where both know what theirs stand for."""
+    own = rows.class_names
+    if rows.labels is None or not own or not names:  # runs of version 0.2 and before lack them
+        return rows.labels
+    if unknown := [name for name in own if name not in names]:
+        raise ValueError(
+            f"{rows.name}: expected labels of the run's classes, {', '.join(names)}; got "
+            f"{unknown[0]!r}: correct them, or leave them empty"
+        )
+    return torch.tensor([*map(names.index, own), -1])[rows.labels]
 
 
 def check_support(vae: VAE, data: Data) -> None:
@@ -173,6 +188,7 @@ def read_record(run: str | Path) -> dict[str, Any]:
         schema = known.get("rows", {}).get("schema")
         known["schema"] = None if schema is None else Schema.restore(schema)
         known["transform"] = restore(known["transform"])
+        known["class_names"] = [*map(str, known.get("class_names") or ())]
     return known
 
 
