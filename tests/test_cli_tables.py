@@ -172,6 +172,22 @@ def test_a_file_without_some_classes_keeps_the_codes_of_the_others(
     assert "run's classes, short, tall, wide; got 'thin'" in capsys.readouterr().err
 
 
+def test_classify_counts_the_labels_of_a_file_without_some_classes(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    names = ["short", "tall", "wide"]
+    table = [[name, *row] for name, row in zip(names * 34, people())]
+    file, run = written(tmp_path / "a.csv", table, "label,age,job,pay,edu.num"), tmp_path / "run"
+    assert main(["train", *SMALL, "--data", str(file), "--run", str(run), "--classes=3"]) == 0
+    rows = [["thin", *row[1:]] if row[0] == "short" else row for row in table]
+    file = written(tmp_path / "b.csv", rows, "label,age,job,pay,edu.num")
+    capsys.readouterr()
+    assert main(["classify", str(run), str(file), "--progress=false"]) == 0
+    found = csv.DictReader((tmp_path / "b.classes.csv").read_text().splitlines())
+    hits = [names[int(one["class"])] == row[0] for one, row in zip(found, rows, strict=True)]
+    assert f"{sum(hits) / len(hits):.1%} of 101 known" in capsys.readouterr().out
+
+
 def test_evaluate_and_report_say_what_is_missing_and_odd(run: Path) -> None:
     assert main(["evaluate", str(run), "--progress=false", "--num_samples", "101"]) == 0
     numbers = json.loads((run / "evaluation.json").read_text())

@@ -133,25 +133,32 @@ def with_record(run: str) -> tuple[VAE, dict[str, Any]]:
 def as_trained(rows: Data, known: dict[str, Any], vae: VAE) -> Data:
     """A user's rows, transformed as the run's data were, of which this is known, and checked."""
     rows = alike(rows, known.get("rows", {}), known["transform"], vae.likelihood.data_shape)
+    rows = _coded(rows, known["class_names"], known["conditional"])
     if known["conditional"] and rows.y is None:
-        labels = _coded(rows, known["class_names"])
-        rows = replace(rows, labels=labels, classes=known["classes"]).one_hot()
+        rows = replace(rows, classes=known["classes"]).one_hot()
     rows = rows.with_transform(known["transform"]).fixed(known["seed"])
     check_support(vae, rows)
     return rows
 
 
-def _coded(rows: Data, names: list[str]) -> Tensor | None:
-    """Labels by the numbers of a run's classes, where both know what theirs stand for."""
+def _coded(rows: Data, names: list[str], strict: bool) -> Data:
+    """Rows with labels by the numbers of a run's classes, where both know what theirs stand for.
+
+    Classes that are not the run's come after these; `strict` refuses them.
+    """
     own = rows.class_names
     if rows.labels is None or not own or not names:  # runs of version 0.2 and before lack them
-        return rows.labels
-    if unknown := [name for name in own if name not in names]:
+        return rows
+    others = [name for name in own if name not in names]
+    if others and strict:
         raise ValueError(
             f"{rows.name}: expected labels of the run's classes, {', '.join(names)}; got "
-            f"{unknown[0]!r}: correct them, or leave them empty"
+            f"{others[0]!r}: correct them, or leave them empty"
         )
-    return torch.tensor([*map(names.index, own), -1])[rows.labels]
+    every = [*names, *others]
+    codes = torch.tensor([*map(every.index, own), -1])
+    coded: dict[str, Any] = {"labels": codes[rows.labels], "class_names": tuple(every)}
+    return rows.unchecked(**coded, classes=len(every))
 
 
 def check_support(vae: VAE, data: Data) -> None:
