@@ -279,6 +279,17 @@ def test_a_dequantised_density_stands_for_a_mass(
         check_comparable("a", "b", loaded, "test")
 
 
+def test_counts_given_their_total_do_not_compare_with_others() -> None:
+    x, loaded = torch.poisson(torch.full((31, 5), 3.0)), {}
+    for name, library in (("a", "observed"), ("b", "none")):
+        options = {"class_path": "Poisson", "init_args": {"library": library}}
+        vae = build((5,), 2, likelihood=options)
+        loaded[name] = vae, Splits(*[Data(x)] * 3, name="counts")
+    words = r"b and a do not compare: a log p\(x | its total\), b log p\(x\)$"
+    with pytest.raises(ValueError, match=words.replace("|", r"\|")):
+        check_comparable("a", "b", loaded, "test")
+
+
 def test_plot_draws_again(run: Path) -> None:
     (run / "figures/curves.svg").unlink()
     assert main(["plot", str(run)]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,24 @@ def test_totals_train(objective: str) -> None:
     assert (spread > 0).all()
     assert made.reconstruct(x[:7]).shape == (7, G)
     assert made.sample(11).shape == (11, G)
+
+
+def test_a_dispersion_of_each_cell_starts_at_log_two() -> None:
+    x = counts()
+    x[:, 1], x[:, 2] = torch.eye(N)[0], 0.0
+    likelihood = likelihoods.NegativeBinomial(Raw(), (G,), 0.1, dispersion="cell")
+    p = likelihood(likelihood.raw_start(x)).base_dist
+    torch.testing.assert_close(p.mean, x.mean(0).clamp(min=0.01))
+    torch.testing.assert_close(p.total_count, torch.full((G,), 0.1 + math.log(2)))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_spread_of_totals_is_measured_from_two_rows_on(rows: int) -> None:
+    x = counts(rows)
+    x[0] = 0.0  # a total of 0 counts as 1
+    logs = x.sum(1).clamp(min=1).log()
+    truth = torch.stack([logs.mean(), logs.std() if rows == 2 else torch.tensor(1.0)])
+    torch.testing.assert_close(vae(x, library="latent").likelihood.log_total, truth)
 
 
 def test_the_encoder_sees_logarithms() -> None:

@@ -506,12 +506,13 @@ def evidence(size: int) -> Evidence:
     return summarise(torch.randn(101, size), "a method", "doubtful")
 
 
-def test_evidence_averages_over_data() -> None:
-    e = evidence(N)
+@pytest.mark.parametrize("size", [2, N])
+def test_evidence_averages_over_data(size: int) -> None:
+    e = evidence(size)
     monte_carlo, data = e.mean_stderr()
     assert e.mean() == pytest.approx(e.log_prob.mean().item())
-    assert monte_carlo == pytest.approx((e.stderr**2).sum().sqrt().item() / N)
-    assert data == pytest.approx(e.log_prob.std().item() / N**0.5)
+    assert monte_carlo == pytest.approx((e.stderr**2).sum().sqrt().item() / size)
+    assert data == pytest.approx(e.log_prob.std().item() / size**0.5)
     assert math.isnan(evidence(1).mean_stderr()[1])
 
 

@@ -11,6 +11,7 @@ from torch.nn.functional import leaky_relu
 
 from pyro_vae import fit, importance_sampling, log_evidence
 from pyro_vae.densities import Densities, densities, draw_latents, folds, log_joint
+from pyro_vae.densities.particles import Unfolded
 from pyro_vae.objectives import ELBO, IWAE, BetaTC, DReG, Objective
 
 B, D, F, C = 17, 2, 12, 3
@@ -217,6 +218,13 @@ def test_a_guide_that_is_folded_sees_no_more_rows_than_the_model() -> None:
     assert program.most_rows == 100
 
 
+def test_draws_of_a_guide_that_is_folded_come_in_chunks() -> None:
+    program, (x, _) = pair(TwoLayers)[0], data(TwoLayers, 10)
+    draws, log_prob = draw_latents(program.guide, x, num_particles=7, chunk_size=35)
+    assert program.most_rows == 30
+    assert (draws["z"].shape, log_prob.shape) == ((7, 10, D), (7, 10))
+
+
 def test_a_program_that_broadcasts_is_given_its_rows_once() -> None:
     program, (x, _) = pair(TwoLayers)[1], data(TwoLayers)
     densities(program.model, program.guide, x, num_particles=7)
@@ -300,3 +308,20 @@ def test_data_that_a_program_cannot_take_teach_nothing_of_it() -> None:
     assert (
         densities(program.model, program.guide, x, y, num_particles=2).log_weights.isfinite().all()
     )
+
+
+def test_densities_that_are_no_number_are_no_reason_to_fold() -> None:
+    def model(x: Tensor) -> None:
+        with rows(len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z, torch.nan, validate_args=False), obs=x)
+
+    assert folds(model, torch.ones(B), None, num_particles=5) is False
+
+
+def test_a_folded_distribution_gives_the_density_of_its_draw_and_of_other_values() -> None:
+    base = dist.Gamma(torch.arange(1.0, 7.0), 1.0)
+    p = Unfolded(base, 2)
+    for value in (p.rsample(), torch.rand(2, 3)):
+        truth = base.log_prob(value.flatten()).unflatten(0, (2, 3))
+        torch.testing.assert_close(p.log_prob(value), truth)

@@ -100,6 +100,18 @@ def test_with_exact_draws_for_each_value_every_weight_is_the_evidence(
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("guide", ["guide", "exact"])
+def test_the_density_of_another_value_is_summed_anew(x: Tensor, guide: str) -> None:
+    mixture = Mixture()
+    d = densities(mixture.model, getattr(mixture, guide), x, num_particles=K)
+    fn, rows = d.observed["x"][0], torch.randn(K, B, F)
+    each = fn.base_dist.log_prob(rows.repeat(C, 1, 1)).unflatten(0, (C, K))
+    shares = fn.log_weights
+    truth = (shares + each).logsumexp(0) if guide == "guide" else (shares.exp() * each).sum(0)
+    torch.testing.assert_close(fn.log_prob(rows), truth, rtol=0, atol=1e-10)
+    torch.testing.assert_close(fn.log_prob(rows[0]), fn.log_prob(rows[:1].expand(K, -1, -1)))
+
+
 @pytest.mark.parametrize("per_class", [False, True])
 def test_value_and_gradient_are_those_of_trace_enum(x: Tensor, per_class: bool) -> None:
     mixture = Mixture(per_class)

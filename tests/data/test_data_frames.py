@@ -168,6 +168,12 @@ def test_frames_of_other_libraries(library: str) -> None:
     assert rows.isnan().sum() == 3
 
 
+def test_columns_of_a_frame_may_have_numbers_for_names() -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    cells = {"2019": [1.5, 2.25, 800.0, 3.5], "2020": ["a", "b", "b", "a"]}
+    assert list(read_table(pyarrow.table(cells))[1].columns) == ["2019", "2020"]
+
+
 def test_blank_cells_of_a_frame_are_missing() -> None:
     pandas = pytest.importorskip("pandas")
     frame = pandas.DataFrame({"job": ["a", "", "b", "  "], "pay": [1.5, 2.25, 800.0, 3.5]})

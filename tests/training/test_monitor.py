@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from training_cases import QUIET, make_data, make_vae
 
+from pyro_vae.objectives import ELBO
 from pyro_vae.training import fit, load_weights, step, trainer
 from pyro_vae.training.dataset import TensorDataset
 from pyro_vae.training.optimizers import make_optimizer, restore
@@ -85,6 +86,16 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="step 7: weights are not finite"):
         fit(vae, make_data(), epochs=3, run=tmp_path, checkpoint_every=1, **OPTIONS)
     assert all(weight.isfinite().all() for weight in load_weights(tmp_path).values())
+
+
+@pytest.mark.parametrize(("count", "words"), [(3, "0, 1, 2 is"), (4, "0, 1, 2 and 1 more is")])
+def test_three_bad_gradients_are_named_and_the_others_counted(count: int, words: str) -> None:
+    weights = nn.ParameterList([torch.zeros(()) for _ in range(count)])
+    for weight in weights:
+        weight.grad = torch.tensor(torch.nan)
+    monitor = step.Monitor(step.StepLoss(weights, ELBO()), torch.device("cpu"))
+    with pytest.raises(FloatingPointError, match=f"^step 7: the gradient of {words} not finite"):
+        monitor.add(7, torch.ones(()), torch.ones(3), weights)
 
 
 class Whitened(torch.optim.SGD):
