@@ -172,6 +172,33 @@ def test_a_file_without_some_classes_keeps_the_codes_of_the_others(
     assert "run's classes, short, tall, wide; got 'thin'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["data.json", "run.json"])
+def test_a_run_whose_keys_were_sorted_mixes_up_no_columns(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    table = [[row[2], row[0]] for row in people()]
+    file, run = written(tmp_path / "a.csv", table, "pay,age"), tmp_path / "run"
+    columns = ["--likelihood=Columns", "--likelihood.columns=[Normal,Normal]"]
+    assert main(["train", *SMALL, "--data", str(file), "--run", str(run), *columns]) == 0
+    declared = json.loads((run / name).read_text())
+    if name == "run.json":
+        likelihood = declared["declaration"]["likelihood"]["init_args"]
+        likelihood["columns"] = {"age": "Normal", "pay": "Normal"}
+    (run / name).write_text(json.dumps(declared, sort_keys=True))
+    capsys.readouterr()
+    work = ["--draws=0", "--num_samples=7", "--progress=false"]
+    if name == "run.json":
+        assert main(["impute", str(run), str(file), *work]) == 2
+        assert "columns age, pay, data.json pay, age" in capsys.readouterr().err
+        return
+    assert main(["impute", str(run), str(file), *work]) == 0
+    names, *found = csv.reader((tmp_path / "a.imputed.csv").read_text().splitlines())
+    assert names == ["pay", "age"]
+    for row, filled in zip(table, found, strict=True):
+        for cell, value in zip(row, filled, strict=True):
+            assert cell == "" or float(value) == pytest.approx(cell)
+
+
 def test_classify_counts_the_labels_of_a_file_without_some_classes(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

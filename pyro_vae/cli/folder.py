@@ -127,7 +127,14 @@ def with_own_rows(options: Namespace) -> tuple[VAE, Data]:
 
 def with_record(run: str) -> tuple[VAE, dict[str, Any]]:
     """The VAE of a run, and what is known of its data."""
-    return config.load(run), read_record(run)
+    vae, known = config.load(run), read_record(run)
+    names, columns = getattr(vae.likelihood, "names", []), known.get("rows", {}).get("columns")
+    if columns and {*names} == {*columns} and names != columns:
+        raise ValueError(
+            f"{run}: run.json has the columns {', '.join(names)}, data.json {', '.join(columns)}: "
+            "they must be in one order; restore both from copies"
+        )
+    return vae, known
 
 
 def as_trained(rows: Data, known: dict[str, Any], vae: VAE) -> Data:
@@ -192,11 +199,19 @@ def read_record(run: str | Path) -> dict[str, Any]:
         for name in trained.keys() & {"seed", "transform"}:
             if known[name] != trained[name]:
                 raise TypeError(f"{name} is {known[name]!r}, in run.json {trained[name]!r}")
-        schema = known.get("rows", {}).get("schema")
-        known["schema"] = None if schema is None else Schema.restore(schema)
+        known["schema"] = _schema(known["rows"]) if "rows" in known else None
         known["transform"] = restore(known["transform"])
         known["class_names"] = [*map(str, known.get("class_names") or ())]
     return known
+
+
+def _schema(rows: dict[str, Any]) -> Schema | None:
+    """The schema of a record of rows, in the order of their columns, whatever that of its keys."""
+    if (schema := rows.get("schema")) is None:
+        return None
+    return Schema.restore(
+        {name: schema[name] for name in dict.fromkeys([*rows["columns"], *schema])}
+    )
 
 
 def read_table(run: str | Path, name: str) -> list[dict[str, float | None]]:
