@@ -187,10 +187,11 @@ def pairs(data: Tensor, samples: Tensor, names: Names = None) -> Figure:
         ax.plot(x, y, ".", ms=2, alpha=0.5, color=PALETTE[rows is samples], rasterized=True)
         xlim, ylim = (_shown(_spread(data[:, d], d)) for d in pair)
         xscale, yscale = ("log" if _skewed(data[:, d]) else "linear" for d in pair)
+        ax.set(xlim=xlim, ylim=ylim)  # first: of samples below 0 matplotlib finds none
         ax.set(xscale=xscale, yscale=yscale)
         ax.minorticks_off()
         xlabel, ylabel = (_short(named[d], 18) for d in pair)
-        ax.set(xlim=xlim, ylim=ylim, xlabel=xlabel, ylabel=ylabel, xticks=[], yticks=[])
+        ax.set(xlabel=xlabel, ylabel=ylabel, xticks=[], yticks=[])
         for axis, d in zip((ax.xaxis, ax.yaxis), pair):
             _name_ticks(axis, codes.get(named[d], ()), 5)
         if pair == chosen[0]:

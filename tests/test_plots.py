@@ -253,3 +253,13 @@ def test_rows_at_the_ends_of_a_logarithmic_axis_are_counted() -> None:
     assert ax.get_xscale() == "log"
     shares = ax.patches[0].get_xy()[:, 1].round(6)
     assert {0.49, 0.51} <= {*shares.tolist()}
+
+
+def test_samples_below_zero_on_a_logarithmic_axis_are_left_out() -> None:
+    data = torch.randn(100, 2, generator=torch.Generator().manual_seed(0)).mul(3).exp()
+    (above, below) = plots.pairs(data, -data).axes
+    assert below.get_xscale() == "log"
+    assert (below.get_xlim(), below.get_ylim()) == (above.get_xlim(), above.get_ylim())
+    low, high = below.get_xlim()
+    assert 0 < low <= data[:, 0].min() * 1.001
+    assert high >= data[:, 0].max() * 0.999
