@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -527,6 +529,17 @@ def test_evidence_in_parts_is_the_evidence_in_one(tmp_path: object) -> None:
         assert torch.equal(getattr(loaded, field), getattr(whole, field))
     assert (loaded.method, loaded.verdict) == (whole.method, whole.verdict)
     assert [p.name for p in tmp_path.iterdir()] == ["evidence.safetensors"]
+
+
+@pytest.mark.parametrize("names", [(b"extras.a", b"extras.b"), (b"F64", b"I64")])
+def test_an_evidence_whose_columns_were_renamed_is_damaged(
+    tmp_path: Path, names: tuple[bytes, bytes]
+) -> None:
+    path = tmp_path / "evidence.safetensors"
+    replace(evidence(N), extras={"a": torch.ones(N)}).save(path)
+    path.write_bytes(path.read_bytes().replace(*names))
+    with pytest.raises(ValueError, match="its digest is that of other content"):
+        Evidence.load(path)
 
 
 def test_evidence_says_how_many_data_have_a_trusted_tail() -> None:

@@ -134,6 +134,24 @@ def test_an_idle_prior_is_standard_normal_in_its_coordinates(name: str) -> None:
     assert set(e.verdict) == {"reliable"}
 
 
+@pytest.mark.parametrize("fixed", [True, False])
+def test_a_prior_has_normal_scores_if_it_is_the_same_for_all_data(fixed: bool) -> None:
+    def prior(x: Tensor) -> None:
+        pyro.sample("z", dist.Laplace(0.0 * x if fixed else x, 1.0).to_event(1))
+
+    def guide(x: Tensor) -> None:
+        with data(len(x)):
+            prior(x)
+
+    def model(x: Tensor) -> None:
+        with data(len(x)):
+            prior(x)
+            pyro.sample("x", dist.Normal(x, 1.0).to_event(1), obs=x)
+
+    target = Target(model, guide, torch.randn(5, 2))
+    assert (target.sites["z"].scores is not None) == fixed
+
+
 def test_sticks_are_torchs_where_torch_is_exact() -> None:
     v = torch.randn(7, 4)
     sticks, torchs = LogSticks(), StickBreakingTransform()
