@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -80,17 +81,22 @@ def test_lines_lead_beyond_a_valley(pair: tuple) -> None:
 
 
 class Twins:
-    """Peaks at 3.3 and -3.3 in the first coordinate, too narrow for a stride to meet."""
+    """Peaks in the first coordinate, 3.3 and another from 0.5, that no stride meets."""
+
+    def __init__(self, other: float) -> None:
+        self.peaks = 0.5 + torch.tensor([3.3, other])
 
     def log_joint(self, u: Tensor) -> Tensor:
-        return -(((u[..., 0].abs() - 3.3) / 0.1) ** 2) / 2
+        return -(((u[..., :1] - self.peaks) / 0.1) ** 2).amin(-1) / 2
 
 
-def test_a_line_leads_to_the_mirror_image_of_a_mode() -> None:
-    mode, line = torch.tensor([[3.3, 0.7]]), torch.tensor([1.0, 0.0]).view(1, 1, 2)
-    spread, centre = torch.tensor([[0.1]]), torch.tensor([[0.0, 0.7]])
-    points, reach = modes._walk(Twins(), mode, line, spread, centre)  # type: ignore[arg-type]
-    torch.testing.assert_close(points, torch.tensor([[[-3.3, 0.7]]]))
+@pytest.mark.parametrize("other", [-3.3, *modes.WALK])
+def test_a_line_leads_to_the_mirror_image_of_a_mode_and_to_fixed_places(other: float) -> None:
+    mode, line = torch.tensor([[3.8, 0.7]]), torch.tensor([1.0, 0.0]).view(1, 1, 2)
+    spread, centre = torch.tensor([[0.1]]), torch.tensor([[0.5, 0.7]])
+    target: Any = Twins(other)
+    points, reach = modes._walk(target, mode, line, spread, centre)
+    torch.testing.assert_close(points, torch.tensor([[[0.5 + other, 0.7]]]))
     torch.testing.assert_close(reach, torch.zeros(1, 1))
 
 
