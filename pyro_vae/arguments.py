@@ -208,6 +208,8 @@ def as_tensor(name: str, value: Any) -> Tensor:
         array = value.to_numpy() if hasattr(value, "to_numpy") else np.asarray(value)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name} must hold rows of one length: {_line(error)}") from error
+    if array.shape == (0,):
+        raise ValueError(f"{name} must have at least one row; got none")
     if array.dtype.kind not in "fiub":
         raise ValueError(f"{name} must hold real numbers; got {array.dtype} values")
     if array.dtype.kind == "u" and array.size and int(array.max()) > LARGEST:
