@@ -11,6 +11,8 @@ from rich.table import Table
 
 def show(rows: Sequence[Mapping[str, Any]], title: str, width: int, digits: int = 2) -> None:
     """Prints rows of cells by their names; numbers with so many digits after the point."""
+    if not rows:
+        return
     table = Table(*rows[0], title=title)
     for row in rows:
         cells = (f"{v:.{digits}f}" if isinstance(v, float) else str(v) for v in row.values())
