@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pyro_vae import build, fit, impute
+from pyro_vae import VAE, Imputation, build, fit, impute
 from pyro_vae.networks import MLP
 from pyro_vae.objectives import IWAE
 
@@ -156,14 +156,21 @@ def ours(x: Tensor, arguments: argparse.Namespace, seed: int) -> tuple[Tensor, f
         encoder={"class_path": "MLP", "init_args": hidden},
         decoder={"class_path": "__main__.Beside", "init_args": hidden},
     )  # fmt: skip
+    found = fitted(vae, x, arguments, seed, num_draws=1)
+    return found.mean, found.log_prob.mean().item()
+
+
+def fitted(
+    vae: VAE, x: Tensor, arguments: argparse.Namespace, seed: int, num_draws: int
+) -> Imputation:
+    """What is imputed by a VAE, trained on the same rows."""
     epochs = max(1, arguments.steps * arguments.batch_size // len(x))
     decay = {"class_path": "CosineAnnealingLR", "init_args": {"T_max": epochs}}
     options = {"batch_size": arguments.batch_size, "lr": arguments.lr, "schedule": decay}
     options |= {"seed": seed, "progress": False, "compile": arguments.compile}
     fit(vae, x, IWAE(num_particles=arguments.particles), epochs=epochs, **options)
-    number = {"num_draws": 1, "num_samples": arguments.samples}
-    found = impute(vae, x, proposal="guide", seed=seed, **number)
-    return found.mean, found.log_prob.mean().item()
+    number = {"num_draws": num_draws, "num_samples": arguments.samples}
+    return impute(vae, x, proposal="guide", seed=seed, **number)
 
 
 def of_levels(x: Tensor, arguments: argparse.Namespace, seed: int) -> tuple[Tensor, float]:
@@ -179,13 +186,7 @@ def of_levels(x: Tensor, arguments: argparse.Namespace, seed: int) -> tuple[Tens
         prior={"MixtureOfGaussians": {"num_components": arguments.components}},
         likelihood={"class_path": "Columns", "init_args": {"columns": kinds}},
     )  # fmt: skip
-    epochs = max(1, arguments.steps * arguments.batch_size // len(x))
-    decay = {"class_path": "CosineAnnealingLR", "init_args": {"T_max": epochs}}
-    options = {"batch_size": arguments.batch_size, "lr": arguments.lr, "schedule": decay}
-    options |= {"seed": seed, "progress": False, "compile": arguments.compile}
-    fit(vae, rows, IWAE(num_particles=arguments.particles), epochs=epochs, **options)
-    number = {"num_draws": 400, "num_samples": arguments.samples}
-    found = impute(vae, rows, proposal="guide", seed=seed, **number)
+    found = fitted(vae, rows, arguments, seed, num_draws=400)
     draws = found.draws.long()
     means = torch.stack([v[draws[..., d]].mean(0) for d, v in enumerate(values)], 1)
     return torch.where(x.isnan(), means, x), found.log_prob.mean().item()
