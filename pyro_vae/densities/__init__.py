@@ -1,4 +1,4 @@
-"""(model, guide, x) -> log p(x|z), log p(z), log q(z|x), and the sites behind them."""
+"""Turns (model, guide, x) into log p(x|z), log p(z), log q(z|x), and the sites behind them."""
 
 from pyro_vae.densities.particles import folds, run_program
 from pyro_vae.densities.programs import (

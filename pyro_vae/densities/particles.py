@@ -1,4 +1,4 @@
-"""Runs of programs with K particles: together in a plate, or folded into rows of data."""
+"""Runs programs with K particles: together in a plate, or folded into the rows of the data."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from pyro_vae.densities.programs import (
 
 __all__ = ["folds", "known_of", "run_program"]
 
-Run = Callable[..., poutine.Trace]  # `run_program` of a program and data
+Run = Callable[..., poutine.Trace]  # `run_program` with its program and data bound
 
-TRIED = 3  # particles
-TOLERANCE = 1e-3  # of log densities: products of other sizes are rounded otherwise
+TRIED = 3  # particles in a trial run of a program
+TOLERANCE = 1e-3  # on log densities: matrix products of another size round differently
 
 
 def run_program(
@@ -44,21 +44,21 @@ def run_program(
     *,
     fold: bool | None = None,
 ) -> poutine.Trace:
-    """The trace of a program, the values and distributions of its sites [K, B].
+    """Returns the trace of a program run with K particles; its sites have batch shape [K, B].
 
     A program that broadcasts sees the data once, and latents with a leading dimension of
-    particles. Any other is folded: it sees K * B rows as though there were so many data.
+    particles. Any other program is folded: it sees K * B rows as if there were so many data.
 
     Args:
         program: A model or a guide.
         x: Data [B, *E].
         y: What is conditioned on [B, C], or None.
         num_particles: Particles K.
-        handler: Gives sites their values, such as `poutine.condition(data=...)`.
-        fold: Whether to fold; None to find out, once for each program.
+        handler: Sets the values of sites, such as `poutine.condition(data=...)`.
+        fold: Whether to fold; None to find out by trial runs, once for each program.
 
     Raises:
-        ValueError: If several particles can be run in neither way.
+        ValueError: If the program can run with several particles in neither way.
     """
     K = num_particles
     fold = folds(program, x, y, K) if fold is None else fold
@@ -73,10 +73,10 @@ def run_program(
 
 
 def folds(program: Program, x: Tensor, y: Tensor | None, num_particles: int = 1) -> bool:
-    """Whether a program must be folded.
+    """Returns whether a program must be folded to run with several particles.
 
     Raises:
-        ValueError: If several particles can be run in neither way.
+        ValueError: If the program can run with several particles in neither way.
     """
     answer = known_of(program, x, y).fold
     if not isinstance(answer, str) or num_particles == 1:
@@ -90,12 +90,12 @@ def folds(program: Program, x: Tensor, y: Tensor | None, num_particles: int = 1)
 
 
 class Known(NamedTuple):
-    """What a few runs of a program on one row and on two have shown.
+    """What trial runs on one row and on two rows have shown about a program.
 
     Attributes:
-        fold: Whether it must be folded; if that is not right either, what is wrong; None where
-            it could not be tried.
-        latents: Its latent sites; the values [C, *event] of those to be summed out, else None.
+        fold: Whether the program must be folded; a message if folding fails too; None if it could
+            not be tried.
+        latents: For each latent site, its values [C, *event] if it is to be summed out, else None.
     """
 
     fold: bool | str | None = None
@@ -106,19 +106,20 @@ _known: WeakKeyDictionary[Any, dict[Any, Known]] = WeakKeyDictionary()
 
 
 def known_of(program: Program, x: Tensor, y: Tensor | None) -> Known:
-    """What is known of a program, found out once and kept while its owner lives.
+    """Returns what is known of a program, found out once and kept while its owner lives.
 
-    What is traced must have been tried before; else it counts as a program that broadcasts.
+    Nothing can be tried on an `x` that is being traced: a program not tried before then counts
+    as one that broadcasts.
     """
     owner, method = getattr(program, "__self__", program), getattr(program, "__func__", None)
     key = method, y is None, x.dtype, x.device
     try:
         kept = _known.setdefault(owner, {})
-    except TypeError:  # it takes no weak references: each question is answered anew
+    except TypeError:  # the owner takes no weak references: the program is tried at each call
         kept = {}
     if key in kept:
         return kept[key]
-    traced = type(x) not in (Tensor, nn.Parameter)  # without numbers that could be tried
+    traced = type(x) not in (Tensor, nn.Parameter)  # a stand-in without numbers to try
     known = Known() if traced else _tried(program, x, y)
     if known.fold is not None:
         kept[key] = known
@@ -126,7 +127,7 @@ def known_of(program: Program, x: Tensor, y: Tensor | None) -> Known:
 
 
 def _tried(program: Program, x: Tensor, y: Tensor | None) -> Known:
-    """What a program shows on these data; where it fails, the run itself will say so."""
+    """Tries a program on the first rows; its errors are ignored, for the real run raises them."""
     fold: bool | str | None = None
     latents: Sites = {}
     no_cast = torch.autocast(x.device.type, enabled=False)
@@ -162,7 +163,7 @@ def _support(name: str, infer: dict[str, Any], fn: Any) -> Tensor | None:
 
 
 def _fault(run: Run, latents: Latents, truth: Latents, *, fold: bool) -> str:
-    """What is wrong with a run of all particles together; empty if nothing."""
+    """Returns what is wrong with a run of all particles together; empty if nothing."""
     try:
         trace = run(TRIED, poutine.condition(data=latents), fold=fold)
         together = _scores(sample_sites(trace, "program"))
@@ -181,10 +182,10 @@ def _stacked(parts: list[Latents]) -> Latents:
 
 
 def _scores(sites: Sites) -> Latents:
-    """Log density of each site, but of those that can score nothing but their own draws."""
+    """Returns the log density of each site, leaving out those that can score only own draws."""
     scores = {}
     for name, site in sites.items():
-        try:  # of a copy: a flow knows the density of its own draw
+        try:  # a copy, for a flow returns the density that it kept for its own draw
             scores[name] = site["fn"].log_prob(site["value"].clone())
         except (KeyError, NotImplementedError):
             continue
@@ -192,21 +193,21 @@ def _scores(sites: Sites) -> Latents:
 
 
 class ParticlePlate(IndepMessenger):
-    """The plate of particles, outside the plate "data": `pyro.plate` less its subsampling."""
+    """The plate of particles, outside the plate "data": a `pyro.plate` without subsampling."""
 
     def _process_message(self, msg: Any) -> None:
         super()._process_message(msg)
         fn = msg["fn"]
         if isinstance(fn, TorchDistributionMixin) and fn.batch_shape[:-1] != (self.size,):
-            msg["infer"]["constant"] = fn  # it is the same for every particle
+            msg["infer"]["constant"] = fn  # the distribution is the same for every particle
             BroadcastMessenger._pyro_sample(msg)
 
 
 class Fold(Messenger):
-    """Shows a program K * B rows, and the handlers outside it K particles of B data.
+    """Lets a program see K * B rows, and the handlers outside it K particles of B data.
 
     Args:
-        num_particles: K. With one, the program sees the data as they are.
+        num_particles: Particles K. With one, the program sees the data as they are.
     """
 
     def __init__(self, num_particles: int) -> None:
@@ -216,7 +217,7 @@ class Fold(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         K, fn = self.num_particles, msg["fn"]
         if K > 1 and site_is_subsample(msg):
-            msg["stop"] = True  # its rows are not those of a program that broadcasts
+            msg["stop"] = True  # handlers outside must not see a subsample of K * B rows
         if not (is_random(msg) and msg["cond_indep_stack"]):
             return
         if msg["value"] is not None:
@@ -238,7 +239,7 @@ class Fold(Messenger):
 
 
 def _unfolded(fn: Any, num_particles: int) -> dist.TorchDistribution:
-    """A distribution of batch [K * B] as one of batch [K, B]: a Normal stays one, for its KL."""
+    """Returns `fn`, of batch [K * B], with batch [K, B]; a Normal stays Normal, for its KL."""
     base = fn.base_dist if type(fn) is dist.Independent else fn
     if type(base) is not dist.Normal:
         return Unfolded(fn, num_particles)
@@ -247,7 +248,7 @@ def _unfolded(fn: Any, num_particles: int) -> dist.TorchDistribution:
 
 
 class Unfolded(dist.TorchDistribution):
-    """Any distribution of batch [K * B], with batch [K, B]."""
+    """Wraps any distribution of batch [K * B] into one of batch [K, B]."""
 
     arg_constraints = {}
 
@@ -255,7 +256,7 @@ class Unfolded(dist.TorchDistribution):
         rows = base.batch_shape.numel() // num_particles
         super().__init__(Size([num_particles, rows]), base.event_shape, validate_args=False)
         self.base_dist, self.has_rsample = base, base.has_rsample
-        self.drawn: tuple[Tensor | None, Tensor | None] = None, None  # flows know their own draw
+        self.drawn: tuple[Tensor | None, Tensor | None] = None, None  # the last draw and its rows
 
     @property
     def support(self) -> Any:

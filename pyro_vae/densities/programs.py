@@ -1,4 +1,4 @@
-"""Programs: what handlers change while they run, and which of their sites are accepted."""
+"""The handlers under which programs run, and the checks of their sites."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Latents = dict[str, Tensor]
 
 
 class OwnParameters(Messenger):
-    """Registers no module's parameters in Pyro's store: the site gets the module's own tensor.
+    """Keeps modules' parameters out of Pyro's store: each site gets the module's own tensor.
 
     Registering them costs Python work per parameter, is needed by `pyro.infer.SVI` alone, and
     is global: a second module of the same names would be given the first one's tensors.
@@ -37,22 +37,22 @@ class OwnParameters(Messenger):
 
     def _pyro_param(self, msg: dict[str, Any]) -> None:
         start = msg["args"][1] if len(msg["args"]) > 1 else None
-        known = msg["name"] in pyro.get_param_store()  # so that there is nothing to register
+        known = msg["name"] in pyro.get_param_store()  # then there is nothing to register
         if isinstance(start, nn.Parameter) and not known:
             msg["value"], msg["done"], msg["stop"] = start, True, True
 
 
 @contextmanager
 def evaluating(*programs: Program, seed: int | None, device: torch.device) -> Iterator[None]:
-    """Every module that runs inside is in eval mode, without gradients; all is put back after.
+    """Runs what is inside in eval mode without gradients, and puts back all that this changes.
 
-    Modules that a program is a method of are switched with all they hold. Those that plain
-    functions reach are found as they run, by a hook before their forward pass, in this thread.
+    The modules whose methods `programs` are get switched with all their submodules. Modules
+    that plain functions call are found as they run, by a forward pre-hook, in this thread.
 
     Args:
         programs: The model and guide that will run.
-        seed: Of what is drawn inside; None goes on from the current state.
-        device: Where it is drawn.
+        seed: Seed of the draws inside; None goes on from the current state.
+        device: Device of the draws.
     """
     store, thread = pyro.get_param_store(), threading.get_ident()
     owners = [p if isinstance(p, nn.Module) else getattr(p, "__self__", None) for p in programs]
@@ -83,15 +83,15 @@ def evaluating(*programs: Program, seed: int | None, device: torch.device) -> It
 
 
 def scale_latents(fn: Program, beta: float | Tensor) -> Program:
-    """`fn` with the log density of every unobserved site multiplied by `beta`.
+    """Returns `fn` with the log density of every unobserved site multiplied by `beta`.
 
     `scale_latents(model, beta)` and `scale_latents(guide, beta)` under Pyro's own Trace_ELBO or
     TraceMeanField_ELBO are the beta-VAE; `objectives.ELBO(beta)` is the same bound. Both sides
     must be scaled. `poutine.scale` would scale the observed sites too, and refuses 0.
 
-    A site counts as observed if it is so below this handler: `scale_latents(condition(model,
-    data), beta)` leaves the data's site alone, `condition(scale_latents(model, beta), data)`
-    scales it, for there the site is still latent when it passes.
+    What counts is whether a site is observed inside this handler: `scale_latents(condition(model,
+    data), beta)` leaves the data's site alone; `condition(scale_latents(model, beta), data)`
+    scales it, for inside it is still latent.
 
     Args:
         fn: A model or guide.
@@ -119,12 +119,12 @@ class ScaleLatents(Messenger):
 
 
 def is_random(site: Any) -> bool:
-    """Whether a site of type "sample" has a density: neither a plate's rows nor deterministic."""
+    """Returns whether a "sample" site has a density; a subsample or deterministic one has none."""
     return not (site_is_subsample(site) or (site["infer"] or {}).get("_deterministic", False))
 
 
 def sample_sites(trace: poutine.Trace, program: str) -> Sites:
-    """The sites of a trace that have a density, by name; refuses what has none per datum."""
+    """Returns sites that have a density, by name; raises a ValueError on unsupported ones."""
     nodes: Any = trace.nodes
     sites = {n: s for n, s in nodes.items() if s["type"] == "sample" and is_random(s)}
     for name, site in sites.items():
@@ -154,7 +154,7 @@ def sample_sites(trace: poutine.Trace, program: str) -> Sites:
 
 
 def check_latents(model: list[str], guide: Iterable[str]) -> None:
-    """Refuses programs whose latent sites differ, or that have none."""
+    """Raises a ValueError if the latent sites of model and guide differ, or there are none."""
     if missing := sorted(set(model) ^ set(guide)):
         raise ValueError(
             f"model and guide must have the same latent sites; {missing} is in one of them only"

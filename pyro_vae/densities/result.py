@@ -42,7 +42,7 @@ class Site:
 
     @cached_property
     def analytic_kl(self) -> Tensor | None:
-        """KL(guide || model) [B] by the rule for the pair, averaged over particles, or None."""
+        """Analytic KL(guide || model) [B], averaged over particles; None if there is no rule."""
         try:
             return kl_divergence(self.guide, self.model).mean(0)
         except NotImplementedError:
@@ -53,21 +53,22 @@ class Site:
 class Densities:
     """The log densities of K particles for each of B data, in nats, and the sites behind them.
 
-    Everything is at weight one, whatever scales the programs carry, and computed when read.
+    Nothing is scaled, whatever scales the programs carry; all is computed when first read.
 
     Attributes:
         sites: The latent sites, by name.
         observed: Distribution and value of the observed sites, by name.
         num_particles: K.
         num_data: B, the rows of the plate "data".
-        scale: Rows that each of them stands for: the subsampling of the plate "data".
-        site_scales: Site and factor on its log density, subsampling included, in both programs.
-        same_order: Whether model and guide draw the sites in the same order, without which a
-            site's conditional KL is not a term of the bound.
-        each: Where discrete latents are summed and each of their values has draws of its own:
-            the same with every draw of every value as a particle.
-        label_term: What objectives add for sites with infer={"label_weight": w}, the sum of
-            w log p(label | x) [B], and for a classifier in the guide; or None.
+        scale: Rows that each datum stands for, more than one if the plate "data" is subsampled.
+        site_scales: For each site of both programs, its name and the factor on its log density,
+            subsampling included.
+        same_order: Whether model and guide draw the sites in the same order; if they do not, the
+            conditional KL of a site is not a term of the bound.
+        each: Where discrete latents are summed out and each of their values has draws of its own,
+            the densities with every draw of every value as a particle; else None.
+        label_term: What objectives add [B] for sites with infer={"label_weight": w}: the sum of
+            w log p(label | x), or the term of a classifier in the guide; None without such sites.
     """
 
     sites: dict[str, Site]
@@ -102,10 +103,10 @@ class Densities:
 
     @cached_property
     def log_posterior_detached(self) -> Tensor:
-        """log q(z | x) [K, B], whose gradient passes through z, not the guide's parameters.
+        """log q(z | x) [K, B], whose gradient passes through z but not the guide's parameters.
 
-        That of a draw of several sites is right too: a site's draw moves the distributions of
-        later ones. Costs one more density of each site, and no run of the guide.
+        This holds for several sites too, where a draw moves the distributions of later sites. It
+        costs one more density of each site, and no run of the guide.
 
         Raises:
             ValueError: If a site's distribution cannot score a point that it did not draw.
@@ -114,7 +115,7 @@ class Densities:
             return self.log_posterior
         terms = []
         for name, site in self.sites.items():
-            try:  # of a view: a flow keeps the density of its own draw, computed from the noise
+            try:  # a view, for a flow would return the density that it kept for its own draw
                 terms.append(site.guide.log_prob(site.value.view_as(site.value)))
             except (KeyError, NotImplementedError) as error:
                 raise ValueError(
@@ -126,19 +127,19 @@ class Densities:
         return self.log_posterior.detach() + path - path.detach()
 
     def through_latents(self, log_density: Tensor) -> Tensor:
-        r"""A number [K, B] with the gradient of `log_density` through the latents alone.
+        r"""Returns a tensor [K, B] with the gradient of `log_density` through the latents alone.
 
         .. math:: \sum_i z_i^\top \, \mathrm{stop}\Big(\frac{\partial f}{\partial z_i}\Big)
 
         where the derivative with respect to one site holds the others, and all parameters,
-        fixed. `log_density` less it has the gradient with the draws held fixed. Only its
-        gradient is meaningful.
+        fixed. `log_density` minus this tensor has the gradient with the draws held fixed. The
+        values of the tensor mean nothing.
 
         Args:
-            log_density: f [K, B], an entry of which depends on the draws of that entry alone.
+            log_density: f [K, B], each entry of which depends on the draws of that entry alone.
 
         Raises:
-            ValueError: If each value of a summed latent has draws of its own: see `each`.
+            ValueError: If each value of a summed latent has draws of its own (see `each`).
         """
         if self.each is not None:
             raise ValueError(
@@ -151,20 +152,20 @@ class Densities:
         return self._sum([(g * latents[n]).reshape(shape).sum(-1) for n, g in slopes.items()])
 
     def kl(self, rule: str = "auto") -> dict[str, Tensor]:
-        """KL(q || p) of each site [B].
+        """Returns KL(q || p) of each site [B].
 
         Args:
             rule: "analytic"; "sampled", the average of log q - log p over particles; or
                 "auto", analytic where `kl_rules` says so.
 
         Raises:
-            ValueError: If "analytic" is asked for a pair that has no rule, which it names.
+            ValueError: If `rule` is "analytic", and a site has no rule or `same_order` is false.
         """
         check_choice(KL_RULES, kl=rule)
         return {name: self._site_kl(name, site, rule) for name, site in self.sites.items()}
 
     def kl_by_dimension(self, rule: str = "auto") -> dict[str, Tensor]:
-        """KL(q || p) of each dimension of each site [B, D], of distributions that factorise.
+        """Returns KL(q || p) of each dimension of each site [B, D].
 
         Args:
             rule: As for `kl`.
@@ -187,7 +188,7 @@ class Densities:
 
     @cached_property
     def kl_rules(self) -> dict[str, str]:
-        """Which rule "auto" uses for each site, "analytic" or "sampled"."""
+        """The rule that "auto" uses for each site, "analytic" or "sampled"."""
         return {
             name: "analytic" if self.same_order and site.analytic_kl is not None else "sampled"
             for name, site in self.sites.items()
@@ -216,7 +217,7 @@ class Densities:
 
 
 def densities_of(p: Sites, q: Sites, num_particles: int) -> Densities:
-    """The densities of a model's sites and a guide's; those in the model alone are observed."""
+    """Returns the densities of both programs' sites; those of the model alone are observed."""
     (plate,) = (f for f in next(iter(p.values()))["cond_indep_stack"] if f.name == "data")
     return Densities(
         sites={n: Site(s["value"], q[n]["fn"], s["fn"]) for n, s in p.items() if n in q},
@@ -230,24 +231,24 @@ def densities_of(p: Sites, q: Sites, num_particles: int) -> Densities:
 
 
 def log_mean_exp(log_weights: Tensor) -> Tensor:
-    """log of the mean weight [B], of log weights [K, B]."""
+    """Returns the log of the mean weight [B], of log weights [K, B]."""
     return log_weights.logsumexp(0) - math.log(len(log_weights))
 
 
 def factors(fn: Distribution) -> Distribution:
-    """The distribution of each entry, if these are declared to be independent."""
+    """Returns the distribution of each entry: `fn` without its `Independent` wrappers."""
     return factors(fn.base_dist) if isinstance(fn, Independent) else fn
 
 
 def _slopes(log_density: Tensor, latents: Latents) -> Latents:
-    """Derivative of the sum of `log_density` with respect to each of `latents`, others fixed."""
+    """Returns the gradient of the sum of `log_density` in each of `latents`, others held fixed."""
     slopes: Latents = {}
     if not (latents and log_density.requires_grad):
         return slopes
 
     def stop(name: str, slope: Tensor) -> Tensor:
         slopes[name] = slope
-        return torch.zeros_like(slope)  # so that nothing reaches the sites before it
+        return torch.zeros_like(slope)  # so that no gradient reaches the sites before it
 
     hooks = [z.register_hook(partial(stop, name)) for name, z in latents.items()]
     try:

@@ -1,4 +1,4 @@
-"""Running a model and a guide together: densities, draws, log weights, entries of a datum."""
+"""Runs a model and a guide together: densities, draws, log weights, entries of a datum."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from pyro_vae.densities.programs import (
 from pyro_vae.densities.result import Densities, densities_of, factors
 from pyro_vae.densities.summed import summed_densities, summed_values
 
-OF_CLASSES = {"enumerate", "label_weight"}  # what marks sites of a class, which see no entry
+OF_CLASSES = {"enumerate", "label_weight"}  # `infer` keys that mark sites of a class or label
 
 
 class NotSimulated(ValueError):
-    """Data cannot be simulated from a model."""
+    """Raised where data cannot be simulated from a model."""
 
 
 @takes_vae
 def densities(
     model: Program, guide: Program, x: Tensor, y: Tensor | None = None, *, num_particles: int = 1
 ) -> Densities:
-    """Runs the guide, replays the model against it, and gives the log densities of both.
+    """Runs the guide, replays the model against it, and returns the log densities of both.
 
     The programs run once each, whatever the number of particles: a plate "particles" outside
     "data" draws them together, so that an encoder runs once. Pyro's parameter store is left
     alone: parameters are those of the modules.
 
     A discrete latent of the model with Pyro's `infer={"enumerate": "parallel"}` is summed out:
-    the model runs on its C values as on C * K particles. The guide need not have it; where it
-    does, its value alone counts, and each value has draws of its own.
+    the model runs on its C values as on C * K particles. The guide need not have the site. If
+    it has, its distribution there is ignored, and it draws its other latents for each value.
 
     Args:
-        model: Pyro model of (x) or (x, y), all its sites inside one plate "data" at dim -1; or
-            a VAE, which stands for its model and guide: densities(vae, x).
-        guide: Pyro guide of the same arguments.
+        model: Pyro model called with (x) or (x, y), all its sites inside one plate "data" at dim
+            -1; or a VAE, which stands for its model and guide: densities(vae, x).
+        guide: Pyro guide called with the same arguments.
         x: Data [B, *E].
         y: What is conditioned on [B, C], or None.
         num_particles: Particles K.
@@ -72,11 +72,11 @@ def densities(
 def registered_densities(
     model: Program, guide: Program, x: Tensor, y: Tensor | None = None, *, num_particles: int = 1
 ) -> Densities:
-    """As `densities`, for `pyro.infer.SVI`: parameters are registered as the programs ask."""
+    """Computes `densities` for `pyro.infer.SVI`, with parameters registered in Pyro's store."""
     values = summed_values(model, x, y)
     if values:
         return summed_densities(model, guide, x, y, num_particles, values)
-    fold = [folds(program, x, y, num_particles) for program in (guide, model)]  # before SVI looks
+    fold = [folds(program, x, y, num_particles) for program in (guide, model)]  # trial runs first
     guide_trace = run_program(guide, x, y, num_particles, fold=fold[0])
     q = sample_sites(guide_trace, "guide")
     replay = poutine.replay(trace=guide_trace)
@@ -93,7 +93,7 @@ def draw_latents(
     num_particles: int = 1,
     chunk_size: int | None = None,
 ) -> tuple[Latents, Tensor]:
-    """Draws of the guide by site, [K, B, *event], and their log density log q(z | x) [K, B].
+    """Returns draws of the guide by site [K, B, *event], and their log q(z | x) [K, B].
 
     A guide that does not broadcast sees at most `chunk_size` rows at a time.
     """
@@ -108,12 +108,12 @@ def draw_latents(
 
 
 def log_joint(model: Program, x: Tensor, y: Tensor | None, latents: Latents) -> Tensor:
-    """log p(x, z) [K, B] of given latents, by site [K, B, *event]."""
+    """Returns log p(x, z) [K, B] at given latents, by site [K, B, *event]."""
     return _log_prob(sites_at(model, x, y, latents), x)
 
 
 def sites_at(model: Program, x: Tensor, y: Tensor | None, latents: Latents) -> Sites:
-    """The sites of a model at given latents, which must be all of its own."""
+    """Returns the sites of a model at given latents, which must be all of its latents."""
     num_particles = next((len(z) for z in latents.values()), 1)
     trace = run_program(model, x, y, num_particles, poutine.condition(data=latents))
     sites = sample_sites(trace, "model")
@@ -131,7 +131,7 @@ def log_weights(
     chunk_size: int,
     joint: Callable[[Program, Tensor, Tensor | None, Latents], Tensor] = log_joint,
 ) -> Tensor:
-    """Log importance weights log p(x, z) - log q(z | x) [K, B] of K fresh draws of z.
+    """Returns log importance weights log p(x, z) - log q(z | x) [K, B] of K fresh draws of z.
 
     The guide runs once; the model sees at most `chunk_size` draws of all data at a time.
 
@@ -142,7 +142,7 @@ def log_weights(
         y: What is conditioned on [B, C], or None.
         num_particles: Draws K for each datum.
         chunk_size: Rows, draws times data, that the model sees at once.
-        joint: What gives log p(x, z), such as a compiled `log_joint`.
+        joint: Function that returns log p(x, z), such as a compiled `log_joint`.
     """
     step = max(1, chunk_size // len(x))
     parts = []
@@ -157,22 +157,22 @@ def log_weights(
     for start in range(0, num_particles, step):
         chunk = {name: z[start : start + step] for name, z in latents.items()}
         with nullcontext() if start == 0 else pyro.validation_enabled(False):
-            parts.append(joint(model, x, y, chunk))  # the first has checked the data
+            parts.append(joint(model, x, y, chunk))  # the first chunk has checked the data
     return torch.cat(parts) - log_q
 
 
 def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Latents]:
-    """Data [B, *E] drawn from the model, and the latents by site [1, B, *event] that made them.
+    """Draws data [B, *E] from the model; returns them and their latents by site [1, B, *event].
 
     Args:
-        model: Pyro model whose one observed site is x, but for discrete ones that would be summed
-            out, which stay at their values.
-        x: Data [B, *E], of which only shape and type matter, and which entries are NaN: these
-            are missing from the draws too.
+        model: Pyro model whose one observed site is x. Discrete sites that would be summed out
+            if they were latent may be observed too: they keep their values.
+        x: Data [B, *E], of which only shape, type and the places of NaN count: entries that are
+            NaN are missing from the draws too.
         y: What is conditioned on [B, C], or None.
 
     Raises:
-        NotSimulated: If the model observes anything but x.
+        NotSimulated: If the model observes anything but x, or its density is given a part of x.
     """
     args = [part for part in (x, y) if part is not None]
     with OwnParameters(), pyro.validation_enabled(False):
@@ -203,10 +203,10 @@ def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tenso
 
 
 def complete_data(sites: Sites, x: Tensor, latents: Latents) -> Tensor:
-    """x [K, B, *E] with its missing entries (NaN) drawn from p(x | z), by a run at given latents.
+    """Returns x [K, B, *E] with its missing entries (NaN) drawn from p(x | z).
 
-    They are draws of the site that observes x. Where a latent site has its name and "_missing",
-    as in models of what goes missing, they are the values of that.
+    They are draws of the site of x in `sites`, which `sites_at` gave at the latents. If there is
+    a latent site of the same name and "_missing", as in models of missingness, its values count.
 
     Raises:
         ValueError: If no site of the model observes x.
@@ -218,7 +218,7 @@ def complete_data(sites: Sites, x: Tensor, latents: Latents) -> Tensor:
 
 
 def entry_log_prob(sites: Sites, x: Tensor, latents: Latents) -> Tensor:
-    """log p(x_e | z) of each entry [K, B, *E], by a run at given latents; 0 where it is missing.
+    """Returns log p(x_e | z) of each entry [K, B, *E] at given latents; 0 where it is missing.
 
     Raises:
         ValueError: If the model observes anything but x, or its entries are not independent.
@@ -251,12 +251,12 @@ def _site_of_data(sites: Sites, x: Tensor, latents: Latents) -> str:
 
 
 def _is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors have the same numbers, and NaN in the same places."""
+    """Returns whether two tensors have the same numbers, and NaN in the same places."""
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(0), b.nan_to_num(0))
 
 
 def _log_prob(sites: Sites, x: Tensor) -> Tensor:
-    """Log density of all `sites` [K, B], one column for each row of `x`."""
+    """Returns the sum of the sites' log densities [K, B]; B must be the number of rows of `x`."""
     terms = [site["fn"].log_prob(site["value"]) for site in sites.values()]
     if any(term.shape[-1] != len(x) for term in terms):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Discrete sites of a model summed out: each joint value is one more block of particles."""
+"""Sums discrete sites of a model out: each joint value is one more block of K particles."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from pyro_vae.densities.result import Densities, Site, densities_of
 
 __all__ = ["summed_densities", "summed_values"]
 
-MOST = 10_000  # joint values
-EXCLUDED = 100.0  # nats by which a classifier takes what x excludes for less likely than the rest
+MOST = 10_000  # joint values that may be summed over
+EXCLUDED = 100.0  # nats below the least likely value, for values of log weight -inf
 
 
 def summed_values(model: Program, x: Tensor, y: Tensor | None = None) -> Latents:
-    """The joint values [C, *event] of the latent sites marked `infer={"enumerate": "parallel"}`.
+    """Returns the joint values [C, *event] of latent sites with `infer={"enumerate": "parallel"}`.
 
-    They are found by one run on one row, once for each program; empty without such a site.
+    Trial runs find them, once for each program; empty without such a site.
 
     Raises:
-        ValueError: If there are more than 10,000 joint values, or a site has no list of them.
+        ValueError: If there are more than 10,000 joint values, or a site cannot list its values.
     """
     marked = {name: v for name, v in known_of(model, x, y).latents.items() if v is not None}
     if not marked:
@@ -43,7 +43,7 @@ def summed_values(model: Program, x: Tensor, y: Tensor | None = None) -> Latents
 
 
 class Given(Messenger):
-    """Gives sites the joint values, each to a block of K particles, and latents their draws."""
+    """Fixes summed sites at the joint values, K particles for each, and latents at draws."""
 
     def __init__(self, values: Latents, latents: Latents) -> None:
         super().__init__()
@@ -61,13 +61,13 @@ class Given(Messenger):
 
 
 class OverValues(dist.TorchDistribution):
-    """Distributions of the C joint values, a batch [C * K, B], as one of batch [K, B].
+    """Wraps distributions under each of C joint values, batch [C * K, B], as one of batch [K, B].
 
     Args:
         base: The distribution of batch [C * K, B].
-        log_weights: Of the values [C, K, B].
-        scored: A value, and its log densities under each of the C [C, K, B].
-        has_rsample: Whether gradients pass through the value.
+        log_weights: Log weights of the values [C, K, B].
+        scored: A sample, and its log densities under each value [C, K, B], already computed.
+        has_rsample: Whether gradients pass through the sample.
     """
 
     arg_constraints = {}
@@ -84,13 +84,13 @@ class OverValues(dist.TorchDistribution):
         self.has_rsample = has_rsample
 
     def terms(self, value: Tensor) -> Tensor:
-        """Log densities under each of the C [C, K, B]."""
+        """Returns log densities under each of the C values [C, K, B]."""
         known, terms = self.scored
         return terms if value is known else _terms(self.base_dist, value, self.log_weights)
 
 
 class Mixture(OverValues):
-    """p(value) with a discrete latent summed out."""
+    """The mixture over the C values: a discrete latent is summed out."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         return (self.log_weights + self.terms(value)).logsumexp(0)
@@ -105,7 +105,7 @@ class Mixture(OverValues):
 
 
 class Average(OverValues):
-    """Log densities averaged over a discrete latent: of draws that depend on its value."""
+    """Log densities averaged over a discrete latent, each of whose values has its own draws."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         weights = self.log_weights.exp()
@@ -120,15 +120,16 @@ def summed_densities(
     num_particles: int,
     values: Latents,
 ) -> Densities:
-    r"""Densities with discrete latents c of the model summed out.
+    r"""Returns the densities with discrete latents c of the model summed out.
 
     .. math:: \log w_k = \log \sum_c \frac{p(x, c, z_{kc})}{q(z_{kc} \mid x, c)}
 
-    Where the guide has no site c its draws serve every value, and what depends on c becomes a
-    mixture: all terms are those of the model without c. Where it has one, of which the value
-    alone counts, each value has draws of its own. Then c stays a site, whose distribution in
-    the guide is p(c | x, z), and all else is averaged over it; every KL is sampled. Only with
-    infer={"classifier": True} is its q(c | x) looked at: see `_classifier_term`.
+    If the guide has no site c, its draws serve every value, and sites that depend on c become
+    mixtures: all terms are those of the model without c. If it has one, it draws its other
+    latents for each value, and its distribution of c is ignored. Then, or if the model has no
+    other latents, c stays a site whose distribution in the guide is p(c | x, z), the other
+    sites are averaged over it, and every KL is sampled. Only with infer={"classifier": True} is
+    the guide's q(c | x) used: see `_classifier_term`.
     """
     C, K = len(next(iter(values.values()))), num_particles
     own = bool(values.keys() & known_of(guide, x, y).latents.keys())
@@ -172,7 +173,7 @@ def summed_densities(
 def _mixtures(
     p: Sites, q: Sites, log_p: dict[str, Tensor], values: Latents
 ) -> tuple[dict[str, Site], dict[str, tuple[Any, Tensor]]]:
-    """Sites of a model without c: each given those before it, with c summed out."""
+    """Returns the sites of a model without c: each given those before it, with c summed out."""
     latents, observed = {}, {}
     joint = torch.zeros_like(next(iter(log_p.values())))  # log p(c, sites so far) [C, K, B]
     for name, site in p.items():
@@ -195,7 +196,7 @@ def _mixtures(
 def _averages(
     p: Sites, q: Sites, log_p: Latents, log_q: Latents, values: Latents
 ) -> tuple[dict[str, Site], dict[str, tuple[Any, Tensor]]]:
-    """Sites given c, averaged over p(c | x, draws), and c itself."""
+    """Returns the sites given c, averaged over p(c | x, draws), and c itself."""
     weights = (_total(log_p) - _total(log_q)).log_softmax(0)
     latents, observed = {}, {}
     first = next(iter(values))
@@ -206,7 +207,7 @@ def _averages(
             of_draws = q[name]["fn"]
             of_guide = Average(of_draws, weights, (value, log_q[name]), of_draws.has_rsample)
             latents[name] = Site(value, of_guide, of_model)
-        elif name in values:  # all of them are one joint latent
+        elif name in values:  # the summed sites together are one joint latent
             log_posterior = weights if name == first else torch.zeros_like(weights)
             of_guide = Average(fn, weights, (value, log_posterior), has_rsample=True)
             latents[name] = Site(value, of_guide, of_model)
@@ -216,7 +217,7 @@ def _averages(
 
 
 def _label_term(p: Sites, log_p: Latents, log_q: Latents) -> Tensor | None:
-    """Sum over sites with infer={"label_weight": w} of w log p(label | x) [B], or None."""
+    """Returns the sum of w log p(label | x) [B] for infer={"label_weight": w}, or None."""
     weights = {n: s["infer"].get("label_weight") for n, s in p.items()}
     weights = {name: weight for name, weight in weights.items() if weight}
     if not weights:
@@ -229,17 +230,17 @@ def _label_term(p: Sites, log_p: Latents, log_q: Latents) -> Tensor | None:
 def _classifier_term(
     p: Sites, log_p: dict[str, Tensor], log_q: dict[str, Tensor], log_classifier: Tensor
 ) -> Tensor:
-    r"""What a classifier q(c | x) of the guide adds [B], its log densities [C, K, B].
+    r"""Returns the term [B] of a classifier q(c | x) in the guide, of log densities [C, K, B].
 
     .. math:: w \log q(l \mid x) - \mathrm{KL}(q(c \mid x, l) \,\|\, p(c \mid x, l))
 
-    for a label l of weight w, certain or none. The bound less the KL, which is 0 at a certain
-    label, is that of a guide that draws c from it.
+    for a label l of weight w, which is either certain or missing; the KL is 0 where it is
+    certain. The bound minus the KL is the bound of a guide that draws c from the classifier.
     """
     weights = {n: s["infer"]["label_weight"] for n, s in p.items() if "label_weight" in s["infer"]}
     labels = {n: log_p[n][:, 0] for n in weights}
     rest = _total({n: v for n, v in log_p.items() if n not in weights}) - _total(log_q)
-    excluded = rest == -torch.inf  # by x: taken as less likely than all else, not impossible
+    excluded = rest == -torch.inf  # by x: taken as very unlikely, lest the KL be infinite
     least = rest.detach().masked_fill(excluded, torch.inf).amin((0, 1))
     rest = torch.where(excluded, least - EXCLUDED, rest)
     log_w, log_c, said = rest.logsumexp(1), log_classifier.mean(1), _total(labels)
@@ -254,7 +255,7 @@ def _total(terms: dict[str, Tensor]) -> Tensor:
 
 
 def _terms(fn: Any, value: Tensor, like: Tensor) -> Tensor:
-    """Log densities [C, K, B] of a value [*K, B, *event] under a batch [C * K, B]."""
+    """Returns log densities [C, K, B] of a value [*K, B, *event] under a batch [C * K, B]."""
     C, K = like.shape[:2]
     dim = value.ndim - len(fn.event_shape) - 2
     if dim >= 0 and value.shape[dim] == K:
