@@ -1,4 +1,4 @@
-"""Datasets, as `fit` takes them, and what is measured on them between epochs."""
+"""Datasets for `fit`, and what it measures on them between epochs."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from pyro_vae.densities.programs import is_random
 from pyro_vae.estimators.importance import lower_bound
 from pyro_vae.processes import Group
 
-CHUNK = 1000  # rows at once
-UNIT_ROWS = 1000  # that the active units are counted on
-ACTIVE = 0.01  # least variance over data of an active unit's posterior mean
+CHUNK = 1000  # number of validation rows processed at once
+UNIT_ROWS = 1000  # largest number of rows on which active units are counted
+ACTIVE = 0.01  # a unit is active if the variance of its posterior mean over data is above this
 
 
 @dataclass(frozen=True, eq=False)
 class TensorDataset:
-    """Tensors as rows that are gathered by index.
+    """A dataset whose rows are held in tensors.
 
-    Other classes train as well that have its `__len__`, `batch`, `fixed` and `to`; `describe` and
-    `digest` are recorded where they are defined.
+    `fit` takes any object with the methods `__len__`, `batch`, `fixed` and `to` of this class; a
+    run also records the results of `describe` and `digest`, if the object has them.
 
     Attributes:
         x: Data [N, *E].
-        y: What is conditioned on [N, C], or None.
+        y: Values that the model is conditioned on [N, C], or None.
     """
 
     x: Tensor
@@ -39,22 +39,22 @@ class TensorDataset:
         return len(self.x)
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x [B, *E] and y [B, C] or None of the rows at `index` [B], on the device where they lie.
+        """Returns x [B, *E], and y [B, C] or None, of the rows at `index` [B], on their device.
 
-        Classes that draw noise anew at each visit take it from torch's global generator.
+        A class that draws new noise at each visit takes it from torch's global generator.
         """
         return self.x[index], None if self.y is None else self.y[index]
 
     def fixed(self, seed: int) -> TensorDataset:
-        """The same rows with their noise drawn once, for evaluation: here there is none."""
+        """Returns the rows with their noise drawn once, for evaluation; tensors have no noise."""
         return self
 
     def to(self, device: torch.device) -> TensorDataset:
-        """The same rows on a device."""
+        """Returns the same rows on a device."""
         return TensorDataset(self.x.to(device), None if self.y is None else self.y.to(device))
 
     def describe(self) -> dict[str, Any]:
-        """Shapes and types."""
+        """Returns the type and shape of x and of y."""
         parts = {"x": self.x, "y": self.y}
         return {
             name: None if part is None else f"{str(part.dtype)[6:]} {list(part.shape)}"
@@ -62,17 +62,18 @@ class TensorDataset:
         }
 
     def digest(self) -> str:
-        """The SHA-256 of types, shapes and bytes."""
+        """Returns the SHA-256 of types, shapes and bytes."""
         return digest_of(self.x, self.y)
 
 
 def as_dataset(data: Any, name: str, missing: bool = False) -> TensorDataset:
-    """`data` as a dataset; `missing` as in `check_finite`.
+    """Returns `data` as a dataset; see `check_finite` for `missing`.
 
     Raises:
-        ValueError: If they are of another kind, empty, unequal in length or not finite.
+        ValueError: If `data` is of another kind or empty, x and y differ in length, or a value is
+            not finite.
     """
-    pair = (  # x and y, or x and None, and not the rows of x
+    pair = (  # whether `data` is (x, y) or (x, None), and not a list of rows
         isinstance(data, tuple | list)
         and len(data) == 2
         and is_rows(data[0])
@@ -98,7 +99,7 @@ def as_dataset(data: Any, name: str, missing: bool = False) -> TensorDataset:
     check_finite(name, x, missing)
     if y is not None:
         y = as_tensor(f"y of {name}", y)
-        y = y.unsqueeze(1) if y.ndim == 1 else y  # labels, or one number to condition on
+        y = y.unsqueeze(1) if y.ndim == 1 else y  # one label, or one number, per row
         if y.ndim != 2 or len(y) != len(x):
             raise ValueError(
                 f"y of {name} must be of shape [{len(x)}, C], a row for each of x; got "
@@ -110,19 +111,19 @@ def as_dataset(data: Any, name: str, missing: bool = False) -> TensorDataset:
 
 
 def describe(rows: TensorDataset) -> dict[str, Any]:
-    """What a run records of its data: number of rows, and description and digest if defined."""
+    """Returns what a run records of its data: row count, and description and digest if defined."""
     names = [name for name in ("describe", "digest") if hasattr(rows, name)]
     return {"rows": len(rows), **{name: getattr(rows, name)() for name in names}}
 
 
 def fetch(rows: TensorDataset, index: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    """x, and y if there is one, of the rows at `index` [B], in type and place like a weight."""
+    """Returns x, and y if any, of the rows at `index` [B], in the type and device of `like`."""
     x, y = rows.batch(index)
     return (x.to(like),) if y is None else (x.to(like), y.to(like))
 
 
 def fetch_few(rows: TensorDataset, at_most: int, like: Tensor) -> tuple[Tensor, ...]:
-    """The like of at most `at_most` rows, evenly spaced."""
+    """Returns x, and y if any, of at most `at_most` evenly spaced rows, as `fetch` does."""
     index = torch.linspace(0, len(rows) - 1, min(len(rows), at_most), dtype=torch.float64)
     return fetch(rows, index.long().to(like.device), like)
 
@@ -130,10 +131,11 @@ def fetch_few(rows: TensorDataset, at_most: int, like: Tensor) -> tuple[Tensor, 
 def validation_bound(
     vae: Any, rows: TensorDataset | None, like: Tensor, seed: int, group: Group
 ) -> dict[str, float | None]:
-    """Mean beta = 1 ELBO, reconstruction and KL of validation rows, in nats; None without rows.
+    """Returns the mean beta = 1 ELBO, reconstruction and KL of validation rows, in nats per datum.
 
-    Rows come in type and place like a weight. The draws are of `seed`, the same at every call.
-    All processes of the group call it.
+    Each is None without rows. Rows are converted to the type and device of the weight `like`.
+    The noise depends on `seed` alone, so it is the same at every call. All processes of the
+    group must call this function: each evaluates its share of the rows.
     """
     names = ("elbo", "reconstruction", "kl")
     if rows is None:
@@ -149,11 +151,11 @@ def validation_bound(
 
 
 def active_units(vae: Any, rows: tuple[Tensor, ...], seed: int) -> dict[str, tuple[int, int]]:
-    r"""How many units of each latent site vary with x, and how many it has.
+    r"""Returns the number of active units and of all units, for each latent site by name.
 
-    A unit is active where :math:`\mathrm{Var}_x(E_q[z_d \mid x]) > 0.01`; what a site is given of
-    other sites is at its mean. Empty for fewer than two rows, or if a site's distribution in the
-    guide has no mean.
+    A unit is active if :math:`\mathrm{Var}_x(E_q[z_d \mid x]) > 0.01`; where a site depends on
+    other sites, these are at their means. The result is empty for fewer than two rows, or if a
+    site's distribution in the guide has no mean.
 
     References:
         Burda, Grosse and Salakhutdinov. Importance weighted autoencoders. 2016.
@@ -173,14 +175,14 @@ def active_units(vae: Any, rows: tuple[Tensor, ...], seed: int) -> dict[str, tup
 
 
 class AtMeans(Messenger):
-    """Gives each site of a guide its mean, [1, B, *event], and keeps it by name."""
+    """Sets reparameterised sites of a guide to their means; records all means [1, B, *event]."""
 
     def __init__(self) -> None:
         super().__init__()
         self.means: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
-        summed = msg["infer"].get("enumerate") == "parallel"  # it has no units
+        summed = msg["infer"].get("enumerate") == "parallel"  # a summed-out site has no units
         if msg["is_observed"] or not is_random(msg) or summed:
             return
         self.means[msg["name"]] = msg["fn"].mean

@@ -54,57 +54,60 @@ def fit(
     .. math:: \max_{\theta, \phi} \; \frac1N \sum_{n=1}^N \mathcal L(x_n; \theta, \phi)
 
     A step takes a batch and makes one update; an epoch visits every row once, in an order that
-    depends on `seed` and the epoch alone. The generators of torch are forked: training draws
-    from `seed`, and leaves them, Pyro's parameter store, the validation flags, the device and
-    the mode of `vae` as they were. With `validation` the best epoch's weights are put back at
-    the end. A resumed run gives the weights of an unbroken one, bit for bit, on as many devices
-    and threads. Small models train on one thread, others on as many as torch has.
+    depends on `seed` and the epoch alone. All random numbers are drawn from `seed`: training
+    leaves torch's generators as they were, as well as Pyro's parameter store, its validation
+    flag, and the device and mode of `vae`. With `validation` the weights of the best epoch are
+    loaded at the end. With the same number of devices and threads, a resumed run ends with the
+    weights of an uninterrupted one, bit for bit. Small models train on one thread, others on as
+    many as torch uses.
 
-    With several devices a process for each takes its share of every batch, in the order of one
-    process; gradients are averaged over the batch, and all have the same weights. The result is
-    that of one process but for the noise, which is each process's own, and for what looks at
+    Several devices have a process each, which takes its share of every batch; gradients are
+    averaged over the batch, so all processes keep the same weights. The result is that of one
+    process except for the noise, which each process draws for itself, and for what depends on
     whole batches: batch norm, whose running statistics are those of the first process, and
-    objectives such as BetaTC. The processes are started by `fit`, so that a script must call it
-    under `if __name__ == "__main__":`, everything given must be picklable, and callbacks work on
-    copies, in the first process; under torchrun those that it started are taken.
+    objectives such as BetaTC. `fit` starts the processes, so a script must call it under
+    `if __name__ == "__main__":`, all arguments must be picklable, and callbacks are called in
+    the first process, on copies. Under torchrun, the processes that it started are used.
 
     Args:
-        vae: A module with Pyro programs `model` and `guide`, all sites inside the plate "data";
-            its `initialise(x)`, if any, sees up to 10,000 training rows before the first step.
+        vae: A module with Pyro programs `model` and `guide`, all sites inside the plate "data".
+            Its `initialise(x)`, if any, gets up to 10,000 training rows before the first step.
         data: Rows [N, \*E] (a tensor, array, frame or list), a pair (x [N, \*E], y [N, C]) of
             them, or an object with `__len__`, `batch`, `fixed` and `to`, as the parts of
-            `data.load_data`. Moved to the device once.
-        objective: What is maximised, or the name of one without options, such as "BetaTC"; ELBO()
-            if None.
-        run: Folder for settings, metrics.csv and checkpoints; None keeps nothing.
-        epochs: Passes over the data.
-        batch_size: Rows of a step, on all devices together; the last batch of an epoch may be
+            `data.load_data`. It is moved to the device once.
+        objective: The objective to maximise, or the name of one that needs no options, such as
+            "BetaTC"; ELBO() if None.
+        run: Folder for settings, metrics.csv and checkpoints; nothing is written if None.
+        epochs: Number of passes over the data.
+        batch_size: Rows per step, on all devices together; the last batch of an epoch may be
             shorter.
         optimizer: A name in torch.optim, {"class_path": name, "init_args": {...}}, or a callable
-            from parameters to an optimiser. The fused form is taken where there is one.
-        lr: Learning rate, unless `optimizer` says otherwise.
-        schedule: The like for torch.optim.lr_scheduler, stepped once an epoch;
-            ReduceLROnPlateau waits for a higher (validation) ELBO.
-        clip_norm: Largest norm of the whole gradient, or None.
-        validation: Rows in the form of `data`, for the ELBO after each epoch, in eval mode.
-        patience: Epochs without a better validation ELBO after which to stop, or None.
-        devices: How many, or their indices ([3] or [0, 1]); processes where there is no GPU.
-        accelerator: "cpu", "cuda" or "auto": CUDA where there is one.
+            from parameters to an optimiser. A named one uses torch's fused form if there is one.
+        lr: Learning rate, unless `optimizer` sets its own.
+        schedule: A schedule of torch.optim.lr_scheduler, in one of the forms of `optimizer`,
+            stepped once an epoch; ReduceLROnPlateau waits for a higher (validation) ELBO.
+        clip_norm: Largest norm of the gradient of all parameters together; no limit if None.
+        validation: Rows in a form of `data`; their ELBO is measured in eval mode after each epoch.
+        patience: Stop after so many epochs without a better validation ELBO; never if None.
+        devices: Number of devices (on a CPU, of processes), or their indices, such as [0, 1].
+        accelerator: "cpu", "cuda" or "auto": CUDA if torch finds a GPU.
         precision: "32-true", "bf16-mixed", "16-mixed" or "64-true"; evaluation is never mixed.
-        compile: Whether to trace the step once through Pyro's handlers and compile it: 5 to 20
-            seconds once, each step then faster. None: if 30,000 steps are planned and there is
-            a compiler; a run that is resumed goes on as it began. The noise and, to rounding,
-            the losses are those of the eager step. A shorter last batch runs eagerly, and so
-            does a step that cannot be compiled, after a warning that says why.
-        seed: Of the order and of all noise.
-        callbacks: Each is called with a `State` after each epoch, before its checkpoint: what
-            they change is kept with it, and an epoch that was broken off is shown again.
+        compile: Whether to trace the step once through Pyro's handlers and compile it, which
+            takes 5 to 20 seconds and makes each step faster. If None, it is compiled if 30,000
+            steps are planned and there is a compiler; a resumed run goes on as it began. The
+            noise and, up to rounding, the losses are those of the eager step. A shorter last
+            batch runs eagerly; so does a step that cannot be compiled, with a message why.
+        seed: Seed of the order of the rows and of all noise.
+        callbacks: Functions called with a `State` after each epoch, before its checkpoint is
+            written, which therefore holds the weights as they leave them. If a run breaks off in
+            between, they are called for this epoch again when it is resumed.
         loggers: Objects with `log_metrics(metrics, step)`, called after each epoch, and
             `finalize(status)`, called at the end: those of Lightning, for example.
-        resume: Whether to go on from the last checkpoint in `run`, if there is one.
+        resume: Whether to continue from the last checkpoint in `run`, if there is one.
         progress: Whether to show a bar over all epochs, or a line for each without a terminal.
-        declaration: What the vae was built from, for run.json; vae.declaration if None.
-        checkpoint_every: Steps between checkpoints within an epoch, besides its end.
+        declaration: The names and options that the vae was built from, for run.json;
+            `vae.declaration` if None.
+        checkpoint_every: Number of steps between checkpoints within an epoch, besides its end.
 
     Returns:
         The metrics of each epoch, in nats per datum.
@@ -112,9 +115,9 @@ def fit(
     Raises:
         ValueError: If an argument does not fit, `run` holds a run that cannot be resumed, or
             another process trains in it.
-        FloatingPointError: If a loss or gradient is not finite. The weights are those before
-            the step on a CPU, or those before `fit` with several devices; a GPU is looked at
-            twice a second and before each checkpoint, so that those stay good.
+        FloatingPointError: If a loss or gradient is not finite. On a CPU the weights are then
+            those before the step; with several devices, those before `fit`. A GPU is checked
+            twice a second and before each checkpoint, so that all checkpoints are finite.
 
     Example:
         >>> vae = build(3, latent_dim=2, likelihood="Normal")
@@ -158,11 +161,11 @@ def fit(
         progress, compile is None, tuple(loggers),
     )  # fmt: skip
     result = engine.run(trainer)
-    if engine.spawns:  # loads what other processes trained
+    if engine.spawns:  # loads the weights that other processes trained
         if precision == "64-true":
             vae.double()
         vae.load_state_dict(result.vae)
-        objective.load_state_dict(result.objective, strict=False)  # its own player stays there
+        objective.load_state_dict(result.objective, strict=False)  # no discriminator
     for message in result.warnings:
         warnings.warn(message, UserWarning, stacklevel=2)
     return result.history
@@ -200,8 +203,8 @@ def _check(vae: Any, objective: Any, **lists: Any) -> None:
 
 
 def _parts(vae: Any, data: Any, validation: Any) -> tuple[TensorDataset, TensorDataset | None]:
-    """Training and validation rows, if the vae takes them."""
-    missing = getattr(vae, "missing", True)  # programs of one's own may take NaN
+    """Returns the training and validation rows as datasets, their labels checked by the vae."""
+    missing = getattr(vae, "missing", True)  # modules other than a VAE may take NaN
     rows = as_dataset(data, "data", missing)
     held_out = None if validation is None else as_dataset(validation, "validation", missing)
     for part, name in ((rows, "check_training_labels"), (held_out, "check_labels")):
@@ -213,7 +216,7 @@ def _parts(vae: Any, data: Any, validation: Any) -> tuple[TensorDataset, TensorD
 def _remarks(
     run: Path | None, was: dict[str, Any], settings: Settings, objective: Objective, size: int
 ) -> Iterator[str]:
-    """What to warn of before a training in `size` processes, of a run that `was` begun."""
+    """Yields warnings before training in `size` processes; `was` is the record to resume from."""
     if objective.batch_level and size > 1:
         yield (
             f"{type(objective).__name__} looks at whole batches; on {size} devices it sees each "

@@ -1,4 +1,4 @@
-"""Optimisers and schedules of the learning rate: by their names in torch, tried, and resumed."""
+"""Creates optimisers and learning rate schedules by their names in torch, and restores them."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     for name, cls in vars(torch.optim).items()
     if isinstance(cls, type)
     and issubclass(cls, Optimizer)
-    and name not in ("Optimizer", "LBFGS", "Muon", "SparseAdam")  # need a closure, matrices, ...
+    and name not in ("Optimizer", "LBFGS", "Muon", "SparseAdam")  # need closures, matrices, ...
 }
 SCHEDULES: dict[str, type[LRScheduler]] = {
     name: cls
     for name, cls in vars(lr_scheduler).items()
     if isinstance(cls, type)
     and issubclass(cls, LRScheduler)
-    and name not in ("LRScheduler", "SequentialLR", "ChainedScheduler")  # made of schedules
+    and name not in ("LRScheduler", "SequentialLR", "ChainedScheduler")  # base, combinations
     and not name.startswith("_")
 }
-IMPLEMENTATIONS = ("fused", "foreach", "differentiable", "capturable")  # of the same step
+IMPLEMENTATIONS = ("fused", "foreach", "differentiable", "capturable")  # ways to compute a step
 
 
 def make_optimizer(
     spec: OptimizerSpec, module: nn.Module, lr: float, *, fused: bool = True
 ) -> Optimizer:
-    """One optimiser of the parameters of `module` that require gradients; `spec` as in `fit`.
+    """Creates an optimiser of the parameters that require gradients; see `fit` for `spec`.
 
-    Where class and device have torch's fused step, and `fused` is true, it is taken.
+    torch's fused step is used if `fused` is true and the class has one for the device.
 
     Raises:
         ValueError: If the name or an option is unknown.
@@ -58,16 +58,16 @@ def make_optimizer(
     if fused and "fused" in inspect.signature(cls).parameters and not chosen:
         try:
             return cls(parameters, fused=True, **options)
-        except RuntimeError:  # not on this device or for this type
+        except RuntimeError:  # there is no fused step on this device or for this type
             pass
     return cls(parameters, **options)
 
 
 def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Loads a state; the implementation stays that of `optimizer`, for its own device.
+    """Loads a state into an optimiser, whose implementation (such as fused) stays its own.
 
     Raises:
-        LookupError: If the state is of other parameters.
+        LookupError: If the state is that of other parameters.
         TypeError: If one of its tensors has another shape than its parameter.
     """
     own = optimizer.state_dict()["param_groups"]
@@ -87,9 +87,9 @@ def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
 
 
 def replay(schedule: LRScheduler, rows: Iterable[dict[str, Any]]) -> None:
-    """Takes a new schedule through the epochs of a history, to where it was after them."""
+    """Steps a new schedule through the epochs of a history, to its state at their end."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # no step of the optimizer came before
+        warnings.simplefilter("ignore", UserWarning)  # that the optimiser made no step
         for row in rows:
             advance(schedule, row)
 
@@ -97,9 +97,9 @@ def replay(schedule: LRScheduler, rows: Iterable[dict[str, Any]]) -> None:
 def make_schedule(
     spec: ScheduleSpec | None, optimizer: Optimizer, epochs: int
 ) -> LRScheduler | None:
-    """A schedule of the learning rate, from a name, a dict or a callable as for optimisers.
+    """Creates a schedule of the learning rate from a name, a dict or a callable, as in `fit`.
 
-    One that is named is tried for all epochs first: some end before.
+    A named schedule is first tried for all epochs, since some raise an error at their end.
     """
     if spec is None:
         return None
@@ -115,7 +115,7 @@ def make_schedule(
 
 @contextmanager
 def _options_of(what: str, cls: type) -> Iterator[None]:
-    """Makes of whatever torch raises of options, in a first step or before, one ValueError."""
+    """Turns any error that torch raises about the options into a ValueError that names `cls`."""
     try:
         yield
     except Exception as error:
@@ -123,9 +123,9 @@ def _options_of(what: str, cls: type) -> Iterator[None]:
 
 
 def advance(schedule: LRScheduler, row: dict[str, Any]) -> None:
-    """One epoch further; ReduceLROnPlateau looks at the (validation) ELBO of its row.
+    """Steps a schedule by one epoch; ReduceLROnPlateau is given the (validation) ELBO of `row`.
 
-    In its mode "min" it looks at minus the ELBO, so that either mode waits for a higher one.
+    In its mode "min" it is given minus the ELBO, so that both modes wait for a higher ELBO.
     """
     if isinstance(schedule, ReduceLROnPlateau):
         elbo = row["elbo"] if row["validation_elbo"] is None else row["validation_elbo"]
@@ -137,7 +137,7 @@ def advance(schedule: LRScheduler, row: dict[str, Any]) -> None:
 def _parse(
     what: str, spec: Any, known: dict[str, type], *args: Any, **defaults: Any
 ) -> tuple[type, dict[str, Any]]:
-    """The class that `spec` names, and its options; it takes `args` before them."""
+    """Returns the class that `spec` names and its options, which follow the arguments `args`."""
     path, options = name_and_options(what, spec)
     name = path.rpartition(".")[2]
     if name not in known:

@@ -1,4 +1,4 @@
-"""What is seen of a training: its history, what callbacks are given, the progress bar."""
+"""What a training shows: its history, the state given to callbacks, its progress, warnings."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ COLUMNS = (
     "validation_kl",
     "active_units",
 )
-OPTIONAL = COLUMNS[8:]  # None where they were not measured
+OPTIONAL = COLUMNS[8:]  # columns that are None where nothing was measured
 FALL = 10.0  # a warning is given if the ELBO falls by this times its first value
-Units = dict[str, tuple[int, int]]  # of each latent site: those active, and all
+Units = dict[str, tuple[int, int]]  # number of active and of all units, by latent site
 
 
 @dataclass
 class History:
-    """What `fit` measured, a row per epoch; `history["elbo"]` is a column.
+    """The measurements of `fit`, one row per epoch; `history["elbo"]` is a column.
 
-    All are means per datum in nats at beta = 1, but `objective`, which is what was maximised.
-    Training columns are running means over the epoch, validation ones are taken at its end.
+    The ELBO and its terms are means in nats per datum at beta = 1; "objective" is the mean of
+    what was maximised. Training columns are running means over the epoch; validation columns are
+    measured at its end.
 
     Attributes:
-        rows: By column name; None where nothing was measured.
-        num_units: Latent units of all sites; None if the guide's distributions have no mean.
+        rows: The values of each epoch by column name; None where nothing was measured.
+        num_units: Number of latent units of all sites; None if a guide's distribution has no mean.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -63,7 +64,7 @@ class History:
 
     @property
     def best_epoch(self) -> int | None:
-        """The epoch (from 1) of the highest validation ELBO, the first of equals, or None."""
+        """The epoch (from 1) of the highest validation ELBO; None without validation."""
         elbos = [row["validation_elbo"] for row in self.rows]
         if not elbos or elbos[0] is None:
             return None
@@ -72,23 +73,23 @@ class History:
 
     @property
     def final(self) -> dict[str, Any]:
-        """The row of the weights that `fit` leaves, the best epoch's, else the last one's."""
+        """The row of the epoch whose weights `fit` keeps: the best if validated, else the last."""
         return self.rows[(self.best_epoch or len(self.rows)) - 1]
 
     @property
     def active_units(self) -> int | None:
-        """Latent units in use in the weights that `fit` leaves, or None where not measured."""
+        """Number of active latent units in the epoch that `fit` keeps; None if not measured."""
         return self.final["active_units"] if self.rows else None
 
 
 @dataclass
 class State:
-    """Where training is, at the end of an epoch.
+    """The state of training at the end of an epoch, which callbacks are given.
 
     Attributes:
-        epoch: Epochs done.
-        step: Optimisation steps done.
-        vae: What is trained, with its weights at this moment.
+        epoch: Number of epochs done.
+        step: Number of optimisation steps done.
+        vae: The VAE with its current weights.
         metrics: The row of this epoch, as in `History.rows`.
     """
 
@@ -99,7 +100,7 @@ class State:
     stopped: bool = field(default=False, init=False, repr=False)
 
     def stop(self) -> None:
-        """Makes this epoch the last."""
+        """Ends training after this epoch."""
         self.stopped = True
 
 
@@ -107,10 +108,10 @@ Callback = Callable[[State], Any]
 
 
 class Bar:
-    """In a terminal one bar over all epochs; elsewhere a line after each epoch.
+    """Shows one bar over all epochs in a terminal, and a line after each epoch elsewhere.
 
-    The bar tells the time left should patience not end training sooner. In a notebook each line
-    takes the place of the one before.
+    The bar's time left is that of all epochs, though patience may end training sooner. In a
+    notebook each line replaces the one before.
     """
 
     def __init__(self, shown: bool, epochs: int, patience: int | None, batches: int) -> None:
@@ -139,15 +140,15 @@ class Bar:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        self.progress.live.transient = kind is KeyboardInterrupt  # ^C may have begun a new line
+        self.progress.live.transient = kind is KeyboardInterrupt  # after ^C, erase the bar
         self.progress.stop()
         if self.lines and self.over:
             print(flush=True)
 
     def show(self, epoch: int, done: int, metrics: dict[str, float]) -> None:
-        """Shows the epoch (from 1), batches done in it, and running means in nats."""
+        """Shows the epoch (from 1), the number of its batches done, and running means in nats."""
         done += (epoch - 1) * self.batches
-        if self.task is None:  # a resumed training begins where it is
+        if self.task is None:  # not at 0 if training is resumed
             total = self.epochs * self.batches
             self.task = self.progress.add_task("", total=total, completed=done, metrics="")
         self.progress.update(
@@ -159,7 +160,7 @@ class Bar:
         )
 
     def end(self, history: History) -> None:
-        """Shows what was measured at the end of an epoch, and how long none was better."""
+        """Shows the measurements at an epoch's end, and the number of epochs since the best."""
         row, best = history.rows[-1], history.best_epoch
         if best is not None:
             last, kept = row["validation_elbo"], history.final["validation_elbo"]
@@ -182,7 +183,7 @@ class Bar:
 
 
 def units_in_use(units: Units) -> str:
-    """How many of the latent units are active, of each site too where there are several."""
+    """Returns a line on how many latent units are active, in all and for each of several sites."""
     active, total = map(sum, zip(*units.values()))
     each = ", ".join(f"{name} {a} of {n}" for name, (a, n) in units.items())
     each = f" ({each})" if len(units) > 1 else ""
@@ -192,7 +193,11 @@ def units_in_use(units: Units) -> str:
 def warnings_at_the_end(
     history: History, first_elbo: float | None, units: Units, moving: list[str]
 ) -> list[str]:
-    """What to warn of, given the ELBO of the first step and the weights that still move."""
+    """Returns warnings on collapsed sites, a fallen ELBO, and schedules that had not ended.
+
+    `first_elbo` is the ELBO of the first step; `moving` names the weights whose schedules had
+    not ended.
+    """
     found = []
     if idle := [name for name, (active, _) in units.items() if active == 0]:
         where = "" if len(idle) == len(units) else f" of {' and '.join(idle)}"

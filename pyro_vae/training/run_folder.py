@@ -1,4 +1,4 @@
-"""The run folder: what was asked for, the metrics of each epoch, and checkpoints."""
+"""The run folder: the settings of a run, the metrics of each epoch, and checkpoints."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ from pyro_vae.training.optimizers import OptimizerSpec, ScheduleSpec
 from pyro_vae.training.progress import COLUMNS, OPTIONAL
 from pyro_vae.training.step import PRECISIONS
 
-FORMAT = 1
-POINTERS = "checkpoints/current.json"  # the last, the best, and the digests of their files
+FORMAT = 1  # version of the format of run.json
+POINTERS = "checkpoints/current.json"  # names the last and the best checkpoint, with digests
 WEIGHTS, STATE = "weights.safetensors", "state.pt"
-KEPT: Kinds = {  # what every state holds, and of which type
+KEPT: Kinds = {  # entries of the state in a checkpoint, and their types
     "epoch": (int,),
     "step": (int,),
     "offset": (int,),
@@ -51,19 +51,19 @@ KEPT: Kinds = {  # what every state holds, and of which type
     "rng": (dict,),
     "history": (dict,),
 }
-HISTORY: Kinds = {"rows": (list,), "num_units": (int, NoneType)}  # of these
-RECORDS: Kinds = {  # what run.json holds, and of which type
+HISTORY: Kinds = {"rows": (list,), "num_units": (int, NoneType)}  # entries of its "history"
+RECORDS: Kinds = {  # entries of run.json, and their types
     "format": (int,),
     "declaration": (dict, NoneType),
     "training": (dict,),
     "data": (dict,),
 }
-MAY_CHANGE = ("compile", "epochs", "patience", "checkpoint_every", "threads")
+MAY_CHANGE = ("compile", "epochs", "patience", "checkpoint_every", "threads")  # on resuming
 
 
 @dataclass
 class Settings:
-    """The arguments of `fit` that a run records; checked, and numbers made Python's own."""
+    """The arguments of `fit` that a run records; checks them and converts numpy's numbers."""
 
     epochs: int
     batch_size: int
@@ -87,7 +87,7 @@ class Settings:
         if self.precision not in PRECISIONS:
             known = ", ".join(PRECISIONS)
             raise ValueError(f"precision must be one of {known}; got {self.precision!r}")
-        for name, value in vars(self).items():  # numpy's cannot be read from a checkpoint
+        for name, value in vars(self).items():  # a checkpoint cannot hold numpy's numbers
             setattr(self, name, as_plain(value))
 
 
@@ -97,9 +97,9 @@ def make_record(
     objective: Objective,
     data: dict[str, TensorDataset | None],
 ) -> dict[str, Any]:
-    """What a run records, as JSON gives it back.
+    """Returns the record of a run for run.json, as it will be read back from JSON.
 
-    Schedules have their name and options; functions, and objects of other kinds, their name.
+    Schedules are recorded by name and options; functions and other objects by name alone.
     """
 
     def plain(value: Any) -> Any:
@@ -123,7 +123,7 @@ def make_record(
 
 
 def earlier_run(run: PathLike, resume: bool) -> dict[str, Any]:
-    """The record of the run that a folder holds and that goes on; empty in a new folder.
+    """Returns the record of the run in a folder that is to be resumed; empty if it holds none.
 
     Raises:
         ValueError: If the folder holds a run and `resume` is false, or the folder holds links.
@@ -137,7 +137,7 @@ def earlier_run(run: PathLike, resume: bool) -> dict[str, Any]:
 
 
 def check_same(run: PathLike, was: dict[str, Any], record: dict[str, Any]) -> None:
-    """Refuses to go on with a run of other settings or data than those of its record."""
+    """Raises ValueError if `record` has other settings or data than `was`, the run's own."""
     with reading(Path(run) / "run.json"):
         before, now = _flat(was), _flat(record)
     names = sorted(before.keys() | now.keys())
@@ -154,12 +154,12 @@ def check_same(run: PathLike, was: dict[str, Any], record: dict[str, Any]) -> No
 
 
 def start_run(run: PathLike, record: dict[str, Any]) -> None:
-    """Writes run.json, and makes the folder of checkpoints."""
+    """Writes run.json, and creates the folder of checkpoints."""
     from pyro_vae import __version__
 
     for folder in (Path(run), Path(run) / "checkpoints"):
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".*.tmp"):  # by processes that were killed within `write`
+        for left in folder.glob(".*.tmp"):  # by processes killed within `write`
             left.unlink(missing_ok=True)
     path = Path(run) / "run.json"
     script = Path(sys.argv[0])
@@ -175,20 +175,20 @@ def start_run(run: PathLike, record: dict[str, Any]) -> None:
             [*(by_module if script.name == "__main__.py" else [script.name]), *sys.argv[1:]]
         ),
     }
-    if path.exists():  # a run that goes on keeps when and by what it was begun
+    if path.exists():  # a resumed run keeps the date and software of its start
         made = _read_json(path).get("made", made)
     whole = {"format": FORMAT, "pyro_vae": __version__, "made": made, **record}
     write(path, json.dumps(whole, indent=2) + "\n")
 
 
 def write_metrics(run: PathLike, rows: list[dict[str, Any]]) -> None:
-    """Writes metrics.csv, a line for each epoch."""
+    """Writes metrics.csv, with a line for each epoch."""
     lines = ([row.get(column) for column in COLUMNS] for row in rows)
     write(Path(run) / "metrics.csv", as_csv([COLUMNS, *lines]))
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:
-    """What must not change when a run is resumed, by dotted name."""
+    """Returns the values that must not change when a run is resumed, by dotted name."""
     flat = {f"training.{k}": v for k, v in (record.get("training") or {}).items()}
     for part, description in (record.get("data") or {}).items():
         for key, value in (description or {}).items():
@@ -200,7 +200,7 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_run(run: PathLike) -> dict[str, Any]:
-    """Reads the record of a run, its run.json.
+    """Reads run.json, the record of a run.
 
     Raises:
         ValueError: If the file is missing, damaged, or of a newer format, or the folder holds
@@ -220,11 +220,11 @@ def read_run(run: PathLike) -> dict[str, Any]:
 
 
 def load_weights(run: PathLike, which: str = "best") -> dict[str, Tensor]:
-    """The weights of a run as a state dict on the CPU, from safetensors: nothing is executed.
+    """Loads the weights of a run as a state dict on the CPU, from safetensors: no code is run.
 
     Args:
         run: The folder that was given to `fit`.
-        which: "best", by validation ELBO (the last where there was no validation), or "last".
+        which: "best", by validation ELBO (the last if there was no validation), or "last".
 
     Raises:
         ValueError: If `which` is something else, there is no checkpoint yet, or a file is
@@ -243,9 +243,9 @@ def load_weights(run: PathLike, which: str = "best") -> dict[str, Tensor]:
 
 
 def put_weights(module: nn.Module, weights: dict[str, Tensor], run: PathLike) -> None:
-    """Loads the weights of a run into a module that has the same ones; none is cast.
+    """Loads the weights of a run into a module that has the same names, shapes and types.
 
-    The module of a run in double precision becomes double.
+    If the run trained in double precision, the module is made double first.
 
     Raises:
         ValueError: If names, shapes or types differ.
@@ -265,13 +265,13 @@ def put_weights(module: nn.Module, weights: dict[str, Tensor], run: PathLike) ->
 
 
 def load_state(run: PathLike) -> dict[str, Any] | None:
-    """Loads what a resumed training needs besides weights; None without a checkpoint."""
+    """Loads the state that resuming needs besides the weights; None if there is no checkpoint."""
     found = _of_checkpoint(run, "last", STATE)
     if found is None:
         return None
     with reading(found[0]):
         state = torch.load(io.BytesIO(found[1]), map_location="cpu", weights_only=True)
-        if (optimizer := state.pop("adversary", None)) is not None:  # of older runs
+        if (optimizer := state.pop("adversary", None)) is not None:  # written by older versions
             state["objective"]["_extra_state"] = optimizer
         check_types(state, KEPT)
         check_types(state["history"], HISTORY)
@@ -292,14 +292,14 @@ def save_checkpoint(
 ) -> None:
     """Writes a new checkpoint, makes it the last (and the best), and removes what it replaces.
 
-    Everything is written aside and flushed to disk; one atomic replacement of a small file then
-    makes it current. Whenever the process dies, one whole checkpoint is current.
+    Everything is written to a new folder and flushed to disk; then the small file that names the
+    current checkpoints is replaced atomically. So whenever the process dies, it names whole ones.
 
     Args:
         run: The run folder.
         weights: State dict of the vae.
-        state: Of what `torch.load(weights_only=True)` can read.
-        best: Whether it is the best so far.
+        state: A dict of types that `torch.load(weights_only=True)` can read.
+        best: Whether this checkpoint is the best so far.
     """
     from safetensors.torch import save
 
@@ -328,7 +328,7 @@ def save_checkpoint(
 
 
 def _pointers(run: Path) -> dict[str, Any] | None:
-    """The current checkpoints; runs of older versions have no digests."""
+    """Reads the names and digests of the current checkpoints; older versions wrote no digests."""
     path = run / POINTERS
     if not path.exists():
         return None
@@ -342,7 +342,7 @@ def _pointers(run: Path) -> dict[str, Any] | None:
 
 
 def _of_checkpoint(run: PathLike, which: str, name: str) -> tuple[Path, bytes] | None:
-    """Path and content of a file of the "best" or "last" checkpoint; its digest is checked."""
+    """Reads a checkpoint's file, checks its digest, returns path and content; None without one."""
     pointers = _pointers(Path(run))
     if pointers is None:
         return None

@@ -1,4 +1,4 @@
-"""A step: its loss and gradient, eager or compiled; what is not finite in it."""
+"""A training step: its loss and gradient, eager or compiled, and a check that both are finite."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from pyro_vae.compiling import CannotCompile, compiled
 from pyro_vae.densities import Densities, OwnParameters, folds, registered_densities, summed_values
 from pyro_vae.objectives import Objective
 
-PRECISIONS = {  # and the types of what autocast casts
+PRECISIONS = {  # each precision of `fit`, with the type that autocast casts to
     "32-true": None,
     "bf16-mixed": torch.bfloat16,
     "16-mixed": torch.float16,
     "64-true": None,
 }
-LONG = 30_000  # steps that repay the 20 seconds of a compilation, at 0.7 ms saved by each
+LONG = 30_000  # steps from which a compilation of 20 seconds pays, as each then saves 0.7 ms
 
-Outcome = tuple[Tensor, Tensor, Densities | None]  # loss, terms, for `Objective.after_step`
-Gradient = Callable[..., Outcome]  # of a batch; leaves the gradient in the parameters
+Outcome = tuple[Tensor, Tensor, Densities | None]  # loss, terms, densities (see StepLoss)
+Gradient = Callable[..., Outcome]  # takes a batch; leaves the gradient in the parameters
 
 
 @contextmanager
 def _casting(precision: str, device: str) -> Iterator[None]:
-    """Operations are cast in a mixed precision; new tensors are double in "64-true"."""
+    """Turns on autocast for a mixed precision; makes new tensors double for "64-true"."""
     before = torch.get_default_dtype()
     try:
         if precision == "64-true":
@@ -44,7 +44,7 @@ def _casting(precision: str, device: str) -> Iterator[None]:
 
 
 class StepLoss(nn.Module):
-    """From a batch to its loss, computed in a precision of `fit`."""
+    """Computes the loss of a batch in a precision of `fit`."""
 
     def __init__(self, vae: nn.Module, objective: Objective, precision: str = "32-true") -> None:
         super().__init__()
@@ -54,14 +54,14 @@ class StepLoss(nn.Module):
         self.latent: list[str] = []
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Outcome:
-        """The loss of a batch per datum in nats, to be differentiated, and its terms.
+        """Returns the loss of a batch in nats per datum, its terms, and the densities or None.
 
-        These are sums over the batch of the objective, the reconstruction and each latent
-        site's KL, without gradients. Third come the densities, if the objective has a step of
-        its own after the model's.
+        The loss has a gradient. The terms have none: they are sums over the batch of the
+        objective, of the reconstruction and of the KL of each latent site. The densities are
+        returned if the objective takes a step of its own after the model's (`after_step`).
         """
         K = self.objective.num_particles
-        # as `densities`, whose checks of arguments no step needs
+        # as in `densities`, without its checks of arguments, which no step needs
         with _casting(self.precision, x.device.type), OwnParameters():
             d = registered_densities(self.vae.model, self.vae.guide, x, y, num_particles=K)
             loss = self.objective.reduce(d) / (d.scale * len(x))
@@ -73,7 +73,7 @@ class StepLoss(nn.Module):
 
 
 def compiled_gradient(loss: StepLoss, *batch: Tensor) -> Gradient:
-    """A compiled function of batches of the size of this one.
+    """Compiles the loss and its gradient for batches of the size of `batch`.
 
     Raises:
         CannotCompile: If the vae, the objective or this machine does not allow it.
@@ -84,7 +84,7 @@ def compiled_gradient(loss: StepLoss, *batch: Tensor) -> Gradient:
     if loss.precision == "16-mixed":
         raise CannotCompile("precision 16-mixed scales its gradients")
     for program in (loss.vae.model, loss.vae.guide):
-        for look in (folds, summed_values):  # while it can be tried
+        for look in (folds, summed_values):  # runs the programs once, which a trace cannot
             look(program, batch[0], batch[1] if len(batch) > 1 else None)
     parameters = [p for p in loss.vae.parameters() if p.requires_grad]
     step = compiled(LossAndGradient(loss), *batch)
@@ -99,21 +99,21 @@ def compiled_gradient(loss: StepLoss, *batch: Tensor) -> Gradient:
 
 
 def worth_compiling(steps: int, objective: Objective, precision: str, on_cuda: bool) -> bool:
-    """Whether to compile a training that nobody asked to: by its length, no clock is read."""
+    """Returns whether to compile if the user left it open, judged by the number of steps."""
     cannot = objective.own_step or precision == "16-mixed"
     compiler = find_spec("triton") if on_cuda else which(os.environ.get("CXX", "g++"))
     return steps >= LONG and compiler is not None and not cannot
 
 
 class LossAndGradient(nn.Module):
-    """Loss, terms and gradient as one forward pass, which can be traced."""
+    """Computes loss, terms and gradient in one forward pass, which can be traced."""
 
     def __init__(self, loss: StepLoss) -> None:
         super().__init__()
         self.loss = loss
 
     def forward(self, *batch: Tensor) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Loss and terms of `StepLoss`, and the gradient of each trained parameter."""
+        """Returns the loss and terms of `StepLoss`, and the gradient of each trained parameter."""
         loss, terms, _ = self.loss(*batch)
         parameters = [p for p in self.loss.vae.parameters() if p.requires_grad]
         gradient = torch.autograd.grad(loss, parameters, allow_unused=True)
@@ -121,11 +121,11 @@ class LossAndGradient(nn.Module):
 
 
 class Monitor:
-    """Sums the terms of an epoch's steps, and finds the first value that is not finite.
+    """Sums the terms of an epoch's steps, and detects values that are not finite.
 
-    On a CPU the loss and gradient of every step are checked before its update. Elsewhere a check
-    waits for the device: the first bad loss stays there until `raise_if_bad`, which looks at the
-    weights in place of gradients.
+    On a CPU the loss and gradient of every step are checked before its update. On a GPU this
+    would wait for the device, so the first loss that is not finite is noted there, and only
+    `raise_if_bad` reads it; that checks the weights instead of the gradients.
 
     Attributes:
         sums: The terms of the epoch's steps so far, float64; None before its first step.
@@ -136,7 +136,7 @@ class Monitor:
         self.every_step = device.type == "cpu"
         self.sums: Tensor | None = None
         self.bad = torch.full((), -1, device=device)  # the first step whose loss is not finite
-        self.terms: Tensor | None = None  # of that step
+        self.terms: Tensor | None = None  # the terms of that step
 
     def add(
         self,
@@ -149,7 +149,7 @@ class Monitor:
         """Adds the terms of a step, and checks its loss and the gradient of `parameters`.
 
         Raises:
-            FloatingPointError: If the loss is not finite, or the gradient, or its norm; on a CPU.
+            FloatingPointError: On a CPU, if the loss, the gradient or its norm is not finite.
         """
         self.sums = terms.double() if self.sums is None else self.sums + terms
         if not self.every_step:
@@ -171,7 +171,7 @@ class Monitor:
             )
 
     def raise_if_bad(self, step: int, weights: Iterable[Tensor] = ()) -> None:
-        """Raises a FloatingPointError if a loss or weight was not finite; waits for the device."""
+        """Waits for the GPU; raises FloatingPointError if a loss or weight is not finite there."""
         if self.every_step:
             return
         if self.terms is not None and int(self.bad) >= 0:

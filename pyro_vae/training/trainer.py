@@ -69,14 +69,14 @@ from pyro_vae.training.step import (
     compiled_gradient,
 )
 
-INITIAL_ROWS = 10_000  # that `vae.initialise` sees
-VALIDATED = 2  # first steps, with the argument checks of Pyro's distributions
-INTERVAL = 0.5  # seconds between two reports
-LEAST_SCALE = 1e-6  # of gradients in half precision, which begins at 65,536 and halves
+INITIAL_ROWS = 10_000  # largest number of training rows given to `vae.initialise`
+VALIDATED = 2  # number of first steps that run with the argument checks of Pyro's distributions
+INTERVAL = 0.5  # seconds between two updates of the progress bar
+LEAST_SCALE = 1e-6  # least scale of float16 gradients: it starts at 65,536 and halves at overflow
 
 
 class Result(NamedTuple):
-    """What training returns: its history, what to warn of, and the trained weights."""
+    """What training returns: history, warnings, and the state dicts of vae and objective."""
 
     history: History
     warnings: list[str]
@@ -86,7 +86,7 @@ class Result(NamedTuple):
 
 @dataclass
 class Trainer:
-    """What each process needs to train, and there its state and the loop over its epochs."""
+    """Trains in one process of a group; holds the arguments, the state and the epoch loop."""
 
     vae: Any
     objective: Objective
@@ -98,11 +98,11 @@ class Trainer:
     resume: bool
     callbacks: Sequence[Callback]
     progress: bool
-    chosen: bool = False  # whether `fit` chose to compile or not, and not its caller
+    chosen: bool = False  # whether `fit`, and not its caller, decided about `compile`
     loggers: Sequence[Any] = ()
 
     def __call__(self, group: Group) -> Result:
-        """Trains in one process; the first, which writes, locks the run folder."""
+        """Trains in one process; the first one locks the run folder, and alone writes to it."""
         folder = self.run if group.rank == 0 else None
         with (
             locked(folder / "lock") if folder else nullcontext(),
@@ -117,11 +117,11 @@ class Trainer:
             return self._fit()
 
     def _place(self, group: Group) -> None:
-        """The state before the first step, on the device of the group."""
+        """Moves the data to the device of the group, and sets the state before the first step."""
         self.group = group
         if self.settings.precision == "64-true":
             self.vae.double()
-        # the others, and the data, have its device and type
+        # all weights and batches have its device and type
         self.weight = next(p for p in self.vae.parameters() if p.is_floating_point())
         self.rows = self.rows.to(group.device)
         seed, held_out = self.settings.seed, self.held_out
@@ -132,22 +132,22 @@ class Trainer:
         self.bound = partial(validation_bound, self.vae, held_out, self.weight, seed, group)
         self.unit_rows = fetch_few(few, UNIT_ROWS, self.weight)
         self.history = History()
-        self.epoch = self.step = self.offset = 0  # epochs, steps, batches of this epoch done
-        self.seconds = 0.0  # spent in this epoch before it was resumed
-        self.first_elbo: float | None = None  # of the first step
+        self.epoch = self.step = self.offset = 0  # done: epochs, steps, batches of this epoch
+        self.seconds = 0.0  # spent on the steps of this epoch so far
+        self.first_elbo: float | None = None  # ELBO of the first step
         self.best: dict[str, Tensor] | None = None
-        self.compiled: Gradient | None = None  # made when it is first needed
-        self.resuming: AbstractContextManager[None] = nullcontext()  # of the next update
+        self.compiled: Gradient | None = None  # compiled at the first step that needs it
+        self.resuming: AbstractContextManager[None] = nullcontext()  # around the next update
         self.num_batches = -(-len(self.rows) // self.settings.batch_size)
         batch = torch.arange(min(self.settings.batch_size, len(self.rows)))
         self.local_batch_size = len(group.local_rows(batch)[0])
 
     def _start(self, state: dict[str, Any] | None) -> None:
-        """Sets the weights, makes what a step needs, and loads the checkpoint `state`."""
+        """Sets the weights, makes loss, optimiser and schedule, and loads a checkpoint `state`."""
         settings, device = self.settings, self.group.device
         self.objective.prepare(len(self.rows), self.num_batches)
         self._set_weights(resumed=state is not None)
-        try:  # now, not after an epoch
+        try:  # to raise now if the validation rows do not fit, not after an epoch
             with pyro.validation_enabled(True):
                 self.bound()
         except ValueError as error:
@@ -160,7 +160,7 @@ class Trainer:
             self.group.broadcast_(*self.objective.parameters())
         self.loss = StepLoss(self.vae, self.objective, settings.precision)
         self.monitor = Monitor(self.loss, device)
-        # 16-mixed unscales gradients before the step, which fused ones do inside
+        # in 16-mixed, gradients are unscaled before the step; fused optimisers do so inside
         fused = settings.precision != "16-mixed"
         self.scaler = torch.amp.GradScaler(device.type, enabled=not fused)
         self.optimizer = make_optimizer(settings.optimizer, self.vae, settings.lr, fused=fused)
@@ -175,7 +175,7 @@ class Trainer:
             seed_generators(device, self.group.seed(settings.seed, 0))
 
     def _set_weights(self, resumed: bool) -> None:
-        """Those of the last checkpoint, or as the vae initialises itself; alike on all devices."""
+        """Loads the last weights or calls `vae.initialise`, then broadcasts to all processes."""
         if resumed:
             if self.group.rank == 0:
                 put_weights(self.vae, load_weights(self.run, "last"), self.run)  # type: ignore[arg-type]
@@ -188,7 +188,7 @@ class Trainer:
     def _fit(self) -> Result:
         """Trains to the end, and then loads the best weights if there was validation.
 
-        An epoch is its steps, what is measured after them, the callbacks and a checkpoint.
+        Each epoch takes its steps, measures, calls the callbacks and writes a checkpoint.
         """
         settings, stopped = self.settings, False
         shown = self.progress and self.group.rank == 0
@@ -219,7 +219,7 @@ class Trainer:
     def _call(self, row: dict[str, Any]) -> bool:
         """Logs the epoch and calls the callbacks; returns whether one of them stopped training.
 
-        The checkpoint comes after, so that every epoch in it has been seen by the callbacks.
+        The checkpoint is written afterwards: callbacks have seen every epoch that it holds.
         """
         state = State(self.epoch, self.step, self.vae, dict(row))
         if self.group.rank == 0:
@@ -267,12 +267,12 @@ class Trainer:
         if len(share) != len(index):
             terms = terms * (len(index) / len(share))
         loss, terms = self.group.all_reduce_mean(weight, self.parameters, loss, terms)
-        with self.resuming:  # the state that was loaded is used from here on
+        with self.resuming:  # a loaded state is first used here: its errors name the run
             norm = None
             if self.settings.clip_norm is not None:
                 self.scaler.unscale_(self.optimizer)
                 norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
-            if self.scaler.is_enabled():  # it leaves out a step of infinite gradients
+            if self.scaler.is_enabled():  # it skips steps with infinite gradients
                 self.monitor.add(self.step, loss, terms)
             else:
                 self.monitor.add(self.step, loss, terms, self.parameters, norm)
@@ -292,7 +292,7 @@ class Trainer:
         return loss.detach(), terms, d
 
     def _compile(self, *batch: Tensor) -> Gradient:
-        """The gradient of batches of this size, compiled; the eager one where that fails."""
+        """Compiles the gradient of batches of this size; returns the eager one if that fails."""
         self.bar.say("compiling the training step")
         try:
             return compiled_gradient(self.loss, *batch)
@@ -307,7 +307,7 @@ class Trainer:
     def _report(self) -> dict[str, float]:
         """Shows and returns means over the rows of this epoch so far, in nats.
 
-        Waits for the device, and raises if a loss was not finite.
+        Waits for the device. Raises FloatingPointError if a loss was not finite.
         """
         self.monitor.raise_if_bad(self.step)
         if self.scaler.get_scale() < LEAST_SCALE:
@@ -326,7 +326,7 @@ class Trainer:
         return means
 
     def _measure(self, means: dict[str, float]) -> dict[str, Any]:
-        """Ends an epoch of these means: its row of the history, and a step of the schedule."""
+        """Ends an epoch: measures, adds a row with `means` to the history, steps the schedule."""
         began = time.monotonic()
         self.group.broadcast_(*self.vae.buffers())
         row: dict[str, Any] = {
@@ -349,7 +349,7 @@ class Trainer:
         return row
 
     def _out_of_patience(self) -> bool:
-        """Whether `patience` epochs passed without a better one, since all weights settled."""
+        """Returns whether `patience` epochs passed since the best one and the end of schedules."""
         best, patience = self.history.best_epoch, self.settings.patience
         if patience is None or best is None:
             return False
@@ -418,7 +418,7 @@ class Trainer:
             write_metrics(self.run, self.history.rows)  # type: ignore[arg-type]
         generators = [state["rng"], *state.get("rng_of_others", [])]
         device, rank = self.group.device, self.group.rank
-        if rank > 0 and len(generators) != self.group.size:  # their number has changed
+        if rank > 0 and len(generators) != self.group.size:  # the number of processes has changed
             seed_generators(device, self.group.seed(self.settings.seed, self.step))
             return
         torch.set_rng_state(generators[rank]["cpu"])
@@ -437,7 +437,7 @@ def _borrowed(
     with (
         forked(device, settings.seed),
         pyro.validation_enabled(False),
-        torch.enable_grad(),  # whatever the caller has
+        torch.enable_grad(),  # even under a caller's no_grad
         threads(settings.threads),
     ):
         try:
