@@ -1,4 +1,4 @@
-"""Objectives that look at the aggregate posterior q(z), its moments or its draws, over a batch."""
+"""Objectives of the aggregate posterior q(z), which they estimate from a batch."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from pyro_vae.objectives.schedules import Schedule
 def estimator_weights(
     estimator: str, batch_size: int, num_data: int, like: Tensor | None = None
 ) -> Tensor:
-    r"""Weights w [B, B] of the estimate :math:`\hat q(z_i) = \sum_j w_{ij} q(z_i \mid x_j)`.
+    r"""Returns weights w [B, B] for :math:`\hat q(z_i) = \sum_j w_{ij} q(z_i \mid x_j)`.
 
-    - "weighted": :math:`1 / (N B)` everywhere. Far below q(z): by log B where the q(z | x_n) do
-      not overlap, by log N where they are one. Sums of several logarithms, such as a total
-      correlation, are off by as many such terms.
+    - "weighted": :math:`1 / (N B)` everywhere. The estimate is far too low: by a factor B where
+      the q(z | x_n) do not overlap, by a factor N where they coincide. A sum of several
+      logarithms, such as a total correlation, has this error in each of them.
     - "stratified": :math:`1 / N` for the datum that z was drawn from, and
-      :math:`(N - 1) / (N (B - 1))` for each other one: :math:`E[\hat q(z)] = q(z)` over batches.
-      The logarithm stays biased, low, by Jensen's inequality. Chen et al. give one of the
-      others, whichever comes last, its own weight; this is the average over their order, which
-      is as unbiased and varies less.
+      :math:`(N - 1) / (N (B - 1))` for each other one, so that :math:`E[\hat q(z)] = q(z)` over
+      batches. Its logarithm is still too low on average, by Jensen's inequality. Chen et al.
+      give one of the others, the last, a weight of its own. These weights are the average of
+      theirs over all orders of the batch: as unbiased, with less variance.
 
-    A batch of one row says nothing of the other data: it counts as all of them, w = 1.
+    A batch of one row tells nothing of the other data: w = 1.
 
     Args:
         estimator: "weighted" or "stratified".
@@ -70,8 +70,8 @@ class BetaTC(Objective):
         beta: Weight of the total correlation.
         gamma: Weight of the dimension-wise KL.
         estimator: "stratified", unbiased in q(z), or "weighted": see `estimator_weights`.
-        num_data: Rows N of the training data. None: what `prepare` was told, else the size of
-            the plate "data", which is the batch's own unless it is subsampled.
+        num_data: Rows N of the training data. None: the number that `prepare` was given, else the
+            size of the plate "data", which is the batch's own unless it is subsampled.
         num_particles: Draws of z for each datum.
 
     Raises:
@@ -104,12 +104,12 @@ class BetaTC(Objective):
         self.gamma = self.add_weight("gamma", gamma)
 
     def prepare(self, num_data: int, steps_per_epoch: int) -> None:
-        """Takes the number of training data, unless `num_data` was given."""
+        """Sets the number of training data, unless `num_data` was given."""
         super().prepare(num_data, steps_per_epoch)
         self._told = num_data
 
     def bound(self, d: Densities) -> Tensor:
-        """Mean of the weighted terms over draws, [B]."""
+        """Returns the mean of the weighted terms over draws, [B]."""
         joint, product = self.log_aggregate(d), self.log_marginals(d).sum(-1)
         information = d.log_posterior - joint
         correlation = joint - product
@@ -118,15 +118,15 @@ class BetaTC(Objective):
         return (d.log_likelihood - penalty).mean(0)
 
     def log_marginals(self, d: Densities) -> Tensor:
-        """Estimates of log q(z_d) [K, B, D], in nats."""
+        """Returns estimates of log q(z_d) [K, B, D], in nats."""
         return self._average(d, pair_marginals(only_site(d).guide, draws(d)))
 
     def log_aggregate(self, d: Densities, dims: Sequence[int] | None = None) -> Tensor:
-        """Estimates of log q(z), or of log q(z_G) of the dimensions `dims`, [K, B]."""
+        """Returns estimates of log q(z) [K, B], or of log q(z_G) of the dimensions `dims`."""
         return self._average(d, pair_log_prob(only_site(d).guide, draws(d), dims))
 
     def _average(self, d: Densities, log_prob: Tensor) -> Tensor:
-        """Logarithm of the weighted sum over data, the third dimension of `log_prob`."""
+        """Returns the log of the weighted sum over data, the third dimension of `log_prob`."""
         weights = estimator_weights(self.estimator, d.num_data, self._size(d), log_prob)
         log_weights = weights.log().reshape(*weights.shape, *[1] * (log_prob.ndim - 3))
         return (log_prob + log_weights).logsumexp(2)
@@ -150,9 +150,9 @@ class HierarchicallyFactorized(BetaTC):
         - \delta \log \frac{\prod_d q(z_d)}{p(z)}
 
     averaged over draws of z, with q(z) estimated from the batch. With all weights one it is the
-    sampled ELBO, exactly. Without groups it is `BetaTC`. The paper's terms hold p(z) over its
-    own dimensions too; under a prior that factorises they are these. Cost: that of `BetaTC`,
-    and as much again for the groups.
+    sampled ELBO, exactly. Without groups it is `BetaTC`. The paper's terms contain p(z) and its
+    marginals too; under a prior that factorises they equal these. Cost: that of `BetaTC`, and
+    as much again for the groups.
 
     Args:
         groups: Dimensions of each group, such as [[0, 1], [2, 3, 4]]; one that is in no group
@@ -198,7 +198,7 @@ class HierarchicallyFactorized(BetaTC):
             raise ValueError(f"a dimension must be in one group at most; {twice} is in several")
 
     def bound(self, d: Densities) -> Tensor:
-        """Mean of the weighted terms over draws, [B]."""
+        """Returns the mean of the weighted terms over draws, [B]."""
         joint, each = self.log_aggregate(d), self.log_marginals(d)
         inside = [dim for group in self.groups for dim in group]
         size = each.shape[-1]
@@ -217,7 +217,7 @@ class HierarchicallyFactorized(BetaTC):
 
 
 class DIP(Objective):
-    r"""ELBO less the distance of the latents' covariance from the identity.
+    r"""ELBO minus the squared distance of the latents' covariance from the identity.
 
     .. math:: \mathrm{ELBO} - \lambda_{od} \sum_{i \neq j} C_{ij}^2
         - \lambda_d \sum_i (C_{ii} - 1)^2
@@ -261,7 +261,7 @@ class DIP(Objective):
         self.kind = kind
 
     def bound(self, d: Densities) -> Tensor:
-        """The ELBO less the penalty, [B]."""
+        """Returns the ELBO minus the penalty, [B]."""
         covariance = self.covariance(d)
         variance = covariance.diagonal()
         off = covariance.pow(2).sum() - variance.pow(2).sum()
@@ -269,11 +269,11 @@ class DIP(Objective):
         return d.log_likelihood.mean(0) - self.total_kl(d) - penalty
 
     def covariance(self, d: Densities) -> Tensor:
-        """C [D, D] of the batch."""
+        """Returns the covariance C [D, D] of the batch."""
         q = only_site(d).guide
         each = marginals(q)
         means = each.loc.flatten(0, -2)
-        centred = means - means.mean(0)  # torch.cov looks at the values, which stops a trace
+        centred = means - means.mean(0)  # torch.cov reads values, which cannot be traced
         between = centred.T @ centred / len(means)
         if self.kind == "I":
             return between
@@ -283,20 +283,20 @@ class DIP(Objective):
 
 
 class InfoVAE(Objective):
-    r"""Reconstruction, less a KL for each datum and a divergence of q(z) from p(z).
+    r"""Log likelihood, minus a KL for each datum and a divergence of q(z) from p(z).
 
     .. math:: E_q \log p(x \mid z) - (1 - \alpha) \, \mathrm{KL}(q(z \mid x) \| p(z))
         - (\alpha + \lambda - 1) \, \mathrm{MMD}(q(z), p(z))
 
-    with the squared maximum mean discrepancy of a Gaussian kernel, between the draws of the
-    batch and as many of the prior, unbiased for any number of particles: two draws of one datum
-    are no pair of draws of q(z). With alpha = 0 and lambda = 1 it is the ELBO, exactly; with
-    alpha = 1 the MMD-VAE. A learned prior learns from the KL alone, for its draws carry no
-    gradient. Cost: (K B)^2 kernels, thrice.
+    with the squared maximum mean discrepancy (MMD) of a Gaussian kernel, between the draws of
+    the batch and as many draws of the prior. Pairs of draws of one datum are left out, so that
+    it is unbiased for any number of particles. With alpha = 0 and lambda = 1 it is the ELBO,
+    exactly; with alpha = 1 the MMD-VAE. A learned prior learns from the KL alone, for its draws
+    carry no gradient. Cost: (K B)^2 kernels, three times.
 
     Args:
-        alpha: From 0 to 1: what is taken off the KL's weight.
-        divergence: The lambda above, at least 1.
+        alpha: Amount, from 0 to 1, by which the weight of the KL is lowered.
+        divergence: Lambda above, at least 1.
         bandwidth: Standard deviation of the kernel; None: sqrt(D), for which prior draws of unit
             variance have a kernel of about 1 / e.
         kl: As in `ELBO`.
@@ -328,7 +328,7 @@ class InfoVAE(Objective):
         self.bandwidth = bandwidth
 
     def bound(self, d: Densities) -> Tensor:
-        """Reconstruction less both penalties, [B]."""
+        """Returns the mean log likelihood minus both penalties, [B]."""
         z = draws(d)
         prior = only_site(d).model.sample().reshape(z.shape)
         gap = mmd(z, prior, self.bandwidth or z.shape[-1] ** 0.5)
@@ -338,13 +338,13 @@ class InfoVAE(Objective):
 
 
 def mmd(first: Tensor, second: Tensor, bandwidth: float) -> Tensor:
-    r"""Unbiased squared maximum mean discrepancy of two distributions, from draws [K, B, D].
+    r"""Returns the unbiased squared MMD of two distributions, from draws [K, B, D].
 
     .. math:: E[k(z, z')] + E[k(w, w')] - 2 E[k(z, w)], \quad
         k(z, w) = \exp\big(-\|z - w\|^2 / (2 h^2)\big)
 
-    over pairs from different data, as only these are independent. Zero for a single datum,
-    which has no pair.
+    over pairs from different data, as only these are independent. It is zero for a single
+    datum, which has no such pair.
     """
     if first.shape[1] == 1:
         return first.new_zeros(())
@@ -361,29 +361,29 @@ def _mean_kernel(first: Tensor, second: Tensor, bandwidth: float) -> Tensor:
 
 
 class FactorVAE(Objective):
-    r"""ELBO less a discriminator's estimate of the total correlation.
+    r"""ELBO minus a discriminator's estimate of the total correlation.
 
     .. math:: \mathrm{ELBO} - \gamma \, E_{q(z)} \log \frac{D(z)}{1 - D(z)}
 
-    D tells draws of q(z) from those whose dimensions are permuted each by itself over the batch,
-    which come from the product of the q(z_d); at its best the logarithm is that of their ratio.
-    A D that lags behind makes the penalty too small. With gamma = 0 it is the ELBO, exactly.
+    D tells draws of q(z) from draws whose dimensions are each permuted over the batch, which
+    come from the product of the q(z_d). For the best D the logarithm is that of the ratio of the
+    two densities; a D that lags behind makes the penalty too small. With gamma = 0 it is the
+    ELBO, exactly. The guide may be any.
 
-    It has two players: `fit` trains D after each step of the model, on the same draws (the paper
-    permutes a second batch). In a loop of one's own: `start(d)` once, then `after_step(d)` after
-    each step of the model. It takes any guide.
+    `fit` trains D after each step of the model, on the same draws (the paper permutes a second
+    batch). In a loop of one's own: `start(d)` once, then `after_step(d)` after each step.
 
     Args:
         gamma: Weight of the total correlation.
         kl: As in `ELBO`.
         width: Units of each of the discriminator's hidden layers.
-        layers: Their number.
+        layers: Number of the discriminator's hidden layers.
         adversary_lr: Learning rate of the discriminator's Adam, of decays 0.5 and 0.9.
         num_particles: Draws of z for each datum.
 
     Raises:
-        ValueError: If an option is out of its range; on use, if `start` was not called, or by
-            `pyro.infer.SVI`, which has one player.
+        ValueError: If an option is out of its range; on use, if `start` was not called, or in
+            `pyro.infer.SVI`, which does not train D.
 
     References:
         Kim and Mnih. Disentangling by factorising. 2018.
@@ -407,10 +407,10 @@ class FactorVAE(Objective):
         self.gamma = self.add_weight("gamma", gamma)
         self.width, self.layers, self.adversary_lr = width, layers, adversary_lr
         self.discriminator: nn.Module | None = None
-        self.adversary: Optimizer | None = None  # of the discriminator
+        self.adversary: Optimizer | None = None  # optimiser of the discriminator
 
     def start(self, d: Densities) -> None:
-        """A new discriminator, of the latent size of `d`, and its optimiser."""
+        """Creates a discriminator for the latent size of `d`, and its optimiser."""
         z = draws(d)
         sizes = [z.shape[-1], *[self.width] * self.layers]
         hidden = [
@@ -423,7 +423,7 @@ class FactorVAE(Objective):
         self.adversary = Adam(weights, lr=self.adversary_lr, betas=(0.5, 0.9))
 
     def after_step(self, d: Densities, average: Average | None = None) -> None:
-        """One step of the discriminator, on the draws of `d`."""
+        """Trains the discriminator by one step, on the draws of `d`."""
         network = self._network()
         assert self.adversary is not None
         self.adversary_loss(d).backward()
@@ -433,27 +433,27 @@ class FactorVAE(Objective):
         self.adversary.zero_grad()
 
     def get_extra_state(self) -> dict[str, Any] | None:
-        """The state of the discriminator's optimiser."""
+        """Returns the state of the discriminator's optimiser, or None."""
         return None if self.adversary is None else self.adversary.state_dict()
 
     def set_extra_state(self, state: dict[str, Any] | None) -> None:
-        """Goes back to that state; without a discriminator there is nothing to set."""
+        """Restores the state of the discriminator's optimiser, if there is one."""
         if self.adversary is not None and state is not None:
             self.adversary.load_state_dict(state)
 
     def bound(self, d: Densities) -> Tensor:
-        """The ELBO less gamma times the estimated log ratio, [B]."""
+        """Returns the ELBO minus gamma times the estimated log ratio, [B]."""
         elbo = d.log_likelihood.mean(0) - self.total_kl(d)
         return elbo - self.gamma * self.log_ratio(draws(d)).mean(0)
 
     def log_ratio(self, z: Tensor) -> Tensor:
-        """Estimate of log q(z) / prod q(z_d) [*S] of z [*S, D]; no gradient of D's weights."""
+        """Estimates log q(z) / prod q(z_d) [*S] of z [*S, D]; no gradient of D's weights."""
         network = self._network()
         frozen = {name: p.detach() for name, p in network.named_parameters()}
         return functional_call(network, frozen, z).squeeze(-1)
 
     def adversary_loss(self, d: Densities) -> Tensor:
-        """Cross entropy of D, in nats, on the draws of `d` and on them permuted."""
+        """Returns the cross entropy of D, in nats, on the draws of `d` and on them permuted."""
         network = self._network()
         z = draws(d).detach().flatten(0, 1)
         joint, product = network(z), network(permute_dimensions(z))
@@ -469,6 +469,6 @@ class FactorVAE(Objective):
 
 
 def permute_dimensions(z: Tensor) -> Tensor:
-    """Draws z [n, D], each column in a random order of its own."""
+    """Returns draws z [n, D] with each column in a random order of its own."""
     order = torch.rand(z.shape, device=z.device).argsort(0)
     return z.gather(0, order)

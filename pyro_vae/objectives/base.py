@@ -29,7 +29,7 @@ OF_SEVERAL_SITES = (
     *("ELBO", "Capacity", "FreeBits", "StickingTheLanding", "IWAE", "DReG", "CIWAE", "MIWAE"),
     *("PIWAE", "Renyi"),
 )
-OF_WHOLE_DRAWS = ("StickingTheLanding", "PIWAE")  # none for each value of a class summed out
+OF_WHOLE_DRAWS = ("StickingTheLanding", "PIWAE")  # not with own draws for each summed value
 
 
 class Objective(pyro.infer.ELBO, nn.Module):
@@ -66,35 +66,35 @@ class Objective(pyro.infer.ELBO, nn.Module):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Its arguments, read from attributes named like them; schedules as they are."""
+        """The constructor's arguments, read from attributes of these names; schedules as such."""
         names = inspect.signature(type(self)).parameters
         return {n: getattr(self, n) for n in names if hasattr(self, n)} | self.schedules
 
     def extra_repr(self) -> str:
-        """The options, as one would write them."""
+        """Returns the options, as one would write them."""
         plain = {n: v.tolist() if isinstance(v, Tensor) else v for n, v in self.options.items()}
         return ", ".join(f"{name}={value!r}" for name, value in plain.items())
 
     @abstractmethod
     def bound(self, d: Densities) -> Tensor:
-        """The reported value of each datum [B], in nats; larger is better."""
+        """Returns the reported value of each datum [B], in nats; larger is better."""
 
     def surrogate(self, d: Densities) -> Tensor:
-        """What is differentiated [B]; the bound, unless a subclass says otherwise."""
+        """Returns what is differentiated [B]: the bound, unless a subclass overrides this."""
         return self.bound(d)
 
     def total_kl(self, d: Densities) -> Tensor:
-        """KL(q || p) of all sites together [B], in nats."""
+        """Returns KL(q || p) of all sites together [B], in nats."""
         first, *others = d.kl(self.kl).values()
         return sum(others, first)
 
     def add_weight(
         self, name: str, value: float | Schedule, least: float = 0.0, most: float = math.inf
     ) -> Tensor:
-        """Makes a weight: a float64 buffer `name`, which `at` moves if `value` is a schedule.
+        """Registers a weight: a float64 buffer `name`, which `at` moves if `value` is a schedule.
 
         Raises:
-            ValueError: If `value` is neither, is not finite, or leaves [least, most].
+            ValueError: If `value` is no number or schedule, not finite, or outside [least, most].
         """
         if isinstance(value, bool) or not isinstance(value, Real | Schedule):
             raise ValueError(
@@ -119,15 +119,14 @@ class Objective(pyro.infer.ELBO, nn.Module):
 
         Args:
             num_data: Rows N that training visits.
-            steps_per_epoch: Steps in which it visits all of them, in which schedules of unit
-                "epoch" count.
+            steps_per_epoch: Steps of one pass over them, the unit of schedules that count epochs.
         """
         self.steps_per_epoch = steps_per_epoch
 
     def at(self, step: int) -> None:
-        """Sets the weights that move to their values at optimisation step `step`.
+        """Sets the weights that have a schedule to their values at optimisation step `step`.
 
-        `fit` calls it before each step, and so may the loop of a user of SVI; losses do not.
+        `fit` calls it before each step, and a loop around SVI may do so too; losses do not.
 
         Raises:
             ValueError: If a schedule counts epochs and `prepare` has not been called.
@@ -136,7 +135,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
             getattr(self, name).fill_(schedule(self._position(name, schedule, step)))
 
     def unsettled(self, step: int) -> list[str]:
-        """Names of the weights that still move at or after optimisation step `step`."""
+        """Returns the names of weights that still move at or after optimisation step `step`."""
         return [
             name
             for name, schedule in self.schedules.items()
@@ -154,39 +153,39 @@ class Objective(pyro.infer.ELBO, nn.Module):
         return step / self.steps_per_epoch
 
     def start(self, d: Densities) -> None:
-        """Makes what the objective trains itself; `fit` calls it before the first step.
+        """Creates what the objective itself trains; `fit` calls it before the first step.
 
         Args:
             d: Densities of a few training rows, for their sizes.
         """
 
     def after_step(self, d: Densities, average: Average | None = None) -> None:
-        """Trains what the objective trains itself; `fit` calls it after each step of the model.
+        """Trains what the objective itself trains; `fit` calls it after each step of the model.
 
         Args:
-            d: The densities of the step, whose draws were taken before it.
-            average: Averages the gradients of parameters over several devices, in place.
+            d: The densities of that step, from before it changed the parameters.
+            average: Function that averages gradients of parameters over several devices, in place.
         """
 
     def reduce(self, d: Densities) -> Tensor:
-        """The loss of a batch: minus the bound in value, minus the surrogate in gradient."""
+        """Returns the loss of a batch: minus the bound, with the gradient of minus `surrogate`."""
         self._check(d)
         surrogate = self.surrogate(d)
-        if d.label_term is not None:  # moves the parameters, not the reported number
+        if d.label_term is not None:  # it moves the parameters, but not the reported number
             surrogate = surrogate + (d.label_term - d.label_term.detach())
         if type(self).surrogate is Objective.surrogate:
             return surrogate.sum() * -d.scale
         return (self.bound(d).detach() + surrogate - surrogate.detach()).sum() * -d.scale
 
     def loss(self, model: Program, guide: Program, x: Tensor, y: Tensor | None = None) -> float:
-        """The loss, without gradients."""
+        """Returns the loss, without gradients."""
         with torch.no_grad():
             return self.differentiable_loss(model, guide, x, y).item()
 
     def differentiable_loss(
         self, model: Program, guide: Program, x: Tensor, y: Tensor | None = None
     ) -> Tensor:
-        """The loss as a tensor, for a torch optimiser; Pyro's parameter store is left alone."""
+        """Returns the loss, for a torch optimiser; Pyro's parameter store is left alone."""
         with OwnParameters():
             return self.reduce(
                 registered_densities(model, guide, x, y, num_particles=self.num_particles)
@@ -195,7 +194,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
     def loss_and_grads(
         self, model: Program, guide: Program, x: Tensor, y: Tensor | None = None
     ) -> float:
-        """The loss, after adding its gradients to the parameters: what SVI calls."""
+        """Adds the gradients of the loss to the parameters and returns it: what SVI calls."""
         if self.own_step:
             raise ValueError(
                 f"{type(self).__name__} needs a second player, which pyro.infer.SVI does not "
@@ -207,7 +206,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
         return loss.item()
 
     def _check(self, d: Densities) -> None:
-        """Refuses sites that are scaled, and draws without a gradient."""
+        """Raises a ValueError if a site is scaled, or drawn without a gradient."""
         for name, scale in d.site_scales:
             if isinstance(scale, Tensor) or not math.isclose(scale, d.scale, rel_tol=1e-9):
                 raise ValueError(
@@ -227,7 +226,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
 
 
 def only_site(d: Densities) -> Site:
-    """The latent site of `d`.
+    """Returns the latent site of `d`.
 
     Raises:
         ValueError: If there are several: q(z) of a hierarchy is not a mixture of q(z | x_n)
@@ -244,5 +243,5 @@ def only_site(d: Densities) -> Site:
 
 
 def draws(d: Densities) -> Tensor:
-    """The draws of the one latent site, flattened to [K, B, D]."""
+    """Returns the draws of the one latent site, flattened to [K, B, D]."""
     return only_site(d).value.reshape(d.num_particles, d.num_data, -1)

@@ -1,4 +1,4 @@
-"""The evidence lower bound, and what changes its KL or its gradient."""
+"""The evidence lower bound, and variants with another KL term or gradient."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyro_vae.objectives.schedules import Schedule
 
 
 class ELBO(Objective):
-    r"""Evidence lower bound; the beta-VAE for another weight than one.
+    r"""Evidence lower bound; that of the beta-VAE where beta is not one.
 
     .. math:: \frac1K \sum_{k=1}^K \log p(x \mid z_k) - \beta \, \mathrm{KL}(q(z \mid x) \| p(z))
 
@@ -36,7 +36,7 @@ class ELBO(Objective):
         self.beta = self.add_weight("beta", beta)
 
     def bound(self, d: Densities) -> Tensor:
-        """Mean reconstruction less beta times the KL, [B]."""
+        """Returns the mean log likelihood minus beta times the KL, [B]."""
         return d.log_likelihood.mean(0) - self.beta * self.total_kl(d)
 
 
@@ -76,15 +76,15 @@ class Capacity(Objective):
         self.gamma = self.add_weight("gamma", gamma)
 
     def bound(self, d: Densities) -> Tensor:
-        """Mean reconstruction less gamma times the distance of the KL from C, [B]."""
+        """Returns the mean log likelihood minus gamma times the distance of the KL from C, [B]."""
         distance = (self.total_kl(d) - self.capacity).abs()
         return d.log_likelihood.mean(0) - self.gamma * distance
 
 
 class FreeBits(Objective):
-    r"""Evidence lower bound whose KL costs at least a floor, so that falling below gains nothing.
+    r"""Evidence lower bound whose KL counts at least a floor, so that a KL below gains nothing.
 
-    For groups j of latent dimensions, with the average over the batch or without,
+    For groups j of latent dimensions, with the average over the batch or without it,
 
     .. math:: \frac1K \sum_{k=1}^K \log p(x_b \mid z_{bk}) - \sum_j \max\Big(\lambda, \,
         \frac1B \sum_{b'=1}^B \mathrm{KL}_{b'j} \Big) \quad\text{or}\quad
@@ -92,17 +92,17 @@ class FreeBits(Objective):
 
     Args:
         free_nats: Floor lambda of each group in nats, zero or more; a number or a schedule.
-        group_size: Dimensions that share a floor: 1 for each dimension of its own, None for
-            each latent site as a whole. Smaller groups than a site need a prior and a posterior
-            that factorise over dimensions, and a size that divides theirs.
-        on: What has the floor: the mean over the "batch" (as published; the number is then one
-            of the batch), or the KL of each "datum".
+        group_size: Dimensions that share a floor: 1 to give each dimension its own, None to give
+            each latent site one. Smaller groups than a site need a prior and a posterior that
+            factorise over dimensions, and a size that divides theirs.
+        on: Whether the floor holds for the mean KL over the "batch" (as published; all data then
+            have the same KL term), or for the KL of each "datum".
         kl: "analytic", "sampled", or "auto": analytic where there is a rule for the pair.
         num_particles: Draws of z for each datum, K.
 
     Raises:
         ValueError: If an argument is out of range; on first use, if `kl` is "analytic" without
-            a rule, or the latents cannot be grouped so.
+            a rule, or the latents cannot be grouped by `group_size`.
 
     References:
         Kingma et al. Improved variational inference with inverse autoregressive flow. 2016.
@@ -125,7 +125,7 @@ class FreeBits(Objective):
         self.batch_level = on == "batch"
 
     def bound(self, d: Densities) -> Tensor:
-        """Mean reconstruction less the KL above its floors, [B]."""
+        """Returns the mean log likelihood minus the KL, or the floor where that is larger, [B]."""
         if self.group_size is None:
             groups = torch.stack([*d.kl(self.kl).values()], -1)
         else:
@@ -144,14 +144,14 @@ class FreeBits(Objective):
 
 
 class StickingTheLanding(Objective):
-    r"""The sampled ELBO, its gradient through the draws alone.
+    r"""The sampled ELBO, with a gradient for the guide through the draws alone.
 
     .. math:: \frac1K \sum_{k=1}^K \big[ \log p(x \mid z_k)
         - \beta \, (\log q_{\mathrm{stop}(\phi)}(z_k \mid x) - \log p(z_k)) \big],
         \qquad z_k \sim q_\phi(z \mid x)
 
-    What is left out of the gradient has expectation zero, so that it is unbiased; at beta = 1
-    and the exact posterior it is zero for every draw.
+    The part of the gradient that is left out has expectation zero, so that the rest is
+    unbiased; at beta = 1 and the exact posterior the rest is zero for every draw.
 
     Args:
         beta: Weight of the KL, zero or more; a number or a schedule.
@@ -173,10 +173,10 @@ class StickingTheLanding(Objective):
         self.beta = self.add_weight("beta", beta)
 
     def bound(self, d: Densities) -> Tensor:
-        """Mean reconstruction less beta times the sampled KL, [B]."""
+        """Returns the mean log likelihood minus beta times the sampled KL, [B]."""
         return (d.log_likelihood - self.beta * (d.log_posterior - d.log_prior)).mean(0)
 
     def surrogate(self, d: Densities) -> Tensor:
-        """The same, without the gradient of the guide's own parameters, [B]."""
+        """Returns the same value, without the gradient of the guide's own parameters, [B]."""
         kl = d.log_posterior_detached - d.log_prior
         return (d.log_likelihood - self.beta * kl).mean(0)

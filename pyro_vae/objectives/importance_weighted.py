@@ -12,7 +12,7 @@ from pyro_vae.densities import Densities, log_mean_exp
 from pyro_vae.objectives.base import Objective
 from pyro_vae.objectives.schedules import Schedule
 
-NEAR = 1e-6  # of alpha to 1, where the limit is taken
+NEAR = 1e-6  # distance of alpha from 1 below which the limit is taken
 
 
 class IWAE(Objective):
@@ -36,7 +36,7 @@ class IWAE(Objective):
         super().__init__(num_particles)
 
     def bound(self, d: Densities) -> Tensor:
-        """Log of the mean weight, [B]."""
+        """Returns the log of the mean weight, [B]."""
         return log_mean_exp(d.log_weights)
 
 
@@ -49,7 +49,8 @@ class DReG(IWAE):
         \frac{\partial \log w_k}{\partial z_k} \frac{\partial z_k}{\partial \phi}, \qquad
         \nabla_\theta = \sum_{k=1}^K \bar w_k \, \nabla_\theta \log p(x, z_k).
 
-    Both are unbiased for those of `IWAE`, and the first does not drown in noise as K grows.
+    Both are unbiased for those of `IWAE`, and the first has a signal-to-noise ratio that does not
+    fall as K grows.
 
     Args:
         num_particles: Draws of z for each datum, K, two or more.
@@ -73,7 +74,7 @@ class DReG(IWAE):
             )
 
     def surrogate(self, d: Densities) -> Tensor:
-        """A number with the two gradients, [B]."""
+        """Returns a tensor [B] with the two gradients; its value means nothing."""
         d = d.each or d
         weights = d.log_weights.detach().softmax(0)
         log_joint = (d.log_likelihood + d.log_prior).masked_fill(weights == 0, 0.0)  # not -inf
@@ -84,7 +85,7 @@ class DReG(IWAE):
 
 
 class CIWAE(Objective):
-    r"""A combination of the ELBO and the importance-weighted bound, of the same draws.
+    r"""A weighted mean of the ELBO and the importance-weighted bound over the same draws.
 
     .. math:: \frac{\beta}{K} \sum_{k=1}^K \log w_k
         + (1 - \beta) \log \frac1K \sum_{k=1}^K w_k, \qquad
@@ -106,19 +107,19 @@ class CIWAE(Objective):
         self.beta = self.add_weight("beta", beta, most=1.0)
 
     def bound(self, d: Densities) -> Tensor:
-        """The combination, [B]."""
+        """Returns the weighted mean, [B]."""
         log_w = d.log_weights
         return self.beta * log_w.mean(0) + (1 - self.beta) * log_mean_exp(log_w)
 
 
 class MIWAE(Objective):
-    r"""The mean of M importance-weighted bounds, of L = K / M draws each.
+    r"""The mean of M importance-weighted bounds, each of L = K / M draws.
 
     .. math:: \frac1M \sum_{m=1}^M \log \frac1L \sum_{l=1}^L w_{ml}, \qquad
         w = \frac{p(x \mid z) \, p(z)}{q(z \mid x)}
 
-    One group is `IWAE`; as many groups as draws are the sampled ELBO. What Mattei and Frellsen
-    (2019) call MIWAE is another thing: `IWAE` on rows with missing entries.
+    One group is `IWAE`; as many groups as draws are the sampled ELBO. Mattei and Frellsen (2019)
+    use the name MIWAE for something else: `IWAE` on rows with missing entries.
 
     Args:
         num_particles: Draws of z for each datum, K, in all groups together.
@@ -142,11 +143,11 @@ class MIWAE(Objective):
         self.num_groups = num_groups
 
     def bound(self, d: Densities) -> Tensor:
-        """The mean of the groups' bounds, [B]."""
+        """Returns the mean of the groups' bounds, [B]."""
         return self.mean_of_groups(d.log_weights)
 
     def mean_of_groups(self, log_weights: Tensor) -> Tensor:
-        """Mean over groups of the importance-weighted bounds of `log_weights` [K, B], [B]."""
+        """Returns the mean of the groups' importance-weighted bounds [B], from weights [K, B]."""
         groups = log_weights.unflatten(0, (self.num_groups, -1))
         return log_mean_exp(groups.transpose(0, 1)).mean(0)
 
@@ -157,8 +158,8 @@ class PIWAE(MIWAE):
     .. math:: \nabla_\theta \log \frac{1}{K} \sum_{k=1}^K w_k \qquad\text{and}\qquad
         \nabla_\phi \frac1M \sum_{m=1}^M \log \frac1L \sum_{l=1}^L w_{ml}, \qquad K = M L
 
-    The tight bound suits the model, the looser one's gradient is less noisy for the guide.
-    What is reported is the tight one. Parameters of both count once in each.
+    The tight bound suits the model; the looser one gives the guide a less noisy gradient. The
+    reported value is the tight one. A parameter of both gets the sum of the two gradients.
 
     Args:
         num_particles: Draws of z for each datum, K, in all groups together.
@@ -174,11 +175,11 @@ class PIWAE(MIWAE):
     """
 
     def bound(self, d: Densities) -> Tensor:
-        """Log of the mean weight, [B]."""
+        """Returns the log of the mean weight, [B]."""
         return log_mean_exp(d.log_weights)
 
     def surrogate(self, d: Densities) -> Tensor:
-        """A number with the two gradients, [B]."""
+        """Returns a tensor [B] with the two gradients; its value means nothing."""
         log_joint = d.log_likelihood + d.log_prior
         path = d.through_latents(log_joint)
         log_w = d.log_weights.detach()
@@ -188,13 +189,13 @@ class PIWAE(MIWAE):
 
 
 class Renyi(Objective):
-    r"""Variational Renyi bound, between the importance-weighted bound and beyond the ELBO.
+    r"""Variational Renyi bound: from the importance-weighted bound to the ELBO and beyond.
 
     .. math:: \frac{1}{1 - \alpha} \log \frac1K \sum_{k=1}^K w_k^{1 - \alpha}, \qquad
         w_k = \frac{p(x \mid z_k) \, p(z_k)}{q(z_k \mid x)}
 
-    At alpha = 0 it is `IWAE`, at 1 the sampled ELBO. It falls as alpha grows, and for
-    alpha < 0 it need not be below log p(x).
+    At alpha = 0 it is `IWAE`, at 1 the sampled ELBO. It falls as alpha grows. For alpha < 0 it
+    need not be below log p(x).
 
     Args:
         alpha: Order of the divergence; a number or a schedule.
@@ -212,10 +213,10 @@ class Renyi(Objective):
         self.alpha = self.add_weight("alpha", alpha, least=-math.inf)
 
     def bound(self, d: Densities) -> Tensor:
-        """Log of the power mean of the weights, [B]."""
+        """Returns the log of the power mean of the weights, [B]."""
         order = 1 - self.alpha
         near = order.abs() < NEAR
         order = torch.where(near, torch.ones_like(order), order)
-        log_w = d.log_weights.double()  # small orders cancel
+        log_w = d.log_weights.double()  # small orders lose digits
         power = log_mean_exp(order * log_w) / order
         return torch.where(near, log_w.mean(0), power).to(d.log_weights.dtype)

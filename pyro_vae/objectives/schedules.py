@@ -1,4 +1,4 @@
-"""Weights that move while a model trains."""
+"""Weights of objectives that change while a model trains."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Unit = Literal["step", "epoch"]
 
 
 class Schedule(ABC):
-    """A number as a function of how far training is.
+    """A number as a function of the position in training.
 
     A weight of an objective takes one in place of a number: `ELBO(beta=Linear(length=1000))`.
     It depends on the position alone, so that a resumed training goes on exactly. `Constant`
@@ -32,12 +32,12 @@ class Schedule(ABC):
 
     @abstractmethod
     def __call__(self, position: float) -> float:
-        """The value at `position`, zero or more."""
+        """Returns the value at `position`, which is zero or more."""
 
     @property
     @abstractmethod
     def finish(self) -> float:
-        """The position from which the value stays what it is."""
+        """The position from which on the value no longer changes."""
 
     @property
     @abstractmethod
@@ -45,7 +45,7 @@ class Schedule(ABC):
         """The least and the greatest value."""
 
 
-CHECKS: dict[str, Callable[..., None]] = {  # of the numbers of a schedule
+CHECKS: dict[str, Callable[..., None]] = {  # by field; any other field must be finite
     "length": partial(check_real, above=0),
     "delay": partial(check_real, 0),
     "cycles": check_whole,
@@ -55,7 +55,7 @@ CHECKS: dict[str, Callable[..., None]] = {  # of the numbers of a schedule
 
 
 class Checked(Schedule):
-    """A schedule from `start` to `end`, or of one `value`, that is checked when it is made."""
+    """A schedule of `start` and `end`, or of one `value`, checked when it is made."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -77,7 +77,7 @@ class Constant(Checked):
 
     Args:
         value: The value.
-        unit: "step" or "epoch", to no effect.
+        unit: "step" or "epoch", without effect.
 
     Raises:
         ValueError: If `value` is not finite.
@@ -87,18 +87,18 @@ class Constant(Checked):
     unit: Unit = "step"
 
     def __call__(self, position: float) -> float:
-        """The value."""
+        """Returns the value."""
         return self.value
 
     @property
     def finish(self) -> float:
-        """Zero, for it never moves."""
+        """Zero, for the value never moves."""
         return 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Checked):
-    r"""A straight line from one value to another: a warm-up, or the contrary.
+    r"""A straight line from one value to another, such as a warm-up.
 
     .. math:: (1 - t) \, \mathrm{start} + t \, \mathrm{end}, \qquad
         t = \min(\max((\mathrm{position} - \mathrm{delay}) / \mathrm{length}, 0), 1)
@@ -107,7 +107,7 @@ class Linear(Checked):
         length: Steps or epochs from one value to the other.
         start: First value, kept until `delay`.
         end: Last value, kept from then on.
-        delay: Steps or epochs before it begins to move.
+        delay: Steps or epochs before the value begins to move.
         unit: "step" or "epoch".
 
     Raises:
@@ -124,7 +124,7 @@ class Linear(Checked):
     unit: Unit = "step"
 
     def __call__(self, position: float) -> float:
-        """The value at `position`."""
+        """Returns the value at `position`."""
         return _between(self.start, self.end, (position - self.delay) / self.length)
 
     @property
@@ -143,21 +143,21 @@ class Cosine(Linear):
     """
 
     def __call__(self, position: float) -> float:
-        """The value at `position`."""
+        """Returns the value at `position`."""
         t = min(max((position - self.delay) / self.length, 0.0), 1.0)
         return _between(self.start, self.end, (1 - math.cos(math.pi * t)) / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cyclical(Checked):
-    """Straight lines from one value to another, again and again; the last value afterwards.
+    """Straight lines from one value to another, again and again; then the last value.
 
     Args:
         length: Steps or epochs of a cycle.
         start: Value at the start of each cycle.
         end: Value at its end.
         cycles: How many cycles.
-        rising: Share of a cycle in which the value moves; it then waits for the next.
+        rising: Share of a cycle in which the value moves; it then stays at `end` until the next.
         unit: "step" or "epoch".
 
     Raises:
@@ -176,7 +176,7 @@ class Cyclical(Checked):
     unit: Unit = "step"
 
     def __call__(self, position: float) -> float:
-        """The value at `position`."""
+        """Returns the value at `position`."""
         if position >= self.finish:
             return self.end
         within = position % self.length / self.length
@@ -189,6 +189,6 @@ class Cyclical(Checked):
 
 
 def _between(start: float, end: float, t: float) -> float:
-    """The point at `t` of a line, of which 0 and 1 are exactly the ends."""
+    """Returns the point at `t` of a line, exactly `start` up to 0 and `end` from 1 on."""
     t = min(max(t, 0.0), 1.0)
     return (1 - t) * start + t * end
