@@ -1,4 +1,4 @@
-"""Latent distributions seen by dimension, and over all pairs of a draw and a datum."""
+"""Densities of single latent dimensions, and of all pairs of a draw and a datum."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["marginals", "pair_log_prob", "pair_marginals"]
 
 
 def marginals(q: Distribution) -> Normal:
-    """q(z_d), batch [*S, D], of a q(z) of batch *S and event (D,).
+    """Returns the q(z_d), batch [*S, D], of a q(z) of batch *S and event (D,).
 
     Args:
         q: A Normal, diagonal (`Independent(Normal)`) or full (`MultivariateNormal`).
@@ -33,12 +33,12 @@ def marginals(q: Distribution) -> Normal:
 
 
 def pair_marginals(q: Distribution, z: Tensor, dims: Sequence[int] | None = None) -> Tensor:
-    """log q_n(z_md) [*S, M, N, D], in nats, of M draws under N distributions.
+    """Returns log q_n(z_md) [*S, M, N, D], in nats, of M draws under N distributions.
 
     Args:
         q: Batch [*S, N], event (D,), as in `marginals`.
         z: Draws [*S, M, D].
-        dims: Some of the dimensions; None for all.
+        dims: Dimensions to take; None for all.
     """
     each = marginals(q)
     loc, scale = (_at(part, dims).unsqueeze(-3) for part in (each.loc, each.scale))
@@ -46,14 +46,14 @@ def pair_marginals(q: Distribution, z: Tensor, dims: Sequence[int] | None = None
 
 
 def pair_log_prob(q: Distribution, z: Tensor, dims: Sequence[int] | None = None) -> Tensor:
-    """log q_n(z_m) [*S, M, N], in nats, or that of the dimensions `dims` alone.
+    """Returns log q_n(z_m) [*S, M, N], in nats, or that of the dimensions `dims` alone.
 
     Arguments are those of `pair_marginals`.
     """
     if not isinstance(q, MultivariateNormal):
         return pair_marginals(q, z, dims).sum(-1)
     root = q.scale_tril
-    if dims is not None:  # cholesky would read the device, to see whether there is a root
+    if dims is not None:  # plain cholesky would make a GPU wait, to see whether there is a root
         root = torch.linalg.cholesky_ex(_at(_at(q.covariance_matrix, dims).mT, dims)).L
     loc, root = _at(q.loc, dims).unsqueeze(-3), root.unsqueeze(-4)
     pairs = MultivariateNormal(loc, scale_tril=root, validate_args=False)
@@ -61,5 +61,5 @@ def pair_log_prob(q: Distribution, z: Tensor, dims: Sequence[int] | None = None)
 
 
 def _at(tensor: Tensor, dims: Sequence[int] | None) -> Tensor:
-    """Some of the last dimension, or all: without an index, which a GPU would wait for."""
+    """Takes `dims` of the last dimension, without an index tensor, which makes a GPU wait."""
     return tensor if dims is None else torch.stack([tensor[..., dim] for dim in dims], -1)

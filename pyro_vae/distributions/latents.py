@@ -16,11 +16,11 @@ from torch.distributions import Distribution, constraints, register_kl
 from pyro_vae.distributions.scalars import Made, Shape
 from pyro_vae.runtime import forked
 
-Draw = Callable[[str, Any], Tensor]  # of a name and a distribution
+Draw = Callable[[str, Any], Tensor]  # (name, distribution) -> value
 
 
 class FullNormal(dist.MultivariateNormal):
-    """Normal with a full covariance; knows its KL to a diagonal Normal."""
+    """Normal with a full covariance, and an analytic KL to a diagonal Normal."""
 
 
 @register_kl(FullNormal, torch.distributions.Independent)
@@ -35,7 +35,7 @@ def _kl_full_diagonal(q: FullNormal, p: torch.distributions.Independent) -> Tens
 
 
 class MixtureOfDiagonalNormals(TorchDistribution):
-    r"""Mixture of diagonal Normals, its density by matrix products.
+    r"""Mixture of diagonal Normals whose density is computed by matrix products.
 
     .. math:: p(z) = \sum_{c=1}^{C} \pi_c \prod_{d=1}^{D} \mathcal{N}(z_d; \mu_{cd}, \sigma_{cd}^2)
 
@@ -46,7 +46,7 @@ class MixtureOfDiagonalNormals(TorchDistribution):
         logits: Unnormalised log weights [C].
         loc: Means [C, D].
         scale: Standard deviations [C, D].
-        batch_shape: Batch over which the one mixture is repeated.
+        batch_shape: Batch shape over which the same mixture is repeated.
     """
 
     arg_constraints = {}
@@ -64,11 +64,11 @@ class MixtureOfDiagonalNormals(TorchDistribution):
         super().__init__(Size(batch_shape), loc.shape[-1:], validate_args=validate_args)
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> MixtureOfDiagonalNormals:
-        """The same mixture over a larger batch."""
+        """Returns the same mixture over a larger batch."""
         return type(self)(self.logits, self.loc, self.scale, batch_shape, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of `value` [*S, D] in nats, [*S]."""
+        """Returns the log density of `value` [*S, D] in nats, [*S]."""
         if self._validate_args:
             self._validate_sample(value)
         centre = self.loc.detach().mean(0).double()
@@ -81,7 +81,7 @@ class MixtureOfDiagonalNormals(TorchDistribution):
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
     def sample(self, sample_shape: Shape = Size()) -> Tensor:
-        """Draws of a component, then of its Normal."""
+        """Draws a component, then from its Normal."""
         with torch.no_grad():
             c = dist.Categorical(logits=self.logits).sample(Size(sample_shape) + self.batch_shape)
             return torch.normal(self.loc[c], self.scale[c])
@@ -93,7 +93,7 @@ class MixtureOfDiagonalNormals(TorchDistribution):
 
 
 def mixture(logits: Tensor, components: Distribution) -> Distribution:
-    """Mixture of the last batch dimension of `components` [*S, C], event (D,), weights [C]."""
+    """Mixes the last batch dimension of `components` [*S, C], event (D,), by log weights."""
     base = getattr(components, "base_dist", None)
     if isinstance(base, torch.distributions.Normal) and len(components.batch_shape) == 1:
         return MixtureOfDiagonalNormals(logits, base.loc, base.scale)
@@ -104,8 +104,8 @@ def mixture(logits: Tensor, components: Distribution) -> Distribution:
 class Flow(Made, TorchDistribution):
     """A zuko flow as a Pyro distribution.
 
-    The density of the last draw is kept, so that scoring one's own sample costs nothing and
-    is differentiated through the sampling path; any other value is scored by the flow itself.
+    The density of the last draw is kept, so that scoring this draw costs nothing and its gradient
+    passes through the sampling path; any other value is scored by the flow itself.
 
     Args:
         flow: The torch distribution that a zuko flow returns when called.
@@ -122,17 +122,17 @@ class Flow(Made, TorchDistribution):
         super().__init__(flow.batch_shape, flow.event_shape, validate_args=validate_args)
 
     def rsample(self, sample_shape: Shape = Size()) -> Tensor:
-        """Reparameterised draws [*sample, *batch, D]."""
+        """Returns reparameterised draws [*sample, *batch, D]."""
         z, log_prob = self.flow.rsample_and_log_prob(Size(sample_shape))
         self._last = (z, log_prob)
         return z
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of `value` in nats."""
+        """Returns the log density of `value` in nats."""
         if self._last is not None and self._last[0] is value:
             if self._last[1].requires_grad or not torch.is_grad_enabled():
                 return self._last[1]  # else drawn without gradient, and now scored with one
-        lead = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)  # zuko does not
+        lead = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)  # zuko would not
         return self.flow.log_prob(value.expand(*lead, *self.event_shape))
 
     @property
@@ -147,14 +147,14 @@ class Joint(TorchDistribution):
     r"""Several vectors as one, each drawn given those before it: p(z1, z2) = p(z2) p(z1 | z2).
 
     Its mean holds, for each vector, the mean given the means of the vectors before it. That is
-    E[z] where conditional means are affine, and an embedding in any case. Its variance is that
-    of each vector given the same.
+    E[z] where conditional means are affine, and an embedding in any case. Its variance holds that
+    of each vector, given the same means.
 
     Args:
-        program: Calls its argument `draw(name, distribution)` for one vector after another; it
-            returns the vector, for the distributions of later ones.
-        sizes: Length of each vector, in the order in which they are joined.
-        batch_shape: That of the first vector's distribution.
+        program: Function that calls its argument `draw(name, distribution)` for one vector after
+            another; `draw` returns the vector, on which later distributions may depend.
+        sizes: Length of each vector by name, in the order in which they are joined.
+        batch_shape: Batch shape of the first vector's distribution.
     """
 
     arg_constraints = {}
@@ -173,11 +173,11 @@ class Joint(TorchDistribution):
         super().__init__(Size(batch_shape), event_shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> Joint:
-        """The same distribution over a larger batch."""
+        """Returns the same distribution over a larger batch."""
         return type(self)(self.program, self.sizes, Size(batch_shape), validate_args=False)
 
     def draw(self, pick: Draw) -> Tensor:
-        """The vectors that `pick(name, distribution)` gives, one after another, joined."""
+        """Returns the vectors that `pick(name, distribution)` gives, one after another, joined."""
         drawn: dict[str, Tensor] = {}
 
         def keep(name: str, fn: Any) -> Tensor:
@@ -188,11 +188,11 @@ class Joint(TorchDistribution):
         return torch.cat([drawn[name] for name in self.sizes], -1)
 
     def split(self, value: Tensor) -> dict[str, Tensor]:
-        """The vectors [*S, D] of which `value` [*S, D1 + D2 + ...] is joined, by name."""
+        """Returns the vectors [*S, D], by name, that `value` [*S, D1 + D2 + ...] joins."""
         return dict(zip(self.sizes, value.split(list(self.sizes.values()), -1)))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of `value` in nats, the sum of those of the vectors."""
+        """Returns the log density of `value` in nats, the sum of those of the vectors."""
         given, terms = self.split(value), []
 
         def pick(name: str, fn: Any) -> Tensor:
@@ -204,12 +204,12 @@ class Joint(TorchDistribution):
         return sum(terms[1:], terms[0]).expand(lead)
 
     def rsample(self, sample_shape: Shape = Size()) -> Tensor:
-        """Reparameterised draws [*sample, *batch, D1 + D2 + ...]."""
+        """Returns reparameterised draws [*sample, *batch, D1 + D2 + ...]."""
         shape = Size(sample_shape) + self.batch_shape
         return self.draw(lambda _, fn: fn.rsample(_more(shape, fn)))
 
     def sample(self, sample_shape: Shape = Size()) -> Tensor:
-        """Draws, also of distributions that are not reparameterised."""
+        """Draws without gradient, also from distributions that are not reparameterised."""
         shape = Size(sample_shape) + self.batch_shape
         with torch.no_grad():
             return self.draw(lambda _, fn: fn.sample(_more(shape, fn)))
@@ -236,12 +236,12 @@ class Joint(TorchDistribution):
 
 
 def _more(shape: Size, fn: Any) -> Size:
-    """The dimensions of `shape` that come before the batch of a distribution."""
+    """Returns the dimensions of `shape` that come before the batch of a distribution."""
     return shape[: len(shape) - len(fn.batch_shape)]
 
 
 def flow_family(name: str) -> Any:
-    """The zuko class `name`; importing zuko leaves torch's argument validation as it was."""
+    """Returns the zuko class `name`; importing zuko leaves torch's validation as it was."""
     validate = torch.distributions.Distribution._validate_args
     try:
         from zuko import flows
@@ -257,14 +257,14 @@ def flow_family(name: str) -> Any:
 def make_flow(
     name: str, features: int, context: int = 0, *, transforms: int, hidden: Sequence[int]
 ) -> Any:
-    """The zuko flow `name`, autoregressive ones as coupling flows, which are fast both ways.
+    """Makes the zuko flow `name`; autoregressive ones as coupling flows, fast both ways.
 
     Raises:
-        ValueError: If zuko has none of this name, or it is not made of transforms with networks.
+        ValueError: If zuko has no such flow, or it is not made of transforms with networks.
     """
     options = {"transforms": transforms, "hidden_features": hidden}
     for coupling in ({"passes": 2}, {}):
-        with suppress(TypeError):  # NICE has no other way, and takes no `passes`
+        with suppress(TypeError):  # NICE takes no `passes`: it is a coupling flow already
             return flow_family(name)(features, context, **options, **coupling)
     raise ValueError(
         f"zuko's {name} is not made of transforms with hidden layers: choose, for example, 'NSF', "

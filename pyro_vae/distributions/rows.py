@@ -15,11 +15,11 @@ from pyro_vae.distributions.scalars import Levels, Made, Shape
 
 
 class Rows(constraints.Constraint):
-    """Rows whose columns are each within their own support.
+    """The support of rows, each of whose columns has a support of its own.
 
     Args:
-        parts: Supports of scalars.
-        columns: For each of them, the numbers of its columns.
+        parts: Supports of scalars, each of one or several columns.
+        columns: For each support, the indices of its columns.
     """
 
     def __init__(
@@ -27,30 +27,30 @@ class Rows(constraints.Constraint):
     ) -> None:
         self.parts, self.columns = parts, columns
         joined = [c for part in columns for c in part]
-        self.order = sorted(range(len(joined)), key=lambda i: joined[i])  # of columns in it
+        self.order = sorted(range(len(joined)), key=lambda i: joined[i])  # place of each column
 
     @property
     def is_discrete(self) -> bool:  # type: ignore[override]
-        """Whether every column is."""
+        """Whether every column is discrete."""
         return all(part.is_discrete for part in self.parts)
 
     def check(self, value: Tensor) -> Tensor:
-        """Whether each entry is in the support of its column."""
+        """Returns whether each entry is in the support of its column."""
         pairs = zip(self.parts, self.columns)
         return torch.cat([p.check(value[..., c]) for p, c in pairs], -1)[..., self.order]
 
 
 class Product(TorchDistribution):
-    r"""Independent columns of several families, one column an entry of the batch [*S, C].
+    r"""Independent columns of several families, each an entry of the batch [*S, C].
 
     .. math:: \log p(x) = \sum_c \log p_c(x_c)
 
-    `to_event(1)` makes it a distribution of rows. As the mean of levels their mode is taken,
-    for codes of categories have none.
+    `to_event(1)` makes it a distribution of rows. `mean` is the mode in columns of `Levels`, for
+    the mean of codes of categories means nothing.
 
     Args:
-        parts: Scalar distributions, of batch [*S, C_k] each.
-        support: Their supports, and for each the numbers of its C_k columns.
+        parts: Scalar distributions, each of batch [*S, C_k].
+        support: Their supports, and for each the indices of its C_k columns.
     """
 
     arg_constraints = {}
@@ -65,17 +65,17 @@ class Product(TorchDistribution):
         super().__init__(batch, validate_args=validate_args)
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> Product:
-        """The same distribution over a larger batch."""
+        """Returns the same distribution over a larger batch."""
         parts = [p.expand((*batch_shape[:-1], p.batch_shape[-1])) for p in self.parts]
         return type(self)(parts, self.support, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of each entry of `value` [*S, C] in nats."""
+        """Returns the log density of each entry of `value` [*S, C] in nats."""
         pairs = zip(self.parts, self.columns)
         return self._joined([p.log_prob(value[..., _run(columns)]) for p, columns in pairs])
 
     def sample(self, sample_shape: Shape = Size()) -> Tensor:
-        """Draws of each column."""
+        """Draws all columns."""
         return self._joined([p.sample(Size(sample_shape)) for p in self.parts])
 
     @property
@@ -93,19 +93,19 @@ class Product(TorchDistribution):
 
 
 def _run(numbers: Sequence[int]) -> Sequence[int] | slice:
-    """Numbers as a slice, where they rise one by one."""
+    """Returns indices as a slice, if they rise one by one."""
     whole = slice(numbers[0], numbers[-1] + 1)
     return whole if list(numbers) == list(range(whole.start, whole.stop)) else numbers
 
 
 class Incomplete(dist.Independent):
-    r"""The marginal density of the entries that are not NaN; NaN declares a missing one.
+    r"""The marginal density of the entries that are not NaN, which stands for a missing entry.
 
     .. math:: \log p(x) = \sum_{e \,:\, x_e \text{ observed}} \log p(x_e)
 
-    Missing entries add neither to the density nor to its gradients: they are put at a point of
-    the support before their densities are taken, and left out after. Draws and moments are
-    those of `base`, of all entries.
+    Missing entries add neither to the density nor to its gradients: each is scored at some point
+    of the support instead, and left out of the sum. Draws and moments are those of `base`, of all
+    entries.
 
     Args:
         base: Distribution with batch \*S, independent over the entries of its event \*E, such as
@@ -128,31 +128,31 @@ class Incomplete(dist.Independent):
         super().__init__(each, len(base.event_shape))
 
     def expand(self, batch_shape: Shape, _instance: Any = None) -> Incomplete:
-        """The same distribution over a larger batch."""
+        """Returns the same distribution over a larger batch."""
         each = self.base_dist.expand(Size(batch_shape) + self.event_shape)
         return type(self)(each.to_event(len(self.event_shape)))
 
     def to_event(self, reinterpreted_batch_ndims: int | None = None) -> Incomplete:
-        """The same density, with some dimensions of the batch (all if None) in that of a datum."""
+        """Returns the same density with the last batch dimensions (all if None) in the event."""
         number = reinterpreted_batch_ndims
         number = len(self.batch_shape) if number is None else number
         return type(self)(self.base_dist.to_event(len(self.event_shape) + number))
 
     def entry_log_prob(self, value: Tensor) -> Tensor:
-        """Log density of each entry of `value` in nats [*S, *E]; 0 where it is missing."""
+        """Returns the log density of each entry of `value` in nats [*S, *E]; 0 if missing."""
         observed = ~value.isnan()
         filled = torch.where(observed, value, _inside(self.base_dist, value))
         log_prob = self.base_dist.log_prob(filled)
         return torch.where(observed, log_prob, torch.zeros_like(log_prob))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density in nats [*S] of the entries of `value` [*S, *E] that are not NaN."""
+        """Returns the log density in nats [*S] of the entries of `value` [*S, *E] not NaN."""
         log_prob = self.entry_log_prob(value)
         return log_prob.flatten(-len(self.event_shape)).sum(-1) if self.event_shape else log_prob
 
 
 def _inside(each: Any, like: Tensor) -> Tensor:
-    """A point of the support of scalar distributions, in the type of `like`."""
+    """Returns a point in the support of scalar distributions, in the type of `like`."""
     if isinstance(each, Product):
         pairs = zip(each.parts, each.columns)
         return torch.cat([_inside(p, like).expand(len(c)) for p, c in pairs])[each.order]
@@ -166,10 +166,10 @@ class OfTotal(Made, TorchDistribution):
 
     .. math:: \log p(x) = \log p_{l}(x), \qquad l = \textstyle\sum_e x_e
 
-    Draws take a total of `total` first, which they need not sum to.
+    `sample` draws a total from `total` first; the counts need not sum to it.
 
     Args:
-        make: From totals [*S] to counts, batch \*S and event \*E.
+        make: Function from totals [*S] to the distribution of counts, batch \*S and event \*E.
         total: Distribution of totals, batch \*S.
     """
 
@@ -187,16 +187,16 @@ class OfTotal(Made, TorchDistribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """That of the counts."""
+        """The support of the counts."""
         return self.typical.support
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density in nats [*S] of counts [*S, *E] given their totals."""
+        """Returns the log density in nats [*S] of counts [*S, *E] given their totals."""
         total = value.flatten(value.ndim - len(self.event_shape)).sum(-1)
         return self.make(total).log_prob(value)
 
     def sample(self, sample_shape: Shape = Size()) -> Tensor:
-        """Counts of drawn totals."""
+        """Draws totals, then counts."""
         return self.make(self.total.sample(Size(sample_shape))).sample()
 
     @property

@@ -13,21 +13,22 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
 Shape = Size | list[int] | tuple[int, ...]
-FAR = 25.0  # deviations from which the tail of a Normal is taken by its exponential
-TINY = 1e-300
+FAR = 25.0  # standard deviations from which the tail of a Normal is approximated
+TINY = 1e-300  # floor of numbers whose logarithm is taken
 
 
 class Made:
-    """A distribution of arguments whose shapes begin with its batch; expands by being made again.
+    """A distribution whose `expand` makes it anew from its arguments, expanded.
 
     Attributes:
-        made_of: Their names, in order: tensors, distributions, and what stays as it is.
+        made_of: Names of the arguments, in order. Shapes of tensors and distributions among them
+            begin with the batch; all else stays as it is.
     """
 
     made_of: ClassVar[tuple[str, ...]]
 
     def expand(self: Any, batch_shape: Shape, _instance: Any = None) -> Any:
-        """The same distribution over a larger batch."""
+        """Returns the same distribution over a larger batch."""
         first, wide = len(self.batch_shape), []
         for value in (getattr(self, name) for name in self.made_of):
             if isinstance(value, Tensor):
@@ -39,15 +40,15 @@ class Made:
 
 
 class Bernoulli(dist.Bernoulli):
-    r"""Pyro's Bernoulli, its log mass with half the passes over the logits.
+    r"""Pyro's Bernoulli with a log mass that passes over the logits half as often.
 
     .. math:: \log p(x; \eta) = \log \sigma((2 x - 1) \, \eta), \qquad x \in \{0, 1\}
 
-    Nothing cancels in it, however large the logit; nor is `value` ever as large as the draws.
+    No digits cancel, however large the logit, and `value` is not expanded to the shape of draws.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log mass of `value` in nats."""
+        """Returns the log mass of `value` in nats."""
         if self._validate_args:
             self._validate_sample(value)
         sign = 2 * value.to(self.logits.dtype) - 1
@@ -55,12 +56,12 @@ class Bernoulli(dist.Bernoulli):
 
 
 class Poisson(Made, dist.Poisson):
-    r"""Pyro's Poisson by its log rate, its log mass in float64.
+    r"""Pyro's Poisson by its log rate, with a log mass in float64.
 
     .. math:: \log p(x; \eta) = \eta x - e^\eta - \log x!
 
-    Nothing breaks where float32 has no such rate, and large terms that cancel do not round: half
-    a nat at x = 10^6.
+    It is right for rates beyond float32, and where large terms cancel: at x = 10^6 float32 is off
+    by half a nat.
     """
 
     made_of = ("log_rate",)
@@ -70,7 +71,7 @@ class Poisson(Made, dist.Poisson):
         super().__init__(log_rate.exp(), validate_args=validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log mass of `value` in nats."""
+        """Returns the log mass of `value` in nats."""
         if self._validate_args:
             self._validate_sample(value)
         x, eta = value.double(), self.log_rate.double()
@@ -78,13 +79,13 @@ class Poisson(Made, dist.Poisson):
 
 
 class NegativeBinomial(Made, dist.NegativeBinomial):
-    r"""Pyro's negative binomial by dispersion r and log odds, its log mass in float64.
+    r"""Pyro's negative binomial by dispersion r and log odds, with a log mass in float64.
 
     .. math:: \log p(x; r, \eta) = \eta x - (r + x) \log(1 + e^\eta)
         + \log \Gamma(r + x) - \log \Gamma(r) - \log x!
 
-    Large terms that cancel do not round: 0.8 nats at x = 10^6 in float32. A dispersion that many
-    entries share is not repeated for them.
+    It is right where large terms cancel: at x = 10^6 float32 is off by 0.8 nats. A dispersion that
+    many entries share is not repeated for them.
     """
 
     made_of = ("dispersion", "logits")
@@ -96,7 +97,7 @@ class NegativeBinomial(Made, dist.NegativeBinomial):
         super().__init__(dispersion, logits=logits, validate_args=validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log mass of `value` in nats."""
+        """Returns the log mass of `value` in nats."""
         if self._validate_args:
             self._validate_sample(value)
         x, r, eta = value.double(), self.dispersion.double(), self.logits.double()
@@ -110,7 +111,7 @@ class ContinuousBernoulli(Made, TorchDistribution):
 
     .. math:: \log p(x; \eta) = \eta x - \log \frac{e^\eta - 1}{\eta}
 
-    torch's own clamps the probability, which costs 0.6 nats a pixel at a logit of 30.
+    torch's own class clamps the probability, which costs 0.6 nats a pixel at a logit of 30.
 
     References:
         Loaiza-Ganem and Cunningham. The continuous Bernoulli: fixing a pervasive error in
@@ -127,7 +128,7 @@ class ContinuousBernoulli(Made, TorchDistribution):
         super().__init__(logits.shape, validate_args=validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of `value` in nats."""
+        """Returns the log density of `value` in nats."""
         if self._validate_args:
             self._validate_sample(value)
         small = self.logits.abs() < 0.05
@@ -137,10 +138,10 @@ class ContinuousBernoulli(Made, TorchDistribution):
         return self.logits * value - torch.where(small, series, exact)
 
     def rsample(self, sample_shape: Shape = Size()) -> Tensor:
-        """Draws by the inverse of the cumulative distribution, of the nearer end."""
+        """Draws by inverting the cumulative distribution, starting from the denser end."""
         a = self.logits.abs().clamp(min=1e-3)
         u = torch.rand(self._extended_shape(sample_shape), dtype=a.dtype, device=a.device)
-        near = torch.log1p(u * torch.expm1(-a)) / -a  # density falls from 0
+        near = torch.log1p(u * torch.expm1(-a)) / -a  # the density falls from 0 on
         x = torch.where(self.logits > 0, 1 - near, near)
         return torch.where(self.logits.abs() < 1e-3, u + self.logits * u * (u - 1) / -2, x)
 
@@ -179,7 +180,7 @@ class DiscretizedLogistic(Made, TorchDistribution):
         super().__init__(self.loc.shape, validate_args=validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log mass of `value` in nats; exact in the tails, where a difference would vanish."""
+        """Returns the log mass of `value` in nats, exact in the tails too."""
         if self._validate_args:
             self._validate_sample(value)
         # sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b))
@@ -190,7 +191,7 @@ class DiscretizedLogistic(Made, TorchDistribution):
         return torch.where(value <= 0, above, torch.where(value >= self.levels - 1, below, inside))
 
     def sample(self, sample_shape: Shape = Size()) -> Tensor:
-        """Rounded and clipped logistic draws."""
+        """Draws logistic numbers, rounded and clipped."""
         with torch.no_grad():
             shape = self._extended_shape(sample_shape)
             tiny = torch.finfo(self.loc.dtype).eps
@@ -208,7 +209,7 @@ class DiscretizedLogistic(Made, TorchDistribution):
 
 
 class MixtureOfLogistics(dist.MixtureSameFamily):
-    """A mixture of `DiscretizedLogistic` over their last batch dimension."""
+    """A mixture of `DiscretizedLogistic` over the last batch dimension."""
 
     @property
     def support(self) -> constraints.Constraint:
@@ -217,15 +218,15 @@ class MixtureOfLogistics(dist.MixtureSameFamily):
 
 
 class Levels(dist.Categorical):
-    """Categorical over the integers 0, ..., C - 1 as numbers: draws are, and it has a mean."""
+    """Categorical over 0, ..., C - 1 as floating-point numbers, with a mean."""
 
     def sample(self, sample_shape: Shape = Size()) -> Tensor:
-        """Draws by the inverse of the cumulative distribution, of its precision."""
+        """Draws by inverting the cumulative distribution, in the type of the probabilities."""
         with torch.no_grad():
             below = self.probs.cumsum(-1)
             shape = self._extended_shape(sample_shape)
             u = 1 - torch.rand(shape, dtype=below.dtype, device=below.device)  # above 0
-            level = u * below[..., -1]  # rounding: the sum is not 1
+            level = u * below[..., -1]  # the rounded sum is not 1
             return (below < level.unsqueeze(-1)).sum(-1, dtype=below.dtype)
 
     @property
@@ -240,12 +241,12 @@ class Interval(Made, TorchDistribution):
 
     .. math:: P(x) = F(x + w / 2) - F(x - w / 2)
 
-    The masses of the multiples of the width sum to one, so that nothing here can exceed 0 nats,
-    however often a value is repeated. They are taken in float64 and in the nearer tail, where the
-    difference is exact. Draws are multiples of the width; `mean` is that before rounding.
+    The masses of the multiples of the width sum to one, so that no log mass exceeds 0 nats,
+    however often a value is repeated. They are computed in float64 and in the nearer tail, where
+    the difference is exact. Draws are multiples of the width; `mean` is that before rounding.
 
     Args:
-        base: Normal, Laplace or LogNormal; of the last, what lies below 0 is left out.
+        base: Normal, Laplace or LogNormal; for the last, an interval has no mass below 0.
         width: Width w of an interval, which broadcasts to the batch.
 
     Raises:
@@ -269,7 +270,7 @@ class Interval(Made, TorchDistribution):
         super().__init__(base.batch_shape, validate_args=validate_args)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log probability in nats of the interval around `value`."""
+        """Returns the log probability in nats of the interval around `value`."""
         centre = value.double()
         low, high = self._score(centre - self.width / 2), self._score(centre + self.width / 2)
         middle, width = (low + high) / 2, high - low
@@ -278,7 +279,7 @@ class Interval(Made, TorchDistribution):
         return log_mass(mirror * middle - width / 2, width).to(self.base.loc.dtype)
 
     def sample(self, sample_shape: Shape = Size()) -> Tensor:
-        """Draws, rounded to multiples of the width."""
+        """Draws values, rounded to multiples of the width."""
         draws = self.base.sample(Size(sample_shape))
         width = torch.as_tensor(self.width).to(draws)
         return (draws / width).round() * width
@@ -294,17 +295,17 @@ class Interval(Made, TorchDistribution):
 
 
 def _log_normal(near: Tensor, width: Tensor) -> Tensor:
-    """log of the mass of a standard Normal from `near` on, in the upper tail or about 0.
+    """Returns the log mass of N(0, 1) on [near, near + width], in the upper tail or about 0.
 
-    By the difference of two erfc up to 25; beyond by the integral of exp(-near t - t^2 / 2), the
-    square to second order, which is right to 1e-6. erfc and its derivatives take a fifth of the
-    time of those of `log_ndtr`.
+    Up to near = 25 it is the difference of two erfc; beyond, the integral of
+    exp(-near t - t^2 / 2) with the square to second order, which is right to 1e-6. erfc and its
+    derivatives take a fifth of the time of those of `log_ndtr`.
     """
     start = near.clamp(max=FAR) / math.sqrt(2)
     mass = torch.erfc(start) - torch.erfc(start + width / math.sqrt(2))
     far = near.clamp(min=FAR)
     u = far * width
-    share = -torch.expm1(-u).clamp(max=-TINY)  # of the tail, by its exponential
+    share = -torch.expm1(-u).clamp(max=-TINY)  # share of the tail, as if exponential
     curved = (1 - (1 - share) * (1 + u + u.square() / 2)) / (share * far.square())
     curved = curved / (1 + 2.5 * curved)
     beyond = torch.log(share / far) - far.square() / 2 - math.log(2 * math.pi) / 2 - curved
@@ -312,7 +313,7 @@ def _log_normal(near: Tensor, width: Tensor) -> Tensor:
 
 
 def _log_laplace(near: Tensor, width: Tensor) -> Tensor:
-    """log of the mass of a standard Laplace from `near` on, in the upper tail or about 0."""
+    """Returns the log mass of a unit Laplace on [near, near + width], as `_log_normal`."""
     beyond = torch.log(-torch.expm1(-width).clamp(max=-TINY) / 2) - near.clamp(min=0)
     start = near.clamp(max=0)
     mass = -torch.expm1(start) - torch.expm1(-start - width)
@@ -320,7 +321,7 @@ def _log_laplace(near: Tensor, width: Tensor) -> Tensor:
 
 
 class Label(Made, TorchDistribution):
-    """What is said of a class: its number, or -1 where nothing is said; log mass 0 or -inf.
+    """A label: the number of the class, or -1 where it is unknown; log mass 0 or -inf.
 
     Args:
         classes: One-hot vectors of the classes [*S, C].
@@ -337,10 +338,10 @@ class Label(Made, TorchDistribution):
         super().__init__(classes.shape[:-1], validate_args=validate_args)
 
     def sample(self, sample_shape: Shape = ()) -> Tensor:
-        """The class."""
+        """Returns the class."""
         return self.classes.argmax(-1).expand(*sample_shape, *self.batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Whether the class is `value`, in nats."""
+        """Returns 0 where the label `value` is the class or unknown, -inf elsewhere."""
         fits = (self.classes.argmax(-1) == value) | (value < 0)
         return fits.to(self.classes.dtype).log()

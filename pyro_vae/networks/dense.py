@@ -1,4 +1,4 @@
-"""What every network shares, shapes, leading dimensions and conditioning; and dense networks."""
+"""The base class of networks (shapes, leading dimensions, conditioning), and dense networks."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Network(nn.Module):
         in_shape: Shape of one input, an int or a tuple.
         out_shape: Shape of one output.
         condition_dim: Length of the vector `y` that the output also depends on; 0 for none.
-        widths: Sizes of layers, by the option that sets them.
+        widths: Sizes of layers, by the name of the option that sets them.
 
     Attributes:
-        repeats: Whether `body` gets x as often as there are `y` for it. If not, `y` may have R
-            times as many rows [R * B, condition_dim], so that what sees x alone is run once.
+        repeats: Whether `body` gets a row of x for each row of `y`. If not, `y` may have R times
+            as many rows as x, [R * B, condition_dim], so that layers that see x alone run once.
     """
 
     repeats: ClassVar[bool] = True
@@ -65,16 +65,16 @@ class Network(nn.Module):
 
     @abstractmethod
     def body(self, x: Tensor, y: Tensor) -> Tensor:
-        """Outputs for one flat batch `x` [B, *in_shape] and `y` [B, condition_dim]."""
+        """Returns the outputs of one flat batch `x` [B, *in_shape] and `y` [B, condition_dim]."""
 
     @property
     def output_bias(self) -> Tensor:
-        """Bias of the last layer, a view that broadcasts to `out_shape`; here of `output`."""
-        bias = self.output.bias  # of a convolution it is that of each channel
+        """Bias of the last layer, `output`, as a view that broadcasts to `out_shape`."""
+        bias = self.output.bias  # a convolution has one for each channel
         return bias.view(self.out_shape if isinstance(self.output, nn.Linear) else (-1, 1, 1))
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Raw parameters [*S, *out_shape] of `x` [*S, *in_shape] and `y` [*S, condition_dim].
+        """Returns raw parameters [*S, *out_shape] of `x` [*S, *in_shape], `y` [*S, condition_dim].
 
         Raises:
             ValueError: If the shape of `x` or `y` is not the declared one.
@@ -111,7 +111,7 @@ class Network(nn.Module):
 
 
 class MLP(Network):
-    """Dense layers with an activation, then a linear one.
+    """Dense layers with an activation, then a linear layer.
 
     Args:
         in_shape: Shape of one input.
@@ -139,12 +139,12 @@ class MLP(Network):
         self.output = nn.Linear(sizes[-1], prod(self.out_shape))
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
-        """Dense layers over the flattened input and `y`."""
+        """Applies dense layers to the flattened input and `y`."""
         return joint([*self.hidden, self.output], x, y)
 
 
 class GatedMLP(Network):
-    r"""Dense layers :math:`(A x + a) \odot \sigma(B x + b)`, then a linear one.
+    r"""Dense layers :math:`(A x + a) \odot \sigma(B x + b)`, then a linear layer.
 
     Args:
         in_shape: Shape of one input.
@@ -177,19 +177,19 @@ class GatedMLP(Network):
         self.output = nn.Linear(sizes[-1], prod(self.out_shape))
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
-        """Gated layers over the flattened input and `y`."""
+        """Applies gated layers to the flattened input and `y`."""
         return joint([*self.hidden, self.output], x, y)
 
 
 def activation_layer(name: str) -> nn.Module:
-    """The activation called `name`."""
+    """Returns the activation called `name`."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation {name!r} is unknown; choose one of {sorted(ACTIVATIONS)}")
     return ACTIVATIONS[name]()
 
 
 def joint(layers: Sequence[nn.Module], x: Tensor, y: Tensor) -> Tensor:
-    """Layers over `x` [B, *E] flattened and beside it `y` [R * B, C]; the first is linear."""
+    """Applies layers, the first linear, to `x` [B, *E] flattened, joined with `y` [R * B, C]."""
     first: Any = layers[0]
     x = x.flatten(1)
     if len(y) == len(x):
@@ -204,7 +204,7 @@ def joint(layers: Sequence[nn.Module], x: Tensor, y: Tensor) -> Tensor:
 
 
 def dense(sizes: tuple[int, ...], activation: str, norm: str | None) -> list[nn.Module]:
-    """Linear, norm, activation for each pair of neighbours in `sizes`."""
+    """Returns a linear layer, norm and activation for each pair of neighbours in `sizes`."""
     layers: list[nn.Module] = []
     for i, o in zip(sizes, sizes[1:]):
         layers += [nn.Linear(i, o), *norm_layers(norm, o), activation_layer(activation)]
@@ -212,7 +212,7 @@ def dense(sizes: tuple[int, ...], activation: str, norm: str | None) -> list[nn.
 
 
 def norm_layers(norm: str | None, size: int) -> list[nn.Module]:
-    """The normalisation called `norm` for vectors of length `size`, or nothing."""
+    """Returns the normalisation called `norm` for vectors of length `size`, or nothing."""
     if norm not in (None, *NORMS):
         raise ValueError(f"norm {norm!r} is unknown; choose 'batch', 'layer' or None")
     return [NORMS[norm](size)] if norm else []

@@ -12,7 +12,7 @@ from pyro_vae.networks.dense import Network, activation_layer, dense, joint
 
 
 class Conv(Network):
-    """Image (C, H, W) to vector: 3 x 3 convolutions of stride 2, dense layers, a linear one.
+    """Image (C, H, W) to vector: 3 x 3 convolutions of stride 2, dense layers, a linear layer.
 
     Args:
         in_shape: Channels, height and width; each convolution halves the sides, rounded up.
@@ -52,7 +52,7 @@ class Conv(Network):
         self.output = nn.Linear(widths[-1], prod(self.out_shape))
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
-        """Convolutions, then dense layers with `y`."""
+        """Applies convolutions, then dense layers with `y`."""
         return joint([*self.hidden, self.output], self.convolutions(x), y)
 
 
@@ -98,7 +98,7 @@ class ConvTranspose(Network):
         self.convolutions = nn.Sequential(*layers)
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
-        """Dense layers with `y`, then transposed convolutions."""
+        """Applies dense layers with `y`, then transposed convolutions."""
         h = joint([*self.hidden], x, y)
         return self.convolutions(h.unflatten(-1, self.start))
 
@@ -145,7 +145,7 @@ class ResNet(Network):
         self.output = nn.Linear(flat + condition_dim, prod(self.out_shape))
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
-        """Residual stages, then a linear map with `y`."""
+        """Applies residual stages, then a linear map with `y`."""
         return joint([self.output], self.stages(x), y)
 
 
@@ -186,7 +186,7 @@ class ResNetTranspose(Network):
         self.output = nn.Conv2d(channels[-1], self.out_shape[0], 3, padding=1)
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
-        """A linear map with `y`, then residual stages."""
+        """Applies a linear map with `y`, then residual stages."""
         h = joint([self.input], x, y).unflatten(-1, self.start)
         for block, width, size in zip(self.blocks, self.widths, self.sizes[1:]):
             h = width(F.interpolate(block(h), size, mode="nearest"))
@@ -208,14 +208,14 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block's output, of the shape of `x`."""
+        """Returns the block's output, of the shape of `x`."""
         return x + self.layers(x)
 
 
 def image_sizes(
     shape: tuple[int, ...], count: int, name: str, what: str, other: str
 ) -> list[tuple[int, int]]:
-    """Height and width of an image, and after each of `count` halvings, rounded up."""
+    """Returns height and width of an image, and after each of `count` halvings, rounded up."""
     if len(shape) != 3:
         raise ValueError(
             f"{name} needs an image: {what} (channels, height, width); got {shape}: "
@@ -229,7 +229,7 @@ def image_sizes(
 
 
 def norm_2d(norm: str | None, channels: int) -> list[nn.Module]:
-    """Batch norm over `channels`, or nothing."""
+    """Returns batch norm over `channels`, or nothing."""
     if norm not in (None, "batch"):
         raise ValueError(f"norm {norm!r} does not fit images; choose 'batch' or None")
     return [nn.BatchNorm2d(channels)] if norm else []
