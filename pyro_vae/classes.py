@@ -1,4 +1,4 @@
-"""A VAE with a class: few labels, or none."""
+"""A VAE with a class for each datum, for few labels or none."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SUMMED: Any = {"enumerate": "parallel"}
 
 
 class ClassWeights(nn.Module):
-    """p(y) of classes, with learned weights that start equal."""
+    """The prior p(y) of classes, with learned weights that start equal."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class ClassWeights(nn.Module):
         self.logits = nn.Parameter(torch.zeros(classes))
 
     def forward(self) -> Any:
-        """One-hot classes, batch (), event (C,)."""
+        """Returns the distribution of one-hot classes, batch (), event (C,)."""
         return dist.OneHotCategorical(logits=self.logits)
 
 
@@ -43,24 +43,24 @@ class ClassVAE(VAE):
     .. math:: p(x, y, z) = p(y) \, p(z \mid y) \, p(x \mid z, y), \qquad q(z \mid x, y)
 
     The class is summed out wherever it is not known, so that no classifier network is needed:
-    p(y | x) is the model's own, by `class_probabilities`. Labels are numbers from 0, -1 where
-    unknown. log p(x, y) is that of data with the labels given: log p(x) where they are not.
+    p(y | x) follows from the model, by `class_probabilities`. Labels are numbers from 0, -1 where
+    unknown. The log p of a datum is log p(x, y) if it has a label, else log p(x).
 
-    A `classifier` q(y | x) may be trained beside it. Where a label is known, it learns that; else
-    KL(q(y | x) || p(y | x)) ties it to the model, which so learns what few labels say.
+    A `classifier` q(y | x) may be trained beside the model. It learns the labels that are known;
+    elsewhere KL(q(y | x) || p(y | x)) ties it to the model, which so learns from few labels.
 
     Sites are "y", "z" and "x", and "label" where labels are given; a hierarchy has one for each
     layer in place of "z". Each pass runs the networks on all C classes.
 
     Args:
-        prior: y -> p(z | y), or p(z) for a prior that does not look at y; `Layers` of such.
+        prior: y -> p(z | y), or p(z) for a prior that ignores y; `Layers` for a hierarchy.
         likelihood: z, y -> p(x | z, y).
         posterior: x, y -> q(z | x, y), or an order of inference; networks are conditioned on
             one-hot classes.
         missing: As in `VAE`.
         classes: Number of classes C.
-        label_weight: What objectives add for each known label: this times the gradient of the
-            model's own log p(y | x), or that of the classifier. The reported bound is without it.
+        label_weight: Weight of log p(y | x) at known labels, or of the classifier's log q(y | x):
+            objectives add its gradient, but not its value to the reported bound.
         classifier: Network from what the encoder sees to C raw numbers, or None.
 
     References:
@@ -86,7 +86,7 @@ class ClassVAE(VAE):
         self.classifier = classifier
 
     def model(self, x: Tensor | None = None, y: Tensor | None = None, size: int = 1) -> Tensor:
-        """Pyro model: y ~ p(y), z ~ p(z | y), x ~ p(x | z, y), and what is said of y.
+        """Pyro model: y ~ p(y), z ~ p(z | y), x ~ p(x | z, y), and labels where they are given.
 
         Args:
             x: Data [B, *E] to condition on; drawn if None.
@@ -114,7 +114,7 @@ class ClassVAE(VAE):
             return self._joint(x, c)
 
     def guide(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Pyro guide: z ~ q(z | x, y) at each class, of which the value alone counts."""
+        """Pyro guide: z ~ q(z | x, y) for each class; y ~ p(y), or the classifier's q(y | x)."""
         register({"classes": self.class_weights, "posterior": self.posterior})
         q, infer = self.class_weights(), SUMMED
         if self.classifier is not None:
@@ -125,7 +125,7 @@ class ClassVAE(VAE):
             return self._proposed(x, super().encode(x, c))
 
     def classify(self, x: Tensor) -> Any:
-        """q(y | x) of the classifier, over one-hot classes, batch [B]; `.probs` is [B, C].
+        """Returns q(y | x) of the classifier, over one-hot classes, batch [B]; `.probs` is [B, C].
 
         Raises:
             ValueError: If there is no classifier.
@@ -141,9 +141,9 @@ class ClassVAE(VAE):
         return dist.OneHotCategorical(logits=logits.to(self.class_weights.logits))
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
-        """q(z | x), batch [B], event (D,): the classes' q(z | x, y), mixed.
+        """Returns q(z | x), batch [B], event (D,): the mixture of q(z | x, y) over classes.
 
-        The weights of classes whose labels are not given are those at the means of q(z | x, y);
+        Without a label, the weights of the classes are computed at the means of q(z | x, y) alone;
         see `class_probabilities` for estimates with an error.
         """
         logits, q = self._weighed(x, y)
@@ -152,7 +152,7 @@ class ClassVAE(VAE):
     def reconstruct(
         self, x: Tensor, y: Tensor | None = None, num_samples: int | None = None
     ) -> Tensor:
-        """Data seen through the latent, at the label or the class of most weight.
+        """Reconstructs data from their latents, at the label or else the most probable class.
 
         Args:
             x: Data [B, *E].
@@ -170,7 +170,7 @@ class ClassVAE(VAE):
         return torch.cat([again(x, c, 1) for c in drawn])
 
     def sample(self, size: int, y: Tensor | None = None, mean: bool = False) -> Tensor:
-        """Draws of x [size, *E], of the classes `y` [size] where these are known."""
+        """Draws x [size, *E], or E[x | z, y] if `mean`, of the classes `y` [size] where known."""
         check_whole(size=size)
         c = self.class_weights().sample(torch.Size((size,)))
         self.check_labels(y)
@@ -181,7 +181,7 @@ class ClassVAE(VAE):
         return super().sample(size, c, mean)
 
     def check_labels(self, y: Tensor | None) -> None:
-        """Refuses labels that are no class.
+        """Checks that labels are classes.
 
         Raises:
             ValueError: If a label is not a whole number from -1 to C - 1.
@@ -198,7 +198,7 @@ class ClassVAE(VAE):
             )
 
     def check_training_labels(self, y: Tensor | None) -> None:
-        """As `check_labels`; warns of labels that a classifier will not learn."""
+        """Checks labels as `check_labels` does; warns if the classifier will not learn them."""
         self.check_labels(y)
         labels = self._labels(y)
         unseen = self.classifier is not None and not self.label_weight
@@ -207,7 +207,7 @@ class ClassVAE(VAE):
             warnings.warn(message, UserWarning, stacklevel=3)
 
     def _labels(self, y: Tensor | None, rows: int | None = None) -> Tensor | None:
-        """Labels [B], -1 where unknown; of so many rows, if that is known."""
+        """Returns labels [B], -1 where unknown; raises a ValueError if there are not `rows`."""
         if y is None:
             return None
         y = as_tensor("y", y)
@@ -223,7 +223,7 @@ class ClassVAE(VAE):
         return y.flatten().long()
 
     def _weighed(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Any]:
-        """Log weights of the classes [B, C], at the means of q(z | x, y), batch [B, C]."""
+        """Returns log weights of classes at the means of q(z | x, y), and this q, both [B, C]."""
         self.check_labels(y)
         x = self._cast(x).unsqueeze(1)
         c = torch.eye(self.classes).to(self.class_weights.logits)

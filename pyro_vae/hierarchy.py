@@ -20,7 +20,7 @@ from pyro_vae.priors import ConditionalNormal, Prior
 
 __all__ = ["BottomUp", "Inference", "Ladder", "Layers", "Lowest", "TopDown"]
 
-Reads = tuple[tuple[int, ...], int]
+Reads = tuple[tuple[int, ...], int]  # shape of an encoder's input, length of its condition
 
 
 class Layers(nn.Module):
@@ -40,28 +40,28 @@ class Layers(nn.Module):
     def __init__(self, priors: Sequence[Prior]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(priors)
-        vars(self)["posterior"] = priors[-1].posterior  # past torch: only the VAE owns it
+        vars(self)["posterior"] = priors[-1].posterior  # not registered: only the VAE owns it
 
     def forward(self, y: Tensor | None = None) -> Joint:
-        """p(z1, ..., zL | y)."""
+        """Returns p(z1, ..., zL | y)."""
         top = self.layers[-1](y)
         sizes = named([*(p.latent_dim for p in self.layers[:-1]), top.event_shape.numel()])
         priors = dict(zip(sizes, self.layers))
         return downwards(sizes, top, lambda name, above: priors[name](above), y)
 
     def initialise(self, x: Tensor) -> None:
-        """Nothing: the order of inference knows what the top layer's posterior sees."""
+        """Does nothing, for `Inference.initialise` knows what the top layer's posterior sees."""
 
 
 class Inference(nn.Module):
-    """The posterior of L layers, q(z1, ..., zL | x), in an order that the subclass says.
+    """The posterior of L layers, q(z1, ..., zL | x), in an order that the subclass sets.
 
     A subclass returns from `forward` a `Joint`, whose program draws one layer after another.
     `TopDown` is the one to read.
 
     Args:
         posteriors: One for each layer, from the data upwards.
-        prior: The prior of the same layers; not owned by this module.
+        prior: The prior of the same layers; not a submodule.
 
     Attributes:
         sizes: Latent size of each layer by its site.
@@ -76,7 +76,7 @@ class Inference(nn.Module):
 
     def __init__(self, posteriors: Sequence[Posterior], prior: Layers) -> None:
         super().__init__()
-        vars(self)["prior"] = prior  # past torch, so that only the VAE owns it
+        vars(self)["prior"] = prior  # not registered with torch: only the VAE owns it
         self.layers = nn.ModuleList(posteriors)
         self.sizes = named([q.latent_dim for q in posteriors])
         self.condition_dim = getattr(posteriors[-1].encoder, "condition_dim", 1)
@@ -100,7 +100,7 @@ class Inference(nn.Module):
     @classmethod
     @abstractmethod
     def reads(cls, in_shape: tuple[int, ...], sizes: Sequence[int]) -> list[Reads]:
-        """What the encoder of each layer reads: a shape, and how many latents as a condition.
+        """Returns for each layer the shape its encoder reads, and how many latents as a condition.
 
         Args:
             in_shape: Shape of what encoders see of one datum.
@@ -109,17 +109,17 @@ class Inference(nn.Module):
 
     @abstractmethod
     def forward(self, x: Tensor, y: Tensor | None = None) -> Joint:
-        """q(z1, ..., zL | x, y), batch *S, event (D1 + ... + DL,)."""
+        """Returns q(z1, ..., zL | x, y), batch *S, event (D1 + ... + DL,)."""
 
     def initialise(self, x: Tensor) -> None:
-        """Lets posteriors and the top layer's prior measure training data `x` [N, *E]."""
+        """Initialises posteriors and the top layer's prior from training data `x` [N, *E]."""
         for q in self.layers:
             q.initialise(x)
         self.prior.layers[-1].initialise(x)
 
 
 class TopDown(Inference):
-    r"""From the top layer down, in the order in which the model draws.
+    r"""Infers from the top layer down, in the order in which the model draws.
 
     .. math:: q(z \mid x) = q(z_L \mid x) \prod_{l < L} q(z_l \mid x, z_{l+1})
 
@@ -131,17 +131,17 @@ class TopDown(Inference):
 
     @classmethod
     def reads(cls, in_shape: tuple[int, ...], sizes: Sequence[int]) -> list[Reads]:
-        """Data, and the layer above."""
+        """Returns the data's shape, and the layer above as a condition."""
         return [(in_shape, above) for above in [*sizes[1:], 0]]
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Joint:
-        """q(z_L | x), then each layer given x and the one above."""
+        """Returns q(z_L | x), then each layer given x and the one above."""
         top, posteriors = self.layers[-1](x, y), dict(zip(self.sizes, self.layers))
         return downwards(self.sizes, top, lambda name, above: posteriors[name](x, above), y)
 
 
 class BottomUp(Inference):
-    r"""From the data up: each layer is seen through the one below it.
+    r"""Infers from the data up: the posterior of each layer reads the layer below it.
 
     .. math:: q(z \mid x) = q(z_1 \mid x) \prod_{l > 1} q(z_l \mid z_{l-1})
 
@@ -153,11 +153,11 @@ class BottomUp(Inference):
 
     @classmethod
     def reads(cls, in_shape: tuple[int, ...], sizes: Sequence[int]) -> list[Reads]:
-        """Data, then the layer below."""
+        """Returns the data's shape, then the size of each layer below; no conditions."""
         return [(in_shape, 0), *(((below,), 0) for below in sizes[:-1])]
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Joint:
-        """q(z1 | x), then each layer given the one below."""
+        """Returns q(z1 | x), then each layer given the one below."""
         first = self.layers[0](x, y)
 
         def program(draw: Draw) -> None:
@@ -170,7 +170,7 @@ class BottomUp(Inference):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Gives the top layer's prior draws of the layer below it, which its posterior sees."""
+        """Initialises the lowest posterior by data, the top prior by draws of the layer below."""
         self.layers[0].initialise(x)
         y = x.new_zeros(len(x), self.condition_dim) if self.condition_dim else None
         for posterior in self.layers[:-1]:
@@ -179,7 +179,7 @@ class BottomUp(Inference):
 
 
 class Ladder(Inference):
-    r"""From the top down, what x says of a layer merged with what the model expects of it.
+    r"""Infers from the top down: each layer's Normal from x is multiplied by the model's prior.
 
     The encoder of each layer gives a Normal from x alone, :math:`(\hat\mu_l, \hat\sigma_l)`. Below
     the top it is multiplied by the model's own :math:`p(z_l \mid z_{l+1})`, of mean
@@ -210,11 +210,11 @@ class Ladder(Inference):
 
     @classmethod
     def reads(cls, in_shape: tuple[int, ...], sizes: Sequence[int]) -> list[Reads]:
-        """Data alone."""
+        """Returns the data's shape, and no condition."""
         return [(in_shape, 0) for _ in sizes]
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Joint:
-        """q(z_L | x), then each layer given x and, through the model, the one above."""
+        """Returns q(z_L | x), then each layer given x and, through the model, the one above."""
         seen = {name: q(x, y) for name, q in zip(self.sizes, self.layers)}
         priors = dict(zip(self.sizes, self.prior.layers))
         *_, top = seen.values()
@@ -224,7 +224,7 @@ class Ladder(Inference):
 
 
 class Lowest(nn.Module):
-    """A decoder that sees the layer next to the data alone, of all layers joined.
+    """A decoder that reads, of all layers joined, only the one next to the data.
 
     Args:
         decoder: Network from z1 (and `y`).
@@ -238,11 +238,11 @@ class Lowest(nn.Module):
 
     @property
     def output_bias(self) -> Any:
-        """That of the decoder."""
+        """Bias of the decoder's last layer."""
         return self.decoder.output_bias
 
     def check(self, sizes: Sequence[int]) -> None:
-        """Raises a ValueError unless it sees whole layers of these sizes."""
+        """Raises a ValueError unless the decoder reads whole layers of these sizes."""
         whole = list(accumulate(sizes))
         if self.latent_dim not in whole:
             raise ValueError(
@@ -251,19 +251,19 @@ class Lowest(nn.Module):
             )
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """Raw parameters of `z` [*S, D1 + ... + DL]."""
+        """Returns raw parameters of `z` [*S, D1 + ... + DL]."""
         return self.decoder(z[..., : self.latent_dim], y)
 
 
 def named(sizes: Sequence[int]) -> dict[str, int]:
-    """Sizes of the layers by their sites, which are numbered from 1 at the data."""
+    """Returns the sizes of layers by their sites, which are numbered from 1 at the data."""
     return {f"z{number}": size for number, size in enumerate(sizes, 1)}
 
 
 def downwards(
     sizes: dict[str, int], top: Any, below: Callable[[str, Tensor], Any], y: Tensor | None
 ) -> Joint:
-    """The top layer, then each one below it given the one above, joined with `y`."""
+    """Returns the top layer, then each one below it given the one above, joined with `y`."""
 
     def program(draw: Draw) -> None:
         *lower, highest = sizes
@@ -278,7 +278,7 @@ def downwards(
 
 
 def merged(a: Any, b: Any) -> Independent:
-    """The normalised product of two diagonal Normals."""
+    """Returns the normalised product of two diagonal Normals."""
     p, q = (normal.base_dist.scale.pow(-2) for normal in (a, b))
     variance = 1 / (p + q)
     loc = variance * (p * a.base_dist.loc + q * b.base_dist.loc)

@@ -1,4 +1,4 @@
-"""Posteriors, amortised: x -> q(z | x)."""
+"""Amortised posteriors: x -> q(z | x)."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class Posterior(Shown):
     @classmethod
     @abstractmethod
     def num_params(cls, latent_dim: int) -> int:
-        """Raw numbers that the encoder must return."""
+        """Returns how many raw numbers the encoder must return."""
 
     @abstractmethod
     def forward(self, x: Tensor, y: Tensor | None = None) -> Distribution:
-        """q(z | x, y), batch *S, event (D,)."""
+        """Returns q(z | x, y), batch *S, event (D,)."""
 
     def raw(self, x: Tensor, y: Tensor | None, count: int | None = None) -> Tensor:
-        """The encoder's output for `x`, in single precision or better.
+        """Returns the encoder's output for `x`, in single precision or better.
 
         Raises:
-            ValueError: If these are not `count` numbers, where it is given.
+            ValueError: If `count` is given and the encoder returns another number of them.
         """
         raw = self.encoder(x / self.input_scale, y)
         if count is not None and raw.shape[-1] != count:
@@ -64,7 +64,7 @@ class Posterior(Shown):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Measures the scale of the training data `x` [N, *E]."""
+        """Sets the input scale to the root mean square of data `x` [N, *E], but at least 1."""
         self.input_scale.copy_(x.double().pow(2).mean().sqrt().clamp(min=1))
 
 
@@ -89,11 +89,11 @@ class DiagonalNormal(Posterior):
 
     @classmethod
     def num_params(cls, latent_dim: int) -> int:
-        """Mean and scale of each dimension."""
+        """Returns 2 D, for the mean and scale of each dimension."""
         return 2 * latent_dim
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Distribution:
-        """N(mu, sigma^2)."""
+        """Returns N(mu, sigma^2)."""
         loc, scale = self.raw(x, y, 2 * self.latent_dim).chunk(2, -1)
         return dist.Normal(loc, self.min_scale + F.softplus(scale)).to_event(1)
 
@@ -116,11 +116,11 @@ class FullNormal(Posterior):
 
     @classmethod
     def num_params(cls, latent_dim: int) -> int:
-        """Mean and Cholesky factor."""
+        """Returns the size of mean and Cholesky factor together."""
         return latent_dim + latent_dim * (latent_dim + 1) // 2
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Distribution:
-        """N(mu, L L')."""
+        """Returns N(mu, L L')."""
         D = self.latent_dim
         raw = self.raw(x, y, self.num_params(D))
         loc, diagonal, below = raw.split([D, D, D * (D - 1) // 2], -1)
@@ -136,7 +136,7 @@ class FlowPosterior(Posterior):
     Args:
         encoder: Network to `context` raw numbers, on which the flow is conditioned.
         latent_dim: Latent size D.
-        flow: Name of a zuko flow; `passes=2` makes it a coupling flow, fast both ways.
+        flow: Name of a zuko flow; autoregressive ones become coupling flows, fast both ways.
         transforms: Number of transforms.
         hidden: Widths of their networks.
         context: Length of the encoder's output.
@@ -163,9 +163,9 @@ class FlowPosterior(Posterior):
 
     @classmethod
     def num_params(cls, latent_dim: int, context: int = 64) -> int:
-        """Length of the context."""
+        """Returns the length of the context."""
         return context
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Distribution:
-        """The flow given the encoder's output."""
+        """Returns the flow given the encoder's output."""
         return Flow(self.flow(self.raw(x, y, self.context)))

@@ -36,14 +36,14 @@ class Prior(Shown):
     `StandardNormal` is the one to read.
 
     Attributes:
-        posterior: The posterior that this prior is made of, if any; not owned by it.
+        posterior: The posterior that this prior is made of, if any; not a submodule.
     """
 
     posterior: nn.Module | None = None
 
     @abstractmethod
     def forward(self, y: Tensor | None = None) -> Distribution:
-        """p(z), or p(z | y) with the leading dimensions of `y` as its batch."""
+        """Returns p(z), or p(z | y) with the leading dimensions of `y` as its batch."""
 
     def initialise(self, x: Tensor) -> None:
         """Sets what is learned from training data `x` [N, *E] before the first step."""
@@ -66,7 +66,7 @@ class StandardNormal(Prior):
         self.scale = nn.Buffer(torch.ones(latent_dim))
 
     def forward(self, y: Tensor | None = None) -> Distribution:
-        """N(0, I)."""
+        """Returns N(0, I)."""
         return dist.Normal(self.loc, self.scale).to_event(1)
 
 
@@ -84,7 +84,7 @@ class Normal(Prior):
         self.log_scale = nn.Parameter(torch.zeros(latent_dim))
 
     def forward(self, y: Tensor | None = None) -> Distribution:
-        """N(mu, sigma^2)."""
+        """Returns N(mu, sigma^2)."""
         return dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
 
 
@@ -113,11 +113,11 @@ class ConditionalNormal(Prior):
 
     @classmethod
     def num_params(cls, latent_dim: int) -> int:
-        """Mean and scale of each dimension."""
+        """Returns 2 D, for the mean and scale of each dimension."""
         return 2 * latent_dim
 
     def forward(self, y: Tensor | None = None) -> Distribution:
-        """N(mu(y), sigma^2(y)).
+        """Returns N(mu(y), sigma^2(y)).
 
         Raises:
             ValueError: If there is no `y`.
@@ -153,7 +153,7 @@ class MixtureOfGaussians(Prior):
         self.log_scale = nn.Parameter(torch.zeros(num_components, latent_dim))
 
     def forward(self, y: Tensor | None = None) -> Distribution:
-        """The mixture."""
+        """Returns the mixture."""
         return mixture(self.logits, dist.Normal(self.loc, self.log_scale.exp()).to_event(1))
 
 
@@ -162,8 +162,8 @@ class NormalPerClass(Prior):
 
     .. math:: p(z \mid y) = \mathcal{N}(z; \mu_y, \mathrm{diag}(\sigma_y^2))
 
-    Without `y`, or for one of another length, the mixture of all with equal weights. The means
-    start as draws of N(0, I).
+    Without `y`, or if it has another length, p(z) is the mixture of all classes with equal
+    weights. The means start as draws of N(0, I).
 
     Args:
         latent_dim: Latent size D.
@@ -181,7 +181,7 @@ class NormalPerClass(Prior):
         self.log_scale = nn.Parameter(torch.zeros(classes, latent_dim))
 
     def forward(self, y: Tensor | None = None) -> Distribution:
-        """The mixture, or the Normals of the one-hot classes `y` [*S, C]."""
+        """Returns the mixture, or the Normals of the one-hot classes `y` [*S, C]."""
         if y is None or y.shape[-1] != len(self.loc):
             components = dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
             return mixture(torch.zeros_like(self.loc[:, 0]), components)
@@ -200,10 +200,10 @@ class VampPrior(Prior):
     do not change. Given `y`, the components are q(z | u_c, y).
 
     Args:
-        posterior: The posterior of the same VAE; not owned by this module.
+        posterior: The posterior of the same VAE; not a submodule of this module.
         data_shape: Shape of one input of the posterior.
         num_components: Number of pseudo-inputs C.
-        data_range: Lowest and highest value of a pseudo-input; from the data if None.
+        data_range: Lowest and highest value of a pseudo-input; those of the data if None.
 
     References:
         Tomczak and Welling. VAE with a VampPrior. 2018.
@@ -220,7 +220,7 @@ class VampPrior(Prior):
     ) -> None:
         super().__init__()
         check_whole(num_components=num_components)
-        vars(self)["posterior"] = posterior  # past torch, so that only the VAE owns it
+        vars(self)["posterior"] = posterior  # not registered with torch: only the VAE owns it
         self._range_given = data_range is not None
         ends = (0.0, 1.0) if data_range is None else data_range
         for end in ends if isinstance(ends, tuple | list) else (ends,):
@@ -236,7 +236,7 @@ class VampPrior(Prior):
         return self.low + (self.high - self.low) * torch.sigmoid(self.raw_inputs)
 
     def forward(self, y: Tensor | None = None) -> Distribution:
-        """The mixture of posteriors."""
+        """Returns the mixture of posteriors."""
         modules = self.posterior.modules()
         norms = [m for m in modules if m.training and getattr(m, "running_mean", None) is not None]
         for norm in norms:
@@ -250,7 +250,7 @@ class VampPrior(Prior):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Pseudo-inputs become data, a hundredth of the range inside it."""
+        """Sets pseudo-inputs to rows of `x`, at least a hundredth of the range inside it."""
         if not self._range_given:
             self.low.copy_(x.min())
             self.high.copy_(x.max() if x.max() > x.min() else x.min() + 1)
@@ -273,7 +273,7 @@ class Laplace(Prior):
         self.scale = nn.Buffer(torch.ones(latent_dim))
 
     def forward(self, y: Tensor | None = None) -> Distribution:
-        """Laplace(0, 1)."""
+        """Returns Laplace(0, 1)."""
         return dist.Laplace(self.loc, self.scale).to_event(1)
 
 
@@ -292,15 +292,15 @@ class StudentT(Prior):
         self.df = nn.Buffer(torch.full((latent_dim,), float(df)))
 
     def forward(self, y: Tensor | None = None) -> Distribution:
-        """StudentT(df)."""
-        zeros, ones = torch.zeros_like(self.df), torch.ones_like(self.df)  # on its device
+        """Returns StudentT(df)."""
+        zeros, ones = torch.zeros_like(self.df), torch.ones_like(self.df)  # on the device of df
         return dist.StudentT(self.df, zeros, ones).to_event(1)
 
 
 class FlowPrior(Prior):
     """A normalising flow over z, from zuko.
 
-    `passes=2` makes autoregressive families coupling flows, fast both ways.
+    Autoregressive families are made coupling flows by `passes=2`, which are fast both ways.
 
     Args:
         latent_dim: Latent size D.
@@ -326,5 +326,5 @@ class FlowPrior(Prior):
         self.flow = make_flow(flow, latent_dim, transforms=transforms, hidden=hidden)
 
     def forward(self, y: Tensor | None = None) -> Distribution:
-        """The flow's distribution."""
+        """Returns the flow's distribution."""
         return Flow(self.flow())

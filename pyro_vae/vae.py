@@ -38,12 +38,12 @@ class VAE(nn.Module):
         posterior: x -> q(z | x); it sees `likelihood.inputs(x)`. An order of inference, such as
             `TopDown`, for a hierarchy.
         missing: Whether NaN in x stands for a missing entry. The model's site "x" is then the
-            density of what was observed, and its encoder sees x (0 where missing) joined with
-            the mask, of shape `likelihood.input_shape(data_shape, missing=True)`.
+            density of what was observed, and the encoder sees x (0 where missing) joined with the
+            mask, of shape `likelihood.input_shape(data_shape, missing=True)`.
 
     Raises:
-        ValueError: If the prior is made of another VAE's posterior, or one of prior and
-            posterior is that of a hierarchy and the other is not.
+        ValueError: If the prior is made of another VAE's posterior, or only one of prior and
+            posterior is that of a hierarchy.
 
     References:
         Kingma and Welling. Auto-encoding variational Bayes. 2013.
@@ -85,7 +85,7 @@ class VAE(nn.Module):
         self.likelihood = likelihood
         self.likelihood.missing |= missing
         self.posterior = posterior
-        self.declaration: dict[str, Any] | None = None  # what `build` built this from
+        self.declaration: dict[str, Any] | None = None  # the arguments of `build`, if it made this
         self.initialised = nn.Buffer(torch.tensor(False))
 
     def model(self, x: Tensor | None = None, y: Tensor | None = None, size: int = 1) -> Tensor:
@@ -107,7 +107,7 @@ class VAE(nn.Module):
             return self._joint(x, y)
 
     def _joint(self, x: Tensor | None, y: Tensor | None) -> Tensor:
-        """The sites of one datum, inside the plate."""
+        """Samples the sites of each datum, inside the plate, and returns x."""
         prior: Any = self.prior(y)
         z = prior.draw(self._sample) if isinstance(prior, Joint) else self._sample("z", prior)
         latents: dict[str, Any] = self.likelihood.latents()
@@ -130,7 +130,7 @@ class VAE(nn.Module):
             return self._proposed(x, self.encode(x, y))
 
     def _proposed(self, x: Tensor, q: Any) -> Tensor:
-        """The latents of one datum, inside the plate."""
+        """Samples the latents of each datum, inside the plate, and returns z."""
         z = q.draw(pyro.sample) if isinstance(q, Joint) else pyro.sample("z", q)
         own: dict[str, Any] = self.likelihood.propose(self._cast(x))
         for name, fn in own.items():
@@ -138,10 +138,10 @@ class VAE(nn.Module):
         return z
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
-        """q(z | x, y), batch [B], event (D,); its mean is the usual embedding.
+        """Returns q(z | x, y), batch [B], event (D,); its mean is the usual embedding.
 
         Gradients pass through it: under `torch.no_grad()`, `encode(x).mean.numpy()` works.
-        That of a hierarchy is a `Joint` of all layers, event (D1 + D2 + ...,).
+        For a hierarchy it is a `Joint` of all layers, event (D1 + D2 + ...,).
         """
         return self.posterior(self.likelihood.inputs(self._cast(x)), self._condition(y))
 
@@ -155,7 +155,7 @@ class VAE(nn.Module):
     def reconstruct(
         self, x: Tensor, y: Tensor | None = None, num_samples: int | None = None
     ) -> Tensor:
-        """Data seen through the latent; no gradient passes.
+        """Reconstructs data from their latents; no gradient passes.
 
         Args:
             x: Data [B, *E].
@@ -179,7 +179,7 @@ class VAE(nn.Module):
     def normalised(
         self, x: Tensor, y: Tensor | None = None, num_samples: int = 100
     ) -> tuple[Tensor, Tensor]:
-        """Shares of the counts in their total, as z explains them, under q(z | x, y); no gradient.
+        """Estimates the shares of counts in their total under q(z | x, y); no gradient passes.
 
         Args:
             x: Counts [B, *E].
@@ -187,7 +187,7 @@ class VAE(nn.Module):
             num_samples: Draws of z for each datum.
 
         Returns:
-            Their mean and standard deviation [B, *E].
+            Mean and standard deviation of the shares over draws of z, both [B, *E].
 
         Raises:
             ValueError: If the likelihood is not one of counts.
@@ -205,7 +205,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, size: int, y: Tensor | None = None, mean: bool = False) -> Tensor:
-        """Draws of x [size, *E] from the model, or E[x | z] of drawn z if `mean`; no gradient.
+        """Draws x [size, *E] from the model, or E[x | z] of drawn z if `mean`; no gradient passes.
 
         Raises:
             ValueError: If `y` [size, C] has another length, or the draws do not fit in memory.
@@ -222,7 +222,7 @@ class VAE(nn.Module):
         return p.mean if mean else p.sample()
 
     def initialise(self, x: Tensor) -> None:
-        """Lets each part measure training data `x` [N, *E], once, before the first step.
+        """Initialises each part from training data `x` [N, *E], once, before the first step.
 
         A second call, as when training goes on, only checks the data.
 
@@ -243,14 +243,14 @@ class VAE(nn.Module):
         return self.likelihood.missing
 
     def _data(self, x: Tensor) -> Tensor:
-        """`x` in the type of the weights, refused where the likelihood has no density."""
+        """Returns `x` in the type of the weights; raises a ValueError if it has no density."""
         x = self._cast(x)
         if is_validation_enabled():
             self.likelihood.check(x)
         return x
 
     def _cast(self, x: Tensor) -> Tensor:
-        """`x` in the type of the weights, as `fit` gives it: integers and doubles work too."""
+        """Returns `x` in the type of the weights, so that integers and doubles work too."""
         x = as_tensor("x", x)
         if is_validation_enabled():
             check_finite("x", x, self.likelihood.missing)
@@ -261,7 +261,7 @@ class VAE(nn.Module):
         return x.to(next((p.dtype for part in parts for p in part.parameters()), x.dtype))
 
     def _condition(self, y: Tensor | None) -> Tensor | None:
-        """Refuses a `y` that nothing would look at: parts of one's own are taken to do so."""
+        """Returns `y` as a tensor; raises a ValueError if no part of the VAE can use it."""
         if y is None:
             return None
         y = as_tensor("y", y)
@@ -287,10 +287,10 @@ class VAE(nn.Module):
         return y
 
     def _sample(self, name: str, prior: Any) -> Tensor:
-        """A latent site of the model; what the guide has drawn for it must fit the prior.
+        """Samples a latent site of the model, and checks that the guide's draw fits the prior.
 
-        Latents of another size would broadcast; at latents that the prior cannot have drawn the
-        bound would be -inf.
+        A draw of another size would broadcast; at a draw outside the prior's support the bound
+        would be -inf.
         """
         z = pyro.sample(name, prior)
         own, other = type(self.prior).__name__, type(self.posterior).__name__
@@ -311,9 +311,9 @@ class VAE(nn.Module):
 def register(parts: dict[str, nn.Module]) -> bool:
     """Registers the parameters of `parts` with Pyro's store, if a handler is listening.
 
-    As `pyro.module` does, with one difference: what is in the store afterwards, and so what is
-    trained, is the module's own tensor. `pyro.module` would find the name taken by another
-    VAE's (or copy a tensor that is not contiguous), and train that.
+    This is `pyro.module` with one difference: the store then holds, and SVI trains, the module's
+    own tensor. `pyro.module` would train the tensor that another VAE registered under the same
+    name, or a copy of a tensor that is not contiguous.
     """
     store = pyro.get_param_store()
     for part, module in parts.items() if am_i_wrapped() else ():
