@@ -1,4 +1,4 @@
-"""Whether a guide's uncertainty is right, by simulation; and what chance does to log p(x)."""
+"""Tests of a guide's uncertainty by simulation, and of how low or different log p(x) is."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from pyro_vae.densities import (
     summed_values,
 )
 
-ROWS = 10_000  # draws times data that the programs see at once
+ROWS = 10_000  # rows, draws times data, that the programs see at once
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Ranks of exact posterior draws among the guide's own; uniform if the guide is exact.
+    """Ranks of exact posterior draws among the guide's draws; uniform if the guide is exact.
 
     Attributes:
-        ranks: Of z* among the K draws, from 0 to K [N, D + 1]; the last column is that of
-            log p(x*, z*), which sees wrong correlations too.
-        names: Of the columns, such as "z 0".
+        ranks: Ranks of z* among the K draws, from 0 to K [N, D + 1]; the last column is that of
+            log p(x*, z*), which shows wrong correlations too.
+        names: Names of the columns, such as "z 0".
         num_draws: Draws K of the guide.
-        uniforms: The ranks as uniform numbers [N, D + 1], jittered within their steps.
+        uniforms: The ranks as numbers in (0, 1), with uniform noise within each step [N, D + 1].
         statistic: Kolmogorov-Smirnov distances of the ranks from uniform [D + 1].
         p_value: Probabilities of distances as large, were the guide exact [D + 1].
     """
@@ -45,9 +45,9 @@ class Calibration:
     p_value: Tensor
 
     def coverage(self, level: float = 0.9) -> Tensor:
-        """Share of exact draws inside the guide's central interval of mass `level` [D + 1].
+        """Returns the share of exact draws inside the guide's central `level` interval [D + 1].
 
-        Below `level` the guide is too sure of itself, above it not sure enough.
+        Below `level` the guide is too narrow, above it too wide.
 
         Raises:
             ValueError: If `level` is not between 0 and 1.
@@ -59,7 +59,7 @@ class Calibration:
 
     @property
     def worst(self) -> str:
-        """The column of the largest distance."""
+        """Name of the column with the largest distance."""
         return self.names[int(self.statistic.argmax())]
 
     def __repr__(self) -> str:
@@ -82,7 +82,7 @@ def calibration(
     num_draws: int = 99,
     seed: int = 0,
 ) -> Calibration:
-    r"""Simulation-based calibration of a guide.
+    r"""Runs simulation-based calibration of a guide.
 
     Data x* are simulated from the model with latents z*, so that z* is one exact draw of
     p(z | x*). Among K draws of an exact guide its rank is uniform,
@@ -90,19 +90,19 @@ def calibration(
     .. math:: z^*, x^* \sim p(x, z), \quad z_k \sim q(z \mid x^*), \quad
         r_d = \#\{k : z_{kd} < z^*_d\} \sim \mathrm{Uniform}\{0, \dots, K\}
 
-    A guide that is too sure of itself has too many ranks at both ends. It costs K draws of the
-    guide and K densities of the model for each datum. It says nothing of data that the model
+    A guide that is too narrow has too many ranks at both ends. The cost is K draws of the guide
+    and K densities of the model for each datum. The test says nothing of data that the model
     would not draw.
 
     Args:
         model: Pyro model, as in `log_evidence`; its one observed site must be x.
         guide: Pyro guide.
-        x: Data [N, *E], of which only the shape matters, and which entries are missing (NaN), in
-            turn: the values are simulated.
+        x: Data [N, *E], whose values are replaced by simulated ones, row by row in turn; their
+            shape, type and missing entries (NaN) stay.
         y: What is conditioned on [N, C], or None.
         num_data: Data to draw; the rows of `y` are used in turn.
         num_draws: Draws K of the guide for each.
-        seed: Of the data and the draws.
+        seed: Seed of the data and the draws.
 
     Raises:
         ValueError: If a number is not whole, or the model observes anything but x.
@@ -140,7 +140,7 @@ def calibration(
 def _ranks(
     model: Program, guide: Program, x: Tensor, y: Tensor | None, num_draws: int
 ) -> tuple[tuple[str, ...], Tensor, Tensor]:
-    """Names of the columns, ranks, and the ranks as uniform numbers, of new data."""
+    """Returns names of the columns, ranks, and the ranks as uniform numbers, of new data."""
     new, exact = draw_data(model, x, y)
     draws, _ = draw_latents(guide, new, y, num_particles=num_draws)
     both = []
@@ -159,20 +159,20 @@ def _ranks(
 
 
 def p_values(log_prob: Tensor, among: Tensor) -> Tensor:
-    r"""How unusually low log p(x) of each row is among that of other rows.
+    r"""Returns the p-values of low log p(x) of rows among other rows.
 
     .. math:: p_n = \frac{1 + \#\{m : \ell_m \le \ell_n\}}{1 + M}
 
-    Uniform on 1/(M+1), ..., 1 for a row of the kind of the others: with rows that the model
-    draws, for data of the model; with held-out rows, for data like those trained on. A p-value
-    below 1/(M+1) cannot be had from M rows.
+    Uniform on 1/(M+1), ..., 1 for a row from the same distribution as the others. Take rows drawn
+    from the model to test for data of the model, held-out rows to test for data like those trained
+    on. The least p-value is 1/(M+1).
 
     Args:
         log_prob: log p(x) of the rows [N], nats.
-        among: That of the others [M], by the same estimator.
+        among: log p(x) of the other rows [M], by the same estimator.
 
     Returns:
-        The p-values [N]; NaN for a row whose log p(x) is.
+        The p-values [N]; NaN for a row whose log p(x) is NaN.
 
     References:
         Phipson and Smyth. Permutation p-values should never be zero. 2010.
@@ -185,10 +185,10 @@ def p_values(log_prob: Tensor, among: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean difference of log p(x) of two models, each trained from one seed or several.
+    """The mean difference in log p(x) between two models, of one or several seeds each.
 
     Attributes:
-        mean: First less second, nats per datum.
+        mean: First minus second model, nats per datum.
         stderr_data: Its standard error over data, Monte Carlo error included.
         stderr_seeds: Its standard error over seeds; NaN where a model has one seed.
         freedom: Degrees of freedom of both errors together.
@@ -201,13 +201,13 @@ class Difference:
 
     @property
     def stderr(self) -> float:
-        """Both errors together; that over data alone where a model has one seed."""
+        """Both errors combined; the error over data alone where a model has one seed."""
         seeds = 0.0 if math.isnan(self.stderr_seeds) else self.stderr_seeds
         return math.hypot(self.stderr_data, seeds)
 
     @property
     def p_worse(self) -> float:
-        """Probability that the first is the worse, P(T < -mean / stderr) of Student's t."""
+        """Probability that the first model is worse, P(T < -mean / stderr) of Student's t."""
         if self.stderr == 0:
             return float(self.mean < 0) if self.mean else 0.5
         return float(stdtr(self.freedom, -self.mean / self.stderr))
@@ -219,11 +219,11 @@ def paired_difference(first: Tensor, second: Tensor) -> Difference:
     .. math:: \widehat{\mathrm{Var}} = \frac{\mathrm{Var}_n(\bar\ell_{1n} - \bar\ell_{2n})}{N}
         + \frac{\mathrm{Var}_s(\bar\ell_{1s})}{S_1} + \frac{\mathrm{Var}_s(\bar\ell_{2s})}{S_2}
 
-    with averages over the index left out, and the degrees of freedom of Welch.
+    where a bar averages over the index left out, with the degrees of freedom of Welch.
 
     Args:
-        first: log p(x) by each replica of a model, of the same data [S1, N].
-        second: That of another model [S2, N].
+        first: log p(x) of the same data by each replica of a model [S1, N].
+        second: log p(x) by each replica of another model [S2, N].
 
     Raises:
         ValueError: If their shapes do not fit.

@@ -1,4 +1,4 @@
-"""The KL of a model in its parts, over all data, and the latent units that it uses."""
+"""The KL of a model decomposed over all data, and the latent units that it uses."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ __all__ = [
     "log_mean",
 ]
 
-PAIRS = 2**21  # entries [draws, N, D] at once
-NEAR = 0.1  # nats below its ceiling, from where the mutual information says little
+PAIRS = 2**21  # entries [draws, N, D] that are computed at once
+NEAR = 0.1  # nats below log N, from which on the mutual information says little
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,16 @@ class Decomposition:
     """KL(q(z | x) || p(z)) averaged over N data, and its parts, which sum to it exactly.
 
     Attributes:
-        kl: The whole, by draws.
-        mutual_information: Of z and the index of the datum; log N at most.
+        kl: The KL itself, estimated from draws.
+        mutual_information: Mutual information of z and the index of the datum; at most log N.
         aggregate_kl: KL(q(z) || p(z)), the sum of the next two.
         total_correlation: KL of q(z) from the product of its q(z_d).
         dimension_wise_kl: E log of that product over p(z): the sum of KL(q(z_d) || p(z_d)) where
-            the prior factorises; elsewhere no KL, and often negative.
-        per_dimension: KL(q(z_d) || p(z_d)) [D], or None where it does not.
-        num_data: Their number N.
+            the prior factorises; otherwise it is no KL, and often negative.
+        per_dimension: KL(q(z_d) || p(z_d)) [D], or None where the prior does not factorise.
+        num_data: Number of data N.
         num_samples: Draws of z for each datum that was drawn from.
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
 
     kl: Term
@@ -80,7 +80,7 @@ class Decomposition:
 
     @property
     def at_ceiling(self) -> bool:
-        """Whether the mutual information is so near it that more data would show more."""
+        """Whether the mutual information is so near `ceiling` that more data would show more."""
         return self.mutual_information.value > self.ceiling - NEAR
 
 
@@ -92,22 +92,22 @@ def elbo_decomposition(
     num_rows: int | None = None,
     seed: int = 0,
 ) -> Decomposition:
-    r"""Mutual information, total correlation and dimension-wise KL over all data.
+    r"""Estimates mutual information, total correlation and dimension-wise KL over all data.
 
     .. math:: \frac1N \sum_n \mathrm{KL}(q(z \mid x_n) \| p(z))
         = I(x; z) + \mathrm{KL}\big(q(z) \| \textstyle\prod_d q(z_d)\big)
         + E \log \frac{\prod_d q(z_d)}{p(z)}, \\ q(z) = \frac1N \sum_n q(z \mid x_n)
 
-    The aggregate posterior is that of all N data, so that nothing is biased but by choice of
-    the data; a batch's own estimates, as of `objectives.BetaTC`, are far off. Cost: N^2 D
-    densities for each of `num_samples`; rows are drawn from in chunks.
+    The aggregate posterior is that of all N data, so that the choice of the data is the only bias;
+    estimates from a batch, as in `objectives.BetaTC`, are far off. Cost: N^2 D densities for each
+    of `num_samples`, computed in chunks.
 
     Args:
         posterior: q(z | x_n) of all data, batch [N], event (D,), a diagonal or full Normal.
         prior: p(z), batch (), event (D,).
         num_samples: Draws of z for each datum, two or more.
         num_rows: Data to draw from, evenly spaced; all if None. q(z) is over all N either way.
-        seed: Of the draws; torch's generator is left as it was.
+        seed: Seed of the draws; torch's generator is left as it was.
 
     Raises:
         ValueError: If the shapes do not fit, or the densities of single dimensions are not known.
@@ -151,7 +151,7 @@ def elbo_decomposition(
 def _terms(
     posterior: Distribution, prior: Distribution, index: Tensor, z: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The KL and its parts at draws z [m, D], [5, m], and log q(z_d) [m, D]."""
+    """Returns the KL and its parts at draws z [m, D], [5, m], and log q(z_d) [m, D]."""
     pairs = pair_log_prob(posterior, z).double()
     each = log_mean(pair_marginals(posterior, z))
     given, p = pairs.gather(1, index[:, None]).squeeze(1), prior.log_prob(z).double()
@@ -163,16 +163,16 @@ def _terms(
 def draws_of(
     posterior: Distribution, num_samples: int, num_rows: int | None, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Draws of q(z | x_n) for evenly spaced data, in chunks whose pairs with all data fit.
+    """Draws from q(z | x_n) for evenly spaced data, in chunks whose pairs with all data fit.
 
     Args:
         posterior: q(z | x_n) of all data, batch [N], event (D,).
         num_samples: Draws for each datum, which follow one another.
-        num_rows: How many of the data; all if None.
-        seed: Of the draws.
+        num_rows: Number of data to draw from; all if None.
+        seed: Seed of the draws.
 
     Yields:
-        The data that draws are of, int64 [m], and the draws [m, D].
+        Index of the datum of each draw, int64 [m], and the draws [m, D].
     """
     each = marginals(posterior).loc
     check_whole(optional=True, num_rows=num_rows)
@@ -188,7 +188,7 @@ def draws_of(
 
 
 def check_posterior(posterior: Distribution) -> int:
-    """The number N of data of a posterior over all of them.
+    """Returns the number N of data of a posterior over all of them.
 
     Raises:
         ValueError: If its shapes do not fit, or a parameter is not finite.
@@ -206,23 +206,23 @@ def check_posterior(posterior: Distribution) -> int:
 
 
 def log_mean(log_prob: Tensor) -> Tensor:
-    """Logarithm of the mean over the data, the second dimension, in float64."""
+    """Returns the log of the mean over the data, the second dimension, in float64."""
     return log_prob.double().logsumexp(1) - math.log(log_prob.shape[1])
 
 
 def _term(values: Tensor) -> Term:
-    """Mean of values [R, num_samples] and its errors."""
+    """Returns the mean of values [R, num_samples] and its standard errors."""
     R, num_samples = values.shape
     over_draws = (values.var(1).mean() / (R * num_samples)).sqrt().item()
     return Term(values.mean().item(), over_draws, values.mean(1).std().item() / R**0.5)
 
 
 def active_units(posterior_means: Tensor, threshold: float = 0.01) -> Tensor:
-    r"""Which dimensions are active [D]: :math:`\mathrm{Var}_x(E_q[z_d \mid x])` above `threshold`.
+    r"""Returns which dimensions are active [D]: :math:`\mathrm{Var}_x(E_q[z_d \mid x])` is large.
 
     Args:
         posterior_means: E_q[z | x] of N data [N, D].
-        threshold: Least variance of an active dimension.
+        threshold: Variance above which a dimension is active.
 
     References:
         Burda, Grosse and Salakhutdinov. Importance weighted autoencoders. 2016.

@@ -1,4 +1,4 @@
-"""Disentanglement as mutual information of latents and factors."""
+"""Disentanglement measured by mutual information between latents and factors."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from pyro_vae.metrics.decomposition import check_posterior, draws_of, log_mean
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """A number between 0 and 1 (sampled ones may leave it by their error), and how it came about.
+    """A score between 0 and 1 (beyond by its error if sampled), and how it was computed.
 
     Scores of different variants, bins, or factors do not compare.
 
     Attributes:
-        metric: Its name.
+        metric: Name of the metric.
         value: The score.
-        variant: Which published definition.
+        variant: The published definition that was used.
         factors: Names of the factors that it is over.
-        num_data: Rows N that it saw.
-        seed: Of what was drawn or fitted, or None if nothing was.
-        bins: Bins of a code's histogram, or None.
-        num_samples: Draws or votes, or None.
-        per_factor: Its parts [F], where it is their mean.
-        matrix: What it was read off [F, D], such as mutual information in nats.
+        num_data: Number of rows N.
+        seed: Seed of draws and fits, or None if there were none.
+        bins: Bins of the histogram of a dimension, or None.
+        num_samples: Number of draws or votes, or None.
+        per_factor: Scores of the factors [F], if `value` is their mean.
+        matrix: Table [F, D] behind the score, such as mutual information in nats.
         stderr: Standard error over draws, or None.
     """
 
@@ -52,9 +52,9 @@ class Score:
 def check(
     codes: Tensor, factors: Tensor, names: Sequence[str] | None = None, **numbers: Any
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Codes [N, D] in float64, factors [N, F] in int64, on the CPU, and the factors' names.
+    """Returns codes [N, D] as float64, factors [N, F] as int64, on the CPU, and factors' names.
 
-    Other arguments must be whole numbers from 1; a seed from 0.
+    The other arguments must be whole numbers from 1 on, a seed from 0 on.
 
     Raises:
         ValueError: If the shapes do not fit, a code is not finite, a factor is not a whole number,
@@ -89,22 +89,22 @@ def mig(
     num_rows: int | None = None,
     seed: int = 0,
 ) -> Score:
-    r"""Mutual information gap of draws of z, of Chen et al.
+    r"""Estimates the mutual information gap of Chen et al. from draws of z.
 
     .. math:: \frac1F \sum_f \frac{I(z_{d_1(f)}; v_f) - I(z_{d_2(f)}; v_f)}{H(v_f)}
 
-    where d_1 and d_2 are the dimensions of most and next information on factor f, and I is that
-    of continuous z_d with q(z_d) and q(z_d | v_f) aggregated over all data; the paper leaves
-    out the factor shape. Two to four times `mig_of_means` on the same model is usual.
+    where d_1 and d_2 are the dimensions of most and next information on factor f, and I is the
+    information of continuous z_d, with q(z_d) and q(z_d | v_f) aggregated over all data. The paper
+    leaves out the factor shape. It is usually two to four times `mig_of_means` of the same model.
 
     Args:
         posterior: q(z | x_n) of all data, batch [N], event (D,), a diagonal or full Normal.
         factors: Index of each factor's value [N, F].
-        names: Of the factors.
-        without: Those, by name, that are left out; unknown names are ignored.
+        names: Names of the factors.
+        without: Names of factors that are left out; unknown names are ignored.
         num_samples: Draws of z for each datum.
-        num_rows: Data to draw from; all if None.
-        seed: Of the draws.
+        num_rows: Number of data to draw from; all if None.
+        seed: Seed of the draws.
 
     Raises:
         ValueError: If the shapes do not fit, a factor has one value, or D is 1.
@@ -138,14 +138,14 @@ def mig(
 def mig_of_means(
     means: Tensor, factors: Tensor, names: Sequence[str] | None = None, *, bins: int = 20
 ) -> Score:
-    """Mutual information gap of posterior means in a histogram, of Locatello et al.
+    """Computes the mutual information gap of Locatello et al. from posterior means in bins.
 
-    As `mig`, with the information between a factor and the mean's bin, over all factors.
+    It is `mig` with the information between a factor and the bin of the mean, over all factors.
 
     Args:
         means: E[z | x_n] [N, D].
         factors: Index of each factor's value [N, F].
-        names: Of the factors.
+        names: Names of the factors.
         bins: Bins of equal width over the range of each dimension.
 
     Raises:
@@ -178,13 +178,13 @@ def factor_information(
     num_rows: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    r"""Mutual information I(z_d; v_f) of draws of z with each factor, in nats, [F, D].
+    r"""Estimates mutual information I(z_d; v_f) of draws of z with each factor, in nats, [F, D].
 
     .. math:: E \log q(z_d \mid v_f) - E \log q(z_d), \quad
         q(z_d \mid v) = \mathrm{mean}_{n: v_f(n) = v} \, q(z_d \mid x_n)
 
-    over all N data: a mean over draws, so zero information may come out a little below zero.
-    Arguments are those of `mig`. Cost: N^2 D densities for each draw, and a matrix product.
+    over all N data. It is a mean over draws, so that zero information may come out slightly
+    negative. Arguments are those of `mig`. Cost: N^2 D densities per draw, and a matrix product.
     """
     check_posterior(posterior)
     means, values, _ = check(marginals(posterior).loc, factors)
@@ -203,7 +203,7 @@ def factor_information(
 
 
 def _log_mean_within(pairs: Tensor, member: Tensor, own: Tensor) -> Tensor:
-    """Log mean of `pairs` [m, N, D] over the data of each draw's own factor value, [m, D]."""
+    """Averages `pairs` [m, N, D], as logs, over data of each draw's own factor value, [m, D]."""
     highest = pairs.amax(1, keepdim=True)
     same = member[own] / member.sum(0)  # [m, V]: the value, over its number of data
     within = torch.einsum("mnd,nv,mv->md", (pairs - highest).exp(), member, same)
@@ -213,18 +213,18 @@ def _log_mean_within(pairs: Tensor, member: Tensor, own: Tensor) -> Tensor:
 def modularity(
     means: Tensor, factors: Tensor, names: Sequence[str] | None = None, *, bins: int = 20
 ) -> Score:
-    r"""One less the share of a dimension's squared information that is on other factors.
+    r"""Computes one minus the share of a dimension's squared information on other factors.
 
     .. math:: \frac1D \sum_d \Big(1 - \frac{\sum_{f \neq f^*} I_{fd}^2}{(F - 1) I_{f^* d}^2}\Big)
 
     with f* the factor of most information on dimension d, in nats, and bins as in
-    `mig_of_means`. A dimension that has no information on any factor counts as zero. A copied
-    dimension costs nothing.
+    `mig_of_means`. A dimension without information on any factor counts as zero. Two dimensions
+    may be on the same factor at no cost.
 
     Args:
         means: E[z | x_n] [N, D].
         factors: Index of each factor's value [N, F], two or more of them.
-        names: Of the factors.
+        names: Names of the factors.
         bins: Bins of equal width over the range of each dimension.
 
     Raises:
@@ -253,33 +253,33 @@ def modularity(
 
 
 def discretise(codes: Tensor, bins: int) -> Tensor:
-    """Each column of `codes` [N, D] in `bins` bins of equal width over its range, int64."""
+    """Returns bin numbers of `codes` [N, D], int64: `bins` of equal width over each range."""
     low, high = codes.min(0).values, codes.max(0).values
     width = torch.where(high > low, high - low, 1.0)
     return ((codes - low) / width * bins).long().clamp(max=bins - 1)
 
 
 def entropies(values: Tensor) -> Tensor:
-    """Of the empirical distribution of each column of `values` int64 [N, F], in nats, [F]."""
+    """Returns entropies [F], in nats, of the columns of `values` [N, F] (int64) as observed."""
     shares = [v.unique(return_counts=True)[1].double() / len(v) for v in values.T]
     return torch.stack([-(p * p.log()).sum() for p in shares])
 
 
 def information_matrix(first: Tensor, second: Tensor) -> Tensor:
-    r"""Mutual information of columns of `first` [N, F] with those of `second` [N, D], [F, D].
+    r"""Returns mutual information [F, D] of columns of `first` [N, F] and of `second` [N, D].
 
     .. math:: I(a; b) = H(a) + H(b) - H(a, b)
 
-    in nats, of the empirical distribution of int64 values; biased upwards by about
-    (cells - 1) / (2 N) in a table that has more cells than rows and columns.
+    in nats, of the empirical distribution of int64 values. It is biased upwards by about
+    (A - 1) (B - 1) / (2 N) where a has A values and b has B.
     """
     pairs = [entropies(a.unsqueeze(1) * (second.max() + 1) + second) for a in first.T]
     apart = entropies(first).unsqueeze(1) + entropies(second)
-    return (apart - torch.stack(pairs)).clamp(min=0)  # below by rounding alone
+    return (apart - torch.stack(pairs)).clamp(min=0)  # negative by rounding alone
 
 
 def gap(scores: Tensor) -> Tensor:
-    """The largest of each row of `scores` [F, D] less the second largest, [F]."""
+    """Returns the largest minus the second largest of each row of `scores` [F, D], [F]."""
     if scores.shape[1] < 2:
         raise ValueError("expected at least two latent dimensions, for a gap between two")
     first, second = scores.topk(2, dim=1).values.T
@@ -287,7 +287,7 @@ def gap(scores: Tensor) -> Tensor:
 
 
 def relative_gap(information: Tensor, factors: Tensor) -> Tensor:
-    """`gap` of the information on each of `factors` [N, F], in units of its entropy, [F]."""
+    """Returns `gap` of the information on each of `factors` [N, F], over its entropy, [F]."""
     entropy = entropies(factors)
     if (entropy == 0).any():
         constant = (entropy == 0).nonzero().flatten().tolist()

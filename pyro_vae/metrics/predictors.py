@@ -1,4 +1,4 @@
-"""Disentanglement as how well factors are predicted from latents."""
+"""Disentanglement measured by how well factors are predicted from latents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_vae.arguments import check_whole
 from pyro_vae.metrics.information import Score, check, gap
 
-PRUNED = 0.05  # least standard deviation of a posterior mean that has a vote
+PRUNED = 0.05  # least standard deviation of a dimension's means that lets it vote
 
 
 def sap(
@@ -23,19 +23,19 @@ def sap(
     categorical: Sequence[str] = ("shape",),
     seed: int = 0,
 ) -> Score:
-    """How much better the best single dimension predicts a factor than the next best.
+    """Computes how much better the best dimension predicts a factor than the next best.
 
-    An ordered factor is predicted by a straight line, and scored by its squared correlation; a
-    categorical one by as many thresholds as it has values less one, fitted to half the rows and
-    scored on the others by balanced accuracy, of which 1 / (values) is chance: such a factor
-    contributes at most 1 - 1 / (values).
+    An ordered factor is predicted by a straight line, and scored by its squared correlation. A
+    categorical one of V values is predicted by V - 1 thresholds, fitted to half the rows, and
+    scored on the others by balanced accuracy, whose chance level is 1 / V: such a factor
+    contributes at most 1 - 1 / V.
 
     Args:
         means: E[z | x_n] [N, D].
         factors: Index of each factor's value [N, F].
-        names: Of the factors.
-        categorical: Those, by name, whose values have no order.
-        seed: Of the halves.
+        names: Names of the factors.
+        categorical: Names of the factors whose values have no order.
+        seed: Seed of the split into halves.
 
     Raises:
         ValueError: If the shapes do not fit, or D is 1.
@@ -64,7 +64,7 @@ def sap(
 
 
 def _by_lines(codes: Tensor, factor: Tensor) -> Tensor:
-    """Squared correlation of each dimension with the factor [D]; zero for a constant one."""
+    """Returns the squared correlation of each dimension with the factor [D]; 0 if constant."""
     centred, target = codes - codes.mean(0), factor - factor.mean()
     covariance = target @ centred
     scale = centred.pow(2).sum(0) * target.pow(2).sum()
@@ -72,7 +72,7 @@ def _by_lines(codes: Tensor, factor: Tensor) -> Tensor:
 
 
 def _by_thresholds(codes: Tensor, factor: Tensor, seed: int) -> Tensor:
-    """Balanced accuracy of thresholds on each dimension [D]."""
+    """Returns the balanced accuracy of thresholds on each dimension [D]."""
     from sklearn.metrics import recall_score
     from sklearn.tree import DecisionTreeClassifier
 
@@ -92,20 +92,20 @@ def _by_thresholds(codes: Tensor, factor: Tensor, seed: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class DCI:
-    """Three numbers between 0 and 1, and what they were read off.
+    """Three scores between 0 and 1, and what they were computed from.
 
     Attributes:
         disentanglement: Whether a dimension matters for one factor only.
         completeness: Whether a factor needs one dimension only.
-        informativeness: Accuracy of the factors' prediction on rows that were not fitted to.
-        train_accuracy: The same on those that were.
-        importance: Of each dimension for each factor [D, F]; a column sums to one, or is zero
-            where nothing predicts.
+        informativeness: Accuracy of the factors' prediction on test rows.
+        train_accuracy: Accuracy on the rows that were fitted to.
+        importance: Importance of each dimension for each factor [D, F]; columns sum to one, or to
+            zero where nothing predicts the factor.
         variant: The predictor.
         factors: Names of the factors.
         num_train: Rows fitted to.
         num_test: Rows scored.
-        seed: Of the split and of the trees.
+        seed: Seed of the split and of the trees.
     """
 
     disentanglement: float
@@ -130,25 +130,25 @@ def dci(
     num_trees: int = 100,
     seed: int = 0,
 ) -> DCI:
-    r"""Disentanglement, completeness and informativeness by gradient-boosted trees.
+    r"""Computes disentanglement, completeness and informativeness by gradient-boosted trees.
 
     Trees predict each factor from the whole code; R is the importance of each dimension.
 
     .. math:: \sum_d \rho_d \, (1 - H_F(R_{d \cdot})), \qquad
         \sum_f \rho_f \, (1 - H_D(R_{\cdot f}))
 
-    with entropies of the normalised rows and columns, in units of their largest, and weights rho
-    their share of all importance. Cost: trees for each value of each factor, minutes for 10,000
-    rows of tens of values.
+    where H are entropies of the normalised rows and columns, divided by their maximum, and the
+    weights rho are their shares of all importance. Cost: trees for each value of each factor,
+    minutes for 10,000 rows of tens of values.
 
     Args:
         means: E[z | x_n] [N, D].
         factors: Index of each factor's value [N, F].
-        names: Of the factors.
-        num_train: Rows fitted to; two thirds of them, 10,000 at most, if None.
-        num_test: Rows scored; what is left, 5,000 at most, if None.
+        names: Names of the factors.
+        num_train: Rows to fit to; two thirds of all, at most 10,000, if None.
+        num_test: Rows to score; those left, at most 5,000, if None.
         num_trees: Rounds of boosting.
-        seed: Of the split and of the trees.
+        seed: Seed of the split and of the trees.
 
     Raises:
         ValueError: If the shapes do not fit, or the rows do not suffice.
@@ -191,7 +191,7 @@ def dci(
 def _boost(
     x: np.ndarray, v: np.ndarray, fitted: np.ndarray, scored: np.ndarray, num_trees: int, seed: int
 ) -> tuple[np.ndarray, float, float]:
-    """Importance [D], and accuracy on the rows fitted to and on the others."""
+    """Returns the importance [D], and the accuracy on the rows fitted to and on the others."""
     from sklearn.ensemble import GradientBoostingClassifier
 
     if len(np.unique(v[fitted])) == 1:
@@ -200,12 +200,12 @@ def _boost(
     trees = GradientBoostingClassifier(n_estimators=num_trees, random_state=seed)
     trees.fit(x[fitted], v[fitted])
     scores = (trees.score(x[rows], v[rows]) for rows in (fitted, scored))
-    importance = trees.feature_importances_.clip(min=0)  # rounding leaves some below
+    importance = trees.feature_importances_.clip(min=0)  # rounding leaves some negative
     return importance, *map(float, scores)  # type: ignore[return-value]
 
 
 def _concentration(importance: Tensor) -> float:
-    """Weighted mean over rows of one less their normalised entropy; zero without importance."""
+    """Averages one minus the normalised entropy of rows, weighted; zero without importance."""
     total = importance.sum()
     if total == 0 or importance.shape[1] < 2:
         return float(total > 0)
@@ -224,23 +224,23 @@ def factor_vae_score(
     batch_size: int = 64,
     seed: int = 0,
 ) -> Score:
-    """Accuracy of telling the fixed factor from the dimension that varies least.
+    """Computes the accuracy of guessing the fixed factor from the dimension that varies least.
 
-    A vote holds one factor, chosen at random, at one value, takes `batch_size` rows of it, and
-    notes the dimension of least variance over the variance over all data. Each dimension then
-    stands for the factor it was noted with most often. Dimensions of a standard deviation below
+    A vote holds one random factor at one value, takes `batch_size` rows with it, and notes the
+    dimension whose variance, divided by that over all data, is least. Each dimension then stands
+    for the factor with which it was noted most often. Dimensions of a standard deviation below
     0.05 over all data have no vote, as in disentanglement_lib, which compares the root of the
-    variance with its `prune_dims.threshold` of 0.05; with none left the score is that of the
-    commonest factor.
+    variance with its `prune_dims.threshold` of 0.05. If none is left, the commonest factor is
+    always guessed.
 
     Args:
         means: E[z | x_n] [N, D].
         factors: Index of each factor's value [N, F].
-        names: Of the factors.
+        names: Names of the factors.
         num_votes: Votes that say what a dimension stands for; the paper takes 800.
         num_test: Votes that are scored, as many as in Locatello et al. 2019.
         batch_size: Rows of a vote, drawn with replacement.
-        seed: Of the votes.
+        seed: Seed of the votes.
 
     Raises:
         ValueError: If the shapes do not fit.
@@ -284,20 +284,20 @@ def beta_vae_score(
     batch_size: int = 64,
     seed: int = 0,
 ) -> Score:
-    """Accuracy of a linear classifier of the fixed factor, from differences of pairs.
+    """Computes the accuracy of a linear classifier of the fixed factor, from row differences.
 
     A vote holds one factor at one value in both rows of each of `batch_size` pairs, and takes
-    the mean absolute difference of their means. The classifier is logistic regression. A
-    rotated code may score high: it need not align with the dimensions.
+    the mean absolute difference of the pairs' posterior means. The classifier is logistic
+    regression. A rotated code may score high too: factors need not align with dimensions.
 
     Args:
         means: E[z | x_n] [N, D].
         factors: Index of each factor's value [N, F].
-        names: Of the factors.
+        names: Names of the factors.
         num_votes: Votes that the classifier is fitted to.
         num_test: Votes that are scored.
         batch_size: Pairs of a vote.
-        seed: Of the votes.
+        seed: Seed of the votes.
 
     Raises:
         ValueError: If the shapes do not fit.
@@ -333,7 +333,7 @@ def beta_vae_score(
 
 
 def _fixed(factors: Tensor, num_votes: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A factor for each vote [V], and rows that share a value of it [V, size]."""
+    """Returns a factor for each vote [V], and rows that share a value of it [V, size]."""
     generator = np.random.default_rng(seed)
     kinds = generator.integers(factors.shape[1], size=num_votes)
     rows = np.empty((num_votes, size), dtype=np.int64)
