@@ -18,31 +18,31 @@ from pyro_vae.data.mapped import CHUNK, Mapped
 from pyro_vae.data.schema import Schema, differing
 from pyro_vae.data.transforms import Identity, Threshold, Transform, declare
 
-MOST_CLASSES = 1_000_000  # a greater label is no number of a class
-FACTOR = 10.0  # between the largest values, from which units look different
+MOST_CLASSES = 1_000_000  # labels must be below this
+FACTOR = 10.0  # ratio of largest values above which two data sets seem to have different units
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """N rows as their file holds them, with the transform to what a model sees.
+    """N rows of original values, as in their file, with the transform to model values.
 
     Args:
         x: The original values, [N, *E], in any dtype: uint8 for images, (C, H, W) each. Arrays,
-            frames and lists are taken too, as they are for y and labels. NaN is a missing value.
-            Rows of a large file stay there (`Mapped`): a batch of them is read when it is asked
-            for, and they were checked when the file was opened.
-        y: What a model is conditioned on, float [N, C], or None.
+            frames and lists are accepted too, also for y and labels. NaN is a missing value.
+            The rows of a large file stay on disk (`Mapped`): a batch is read when it is needed,
+            and values are checked when the file is opened.
+        y: The values that a model is conditioned on, float [N, C], or None.
         labels: The class of each row, int64 [N] from 0, or -1 where unknown; or None.
-        transform: From original to model values.
-        rows: The id of each row, int64 [N], which keys its noise; 0, ..., N - 1 if None.
-        levels: The number of grey levels, for values 0, ..., levels - 1; None for others.
+        transform: The map from original values to model values.
+        rows: The id of each row, int64 [N], on which its noise depends; 0, ..., N - 1 if None.
+        levels: The number of grey levels, for values 0, ..., levels - 1; None for other data.
         name: What the error messages call these rows.
-        seed: What keys the noise of the rows, with their ids.
-        classes: The number of classes; the largest label and 1 if None.
-        columns: The names of the values, for tables [N, D] that have them.
+        seed: The seed of the noise; the noise of a row depends on it and on the row's id.
+        classes: The number of classes; the largest label plus 1 if None.
+        columns: The names of the columns, for tables [N, D] that have them.
         schema: What these columns hold, for tables that `read_table` reads.
-        applied: Whether x holds the model values already, as ``fixed`` leaves them.
-        class_names: What the labels 0, 1, ... stand for, where they were words; or None.
+        applied: Whether x holds model values already, as after ``fixed``.
+        class_names: The names that the file gives to the classes 0, 1, ..., or None.
 
     Raises:
         ValueError: If there is no row, lengths or the number of columns differ, a value is
@@ -97,7 +97,7 @@ class Data:
 
     @property
     def summary(self) -> str:
-        """What the rows are, in words."""
+        """A description of the rows in words."""
         parts = [f"shape {tuple(self.data_shape)}"]
         parts += [] if self.levels is None else [f"{self.levels} levels"]
         parts += [] if self.classes is None else [f"{self.classes} classes"]
@@ -110,7 +110,7 @@ class Data:
         return f"data {self.name!r}" if self.name else "data"
 
     def _check_values(self) -> None:
-        if isinstance(self.x, Tensor):  # rows on disk were looked at when the file was opened
+        if isinstance(self.x, Tensor):  # rows on disk were checked when the file was opened
             check_finite(f"{self._title}: x", self.x, missing=True)
         if self.y is not None:
             check_finite(f"{self._title}: y", self.y)
@@ -148,7 +148,7 @@ class Data:
 
     @property
     def missing(self) -> bool:
-        """Whether a value is missing."""
+        """Whether any value is missing."""
         return self.missing_share > 0
 
     @cached_property
@@ -159,7 +159,7 @@ class Data:
 
     @cached_property
     def extremes(self) -> tuple[float, float]:
-        """Lowest and highest value that is not missing; 0 of none."""
+        """The lowest and the highest value that is not missing; (0, 0) if all are missing."""
         if isinstance(self.x, Mapped):
             return self.x.extremes
         seen = self.x[~self.x.isnan()] if self.x.is_floating_point() else self.x
@@ -167,12 +167,12 @@ class Data:
 
     @property
     def log_jacobian(self) -> float:
-        """The transform's log-Jacobian, in nats per datum; of an average row if values miss."""
+        """The transform's log-Jacobian, in nats per datum; the mean over rows if values miss."""
         return self.log_jacobians.mean().item()
 
     @property
     def log_jacobians(self) -> Tensor:
-        """The transform's log-Jacobian of what is observed of each row, in nats, [N]."""
+        """The transform's log-Jacobian at the observed values of each row [N], in nats."""
         if not self.missing:
             each = self.transform.log_jacobian(self.data_shape)
             return torch.full((len(self),), each, dtype=torch.float64)
@@ -181,23 +181,23 @@ class Data:
         return torch.cat([part.flatten(1).sum(1) for part in parts])
 
     def bits_per_dim(self, log_prob: Tensor) -> Tensor:
-        r"""Bits per dimension in original units, :math:`-(\log p(T(x)) + J) / (D \log 2)`.
+        r"""Returns bits per dimension in original units, :math:`-(\log p(T(x)) + J) / (D \log 2)`.
 
         Args:
             log_prob: The model's log density of the transformed data, nats per datum, any shape.
 
         Returns:
-            The bits per dimension, in the same shape; J is ``log_jacobian``, and D counts what is
-            observed of an average row.
+            The bits per dimension, in the same shape; J is ``log_jacobian``, and D is the mean
+            number of observed values of a row.
         """
         dimensions = self.data_shape.numel() * (1 - self.missing_share)
         return -(log_prob + self.log_jacobian) / (dimensions * math.log(2))
 
     def batch(self, index: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The rows of a batch as the model sees them, on the device where the data lie.
+        """Returns the model values of a batch of rows, on the device of the data.
 
-        Noise that the transform redraws at each visit comes from torch's generator of that
-        device; noise that a row keeps is the same one that ``fixed`` gives it.
+        A transform that redraws its noise at each visit takes it from torch's generator of that
+        device; under other noisy transforms a row keeps the noise that ``fixed`` gives it.
 
         Args:
             index: The positions of the rows, int64 [B]; all if None.
@@ -219,12 +219,12 @@ class Data:
         return self.fixed(self.seed)
 
     def fixed(self, seed: int | None = None) -> Data:
-        """The rows transformed once, as for evaluation.
+        """Returns the rows transformed once, for evaluation.
 
         The noise of a row depends on the seed and the row's id only.
 
         Args:
-            seed: What keys the noise; the data's own seed if None.
+            seed: The seed of the noise; the data's own seed if None.
 
         Returns:
             Data that holds the model values, float32, or uint8 where they are binary.
@@ -244,7 +244,7 @@ class Data:
         return self.unchecked(x=x, applied=True, seed=seed)
 
     def with_transform(self, transform: Transform) -> Data:
-        """The same rows under another transform.
+        """Returns the same rows with another transform.
 
         Raises:
             ValueError: If these rows came from ``fixed``, which keeps no original values.
@@ -262,7 +262,7 @@ class Data:
         return self.unchecked(transform=transform)
 
     def one_hot(self) -> Data:
-        """The same rows with y = their labels one-hot, float32 [N, classes]; 0 where unknown.
+        """Returns the rows with y = their one-hot labels, float32 [N, classes]; 0 where unknown.
 
         Raises:
             ValueError: If the rows have no labels.
@@ -275,7 +275,7 @@ class Data:
         return self.unchecked(y=known * (self.labels >= 0).unsqueeze(1))
 
     def subset(self, index: Tensor) -> Data:
-        """The rows at these positions, int64 [M], with the ids and noise they had."""
+        """Returns the rows at positions `index`, int64 [M]; they keep their ids and noise."""
         found = {
             name: part.rows(index) if isinstance(part, Mapped) else part[index.to(part.device)]
             for name, part in self._parts.items()
@@ -285,7 +285,7 @@ class Data:
         return self.unchecked(**found)
 
     def to(self, device: torch.device | str) -> Data:
-        """The same rows on a device."""
+        """Returns the same rows on a device."""
         return self.unchecked(**{name: part.to(device) for name, part in self._parts.items()})
 
     @property
@@ -294,22 +294,22 @@ class Data:
         return {name: part for name, part in parts.items() if part is not None}
 
     def unchecked(self, **changes: Any) -> Data:
-        """These rows with other fields, which are known to be right: no value is looked at."""
+        """Returns these rows with some fields changed, without any check of the values."""
         made = object.__new__(Data)
         made.__dict__.update({f.name: getattr(self, f.name) for f in fields(self)} | changes)
         return made
 
     def describe(self) -> dict[str, Any]:
-        """What was done to the rows, for JSON: their name, seed and transform."""
+        """Returns the name, seed and transform of the rows, for JSON."""
         return {"name": self.name, "seed": self.seed, "transform": declare(self.transform)}
 
     def digest(self) -> str:
-        """The SHA-256, in hex, of the dtype, shape and bytes of x and y, as they are now."""
+        """Returns the SHA-256, in hex, of the dtype, shape and bytes of the current x and y."""
         return digest_of(self.x, self.y)
 
 
 def kind_of(rows: Data) -> dict[str, Any]:
-    """What rows of the same kind must agree with, for JSON."""
+    """Returns what other rows must have in common with these to fit the same model, for JSON."""
     return {
         "levels": rows.levels,
         "columns": None if rows.columns is None else list(rows.columns),
@@ -322,17 +322,17 @@ def kind_of(rows: Data) -> dict[str, Any]:
 def alike(
     rows: Data, known: Mapping[str, Any], transform: Transform, data_shape: tuple[int, ...]
 ) -> Data:
-    """The rows with columns in the order of the run, once grey levels and units are the run's.
+    """Returns rows with the columns and grey levels of a run; warns if their units seem different.
 
     Args:
         rows: Rows of a user's file.
-        known: What `kind_of` gave of the training rows; nothing for runs of version 0.1.
-        transform: That of the run.
-        data_shape: That of one datum of the run.
+        known: The result of `kind_of` for the training rows; empty for runs of version 0.1.
+        transform: The transform of the run.
+        data_shape: The shape of one datum of the run.
 
     Raises:
-        ValueError: If columns are missing or others, the shape is, or values are on another
-            scale.
+        ValueError: If columns are missing or unknown, the shape differs, or the values are not
+            grey values where those of the run are, or the other way round.
     """
     rows = _ordered(rows, known.get("columns"))
     if tuple(rows.data_shape) != data_shape:
@@ -365,7 +365,7 @@ def alike(
 
 
 def _ordered(rows: Data, columns: list[str] | None) -> Data:
-    """The columns in the order of `columns`, where both have names."""
+    """Returns the rows with their columns in the order of `columns`, if both have names."""
     if columns is None or rows.columns is None or list(rows.columns) == columns:
         return rows
     words = differing(columns, rows.columns)
@@ -380,7 +380,7 @@ def _ordered(rows: Data, columns: list[str] | None) -> Data:
 
 
 def _grey(rows: Data, levels: int) -> Data:
-    """The rows as grey values of so many levels, if they are such."""
+    """Returns the rows as grey values of `levels` levels; raises ValueError if they are not."""
     low, high = rows.extremes
     whole = not rows.x.is_floating_point() and (rows.levels != 2 or levels == 2)
     if not whole or low < 0 or high > levels - 1:
@@ -393,4 +393,4 @@ def _grey(rows: Data, levels: int) -> Data:
 
 
 Parts = dict[str, Data]
-"""The "train" part of a source (or all of it), its "validation" and "test" part if it has them."""
+"""Rows of a source by part: "train" (or all), and "validation" and "test" if it has them."""

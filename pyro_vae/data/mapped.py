@@ -1,4 +1,4 @@
-"""Rows that stay on disk, and are read when they are asked for."""
+"""Rows that stay on disk, and are read when they are needed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from pyro_vae.files import damaged
 
-LARGE = 2**26  # bytes of a file, above which its rows stay there
-CHUNK = 1_000  # rows read at once where all are looked at
+LARGE = 2**26  # bytes of a file above which its rows stay on disk
+CHUNK = 1_000  # rows read at once where all rows are read
 
 
 class Folder:
@@ -33,22 +33,23 @@ class Folder:
 
 @dataclass(frozen=True, eq=False)
 class Mapped:
-    """N rows [N, *E] of an .npy file: of a tensor, what `Data` needs.
+    """N rows [N, *E] of an .npy file, with those methods of a tensor that `Data` needs.
 
-    `x[index]` is a tensor, read there and then. Nothing is kept or mapped, so that memory does
-    not grow, and a file that is cut meanwhile is an error, not the end of the process.
+    `x[index]` reads a tensor from the file. No row is kept in memory, and the file is not
+    memory-mapped: if it is cut meanwhile this raises an error, and does not end the process.
 
     Attributes:
         path: The file.
-        index: Positions in it, int64 [N], which are the ids of the rows.
+        index: Positions of the rows in the file, int64 [N], which are their ids.
         shape: (N, *E).
-        dtype: Of the tensors.
-        convert: From an array of rows to a tensor.
-        extremes: Lowest and highest value of the file that is not missing; 0 of none.
-        gaps: Whether a value of the file is missing.
-        device: Of the tensors.
-        change: From rows and their ids to what is given instead of them.
-        folder: Of a file of our own, which goes when nobody has it any more.
+        dtype: Type of the tensors.
+        convert: Function from an array of rows to a tensor.
+        extremes: Lowest and highest value in the file; (0, 0) if all values are missing.
+        gaps: Whether any value of the file is missing.
+        device: Device of the tensors.
+        change: Function from rows and their ids to the rows returned in their place, or None.
+        folder: Temporary folder of a file that this library wrote, removed with the last
+            object that holds it; None for other files.
     """
 
     path: Path
@@ -74,11 +75,11 @@ class Mapped:
         return len(self.shape)
 
     def is_floating_point(self) -> bool:
-        """Whether values are floating point."""
+        """Returns whether values are floating point."""
         return self.dtype.is_floating_point
 
     def __getitem__(self, at: Any) -> Tensor:
-        """The rows at these positions."""
+        """Reads the rows at these positions."""
         index = self.index[at.cpu() if isinstance(at, Tensor) else at]
         ids = index.reshape(-1)
         rows = self.convert(_part(self.path, ids.numpy()))
@@ -86,20 +87,20 @@ class Mapped:
         return rows if index.ndim else rows[0]
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """All rows, so many at once."""
+        """Reads all rows, `size` at a time."""
         return (self[start : start + size] for start in range(0, len(self), size))
 
     def rows(self, at: Tensor) -> Mapped:
-        """Some of the rows, still on disk."""
+        """Returns the rows at these positions, still on disk."""
         index = self.index[at.cpu()]
         return replace(self, index=index, shape=torch.Size((len(index), *self.shape[1:])))
 
     def columns(self, order: Tensor) -> Mapped:
-        """Their values in another order, for rows [N, C]."""
+        """Returns rows [N, C] with their columns in another order."""
         return replace(self, convert=partial(_ordered, self.convert, order))
 
     def to(self, device: torch.device | str) -> Mapped:
-        """The same rows, which come on a device."""
+        """Returns the same rows, whose tensors will be on a device."""
         return replace(self, device=torch.device(device))
 
 
@@ -109,15 +110,15 @@ def mapped(
     name: str,
     folder: Folder | None = None,
 ) -> Mapped:
-    """All rows of an .npy file, which are looked at once.
+    """Returns all rows of an .npy file as a `Mapped`, after a check of their values.
 
     A file that is stored column by column is first written row by row to a temporary one.
 
     Args:
         path: The file.
-        convert: From an array of rows to a tensor [N, *E].
+        convert: Function from an array of rows to a tensor [N, *E].
         name: What error messages call the file.
-        folder: Where it lies, if it is our own.
+        folder: The temporary folder of the file, if this library wrote it.
 
     Raises:
         ValueError: If the file cannot be read or holds no rows, or a value is infinite.
@@ -148,7 +149,7 @@ def _ordered(convert: Callable[[np.ndarray], Tensor], order: Tensor, rows: np.nd
 
 
 def _ends(part: Tensor) -> tuple[float, float]:
-    """Lowest and highest value, NaN if there is one; the other way round of none."""
+    """Returns the lowest and highest value, NaN if one is NaN; (inf, -inf) if there is none."""
     if not part.numel():
         return math.inf, -math.inf
     low, high = part.aminmax()
@@ -156,7 +157,7 @@ def _ends(part: Tensor) -> tuple[float, float]:
 
 
 def spooled(parts: Iterable[Tensor], rows: int, columns: int, name: str) -> Mapped:
-    """Rows float32 [N, C] that come in parts, written to a temporary file and mapped."""
+    """Writes rows, float32 [N, C], that come in parts to a temporary file; returns a `Mapped`."""
     folder = Folder()
     arrays = (part.numpy().astype("<f4") for part in parts)
     path = _written(folder, arrays, (rows, columns))
@@ -164,7 +165,7 @@ def spooled(parts: Iterable[Tensor], rows: int, columns: int, name: str) -> Mapp
 
 
 def _written(folder: Folder, parts: Iterable[np.ndarray], shape: Sequence[int]) -> Path:
-    """An .npy file in a folder of our own, of rows that come in parts."""
+    """Writes rows that come in parts to an .npy file in a temporary folder; returns its path."""
     path = folder.path / "rows.npy"
     with path.open("wb") as file:
         file.writelines(npy(parts, shape))
@@ -172,7 +173,7 @@ def _written(folder: Folder, parts: Iterable[np.ndarray], shape: Sequence[int]) 
 
 
 def _turned(path: Path, rows: np.memmap) -> Iterator[np.ndarray]:
-    """Rows of a file that is stored column by column, some at once."""
+    """Yields the rows, in parts, of a file that is stored column by column."""
     number, item = len(rows), rows.dtype.itemsize
     for start in range(0, number, CHUNK):
         columns = np.empty((rows.size // number, min(CHUNK, number - start)), rows.dtype)
@@ -182,7 +183,7 @@ def _turned(path: Path, rows: np.memmap) -> Iterator[np.ndarray]:
 
 
 def npy(parts: Iterable[np.ndarray], shape: Sequence[int]) -> Iterator[bytes]:
-    """The content of an .npy file of rows that come in parts, as it comes."""
+    """Yields the content of an .npy file of rows that come in parts."""
     for number, part in enumerate(parts):
         if number == 0:
             head = io.BytesIO()
@@ -202,11 +203,11 @@ def _opened(path: Path) -> np.memmap:
 
 
 def _part(path: Path, at: np.ndarray) -> np.ndarray:
-    """Some rows of a file, read where they lie: pages that are mapped would count as memory."""
+    """Reads the rows of a file at `at`; pages of a memory map would count as memory in use."""
     rows = _opened(path)
     size = rows.dtype.itemsize * math.prod(rows.shape[1:])
     found = np.empty((len(at), size), np.uint8)
-    begins = np.flatnonzero(np.diff(at, prepend=at[:1] - 2) != 1)  # of rows that follow each other
+    begins = np.flatnonzero(np.diff(at, prepend=at[:1] - 2) != 1)  # of consecutive rows
     ends, places = np.append(begins[1:], len(at)), at[begins] * size + rows.offset
     parts = (found[begin:end] for begin, end in zip(begins.tolist(), ends.tolist()))
     _read(path, len(rows), places.tolist(), parts)
@@ -214,8 +215,8 @@ def _part(path: Path, at: np.ndarray) -> np.ndarray:
 
 
 def _read(path: Path, number: int, places: Iterable[int], into: Iterable[np.ndarray]) -> None:
-    """Fills arrays with the bytes at places of a file of so many rows."""
-    with io.BufferedReader(path.open("rb", buffering=0)) as file:  # reads on: 2 GB at most a call
+    """Fills each array with the bytes at its place in a file, which has `number` rows."""
+    with io.BufferedReader(path.open("rb", buffering=0)) as file:  # continues reads cut at 2 GB
         for place, part in zip(places, into):
             file.seek(place)
             if file.readinto(part.reshape(-1).view(np.uint8).data) < part.nbytes:

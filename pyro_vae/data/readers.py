@@ -1,4 +1,4 @@
-"""Rows of numbers: by name, of files of arrays, text and counts, and of folders of images."""
+"""Reads rows of numbers: named data sets, files of arrays, text or counts, folders of images."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NAMED = {
     "SVHN": "",
     "CIFAR10": "cifar-10-batches-py",
 }
-"""The names, each with the folder below the data root that holds its files."""
+"""The names of data sets, each with the folder below the data root that holds its files."""
 
 
 _PARTS = {"train": "", "validation": "_validation", "test": "_test"}
@@ -97,14 +97,13 @@ def _published(name: str, root: str | Path, train: bool) -> Data:
 def read_arrays(path: Path) -> Parts:
     """Reads an .npz file, or the one array ``x`` of an .npy file.
 
-    The arrays are ``x`` [N, *E], ``labels`` [N] (classes, integers from 0, -1
-    or NaN where unknown) and ``y`` [N, C] or
-    [N] (numbers to condition on), the last two optional, and the same with ``_validation`` and
-    ``_test`` for these parts. Integers or booleans [N] called ``y`` are classes, and so labels.
-    Floating point becomes float32. uint8 is taken for grey values 0..255 and bool for 0 and 1,
-    both as images: [N, H, W] becomes [N, 1, H, W]. Other integers stay integers.
+    The arrays are ``x`` [N, *E] and, both optional, ``labels`` [N] (classes, integers from 0, -1
+    or NaN where unknown) and ``y`` [N, C] or [N] (numbers to condition on). The same names with
+    ``_validation`` and ``_test`` hold these parts. Integers or booleans [N] called ``y`` are
+    taken for labels. Floating point becomes float32. uint8 is taken for grey values 0..255 and
+    bool for 0 and 1, both as images: [N, H, W] becomes [N, 1, H, W]. Other integers stay integers.
 
-    Rows of an .npy file of more than 64 MB stay there (`Mapped`).
+    Rows of an .npy file of more than 64 MB stay on disk (`Mapped`).
 
     Raises:
         ValueError: If the file cannot be read, holds Python objects or lacks ``x``, or an array
@@ -159,7 +158,7 @@ def _part(path: Path, arrays: Mapping[str, np.ndarray], part: str) -> Data:
 
 
 def _values(path: Path, x: np.ndarray) -> Tensor:
-    """A tensor [N, *E] of an array; [N] becomes [N, 1]."""
+    """Converts an array to a tensor [N, *E]; [N] becomes [N, 1], grey [N, H, W] [N, 1, H, W]."""
     grey = x.dtype.name in _LEVELS
     if grey and x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
         raise ValueError(
@@ -181,8 +180,8 @@ def _values(path: Path, x: np.ndarray) -> Tensor:
 def read_csv(path: Path) -> Data:
     """Reads a table of numbers, comma separated, with or without a line of column names.
 
-    The values become float32; an empty cell is NaN, a missing value. A column of the name
-    ``label`` holds the labels, an empty cell or -1 where unknown.
+    The values become float32; an empty cell is NaN, a missing value. A column called ``label``
+    holds the labels, with an empty cell or -1 where they are unknown.
 
     Raises:
         ValueError: If the file is no table, or a cell is not a number; the message names the
@@ -193,7 +192,7 @@ def read_csv(path: Path) -> Data:
     check_names(str(path), names, is_text=True, once=False)
     label = [names.index(key) for key in label_column(str(path), names)]
     values = [d for d in range(table.shape[1]) if d not in label]
-    labels = table[:, label].nan_to_num(nan=-1.0).flatten()  # an empty cell
+    labels = table[:, label].nan_to_num(nan=-1.0).flatten()  # an empty cell is an unknown label
     for row in (labels != labels.round()).nonzero().flatten().tolist():
         raise ValueError(
             f"{path}: expected labels that are integers from 0, got {labels[row].item()} in row "
@@ -208,7 +207,7 @@ def read_csv(path: Path) -> Data:
 
 
 def _numbers(path: Path) -> tuple[list[str], Tensor]:
-    """The names of columns, none without a line of them, and the numbers below."""
+    """Reads the names of the columns, [] if the file has none, and the numbers [N, C]."""
     rows, values = read_lines(path), array("d")
     start, first = next(rows, (1, []))
     named = bool(first) and all(as_number(cell) is None for cell in first)
@@ -239,9 +238,9 @@ def _numbers(path: Path) -> tuple[list[str], Tensor]:
 def read_cells(path: Path) -> Data:
     """Reads counts, one row for each cell, from an .h5ad or a Matrix Market file.
 
-    Of an .h5ad file they are X, or the layer "counts" where X is not whole. A column of `obs`
-    called "labels", or the only one of categories, holds the labels; `var_names` are the columns.
-    A Matrix Market file has its rows as data.
+    In an .h5ad file the counts are X, or the layer "counts" if X holds others than whole numbers.
+    The labels are the column of `obs` called "label" or "labels", or its only column of
+    categories; the column names are `var_names`. In a Matrix Market file each row is a cell.
 
     Raises:
         ValueError: If the file cannot be read, anndata is not installed, or there are no counts
@@ -278,7 +277,7 @@ def read_cells(path: Path) -> Data:
 
 
 def _counts(path: Path, matrices: list[Any]) -> Tensor:
-    """The first of these matrices, dense, sparse or None, that holds counts."""
+    """Returns the first of these matrices (dense, sparse or None) that holds counts."""
     came = "none"
     for matrix in (matrix for matrix in matrices if matrix is not None):
         sparse = hasattr(matrix, "tocsr")
@@ -317,7 +316,7 @@ def read_images(folder: Path) -> Parts:
 
 
 def _listed(folder: Path) -> tuple[list[Path], list[str]]:
-    """The images below a folder, and the class of each, if they have one."""
+    """Returns the paths of the images below a folder, and the class name of each, if any."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     if folder == Path(folder.anchor):

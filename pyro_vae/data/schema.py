@@ -1,4 +1,4 @@
-"""What the columns of a table hold, declared or inferred, and their cells as numbers and back."""
+"""What the columns of a table hold, declared or inferred; cells as numbers, and back."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ KINDS = {
 CENTRES = {"Bernoulli": "common", "Categorical": "common"} | dict.fromkeys(
     ("Ordinal", "NegativeBinomial", "Poisson", "DiscretizedLogistic", "MixtureOfLogistics"),
     "middle",
-)  # what stands for draws of whole numbers; the mean of others
+)  # how draws are summarised, by likelihood: by their mean for all others
 CODED = ("binary", "category", "ordinal")
 IGNORED = "ignored"  # the kind of a column that is not modelled, such as names or ids
-MOST_LEVELS = 1000  # of a category: more are names or ids
-FEW = 10  # whole numbers that are taken for levels
-SKEWED = 0.7  # deviation of the logarithm from which positive numbers are taken for LogNormal
+MOST_LEVELS = 1000  # most categories of a column: a column with more holds names or ids
+FEW = 10  # most different whole numbers that are taken for ordered levels
+SKEWED = 0.7  # positive numbers are LogNormal if the deviation of their logarithm is above this
 LARGEST = float(np.finfo(np.float32).max)
-DIGITS = 1e-5  # least range of a column, of its largest number
-OFTEN = 0.9  # share of different numbers below which they are taken for rounded ones
+DIGITS = 1e-5  # least range of a column, relative to its largest number
+OFTEN = 0.9  # numbers are taken for rounded if a smaller share of them is different
 DATE = re.compile(r"\d{4}-\d\d?-\d\d?([T ].*)?|\d\d?[/.]\d\d?[/.]\d{2,4}( .*)?|\d\d?:\d\d(:\d\d)?")
 Cells = dict[str, list[Any]]
-Known = Union["Schema", Mapping[str, Any], str, None]  # of columns
+Known = Union["Schema", Mapping[str, Any], str, None]  # what is known of columns
 Read = Callable[[str], tuple[Sequence[Any], Sequence[Any] | None]]
-"""From the name of a column to its cells, and the order of its categories where it is known."""
+"""A function from a column's name to its cells, and to the order of its categories or None."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Column:
         kind: "real", "positive", "count", "binary", "category" or "ordinal", or the name of a
             scalar likelihood of numbers.
         categories: For the last three of these kinds, what the codes 0, 1, ... stand for.
-        resolution: For numbers, the width of the interval around each whose probability is
-            taken in place of a density; None for a density.
+        resolution: For numbers, the width of an interval around each, whose probability is
+            modelled in place of a density; None for a density.
 
     Raises:
         ValueError: If the kind is unknown, categories are missing, repeated or superfluous, or
@@ -90,16 +90,16 @@ class Column:
         return {"class_path": self.family, "init_args": options} if options else self.family
 
     def cell(self, value: float) -> str | float | None:
-        """What a number stands for; None for NaN."""
+        """Returns the cell that a number stands for; None for NaN."""
         if math.isnan(value):
             return None
         if self.categories:
             return self.categories[min(max(round(value), 0), len(self.categories) - 1)]
-        return shortened(float(str(np.float32(value))))  # the shortest that float32 tells apart
+        return shortened(float(str(np.float32(value))))  # fewest digits for this float32
 
     @property
     def plain(self) -> dict[str, Any]:
-        """For YAML and JSON."""
+        """The column as a dict, for YAML and JSON."""
         codes = list(self.categories) or None
         given = {"kind": self.kind, "categories": codes, "resolution": self.resolution}
         return {name: value for name, value in given.items() if value is not None}
@@ -111,7 +111,7 @@ class Schema:
 
     Args:
         columns: A `Column` for each name.
-        ignored: The names of columns that a table may have beside them, of the kind "ignored".
+        ignored: The names of further columns that a table may have, of the kind "ignored".
     """
 
     columns: Mapping[str, Column]
@@ -119,11 +119,11 @@ class Schema:
 
     @classmethod
     def restore(cls, plain: Mapping[str, Any], read: Read | None = None) -> Schema:
-        """The schema that `plain` describes; a kind alone stands for itself.
+        """Makes the schema that `plain` describes.
 
         Args:
-            plain: As the property of that name.
-            read: What reads a column of a table, for categories that `plain` leaves out.
+            plain: A dict like the property `plain`; a column may also be given by its kind alone.
+            read: Function that reads a column of a table, for categories that `plain` leaves out.
 
         Raises:
             ValueError: If an entry is wrong; the message names the column.
@@ -134,7 +134,7 @@ class Schema:
 
     @property
     def plain(self) -> dict[str, Any]:
-        """For JSON and for `read_table(..., schema=...)`."""
+        """The schema as a dict, for JSON and for `read_table(..., schema=...)`."""
         columns = {name: column.plain for name, column in self.columns.items()}
         return columns | {name: {"kind": IGNORED} for name in self.ignored}
 
@@ -152,25 +152,25 @@ class Schema:
     def encode(
         self, cells: Mapping[str, Sequence[Any]], name: str = "table", first: int = 0
     ) -> Tensor:
-        """Rows [N, C], float32, of cells by column: codes for categories, NaN for missing ones.
+        """Converts cells to rows, float32 [N, C]: categories to codes, empty cells to NaN.
 
         Args:
-            cells: By the name of their column.
+            cells: The cells of each column, by its name.
             name: What error messages call the table.
-            first: The number of the first row in it.
+            first: The number of the first of these rows in the table, for error messages.
 
         Raises:
-            ValueError: If columns are missing or others, or a cell is not what its column holds.
+            ValueError: If columns are missing or unknown, or a cell does not fit its column.
         """
         self.check(cells, name)
         each = [_numbers(name, key, c, cells[key], first) for key, c in self.columns.items()]
         return torch.from_numpy(np.stack(each, 1).astype(np.float32))
 
     def check(self, names: Iterable[str], name: str = "table") -> None:
-        """Refuses a table whose columns have other names.
+        """Checks that a table has the columns of this schema, in any order.
 
         Raises:
-            ValueError: If columns are missing or others.
+            ValueError: If columns are missing or unknown.
         """
         if words := differing(self.columns, [n for n in names if n not in self.ignored]):
             raise ValueError(
@@ -179,36 +179,37 @@ class Schema:
             )
 
     def decode(self, rows: Tensor) -> Cells:
-        """Cells by column of rows [N, C]: categories for codes, None for NaN."""
+        """Converts rows [N, C] to cells by column: codes to categories, NaN to None."""
         pairs = zip(self.columns.items(), rows.double().T.tolist())
         return {name: list(map(column.cell, values)) for (name, column), values in pairs}
 
     def centre(self, draws: Tensor, mean: Tensor) -> Tensor:
-        """One row for each of N: of draws [R, N, C] the commonest category and middle count.
+        """Summarises R draws of each row [R, N, C] by one row [N, C].
 
-        The mean [N, C] is taken of other numbers.
+        It holds the most frequent category, the median of counts and ordered levels, and for
+        other numbers the given `mean` [N, C].
         """
         best = {"common": draws.mode(0).values, "middle": draws.median(0).values, "mean": mean}
         taken = [CENTRES.get(column.family, "mean") for column in self.columns.values()]
         return torch.stack([best[name][:, c] for c, name in enumerate(taken)], 1)
 
     def rounded(self, rows: Tensor) -> Tensor:
-        """Rows [*S, C] at multiples of each column's resolution, as values of the table are."""
+        """Rounds rows [*S, C] to multiples of each column's resolution, as in the table itself."""
         widths = [column.resolution or 0.0 for column in self.columns.values()]
         width, exact = torch.tensor(widths, dtype=torch.float64), rows.double()
         return torch.where(width > 0, (exact / width).round() * width, exact).to(rows)
 
     def csv(self, rows: Tensor, beside: Cells | None = None) -> str:
-        """Rows [N, C] as the text of a .csv file, in the table's own names and units.
+        """Returns rows [N, C] as the text of a .csv file, in the table's own names and units.
 
-        The cells `beside`, by column, come last.
+        The cells `beside`, by column, become the last columns.
         """
         cells = self.decode(rows) | (beside or {})
         return as_csv([cells, *zip(*cells.values())])
 
 
 def ignored_in(known: Known) -> tuple[str, ...]:
-    """The columns that a schema or a mapping gives the kind "ignored"."""
+    """Returns the names of columns to which a schema or a mapping gives the kind "ignored"."""
     if isinstance(known, Schema):
         return known.ignored
     each = known.items() if isinstance(known, Mapping) else ()
@@ -216,7 +217,7 @@ def ignored_in(known: Known) -> tuple[str, ...]:
 
 
 def differing(known: Iterable[str], given: Iterable[str]) -> str:
-    """What columns are missing, and what is unknown, in words; none if they are the same."""
+    """Returns in words which columns are missing and which unknown; "" if they are the same."""
     missing, other = Counter([*known]), Counter([*given])
     parts = {"missing": missing - other, "unknown": other - missing}
     return "; ".join(f"{word}: {', '.join(sorted(n))}" for word, n in parts.items() if n)
@@ -242,7 +243,7 @@ def _restored(name: str, entry: Any, read: Read | None) -> Column:
 
 
 def _numbers(name: str, key: str, column: Column, cells: Sequence[Any], first: int) -> np.ndarray:
-    """The cells of one column as numbers, NaN where they are empty."""
+    """Returns the cells of one column as numbers, NaN where they are empty."""
     codes: dict[Any, int] = {category: code for code, category in enumerate(column.categories)}
     values = np.full(len(cells), np.nan)
     for row, cell in enumerate(cells):
@@ -263,7 +264,7 @@ def _numbers(name: str, key: str, column: Column, cells: Sequence[Any], first: i
 
 
 def as_number(cell: Any) -> float | None:
-    """The number that a cell holds, or None."""
+    """Returns the number that a cell holds, or None."""
     if isinstance(cell, bool) or (isinstance(cell, str) and "_" in cell):
         return None
     try:
@@ -273,17 +274,17 @@ def as_number(cell: Any) -> float | None:
 
 
 def as_name(cell: Any) -> str:
-    """The category that a cell names."""
+    """Returns the category that a cell names."""
     return cell if isinstance(cell, str) else str(shortened(cell))
 
 
 def shortened(value: Any) -> Any:
-    """A whole number without its decimal point; other values as they are."""
+    """Returns a whole float as an int, and other values as they are."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _levels(kind: str, cells: Sequence[Any], order: Sequence[Any] | None) -> list[str]:
-    """The categories that cells show; none if there are too many, or their order is unknown."""
+    """Returns the categories in cells; none if there are too many, or an order is not known."""
     names = {as_name(cell) for cell in cells if cell is not None}
     found = sorted(names, key=number_or_text) if order is None else list(map(as_name, order))
     ranked = order is not None or all(as_number(name) is not None for name in names)
@@ -291,7 +292,7 @@ def _levels(kind: str, cells: Sequence[Any], order: Sequence[Any] | None) -> lis
 
 
 def inferred(where: str, cells: Sequence[Any], order: Sequence[Any] | None = None) -> Column:
-    """What a column holds, by its cells; `order` is that of its categories, where one is known."""
+    """Infers what a column holds from its cells; `order` is that of its categories, if known."""
     seen = [cell for cell in cells if cell is not None]
     if not seen:
         raise ValueError(f"{where} is empty in all rows: give it the kind ignored")
@@ -347,7 +348,7 @@ def _numeric(where: str, values: np.ndarray) -> Column:
 
 
 def check_digits(where: str, values: np.ndarray) -> None:
-    """Refuses numbers that differ, but not in float32."""
+    """Raises ValueError for numbers that differ, but too little for float32."""
     low, high = values.min(initial=0), values.max(initial=0)
     with np.errstate(over="ignore", invalid="ignore"):
         spread = np.ptp(values.astype(np.float32)) if len(values) else 0.0
@@ -359,9 +360,10 @@ def check_digits(where: str, values: np.ndarray) -> None:
 
 
 def resolution(values: np.ndarray, rounded: bool = False) -> float | None:
-    """The smallest distance of two numbers, but for rounding errors, where they repeat; 1 of one.
+    """Returns the smallest distance of two different numbers, ignoring rounding errors.
 
-    None where they do not, unless they are known to be rounded.
+    It is 1 if all numbers are the same, and None if few of them repeat and they are not known to
+    be `rounded`.
     """
     different = np.unique(values)
     if not rounded and len(different) >= OFTEN * len(values):
@@ -371,6 +373,6 @@ def resolution(values: np.ndarray, rounded: bool = False) -> float | None:
 
 
 def number_or_text(cell: Any) -> tuple[float, str]:
-    """What cells are sorted by: numbers in their order, then texts in theirs."""
+    """Returns the key that sorts cells: numbers in their order, then texts in theirs."""
     number = as_number(cell)
     return (math.inf if number is None else number, str(cell))

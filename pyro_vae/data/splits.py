@@ -42,7 +42,7 @@ class Splits:
         seed: The seed of the split and of the noise of the rows.
         conditional: Whether the parts carry y.
         limit: The largest number of rows of a part, or None.
-        even: Whether those rows are spread over the part, or its first ones.
+        even: Whether these rows are spread over the part; its first ones if False.
     """
 
     train: Data
@@ -67,17 +67,17 @@ class Splits:
 
     @property
     def missing(self) -> bool:
-        """Whether a value of some part is missing."""
+        """Whether any value of any part is missing."""
         return any(part.missing for part in self.parts.values())
 
     def with_transform(self, name: str) -> Splits:
-        """The same rows under the transform called ``name``, fitted to the training part."""
+        """Returns the rows with the transform called ``name``, fitted to the training part."""
         made = make_transform(name, self.train.x, self.train.levels)
         parts: Any = {key: part.with_transform(made) for key, part in self.parts.items()}
         return replace(self, **parts, transform=name)
 
     def describe(self) -> dict[str, Any]:
-        """What ``load_data`` needs to make the parts again, and their digests, for JSON.
+        """Returns what ``load_data`` needs to make the parts again, and their digests, for JSON.
 
         The data root is left out: it may differ between machines.
         """
@@ -96,7 +96,7 @@ class Splits:
         """Checks that these are the data of a run.
 
         Args:
-            description: What ``describe`` gave at the run.
+            description: The result of ``describe`` when the run was trained.
 
         Raises:
             ValueError: If the transform, the seed or a digest differs; the message names it.
@@ -133,8 +133,8 @@ def load_data(
 
     Sources that come in one part are split 80 / 10 / 10 per cent. Where the source has its own
     test part, a validation part of a sixth is taken from the training part: 10,000 of MNIST's
-    60,000. Both are choices of rows that depend on the seed only. Rows from one source keep
-    their ids, and the rows of a validation or test part of the source are numbered on.
+    60,000. Both choices of rows depend on the seed only. The id of a row is its position in the
+    source, where the source's own validation and test part come after its training part.
 
     Args:
         name: "digits" (8 x 8, 17 levels, bundled with scikit-learn), "sprites" (32 x 32, binary,
@@ -148,12 +148,12 @@ def load_data(
         validation: The rows of the validation part, as a number or as a fraction of the rows
             that the source gives for training; for sources in one part, of all rows.
         seed: The seed of the split and of the noise of the rows, 0 or more.
-        conditional: Whether the parts carry y: the source's own, otherwise one-hot labels.
+        conditional: Whether the parts have a y: the source's own, otherwise one-hot labels.
         limit: Keeps at most this many rows of each part, for quick tries.
-        even: Whether the limit keeps rows from all over a part, a seeded choice; its first rows
-            if False, as in version 0.1.
-        schema: For tables, what is known of their columns, as `read_table` takes; {} to have it
-            all inferred. Without one a .csv file of numbers alone is read as numbers.
+        even: Whether the limit keeps rows from all over a part, chosen by the seed; its first
+            rows if False, as in version 0.1.
+        schema: For tables, what is known of their columns, as in `read_table`; {} infers all of
+            it. If None, a .csv file that holds only numbers is read as such, without kinds.
 
     Raises:
         ValueError: If the name is unknown, files are missing or cannot be used, or an argument
@@ -187,21 +187,21 @@ def load_data(
 
 
 def read_rows(path: str | Path, schema: Schema | None = None) -> Data:
-    """All rows of a file or folder as one part, untransformed.
+    """Reads all rows of a file or folder as one part, untransformed.
 
     Args:
-        path: A file or folder, as `load_data` takes.
-        schema: That which the rows must fit; tables without one hold numbers.
+        path: A file or folder, as in `load_data`.
+        schema: The schema that the rows must fit; tables without one must hold numbers.
 
     Raises:
-        ValueError: If there is none, or it cannot be used.
+        ValueError: If there is no such file or folder, or it cannot be used.
     """
     rows = _read(Path(path), schema, "real")["train"]
     return rows.unchecked(schema=schema and rows.schema)
 
 
 def _read(path: Path, schema: Known, unknown: str | None = None) -> Parts:
-    """The parts of a source; `unknown` is the kind of columns of which nothing is known."""
+    """Reads the parts of a source; without a schema, columns are of the kind `unknown`."""
     if path.is_dir():
         return read_images(path)
     if not path.suffix and not path.exists():
@@ -254,7 +254,7 @@ def _numbered(source: Parts) -> Parts:
 def _split(
     source: Parts, validation: int | float | None, seed: int
 ) -> dict[str, tuple[Data, Tensor]]:
-    """The rows of three parts; those that the source lacks are taken from its training part."""
+    """Returns data and row positions of each part; takes missing parts from the training part."""
     whole, rows = source["train"], len(source["train"])
     order = torch.from_numpy(np.random.default_rng(seed).permutation(rows))
     test = 0 if "test" in source else max(1, round(rows / 10))
@@ -284,12 +284,12 @@ def _split(
 
 
 def spread(num_data: int, limit: int | None, seed: int) -> Tensor:
-    """Rows that stand for all: one drawn from each of `limit` stretches of equal length.
+    """Draws rows from all over the data: one from each of `limit` stretches of equal length.
 
     Args:
         num_data: The number of rows N.
-        limit: The most rows; None for all.
-        seed: Of the draws, 0 or more.
+        limit: The largest number of rows; None for all.
+        seed: Seed of the draws, 0 or more.
 
     Returns:
         Indices in order, int64 [min(N, limit)].

@@ -1,4 +1,4 @@
-"""Sprites: binary images of five known factors, drawn, or as published."""
+"""Sprites: binary images of five known factors, drawn here or read from the published file."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ DRAWN = 4096  # images drawn at once
 class Sprites:
     """Every combination of five factors, as binary images, drawn when asked for.
 
-    Row r of the grid has the factors that `factors(r)` says, the last one fastest, as in the
-    published data, whose sizes are the defaults; fewer values are spread over the same range.
+    Row r has the factors `factors(r)`, of which the last varies fastest, as in the published
+    data. The defaults are the sizes of these; fewer values are spread over the same range.
     Nothing is downloaded, and nothing is random. Shapes are squares, ellipses and hearts of
-    about one area; scales go from 0.5 to 1, positions as far as no shape is cut off, and
-    orientations once around, of which the published files hold 0 twice. By their symmetry a
-    square looks the same four times around and an ellipse twice.
+    about the same area; scales go from 0.5 to 1, positions as far as no shape is cut off, and
+    orientations once around (the published file holds angle 0 twice). By their symmetry a
+    square looks the same at four orientations of a turn, and an ellipse at two.
 
     Args:
         shapes: Number of shapes, 1 to 3: square, ellipse, heart.
@@ -67,14 +67,14 @@ class Sprites:
         return math.prod(self.sizes)
 
     def factors(self, rows: Tensor | None = None) -> Tensor:
-        """Index of each factor's value at `rows` int64 [M], all if None, int64 [M, 5]."""
+        """Returns the index of each factor's value [M, 5] at `rows` [M]; all rows if None."""
         rows = torch.arange(len(self)) if rows is None else rows
         if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
             raise ValueError(f"expected rows from 0 to {len(self) - 1}; got others")
         return torch.stack(torch.unravel_index(rows, self.sizes), -1)
 
     def rows(self, factors: Tensor) -> Tensor:
-        """The rows [M] of factors int64 [M, 5]: what `factors` undoes.
+        """Returns the rows [M] that have these factors, int64 [M, 5]: the inverse of `factors`.
 
         Raises:
             ValueError: If a value is out of its factor's range.
@@ -85,12 +85,12 @@ class Sprites:
         return (factors * (sizes.flip(0).cumprod(0).flip(0) // sizes)).sum(-1)
 
     def draw(self, rows: Tensor) -> Tensor:
-        """The images at `rows` int64 [M], uint8 0 and 1, [M, 1, size, size]."""
+        """Draws the images at `rows`, int64 [M], as uint8 of 0 and 1, [M, 1, size, size]."""
         parts = [self._draw(self.factors(part)) for part in rows.split(DRAWN)]
         return torch.cat(parts).unsqueeze(1)
 
     def data(self) -> Data:
-        """All rows, with the shapes as labels; `factors(data.rows)` is their table."""
+        """Draws all rows, with shapes as labels; `factors(data.rows)` returns their factors."""
         rows = torch.arange(len(self))
         return Data(self.draw(rows), labels=self.factors(rows)[:, 0], levels=2, name="sprites")
 
@@ -117,10 +117,10 @@ def _heart(u: Tensor, v: Tensor) -> Tensor:
     return (a.square() + b.square() - 1).pow(3) <= a.square() * b.pow(3)
 
 
-HALF = 0.125  # half a square's side, of an image's
-WIDE, NARROW = 0.2, 0.1  # half axes of an ellipse
-LOBE = 0.13  # the unit of a heart, whose area is 3.66 of its squares
-REACH = 0.22  # of a centre from the border: a little more than any shape needs
+HALF = 0.125  # half the side of a square; all lengths are in sides of the image
+WIDE, NARROW = 0.2, 0.1  # half the axes of an ellipse
+LOBE = 0.13  # unit of length of a heart, whose area is 3.66 of its squares
+REACH = 0.22  # least distance of a centre from the border: a little more than any shape needs
 SHAPES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
     lambda u, v: (u.abs() <= HALF) & (v.abs() <= HALF),
     lambda u, v: (u / WIDE).square() + (v / NARROW).square() <= 1,
@@ -136,7 +136,7 @@ def read_dsprites(path: str | Path) -> tuple[Data, Tensor]:
             first column, the one colour, is left out. It takes 3 GB of memory.
 
     Returns:
-        The rows, labelled by shape, and the index of each factor's value [N, 5], as `FACTORS`.
+        The rows, labelled by shape, and the index of each value [N, 5] of `FACTORS`.
 
     Raises:
         ValueError: If the file cannot be read or lacks these arrays. Python objects in it, such
@@ -159,7 +159,7 @@ def read_dsprites(path: str | Path) -> tuple[Data, Tensor]:
 
 
 def _spread(low: float, high: float, count: int) -> Tensor:
-    """`count` values from `low` to `high`; the middle one if there is one."""
+    """Returns `count` evenly spaced values from `low` to `high`, or their middle if it is 1."""
     if count == 1:
         return torch.tensor([(low + high) / 2], dtype=torch.float64)
     return torch.linspace(low, high, count, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Tables as people have them: names, numbers, text and empty cells; and what their columns are."""
+"""Reads tables of numbers, text and empty cells, and infers what their columns hold."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from pyro_vae.files import damaged
 TABLES = (".csv", ".tsv", ".parquet")
 EMPTY = {"", "na", "n/a", "nan", "null", "<na>"}
 DELIMITERS = ",;\t"
-LOOKED_AT = 1000  # lines, to see whether a file holds text
+LOOKED_AT = 1000  # lines that are read to see whether a file holds text
 ARROW = "a table with one kind of values in each column"
 QUOTED = re.compile('"[^"]*"')
 DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+(e[+-]?\d+)?", re.IGNORECASE)
@@ -44,19 +44,19 @@ DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+(e[+-]?\d+)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Table:
-    """Columns by name; the cells of one, and the order of its categories, when asked for."""
+    """The names of a table's columns, and a function that reads one of them (see `Read`)."""
 
     name: str
     columns: Sequence[str]
     read: Read
-    file: Any = None  # of pyarrow, where rows stay in a large .parquet file
+    file: Any = None  # pyarrow's ParquetFile, if it is large: its rows stay on disk
 
     def encoded(self, schema: Schema) -> Tensor:
-        """All rows."""
+        """Returns all rows as numbers, float32 [N, C]."""
         return schema.encode({key: self.read(key)[0] for key in schema.columns}, self.name)
 
     def parts(self, schema: Schema) -> Iterator[Tensor]:
-        """The rows of a large file, some at once."""
+        """Yields the rows of a large file as numbers, in parts."""
         first = 0
         with damaged(self.name, ARROW):
             for batch in self.file.iter_batches(CHUNK, columns=list(schema.columns)):
@@ -66,28 +66,28 @@ class Table:
 
 
 def read_table(source: Any, schema: Known = None) -> tuple[Tensor, Schema]:
-    """Rows of a table and its schema.
+    """Reads the rows of a table, and infers its schema.
 
     Numbers are read as they are, categories as codes 0, 1, ..., empty cells (and NA, NaN, null)
-    as NaN. Kinds that the schema does not give are inferred: two values are binary, text is a
-    category, at most 10 whole numbers are ordinal, other whole numbers are counts if their
-    variance is above their mean, positive numbers are positive if their logarithm deviates by
-    0.7 or more, and the rest is real. Numbers that repeat get a resolution: the smallest
-    distance between two of them.
+    as NaN. Kinds that the schema does not give are inferred from the cells of a column: two
+    values are binary, text is a category, at most 10 different whole numbers are ordinal, other
+    whole numbers from 0 are counts if their variance is at least their mean, positive numbers
+    are positive if their logarithm has a standard deviation above 0.7, and the rest is real.
+    Numbers that repeat get a resolution: the smallest distance between two of them.
 
     Args:
         source: A text file (UTF-8, a line of names, separated by commas, semicolons or tabs), a
             .parquet file, or a frame of pandas, polars or pyarrow.
         schema: A schema that these rows must fit, whatever the order of their columns; or a
-            mapping of what is known of some columns: a kind, or what `Column` takes. Categories
-            that it leaves out are those of the cells. A kind alone is that of all columns.
-            Columns of the kind "ignored", such as names or ids, are no part of the rows.
+            mapping from names of columns to a kind, or to the arguments of `Column`, whose
+            categories are those of the cells if left out; or one kind for all columns.
+            Columns of the kind "ignored", such as names or ids, are left out of the rows.
 
     Returns:
         Rows, float32 [N, C], and the schema, which prints as YAML.
 
     Raises:
-        ValueError: If it is no table, or a column cannot be modelled; the message names it.
+        ValueError: If `source` is no table, or a column cannot be modelled; the message names it.
     """
     table = _opened(source)
     found = _schema(table, schema)
@@ -95,7 +95,7 @@ def read_table(source: Any, schema: Known = None) -> tuple[Tensor, Schema]:
 
 
 def read_rows_of_table(path: Path, schema: Known) -> Data:
-    """As `read_table`, for `load_data`; a column of the name ``label`` holds labels."""
+    """Reads a table as `Data`, as in `read_table`; a column called ``label`` holds the labels."""
     table = _opened(path)
     label = label_column(table.name, table.columns, schema)
     labels = [_labels(f"{path}: column {key!r}", table.read(key)[0]) for key in label]
@@ -113,14 +113,14 @@ def read_rows_of_table(path: Path, schema: Known) -> Data:
 
 
 def label_cells(path: Path, schema: Schema) -> Cells:
-    """The column of labels of a table under its name, as it stands there; nothing without one."""
+    """Reads the column of labels of a table: its cells by its name, or {} if there is none."""
     table = _opened(path)
     label = label_column(table.name, table.columns, schema)
     return {key: [*table.read(key)[0]] for key in label}
 
 
 def label_column(name: str, columns: Sequence[str], schema: Known = None) -> list[str]:
-    """The column of labels, if there is one beside others."""
+    """Returns the name of the column of labels, [] if there is none or it is the only column."""
     kept = [key for key in columns if key not in ignored_in(schema)]
     found = [key for key in kept if key.lower() == "label"]
     if len(found) > 1:
@@ -131,7 +131,7 @@ def label_column(name: str, columns: Sequence[str], schema: Known = None) -> lis
 
 
 def _schema(table: Table, known: Known) -> Schema:
-    """What is known of columns, and what their cells and order say of the others."""
+    """Returns the schema of a table; columns not in `known` are inferred from their cells."""
     if isinstance(known, Schema):
         known.check(table.columns, table.name)
         return known
@@ -149,9 +149,9 @@ def _schema(table: Table, known: Known) -> Schema:
 
 
 def _given(table: Table, known: Mapping[str, Any] | str | None, coded: bool = False) -> Schema:
-    """What is known of some of the columns; a kind is that of all of them.
+    """Returns the schema of the columns that are `known`: all of them if that is a kind.
 
-    Categories that are not known are those of the cells, unless these are codes already.
+    Categories that it leaves out are those of the cells, unless the cells are `coded` already.
     """
     each = dict.fromkeys(table.columns, known) if isinstance(known, str) else known or {}
     if unknown := [str(key) for key in each if str(key) not in table.columns]:
@@ -165,9 +165,10 @@ def _given(table: Table, known: Mapping[str, Any] | str | None, coded: bool = Fa
 def read_numbers(
     values: np.ndarray, schema: Mapping[str, Any] | str | None = None
 ) -> tuple[Tensor, Schema]:
-    """As `read_table` of an array [N, C] whose columns "x0", "x1", ... are real unless given.
+    """Does what `read_table` does, for an array [N, C]; columns are real unless `schema` differs.
 
-    Numbers that repeat get a resolution here too, and those of a constant column one of 1.
+    Columns are called "x0", "x1", .... Numbers that repeat get a resolution here too; it is 1
+    for a constant column.
     """
     columns = {f"x{i}": column for i, column in enumerate(values.T)}
     for name, column in columns.items():
@@ -180,12 +181,12 @@ def read_numbers(
         name: given.columns.get(name) or Column("real", (), resolution(column[~np.isnan(column)]))
         for name, column in columns.items()
     }
-    with np.errstate(over="ignore"):  # what becomes infinite is refused as such
+    with np.errstate(over="ignore"):  # values that become infinite are refused later
         return torch.from_numpy(values.astype(np.float32)), Schema(found)
 
 
 def _labels(where: str, cells: Sequence[Any]) -> tuple[Tensor, tuple[str, ...]]:
-    """Classes of rows, -1 where a cell is empty or -1, and the names of these, in order."""
+    """Returns the class of each row, -1 where its cell is empty or -1, and the class names."""
     some = {cell for cell in cells if cell is not None and as_number(cell) != -1}
     if not some:
         raise ValueError(f"{where} is empty: fill some cells, or leave the column out")
@@ -194,7 +195,7 @@ def _labels(where: str, cells: Sequence[Any]) -> tuple[Tensor, tuple[str, ...]]:
 
 
 def is_mixed(path: Path) -> bool:
-    """Whether `read_table` alone can read a file of a table: it has a column of text."""
+    """Returns whether a table needs `read_table`: it has text, or is no .csv with commas."""
     if path.suffix.lower() != ".csv" or _delimiter(path) != ",":
         return True
     head, *rows = [row for _, row in islice(read_lines(path), 1 + LOOKED_AT)] or [[]]
@@ -205,13 +206,13 @@ def is_mixed(path: Path) -> bool:
 
 
 def _delimiter(path: Path) -> str:
-    """That which the first line of a text file has most of."""
+    """Returns the delimiter that is most frequent in the first line of a text file."""
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         return max(DELIMITERS, key=QUOTED.sub("", file.readline()).count)
 
 
 def read_lines(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
-    """The lines of a text file, numbered, as cells; all have as many as the first."""
+    """Yields the number and the cells of each line of a text file; all must be of one length."""
     width = 0
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -232,7 +233,7 @@ def read_lines(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str
 
 
 def _opened(source: Any) -> Table:
-    """The table of a file or a frame."""
+    """Opens a file or a frame as a table."""
     if not isinstance(source, str | Path):
         return _of_arrow("table", source)
     path = Path(source)
@@ -258,7 +259,7 @@ def _of_text(path: Path) -> Table:
 
 
 def as_cell(cell: str, comma: bool = False) -> str | None:
-    """A cell without blanks, None if it is empty; a decimal comma becomes a point."""
+    """Returns a cell without outer blanks, None if empty, with a decimal `comma` as a point."""
     cell = cell.strip()
     if cell.lower() in EMPTY:
         return None
@@ -266,7 +267,7 @@ def as_cell(cell: str, comma: bool = False) -> str | None:
 
 
 def check_names(source: str, names: Sequence[str], is_text: bool, once: bool = True) -> None:
-    """Refuses columns without a name, as pandas writes its index, or of one name."""
+    """Raises ValueError for a column without a name, such as a pandas index, or equal names."""
     for column, name in enumerate(names, start=1):
         number = is_text and as_number(name) is not None
         if not name or name.startswith("Unnamed:") or number:
@@ -280,7 +281,7 @@ def check_names(source: str, names: Sequence[str], is_text: bool, once: bool = T
 
 
 def _of_arrow(name: str, source: Any) -> Table:
-    """The table of a frame or a .parquet file, of which a large one is read column by column."""
+    """Opens a frame or a .parquet file as a table; a large file is read column by column."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -316,7 +317,7 @@ def _of_arrow(name: str, source: Any) -> Table:
 
 
 def _cells(column: Any) -> list[Any]:
-    """The cells of a column of pyarrow, None where they are empty."""
+    """Returns the cells of a pyarrow column, None where they are empty."""
     return [
         None if cell != cell or (isinstance(cell, str) and not cell.strip()) else cell
         for cell in column.to_pylist()

@@ -1,4 +1,4 @@
-"""From the values a file holds to the values a model sees, with the log-Jacobian between them."""
+"""Transforms from the original values of a file to model values, with their log-Jacobians."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Transform:
         return x.float()
 
     def fixed(self, x: Tensor, rows: Tensor, seed: int) -> Tensor:
-        """Model values of rows, whose ids key their noise; uint8 where they are binary."""
+        """Maps rows to model values, uint8 if binary; noise depends on `seed` and row ids."""
         u = row_noise(rows, x.shape[1:], seed) if self.noisy else None
         return self(x, u).to(torch.uint8 if self.binary else torch.float32)
 
@@ -67,11 +67,11 @@ class Transform:
         return x
 
     def log_slope(self) -> float | Tensor:
-        """The constant log-derivative of T, in nats: of every entry, or of each one [*E]."""
+        """Returns the log-derivative of T, a constant, in nats: one for all entries, or [*E]."""
         return 0.0
 
     def log_jacobian(self, data_shape: Sequence[int]) -> float:
-        """The log-Jacobian of T, in nats per datum of shape ``data_shape``."""
+        """Returns the log-Jacobian of T, in nats per datum of shape ``data_shape``."""
         slope = self.log_slope()
         if isinstance(slope, float):
             return math.prod(data_shape) * slope
@@ -151,7 +151,7 @@ class Binarise(_Grey):
 
     @property
     def fresh(self) -> bool:  # type: ignore[override]
-        """Whether training redraws."""
+        """Whether training redraws the noise at each visit."""
         return self.dynamic
 
     def _map(self, x: Tensor, u: Any) -> Tensor:
@@ -239,7 +239,7 @@ class Standardise(Transform):
 
     @classmethod
     def fit(cls, x: Tensor | Mapped) -> Standardise:
-        """The means and deviations (the divisor is N) of the rows ``x`` [N, *E], without NaN."""
+        """Fits the transform to rows ``x`` [N, *E]: deviations divide by N; NaN is left out."""
         total, squares = torch.zeros(2, *x.shape[1:], dtype=torch.float64, device=x.device)
         count, low, high = torch.zeros_like(total), total + math.inf, total - math.inf
         for part in x.split(CHUNK):
@@ -266,7 +266,7 @@ class Standardise(Transform):
 
 
 def default_transform(support: constraints.Constraint, levels: int | None, ndim: int) -> str:
-    """The name of the transform that fits raw data [N, *E] to the support of a likelihood."""
+    """Returns the name of the transform from raw data [N, *E] to the support of a likelihood."""
     if support is constraints.boolean and levels not in (2, None):
         return "threshold"
     if support.is_discrete or levels == 2:
@@ -277,12 +277,12 @@ def default_transform(support: constraints.Constraint, levels: int | None, ndim:
 
 
 def is_whole_line(support: constraints.Constraint) -> bool:
-    """Whether a support holds all numbers, of either sign."""
+    """Returns whether a support holds numbers of either sign."""
     return bool(support.check(torch.tensor([-10.0, 10.0])).all())
 
 
 def make_transform(name: str, x: Tensor | Mapped, levels: int | None) -> Transform:
-    """The transform of that name for the data ``x``.
+    """Makes the transform called ``name`` for the data ``x``.
 
     Args:
         name: "none", "threshold", "static" or "dynamic" (binarisation), "dequantise", "rescale"
@@ -317,17 +317,17 @@ def make_transform(name: str, x: Tensor | Mapped, levels: int | None) -> Transfo
 
 
 def declare(transform: Transform) -> dict[str, Any]:
-    """The class and numbers of a transform, for JSON; ``restore`` makes it again."""
+    """Returns the class and numbers of a transform, for JSON; ``restore`` makes it from them."""
     values = {f.name: getattr(transform, f.name) for f in fields(transform)}  # type: ignore[arg-type]
     plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in values.items()}
     return {"class": type(transform).__name__, **plain}
 
 
 def restore(declaration: Mapping[str, Any]) -> Transform:
-    """The transform that ``declare`` described.
+    """Makes the transform that ``declare`` described.
 
     Raises:
-        ValueError: If the class is none of this module's.
+        ValueError: If the class is not one of this module.
     """
     known: tuple[Any, ...] = (Identity, Threshold, Binarise, Dequantise, Rescale, Standardise)
     values = {k: torch.tensor(v) if isinstance(v, list) else v for k, v in declaration.items()}
@@ -339,10 +339,10 @@ def restore(declaration: Mapping[str, Any]) -> Transform:
 
 
 def row_noise(rows: Tensor, shape: Sequence[int], seed: int) -> Tensor:
-    """Uniform noise in [0, 1) that depends on the seed and the row's id only.
+    """Draws uniform noise in [0, 1) that depends on the seed and the row's id only.
 
     Each row has its own stream of the counter-based generator Philox, with (seed, id) for a key,
-    so the order, the subset and the batch that a row comes in change nothing.
+    so its noise does not depend on the order, the subset or the batch that it is in.
 
     Source: J. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
