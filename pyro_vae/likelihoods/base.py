@@ -1,4 +1,4 @@
-"""What every likelihood shares: shapes, support, a start at the average datum."""
+"""The base class of likelihoods: shapes, support, and a start at the average datum."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Likelihood(Shown):
 
     A subclass says how many raw parameters it needs per channel (`num_params`), what data it
     supports (`support` and its name in words), builds the distribution from `self.raw(z, y)`
-    in `forward`, and says in `raw_start` which raw parameters give the average datum. Every
+    in `forward`, and returns from `raw_start` the raw parameters of the average datum. Every
     option has a default. `Bernoulli` is the one to read.
 
-    `inputs` says what an encoder sees of the data, and `input_shape` of which shape that is.
+    `inputs` returns what an encoder sees of the data, and `input_shape` the shape of that.
     Where `missing` is true, NaN in the data stands for a missing entry.
 
     Args:
@@ -37,8 +37,8 @@ class Likelihood(Shown):
     support_name = "finite numbers"
     remedy = "remove them"
     missing = False
-    before: ClassVar[dict[str, Any]] = {}  # options that older runs had without naming them
-    of = ""  # what log p(x) is conditioned on besides y
+    before: ClassVar[dict[str, Any]] = {}  # values of options in runs from before they existed
+    of = ""  # what log p(x) is conditioned on besides y, in words
 
     def __init__(self, decoder: nn.Module, data_shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -47,28 +47,28 @@ class Likelihood(Shown):
 
     @classmethod
     def num_params(cls) -> int:
-        """Raw parameters per channel."""
+        """Returns the number of raw parameters per channel."""
         return 1
 
     @classmethod
     def out_shape(cls, data_shape: tuple[int, ...], **options: Any) -> tuple[int, ...]:
-        """Shape of what the decoder gives for a datum of this shape."""
+        """Returns the shape of the decoder's output for a datum of this shape."""
         taken = inspect.signature(cls.num_params).parameters
         count = cls.num_params(**{k: v for k, v in options.items() if k in taken})
         return (count * data_shape[0], *data_shape[1:])
 
     @abstractmethod
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
-        """p(x | z, y), batch *S, event *E; draws of `latents` are given by name too."""
+        """Returns p(x | z, y), batch *S, event *E; draws of `latents` are keyword arguments."""
 
     @classmethod
     def input_shape(cls, data_shape: tuple[int, ...], missing: bool = False) -> tuple[int, ...]:
-        """Shape of what `inputs` gives of one datum of this shape."""
+        """Returns the shape of `inputs` for one datum of this shape."""
         first, *rest = data_shape
         return (2 * first if missing else first, *rest)
 
     def inputs(self, x: Tensor) -> Tensor:
-        """What an encoder sees of `x` [*S, *E]: x, and if entries may be missing, which are not.
+        """Returns what an encoder sees of `x` [*S, *E]: x, with a mask if entries may be missing.
 
         Missing entries become 0, and the mask (1 where observed) is joined to x along the first
         dimension of a datum.
@@ -80,29 +80,29 @@ class Likelihood(Shown):
         return torch.cat([filled, observed.to(x.dtype)], x.ndim - len(self.data_shape))
 
     def latents(self) -> dict[str, Distribution]:
-        """Latents of each datum that this likelihood has besides z, by site: p of each."""
+        """Returns the priors of the latents, besides z, that each datum has, by site."""
         return {}
 
     def propose(self, x: Tensor) -> dict[str, Distribution]:
-        """The guide of `latents`, batch [B], from data `x` [B, *E]."""
+        """Returns the guide of `latents` by site, batch [B], from data `x` [B, *E]."""
         return {}
 
     @property
     def measure(self) -> list[bool | float]:
-        """True where log p is of a mass, False of a density, or the width of an interval."""
+        """What log p is of: True for a mass, False for a density, or the width of an interval."""
         width = getattr(self, "resolution", None)
         return width if isinstance(width, list) else [width or bool(self.support.is_discrete)]
 
     def observed(self, p: Distribution) -> Distribution:
-        """p(x | z), or its marginal of the entries that are not missing."""
+        """Returns p(x | z), or its marginal over the entries that are not missing."""
         return Incomplete(p) if self.missing else p
 
     @abstractmethod
     def raw_start(self, x: Tensor) -> Tensor:
-        """First raw parameters, [k * C, *rest], that give the average of `x` [N, C, *rest]."""
+        """Returns the raw parameters [k * C, *rest] to start from, for data `x` [N, C, *rest]."""
 
     def decoded(self, z: Tensor, y: Tensor | None, channels: int) -> Tensor:
-        """The decoder's output [*S, channels, *rest], in single precision at least."""
+        """Returns the decoder's output [*S, channels, *rest], in single precision at least."""
         raw = self.decoder(z, y)
         raw = raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw
         expected = (channels, *self.data_shape[1:])
@@ -114,12 +114,12 @@ class Likelihood(Shown):
         return raw
 
     def raw(self, z: Tensor, y: Tensor | None, count: int = 1) -> Tensor:
-        """The decoder's output [*S, P * C, *rest] as P = count parameters, [P, *S, C, *rest]."""
+        """Returns the decoder's output as P = count raw parameters, [P, *S, C, *rest]."""
         channels, *rest = self.data_shape
         raw = self.decoded(z, y, count * channels)
         channel = raw.ndim - len(self.data_shape)
         parts = raw.unflatten(channel, (count, channels)).movedim(channel, 0)
-        return parts if rest else parts.contiguous()  # torch is slow on short runs of numbers
+        return parts if rest else parts.contiguous()  # torch is slow on short strided rows
 
     def check(self, x: Tensor) -> None:
         """Raises a ValueError if `x` is outside the support."""
@@ -140,7 +140,7 @@ class Likelihood(Shown):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Sets the decoder's output bias to the average of training data `x` [N, *E]."""
+        """Sets the decoder's output bias so that it starts at the average of `x` [N, *E]."""
         bias = getattr(self.decoder, "output_bias", None)
         if bias is None:
             return

@@ -1,4 +1,4 @@
-"""Tables: a likelihood of its own for each column."""
+"""A likelihood for tables, in which each column has a likelihood of its own."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from pyro_vae.likelihoods.base import Likelihood
 from pyro_vae.likelihoods.real import LocationScale
 from pyro_vae.likelihoods.whole import Categorical
 
-OFTEN = 0.1  # share of rows that hold one number, from which a density says little
-DEFAULTS = {"scale": "predicted", "standardise": True}  # of a column whose class has them
+OFTEN = 0.1  # share of rows with the same number, above which a density says little
+DEFAULTS = {"scale": "predicted", "standardise": True}  # for columns that have these options
 
 
 class Kind(NamedTuple):
-    """A column's likelihood, whether it has parameters, and whether two columns would share them.
+    """The likelihood of a column, with its options.
 
-    Then how many numbers the decoder gives and the encoder takes.
+    `own` says whether it has parameters besides the decoder's, `shared` whether two columns
+    computed as one would share them; the decoder gives `num_params` numbers, the encoder
+    takes `num_inputs`.
     """
 
     cls: type[Likelihood]
@@ -37,10 +39,10 @@ class Kind(NamedTuple):
 
 
 class Given(nn.Module):
-    """The decoder of one column: its part of the output of the one decoder."""
+    """The decoder of one column, which returns that column's part of the common output."""
 
     def forward(self, raw: Tensor, y: Tensor | None = None) -> Tensor:
-        """The raw parameters themselves."""
+        """Returns the raw parameters themselves."""
         return raw
 
 
@@ -50,11 +52,11 @@ class Columns(Likelihood):
     .. math:: \log p(x \mid z) = \sum_c \log p_c(x_c \mid z)
 
     Any scalar likelihood is a kind of column, by its name. One decoder gives the parameters of
-    all columns. Columns that share kind and options are computed as one. Data are in the table's
-    own units, and log p of a row too: a location and scale are in units that `initialise`
-    measures for each column, and these units change no density. A density is bounded by
-    `min_scale`, in deviations of its column; for columns of rounded or repeated numbers give a
-    `resolution`, and their log p is a log probability.
+    all columns. Columns of the same kind and options are computed as one. Data and log p are in
+    the table's own units; locations and scales are in units that `initialise` measures for each
+    column, which do not change any density. A density is bounded by `min_scale`, in standard
+    deviations of its column. For columns of rounded or repeated numbers give a `resolution`:
+    their log p is then a log probability.
 
     Args:
         decoder: Network to raw parameters of shape `out_shape(data_shape, columns)`.
@@ -62,8 +64,8 @@ class Columns(Likelihood):
         columns: For each column, in order, a likelihood: its name, or `{"class_path": name,
             "init_args": {option: value}}`. A mapping from the columns' names, or a list. A scale
             is "predicted" and `standardise` is true unless given. All Normal if None.
-        together: Whether columns are computed as one where they differ in `resolution` alone or
-            each has parameters of its own, too. Runs of version 0.2 and before have it false.
+        together: Whether columns are also computed as one if they differ in `resolution` alone, or
+            if each has parameters of its own. False in runs of version 0.2 and before.
 
     Raises:
         ValueError: If there is not one likelihood for each column, or one is unknown.
@@ -100,14 +102,14 @@ class Columns(Likelihood):
 
     @classmethod
     def num_params(cls) -> int:
-        """Those of a Normal with its scale, the default of every column."""
+        """Returns 2, for a Normal with its scale, the default of every column."""
         return 2
 
     @classmethod
     def out_shape(
         cls, data_shape: tuple[int, ...], columns: dict | list | None = None, **options: Any
     ) -> tuple[int, ...]:
-        """Raw parameters of all columns."""
+        """Returns the number of raw parameters of all columns, as a shape."""
         return (sum(kind.num_params for kind in _resolved(columns, data_shape).values()),)
 
     @classmethod
@@ -118,20 +120,20 @@ class Columns(Likelihood):
         columns: dict | list | None = None,
         **options: Any,
     ) -> tuple[int, ...]:
-        """Levels of categories, 1 of each other column, and 1 of each column for the mask."""
+        """Counts the levels of categories, 1 for other columns, and 1 per column for a mask."""
         kinds = _resolved(columns, data_shape).values()
         return (sum(kind.num_inputs for kind in kinds) + (len(kinds) if missing else 0),)
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
-        """The product of the columns."""
+        """Returns the product of the columns' distributions."""
         raw = self.decoded(z, y, sum(self.sizes))
         pieces = zip(self.parts, raw.split(self.sizes, -1))
         return Product([part(piece).base_dist for part, piece in pieces], self.support).to_event(1)
 
     def inputs(self, x: Tensor) -> Tensor:
-        """Categories one-hot, other columns scaled, and the mask where entries may be missing.
+        """Returns categories one-hot, other columns scaled, and a mask if entries may be missing.
 
-        Logarithms are taken of positive columns and of counts (and 1); missing entries are 0.
+        Positive columns enter by their log, counts by log(1 + x); missing entries are 0.
         """
         numbers = (self._numbers(x) - self.input_loc) / self.input_scale
         parts = [numbers.nan_to_num(0.0) if self.missing else numbers]
@@ -145,14 +147,14 @@ class Columns(Likelihood):
 
     @property
     def measure(self) -> list[bool | float]:
-        """True for each column of a mass, False of a density, or the width of an interval."""
+        """For each column True for a mass, False for a density, or the width of an interval."""
         found: dict[int, bool | float] = {}
         for part, group in self._pairs():
             found |= zip(group, part.measure * len(group))
         return [found[column] for column in range(len(found))]
 
     def raw_start(self, x: Tensor) -> Tensor:
-        """Raw parameters of the average row; those that a column does not start are 0."""
+        """Returns raw parameters of the average row; those that a column does not start are 0."""
         starts = (part.raw_start(x[:, group]).flatten() for part, group in self._pairs())
         return torch.cat([pad(s, (0, size - len(s))) for s, size in zip(starts, self.sizes)])
 
@@ -181,7 +183,7 @@ class Columns(Likelihood):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Measures each column's units, starts and inputs on training rows `x` [N, C]."""
+        """Measures units, starts and inputs of each column on training rows `x` [N, C]."""
         for part, group in self._pairs():
             part.initialise(x[:, group])
             if part.support.is_discrete or getattr(part, "resolution", None) is not None:
@@ -195,18 +197,18 @@ class Columns(Likelihood):
                         "alone: give the column a resolution"
                     )
                     warnings.warn(message, UserWarning, stacklevel=2)
-        if len(self.input_loc):  # of categories alone torch warns
+        if len(self.input_loc):  # torch warns if all columns are categories
             deviation, mean = torch.std_mean(self._numbers(x), 0, correction=0)
             self.input_loc.copy_(mean)
             self.input_scale.copy_(torch.where(deviation > 0, deviation, 1.0))
         super().initialise(x)
 
     def _pairs(self) -> Iterable[tuple[Any, list[int]]]:
-        """Each part and the numbers of its columns."""
+        """Returns each part and the indices of its columns."""
         return zip(self.parts, self.columns)
 
     def _numbers(self, x: Tensor) -> Tensor:
-        """The columns that are no categories, on a scale where their deviation says most."""
+        """Returns the columns that are no categories, on the scale on which they are measured."""
         parts = [
             (part.line if isinstance(part, LocationScale) else part.inputs)(x[..., group])
             for part, group in self._pairs()
@@ -216,7 +218,7 @@ class Columns(Likelihood):
 
 
 def _resolved(columns: Mapping | list | None, data_shape: tuple[int, ...]) -> dict[str, Kind]:
-    """The kind of each column, by name."""
+    """Returns the kind of each column, by name."""
     if len(data_shape) != 1:
         raise ValueError(f"Columns is for tables, of shape (columns,); got {tuple(data_shape)}")
     listed = ["Normal"] * data_shape[0] if columns is None else columns
@@ -230,7 +232,7 @@ def _resolved(columns: Mapping | list | None, data_shape: tuple[int, ...]) -> di
 
 
 def _kind(name: str, declared: Any) -> Kind:
-    """The kind that is declared for the column `name`."""
+    """Returns the kind that is declared for the column `name`."""
     path, options = name_and_options(f"column {name!r}", declared)
     known = {cls.__name__: cls for cls in final_subclasses(Likelihood) if cls is not Columns}
     if path not in known:
@@ -253,7 +255,7 @@ def _kind(name: str, declared: Any) -> Kind:
 
 
 def _grouped(kinds: list[Kind], together: bool) -> list[list[int]]:
-    """Numbers of columns that are computed as one: of one kind, with no parameter in common."""
+    """Groups the indices of columns that are computed as one: of one kind, sharing nothing."""
     groups: dict[str, list[int]] = {}
     for column, kind in enumerate(kinds):
         options = dict(kind.options)

@@ -1,4 +1,4 @@
-"""Likelihoods of numbers: on the line by location and scale, and between zero and one."""
+"""Likelihoods of real numbers, by location and scale, and of numbers between zero and one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyro_vae import distributions
 from pyro_vae.arguments import check_choice, check_real
 from pyro_vae.likelihoods.base import Likelihood
 
-LARGE = 10.0  # deviation of data that a decoder takes long to reach
+LARGE = 10.0  # standard deviation of data that a decoder takes long to reach
 ScaleOption = float | Literal["learned", "per_dimension", "predicted"]
 MeanOption = Literal["identity", "sigmoid", "tanh"]
 LINKS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -28,24 +28,24 @@ LINKS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class LocationScale(Likelihood):
-    """What Normal, Laplace, StudentT and LogNormal share: a mean and a scale with a floor.
+    """Base of Normal, Laplace, StudentT and LogNormal: a mean and a scale with a floor.
 
     Args:
         decoder: Network to the mean, and to the scale if that is "predicted".
         data_shape: Shape of one datum.
-        scale: A fixed number; "learned", one for all; "per_dimension", one for each; or
+        scale: A number; or "learned", one for all dimensions, "per_dimension", one for each, or
             "predicted" by the decoder for each datum.
         mean: How raw parameters become means: "identity", "sigmoid" into (0, 1) or "tanh"
             into (-1, 1).
         min_scale: Floor of a scale that is not fixed: without one the density is unbounded.
         standardise: Whether the mean and the scale are in units of the data: `initialise` then
-            measures the mean and deviation of each dimension, and these units change no density.
-        resolution: Width of the interval around x whose probability is taken in place of a
-            density, in the units of x, for values that are rounded or repeated; a list has one
-            for each channel; None for none.
+            measures the mean and deviation of each dimension. This changes no density.
+        resolution: For values that are rounded or repeated, the width of the interval around x
+            whose probability replaces the density, in the units of x; a list has one for each
+            channel; None for densities.
     """
 
-    rounded_support = Likelihood.support  # where a resolution is given
+    rounded_support = Likelihood.support  # the support if a resolution is given
 
     def __init__(
         self,
@@ -90,15 +90,15 @@ class LocationScale(Likelihood):
 
     @classmethod
     def num_params(cls, scale: ScaleOption = 1.0) -> int:
-        """The mean, and the scale if the decoder predicts it."""
+        """Returns 1 for the mean, 2 if the decoder predicts the scale too."""
         return 2 if scale == "predicted" else 1
 
     @abstractmethod
     def family(self, mean: Tensor, scale: Tensor) -> Any:
-        """The distribution of each dimension."""
+        """Returns the distribution of each dimension."""
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
-        """The distribution, independent over dimensions."""
+        """Returns the distribution, independent over dimensions."""
         mean, *predicted = self.raw(z, y, self.num_params(self.scale_option))
         mean = LINKS[self.mean_option](mean)
         if isinstance(self.scale_option, int | float):
@@ -114,11 +114,11 @@ class LocationScale(Likelihood):
         return each.to_event(len(self.data_shape))
 
     def line(self, x: Tensor) -> Tensor:
-        """The values whose mean and scale these are, on the real line."""
+        """Maps `x` to the real line, where the mean and the scale apply."""
         return x
 
     def raw_start(self, x: Tensor) -> Tensor:
-        """The mean of the data, through the inverse of its link."""
+        """Returns the mean of the data, through the inverse of its link."""
         mean = torch.zeros_like(x[0]) if self.standardise else self.line(x).mean(0)
         if self.mean_option == "sigmoid":
             return torch.logit(mean.clamp(0.001, 0.999))
@@ -126,7 +126,7 @@ class LocationScale(Likelihood):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """The decoder's start as for every likelihood; a learned scale is the data's deviation."""
+        """Starts the decoder at the average datum, and a learned scale at the data's deviation."""
         super().initialise(x)
         deviation, mean = torch.std_mean(self.line(x), 0, correction=0)
         if self.standardise:
@@ -172,7 +172,7 @@ class Laplace(LocationScale):
 class LogNormal(LocationScale):
     r"""Log-normal, :math:`p(\log x \mid z) = \mathcal{N}(\log x; \mu(z), \sigma^2)`.
 
-    With a `resolution` 0 is data too: it stands for the interval from 0 to half of that.
+    With a `resolution` 0 is allowed: it stands for the interval from 0 to half the resolution.
 
     Args: see `LocationScale`; mean and scale are those of the logarithm.
 
@@ -187,7 +187,7 @@ class LogNormal(LocationScale):
     remedy = "shift them, or choose Normal; for zeros give a resolution"
 
     def line(self, x: Tensor) -> Tensor:
-        """log x, or that of half of the resolution where x is below it."""
+        """Returns log x, or the log of half the resolution where x is below that."""
         return x.clamp(2.0**-126 if self.resolution is None else (self.width / 2).to(x)).log()
 
 
@@ -213,13 +213,13 @@ class StudentT(LocationScale):
         self.raw_df = nn.Parameter(torch.tensor(3.0))
 
     def family(self, mean: Tensor, scale: Tensor) -> Distribution:
-        """t(df, mean, scale)."""
+        """Returns t(df, mean, scale)."""
         df = 2.01 + F.softplus(self.raw_df)
         return dist.StudentT(df.expand(mean.shape), mean, scale)
 
 
 class OfMean(Likelihood):
-    """What these likelihoods share: their first raw parameter is the logit of a mean, or near it.
+    """Base of likelihoods whose first raw parameter is the logit of a mean, or nearly so.
 
     Args:
         decoder: Network to raw parameters.
@@ -227,7 +227,7 @@ class OfMean(Likelihood):
     """
 
     def raw_start(self, x: Tensor) -> Tensor:
-        """Logit of the mean of the data."""
+        """Returns the logit of the mean of the data."""
         return torch.logit(x.mean(0).clamp(0.001, 0.999))
 
 
@@ -247,7 +247,7 @@ class Bernoulli(OfMean):
     )
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
-        """Bernoulli with logits."""
+        """Returns a Bernoulli with logits."""
         logits = self.raw(z, y).squeeze(0)
         return distributions.Bernoulli(logits=logits).to_event(len(self.data_shape))
 
@@ -265,18 +265,18 @@ class ContinuousBernoulli(OfMean):
     remedy = "rescale them"
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
-        """Continuous Bernoulli with logits."""
+        """Returns a continuous Bernoulli with logits."""
         logits = self.raw(z, y).squeeze(0)
         return distributions.ContinuousBernoulli(logits).to_event(len(self.data_shape))
 
 
 class Beta(OfMean):
-    r"""Beta on (0, 1) by its mean m = sigmoid and its concentration c = softplus.
+    r"""Beta on (0, 1) by a mean m (a sigmoid) and a concentration c (a softplus).
 
-    .. math:: p(x \mid z) = \mathrm{Beta}\big(x;\, m c,\, (1 - m) c\big)
+    .. math:: p(x \mid z) = \mathrm{Beta}\big(x;\, \epsilon + m c,\, \epsilon + (1 - m) c\big)
 
-    Both shape parameters have a floor of `min_concentration`, for the density at an end of the
-    interval is unbounded below one.
+    epsilon is `min_concentration`, a floor of both shape parameters: one below 1 makes the density
+    unbounded at an end of the interval.
 
     Args:
         decoder: Network to the raw mean and concentration.
@@ -284,7 +284,7 @@ class Beta(OfMean):
         min_concentration: Floor of both shape parameters.
     """
 
-    support = constraints.interval(2.0**-32, 1 - 2.0**-24)  # what dequantise gives
+    support = constraints.interval(2.0**-32, 1 - 2.0**-24)  # what dequantise returns
     support_name = "the open interval (0, 1)"
     remedy = "dequantise and rescale them"
 
@@ -297,11 +297,11 @@ class Beta(OfMean):
 
     @classmethod
     def num_params(cls) -> int:
-        """Mean and concentration."""
+        """Returns 2, for mean and concentration."""
         return 2
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
-        """Beta by mean and concentration."""
+        """Returns a Beta by mean and concentration."""
         mean, concentration = self.raw(z, y, 2)
         mean, concentration = torch.sigmoid(mean), F.softplus(concentration + 2)
         alpha = self.min_concentration + mean * concentration

@@ -18,27 +18,28 @@ from pyro_vae.likelihoods.base import Likelihood
 
 LIBRARIES = ("none", "observed", "latent")
 DISPERSIONS = ("gene", "cell", "shared")
-MIN_GAP = 1e-3  # between neighbouring thresholds
-GATE = -2.0  # first log odds of a zero that is none of the counts
+MIN_GAP = 1e-3  # floor of the distance between neighbouring thresholds
+GATE = -2.0  # initial log odds of an inflated zero
 
 
 class Counts(Likelihood):
-    r"""Counts with mean exp(raw), or with a total l that is shared out.
+    r"""Counts with mean exp(raw), or with shares softmax(raw) of a total l.
 
     .. math:: \mathbb{E}[x_g \mid z] = \exp(f_g(z)) \quad\text{or}\quad
         \mathbb{E}[x_g \mid z, l] = l \cdot \mathrm{softmax}(f(z))_g
 
-    With `library="observed"` l is the sum of x itself, and log p(x) is that of x given its sum:
-    it does not compare with others. With `library="latent"` l is a latent of each datum, site
-    "library" of the model, LogNormal with the mean and spread of the log totals of the training
-    data; its guide is a LogNormal about the total of x. The encoder sees log(1 + x).
+    With `library="observed"` l is the sum of x itself, and log p(x) is that of x given its sum,
+    which does not compare with other log p(x). With `library="latent"` l is a latent of each
+    datum, site "library" of the model. It is LogNormal with the mean and spread of the log totals
+    of the training data; its guide is a LogNormal about the total of x. The encoder sees
+    log(1 + x).
     """
 
     support = constraints.nonnegative_integer
     support_name = "{0, 1, 2, ...}"
     remedy = "counts must be whole and not negative"
     before: ClassVar[dict[str, Any]] = {"log_inputs": False}
-    num_rates = 1  # raw parameters of each count, but for the log odds of a zero
+    num_rates = 1  # raw parameters of each count, without the log odds of an inflated zero
 
     def __init__(
         self,
@@ -55,14 +56,14 @@ class Counts(Likelihood):
         if library != "none":
             self.log_total = nn.Buffer(torch.tensor([0.0, 1.0]))  # mean, spread of log totals
         if library == "latent":
-            self.raw_guide = nn.Parameter(torch.zeros(3))  # shift, spread, spread of few counts
+            self.raw_guide = nn.Parameter(torch.zeros(3))  # shift, spread, spread at low totals
 
     def inputs(self, x: Tensor) -> Tensor:
-        """log(1 + x), and the mask where entries may be missing."""
+        """Returns log(1 + x), and the mask where entries may be missing."""
         return super().inputs(x.log1p() if self.log_inputs else x)
 
     def check(self, x: Tensor) -> None:
-        """Raises a ValueError if `x` is outside the support, or a total to be given is zero."""
+        """Raises a ValueError if `x` is outside the support, or an observed total is zero."""
         super().check(x)
         if self.library != "observed":
             return
@@ -75,11 +76,11 @@ class Counts(Likelihood):
                 )
 
     def latents(self) -> dict[str, Distribution]:
-        """The total of each datum, where it is a latent of the model."""
+        """Returns the prior of each datum's total, where that is a latent of the model."""
         return {"library": dist.LogNormal(*self.log_total)} if self.library == "latent" else {}
 
     def propose(self, x: Tensor) -> dict[str, Distribution]:
-        """The guide of `latents`, from data `x` [B, *E]."""
+        """Returns the guide of `latents`, from data `x` [B, *E]."""
         if self.library != "latent":
             return {}
         total = x.nan_to_num(0).flatten(1).sum(1)
@@ -90,7 +91,7 @@ class Counts(Likelihood):
     def forward(
         self, z: Tensor, y: Tensor | None = None, library: Tensor | None = None
     ) -> Distribution:
-        """Counts given z, y and the total [*S] where it is a latent."""
+        """Returns the counts given z, y and, where it is a latent, the total [*S]."""
         log_rate, *rest = self.raw(z, y, self.num_rates + self.zero_inflated)
         log_rate = log_rate if self.library == "none" else self._log_share(log_rate)
         event = len(self.data_shape)
@@ -107,18 +108,18 @@ class Counts(Likelihood):
         return OfTotal(made, dist.LogNormal(*self.log_total).expand(z.shape[:-1]))
 
     def shares(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """The expected share of each count in the total [*S, *E]."""
+        """Returns the expected share of each count in the total [*S, *E]."""
         return self._log_share(self.raw(z, y, self.num_rates + self.zero_inflated)[0]).exp()
 
     def raw_start(self, x: Tensor) -> Tensor:
-        """Log of the mean, and few zeros beyond those of the counts."""
+        """Returns the log of the mean, and few inflated zeros."""
         first, rest = x.mean(0).clamp(min=0.01).log(), [0.0] * (self.num_rates - 1)
         rest += [GATE] * self.zero_inflated
         return torch.cat([first, *(torch.full_like(first, value) for value in rest)])
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Measures the totals of training data `x` [N, *E] too."""
+        """Starts at the average datum, and measures the totals of training data `x` [N, *E]."""
         super().initialise(x)
         if self.library != "none":
             total = x.flatten(1).sum(1).clamp(min=1)
@@ -131,7 +132,7 @@ class Counts(Likelihood):
 
     @abstractmethod
     def counts(self, log_rate: Tensor, *rest: Tensor) -> Any:
-        """Counts of each entry, of mean exp(log_rate)."""
+        """Returns the distribution of each entry, of mean exp(log_rate)."""
 
 
 class Poisson(Counts):
@@ -140,18 +141,18 @@ class Poisson(Counts):
     Args:
         decoder: Network to the log rate.
         data_shape: Shape of one datum.
-        zero_inflated: Whether some zeros are none of the counts, by log odds of the decoder's.
-        library: "none", "observed" (the total of x is given) or "latent"; see above.
+        zero_inflated: Whether to add zeros, with log odds that the decoder predicts.
+        library: "none", "observed" (the total of x is given) or "latent"; see `Counts`.
         log_inputs: Whether the encoder sees log(1 + x) and not x.
     """
 
     @classmethod
     def num_params(cls, zero_inflated: bool = False) -> int:
-        """The log rate, and the log odds of a zero if inflated."""
+        """Returns 1 for the log rate, 2 with the log odds of an inflated zero."""
         return 1 + zero_inflated
 
     def counts(self, log_rate: Tensor, *rest: Tensor) -> Any:
-        """Poisson by its log rate."""
+        """Returns a Poisson by its log rate."""
         return distributions.Poisson(log_rate)
 
 
@@ -160,17 +161,17 @@ class NegativeBinomial(Counts):
 
     .. math:: \mathrm{Var}[x \mid z] = m + m^2 / r
 
-    Its log mass is taken in float64, but for steps of training: there float32 gives the same
-    gradients in 0.8 of the time, and a value that counts of 10^6 round by up to 0.8 nats each.
+    Its log mass is computed in float64, but not in training steps: there float32 gives the same
+    gradients in 0.8 of the time, and values that are off by up to 0.8 nats for a count of 10^6.
 
     Args:
-        decoder: Network to the log mean, and the raw dispersion if it is that of a cell.
+        decoder: Network to the log mean, and to the raw dispersion if that is "cell".
         data_shape: Shape of one datum.
         min_dispersion: Floor of r.
-        zero_inflated: Whether some zeros are none of the counts, by log odds of the decoder's.
-        dispersion: "gene", one r for each entry of a datum; "cell", from z for each entry of
+        zero_inflated: Whether to add zeros, with log odds that the decoder predicts.
+        dispersion: "gene", one r for each entry of a datum; "cell", one from z for each entry of
             each datum; or "shared", one for all.
-        library: "none", "observed" (the total of x is given) or "latent"; see above.
+        library: "none", "observed" (the total of x is given) or "latent"; see `Counts`.
         log_inputs: Whether the encoder sees log(1 + x) and not x.
 
     References:
@@ -201,11 +202,11 @@ class NegativeBinomial(Counts):
 
     @classmethod
     def num_params(cls, zero_inflated: bool = False, dispersion: str = "gene") -> int:
-        """Log mean, dispersion if that of a cell, and log odds of a zero if inflated."""
+        """Counts the log mean, the dispersion if "cell", and the log odds of inflated zeros."""
         return 1 + (dispersion == "cell") + zero_inflated
 
     def counts(self, log_rate: Tensor, *rest: Tensor) -> Any:
-        """Negative binomial by log mean and dispersion."""
+        """Returns a negative binomial by log mean and dispersion."""
         raw = rest[0] if rest else self.raw_dispersion
         r = self.min_dispersion + F.softplus(raw)
         logits = log_rate - r.log()
@@ -215,7 +216,7 @@ class NegativeBinomial(Counts):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Dispersions that match mean and variance of training data `x` [N, *E] too."""
+        """Also starts dispersions that match mean and variance of training data `x` [N, *E]."""
         super().initialise(x)
         if self.dispersion != "cell" and len(x) > 1:
             mean, variance = x.mean(0), x.var(0)
@@ -225,7 +226,7 @@ class NegativeBinomial(Counts):
 
 
 class Levelled(Likelihood):
-    """What likelihoods of levels share: their number, and so their support.
+    """Base of likelihoods of levels, which have a number of levels and so a support.
 
     Args:
         decoder: Network to raw parameters.
@@ -245,7 +246,7 @@ class Levelled(Likelihood):
 
 
 class DiscretizedLogistic(Levelled):
-    """Logistic in bins, on the integers 0 to levels - 1; see `distributions`.
+    """Logistic in bins, on the integers 0 to levels - 1; see `distributions.DiscretizedLogistic`.
 
     Args:
         decoder: Network to location and scale, in units of (levels - 1).
@@ -267,15 +268,15 @@ class DiscretizedLogistic(Levelled):
 
     @classmethod
     def num_params(cls) -> int:
-        """Location and scale."""
+        """Returns 2, for location and scale."""
         return 2
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
-        """Logistic in bins."""
+        """Returns the logistic in bins."""
         return self._logistic(*self.raw(z, y, 2)).to_event(len(self.data_shape))
 
     def raw_start(self, x: Tensor) -> Tensor:
-        """The mean level, between -1/2 and 1/2."""
+        """Returns the mean level, as a number between -1/2 and 1/2."""
         return x.mean(0) / (self.levels - 1) - 0.5
 
     def _logistic(self, loc: Tensor, scale: Tensor) -> distributions.DiscretizedLogistic:
@@ -315,24 +316,24 @@ class MixtureOfLogistics(DiscretizedLogistic):
 
     @classmethod
     def num_params(cls, components: int = 5) -> int:
-        """Weight, location and scale of each component."""
+        """Returns how many weights, locations and scales there are."""
         return 3 * components
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
-        """Mixture of logistics in bins."""
+        """Returns the mixture of logistics in bins."""
         raw = self.raw(z, y, 3 * self.components).movedim(0, -1)
         loc, logits, scale = raw.unflatten(-1, (3, self.components)).unbind(-2)
         weights, each = dist.Categorical(logits=logits), self._logistic(loc, scale)
         return distributions.MixtureOfLogistics(weights, each).to_event(len(self.data_shape))
 
     def raw_start(self, x: Tensor) -> Tensor:
-        """Locations about the mean level, a twentieth of all levels apart."""
+        """Returns locations about the mean level, a twentieth of all levels apart."""
         start, steps = super().raw_start(x), torch.arange(self.components) / 20
         return torch.cat([start + step for step in steps - steps.mean()])
 
 
 class Categorical(Levelled):
-    """A free distribution over the integers 0 to levels - 1 in each dimension.
+    """An unrestricted distribution over the integers 0 to levels - 1 in each dimension.
 
     Args:
         decoder: Network to `levels` logits per channel.
@@ -342,22 +343,22 @@ class Categorical(Levelled):
 
     @classmethod
     def num_params(cls, levels: int = 256) -> int:
-        """A logit per level."""
+        """Returns the number of logits, one per level."""
         return levels
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
-        """Categorical over levels."""
+        """Returns a categorical over levels."""
         logits = self.raw(z, y, self.levels).movedim(0, -1)
         return distributions.Levels(logits=logits).to_event(len(self.data_shape))
 
     def raw_start(self, x: Tensor) -> Tensor:
-        """Log frequency of each level, one pseudo-count spread over them."""
+        """Returns the log frequency of each level, with one pseudo-count spread over them."""
         counts = torch.stack([(x == k).sum(0) for k in range(self.levels)]).to(x.dtype)
         return torch.log((counts + 1 / self.levels) / (len(x) + 1)).flatten(0, 1)
 
 
 class Ordinal(Levelled):
-    r"""Ordered levels 0 to levels - 1, by a cumulative logit with thresholds of each channel.
+    r"""Ordered levels 0 to levels - 1, by a cumulative logit with thresholds for each channel.
 
     .. math:: P(x \le k \mid z) = \sigma(\theta_k - f(z)), \qquad
         \theta_0 < \theta_1 < \dots < \theta_{\mathrm{levels} - 2}
@@ -379,12 +380,12 @@ class Ordinal(Levelled):
 
     @property
     def thresholds(self) -> Tensor:
-        """Thresholds of each channel, rising, [C, levels - 1]."""
+        """Thresholds of each channel, in rising order [C, levels - 1]."""
         first, rest = self.raw_thresholds[:, :1], self.raw_thresholds[:, 1:]
         return torch.cat([first, MIN_GAP + F.softplus(rest)], -1).cumsum(-1)
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
-        """Levels by the differences of neighbouring cumulative probabilities."""
+        """Returns levels with the differences of neighbouring cumulative probabilities."""
         location = self.raw(z, y).squeeze(0).unsqueeze(-1)
         rest = (1,) * (len(self.data_shape) - 1)
         edges = self.thresholds.unflatten(0, (-1, *rest)) - location
@@ -397,7 +398,7 @@ class Ordinal(Levelled):
         return distributions.Levels(logits=logits).to_event(len(self.data_shape))
 
     def raw_start(self, x: Tensor) -> Tensor:
-        """The location of each position: its mean distance from its channel's thresholds."""
+        """Returns locations: the mean distance of each position from its channel's thresholds."""
         cumulative = self._cumulative(x)
         thresholds = self.thresholds.T.unflatten(1, (-1, *(1,) * (x.ndim - 2)))
         distance = thresholds.to(cumulative) - torch.logit(cumulative)
@@ -406,7 +407,7 @@ class Ordinal(Levelled):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """The thresholds of each channel are those of its frequencies."""
+        """Sets the thresholds of each channel to match the frequencies of its levels."""
         channels = x.movedim(1, -1).flatten(0, -2)
         self._set_thresholds(torch.logit(self._cumulative(channels)).T)
         super().initialise(x)
@@ -418,7 +419,7 @@ class Ordinal(Levelled):
         self.raw_thresholds.copy_(torch.cat([thresholds[:, :1], raw], -1))
 
     def _cumulative(self, x: Tensor) -> Tensor:
-        """Share of `x` up to each level but the last, one pseudo-count spread over all."""
+        """Returns the share of `x` up to each level but the last, with one pseudo-count in all."""
         steps = torch.arange(1, self.levels, device=x.device) / self.levels
         counts = torch.stack([(x <= k).sum(0) for k in range(self.levels - 1)])
         return (counts + steps.view(-1, *(1,) * (x.ndim - 1))) / (len(x) + 1)
