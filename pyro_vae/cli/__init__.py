@@ -1,4 +1,4 @@
-"""The command line: a table of commands, and the options of each. Nothing is loaded here."""
+"""The table of commands and of the options of each; it imports nothing that takes time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Options = dict[str, dict[str, Any]]
 
 
 def option(type: Any, default: Any, help: str = "") -> dict[str, Any]:
-    """What `ArgumentParser.add_argument` takes of an option."""
+    """Returns the arguments of `ArgumentParser.add_argument` for an option."""
     return {"type": type, "default": default, "help": help}
 
 
@@ -20,7 +20,7 @@ FAMILIES = {
     "decoder": "MLP",
     "objective": "ELBO",
 }
-"""What `train` composes, each a class and its options, with its default."""
+"""The parts that `train` composes, each a class with options; and the default class of each."""
 
 PARTS: Options = {
     f"--{family}": option(str, name, f"a class (--{family}.help CLASS), and its --{family}.OPTION")
@@ -124,7 +124,7 @@ ESTIMATE: Options = {
 
 
 def out(help: str) -> Options:
-    """The option that names the file to write."""
+    """Returns the option that names the file to write."""
     return {"--out": option(str | None, None, help)}
 
 
@@ -133,9 +133,9 @@ class Command(NamedTuple):
 
     Args:
         function: The module of this package and the function in it that runs the command.
-        help: What it does, in a line.
+        help: What the command does, in a line.
         options: The arguments of its parser.
-        example: Arguments that one may give.
+        example: Arguments of an example call.
     """
 
     function: str
@@ -144,7 +144,7 @@ class Command(NamedTuple):
     example: str = ""
 
     def about(self, name: str) -> dict[str, Any]:
-        """Usage, description and example, as parsers take them."""
+        """Returns usage, description and example, as arguments of a parser."""
         named = [key.upper() for key in self.options if not key.startswith("--")]
         return {
             "usage": " ".join(["pyro-vae", name, *named, "[options]"]),
@@ -333,7 +333,7 @@ PATHS = {"--out": "FILE", "--run": "FOLDER", "--data_root": "FOLDER"}
 
 
 def help_of(name: str) -> str:
-    """The help of a command, at most 50 lines of 80 columns; of `train`, what is needed most."""
+    """Returns the help of a command, in 50 lines of 80 columns; of `train`, the main options."""
     from argparse import ArgumentParser
 
     command = COMMANDS[name]
@@ -360,7 +360,7 @@ def help_of(name: str) -> str:
 
 
 def completion() -> str:
-    """A script for bash, and zsh with bashcompinit, that completes commands, options and files."""
+    """Returns a script for bash (zsh: bashcompinit) that completes commands, options and files."""
     cases = ""
     for name, command in COMMANDS.items():
         flags = [key.replace("_", "-") for key in command.options if key.startswith("--")]

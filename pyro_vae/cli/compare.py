@@ -1,4 +1,4 @@
-"""Runs on the same rows beside each other: paired differences of log p(x) with their errors."""
+"""Compares runs on the same rows: paired differences of log p(x) with their errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pyro_vae.vae import VAE
 
 
 def compare(options: Namespace) -> None:
-    """Runs on the same rows: log p(x) of each, and paired differences with their errors."""
+    """Prints log p(x) of each run on the same rows, and paired differences with their errors."""
     options.progress &= not options.json
     if len(set(options.runs)) < 2:
         raise ValueError("compare needs two runs or more; for one: pyro-vae evaluate RUN")
@@ -61,7 +61,7 @@ def compare(options: Namespace) -> None:
 
 
 def replicas(run: str) -> list[str]:
-    """The runs of a folder that `train --seeds` made; the run itself of another."""
+    """Returns the runs in a folder of `train --seeds`; of any other folder, the folder itself."""
     runs = [] if (Path(run) / "run.json").exists() else sorted(Path(run).glob("seed-*"))
     return [str(path) for path in runs] or [run]
 
@@ -69,7 +69,7 @@ def replicas(run: str) -> list[str]:
 def check_comparable(
     first_run: str, run: str, loaded: dict[str, tuple[VAE, Splits]], part: str
 ) -> None:
-    """Refuses runs whose log p(x) are of different things."""
+    """Raises ValueError if the log p(x) of two runs are not of the same quantity."""
     first, data = (getattr(loaded[name][1], part) for name in (first_run, run))
     if data.digest() != first.digest():
         raise ValueError(
@@ -100,20 +100,20 @@ def check_comparable(
 
 
 def differing(declared: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-    """The options in which runs differ: of each, its value in each run."""
+    """Returns the options in which runs differ, each with its value in each run."""
     names = dict.fromkeys(name for options in declared.values() for name in options)
     each = {name: {run: declared[run].get(name, "") for run in declared} for name in names}
     return {name: values for name, values in each.items() if len(set(values.values())) > 1}
 
 
 def pairs_of(models: dict[str, list[Evidence]]) -> dict[tuple[str, str], Difference]:
-    """How each two models differ, by the replicas of each."""
+    """Returns the paired difference of each two models, over all replicas of each."""
     each = {name: torch.stack([e.log_prob for e in runs]) for name, runs in models.items()}
     return {(a, b): paired_difference(each[a], each[b]) for a, b in combinations(each, 2)}
 
 
 def ranking(numbers: dict[str, Any]) -> Table:
-    """Models from the best, with their errors over data and over seeds."""
+    """Makes the table of models, from the best, with their errors over data and over seeds."""
     title = f"nats per datum, of {numbers['rows_of']}"
     shown = Table("", "run", "log p(x), in the units of the data", "verdict", title=title)
     for rank, name in enumerate(numbers["ranks"], start=1):
@@ -131,7 +131,7 @@ def ranking(numbers: dict[str, Any]) -> Table:
 
 
 def differences(numbers: dict[str, Any]) -> Table:
-    """Differences of each two models with their errors over data and seeds, and which is worse."""
+    """Makes the table of differences of each two models, with errors and P(first is worse)."""
     shown = Table("first less second", title="paired differences, nats, +- over data")
     for name in ("difference", "+- over seeds", "P(first is worse)"):
         shown.add_column(name, no_wrap=True)
@@ -143,7 +143,7 @@ def differences(numbers: dict[str, Any]) -> Table:
 
 
 def told(a: str, b: str, d: Difference) -> str:
-    """Which of two is better and by how much, where that is beyond two standard errors."""
+    """Returns in words which of two models is better, if by more than two standard errors."""
     by = f"{abs(d.mean):.2f} +- {d.stderr:.2g} nats per datum"
     if not abs(d.mean) > 2 * d.stderr:
         return f"{a} and {b} are not told apart: they differ by {by}"
@@ -152,7 +152,7 @@ def told(a: str, b: str, d: Difference) -> str:
 
 
 def compared(models: dict[str, list[Evidence]], where: str) -> dict[str, Any]:
-    """What `compare` prints, for JSON."""
+    """Returns the numbers that `compare` prints, for JSON."""
     runs: dict[str, dict[str, Any]] = {
         model: {
             "log_prob": sum(evidence.mean() for evidence in runs) / len(runs),

@@ -1,4 +1,4 @@
-"""Run folders: what `train` writes beside the checkpoints, and reading it again."""
+"""Run folders: writes and reads the files that `train` adds to those of `fit`."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ from pyro_vae.processes import uses_cuda
 from pyro_vae.training import read_run
 from pyro_vae.vae import VAE
 
-RECORD: Kinds = {  # of data.json
+RECORD: Kinds = {  # entries of data.json, and their types
     "description": (dict,),
     "transform": (dict,),
     "conditional": (bool,),
     "classes": (int, NoneType),
     "seed": (int,),
 }
-ROWS: Kinds = {  # of its "rows", which runs of version 0.1 lack
+ROWS: Kinds = {  # entries of its "rows", which runs of version 0.1 lack
     "levels": (int, NoneType),
     "columns": (list, NoneType),
     "dtype": (str,),
     "range": (list,),
 }
-NOISY = 1000  # rows that are checked of values that a transform draws within the support
+NOISY = 1000  # rows that are checked if a transform with noise makes their values
 
 
 @contextmanager
 def declared_run(folder: Path, declaration: dict[str, Any], splits: Splits) -> Iterator[None]:
-    """Writes what the run is made of, and what the commands need to know of its data.
+    """Writes the options of a run, and what the commands need to know of its data.
 
-    It is taken back if training refuses to start; a run that is resumed keeps its own until its
-    training is accepted.
+    The files are removed if training does not start; a resumed run keeps its old ones until
+    `fit` has accepted it.
     """
     data = {
         "description": splits.describe(),
@@ -72,7 +72,7 @@ def declared_run(folder: Path, declaration: dict[str, Any], splits: Splits) -> I
         folder / "data.json": json.dumps(data, indent=1),
     }
     run = folder / "run.json"
-    before = run.stat().st_ino if run.exists() else None  # another one once `fit` has written it
+    before = run.stat().st_ino if run.exists() else None  # changes when `fit` writes the file
     try:
         for path, text in files.items() if before is None else ():
             write(path, text)
@@ -87,9 +87,9 @@ def declared_run(folder: Path, declaration: dict[str, Any], splits: Splits) -> I
 
 
 def load_run(run: str, data_root: str | None) -> tuple[VAE, Splits]:
-    """The VAE of a run and its data, checked to be those that it was trained on.
+    """Loads the VAE of a run and its data; raises ValueError if the data have changed.
 
-    Named data sets are looked for in `data_root`; where training had them, if None.
+    Named data sets are looked for in `data_root`; if None, where training found them.
     """
     folder = Path(run)
     vae, known = with_record(run)
@@ -119,14 +119,14 @@ def load_run(run: str, data_root: str | None) -> tuple[VAE, Splits]:
 
 
 def with_own_rows(options: Namespace) -> tuple[VAE, Data]:
-    """The VAE of a run, and a user's file as its rows, on the device that was asked for."""
+    """Loads the VAE of a run and the rows of a user's file, on the device that was asked for."""
     vae, known = with_record(options.run)
     rows = as_trained(read_rows(options.file, known["schema"]), known, vae)
     return placed(vae, rows, options.get("accelerator", "cpu"))
 
 
 def with_record(run: str) -> tuple[VAE, dict[str, Any]]:
-    """The VAE of a run, and what is known of its data."""
+    """Loads the VAE of a run and the record of its data, as `read_record` returns it."""
     vae, known = config.load(run), read_record(run)
     names, columns = getattr(vae.likelihood, "names", []), known.get("rows", {}).get("columns")
     if columns and {*names} == {*columns} and names != columns:
@@ -138,7 +138,7 @@ def with_record(run: str) -> tuple[VAE, dict[str, Any]]:
 
 
 def as_trained(rows: Data, known: dict[str, Any], vae: VAE) -> Data:
-    """A user's rows, transformed as the run's data were, of which this is known, and checked."""
+    """Checks a user's rows against `known`, the record of a run's data; transforms them alike."""
     rows = alike(rows, known.get("rows", {}), known["transform"], vae.likelihood.data_shape)
     rows = _coded(rows, known["class_names"], known["conditional"])
     if known["conditional"] and rows.y is None:
@@ -149,9 +149,9 @@ def as_trained(rows: Data, known: dict[str, Any], vae: VAE) -> Data:
 
 
 def _coded(rows: Data, names: list[str], strict: bool) -> Data:
-    """Rows with labels by the numbers of a run's classes, where both know what theirs stand for.
+    """Renumbers labels by the run's classes, if both the rows and the run name their classes.
 
-    Classes that are not the run's come after these; `strict` refuses them.
+    Classes that the run lacks are numbered after its own; if `strict`, they raise ValueError.
     """
     own = rows.class_names
     if rows.labels is None or not own or not names:  # runs of version 0.2 and before lack them
@@ -169,10 +169,10 @@ def _coded(rows: Data, names: list[str], strict: bool) -> Data:
 
 
 def check_support(vae: VAE, data: Data) -> None:
-    """Refuses rows outside the likelihood's support; of noisy values, some stand for all.
+    """Checks that rows lie in the likelihood's support; of rows with noise, only some.
 
     Raises:
-        ValueError: If a value is.
+        ValueError: If a value lies outside.
     """
     if data.transform.noisy and not data.applied:
         data = data.subset(spread(len(data), NOISY, 0)).fixed()
@@ -181,10 +181,10 @@ def check_support(vae: VAE, data: Data) -> None:
 
 
 def read_record(run: str | Path) -> dict[str, Any]:
-    """What `declared_run` wrote of the data, in data.json, its transform and its schema made.
+    """Reads data.json, which `declared_run` wrote, and makes its transform and its schema.
 
     Raises:
-        ValueError: If the file is missing, damaged, or of other data than run.json.
+        ValueError: If the file is missing or damaged, or describes other data than run.json.
     """
     path = Path(run) / "data.json"
     with reading(Path(run) / "run.json"):
@@ -206,7 +206,7 @@ def read_record(run: str | Path) -> dict[str, Any]:
 
 
 def _schema(rows: dict[str, Any]) -> Schema | None:
-    """The schema of a record of rows, in the order of their columns, whatever that of its keys."""
+    """Makes the schema of a record of rows, in the order of its columns; None if it has none."""
     if (schema := rows.get("schema")) is None:
         return None
     return Schema.restore(
@@ -215,7 +215,7 @@ def _schema(rows: dict[str, Any]) -> Schema | None:
 
 
 def read_table(run: str | Path, name: str) -> list[dict[str, float | None]]:
-    """The rows of a .csv file of a run: numbers by column, None where nothing was measured."""
+    """Reads the rows of a run's .csv file: numbers by column, None where nothing was measured."""
     text = read_part(run, name)
     with reading(Path(run) / name):
         head, *lines = csv.reader(text.splitlines())
@@ -230,7 +230,7 @@ def read_table(run: str | Path, name: str) -> list[dict[str, float | None]]:
 
 
 def read_part(run: str | Path, name: str) -> str:
-    """The text of a file of a run folder."""
+    """Reads the text of a file in a run folder."""
     try:
         return (Path(run) / name).read_text()
     except FileNotFoundError:
@@ -241,13 +241,13 @@ def read_part(run: str | Path, name: str) -> str:
 
 
 def pairs(data: Data, size: int = 1000) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Batches (x, y) of rows in order."""
+    """Yields batches (x, y) of the rows, in order."""
     for index in torch.arange(len(data)).split(size):
         yield data.batch(index)
 
 
 def placed(vae: VAE, data: Data, accelerator: str) -> tuple[VAE, Data]:
-    """A VAE and rows on the device that was asked for; "auto" is a GPU where there is one."""
+    """Moves a VAE and rows to the device asked for; "auto" is a GPU if there is one."""
     device = torch.device("cuda" if uses_cuda(accelerator) else "cpu")
     return vae.to(device), data.to(device)
 
@@ -255,16 +255,16 @@ def placed(vae: VAE, data: Data, accelerator: str) -> tuple[VAE, Data]:
 def destination(
     out: str | None, default: Path, suffixes: tuple[str, ...], source: str | None = None
 ) -> Path:
-    """The file that a command writes, known to be one before there is anything to write.
+    """Returns the file that a command will write, checked before the work begins.
 
     Args:
-        out: What was asked for, or None.
-        default: What is taken then.
-        suffixes: Endings that it may have.
-        source: What the command reads.
+        out: The file that was asked for, or None.
+        default: The file if `out` is None.
+        suffixes: Endings that the file may have.
+        source: The file that the command reads.
 
     Raises:
-        ValueError: If the ending is another, its folder is missing, or it is the source itself.
+        ValueError: If the ending is another, the folder is missing, or it is the source itself.
     """
     path = default if out is None else Path(out)
     if path.suffix not in suffixes:

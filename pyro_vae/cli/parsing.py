@@ -1,4 +1,4 @@
-"""From what is typed to the options of a command, each name checked before it is imported."""
+"""Parses the arguments of a command; names of commands and options are checked first."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ OPTIONS = [option for command in COMMANDS.values() for option in command.options
 FLAGS = {key[2:] for key, known in OPTIONS if known.get("type") in (bool, bool | None)}
 SWITCHES = {key[2:] for key, known in OPTIONS if "action" in known} | {"help", "help_all"}
 FEWER = "ask for fewer rows at once, draws, classes or latents, or for narrower layers"
-LONGEST = 1000  # characters of a message
-LARGEST = 10_000  # values of a configuration
-TYPED_ONLY = ("config", "print_config")  # options that no file holds
+LONGEST = 1000  # most characters of an error message
+LARGEST = 10_000  # most values of a configuration file
+TYPED_ONLY = ("config", "print_config")  # options that are typed, and never read from a file
 NOT_IN_FILES = (*TYPED_ONLY, "run", "resume", "import")
 
 
 def run(argv: list[str]) -> int:
-    """Runs a command; wrong input is one line, not a traceback."""
+    """Runs a command and returns its exit status; wrong input prints a line, not a traceback."""
     name, *rest = argv
     try:
         if name not in COMMANDS:
@@ -44,7 +44,7 @@ def run(argv: list[str]) -> int:
         with _as_asked(options):
             getattr(import_module(f"pyro_vae.cli.{module}"), function)(options)
     except (*ERRORS, MemoryError, RuntimeError) as error:
-        line = " ".join(str(error).partition("\nTrace Shapes:")[0].split())  # which Pyro adds
+        line = " ".join(str(error).partition("\nTrace Shapes:")[0].split())  # Pyro adds these
         if not isinstance(error, ERRORS):
             memory = isinstance(error, MemoryError) or "allocate" in line
             if not (memory or "out of memory" in line):
@@ -58,7 +58,7 @@ def run(argv: list[str]) -> int:
 
 
 def parse(command: str, argv: list[str]) -> Namespace:
-    """The options of a command; `--help_all` prints and exits.
+    """Returns the options of a command; `--help_all` prints help and exits.
 
     Raises:
         ValueError: If a name is unknown, with the closest known one, or a value does not fit.
@@ -73,14 +73,14 @@ def parse(command: str, argv: list[str]) -> Namespace:
             hint = closest(option, [f"--{one}" for one in known])
             raise ValueError(f"there is no option {option}{hint}: see {parser.prog} --help")
         if name == "--import" and value:
-            if os.getcwd() not in sys.path:  # a console script does not look where it is started
+            if os.getcwd() not in sys.path:  # console scripts do not import from here
                 sys.path.insert(0, os.getcwd())
             import_module(value)
     return parser.parse_args(argv) if command != "train" else _of_train(parser, argv)
 
 
 def _of_train(parser: ArgumentParser, argv: list[str]) -> Namespace:
-    """The options of `train`, of files and then as typed, its classes with theirs."""
+    """Returns the options of `train` and of its classes; typed ones override those of files."""
     of_class = [argument for argument in argv if re.split("[=.]", argument)[0] in PARTS]
     typed = [argument for argument in argv if argument not in of_class]
     declared = dict[str, Any](FAMILIES)
@@ -105,15 +105,15 @@ def _of_train(parser: ArgumentParser, argv: list[str]) -> Namespace:
 
 
 def plain_options(options: Namespace, without: Collection[str]) -> dict[str, Any]:
-    """The options of `train`, as a configuration file holds them."""
+    """Returns the options of `train` as a configuration file holds them, except `without`."""
     plain = {key: value for key, value in vars(options).items() if key not in without}
     return plain | {family: options[family].plain for family in FAMILIES}
 
 
 def _files(typed: list[str], parser: ArgumentParser) -> Iterator[dict[str, Any]]:
-    """What files declare: that of the run which goes on, then those that were typed.
+    """Yields the options in files: in the file of the run to resume, then in those of `--config`.
 
-    Of the run's own come also the options that it left unnamed.
+    Options of the likelihood that an older version did not write into the run's file are added.
     """
     run = parser.parse_args(typed).resume
     if run is not None:
@@ -144,7 +144,7 @@ def _print_options(family: str, name: str) -> NoReturn:
 
 
 def spelled(argv: list[str]) -> list[str]:
-    """Options as the parsers know them: words joined by `_`, each with its value.
+    """Returns arguments as the parsers expect them: words joined by `_`, values after `=`.
 
     `--latent-dim 3` is `--latent_dim=3`, `--compile` is `--compile=true` and `--no-compile` is
     `--compile=false`.
@@ -172,7 +172,7 @@ def spelled(argv: list[str]) -> list[str]:
 
 
 def make_parser(name: str) -> ArgumentParser:
-    """The parser of a command, from its entry in `COMMANDS`."""
+    """Makes the parser of a command from its entry in `COMMANDS`."""
     command = COMMANDS[name]
     parser = ArgumentParser(
         prog=f"pyro-vae {name}", exit_on_error=False, allow_abbrev=False, **command.about(name)
@@ -186,7 +186,7 @@ def make_parser(name: str) -> ArgumentParser:
 
 
 def _checked(path: str | Path, content: dict[str, Any], parser: ArgumentParser) -> dict[str, Any]:
-    """The options of a configuration file, each known and of its type, its classes too."""
+    """Returns the options of a configuration file, after a check of all names and types."""
     defaults = parser.get_defaults().as_dict()
     for key, value in content.items():
         if key in NOT_IN_FILES and value is not None:
@@ -197,7 +197,7 @@ def _checked(path: str | Path, content: dict[str, Any], parser: ArgumentParser) 
                 f"configuration {path} has {key!r}, which is no option{hint}: "
                 f"see {parser.prog} --help"
             )
-        if value is None and defaults[key] is not None:  # which jsonargparse takes for any type
+        if value is None and defaults[key] is not None:  # jsonargparse takes null for any type
             raise ValueError(f"{path}: {key} cannot be null: leave it out for {defaults[key]!r}")
     others = {key: value for key, value in content.items() if key not in FAMILIES}
     with reading(path):
@@ -226,7 +226,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def _is_small(content: Any) -> bool:
-    """Whether a parser can walk through it: an alias in YAML may stand for billions of values."""
+    """Returns whether a parser can visit all values: an alias in YAML may stand for billions."""
     count, left = 0, [content]
     while left and count < LARGEST:
         value = left.pop()
@@ -237,7 +237,7 @@ def _is_small(content: Any) -> bool:
 
 
 def data_options(path: Path) -> Namespace:
-    """The options of the data in a run's configuration, of their types."""
+    """Reads the options of the data from the configuration of a run."""
     parser = make_parser("train")
     content = {key: value for key, value in _read_yaml(path).items() if f"--{key}" in DATA}
     parser.set_defaults(_checked(path, content, parser))
@@ -246,7 +246,7 @@ def data_options(path: Path) -> Namespace:
 
 @contextmanager
 def _as_asked(options: Namespace) -> Iterator[None]:
-    """The devices, threads and precision that a command asks for; warnings as one line."""
+    """Sets threads and precision as `options` say, checks devices, prints warnings as one line."""
     import torch
 
     from pyro_vae.processes import check_processes, uses_cuda

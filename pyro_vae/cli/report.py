@@ -1,4 +1,4 @@
-"""One page of a run: what it is, how it was trained, how good it is, what it makes."""
+"""Writes one page about a run: its declaration, training, evaluation and figures."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ CAPTIONS = {
 
 
 def report(options: Namespace) -> None:
-    """Writes the page; it opens from disk and asks for nothing else."""
+    """Writes the page of a run as one file, which opens without server or network."""
     folder = Path(options.run)
     recorded = read_run(folder)
     vae = config.load(folder)
@@ -81,7 +81,7 @@ def report(options: Namespace) -> None:
 
 
 def declaration(folder: Path, recorded: dict[str, Any], vae: VAE) -> dict[str, dict[str, str]]:
-    """Tables of names and values: data, model, training."""
+    """Returns tables of names and values: data, model, training, and when and how it was made."""
     model = recorded["declaration"]
     described = folder / "data.json"
     known = _read(described, lambda path: dict(json.loads(path.read_text())["description"])) or {}
@@ -100,7 +100,7 @@ def declaration(folder: Path, recorded: dict[str, Any], vae: VAE) -> dict[str, d
 
 
 def training(path: Path) -> dict[str, Any] | None:
-    """Curves, and the epochs that matter; None before the first epoch."""
+    """Returns the curves, and numbers of the best and the last epoch; None before the first."""
     rows: list[dict[str, Any]] = read_table(path.parent, path.name)
     if not rows:
         return None
@@ -126,7 +126,7 @@ def training(path: Path) -> dict[str, Any] | None:
 
 
 def evaluation(path: Path) -> dict[str, Any]:
-    """The table that `evaluate` printed: value, error, remark."""
+    """Returns the numbers that `evaluate` wrote: a table with errors and remarks, and odd rows."""
     found = json.loads(path.read_text())
     first = f"the first {found['rows']} rows of the {found['part']} part"
     return {
@@ -146,7 +146,7 @@ def evaluation(path: Path) -> dict[str, Any]:
 
 
 def evidence(path: Path) -> dict[str, Any]:
-    """log p(x) of each datum: verdicts, methods, a histogram."""
+    """Returns a table of log p(x) by verdict and method, and a figure of each datum."""
     found = Evidence.load(path)
     kinds, lines = list(zip(found.verdict, found.method)), []
     for kind, count in Counter(kinds).most_common():
@@ -161,7 +161,7 @@ def evidence(path: Path) -> dict[str, Any]:
 
 @plots.style()
 def each_datum(found: Evidence) -> Figure:
-    """log p(x) of each datum by verdict, beside its ELBO where that is known, and its k-hat."""
+    """Draws log p(x) of each datum by verdict, against its ELBO if that is known, and k-hat."""
     figure = Figure(figsize=(7.2, 2.5), layout="constrained")
     regret = found.extras.get("regret")
     axes = list(figure.subplots(1, 2 if regret is None else 3))
@@ -188,7 +188,7 @@ def each_datum(found: Evidence) -> Figure:
 
 
 def figures(folder: Path) -> dict[str, Picture]:
-    """The figures of the run but for curves, which are drawn anew; ours first, in order."""
+    """Reads the figures of the run, in the order of `CAPTIONS`; not the curves, drawn anew."""
     found = [*(folder / "figures").glob("*.png"), *(folder / "figures").glob("*.svg")]
     paths = {path.stem: path for path in sorted(found)}
     paths.pop("curves", None)
@@ -201,7 +201,7 @@ def figures(folder: Path) -> dict[str, Picture]:
 
 
 def _picture(data: bytes, caption: str) -> Picture:
-    """A PNG or SVG for the page, and its width there: 96 dots, or 72 points, are an inch."""
+    """Returns a PNG or SVG for the page, and its width there: an inch is 96 dots or 72 points."""
     if points := re.search(rb'<svg [^>]*width="([\d.]+)pt"', data):
         kind, width = "svg+xml", float(points[1]) * 96 / 72
     else:
@@ -212,7 +212,7 @@ def _picture(data: bytes, caption: str) -> Picture:
 
 
 def programs(vae: VAE, declared: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Sites of the model and of the guide as Pyro sees them, and where to draw them."""
+    """Returns the sites of model and guide as Pyro sees them, and where to draw them."""
     conditions = declared["encoder"].get("init_args", {}).get("condition_dim", 0)
     y = torch.zeros(2, conditions) if conditions else None
     with forked(torch.device("cpu"), 0), torch.no_grad():
@@ -237,7 +237,7 @@ def programs(vae: VAE, declared: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _called(declared: Any) -> str:
-    """A declared component as one would call it."""
+    """Returns a declared component as a call, such as "MLP(hidden=[400])"."""
     if not isinstance(declared, dict):
         return str(declared)
     named = declared.get("init_args", {}) if "class_path" in declared else declared
@@ -246,7 +246,7 @@ def _called(declared: Any) -> str:
 
 
 def _read(path: Path, read: Callable[[Path], Any]) -> Any:
-    """What `read` makes of a file; None where there is none."""
+    """Returns `read(path)`, or None if there is no such file."""
     if not path.exists():
         return None
     with reading(path):

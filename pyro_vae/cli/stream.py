@@ -1,4 +1,4 @@
-"""Rows of a file through a run in parts: kept as they are made, joined when all are there."""
+"""Runs a model on the rows of a file in parts, which are kept on disk and finally joined."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ from pyro_vae.runtime import seed_of
 
 Run = Callable[[int, Tensor], bytes]
 Join = Callable[[list[Path], Path], str]
-ROWS = 1000  # of a part: what is lost when a process dies
+ROWS = 1000  # rows of a part: the work that is lost if a process dies
 
 
 def stream(options: Namespace, out: Path, number: int, key: str, run: Run, join: Join) -> None:
-    """Makes all parts that are not there yet, in this process or in several, and joins them.
+    """Makes all parts that do not exist yet, in this process or in several, and joins them.
 
-    Parts lie in a hidden folder beside `out` until all of them are there. A part depends on its
-    number alone, so that a command that was broken off goes on when it is given again, with the
-    result of one that was not. Processes of this command take the next part that none of them
-    has taken. Those that torchrun starts have a fixed share each, and the one that finds all
-    parts there joins them.
+    Parts lie in a hidden folder beside `out` until all of them exist. A part depends on its
+    number alone, so an interrupted command goes on when it is given again, with the result of
+    an uninterrupted one. Processes of this command each take the next part that none of them
+    has taken. Processes that torchrun starts have a fixed share each; the one that finds all
+    parts joins them.
 
     Args:
-        options: Of the command.
-        out: The file that it writes.
-        number: Of rows.
+        options: The options of the command.
+        out: The file that the command writes.
+        number: The number of rows.
         key: A digest of all that the results depend on.
-        run: From the number of a part and the positions of its rows to what is kept of it; with
-            several processes, what can be sent to them.
-        join: From the files of all parts, in order, and the file to write, to what the command
-            has to say.
+        run: Function from the number of a part and the positions of its rows to the content of
+            its file; it must be picklable for several processes.
+        join: Function from the files of all parts, in order, and the file to write, to the
+            message of the command.
     """
     folder = out.with_name(f".{out.name}.{key[:16]}.parts")
     folder.mkdir(exist_ok=True)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    starts = range(0, max(1, number // ROWS) * ROWS, ROWS)  # the last has what is left over
+    starts = range(0, max(1, number // ROWS) * ROWS, ROWS)  # the last part has the rest too
     parts = [range(*ends) for ends in zip(starts, [*starts[1:], number])]
     paths = [folder / f"{part:08d}" for part in range(len(parts))]
     own = [*zip(paths, parts)][rank::world]
@@ -66,9 +66,9 @@ def stream(options: Namespace, out: Path, number: int, key: str, run: Run, join:
             device = "cuda" if uses_cuda(options.accelerator) else "cpu"
             here = partial(_make_parts, given, shown)
             in_processes(_make_parts, [given] * others, device, range(1, others + 1), here)
-    if all(map(Path.exists, paths)):  # else who makes the last part finds the lock free
+    if all(map(Path.exists, paths)):  # else the process that makes the last part joins
         with suppress(Locked), locked(folder / "lock"):
-            if all(map(Path.exists, paths)):  # else another one has joined them meanwhile
+            if all(map(Path.exists, paths)):  # else another process has joined them meanwhile
                 print(join(paths, out))
                 for old in out.parent.glob(f".{glob.escape(out.name)}.*.parts"):
                     shutil.rmtree(old, ignore_errors=True)
@@ -77,9 +77,9 @@ def stream(options: Namespace, out: Path, number: int, key: str, run: Run, join:
 
 
 def _make_parts(given: tuple[Run, list[tuple[Path, range]], Path], shown: bool = False) -> None:
-    """Makes those parts that are not there and that no other process has taken, in order.
+    """Makes, in order, the parts that do not exist and that no other process has taken.
 
-    While one waits for the disk, the next is made.
+    Each is written to disk while the next one is made.
     """
     run, parts, taken = given
     with ThreadPoolExecutor(1) as writer:
@@ -89,7 +89,7 @@ def _make_parts(given: tuple[Run, list[tuple[Path, range]], Path], shown: bool =
                 continue
             try:
                 (taken / path.name).touch(exist_ok=False)
-            except FileExistsError:  # of another process that makes it
+            except FileExistsError:  # another process makes it
                 continue
             made = run(int(path.name), torch.arange(rows.start, rows.stop))
             last.result()
@@ -99,7 +99,7 @@ def _make_parts(given: tuple[Run, list[tuple[Path, range]], Path], shown: bool =
 
 @contextmanager
 def _keeping(paths: list[Path]) -> Iterator[None]:
-    """Says of what went wrong how much is kept; a folder without parts is removed."""
+    """Adds to an error how many parts are kept; removes a folder that has none."""
     try:
         yield
     except (KeyboardInterrupt, OSError, ValueError, FloatingPointError) as error:
@@ -115,12 +115,12 @@ def _keeping(paths: list[Path]) -> Iterator[None]:
 
 
 def key_of(vae: nn.Module, data: Data, options: dict[str, Any]) -> str:
-    """The SHA-256 of weights, rows, options and the library, which results depend on."""
+    """Returns the SHA-256 of weights, rows, options and the library's version."""
     weights = digest_of(*map(torch.atleast_1d, vae.state_dict().values()))
     whole = f"{__version__} {ROWS} {sorted(options.items())} {data.digest()} {weights}"
     return sha256(whole.encode()).hexdigest()
 
 
 def part_seed(seed: int, part: int) -> int:
-    """The seed of a part; that of the first is the seed itself."""
+    """Returns the seed of a part; that of the first part is `seed` itself."""
     return seed_of(seed, part) >> 1 if part else seed

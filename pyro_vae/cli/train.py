@@ -40,9 +40,9 @@ DEMO = {
     "batch_size": 64,
     "lr": 0.002,
 }
-ROWS = 10_000  # that are looked at
-TENFOLD = 10.0  # totals of rows, between their first and last per cent
-FEW = 10  # values of a column that looks like codes
+ROWS = 10_000  # rows that `hints` looks at
+TENFOLD = 10.0  # ratio of the 99th to the 1st percentile of row sums that gives a hint
+FEW = 10  # most different values of a column that looks like codes
 
 
 def demo(options: Namespace) -> None:
@@ -55,9 +55,9 @@ def demo(options: Namespace) -> None:
 
 
 def train(options: Namespace) -> Path:
-    """Trains a declared VAE; returns its run folder, with figures.
+    """Trains a declared VAE and draws figures; returns the run folder.
 
-    Of the processes that torchrun starts all train, and the first writes.
+    All processes that torchrun starts train; only the first one writes.
     """
     check_whole(seeds=options.seeds)
     if options.seeds > 1:
@@ -96,7 +96,7 @@ def train(options: Namespace) -> Path:
 
 
 def replicas(options: Namespace) -> Path:
-    """Trains from several seeds, `devices` at a time; those that have begun go on."""
+    """Trains from several seeds, `devices` at a time; resumes the runs that exist already."""
     if options.resume is not None:
         raise ValueError("resume goes on with one run: for several seeds, give the command again")
     folder = _run_folder(options)
@@ -151,7 +151,7 @@ def _fit(
 
 
 def _splits(options: Namespace) -> Splits:
-    """The data; the likelihood of a table becomes that of its columns."""
+    """Loads the data; if they are a table, sets the likelihood to Columns."""
     known = read_record(options.resume) if options.resume else {}
     is_table = options.likelihood.cls is Columns and Path(options.data).is_file()
     splits = load_data(
@@ -172,7 +172,7 @@ def _splits(options: Namespace) -> Splits:
                 f"Columns is for; got {cls.__name__}: leave the likelihood out"
             )
         options.schema = train.schema.plain
-        if cls is Bernoulli:  # the usual one, which nobody asked for
+        if cls is Bernoulli:  # the default, which nobody asked for
             options.likelihood = config.component("likelihood", "Columns")
     cls, name = options.likelihood.cls, options.transform
     if name == "auto":  # columns keep their units
@@ -231,13 +231,13 @@ def _build(options: Namespace, splits: Splits) -> VAE:
             before = read_run(options.resume)["declaration"]
             now = before and {"likelihood": config.as_named_now(before["likelihood"])}
             if before and {**before, **now} == vae.declaration:
-                vae.declaration = before  # the run goes on under its own
+                vae.declaration = before  # the run keeps its declaration
     return vae
 
 
 def _run_folder(options: Namespace) -> Path:
     if options.run is None:
-        stem = Path(os.path.abspath(options.data)).stem.lower()  # of "." too
+        stem = Path(os.path.abspath(options.data)).stem.lower()  # for "." too
         free = (Path("runs") / f"{stem}-{n}" for n in range(1, 10_000))
         return next(folder for folder in free if not folder.exists())
     if not options.run.strip():
@@ -252,7 +252,7 @@ def _run_folder(options: Namespace) -> Path:
 
 
 def hints(data: Data, likelihood: Likelihood) -> list[str]:
-    """One line each on what a table will make a model learn that nobody asked for."""
+    """Returns hints, a line each, at what a model may learn from a table against the intention."""
     if len(data.data_shape) != 1 or data.levels is not None or data.schema is not None:
         return []
     x = data.x[spread(len(data), ROWS, 0)].double()
