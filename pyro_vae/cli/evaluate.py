@@ -48,12 +48,12 @@ QUANTITIES = {
     "khat_below_threshold": ("k-hat below threshold", ".1%", "of the data"),
     "bits_per_dim": ("bits per dimension", ".3f", "of the data before the transform"),
 }
-ODD, OTHERS = 5, 100  # rows that are shown, and those that say what is usual
-PATTERNS = 5  # of missing values that are shown
+ODD, OTHERS = 5, 100  # number of odd rows shown, and of rows that say what is usual
+PATTERNS = 5  # patterns of missing values that are shown
 
 
 def evaluate(options: Namespace) -> None:
-    """The table of a run: log p(x) with its error, ELBO and its terms, active units."""
+    """Prints and writes log p(x) of a run with its error, the ELBO and its terms, active units."""
     options.progress &= not options.json
     vae, splits = load_run(options.run, options.data_root)
     vae, data = placed(vae, held_out(splits, options.part, options.limit), options.accelerator)
@@ -94,7 +94,7 @@ def evaluate(options: Namespace) -> None:
         **({"layers": layers} if (layers := layer_lines(vae, data)) else {}),
         "khat_below_threshold": evidence.share_below_threshold(),
         "bits_per_dim": data.bits_per_dim(evidence.log_prob).mean().item(),
-        # as those of images; columns of a table seldom are
+        # values of images have one unit; columns of a table seldom do
         "of_one_unit": data.levels is not None or len(data.data_shape) > 1,
         "odd_rows": odd_rows(vae, data, evidence),
         **missing_values(data),
@@ -112,7 +112,7 @@ def evaluate(options: Namespace) -> None:
 
 
 def lines_of(found: dict[str, Any]) -> list[tuple[str, str, list[str], str, str]]:
-    """Name, value, errors, remark and number of rows of each quantity of evaluation.json."""
+    """Returns name, value, errors, remark and row count of each quantity of evaluation.json."""
     errors = [
         f"{found['stderr_monte_carlo']:.2g} (Monte Carlo)",
         f"{found['stderr_data']:.2g} (data)",
@@ -126,7 +126,7 @@ def lines_of(found: dict[str, Any]) -> list[tuple[str, str, list[str], str, str]
     if found.get("audit"):
         lines.append(("audit", "", [], found["audit"], ""))
     ceiling = "at its ceiling, the logarithm of their number" if found.get("at_ceiling") else ""
-    more = {  # that files of version 0.1 lack
+    more = {  # remarks on what files of version 0.1 lack
         "kl": " and ".join(found.get("kl_rules", [])),
         "mutual_information": ceiling,
         "active_units": f"of {found['units']}" if "units" in found else "",
@@ -134,7 +134,7 @@ def lines_of(found: dict[str, Any]) -> list[tuple[str, str, list[str], str, str]
     no_kl = () if found.get("prior_factorises", True) else TERMS[1:]
     mixed = () if found.get("of_one_unit", True) else ("bits_per_dim",)
     for key, (name, form, remark) in QUANTITIES.items():
-        if key in found and key not in (*no_kl, *mixed):  # which would mislead
+        if key in found and key not in (*no_kl, *mixed):  # these would mislead
             error = found.get(f"stderr_{key}")
             shown = [] if error is None else [f"{error:.2g} (data)"]
             remark = ", ".join(filter(None, [remark.format_map(found), more.get(key)]))
@@ -145,7 +145,7 @@ def lines_of(found: dict[str, Any]) -> list[tuple[str, str, list[str], str, str]
 
 
 def odd_rows(vae: VAE, data: Data, evidence: Evidence) -> list[dict[str, Any]]:
-    """The rows of least log p(x), and the column that is farthest below its usual log p."""
+    """Returns the rows of least log p(x), each with the column farthest below its usual log p."""
     if data.schema is None or isinstance(vae, ClassVAE):
         return []
     lowest = evidence.log_prob.argsort()[:ODD]
@@ -168,7 +168,7 @@ def odd_rows(vae: VAE, data: Data, evidence: Evidence) -> list[dict[str, Any]]:
 
 
 def missing_values(data: Data) -> dict[str, Any]:
-    """The share of rows without each column, and the commonest sets of columns they lack."""
+    """Returns each column's share of missing values, and the commonest sets of missing columns."""
     if data.columns is None or not data.missing:
         return {"missing": {}, "missing_patterns": []}
     missing = data.x[:].isnan()
@@ -186,9 +186,9 @@ def missing_values(data: Data) -> dict[str, Any]:
 
 
 def draw_audit(vae: VAE, data: Data, evidence: Evidence, options: Namespace) -> None:
-    """The figure of the audit behind the verdicts, if there was one: it was kept.
+    """Draws the audit behind the verdicts, which `log_evidence` has kept, if there was one.
 
-    With classes there is an audit for each, and no figure.
+    With classes there is an audit for each class, and no figure.
     """
     if not evidence.audit or evidence.audit.startswith("none") or isinstance(vae, ClassVAE):
         return
@@ -198,7 +198,7 @@ def draw_audit(vae: VAE, data: Data, evidence: Evidence, options: Namespace) -> 
 
 
 def draw_extremes(data: Data, evidence: Evidence, figures: Path) -> None:
-    """The images of least and of most log p(x), ten each."""
+    """Draws the ten images of least and the ten of most log p(x)."""
     if len(data.data_shape) != 3 or len(data) < 20:
         return
     order = evidence.log_prob.argsort()

@@ -1,4 +1,4 @@
-"""The page that runs a decoder: of a run, of a VAE, or of programs of one's own and some data."""
+"""Writes the page that runs a decoder: of a run, of a VAE, or of other Pyro programs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from pyro_vae.vae import VAE
 
 
 def command(options: Namespace) -> None:
-    """Writes the page of a run; it opens from disk and asks for nothing else."""
+    """Writes the page of a run as one file, which opens without server or network."""
     check_whole(0, judged=options.judged)
     folder = Path(options.run)
     out = destination(options.out, folder / "explore.html", (".html",))
@@ -65,7 +65,7 @@ def command(options: Namespace) -> None:
 
 
 def evaluated(folder: Path, where: str, elbo: float) -> Evidence | None:
-    """What evaluate wrote, if it was of these rows and of these weights."""
+    """Reads what `evaluate` wrote; None if it was of other rows or other weights."""
     path = folder / "evaluation.json"
     if not path.exists() or not (folder / "evidence.safetensors").exists():
         return None
@@ -89,22 +89,23 @@ def explore(
     name: str = "",
     seed: int = 0,
 ) -> Path:
-    """Writes one page that runs the decoder: it opens from disk, without server or network.
+    """Writes one page that runs the decoder, and opens from disk, without server or network.
 
-    A program of one's own needs one latent site, of event (D,), and one that observes x and has a
-    mean. Where its operations are not the page's, the page holds an atlas, and says so.
+    Programs other than a VAE need one latent site, of event (D,), and one that observes x and
+    has a mean. If the page lacks an operation of the decoder, it shows points that were decoded
+    beforehand, and says so.
 
     Args:
         vae: A VAE; or any module with a `model` and a `guide` that `fit` would take.
-        data: What the page shows codes of: `Data`, rows x [N, *E], or a pair (x, y).
-        out: The .html file, overwritten.
-        evidence: log p(x) of the rows shown, in their order; of `judged` rows by `log_evidence`
-            if None.
-        limit: Most rows that are shown, spread over the data.
-        judged: How many of them get log p(x).
-        rows: Whether the page holds the rows themselves, and not their codes alone.
-        name: The title; that of the class if "".
-        seed: Of estimates.
+        data: The data whose codes are shown: `Data`, rows x [N, *E], or a pair (x, y).
+        out: The .html file, which is overwritten.
+        evidence: log p(x) of the rows shown, in their order; if None, `log_evidence` estimates
+            it for `judged` of them.
+        limit: Largest number of rows shown, from all over the data.
+        judged: Number of rows whose log p(x) is estimated.
+        rows: Whether the page holds the rows themselves, or their codes alone.
+        name: The title; the name of the class if "".
+        seed: Seed of the choice of rows and of the estimates.
 
     Returns:
         The path of the page.
@@ -143,14 +144,17 @@ def explore(
 
 
 class Mean(nn.Module):
-    """E[x | z] in the units of the data before their transform, at means of other latents."""
+    """Computes E[x | z] in the units of the data before their transform.
+
+    Latent sites of the likelihood itself are at their means.
+    """
 
     def __init__(self, vae: Any, transform: Transform) -> None:
         super().__init__()
         self.vae, self.transform = vae, transform
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """[B, *E] for z [B, D] and y [B, C]."""
+        """Returns E[x | z] [B, *E] for z [B, D] and y [B, C]."""
         with pyro.validation_enabled(False):
             latents = self.vae.likelihood.latents() if isinstance(self.vae, VAE) else {}
             own = {name: fn.mean for name, fn in latents.items()}
@@ -158,24 +162,24 @@ class Mean(nn.Module):
 
 
 class Follow(nn.Module):
-    """z [B, D] with the layers below that of a unit at their means given those above."""
+    """Sets the layers of z below that of a unit to their means given those above."""
 
     def __init__(self, vae: Any, unit: int) -> None:
         super().__init__()
         self.vae, self.unit = vae, unit
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """[B, D] for z [B, D] and y [B, C]."""
+        """Returns the changed z [B, D] for z [B, D] and y [B, C]."""
         with pyro.validation_enabled(False):
             return followed(self.vae.prior(y), z, self.unit)
 
 
 class Own(nn.Module):
-    """Programs of one's own as the page asks for a VAE.
+    """Gives programs other than a VAE the methods of a VAE that the page needs.
 
     Args:
         programs: A module with a model and a guide.
-        data: Rows, of which one stands for x where only z matters.
+        data: Rows; the first is given to the model as x where only z matters.
     """
 
     def __init__(self, programs: Any, data: Data) -> None:
@@ -195,7 +199,7 @@ class Own(nn.Module):
         self.x = x
 
     def prior(self, y: Tensor | None = None) -> Distribution:
-        """p(z), batch () where it is one Normal; else batch [B], that of y, or [1]."""
+        """Returns p(z): batch () if it is one Normal, else batch [B] of y, or [1] without y."""
         fn = self._site(self.model, self.site, 1 if y is None else len(y), y)
         base = getattr(fn, "base_dist", None)
         if y is None and isinstance(base, torch.distributions.Normal):
@@ -203,16 +207,16 @@ class Own(nn.Module):
         return fn
 
     def encode(self, x: Tensor, y: Tensor | None = None) -> Distribution:
-        """q(z | x)."""
+        """Returns q(z | x)."""
         return self._site(self.guide, self.site, x, y)
 
     def likelihood(self, z: Tensor, y: Tensor | None = None) -> Distribution:
-        """p(x | z)."""
+        """Returns p(x | z)."""
         with poutine.condition(data={self.site: z}):
             return self._site(self.model, self.observed, len(z), y)
 
     def _site(self, program: Any, site: str, x: Tensor | int, y: Tensor | None) -> Any:
-        """Of the program for x, or for a number of rows of which only z matters."""
+        """Returns the distribution of a site, given x or a number of rows if only z matters."""
         x = self.x.expand(x, *self.x.shape[1:]) if isinstance(x, int) else x
         args = (x,) if y is None else (x, y)
         trace = poutine.trace(program).get_trace(*args)
@@ -225,7 +229,7 @@ def _known(
     judged: Tensor | None,
     estimate: Callable[[Tensor], Evidence],
 ) -> dict[str, Any]:
-    """What is known of each row: ELBO, and log p(x), estimated of some if unknown; for `Rows`."""
+    """Returns ELBO and log p(x) of each row, for `Rows`; estimates some, if `evidence` is None."""
     some = torch.arange(len(elbo))
     if evidence is None and judged is not None:
         some, evidence = judged, estimate(judged)
@@ -251,12 +255,12 @@ def _content(
     where: str,
     rows: bool,
 ) -> Content:
-    """What the page of a VAE, or of `Own` programs, is made of.
+    """Makes the content of the page of a VAE, or of `Own` programs.
 
     `numbers` are the positions of the rows in their part; `where` says which rows they are.
     """
     x, c = data.batch()
-    if isinstance(vae, ClassVAE):  # of the class of most weight, or that of the label
+    if isinstance(vae, ClassVAE):  # given the likeliest class, or the label
         few: dict[str, Any] = {"estimator": importance_sampling, "num_samples": 10}
         likely = class_probabilities(vae, x, c, **few).probabilities.argmax(-1)
         c = torch.eye(vae.classes)[likely]
@@ -312,7 +316,7 @@ def _about(vae: Any, where: str, rows: bool) -> list[str]:
 
 
 def _limits(x: Tensor, data: Data) -> tuple[Tensor, Tensor]:
-    """Black and white of images; of columns, the ends of most of their values."""
+    """Returns the values shown as black and white; of columns, the ends of most values."""
     if data.levels is not None:
         return torch.tensor(0.0), torch.tensor(float(data.levels - 1))
     if x.ndim == 4:

@@ -1,4 +1,4 @@
-"""The figures of a run, and the parts of its KL after each epoch."""
+"""Draws the figures of a run, and measures the parts of its KL after each epoch."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ NAMES = {
 
 
 def plot(options: Namespace) -> None:
-    """The figures of a run again."""
+    """Draws the figures of a run again."""
     vae, splits = load_run(options.run, options.data_root)
     draw(Path(options.run), vae, splits, read_table(options.run, "metrics.csv"))
     print(f"figures in {Path(options.run) / 'figures'}")
 
 
 def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
-    """Curves, latent scatter, samples and reconstructions, of validation data."""
+    """Draws curves, codes of validation data, samples, and what else fits the kind of data."""
     data = _few(splits.validation)
     with torch.no_grad():
         means = vae.encode(*data.batch()).mean
@@ -59,12 +59,12 @@ def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
 
 
 def _few(data: Data) -> Data:
-    """At most 2000 rows, with their noise drawn once."""
+    """Returns the first 2000 rows at most, with their noise drawn once."""
     return data.subset(torch.arange(min(len(data), 2000))).fixed()
 
 
 def _of_images(vae: VAE, splits: Splits, data: Data) -> dict[str, Figure]:
-    """Draws, reconstructions, and what each class, component and latent makes."""
+    """Makes figures of draws, reconstructions, and images of each class, component and latent."""
     x, y = data.batch()
     back, light = data.transform.inverse, limits(data)
     with forked(torch.device("cpu"), 0):
@@ -92,7 +92,7 @@ def _of_images(vae: VAE, splits: Splits, data: Data) -> dict[str, Figure]:
 
 
 def _of_tables(vae: VAE, splits: Splits) -> dict[str, Figure]:
-    """Columns of the training rows and of as many draws, both in the units of the file."""
+    """Makes figures of the columns of training rows and of as many draws, in the file's units."""
     data = _few(splits.train)
     with forked(torch.device("cpu"), 0):
         draws = vae.sample(len(data), condition(data, len(data), None, vae))
@@ -105,7 +105,7 @@ def _of_tables(vae: VAE, splits: Splits) -> dict[str, Figure]:
 
 
 def keep(figure: Figure, place: Path) -> None:
-    """Images as PNG, all else as SVG; one of the two is there."""
+    """Saves a figure with images as PNG, others as SVG, and removes the file of the other kind."""
     place.parent.mkdir(exist_ok=True)
     drawn = any(ax.images for ax in figure.axes)
     kind, other = (".png", ".svg") if drawn else (".svg", ".png")
@@ -114,9 +114,9 @@ def keep(figure: Figure, place: Path) -> None:
 
 
 def _traversal(vae: VAE, data: Data, kl: Tensor) -> Figure:
-    """What each latent does to the first image, from -3 to 3; at most ten, of most KL.
+    """Draws how the first image changes as each latent goes from -3 to 3: the ten of most KL.
 
-    Layers below that of a latent follow it, at their mean given it.
+    Layers below that of the latent are at their mean given the layers above.
     """
     x, y = data.batch(torch.zeros(1, dtype=torch.long))
     top, values = kl.argsort(descending=True)[:10], torch.linspace(-3, 3, 11)
@@ -130,7 +130,7 @@ def _traversal(vae: VAE, data: Data, kl: Tensor) -> Figure:
 
 
 def followed(prior: Any, z: Tensor, unit: int) -> Tensor:
-    """`z` [T, D], the layers below that of `unit` at their mean given those above."""
+    """Returns `z` [T, D] with the layers below that of `unit` at their mean given those above."""
     if not isinstance(prior, Joint):
         return z
     given, ends = prior.split(z), accumulate(prior.sizes.values())
@@ -139,7 +139,7 @@ def followed(prior: Any, z: Tensor, unit: int) -> Tensor:
 
 
 def condition(data: Data, size: int, label: int | None, vae: VAE) -> Tensor | None:
-    """`y` of `size` draws: of one class, of all in turn, or of the first rows of the data."""
+    """Returns `y` for `size` draws: of one class, of all in turn, or of the first rows."""
     if isinstance(vae, ClassVAE):
         vae.check_labels(y := torch.full((size,), -1 if label is None else label))
         return y
@@ -154,15 +154,15 @@ def condition(data: Data, size: int, label: int | None, vae: VAE) -> Tensor | No
 
 
 def limits(data: Data) -> tuple[float, float] | None:
-    """Values shown as black and white."""
+    """Returns the values shown as black and white, or None if there are no grey levels."""
     return None if data.levels is None else (0.0, float(data.levels - 1))
 
 
 def decompose(vae: VAE, data: Data, num_rows: int) -> dict[str, Any]:
-    """Parts of the KL against the aggregate posterior of all `data`, drawn from `num_rows`.
+    """Estimates the parts of the KL at `num_rows` of the rows; q(z) averages over all `data`.
 
-    Empty where there are none: a posterior without densities of single dimensions, such as a
-    flow, a prior that depends on `y`, several layers, or a class that is summed out.
+    The result is {} where the parts are not defined: for a posterior without densities of single
+    dimensions, such as a flow, a prior that depends on `y`, several layers, or summed-out classes.
     """
     if len(vae.sizes) > 1 or isinstance(vae, ClassVAE):
         return {}
@@ -183,7 +183,7 @@ def decompose(vae: VAE, data: Data, num_rows: int) -> dict[str, Any]:
 
 
 def unit_kl(vae: VAE, data: Data) -> Tensor | None:
-    """KL(q(z_d | x) || p(z_d)) averaged over `data` [D], or None where dimensions depend."""
+    """Returns KL(q(z_d | x) || p(z_d)) averaged over `data` [D]; None for dependent dimensions."""
     x, y = data.batch()
     with forked(x.device, 0), torch.no_grad():
         try:
@@ -194,13 +194,13 @@ def unit_kl(vae: VAE, data: Data) -> Tensor | None:
 
 
 def unit_names(vae: VAE) -> list[str]:
-    """Names of all units: z0, z1, ..., or z1[0], ..., z2[0], ... in several layers."""
+    """Returns the names of all units: z0, z1, ..., or z1[0], ..., z2[0], ... in several layers."""
     form = "{}{}" if len(vae.sizes) == 1 else "{}[{}]"
     return [form.format(site, d) for site, size in vae.sizes.items() for d in range(size)]
 
 
 def layer_lines(vae: VAE, data: Data) -> dict[str, str]:
-    """KL and active units of each layer of several, for a table."""
+    """Returns in words the KL and active units of each layer; {} for a single layer."""
     if len(vae.sizes) == 1:
         return {}
     x, y = data.batch()
@@ -215,7 +215,7 @@ def layer_lines(vae: VAE, data: Data) -> dict[str, str]:
 
 
 class KlParts:
-    """A callback of `fit`: parts of the KL, and KL of each unit, a row of parts.csv an epoch.
+    """A callback of `fit` that writes the parts of the KL and the KL of each unit to parts.csv.
 
     Args:
         folder: The run folder.
@@ -231,7 +231,7 @@ class KlParts:
             self.rows = [{**row, "epoch": int(row["epoch"] or 0)} for row in rows]
 
     def __call__(self, state: State) -> None:
-        """Measures, and writes all epochs so far."""
+        """Measures this epoch, and writes all epochs so far."""
         vae: VAE = state.vae  # type: ignore[assignment]
         training, data = vae.training, self.data.to(next(vae.parameters()).device)
         parts = decompose(vae.eval(), data, num_rows=200)
@@ -248,9 +248,9 @@ class KlParts:
 
 
 def _of_parts(folder: Path, vae: VAE, num_data: int) -> dict[str, Figure]:
-    """Of parts.csv, where there is one: parts of the KL, and KL of each dimension.
+    """Makes figures of parts.csv, if it exists: parts of the KL, and KL of each dimension.
 
-    `num_data` is the number of data of q(z), whose logarithm the mutual information cannot pass.
+    q(z) averages over `num_data` rows, and the mutual information is at most their logarithm.
     """
     path = folder / "parts.csv"
     if not path.exists():

@@ -1,4 +1,4 @@
-"""log p(x) of rows: of a file, written as it is found; of batches; of a part of a run's data."""
+"""Estimates log p(x) of the rows of a file, of a batch, or of a part of a run's data."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ OPTIONS = tuple(inspect.signature(log_evidence).parameters)[4:]  # after model, 
 
 
 def held_out(splits: Splits, part: str, limit: int | None) -> Data:
-    """Rows that stand for a part, with their noise drawn once."""
+    """Returns at most `limit` rows from all over a part, with their noise drawn once."""
     data: Data = getattr(splits, part)
     return data.subset(spread(len(data), limit, splits.seed)).fixed(splits.seed)
 
 
 def rows_of(splits: Splits, part: str, data: Data) -> str:
-    """Which rows of a part these are, in words."""
+    """Returns in words which rows of a part `data` holds."""
     whole = len(getattr(splits, part))
     if len(data) == whole:
         return f"all {whole} rows of the {part} part"
@@ -62,18 +62,18 @@ def rows_of(splits: Splits, part: str, data: Data) -> str:
 
 
 def estimate(vae: VAE, data: Data, options: Namespace) -> Evidence:
-    """log p(x) of all rows, by the one estimator to call."""
+    """Estimates log p(x) of all rows by `log_evidence`."""
     found: Evidence = config.given(log_evidence, vars(options), vae, *data.batch())
     return found
 
 
 def shifted(evidence: Evidence, data: Data) -> Evidence:
-    """Evidence in the units of the data before their transform."""
+    """Returns the evidence in the units of the data before their transform."""
     return replace(evidence, log_prob=evidence.log_prob + data.log_jacobians)
 
 
 def by_column(vae: VAE, data: Data, **options: Any) -> Tensor:
-    """log p(x_c | the other columns) [N, C] in the units of the data; NaN where one is missing.
+    """Estimates log p(x_c | the other columns) [N, C] in the units of the data; NaN if missing.
 
     Raises:
         ValueError: If the data are no table.
@@ -85,11 +85,11 @@ def by_column(vae: VAE, data: Data, **options: Any) -> Tensor:
 
 
 def score(options: Namespace) -> None:
-    """log p(x), standard error and verdict of each row of a file, as CSV.
+    """Writes log p(x), standard error and verdict of each row of a file, as CSV.
 
-    With `--num_samples` draws of the encoder, a lower bound; with `--p_values` the rank of each
-    row among held-out rows and among rows that the model draws; with `--columns` also log p of
-    each value given the others of its row.
+    With `--num_samples`, log p(x) is a lower bound from so many draws of the encoder.
+    `--p_values` adds the rank of each row among held-out rows and among draws of the model;
+    `--columns` adds log p of each value given the others of its row.
     """
     check_whole(0, p_values=options.p_values)
     default = Path(options.file).with_suffix(".scores.csv")
@@ -103,11 +103,11 @@ def score(options: Namespace) -> None:
 
 
 def _estimator(vae: VAE, data: Data, options: Namespace) -> Estimate:
-    """What gives log p(x) of some of the rows from a seed, held to one audit for all."""
+    """Returns the estimator of log p(x) for parts of the rows, with one audit for all parts."""
     work = {name: options[name] for name in WORK}
     if options.num_samples is not None:
         return partial(importance_sampling, vae, num_samples=options.num_samples, **work)
-    audit: Any = True  # for each part
+    audit: Any = True  # one audit for each part
     if not isinstance(vae, ClassVAE):
         first = data.subset(torch.arange(min(len(data), 1000)))
         same = {name: options[name] for name in ("tolerance", "chunk_size", "seed")}
@@ -117,10 +117,10 @@ def _estimator(vae: VAE, data: Data, options: Namespace) -> Estimate:
 
 
 def _references(vae: VAE, estimate: Estimate, options: Namespace) -> dict[str, Tensor]:
-    """log p(x) of held-out rows, and of as many that the model draws, where they are asked for."""
+    """Estimates log p(x) of held-out rows and of as many draws of the model, for p-values."""
     if not options.p_values:
         return {}
-    from pyro_vae.cli.figures import condition  # and with it what draws them
+    from pyro_vae.cli.figures import condition  # imports matplotlib too
 
     _, splits = load_run(options.run, None)
     held = held_out(splits, "test", options.p_values)
@@ -146,7 +146,7 @@ def _scored(
     part: int,
     rows: Tensor,
 ) -> bytes:
-    """The lines of a part, below one of what averages over all parts are made of."""
+    """Returns the lines of a part, below a line of sums for the averages over all parts."""
     seed, some = part_seed(options.seed, part), data.subset(rows)
     work = {name: options[name] for name in WORK}
     each = by_column(vae, some, seed=seed, **work) if options.columns else None
@@ -172,7 +172,7 @@ def lines(
     data: Data,
     first: bool,
 ) -> str:
-    """Lines of the CSV for the rows of a part, under its head where it is the first."""
+    """Returns the CSV lines of the rows of a part, below the header if it is the first part."""
     names = data.columns or range(data.data_shape.numel())
     values = [] if each is None else list(each.T)
     heads = [f"log_prob of {name}" for name, _ in zip(names, values)]
@@ -189,12 +189,12 @@ def lines(
 
 
 def _numbers(values: Tensor) -> Iterator[str]:
-    """Each with six decimals; nothing for NaN."""
+    """Yields each value with six decimals, and "" for NaN."""
     return ("" if value != value else f"{value:.6f}" for value in values.tolist())
 
 
 def joined(parts: list[Path], out: Path) -> str:
-    """Writes the file of all parts; what is to be said of it."""
+    """Writes the file from all parts; returns the message about it."""
     sums, verdicts = Counter[str](), Counter[str]()
 
     def blocks() -> Iterator[bytes]:
@@ -217,15 +217,15 @@ def joined(parts: list[Path], out: Path) -> str:
 
 
 class Scorer:
-    """A function from a batch of rows to the batch with log p(x) of each row beside it.
+    """A function of a batch of rows that adds log p(x) of each row to the batch.
 
-    It is what Ray Data's `map_batches`, Dask's `map_partitions` and Spark's `mapInPandas` take:
-    small to send, for it holds the path of the run alone and loads it once in each process. A
-    row's noise depends on its place in the batch; its log p(x) does so within its standard error.
+    Ray Data's `map_batches`, Dask's `map_partitions` and Spark's `mapInPandas` take it. It is
+    small to send: it holds only the path of the run, which each process loads once. The noise of
+    a row, and so its log p(x) within the standard error, depends on its place in the batch.
 
     Args:
         run: A run folder of `pyro-vae train`, which every machine can read.
-        options: Of `log_evidence`, such as `tolerance`.
+        options: Options of `log_evidence`, such as `tolerance`.
 
     Raises:
         ValueError: If the folder holds no run, or one that is not complete.
@@ -234,7 +234,7 @@ class Scorer:
     def __init__(self, run: str | os.PathLike[str], **options: Any) -> None:
         check_options("log_evidence", options, OPTIONS)
         self.run, self.options = os.path.abspath(run), options
-        self._loaded: Any = with_record(self.run)  # here, where a broken run is seen early
+        self._loaded: Any = with_record(self.run)  # to see a broken run early
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_loaded": None}
@@ -243,8 +243,8 @@ class Scorer:
         """Adds the columns "log_prob" (nats, in the data's own units), "stderr" and "verdict".
 
         Args:
-            batch: A pandas frame, or a mapping of arrays: of "x" [N, *E] (and "y" [N, C]), or of
-                the columns of a table by name. Others, such as an id or a scalar, are passed on.
+            batch: A pandas frame, or a mapping of arrays: "x" [N, *E] (and "y" [N, C]), or the
+                columns of a table by name. Other entries, such as ids or scalars, are passed on.
 
         Raises:
             ValueError: If the rows are not of the kind that the run was trained on.
@@ -269,7 +269,7 @@ class Scorer:
 
 
 def _rows(batch: Any, known: dict[str, Any]) -> Data:
-    """A batch as rows, untransformed."""
+    """Returns the rows of a batch, untransformed."""
     schema, names = known["schema"], known.get("rows", {}).get("columns")
     if isinstance(batch, Mapping) and "x" in batch and "x" not in (names or ()):
         return Data(batch["x"], batch.get("y"), name="the batch")
@@ -300,8 +300,8 @@ def _is_column(cell: Any) -> bool:
 
 
 def _column(name: str, cell: Any) -> Tensor:
-    """A column as float32; Decimals and texts of numbers come as objects."""
+    """Returns a column as float32, also if it holds objects such as Decimals or texts."""
     if isinstance(getattr(cell, "dtype", None), np.dtypes.ObjectDType):
-        with suppress(TypeError, ValueError):  # which the next line says in plain words
+        with suppress(TypeError, ValueError):  # the next line raises a plainer error
             cell = np.asarray(cell, np.float64)
     return as_tensor(name, cell).float()

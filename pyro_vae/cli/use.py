@@ -32,7 +32,7 @@ from pyro_vae.vae import VAE
 
 
 def sample(options: Namespace) -> None:
-    """Draws of a run's model: an .npz file, and a picture where they are images."""
+    """Writes draws of a run's model to an .npz or .csv file, and a picture if they are images."""
     check_whole(size=options.size)
     check_whole(0, seed=options.seed)
     vae, splits = load_run(options.run, options.data_root)
@@ -44,7 +44,7 @@ def sample(options: Namespace) -> None:
         x = splits.train.transform.inverse(vae.sample(options.size, y, mean=options.mean))
     x = x if schema is None else schema.rounded(x)
     if splits.train.levels is not None and bool((x == x.round()).all()):
-        x = x.to(torch.uint8)  # as the data were, so that other commands read it
+        x = x.to(torch.uint8)  # like the data, so that other commands read it
     write(out, _archive(x=x.numpy()) if schema is None else schema.csv(x))
     if x.ndim == 4:
         plots.save(plots.images(x, limits=limits(splits.train)), str(out.with_suffix(".png")))
@@ -52,7 +52,7 @@ def sample(options: Namespace) -> None:
 
 
 def encode(options: Namespace) -> None:
-    """Posterior means and scales of the rows of a file, in its order."""
+    """Writes posterior means and scales of the rows of a file, in its order."""
     default = Path(options.file).with_suffix(".encoded.npz")
     out = destination(options.out, default, (".npz", ".csv"), options.file)
     vae, data = with_own_rows(options)
@@ -67,7 +67,7 @@ def encode(options: Namespace) -> None:
 
 
 def _codes(parts: list[Path], out: Path) -> str:
-    """Writes the means and scales of all parts; what is to be said of them."""
+    """Writes the means and scales of all parts; returns the message about them."""
     shapes = [np.load(part, mmap_mode="r").shape for part in parts]
     rows, width = sum(rows for rows, _ in shapes), shapes[0][1] // 2
 
@@ -89,10 +89,10 @@ def _codes(parts: list[Path], out: Path) -> str:
 
 
 def impute(options: Namespace) -> None:
-    """The file with what is missing filled in: by its mean (median of whole numbers), and draws.
+    """Writes a file with missing values filled in by means (medians if whole), and files of draws.
 
-    Observed values are those of the file; the others are in its units, and in a table at
-    multiples of their column's resolution.
+    Observed values stay as they are; the others are in the units of the file, and in a table
+    rounded to their column's resolution.
     """
     check_whole(0, draws=options.draws)
     check_whole(optional=True, num_samples=options.num_samples)
@@ -127,9 +127,9 @@ def impute(options: Namespace) -> None:
 def _imputed(
     vae: VAE, rows: Data, given: Data, options: Namespace, part: int, index: Tensor
 ) -> bytes:
-    """A part of the rows given, filled in: x [1 + R, n, *E], and the verdict of each."""
+    """Returns n rows filled in, x [1 + R, n, *E]: the best values, then R draws; and verdicts."""
     schema = rows.schema
-    whole = vae.likelihood.support.is_discrete  # of which a mean is none
+    whole = vae.likelihood.support.is_discrete  # a mean of these is none
     work: dict[str, Any] = {name: options[name] for name in WORK}
     if options.num_samples is not None:
         work |= {"proposal": "guide", "num_samples": options.num_samples}
@@ -153,7 +153,7 @@ def _imputed(
 
 
 def classify(options: Namespace) -> None:
-    """The class of each row of a file, probabilities, standard error and verdict, as CSV."""
+    """Writes the class of each row of a file, probabilities, error and verdict, as CSV."""
     default = Path(options.file).with_suffix(".classes.csv")
     out = destination(options.out, default, (".csv",), options.file)
     vae, data = with_own_rows(options)
@@ -189,9 +189,9 @@ def _of_part(part: Path, name: str) -> np.ndarray:
 def _content(
     given: Data, parts: Iterable[np.ndarray], suffix: str, beside: Cells
 ) -> str | bytes | Iterable[bytes]:
-    """A file like `given` of rows that come in parts.
+    """Returns the content of a file like `given`, with the rows that come in parts.
 
-    The cells `beside` are those of labels, of a table with a schema.
+    `beside` holds the cells of the labels, for a table with a schema.
     """
     if suffix == ".npy":
         return npy(parts, given.x.shape)
@@ -199,7 +199,7 @@ def _content(
     if given.schema is not None:
         return given.schema.csv(torch.from_numpy(x), beside)
     if suffix == ".csv":
-        rows: list[Any] = list(x)  # in the fewest digits that give them again
+        rows: list[Any] = list(x)  # written with the fewest digits that give them again
         head = [] if given.columns is None else [[*given.columns]]
         if given.labels is not None:
             rows = [[*row, label] for row, label in zip(x, given.labels.tolist())]
@@ -210,7 +210,7 @@ def _content(
 
 
 def _archive(**arrays: Any) -> bytes:
-    """The content of an .npz file."""
+    """Returns the content of an .npz file."""
     file = io.BytesIO()
     np.savez(file, **arrays)
     return file.getvalue()
