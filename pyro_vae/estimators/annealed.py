@@ -1,4 +1,4 @@
-"""log p(x) by annealed importance sampling, and between two bounds on simulated data."""
+"""Annealed importance sampling of log p(x), and bounds from both sides on simulated data."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from pyro_vae.estimators.refined import Fit, fit_proposal
 from pyro_vae.estimators.run import estimator, map_targets, summed
 from pyro_vae.estimators.target import Target, gradients
 
-PILOT_CHAINS = 16
+PILOT_CHAINS = 16  # chains that tune the step sizes
 STEEPNESS = 4.0  # of the sigmoid schedule
 STARTS = ("prior", "guide", "refined")
-GUIDE_DRAWS = 200  # behind the spread of the guide
+GUIDE_DRAWS = 200  # draws from which the guide's spread is estimated
 
 
 @estimator
@@ -44,21 +44,21 @@ def annealed_importance_sampling(
     seed: int | None = 0,
     progress: bool = False,
 ) -> Evidence:
-    r"""log p(x) of each datum by annealed importance sampling.
+    r"""Estimates log p(x) of each datum by annealed importance sampling.
 
     .. math:: \log p(x) \approx \log \frac1C \sum_{c=1}^C \exp \sum_{t=1}^T
         (\beta_t - \beta_{t-1}) \big( \log p(x, u_{c,t-1}) - \log q(u_{c,t-1}) \big)
 
     where the chain c starts at a draw of q and moves, at each temperature, by Hamiltonian Monte
-    Carlo that leaves :math:`q^{1-\beta_t} p^{\beta_t}` as it is. The weights are unbiased for
-    p(x) whatever the moves do; better moves and more temperatures lower their variance.
+    Carlo that leaves :math:`q^{1-\beta_t} p^{\beta_t}` invariant. The weights are unbiased for
+    p(x) whatever the moves are; better moves and more temperatures lower their variance.
 
-    Step sizes of each datum and temperature are set by 16 chains of a first pass, whose weights
-    are thrown away, and then kept. Moves are preconditioned by the start's own covariance.
+    A first pass of 16 chains, whose weights are thrown away, sets the step size of each datum and
+    temperature. Moves are preconditioned by the covariance of the start.
 
-    From "guide" and "prior" hundreds of temperatures and more are needed, and the verdict is
-    "lower bound"; from "refined", the proposal of `refined_importance_sampling`, twenty are
-    enough, and the verdict is as there.
+    The starts "guide" and "prior" need hundreds of temperatures or more, and their verdict is
+    "lower bound". For "refined", the proposal of `refined_importance_sampling`, twenty are enough,
+    and the verdict is as there.
 
     Costs about (C + 16) T L evaluations of the model and its gradient for each datum.
 
@@ -117,7 +117,7 @@ def _estimate(
 
 
 def check_path(start: str, schedule: str) -> None:
-    """Raises a ValueError if there is no such path."""
+    """Raises a ValueError if the start or the schedule is unknown."""
     if start not in STARTS:
         raise ValueError(f"start must be one of {STARTS}; got {start!r}")
     check_choice(("sigmoid", "linear"), schedule=schedule)
@@ -127,14 +127,14 @@ class Path:
     """An annealed path from a start to the posteriors of B data.
 
     Args:
-        start: Where it starts.
+        start: Density at which the path starts.
         num_temperatures: Steps T.
         num_leapfrog: Leapfrog steps of each move.
         schedule: "sigmoid" or "linear".
 
     Attributes:
         betas: Inverse temperatures from 0 to 1 [T + 1].
-        step_sizes: Of the moves [T + 1, B], at which about 65 % of them are accepted.
+        step_sizes: Step sizes of the moves [T + 1, B], at which about 65 % are accepted.
     """
 
     def __init__(
@@ -157,13 +157,13 @@ class Path:
         return torch.stack(sizes)
 
     def forward(self, num_chains: int) -> Tensor:
-        """Log weights [C, B] of chains from the start, unbiased for p(x)."""
+        """Returns log weights [C, B] of chains from the start, unbiased for p(x)."""
         return self._weights(self.start.draw(num_chains), range(1, len(self.betas)), 0)
 
     def reverse(self, u: Tensor) -> Tensor:
-        """Log weights [C, B] of chains back to the start, their inverses unbiased for 1 / p(x).
+        """Returns log weights [C, B] of chains from the posterior back to the start.
 
-        From exact draws u [C, B, D] of the posterior.
+        The chains begin at exact draws u [C, B, D]; inverse weights are unbiased for 1 / p(x).
         """
         return self._weights(u, range(len(self.betas) - 1, 0, -1), 1)
 
@@ -179,7 +179,7 @@ class Path:
         return log_weights
 
     def at(self, u: Tensor) -> Point:
-        """Both log densities at `u`, and their gradients."""
+        """Returns both log densities at `u`, and their gradients."""
         values, slopes = gradients(self.start.log_densities, u, self.start.target.draws_at_once)
         return Point(u, *values, *slopes)
 
@@ -196,14 +196,14 @@ class Path:
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """A density to draw from and to score, beside that of the target.
+    """The density at which a path starts, and the target where it ends.
 
     Attributes:
         target: The posteriors of B data.
         scale_tril: The metric of the moves [B, D, D], a rough factor of the covariance.
-        draw: Draws [K, B, D] of a number K.
-        log_densities: log density of the start and log p(x, u), each [K, B], of u [K, B, D].
-        fit: The proposals that it is made of, if any.
+        draw: Function from a number K to draws [K, B, D].
+        log_densities: Function from u [K, B, D] to log densities of the start and log p(x, u).
+        fit: The proposals that the start is made of, if any.
     """
 
     target: Target
@@ -214,13 +214,13 @@ class Start:
 
 
 def refined(fit: Fit) -> Start:
-    """The proposals fitted to the posteriors, in the metric of their heaviest components."""
+    """Returns the start at fitted proposals, in the metric of their heaviest components."""
     target, q = fit.target, fit.proposal
     return Start(target, q.scale_tril, q.draw, lambda u: (q.log_prob(u), target.log_joint(u)), fit)
 
 
 def make_start(name: str, target: Target) -> Start:
-    """The start of that name.
+    """Returns the start of that name.
 
     Raises:
         ValueError: If the likelihood has no gradient, or the guide no density.
@@ -253,8 +253,8 @@ class Bracket:
     """Bounds of log p(x) of simulated data; on the CPU, in nats.
 
     Attributes:
-        lower: From chains towards the posterior [N]; not above log p(x) on average.
-        upper: From chains that start in it [N]; not below log p(x) on average.
+        lower: Lower bounds [N], from chains to the posterior; on average not above log p(x).
+        upper: Upper bounds [N], from chains that start in it; on average not below log p(x).
         x: The data [N, *E].
     """
 
@@ -267,16 +267,16 @@ class Bracket:
 
     @property
     def gap(self) -> Tensor:
-        """Upper less lower [N]; a datum's can be negative by chance, the mean's not."""
+        """Upper minus lower [N]; negative for single data by chance, not on average."""
         return self.upper - self.lower
 
     def mean(self) -> tuple[float, float, float]:
-        """Averages of lower, upper and gap over data."""
+        """Returns the averages of lower, upper and gap over data."""
         lower, upper, gap = (v.mean().item() for v in (self.lower, self.upper, self.gap))
         return lower, upper, gap
 
     def mean_stderr(self) -> tuple[float, float, float]:
-        """Their standard errors over data; NaN for one datum."""
+        """Returns the standard errors over data of these averages; NaN for one datum."""
         n = len(self)
         columns = self.lower, self.upper, self.gap
         lower, upper, gap = (v.std().item() / n**0.5 if n > 1 else math.nan for v in columns)
@@ -308,7 +308,7 @@ def bidirectional(
     seed: int | None = 0,
     progress: bool = False,
 ) -> Bracket:
-    r"""How far annealed importance sampling is from log p(x), by bidirectional Monte Carlo.
+    r"""Bounds the error of annealed importance sampling by bidirectional Monte Carlo.
 
     Data are simulated from the model, so that one exact draw of each posterior is known: the
     latents that made the datum. Chains from the start give a lower bound on average, chains
@@ -326,9 +326,9 @@ def bidirectional(
     Args:
         model: Pyro model; see `refined_importance_sampling`. Its one observed site must be x.
         guide: Pyro guide.
-        x: Data [N, *E], of which the shape alone matters: the values are simulated.
+        x: Data [N, *E], of which only shape and missing entries count: the values are simulated.
         y: What is conditioned on [N, C], or None.
-        num_data: Data to simulate; N if None, else the rows of `y` are used in turn.
+        num_data: Number of data to simulate, from the rows of x and y in turn; N if None.
         num_temperatures: As in `annealed_importance_sampling`.
         num_chains: Chains C each way.
         num_leapfrog: Leapfrog steps of each move.

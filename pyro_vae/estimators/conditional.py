@@ -19,7 +19,7 @@ from pyro_vae.estimators.refined import Fit, fit_proposal
 from pyro_vae.estimators.run import estimator, for_each_value, map_targets, summed
 from pyro_vae.estimators.target import Target
 
-KHAT = 0.6  # of a column's weights, above which it gets draws of its own
+KHAT = 0.6  # k-hat of a column's weights, above which the column gets draws of its own
 
 
 @estimator
@@ -31,7 +31,7 @@ def log_conditional(
     y: Tensor | None = None,
     **options: Any,
 ) -> Evidence:
-    r"""log p(x[~given] | x[given]) of each datum: how probable were entries given others.
+    r"""Estimates log p(x[~given] | x[given]) of each datum, of some entries given others.
 
     .. math:: \log p(x_m \mid x_o) = \log p(x_m, x_o) - \log p(x_o)
 
@@ -39,7 +39,7 @@ def log_conditional(
         model: As in `log_evidence`, of a VAE with missing=True, or of one's own that observes x
             as `distributions.Incomplete`.
         guide: Pyro guide of the same arguments.
-        x: Data [N, *E]; NaN is missing from both.
+        x: Data [N, *E]; NaN entries belong to neither part.
         given: Which entries are conditioned on, bool [*E] or [N, *E].
         y: What is conditioned on [N, C], or None.
         options: As in `log_evidence`: tolerance, budget, audit, seed and others.
@@ -91,21 +91,21 @@ def column_log_prob(
     seed: int | None = 0,
     progress: bool = False,
 ) -> Tensor:
-    r"""log p(x_c | the other columns) of each value: which of them make a row odd.
+    r"""Estimates log p(x_c | other columns) of each value, which shows what makes a row odd.
 
     .. math:: \log p(x_c \mid x_{-c}) = \log p(x) - \log p(x_{-c}), \qquad
         p(x_{-c}) \approx \frac1K \sum_k \frac{w_k}{p(x_c \mid z_k)}
 
-    with the weighted draws that give log p(x): the average of p(x_c | z) over draws weighted for
-    the other columns, so that it is never above 0 for a probability. Where leaving a column out
-    makes the k-hat of these weights larger than 0.6, the draws are from a mixture of the proposals
-    for x and for the other columns. A VAE without missing=True has no proposal for the others:
-    there, log p of an odd value may come out too high.
+    with the weighted draws that give log p(x). This averages p(x_c | z) over draws weighted for
+    the other columns, so that a log probability is never above 0. Where leaving a column out
+    makes the k-hat of these weights larger than 0.6, the draws are from a mixture of the
+    proposals for x and for the other columns. A VAE without missing=True has no proposal for
+    the others: there, log p of an odd value may come out too high.
 
     Args:
         model: As in `log_evidence`, or a VAE; its one observed site is x, its entries independent
-            given the latents. One of one's own takes NaN, unless it is a method of a module whose
-            `missing` is False.
+            given the latents. A model of one's own must accept NaN, unless it is a method of a
+            module whose `missing` is False.
         guide: Pyro guide of the same arguments.
         x: Data [N, *E].
         y: What is conditioned on [N, C], or None.
@@ -117,7 +117,7 @@ def column_log_prob(
         progress: As in `log_evidence`.
 
     Returns:
-        Nats [N, *E]; NaN where a value is missing.
+        log p in nats [N, *E]; NaN where a value is missing.
 
     Raises:
         ValueError: As `refined_importance_sampling`; if the model observes anything but x, or the
@@ -136,9 +136,9 @@ def column_log_prob(
 
 @dataclass(frozen=True, eq=False)
 class _LeftOut:
-    """log p(x), then log p(x_{-c}) of the other entries than each of them; [N, 1 + C] on the CPU.
+    """log p(x), then log p(x_{-c}) without each entry c in turn; [N, 1 + C] on the CPU.
 
-    Given a value of a discrete latent they are those of its joint density with the data.
+    At a value of a discrete latent, these are joint log densities with that value.
     """
 
     log_prob: Tensor
@@ -148,15 +148,15 @@ class _LeftOut:
 
     @classmethod
     def mixed(cls, parts: Sequence[_LeftOut]) -> _LeftOut:
-        """Of the data alone, from those of each value."""
+        """Sums over the values of the discrete latent."""
         return cls(torch.stack([part.log_prob for part in parts]).logsumexp(0))
 
     def rows(self, index: Tensor) -> _LeftOut:
-        """Those of some of the data."""
+        """Returns the numbers of some of the data."""
         return _LeftOut(self.log_prob[index])
 
     def excluded(self, index: Tensor) -> _LeftOut:
-        """The same, some of the data excluded by the model."""
+        """Returns the same with -inf for some data, which the model excludes."""
         return _LeftOut(self.log_prob.index_fill(0, index, -math.inf))
 
 
@@ -175,7 +175,7 @@ def _joined(
 
 
 def _columns(target: Target, num_samples: int, missing: bool) -> Tensor:
-    """As `_LeftOut`, of B data; `missing` is whether the model takes NaN."""
+    """Returns the numbers of `_LeftOut` for B data; `missing` tells if the model takes NaN."""
     fit = fit_proposal(target)
     runs = fit.weighed(torch.cat([*fit.draws(num_samples)]), num_samples)
     weights, entries = zip(*((w.unsqueeze(-1), run.entry_log_prob()) for w, run in runs))
@@ -191,7 +191,7 @@ def _columns(target: Target, num_samples: int, missing: bool) -> Tensor:
 
 
 def _cells(fit: Fit, entry: Tensor, num_samples: int) -> Tensor:
-    """log p(x_c | the others) [M] of one entry c of each row, by its number, on the CPU."""
+    """Returns log p(x_c | the others) [M] of the entry c of each row, by index, on the CPU."""
     target = fit.target
     cell: Any = (torch.arange(len(entry)), *torch.unravel_index(entry, target.x.shape[1:]))
     rest = fit_proposal(target.without(cell))
@@ -206,10 +206,10 @@ class ClassProbabilities(NamedTuple):
     """p(y | x) of each datum, on the CPU.
 
     Attributes:
-        probabilities: Of the classes [N, C].
+        probabilities: Probabilities of the classes [N, C].
         stderr: Their Monte Carlo standard errors [N, C], by the delta method.
-        verdict: "reliable", "lower bound" or "doubtful" for each datum: the worst estimate of
-            log p(x, y) among the classes of probability above 0.001.
+        verdict: The worst verdict, "reliable", "lower bound" or "doubtful", on log p(x, y) of each
+            datum among the classes of probability above 0.001.
     """
 
     probabilities: Tensor
@@ -229,7 +229,7 @@ def class_probabilities(
     seed: int | None = 0,
     **options: Any,
 ) -> ClassProbabilities:
-    r"""Probabilities of the classes of each datum under the model itself.
+    r"""Estimates the probabilities of the classes of each datum under the model itself.
 
     .. math:: p(y \mid x) = \frac{p(x, y)}{\sum_{y'} p(x, y')}
 
@@ -243,8 +243,8 @@ def class_probabilities(
         x: Data [N, *E], a tensor, array, frame or list; as is y.
         y: What is conditioned on [N, C], or None.
         site: Name of the latent, needed if there are several: the others are summed out.
-        estimator: What gives log p(x, y), such as `importance_sampling`: faster, and less sure.
-        seed: Of the draws.
+        estimator: Function that estimates log p(x, y); `importance_sampling` is faster, less sure.
+        seed: Seed of the draws.
         options: Further arguments of the estimator.
 
     Returns:
@@ -271,7 +271,7 @@ def class_probabilities(
     given = {"model": model, "guide": guide, "x": x, "y": y, "seed": seed, **options}
     parts = for_each_value(estimator, given, values)
     rows = values[site].reshape(len(values[site]), -1)
-    first = (rows.unsqueeze(1) == rows).all(-1).int().argmax(1)  # of the same value
+    first = (rows.unsqueeze(1) == rows).all(-1).int().argmax(1)  # first row of the same value
     classes = torch.unique(first, return_inverse=True)[1].cpu()
     joint, stderr = (torch.stack([getattr(p, n) for p in parts]) for n in ("log_prob", "stderr"))
     share = (joint - joint.logsumexp(0)).exp()  # [J, N] of the J joint values

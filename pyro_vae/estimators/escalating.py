@@ -1,4 +1,4 @@
-"""As much work as each datum needs."""
+"""Estimates log p(x) with as much work as each datum needs."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from pyro_vae.estimators.proposal import components_cost, fit_cost
 from pyro_vae.estimators.refined import AGAIN_STEPS, METHOD, Fit, fit_proposal
 from pyro_vae.estimators.target import SCALE_DRAWS, Target
 
-PILOT, SECOND = 400, 2000  # draws that choose the number of draws, and are not scored
+PILOT, SECOND = 400, 2000  # draws of the first pilot and of later ones, which are not scored
 NUMBERS = 1000, 1500, 2000, 3000, 4000, 6000, 8000, 12_000, 16_000, 24_000, 32_000, 48_000, 64_000
-ENOUGH = 8000  # draws that have to be, or else the proposal is improved
-AGAIN = 4000  # draws of an improved proposal, at least
-AIS_CHAINS, AIS_TEMPERATURES, AIS_LEAPFROG = 384, 20, 3  # of annealing
+ENOUGH = 8000  # most draws of the first proposal: if more are needed it is improved
+AGAIN = 4000  # fewest draws of an improved proposal
+AIS_CHAINS, AIS_TEMPERATURES, AIS_LEAPFROG = 384, 20, 3  # annealed importance sampling
 AIS_COST = (AIS_CHAINS + PILOT_CHAINS) * AIS_TEMPERATURES * AIS_LEAPFROG
-TWICE = 2000  # draws above which a second walk starts where the first one led
-MARGIN = 0.8  # of the tolerance, that a pilot must promise
-TRUSTED = 0.6  # k-hat, near that at which the variance of the weights ends (0.5)
-KHAT = 0.7  # of a pilot of many draws, above which its variance is not believed
+TWICE = 2000  # needed draws above which a second walk starts where the first one led
+MARGIN = 0.8  # share of the tolerance that a pilot aims at
+TRUSTED = 0.6  # largest k-hat that is trusted; weights have no variance above 0.5
+KHAT = 0.7  # k-hat of a later pilot above which its variance is not believed
 
 
 def escalate(
     target: Target, tolerance: float, budget: float = math.inf, exact: Tensor | None = None
 ) -> Evidence:
-    """log p(x) of B data with as many draws as a pilot says each of them needs.
+    """Estimates log p(x) of B data with as many draws as a pilot says each of them needs.
 
-    Where many draws are needed, or too few were made, after improvements of the proposal.
+    The proposal is improved where many draws are needed, or where the error stays too large.
 
     Args:
-        target: Their posteriors.
+        target: The posteriors of the data.
         tolerance: Largest standard error.
         budget: Most evaluations of the model for one datum.
-        exact: A draw of each posterior [1, B, D], whose log weight is added to the extras.
+        exact: A draw of each posterior [1, B, D], whose log weight goes to the extra "exact".
 
     Raises:
-        ValueError: If the budget is below the least.
+        ValueError: If the budget is too small.
     """
     improvements: list[Callable[[Fit, Tensor], Fit] | None] = [
         lambda fit, _: fit.again(),
@@ -56,7 +56,7 @@ def escalate(
         improvements = [*improvements[: stages - 1], None]
     fit = fit_proposal(target)
     parts: list[Evidence] = []
-    rows = last = torch.arange(target.num_data)  # last: where a datum's last estimate is
+    rows = last = torch.arange(target.num_data)  # last: index of each datum's last estimate
     for stage, improve in enumerate(improvements):
         needed, visited = _pilot(fit, tolerance, SECOND if stage else PILOT)
         needed = needed.clamp(min=AGAIN if stage else 0)
@@ -74,7 +74,7 @@ def escalate(
 
 
 def _affordable(budget: float, dim: int) -> tuple[int, float]:
-    """How many proposals can be tried, and what is left for the draws of the last."""
+    """Returns how many proposals can be tried, and the evaluations left for the last's draws."""
     least = SCALE_DRAWS + search_cost(dim) + fit_cost(dim)
     left, stages = budget - least - PILOT - 2 * WALK_COST, 1
     if left < NUMBERS[0]:
@@ -92,17 +92,17 @@ def _affordable(budget: float, dim: int) -> tuple[int, float]:
 
 
 def _pilot(fit: Fit, tolerance: float, number: int) -> tuple[Tensor, Tensor]:
-    r"""Draws that bring the standard error below the tolerance [B], and where walks led.
+    r"""Returns how many draws give the tolerated standard error [B], and the points of walks.
 
-    The relative variance of a weight is estimated twice, and the larger counts: from draws of
-    the proposal, which do not see where it does not reach; and from walks through the
-    posterior, over which the average weight is one more than it,
+    The relative variance of a weight is estimated in two ways, and the larger counts: from draws
+    of the proposal, which do not show where it does not reach; and from walks through the
+    posterior, where the average relative weight is that variance plus one,
 
     .. math:: \operatorname{Var}_q \frac{w}{p(x)} = \mathbb{E}_{p(u \mid x)} \frac{w}{p(x)} - 1
 
-    Walks start at the largest weights, from where they go on into what the proposal does not
-    reach, if the posterior has mass there, and come back if it has none. Where more than 2000
-    draws are needed a second one starts at the largest weights of the first, and both count.
+    Walks start at the largest weights, and move on to where the proposal does not reach if the
+    posterior has mass there. Where more than 2000 draws are needed, a second walk starts at the
+    largest weights of the first, and the two are averaged.
 
     No draw of the pilot is scored, so that what it happens to show has no part in the estimate.
 
@@ -112,11 +112,11 @@ def _pilot(fit: Fit, tolerance: float, number: int) -> tuple[Tensor, Tensor]:
     """
     places, weights = map(torch.cat, zip(*fit.scored(number)))
     pilot = summarise(weights.cpu(), METHOD, "doubtful")
-    draws_for = (MARGIN * tolerance) ** -2  # a unit of variance
+    draws_for = (MARGIN * tolerance) ** -2  # draws needed per unit of variance
     visited = walk(fit.target, places, weights, fit.proposal.scale_tril)
     found = fit.log_weights(visited, NUMBERS[0])
     spread = number * pilot.stderr.square()
-    beyond = (found[WALKS:].cpu() - pilot.log_prob).exp().mean(0) - 1  # after one move
+    beyond = (found[WALKS:].cpu() - pilot.log_prob).exp().mean(0) - 1  # without the first move
     rows = (draws_for * torch.maximum(spread, beyond) > TWICE).nonzero()[:, 0]
     if len(rows):
         part = fit.rows(rows)
@@ -134,7 +134,7 @@ def _pilot(fit: Fit, tolerance: float, number: int) -> tuple[Tensor, Tensor]:
 def _by_need(
     fit: Fit, needed: Tensor, tolerance: float, budget: float, exact: Tensor | None
 ) -> Evidence:
-    """Evidence of B data, each with the fewest draws that are enough, or with chains."""
+    """Returns evidence of B data, each with the fewest draws that are enough, or with AIS."""
     numbers = [n for n in NUMBERS if n <= budget]
     level = torch.searchsorted(torch.tensor(numbers).double(), needed.double())
     if AIS_COST > budget:

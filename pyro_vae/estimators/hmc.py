@@ -10,21 +10,21 @@ from torch import Tensor
 
 from pyro_vae.estimators.target import Target, gradients
 
-ACCEPTANCE = 0.65
-GAIN = 0.7  # of the logarithm of a step size, for each move
+ACCEPTANCE = 0.65  # share of accepted moves that step sizes aim at
+GAIN = 0.7  # change of log step size per move, in units of the excess acceptance
 WALKS, MOVES, LEAPFROG = 8, 6, 3  # short walks, whose step sizes follow the acceptance
 WALK_COST = WALKS * (1 + MOVES * (LEAPFROG + 1))  # evaluations of the model for one datum
 
 
 class Point(NamedTuple):
-    """States of C chains for B data, and what is known there.
+    """States of C chains for B data, with log densities and gradients there.
 
     Attributes:
-        u: Where they are [C, B, D].
+        u: Positions of the chains [C, B, D].
         log_start: Log density of the start [C, B].
         log_joint: log p(x, u) [C, B].
-        slope_start: Gradient of the first [C, B, D].
-        slope_joint: Gradient of the second [C, B, D].
+        slope_start: Gradient of `log_start` [C, B, D].
+        slope_joint: Gradient of `log_joint` [C, B, D].
     """
 
     u: Tensor
@@ -43,21 +43,21 @@ def hmc_step(
     scale_tril: Tensor,
     num_leapfrog: int,
 ) -> tuple[Point, Tensor]:
-    r"""One move that leaves the density at `beta` as it is.
+    r"""Makes one Hamiltonian move that leaves the density at `beta` invariant.
 
-    Leapfrog steps in coordinates whitened by A, :math:`u = A v`, with unit mass, then
-    acceptance by chain and datum. A proposal whose energy is not a number is rejected.
+    The move takes leapfrog steps in coordinates whitened by A, :math:`u = A v`, with unit mass,
+    and is accepted or not for each chain and datum. It is rejected if its energy is NaN.
 
     Args:
-        at: Evaluates a position.
-        point: Where the chains are.
+        at: Function that evaluates positions.
+        point: States before the move.
         beta: Inverse temperature.
-        step_size: Of each datum [B].
-        scale_tril: A [B, D, D].
-        num_leapfrog: Leapfrog steps.
+        step_size: Step size of each datum [B].
+        scale_tril: Factor A [B, D, D].
+        num_leapfrog: Number of leapfrog steps.
 
     Returns:
-        Where they are then, and the probability of acceptance [C, B].
+        The states after the move, and the probability of acceptance [C, B].
 
     References:
         Neal. MCMC using Hamiltonian dynamics. 2011.
@@ -80,16 +80,16 @@ def hmc_step(
 
 
 def _between(start: Tensor, joint: Tensor, beta: float) -> Tensor:
-    """A log density between the start's and log p(x, u), or its gradient."""
+    """Returns a log density between the start's and log p(x, u), or its gradient."""
     return joint if beta == 1 else (1 - beta) * start + beta * joint
 
 
 def walk(target: Target, draws: Tensor, log_weights: Tensor, scale_tril: Tensor) -> Tensor:
-    """Points [R, B, D] that Hamiltonian Monte Carlo visits in each posterior.
+    """Returns points [R, B, D] that Hamiltonian Monte Carlo visits in each posterior.
 
-    The chains start at the draws of largest weight, and move on from there, also to where no
-    draw has been. Where a proposal reaches all of the posterior they are among its draws after
-    a few moves; where it does not, they stay where weights are large.
+    The chains start at the draws of largest weight, and may move to where there is no draw. Where
+    the proposal covers the posterior they are among its draws after a few moves; where it does
+    not, they stay where weights are large.
 
     Args:
         target: The posteriors.

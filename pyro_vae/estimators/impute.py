@@ -1,4 +1,4 @@
-"""What is missing from data, given what was observed."""
+"""Imputation of missing entries, given the observed ones."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from pyro_vae.estimators.run import estimator, exact_without_data, map_targets, 
 from pyro_vae.estimators.target import Run, Target
 from pyro_vae.runtime import check_fits
 
-TOLERANCE = 0.1  # nats: largest standard error of what is called reliable
+TOLERANCE = 0.1  # largest standard error, in nats, of data that are called reliable
 
 
 @dataclass(frozen=True, eq=False)
 class Imputation:
-    """N data with what is missing from them drawn; on the CPU. Observed entries are as given.
+    """N data with their missing entries drawn, on the CPU. Observed entries are as given.
 
     Attributes:
         draws: Completed data [R, N, *E]; the missing entries of a datum are drawn jointly, from
             their distribution given its observed ones.
         mean: Means [N, *E] of that distribution.
         stderr: Their Monte Carlo standard errors [N, *E]; 0 where observed.
-        evidence: log p of what was observed of each datum, with its errors and verdict.
+        evidence: log p of the observed entries of each datum, with its errors and verdict.
     """
 
     draws: Tensor
@@ -48,31 +48,31 @@ class Imputation:
         return self.quantile(0.5)
 
     def quantile(self, q: float) -> Tensor:
-        """Quantiles [N, *E] of the draws, such as 0.05 and 0.95 for an interval of 90 %."""
+        """Returns quantiles [N, *E] of the draws: 0.05 and 0.95 give an interval of 90 %."""
         return self.draws.double().quantile(q, 0).to(self.draws.dtype)
 
     @property
     def log_prob(self) -> Tensor:
-        """log p of what was observed [N], in nats."""
+        """log p of the observed entries [N], in nats."""
         return self.evidence.log_prob
 
     @property
     def ess(self) -> Tensor:
-        """Effective number of the weighted draws behind each datum [N]."""
+        """Effective sample size of the weighted draws behind each datum [N]."""
         return self.evidence.ess
 
     @property
     def khat(self) -> Tensor:
-        """Shape of the Pareto tail of their weights [N]."""
+        """Shape of the Pareto tail of the weights [N]."""
         return self.evidence.khat
 
     @property
     def verdict(self) -> list[str]:
-        """Whether each datum is "reliable", "doubtful" or, from the guide, a "lower bound"."""
+        """The verdicts: "reliable", "doubtful" or, from draws of the guide, "lower bound"."""
         return self.evidence.verdict
 
     def to_inference_data(self) -> Any:
-        """ArviZ's InferenceData: `draws` in `posterior_predictive`, and what `evidence` gives."""
+        """Returns ArviZ's InferenceData: `draws` in `posterior_predictive`, and the evidence."""
         found = self.evidence.to_inference_data()
         draws = {"x": self.draws[None].numpy()}
         found.add_groups(posterior_predictive=draws, dims={"x": ["row"]})
@@ -80,7 +80,7 @@ class Imputation:
 
     @classmethod
     def cat(cls, parts: Sequence[Imputation]) -> Imputation:
-        """The data of all `parts`, in order."""
+        """Joins the data of all `parts`, in order."""
         return cls(
             torch.cat([part.draws for part in parts], 1),
             torch.cat([part.mean for part in parts]),
@@ -90,9 +90,9 @@ class Imputation:
 
     @classmethod
     def mixed(cls, parts: Sequence[Imputation]) -> Imputation:
-        """Imputations from those given the values c of a discrete latent, with log p(x, c).
+        """Mixes imputations at the values c of a discrete latent, whose `log_prob` is log p(x, c).
 
-        Each draw is one of a value that is itself drawn from p(c | x).
+        Each draw is one at a value that is itself drawn from p(c | x).
         """
         joint = torch.stack([part.log_prob for part in parts])
         share = (joint - joint.logsumexp(0)).exp()  # [C, N]
@@ -103,18 +103,18 @@ class Imputation:
         wide = share.view(*share.shape, *event).to(draws)
         means, errors = (torch.stack([getattr(p, k) for p in parts]) for k in ("mean", "stderr"))
         likeliest = means[share.argmax(0), torch.arange(len(wide[0]))]
-        mean = likeliest + (wide * (means - likeliest)).sum(0)  # exactly that where all agree
+        mean = likeliest + (wide * (means - likeliest)).sum(0)  # exact where all agree
         of_share = torch.stack([part.evidence.stderr for part in parts]).view(wide.shape)
         square = (wide * errors).square() + (wide * of_share * (means - mean)).square()
         evidence = Evidence.mixed([part.evidence for part in parts])
         return cls(draws, mean, square.sum(0).sqrt().to(mean), evidence)
 
     def excluded(self, index: Tensor) -> Imputation:
-        """The imputations, some of the data excluded by the model."""
+        """Returns the imputations with some data marked as excluded by the model."""
         return replace(self, evidence=self.evidence.excluded(index))
 
     def rows(self, index: Tensor) -> Imputation:
-        """The imputations of some of the data, by their indices."""
+        """Returns the imputations of some of the data, by their indices."""
         parts = self.draws[:, index], self.mean[index], self.stderr[index]
         return Imputation(*parts, self.evidence.rows(index))
 
@@ -140,7 +140,7 @@ def impute(
     seed: int | None = 0,
     progress: bool = False,
 ) -> Imputation:
-    r"""Draws of what is missing (NaN in x) from its distribution given what was observed.
+    r"""Draws missing entries (NaN in x) from their distribution given the observed ones.
 
     .. math:: p(x_m \mid x_o) = \int p(x_m \mid z) \, p(z \mid x_o) \, dz
 
@@ -148,14 +148,14 @@ def impute(
     `refined_importance_sampling`, with more components where these are not enough. R of these
     draws are picked in proportion to their weights, and the missing entries are drawn from
     p(x | z) there: independent draws, no chain, with the diagnostics of importance sampling. The
-    mean is the weighted one of all K. A discrete latent that is summed out, such as a class, is
-    drawn from p(c | x_o) first, and the rest given it. Valid if what is missing depends only on
-    what was observed ("at random"), or if the model says how it went missing.
+    mean is the weighted mean of all K. A discrete latent that is summed out, such as a class, is
+    drawn from p(c | x_o) first, and the rest given it. The draws are valid if what is missing
+    depends only on what was observed ("at random"), or if the model describes what goes missing.
 
     Args:
         model: Pyro model of (x) or (x, y), as in `log_evidence`; or a VAE. A model of one's own
-            observes x as `distributions.Incomplete`. Where it has a latent site of the same name
-            and "_missing", the values of that are the missing entries.
+            observes x as `distributions.Incomplete`. If it has a latent site of the same name and
+            "_missing", the values of that site are the missing entries.
         guide: Pyro guide of the same arguments.
         x: Data [N, *E], NaN where missing.
         y: What is conditioned on [N, C], or None.
@@ -206,7 +206,7 @@ def impute(
 
 
 def _imputed(target: Target, num_draws: int, num_samples: int) -> Imputation:
-    """Imputations of B data; where not reliable, from more components and four times the draws."""
+    """Imputes B data, again with more components and 4 K draws where not reliable."""
     fit = fit_proposal(target)
     found, places, weights = _drawn(fit, num_samples, num_draws)
     short = [i for i, verdict in enumerate(found.verdict) if verdict != "reliable"]
@@ -223,7 +223,7 @@ def _imputed(target: Target, num_draws: int, num_samples: int) -> Imputation:
 
 
 def _drawn(fit: Fit, num_samples: int, num_draws: int) -> tuple[Imputation, Tensor, Tensor]:
-    """Imputations from K draws of a fitted proposal, these draws and their log weights."""
+    """Imputes by K draws of a fitted proposal; returns also these and their log weights."""
     places = torch.cat([*fit.draws(num_samples)])
     weights, mean, stderr = _moments(fit.target, fit.weighed(places, num_samples))
     evidence = fit.judge(summarise(weights.cpu(), METHOD, "doubtful"), TOLERANCE)
@@ -232,9 +232,9 @@ def _drawn(fit: Fit, num_samples: int, num_draws: int) -> tuple[Imputation, Tens
 
 
 def _guided(target: Target, num_draws: int, num_samples: int) -> Imputation:
-    """Imputations of B data from draws of the guide."""
+    """Imputes B data by draws of the guide."""
     counts = torch.ones(num_samples).split(target.draws_at_once)
-    draws = [target.draw_guide(len(count)) for count in counts]  # all at once fall out of cache
+    draws = [target.draw_guide(len(count)) for count in counts]  # all at once do not fit in cache
     runs = ((run.log_joint - target.log_guide(u), run) for u in draws for run in [target.at(u)])
     weights, mean, stderr = _moments(target, runs)
     evidence = summarise(weights.cpu(), "importance sampling, guide", "lower bound")
@@ -243,7 +243,7 @@ def _guided(target: Target, num_draws: int, num_samples: int) -> Imputation:
 
 
 def _picked(target: Target, places: Tensor, weights: Tensor, num_draws: int) -> Tensor:
-    """Completed data [R, B, *E] at some of K draws [K, B, D], as often as their weights say.
+    """Completes data [R, B, *E] at R of the draws [K, B, D], picked in proportion to weights.
 
     Raises:
         ValueError: If all weights of a datum are zero.
@@ -261,10 +261,10 @@ def _picked(target: Target, places: Tensor, weights: Tensor, num_draws: int) -> 
 
 
 def _moments(target: Target, runs: Iterable[tuple[Tensor, Run]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Log weights [K, B]; means [B, *E] of the completed data and their Monte Carlo errors.
+    """Returns log weights [K, B]; means [B, *E] of completed data and their Monte Carlo errors.
 
-    Each run of the model gives its weights and its completed data. Sums are in units of the
-    largest weight so far.
+    Each of `runs` is a run of the model with the log weights of its draws. Sums are kept in units
+    of the largest weight so far.
     """
     weights: list[Tensor] = []
     centre, sums = target.scale, [target.scale.new_zeros(())] * 5
@@ -272,7 +272,7 @@ def _moments(target: Target, runs: Iterable[tuple[Tensor, Run]]) -> tuple[Tensor
     for weight, run in runs:
         data = run.complete().double().reshape(*weight.shape, -1)
         if not weights:
-            centre = data[0]  # so that little cancels below
+            centre = data[0]  # so that few digits cancel below
         weights.append(weight)
         before, largest = largest, torch.maximum(largest, weight.amax(0).unsqueeze(-1))
         w, less = (weight.unsqueeze(-1) - largest).exp(), (before - largest).exp()

@@ -1,4 +1,4 @@
-"""log p(x) that says how far it can be trusted, and the audit that holds it to that."""
+"""Estimates of log p(x) with a verdict on how far to trust them, and the audit behind it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from pyro_vae.estimators.importance import lower_bound
 from pyro_vae.estimators.run import estimator, for_each_value, map_targets, summed
 from pyro_vae.estimators.target import ROWS, Target
 
-REGRET_DRAWS = 16  # of the guide, behind its ELBO
+REGRET_DRAWS = 16  # draws of the guide, from which its ELBO is estimated
 REACH = 0.3  # nats by which one exact draw may raise the estimate of a reliable datum
-SLACK = 4.0  # times the variance that the tolerance allows, in what exact draws show of it
-FEWEST, MOST, SHARE = 24, 64, 8  # simulated data: N / 8 within these
+SLACK = 4.0  # largest average gap of reliable data, in units of the squared tolerance
+FEWEST, MOST, SHARE = 24, 64, 8  # simulated data: N / 8, but from 24 to 64
 
 
 @estimator
@@ -43,7 +43,7 @@ def log_evidence(
     seed: int | None = 0,
     progress: bool = False,
 ) -> Evidence:
-    """log p(x) of each datum, with an error below `tolerance` or a word that it is not.
+    """Estimates log p(x) of each datum to within `tolerance`, or says that it did not.
 
     A proposal is fitted to each datum's posterior (`refined_importance_sampling`). A pilot of
     400 draws, and short walks through the posterior, say how many fresh draws the tolerance
@@ -54,8 +54,8 @@ def log_evidence(
 
     "reliable" means: a standard error below the tolerance, a k-hat below 0.6 (and below its
     published threshold), a search for modes that ended, no part of the posterior that draws of
-    the prior found and the estimate did not, and an `audit` that passed: on data simulated from
-    the model, whose latents are known, what is called reliable deserves it. All else is
+    the prior found and the estimate did not, and an `audit` that passed: it checks, on data
+    simulated from the model with known latents, that reliable estimates are so. All else is
     "doubtful", and the value is the best estimate reached.
 
     Args:
@@ -68,28 +68,28 @@ def log_evidence(
         tolerance: Largest standard error, in nats.
         budget: Most evaluations of the model, with or without gradient, for one datum; all that
             the steps above may need (about 100,000) if None. The fit and the first draws need
-            some 5000. What further modes of a datum cost is not counted.
+            some 5000. The cost of further modes of a datum is not counted.
         audit: An `Audit` of these programs; or whether to make one, of 24 to 64 simulated data,
             an eighth of N in between. It is kept for the weights of a model and guide that are
             methods of a torch module. A model that observes anything but x cannot be audited,
             which the result says.
-        chunk_size: Draws times data that the model sees at once; the result does not depend
-            on it but through the noise.
+        chunk_size: Draws times data that the model sees at once; of the result it changes only
+            the noise.
         compile: Whether to compile log p(x, u) and its gradient: some seconds, once for each
             shape that comes often; the result is the same to rounding.
         devices: Processes that share the data, on CPUs or on the first GPUs, as x is; the result
             is that of one. They are started for this: a script must call under
             `if __name__ == "__main__":`, with methods of a module that can be pickled.
-        seed: Of the draws.
+        seed: Seed of the draws.
         progress: Whether to show a progress bar.
 
     Returns:
         Evidence of N data, in nats, with the method and the verdict of each, and the audit. Its
-        extra "regret" is log p(x) less the guide's ELBO, from 16 draws: KL(q(z | x) || p(z | x)),
-        what amortised inference costs this datum. It is large for data unlike those trained on.
+        extra "regret" is log p(x) minus the guide's ELBO, from 16 draws: KL(q(z | x) || p(z | x)),
+        the cost of amortised inference here. It is large for data unlike those trained on.
 
     Raises:
-        ValueError: If the tolerance is not positive, the budget is below the least, a latent is
+        ValueError: If the tolerance is not positive, the budget is too small, a latent is
             discrete, the likelihood has no gradient, or the programs have no weight per datum.
 
     Example:
@@ -128,11 +128,11 @@ def log_evidence(
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """What `log_evidence` gives for simulated data, each with the latents z* that made it.
+    """Estimates of log p(x*) for simulated data x*, whose latents z* are known.
 
     Attributes:
         evidence: Estimates of log p(x*), without z* [N].
-        upper: The same with z* in the place of one draw [N]: not below log p(x*) on average.
+        upper: Estimates with z* in the place of one draw [N]: on average not below log p(x*).
         tolerance: Largest standard error of a reliable datum.
     """
 
@@ -142,7 +142,7 @@ class Audit:
 
     @classmethod
     def cat(cls, parts: Sequence[Audit]) -> Audit:
-        """The audit of all simulated data."""
+        """Joins the audits of all simulated data."""
         evidence = Evidence.cat([part.evidence for part in parts])
         return cls(evidence, torch.cat([part.upper for part in parts]), parts[0].tolerance)
 
@@ -151,7 +151,7 @@ class Audit:
 
     @property
     def gap(self) -> Tensor:
-        """Upper less lower [N], the nats that the exact draw adds."""
+        """Upper minus lower [N], the nats that the exact draw adds."""
         return self.upper - self.evidence.log_prob
 
     @property
@@ -161,11 +161,12 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        """Whether what is called reliable deserves it.
+        """Whether the estimates called reliable are so.
 
-        No exact draw of it is beyond the proposal's reach, 0.3 nats; its gap, the true variance
-        of its estimates, is on average no more than four times the variance that the tolerance
-        allows; and it is most of the data: where few are reliable, those few may be by chance.
+        Among them no exact draw may raise the estimate by more than 0.3 nats. Their gap, which
+        is on average the true variance of the estimates, must average less than four times the
+        squared tolerance. And they must be most of the data, for a few may be reliable by
+        chance.
         """
         gap = self.gap[self.reliable]
         most = len(gap) > len(self) / 2
@@ -198,7 +199,7 @@ def audit(
     seed: int | None = 0,
     progress: bool = False,
 ) -> Audit:
-    r"""Holds `log_evidence` to the truth on data drawn from the model itself.
+    r"""Checks `log_evidence` on data drawn from the model itself, whose latents are known.
 
     For data x* simulated with latents z*, z* is an exact draw of p(z | x*). The proposal is
     fitted to x* as to any datum, without z*. Then
@@ -210,16 +211,16 @@ def audit(
     are on average not above and not below log p(x*). Where the proposal covers the posterior
     they agree. Where it misses a mode or a tail, some z* lie there and w* is astronomical.
 
-    It sees what goes wrong on data that the model would draw. It cannot see what goes wrong
-    on data that the model would not.
+    The audit shows what goes wrong on data that the model would draw. It cannot show what goes
+    wrong on other data.
 
     Args:
         model: As in `log_evidence`. Its one observed site must be x. A discrete latent that is
             summed out, such as a class, is held at each of its values; y must be None then.
         guide: As in `log_evidence`.
-        x: Data [N, *E], of which the shape alone matters: the values are simulated.
+        x: Data [N, *E], of which only shape and missing entries count: the values are simulated.
         y: What is conditioned on [N, C], or None; its rows are used in turn.
-        num_data: Data to simulate, at each of these values. What happens to a share s of them is
+        num_data: Data to simulate, at each of these values. A failure on a share s of them is
             missed with probability (1 - s)^num_data.
         tolerance: As in `log_evidence`.
         budget: As in `log_evidence`.
@@ -285,7 +286,7 @@ KEPT: WeakKeyDictionary[nn.Module, tuple[Any, Audit]] = WeakKeyDictionary()
 def kept_audit(
     model: Program, guide: Program, x: Tensor, y: Tensor | None, **options: Any
 ) -> Audit:
-    """An audit of a size that suits x; the last one of a module while its weights are as then."""
+    """Returns an audit of a size that suits x, or the module's last one if it still applies."""
     num_data = min(max(len(x) // SHARE, FEWEST), MOST)
     owner, other = (getattr(program, "__self__", None) for program in (model, guide))
     if not isinstance(owner, nn.Module) or id(owner) != id(other):
