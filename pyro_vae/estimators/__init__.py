@@ -1,4 +1,4 @@
-"""Estimators of log p(x): no gradients of parameters, nothing left behind."""
+"""Estimators of log p(x), which take no gradients of parameters and change no state."""
 
 from pyro_vae.estimators.annealed import Bracket, annealed_importance_sampling, bidirectional
 from pyro_vae.estimators.conditional import (

@@ -15,12 +15,12 @@ from torch.distributions.transforms import identity_transform
 
 from pyro_vae.densities import Densities, Site
 
-DRAWS = 64  # of a prior, behind its centre and spread
-PAIRS = 4  # of draws, which show whether coordinates are independent
+DRAWS = 64  # draws of a prior, from which its centre and spread are estimated
+PAIRS = 4  # pairs of draws, which show whether coordinates are independent
 ROUNDING = 1e-3  # relative difference of log densities that counts as rounding
-REACH, STEP = 8.0, 0.01  # of the table of Normal scores
-FAR, FINE = 40.0, 16_001  # of the cumulative sum, in the inverse hyperbolic sine of v
-NEWTON = 6
+REACH, STEP = 8.0, 0.01  # half-width and spacing of the table of Normal scores
+FAR, FINE = 40.0, 16_001  # half-width and points of the cumulative sum, in arsinh of v
+NEWTON = 6  # Newton steps of the inverse map
 SHAPE = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)  # where marginals are compared
 
 
@@ -29,11 +29,11 @@ class Coordinates:
     """Where one latent site lies in the vector u, and how its value follows from u.
 
     Attributes:
-        columns: Its part of u.
-        shape: Of the unconstrained value of one draw.
-        transform: From the unconstrained value to the support.
-        dtype: Of the program's own value.
-        scores: The map to Normal scores, if its prior has one.
+        columns: Columns of u that belong to the site.
+        shape: Shape of the unconstrained value of one draw.
+        transform: Map from the unconstrained value to the support.
+        dtype: Type of the program's own value.
+        scores: Map to Normal scores, if the site's prior has one.
     """
 
     columns: slice
@@ -43,7 +43,7 @@ class Coordinates:
     scores: NormalScores | None
 
     def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The site's value of its part of u [K, B, n], and log |d value / du| [K, B]."""
+        """Returns the value at the site's part of u [K, B, n], and log |d value / du| [K, B]."""
         raw, log_det = u, u.new_zeros(u.shape[:2])
         if self.scores is not None:
             raw, log_slope = self.scores(u)
@@ -54,7 +54,7 @@ class Coordinates:
         return value.to(self.dtype), log_det + jacobian.reshape(*u.shape[:2], -1).sum(-1)
 
     def inverse(self, value: Tensor) -> Tensor:
-        """The part of u [K, B, n] of a value [K, B, *event]."""
+        """Returns the site's part of u [K, B, n] for a value [K, B, *event]."""
         free = self.transform.inv(value.double()).reshape(*value.shape[:2], -1)
         return free if self.scores is None else self.scores.inverse(free)
 
@@ -66,8 +66,9 @@ class NormalScores:
     .. math:: v = F^{-1}(\Phi(u)), \qquad F(v) = \int_{-\infty}^v p(v') \, dv'
 
     A latent that the data do not inform then has a standard Normal as its posterior, whatever
-    its prior's tails or modes. A monotone cubic between knots, straight lines beyond 8 standard
-    deviations; its Jacobian is its own, so that densities are exact however coarse the knots.
+    its prior's tails or modes. The map is a monotone cubic between knots, and a straight line
+    beyond 8 standard deviations. Its Jacobian is exact, so that densities are exact however
+    coarse the knots.
 
     Attributes:
         value: v at the knots [n, G].
@@ -81,7 +82,7 @@ class NormalScores:
     slope: Tensor
 
     def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """v [*, n] of u [*, n], and log dv / du."""
+        """Returns v [*, n] at u [*, n], and log dv / du."""
         n, G = self.value.shape
         place = (u.nan_to_num(0.0) + REACH) / STEP
         left = place.detach().floor().clamp(0, G - 2).long()
@@ -95,7 +96,7 @@ class NormalScores:
         return v, (steep / STEP).log()
 
     def inverse(self, v: Tensor) -> Tensor:
-        """u [*, n] of v [*, n]."""
+        """Returns u [*, n] at v [*, n]."""
         columns, knots = v.movedim(-1, 0).contiguous(), self.value.to(v.device)
         left = torch.searchsorted(knots, columns.flatten(1)).view(columns.shape) - 1
         left = left.movedim(0, -1).clamp(0, knots.shape[1] - 2)
@@ -110,12 +111,12 @@ class NormalScores:
 
 
 class LogSticks(Transform):
-    r"""Logits of the parts that are broken off a stick, without torch's rounding near corners.
+    r"""Stick-breaking map from real vectors to the simplex, without torch's rounding near corners.
 
     .. math:: v_i = \log p_i - \log \sum_{j > i} p_j, \qquad
         \log p_i = \log \sigma(v_i) + \sum_{j < i} \log \sigma(-v_j)
 
-    Under a Dirichlet these are independent.
+    Under a Dirichlet the v_i are independent.
     """
 
     domain, codomain = constraints.real_vector, constraints.simplex
@@ -130,27 +131,27 @@ class LogSticks(Transform):
         return log_p[..., :-1] - rest
 
     def log_abs_det_jacobian(self, v: Tensor, p: Tensor) -> Tensor:
-        """log |dp / dv| of the first parts [*]."""
+        """Returns log |dp / dv|, without the last part of p, [*]."""
         return (F.logsigmoid(v) + F.logsigmoid(-v) + _left(v)[..., :-1]).sum(-1)
 
 
 def _left(v: Tensor) -> Tensor:
-    """log of what is left of the stick before each part [*, n + 1]."""
+    """Returns the log of what is left of the stick before each part [*, n + 1]."""
     return F.pad(F.logsigmoid(-v).cumsum(-1), (1, 0))
 
 
 def coordinates(
     first: Densities, second: Densities, known: dict[str, Coordinates] | None = None
 ) -> tuple[dict[str, Coordinates], Tensor, Tensor]:
-    """Where each latent lies, and its prior's mean and standard deviation [B, D] there.
+    """Returns the coordinates of each latent, and its prior's mean and deviation there [B, D].
 
-    These are known, and else NaN, of Normal scores, and of Normal sites that depend on no other
-    latent.
+    Mean and standard deviation are known for Normal scores, and for Normal sites that depend on
+    no other latent; else they are NaN.
 
     Args:
         first: Densities of one run.
-        second: Those of another, whose latents differ.
-        known: Coordinates of other data, whose maps to Normal scores are kept.
+        second: Densities of another run, whose latents differ.
+        known: Coordinates from other data, whose maps to Normal scores are kept.
 
     Raises:
         ValueError: If a latent is discrete, or its support depends on another latent or has no
@@ -179,7 +180,7 @@ def coordinates(
 
 
 def _units(where: Coordinates, free: Tensor, first: Distribution, second: Distribution) -> Tensor:
-    """Mean and standard deviation of the prior [2, B, *], or NaN."""
+    """Returns mean and standard deviation of the prior [2, B, *], or NaN."""
     if where.scores is not None:
         return torch.stack([torch.zeros_like(free[0]), torch.ones_like(free[0])])
     if _is_normal(where, first) and _is_normal(where, second):
@@ -198,7 +199,7 @@ def _is_normal(where: Coordinates, fn: Distribution) -> bool:
 
 
 def holds_tensor(transform: Any) -> bool:
-    """Whether a transform may differ between batches of data, as that to bounds of each datum."""
+    """Returns whether a transform may differ between batches, as one to bounds of each datum."""
     parts = getattr(transform, "parts", [getattr(transform, "base_transform", None)])
     own = any(isinstance(value, Tensor) for value in vars(transform).values())
     return own or any(holds_tensor(part) for part in parts if part is not None)
@@ -225,7 +226,7 @@ def _transform(name: str, site: Site) -> Transform:
 
 
 def _whole(support: Any) -> Any:
-    """The support of a mixture as that of its components."""
+    """Returns the support of a mixture as that of its components."""
     if not hasattr(support, "base_constraint"):
         return support
     inner = _whole(support.base_constraint)
@@ -235,12 +236,12 @@ def _whole(support: Any) -> Any:
 
 
 def base(fn: Any) -> Any:
-    """The distribution inside what is independent, expanded or transformed."""
+    """Returns the distribution inside independent, expanded or transformed ones."""
     return base(fn.base_dist) if hasattr(fn, "base_dist") else fn
 
 
 def is_discrete(fn: Any) -> bool:
-    """Whether a distribution is known to be discrete."""
+    """Returns whether a distribution is known to be discrete."""
     try:
         return bool(fn.support and fn.support.is_discrete)
     except NotImplementedError:  # no support is stated
@@ -250,7 +251,7 @@ def is_discrete(fn: Any) -> bool:
 def _normal_scores(
     where: Coordinates, fn: Distribution, other: Distribution
 ) -> NormalScores | None:
-    """The map of a site whose prior is fixed and factorises, unless it is Normal anyway."""
+    """Returns the map of a site whose prior is fixed and factorises, unless it is Normal."""
     if _is_normal(where, fn) or holds_tensor(where.transform):
         return None
     draws = torch.cat([fn.sample()[:1, :1] for _ in range(DRAWS)]).double()
@@ -268,7 +269,7 @@ def _normal_scores(
         return None
     spread = v.quantile(0.75, 0) - v.quantile(0.25, 0)
     tables: list[Any] = []
-    for i, shape in enumerate(shapes):  # those of one shape have one table
+    for i, shape in enumerate(shapes):  # coordinates of one shape share a table
         same = next((j for j, other in enumerate(shapes[:i]) if _alike(other, shape)), i)
         tables.append(tables[same] if same < i else _table(where, fn, centre, spread[i], i))
     value, slope = (torch.stack(column) for column in zip(*tables))
@@ -277,8 +278,8 @@ def _normal_scores(
 
 
 def _table(where: Coordinates, fn: Distribution, centre: Tensor, spread: Tensor, i: int) -> Any:
-    """Knots and slopes of v = F^{-1}(Phi(u)), from log p(v) along one coordinate."""
-    from scipy.interpolate import PchipInterpolator  # which takes a second to load
+    """Returns knots and slopes of v = F^{-1}(Phi(u)), from log p(v) along one coordinate."""
+    from scipy.interpolate import PchipInterpolator  # slow to import, so only here
 
     far = torch.linspace(-FAR, FAR, FINE, dtype=centre.dtype, device=centre.device)
     points = centre.repeat(FINE, 1)
@@ -301,7 +302,7 @@ def _table(where: Coordinates, fn: Distribution, centre: Tensor, spread: Tensor,
 
 
 def _log_prior(where: Coordinates, fn: Any, v: Tensor) -> Tensor:
-    """log p(v) [S, B] of a site at unconstrained values [S, n], each of them for every datum.
+    """Returns log p(v) [S, B] of a site at unconstrained values [S, n], the same for all data.
 
     Far out a value may round to the edge of the support, where there is no mass.
     """
@@ -318,7 +319,7 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _factorises(where: Coordinates, fn: Distribution, a: Tensor, b: Tensor) -> bool:
-    """Whether exchanging a coordinate between draws [S, n] leaves the product of densities."""
+    """Returns whether exchanging a coordinate between draws [S, n] keeps the joint density."""
     n = a.shape[-1]
     swap = torch.eye(n, dtype=torch.bool, device=a.device)
     pairs = [torch.where(swap, y[:, None], x[:, None]).reshape(-1, n) for x, y in ((a, b), (b, a))]

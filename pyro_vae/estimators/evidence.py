@@ -1,4 +1,4 @@
-"""The result of an estimate of log p(x)."""
+"""The result of an estimator of log p(x)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pyro_vae.densities import log_mean_exp
 from pyro_vae.files import reading, write
 
 DIGEST = "sha256"
-MATTERS = 1e-3  # posterior probability from which a value's verdict counts
+MATTERS = 1e-3  # posterior probability above which a discrete value's verdict counts
 VERDICTS = ["reliable", "lower bound", "doubtful"]  # from the best to the worst
 TENSORS = ("log_prob", "stderr", "ess", "khat", "num_samples")
 
@@ -35,11 +35,11 @@ class Evidence:
         ess: Effective sample sizes [N], (sum w)^2 / sum w^2.
         khat: Shapes of the Pareto tails of the weights [N]; NaN below 21 samples.
         num_samples: Weights behind each estimate [N].
-        method: How each was estimated.
+        method: Method of each estimate.
         verdict: "reliable", "doubtful" or "lower bound" for each.
-        extras: Other numbers of each datum [N], by name; where entries are missing, "missing"
-            tells which.
-        audit: What the audit behind the verdicts found, or "" without one.
+        extras: Other numbers of each datum [N], by name; if entries are missing, "missing"
+            identifies which ones.
+        audit: Result of the audit behind the verdicts, or "" without one.
     """
 
     log_prob: Tensor
@@ -56,11 +56,11 @@ class Evidence:
         return len(self.log_prob)
 
     def mean(self) -> float:
-        """Average log p(x) over data."""
+        """Returns the average log p(x) over data."""
         return self.log_prob.mean().item()
 
     def mean_stderr(self) -> tuple[float, float]:
-        """Standard errors of the mean: of the estimates (Monte Carlo), and over data."""
+        """Returns the standard errors of the mean: that by Monte Carlo, and that over data."""
         n = len(self)
         monte_carlo = self.stderr.pow(2).sum().sqrt().item() / n
         return monte_carlo, (self.log_prob.std().item() / math.sqrt(n) if n > 1 else math.nan)
@@ -75,16 +75,16 @@ class Evidence:
         return (1 - 1 / self.num_samples.double().log10()).clamp(max=0.7)
 
     def share_below_threshold(self) -> float:
-        """Share of data whose k-hat is below its threshold; NaN counts as above."""
+        """Returns the share of data whose k-hat is below its threshold; NaN counts as above."""
         return (self.khat < self.khat_threshold).double().mean().item()
 
     def difference(self, other: Evidence) -> tuple[float, float]:
-        """Mean of log p(x) less that of `other` on the same data, and its standard error.
+        """Returns the mean of log p(x) minus that of `other` on the same data, and its error.
 
-        The error is that over data of the paired differences, Monte Carlo error included.
+        It is the standard error over data of the paired differences, Monte Carlo error included.
 
         Raises:
-            ValueError: If `other` is of another number of data, or of other missing entries.
+            ValueError: If `other` has another number of data, or other missing entries.
         """
         if len(other) != len(self):
             raise ValueError(f"evidences of {len(self)} and {len(other)} data do not compare")
@@ -98,11 +98,11 @@ class Evidence:
 
     @property
     def missing(self) -> Tensor:
-        """A number for each datum [N] that tells which of its entries are missing; 0 if none."""
+        """A number for each datum [N] that identifies its missing entries; 0 if none."""
         return self.extras.get("missing", torch.zeros(len(self), dtype=torch.int64))
 
     def of(self, x: Tensor) -> Evidence:
-        """The evidence with a record of which entries of x [N, *E] are missing."""
+        """Returns the evidence with a record of which entries of x [N, *E] are missing."""
         mask = x.isnan().reshape(len(x), -1).cpu()
         if "missing" in self.extras or not bool(mask.any()):
             return self
@@ -113,7 +113,7 @@ class Evidence:
 
     @classmethod
     def cat(cls, parts: Sequence[Evidence]) -> Evidence:
-        """The data of all `parts`, in order."""
+        """Joins the data of all `parts`, in order."""
         tensors = {name: torch.cat([getattr(p, name) for p in parts]) for name in TENSORS}
         some = any("missing" in p.extras for p in parts)
         missing = {"missing": torch.cat([p.missing for p in parts])} if some else {}
@@ -132,7 +132,7 @@ class Evidence:
 
     @classmethod
     def mixed(cls, parts: Sequence[Evidence]) -> Evidence:
-        """log p(x) from log p(x, c) of the values c of a discrete latent: their logsumexp.
+        """Sums a discrete latent c out: log p(x) is the logsumexp of log p(x, c) over values.
 
         The standard error is by the delta method; k-hat and verdict are the worst of the values
         of posterior probability above 0.001.
@@ -162,7 +162,7 @@ class Evidence:
         )
 
     def known(self, index: Tensor, log_prob: float, how: str) -> Evidence:
-        """The evidence with log p(x) of some of the data known without error."""
+        """Returns the evidence with log p(x) of some data replaced by a value without error."""
         exact = {"log_prob": log_prob, "stderr": 0.0, "khat": -math.inf}
         new = {name: getattr(self, name).index_fill(0, index, v) for name, v in exact.items()}
         number = self.num_samples[index].clamp(min=1).to(self.ess)  # 0 where excluded before
@@ -173,13 +173,13 @@ class Evidence:
         return replace(self, **new, method=method, verdict=verdict)
 
     def excluded(self, index: Tensor) -> Evidence:
-        """The evidence with log p(x) of some of the data -inf, for the model excludes them."""
+        """Returns the evidence with log p(x) = -inf for some data, which the model excludes."""
         numbers, missing = (t.index_fill(0, index, 0) for t in (self.num_samples, self.missing))
         found = self.known(index, -math.inf, "excluded")
         return replace(found, num_samples=numbers, extras={"missing": missing})
 
     def rows(self, index: Tensor) -> Evidence:
-        """The evidence of some of the data, by their indices."""
+        """Returns the evidence of some of the data, by their indices."""
         return Evidence(
             **{name: getattr(self, name)[index] for name in TENSORS},
             method=[self.method[i] for i in index.tolist()],
@@ -189,11 +189,11 @@ class Evidence:
         )
 
     def __getitem__(self, index: Any) -> Evidence:
-        """The evidence of some of the data, by whatever indexes a vector: 3, a slice, a mask."""
+        """Returns the evidence of some data, by any index of a vector: 3, a slice, a mask."""
         return self.rows(torch.arange(len(self))[index].reshape(-1))
 
     def to_frame(self) -> Any:
-        """A pandas frame with a row for each datum."""
+        """Returns a pandas frame with a row for each datum."""
         import pandas as pd
 
         tensors = {name: getattr(self, name) for name in TENSORS} | self.extras
@@ -201,7 +201,7 @@ class Evidence:
         return pd.DataFrame({**columns, "method": self.method, "verdict": self.verdict})
 
     def to_inference_data(self) -> Any:
-        """ArviZ's InferenceData: log p(x) in `log_likelihood`, the rest in `sample_stats`.
+        """Returns ArviZ's InferenceData: `log_likelihood` is log p(x), `sample_stats` the rest.
 
         Each datum has one draw, so that `arviz.waic` gives the sum of log p(x) with its error over
         data, and `arviz.compare(..., ic="waic")` paired differences.
@@ -213,7 +213,7 @@ class Evidence:
         return arviz.from_dict(log_likelihood=x, sample_stats=frame, dims=dims)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file with its digest, all or nothing."""
+        """Writes a safetensors file with its digest, completely or not at all."""
         from safetensors.torch import save
 
         texts = {name: json.dumps(getattr(self, name)) for name in ("method", "verdict", "audit")}
@@ -279,10 +279,10 @@ class Evidence:
 
 
 def summarise(log_weights: Tensor, method: str, verdict: str) -> Evidence:
-    r"""Evidence of B data from all their log weights [K, B], with one logsumexp.
+    r"""Returns the evidence of B data from all their log weights [K, B].
 
     The standard error is that of the delta method, NaN for one weight; it says nothing of a tail
-    that was not visited. The effective sample size is the usual one:
+    that was not visited. It and the effective sample size are
 
     .. math:: \frac{s_w}{\sqrt{K} \, \bar w}, \quad s_w^2 = \frac{1}{K-1} \sum (w - \bar w)^2,
         \qquad \frac{(\sum w)^2}{\sum w^2}
@@ -308,7 +308,7 @@ def summarise(log_weights: Tensor, method: str, verdict: str) -> Evidence:
 
 
 def worst(parts: Sequence[Evidence], share: Tensor) -> list[str]:
-    """The worst verdict of each datum among the values that matter."""
+    """Returns the worst verdict of each datum among values of enough posterior probability."""
     ranks = torch.tensor([[VERDICTS.index(v) for v in part.verdict] for part in parts])
     return [VERDICTS[i] for i in ranks.masked_fill(share <= MATTERS, 0).amax(0).tolist()]
 
@@ -322,10 +322,10 @@ def _digest(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
 
 
 def pareto_khat(log_weights: Tensor) -> Tensor:
-    """Shape [B] of a generalised Pareto fitted to the tail of the weights, of logs [K, B].
+    """Fits a generalised Pareto to the tail of weights with logs [K, B]; returns its shape [B].
 
-    The tail is the largest min(K / 5, 3 sqrt(K)) weights. Below 21 weights there is no tail to
-    fit: NaN. Equal weights have none either: -inf.
+    The tail is the largest min(K / 5, 3 sqrt(K)) weights. The shape is NaN below 21 weights, and
+    -inf where no weight exceeds the one just below the tail, as for equal weights.
 
     References:
         Vehtari, Simpson, Gelman, Yao and Gabry. Pareto smoothed importance sampling. 2024.
@@ -348,7 +348,7 @@ def pareto_khat(log_weights: Tensor) -> Tensor:
 
 
 def _pareto_shape(excess: Tensor) -> float:
-    """Shape of the Pareto of `excess`; NaN where it has no fit, as of one beside 1e-308."""
+    """Returns the shape of a Pareto fitted to `excess`; NaN if the fit fails."""
     try:
         return float(fit_generalized_pareto(excess)[0])
     except ZeroDivisionError:

@@ -28,8 +28,8 @@ from pyro_vae.estimators.run import check_support, estimator, map_batches, summe
 from pyro_vae.estimators.target import ROWS, Compiled
 from pyro_vae.runtime import check_fits
 
-DRAWS = 50_000  # draws held at once: more run the guide again
-LARGEST = 8  # weights whose pairs are taken one by one
+DRAWS = 50_000  # most draws held at once; for more the guide runs again
+LARGEST = 8  # largest weights, whose pairs are summed one by one
 
 
 @estimator
@@ -48,17 +48,17 @@ def importance_sampling(
     seed: int | None = 0,
     progress: bool = False,
 ) -> Evidence:
-    r"""log p(x) of each datum by importance sampling.
+    r"""Estimates log p(x) of each datum by importance sampling.
 
     .. math:: \log p(x) \approx \log \frac1K \sum_{k=1}^K \frac{p(x, z_k)}{q(z_k \mid x)},
         \qquad z_k \sim q(z \mid x)
 
-    The average weight is unbiased for p(x); its logarithm is low, by about half its squared
-    standard error where that is small, and by much more where the proposal misses a part of
-    the posterior. Nothing in the weights shows what was never visited: with the guide or the
-    prior as the proposal the result is a lower bound, and its verdict says so. What can be seen
-    is in `extras`: whether the bound still rises at K ("bound_50" and "bound_500" beside 5000),
-    and the jackknife's guess of where it goes ("jackknife_1", "jackknife_2").
+    The average weight is unbiased for p(x). Its logarithm is too low, by about half its squared
+    standard error where that is small, and by much more where the proposal misses a part of the
+    posterior. The weights cannot show what was never visited: with the guide or the prior as the
+    proposal the result is a lower bound, and its verdict says so. `extras` show whether the bound
+    still rises at K ("bound_50" and "bound_500" for K = 5000), and the jackknife's estimates of
+    its limit ("jackknife_1", "jackknife_2").
 
     Weights are at beta = 1 whatever the training, in eval mode. The guide runs once per datum
     (up to 50,000 draws); memory is that of `chunk_size` rows of the model and the draws.
@@ -125,7 +125,7 @@ def _estimate(
     proposal: str,
     joint: Callable[[Program, Tensor, Tensor | None, Latents], Tensor],
 ) -> Evidence:
-    """Evidence of the data of one batch."""
+    """Returns the evidence of the data of one batch."""
     draw_from = guide if proposal == "guide" else None
     run = partial(log_weights, model, draw_from, x, y, chunk_size=rows, joint=joint)
     blocks = torch.ones(num_samples).split(DRAWS)
@@ -141,7 +141,7 @@ def _estimate(
 def compiled_joint(
     fast: Compiled, model: Program, x: Tensor, y: Tensor | None, latents: Latents
 ) -> Tensor:
-    """`log_joint` without gradients, compiled for the shapes that come often."""
+    """Computes `log_joint` without gradients, compiled for the shapes that come often."""
 
     def joint(x: Tensor, *given: Tensor) -> Tensor:
         values = dict(zip(latents, given))
@@ -155,10 +155,10 @@ class Bound:
     """The beta = 1 bound of each datum, in nats, on the CPU.
 
     Attributes:
-        elbo: Reconstruction less KL [N].
+        elbo: Reconstruction minus KL [N].
         reconstruction: E_q log p(x | z) [N].
         kl: KL(q || p) [N], of all sites.
-        rules: How the KL of each site was had, "analytic" or "sampled".
+        rules: How the KL of each site was computed, "analytic" or "sampled".
     """
 
     elbo: Tensor
@@ -178,7 +178,7 @@ def evidence_lower_bound(
     chunk_size: int = 1000,
     seed: int | None = 0,
 ) -> Bound:
-    """ELBO at beta = 1, reconstruction and KL of each datum, from `num_samples` draws.
+    """Estimates ELBO at beta = 1, reconstruction and KL of each datum by `num_samples` draws.
 
     Args:
         model: Pyro model; see `importance_sampling`.
@@ -187,7 +187,7 @@ def evidence_lower_bound(
         y: What is conditioned on [N, C], or None.
         num_samples: Draws of z for each datum.
         chunk_size: Draws times data that the model sees at once.
-        seed: Of the draws.
+        seed: Seed of the draws.
 
     Raises:
         ValueError: If `num_samples` or `chunk_size` is below one, or the programs have no
@@ -214,14 +214,15 @@ def evidence_lower_bound(
     return Bound(reconstruction - kl, reconstruction, kl, rules)
 
 
-lower_bound = unwrap(evidence_lower_bound)  # of what is known to be data
+lower_bound = unwrap(evidence_lower_bound)  # for data that were checked already
 
 
 def convergence(log_weights: Tensor) -> dict[int, Tensor]:
-    r"""The bound :math:`\mathbb{E} \log \frac1k \sum_{i=1}^k w_i` [B] at k = K/100, K/10 and K.
+    r"""Returns the bound :math:`\mathbb{E} \log \frac1k \sum_{i=1}^k w_i` [B] at several k.
 
-    Averaged over the K // k disjoint blocks of the log weights [K, B]. A bound that still rises
-    tenfold by tenfold has not arrived. Sizes below one are left out.
+    These are k = K/100, K/10 and K, without those below one. The bound is averaged over the K // k
+    disjoint blocks of the log weights [K, B]. If it still rises from k to 10 k, it has not
+    converged.
     """
     K = len(log_weights)
     sizes = sorted({k for k in (K // 100, K // 10, K) if k > 0})
@@ -230,14 +231,14 @@ def convergence(log_weights: Tensor) -> dict[int, Tensor]:
 
 
 def jackknife(log_weights: Tensor, order: int = 1) -> Tensor:
-    r"""log p(x) [B] by the jackknife over log weights [K, B], its bias of order 1 / K^(order + 1).
+    r"""Estimates log p(x) [B] by the jackknife, with a bias of order 1 / K^(order + 1).
 
     .. math:: K L_K - (K - 1) L_{K-1}, \qquad
         \tfrac12 K^2 L_K - (K - 1)^2 L_{K-1} + \tfrac12 (K - 2)^2 L_{K-2}
 
     where L_K is `log_mean_exp`, and the others are its averages over all subsets that leave one
-    or two weights out: exactly, at a cost that is linear in K. No bound, and of no use where
-    the variance of the weights is not small beside K.
+    or two weights out: exactly, at a cost that is linear in K. It is no bound, and of no use
+    unless the variance of the relative weights is small compared to K.
 
     Args:
         log_weights: Log weights [K, B].
@@ -267,17 +268,17 @@ def jackknife(log_weights: Tensor, order: int = 1) -> Tensor:
 
 
 def _log_kept(ordered: Tensor) -> Tensor:
-    """log(1 - w_i / sum of w) [K, B] of falling log weights, also where the first is all."""
+    """Returns log(1 - w_i / sum of w) [K, B] of falling log weights, exact for the first too."""
     total = ordered.logsumexp(0)
     rest = torch.log1p(-(ordered[1:] - total).exp())
     return torch.cat([(ordered[1:].logsumexp(0) - total).unsqueeze(0), rest])
 
 
 def _sum_over_pairs(odds: Tensor) -> Tensor:
-    """Sum over pairs i < j of log(1 - o_i o_j) [B], of falling odds [K, B] below one.
+    """Returns the sum over pairs i < j of log(1 - o_i o_j) [B], of falling odds [K, B] below one.
 
-    Pairs with one of the largest one by one; for the rest, whose products are below 1 / 64,
-    by the series of the logarithm in sums of powers.
+    Pairs with one of the largest odds are summed one by one; the others, whose products are below
+    1 / 64, by the series of the logarithm, from sums of powers.
     """
     number = min(LARGEST, len(odds))
     total = torch.zeros_like(odds[0])

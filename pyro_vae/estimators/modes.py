@@ -11,33 +11,33 @@ from pyro_vae.estimators.evidence import Evidence, summarise
 from pyro_vae.estimators.proposal import CONVERGED, ROUNDS, Adam, laplace
 from pyro_vae.estimators.target import Target, gradients
 
-GUIDE_DRAWS = 32  # behind the guide's mean
+GUIDE_DRAWS = 32  # draws from which the guide's mean is estimated
 PRIOR_DRAWS = 500
-LIKELY_DRAWS = 128  # of them, from which starts are picked
-FIRST_STEPS, FIRST_LR = 50, 0.1  # in units of the prior's spread
-STEPS, LR = 50, 1.0  # in units of the first mode's covariance
+LIKELY_DRAWS = 128  # of these, picked in proportion to p(x | u), from which starts are taken
+FIRST_STEPS, FIRST_LR = 50, 0.1  # Adam's first climb, in units of the prior's spread
+STEPS, LR = 50, 1.0  # later climbs, in units of the first mode's covariance
 EPS = 1e-8
-MORE_STARTS, MOST_ROUNDS = 16, 8
-PATIENCE = 8  # starts without a new mode that end the search, for each mode that is known
-MOST_MODES = 24  # above which the search gives up
-LINES = 64  # units, and principal directions, that are walked along
-IDLE = 0.05  # by which the logarithm of a variance may differ from the prior's
-UNITS = 24  # most informed units that are exchanged
-WALK = (-2.5, -1.25, 0.0, 1.25, 2.5)  # from the prior's median
-STRIDES = (2.5, 4.5, 6.5, 8.5)  # from a mode, in its standard deviations
-BARRIER = 0.5  # nats by which the density dips between two modes
-NEGLIGIBLE = 20.0  # nats below the highest mode
+MORE_STARTS, MOST_ROUNDS = 16, 8  # starts of a further round, and most such rounds
+PATIENCE = 8  # starts for each known mode that end the search if they find no new one
+MOST_MODES = 24  # number above which the search gives up
+LINES = 64  # most coordinates, and most principal directions, that are walked along
+IDLE = 0.05  # largest |log variance| of a direction that the data do not inform
+UNITS = 24  # most informed coordinates, of which pairs are exchanged
+WALK = (-2.5, -1.25, 0.0, 1.25, 2.5)  # positions along a line, from the prior's median
+STRIDES = (2.5, 4.5, 6.5, 8.5)  # steps from a mode along a line, in its standard deviations
+BARRIER = 0.5  # nats by which the density must dip between two modes
+NEGLIGIBLE = 20.0  # nats below the highest mode, where others are dropped
 
 
 class Modes(NamedTuple):
     """The distinct modes of B posteriors, M in all.
 
     Attributes:
-        row: The datum of each [M].
-        u: Where it is [M, D].
-        tril: Factor of the covariance there [M, D, D], the inverse of the negative Hessian.
-        simple: log p(x) by simple Monte Carlo from the prior's draws, of B data: an estimate
-            that is well below it missed something.
+        row: Index of the datum of each mode [M].
+        u: Positions of the modes [M, D].
+        tril: Factors of the covariances there [M, D, D], inverses of the negative Hessians.
+        simple: log p(x) of B data by simple Monte Carlo from the prior's draws: an estimate that
+            is well below it missed something.
         complete: Whether the search ended because nothing new was found [B].
     """
 
@@ -49,21 +49,21 @@ class Modes(NamedTuple):
 
 
 def find_modes(target: Target, num_starts: int) -> Modes:
-    """Climbs log p(x, u) from the guide, from draws of the prior, and from beyond valleys.
+    """Climbs to the modes from the guide, from draws of the prior, and from beyond valleys.
 
     The first mode is climbed to from the guide's mean and from the best of 500 draws of the
     prior. Its covariance is the metric of all later climbs. Half of these start beyond a valley
-    of the density: on straight lines from a known mode along the most informed units and along
-    the principal directions of its covariance, its mirror image among them, where two units are
-    exchanged, or as far on from a mode as another one lies behind it. The others start from
-    likely draws of the prior, the farthest first. Data of which these found more
-    than one mode are searched again, sixteen starts a round, each round from another mode,
-    until eight starts for each known mode have found nothing new: a mode of equal share is then
-    missed once in a thousand times.
+    of the density: on straight lines from a known mode along the most informed coordinates and
+    the principal directions of the covariance, with the mode's mirror image about the prior's
+    centre; at a mode with two coordinates exchanged; or at a mode reflected in another. The
+    others start from likely draws of the prior, the farthest first. Data with more than one mode
+    are searched again, sixteen starts a round, each round from another mode, until eight starts
+    for each known mode have found nothing new: a mode of equal share is then missed once in a
+    thousand times.
 
     Args:
         target: The posteriors.
-        num_starts: Starts of each datum after the first mode; 1 is no search.
+        num_starts: Starts of each datum after the first mode; with 1 there is no search.
     """
     draws, log_prior, log_likelihood = target.draw_prior(PRIOR_DRAWS)
     simple = summarise(log_likelihood.cpu(), "importance sampling, prior", "lower bound")
@@ -80,7 +80,7 @@ def find_modes(target: Target, num_starts: int) -> Modes:
 
 
 def search_cost(dim: int, num_starts: int = 5) -> int:
-    """Evaluations of the model for one datum of one mode."""
+    """Returns how often the search evaluates the model for a datum of one mode."""
     lines, units = 2 * min(dim, LINES), min(dim, UNITS)
     walks = lines * (len(WALK) + 1 + 2 * len(STRIDES)) + units * (units - 1) // 2 + MORE_STARTS
     number = num_starts + 1
@@ -89,7 +89,7 @@ def search_cost(dim: int, num_starts: int = 5) -> int:
 
 
 class _Search:
-    """The search of B posteriors.
+    """The search for the modes of B posteriors.
 
     Args:
         target: The posteriors.
@@ -109,7 +109,7 @@ class _Search:
         self.spread = torch.einsum("bij,rbi->rbj", self.tril, self.lines).norm(dim=-1)
 
     def run(self, num_starts: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The row [M] and place [M, D] of each mode, and whether a row's search ended [B]."""
+        """Returns row [M] and position [M, D] of each mode, and whose search ended [B]."""
         rows = torch.arange(self.centre.shape[0], device=self.centre.device)
         complete = torch.zeros_like(rows, dtype=torch.bool)
         if num_starts == 1:
@@ -131,9 +131,9 @@ class _Search:
         return row, torch.cat([u[keep] for _, u, keep in found]), complete
 
     def polished(self, row: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The modes [M, D] climbed to the top, and the factors of their covariances [M, D, D].
+        """Returns the modes [M, D] climbed to the top, and factors of their covariances [M, D, D].
 
-        The one mode of a row stays where the first climb has led, unless another led higher.
+        The only mode of a row stays where the first climb led, unless another climb led higher.
         """
         top, tril = self.known[0, row], self.tril[row]
         height, first = self.target.rows(row).log_joint(torch.stack([u, top]))
@@ -148,7 +148,7 @@ class _Search:
     def _extend(
         self, rows: Tensor, known: Tensor, number: int, origin: int
     ) -> tuple[Tensor, Tensor]:
-        """Points [S, R, D] of some rows, the distinct modes first, and which these are [S, R]."""
+        """Climbs on; returns points [S, R, D], modes first, and which are modes [S, R]."""
         target = self.target.rows(rows)
         starts = self._starts(target, rows, known, number, origin % len(known))
         starts = starts if origin else torch.cat([starts, self.lower[:, rows]])
@@ -159,7 +159,7 @@ class _Search:
     def _starts(
         self, target: Target, rows: Tensor, known: Tensor, number: int, origin: int
     ) -> Tensor:
-        """Points beyond valleys, then likely draws far from all others."""
+        """Returns points beyond valleys, then likely draws far from all others."""
         mode, centre = known[origin], self.centre[rows]
         walked, reach = _walk(target, mode, self.lines[:, rows], self.spread[:, rows], centre)
         exchanged, gain = _exchange(target, mode, self.pairs[:, rows], centre)
@@ -179,10 +179,10 @@ class _Search:
 
 
 def _directions(tril: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit vectors to walk along [R, B, D], and those between two units [P, B, D].
+    """Returns unit vectors to walk along [R, B, D], and those between two coordinates [P, B, D].
 
-    The lines are along the units and the principal directions whose spread differs most from the
-    prior's, and leave out what the data inform nowhere in the batch.
+    The lines are along the coordinates and principal directions whose spread differs most from
+    the prior's, without those that the data inform nowhere in the batch.
     """
     D = tril.shape[-1]
     covariance = tril @ tril.mT
@@ -199,7 +199,7 @@ def _directions(tril: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _informed(variance: Tensor) -> tuple[Tensor, int]:
-    """The columns of variances [B, D], those least like 1 first, and how many to keep."""
+    """Returns the order of variances [B, D], least like 1 first, and how many to keep."""
     size, order = variance.log().abs().sort(-1, descending=True)
     return order, min(LINES, max(1, int((size > IDLE).sum(-1).max())))
 
@@ -207,14 +207,14 @@ def _informed(variance: Tensor) -> tuple[Tensor, int]:
 def _walk(
     target: Target, mode: Tensor, lines: Tensor, spread: Tensor, centre: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The highest point beyond a valley on each line [R, B, D], and its height [R, B].
+    """Returns the highest point beyond a valley on each line [R, B, D], and its height [R, B].
 
-    A height of minus infinity says that there is none.
+    The height is minus infinity where there is no valley.
     """
     here = ((mode - centre) * lines).sum(-1)  # [R, B]
     strides = mode.new_tensor([*(-s for s in STRIDES), *STRIDES]).view(-1, 1, 1) * spread
     fixed = mode.new_tensor(WALK).view(-1, 1, 1) - here
-    steps = torch.cat([fixed, -2 * here.unsqueeze(0), strides]).sort(0).values  # and the mirror's
+    steps = torch.cat([fixed, -2 * here.unsqueeze(0), strides]).sort(0).values  # and the mirror
     points = mode + steps.unsqueeze(-1) * lines
     height = target.log_joint(points.flatten(0, 1)).view(steps.shape)
     ahead = torch.where(steps > 0, height, torch.inf).cummin(0).values
@@ -227,7 +227,7 @@ def _walk(
 def _exchange(
     target: Target, mode: Tensor, pairs: Tensor, centre: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The mode with two units exchanged, at the highest pairs [R, B, D], and its height."""
+    """Returns the mode with two coordinates exchanged, for the best pairs, and its heights."""
     way = ((mode - centre) * pairs).sum(-1, keepdim=True) * pairs
     if not len(pairs):
         return way, way[..., 0]
@@ -238,7 +238,7 @@ def _exchange(
 
 
 def _onward(target: Target, mode: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """As far on from the mode as another lies behind it, and on from that one, with the height."""
+    """Returns reflections of the mode in `others` and of these in it, with their heights."""
     points = torch.cat([2 * mode - others, 2 * others - mode])
     if not len(points):
         return points, points[..., 0]
@@ -249,7 +249,7 @@ def _onward(target: Target, mode: Tensor, others: Tensor) -> tuple[Tensor, Tenso
 
 
 def _apart(target: Target, known: Tensor, points: Tensor, height: Tensor) -> Tensor:
-    """Whether a valley lies between each point [R, B, D] of a height and every known one."""
+    """Returns whether a valley lies between each point [R, B, D] and every known mode."""
     apart = height > -torch.inf
     rows = apart.any(0).nonzero()[:, 0]
     if not len(rows):
@@ -263,14 +263,14 @@ def _apart(target: Target, known: Tensor, points: Tensor, height: Tensor) -> Ten
 def _climb(
     target: Target, starts: Tensor, tril: Tensor, num_steps: int, lr: Tensor | float
 ) -> Tensor:
-    """Where Adam leads from the starts [S, B, D]; the start itself where that is no higher.
+    """Returns where Adam leads from the starts [S, B, D]; the start itself if not higher.
 
     Args:
         target: The posteriors.
-        starts: Where it begins.
+        starts: Points to start from.
         tril: Factor [B, D, D] of the metric.
-        num_steps: Steps.
-        lr: Size of the first, in units of the metric; of all, or of each start [S, B, 1].
+        num_steps: Number of steps.
+        lr: Size of the first step, in units of the metric; for all, or each start [S, B, 1].
     """
     moved, place = torch.zeros_like(starts), starts
     adam = Adam([moved], num_steps=num_steps, lr=1.0, eps=EPS)
@@ -283,16 +283,16 @@ def _climb(
 
 
 def _far(tril: Tensor, difference: Tensor) -> Tensor:
-    """The first step [S, B, 1] of climbs that reach twice as far as a mode is."""
+    """Returns step sizes [S, B, 1] with which climbs can reach twice as far as a mode is."""
     white = torch.linalg.solve_triangular(tril, difference.permute(1, 2, 0), upper=False)
     return (4 / STEPS * white.abs().amax(1).T.unsqueeze(-1)).clamp(min=LR)
 
 
 def _distinct(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
-    """The points [S, B, D] in another order, and which are modes of their own [S, B].
+    """Sorts the points [S, B, D]; returns them and which are distinct modes [S, B].
 
-    A point is one if the density dips on the way to every higher mode; the highest always is.
-    The modes come first, from the highest down.
+    A point is distinct if the density dips on the way to every higher mode; the highest always
+    is. Distinct modes come first, from the highest down.
     """
     height, order = target.log_joint(u).sort(0, descending=True)
     u = _gather(u, order)
@@ -306,11 +306,11 @@ def _distinct(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _valley(target: Target, a: Tensor, b: Tensor, number: int) -> Tensor:
-    """The lowest log density [R, B] at so many points between a and b [R, B, D]."""
+    """Returns the lowest log density [R, B] at `number` points between a and b [R, B, D]."""
     way = torch.cat([a.lerp(b, t / (number + 1)) for t in range(1, number + 1)])
     return target.log_joint(way).unflatten(0, (number, -1)).amin(0)
 
 
 def _gather(u: Tensor, index: Tensor) -> Tensor:
-    """Of points [S, B, D] those of each datum's indices [R, B], [R, B, D]."""
+    """Takes points [R, B, D] at the indices [R, B] of each datum from points [S, B, D]."""
     return u.gather(0, index.unsqueeze(-1).expand(-1, -1, u.shape[-1]))

@@ -1,4 +1,4 @@
-"""A mixture of multivariate t for each posterior, and how it is fitted."""
+"""A mixture of multivariate t for each posterior, and its fit."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch.distributions import Chi2
 
 from pyro_vae.estimators.target import Target, gradients
 
-LEAST_DF = 20  # degrees of freedom of the components, which grow with the dimension
-FLOOR, CEILING = 0.5, 1e12  # of the eigenvalues of the precision, in units of the prior's
-ROUNDS = 3
-CONVERGED = 0.01  # nats that a Newton step promises
+LEAST_DF = 20  # fewest degrees of freedom of the components
+FLOOR, CEILING = 0.5, 1e12  # bounds of the precision's eigenvalues, in units of the prior's
+ROUNDS = 3  # most Newton steps
+CONVERGED = 0.01  # nats that a Newton step promises, below which none is taken
 STEP_SIZES = (1.0, 0.5, 0.2, 0.05)
 DECAYS = (0.9, 0.999)
 FIT_STEPS = 100
 LEAST_DRAWS = 8
 FIT_LR = 0.1
-FIT_EPS = 1.0  # slopes are in nats for a standard deviation
-STEEPEST = 1e12  # whose square is still a number of single precision
-CHECKS = 64  # draws of the comparison at the end
+FIT_EPS = 1.0  # slopes are in nats per standard deviation
+STEEPEST = 1e12  # largest slope: its square is still finite in float32
+CHECKS = 64  # draws that compare the fitted Gaussian with the first
 MOST_COMPONENTS = 24
-ROUND_DRAWS = 200  # a round, shared by the components
-LARGEST = 10.0  # weights, in units of their average, that ask for no more
-EM_STEPS = 8  # of the weights of the components
-LEAST = 0.01  # of the draws for a component
+ROUND_DRAWS = 200  # draws of each new component; the first mixture has twice as many
+LARGEST = 10.0  # largest weight, over the average, that needs no further component
+EM_STEPS = 8  # steps that fit the weights of the components
+LEAST = 0.01  # added to each component's share of the draws
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +38,9 @@ class Proposal:
     .. math:: q(u) = \sum_{c=1}^{C} \pi_c \, t_\nu(u; \mu_c, L_c L_c^\top), \qquad
         \nu = \max(20, D)
 
-    The logarithm of the radius has a standard deviation of about the root of
-    1 / (2 D) + 1 / (2 nu), that of a Gaussian the root of 1 / (2 D): degrees of freedom that
-    grow with D keep them alike.
+    nu grows with D so that the radius is spread as for a Gaussian: its logarithm has a standard
+    deviation of about the root of 1 / (2 D) + 1 / (2 nu), that of a Gaussian the root of
+    1 / (2 D).
 
     Attributes:
         log_weight: log pi [C, B]; minus infinity where a datum has fewer components.
@@ -53,7 +53,7 @@ class Proposal:
     tril: Tensor
 
     def rows(self, index: Tensor) -> Proposal:
-        """The proposals of some of the data."""
+        """Returns the proposals of some of the data."""
         return Proposal(self.log_weight[:, index], self.loc[:, index], self.tril[:, index])
 
     @property
@@ -63,7 +63,7 @@ class Proposal:
         return self.tril[heaviest, torch.arange(len(heaviest), device=heaviest.device)]
 
     def draw(self, num_draws: int) -> Tensor:
-        """Draws [K, B, D]."""
+        """Draws u [K, B, D]."""
         _, B, D = self.loc.shape
         noise = torch.randn_like(self.loc[:1].expand(num_draws, B, D))
         df = torch.full_like(noise[..., 0], max(LEAST_DF, D))
@@ -76,7 +76,7 @@ class Proposal:
         return draws
 
     def log_prob(self, u: Tensor) -> Tensor:
-        """log q(u) [K, B] of u [K, B, D]."""
+        """Returns log q(u) [K, B] of u [K, B, D]."""
         D, df, terms = u.shape[-1], max(LEAST_DF, u.shape[-1]), []
         for log_weight, loc, tril in zip(self.log_weight, self.loc, self.tril):
             white = torch.linalg.solve_triangular(tril, (u - loc).permute(1, 2, 0), upper=False)
@@ -88,12 +88,12 @@ class Proposal:
 
 
 def laplace(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Modes [B, D], polished by Newton's steps from `u`, and covariance factors [B, D, D].
+    """Returns modes [B, D], by Newton's steps from `u`, and covariance factors [B, D, D].
 
-    The covariance is the inverse of the exact negative Hessian, |eigenvalues| floored at 0.5:
-    a saddle or a flat direction still gets a finite width. Each of at most three rounds costs
-    D gradients and their own gradients, of the data that are not at their mode yet. A step is
-    the best of a few lengths, or none.
+    The covariance is the inverse of the exact negative Hessian, whose |eigenvalues| are floored
+    at 0.5: a saddle or a flat direction still gets a finite width. Each of at most three rounds
+    costs D gradients and D second gradients, of the data that are not at their mode yet. A step
+    has the best of a few lengths, or is not taken.
     """
     u, tril = u.clone(), u.new_empty(*u.shape, u.shape[1])
     rows = torch.arange(len(u), device=u.device)
@@ -113,7 +113,7 @@ def laplace(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def curvature(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient [B, D] and negative Hessian [B, D, D] of log p(x, u) at `u` [B, D]."""
+    """Returns gradient [B, D] and negative Hessian [B, D, D] of log p(x, u) at `u` [B, D]."""
     rows = []
     for part in torch.arange(u.shape[1], device=u.device).split(target.draws_at_once):
         leaf = u.expand(len(part), *u.shape).detach().requires_grad_()
@@ -123,14 +123,14 @@ def curvature(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
             column = slope.gather(-1, part.view(-1, 1, 1).expand(-1, len(u), 1)).sum()
         if column.requires_grad:
             rows.append(torch.autograd.grad(column, leaf, materialize_grads=True)[0])
-        else:  # linear in u
+        else:  # the density is linear in u
             rows.append(torch.zeros_like(slope))
     hessian = torch.cat(rows).transpose(0, 1)
     return slope[0].detach(), -(hessian + hessian.mT) / 2
 
 
 def factor(precision: Tensor) -> Tensor:
-    """Cholesky factor [B, D, D] of the inverse of a precision, its |eigenvalues| floored."""
+    """Returns the Cholesky factor [B, D, D] of a precision's inverse, |eigenvalues| floored."""
     values, vectors = torch.linalg.eigh(precision.nan_to_num(0.0, 0.0, 0.0))
     variance = 1 / values.abs().clamp(FLOOR, CEILING)
     return torch.linalg.cholesky((vectors * variance.unsqueeze(-2)) @ vectors.mT)
@@ -139,13 +139,13 @@ def factor(precision: Tensor) -> Tensor:
 class Adam:
     """Moves `parameters` in place, by steps that fall to zero as a half cosine.
 
-    Adam works element by element, so that each datum goes its own way. A slope that is not a
-    number stands for none. Written out because `torch.optim` takes seconds to import.
+    Adam works element by element, so that data do not affect one another. A slope that is not
+    finite counts as zero. Written out because `torch.optim` takes seconds to import.
 
     Args:
-        parameters: What is moved; no gradient is recorded.
-        num_steps: Steps.
-        lr: The first step's size.
+        parameters: Tensors to move; no gradient is recorded.
+        num_steps: Number of steps.
+        lr: Size of the first step.
         eps: Slopes below it are followed in proportion, those above it by their sign alone.
 
     References:
@@ -159,7 +159,7 @@ class Adam:
         self.num_steps, self.lr, self.eps, self.done = num_steps, lr, eps, 0
 
     def ascend(self, *slopes: Tensor) -> None:
-        """One step along the gradients."""
+        """Takes one step along the gradients."""
         rate = self.lr * (1 + math.cos(math.pi * self.done / self.num_steps)) / 2
         self.done += 1
         unbias = [1 / (1 - decay**self.done) for decay in DECAYS]
@@ -173,7 +173,7 @@ class Adam:
 def fit_gaussian(
     target: Target, loc: Tensor, tril: Tensor, num_steps: int = FIT_STEPS
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The Gaussian of highest ELBO, from a first one, which is kept where that is better.
+    r"""Fits the Gaussian of highest ELBO from a first one, which is kept where it is better.
 
     .. math:: u = \mu + A (m + L \epsilon), \qquad
         \nabla_m = \mathbb{E}[g], \quad \nabla_L = \mathbb{E}[g \epsilon^\top], \quad
@@ -225,25 +225,25 @@ def fit_gaussian(
 
 
 def fit_draws(dim: int) -> int:
-    """Draws for a gradient of D x D numbers, in pairs: it has as many directions as pairs."""
+    """Returns how many draws, in opposite pairs, give a gradient of D x D numbers."""
     return max(LEAST_DRAWS, 2 * (dim // 16))
 
 
 def fit_cost(dim: int, num_steps: int = FIT_STEPS) -> int:
-    """How often `fit_gaussian` evaluates the model for one datum."""
+    """Returns how often `fit_gaussian` evaluates the model for one datum."""
     return num_steps * fit_draws(dim) + 2 * CHECKS
 
 
 def _tril(below: Tensor) -> Tensor:
-    """A lower triangle with the exponential of its diagonal."""
+    """Returns a lower triangle with the exponential of its diagonal."""
     return below.tril(-1) + below.diagonal(dim1=-2, dim2=-1).exp().diag_embed()
 
 
 def add_components(target: Target, proposal: Proposal, visited: Tensor) -> Proposal:
-    r"""The proposal with a component at the draw of the largest weight, up to 24 times over.
+    r"""Adds a component at the draw of the largest weight, up to 24 times.
 
-    Each has the curvature of log p(x, u) at that draw as its precision. All draws so far count
-    as draws of the whole mixture; at the end its weights :math:`\pi` maximise
+    Its precision is the curvature of log p(x, u) at that draw. All draws so far count as draws
+    of the whole mixture; at the end its weights :math:`\pi` maximise
 
     .. math:: \sum_k \bar w_k \log \sum_c \pi_c \, t(u_k; \mu_c, \Sigma_c)
 
@@ -262,7 +262,7 @@ def add_components(target: Target, proposal: Proposal, visited: Tensor) -> Propo
     """
     u = torch.cat([proposal.draw(2 * ROUND_DRAWS), visited])
     log_p = target.log_joint(u)
-    density = [proposal.log_prob(u)]  # of the first mixture, then of each component
+    density = [proposal.log_prob(u)]  # log q of the first mixture, then of each component
     parts = [proposal]
     for _ in range(MOST_COMPONENTS):
         log_weight = log_p - _made(torch.stack(density))
@@ -281,20 +281,20 @@ def add_components(target: Target, proposal: Proposal, visited: Tensor) -> Propo
 
 
 def components_cost(dim: int) -> int:
-    """Evaluations of the model for one datum."""
+    """Returns how often `add_components` evaluates the model for one datum."""
     return 2 * ROUND_DRAWS + MOST_COMPONENTS * (ROUND_DRAWS + dim)
 
 
 def _made(density: Tensor) -> Tensor:
-    """log density of all draws but for a constant, from the sources' own [C, S, B].
+    """Returns the log density of all draws, up to a constant, from the sources' own [C, S, B].
 
-    The first source has made twice as many as each of the others.
+    The first source has made twice as many draws as each of the others.
     """
     return torch.cat([density[:1] + math.log(2.0), density[1:]]).logsumexp(0)
 
 
 def _weighed(parts: list[Proposal], density: Tensor, log_p: Tensor) -> Proposal:
-    """All components as one mixture, their weights fitted to the weights of the draws."""
+    """Mixes all components, with shares fitted to the weights of the draws."""
     log_pi = torch.full_like(density[:, 0], 1 / len(parts)).log()
     weights = torch.softmax((log_p - _made(density)).nan_to_num(-torch.inf), 0)
     for _ in range(EM_STEPS):
@@ -304,7 +304,7 @@ def _weighed(parts: list[Proposal], density: Tensor, log_p: Tensor) -> Proposal:
 
 
 def joined(parts: Sequence[Proposal], log_pi: Iterable[float | Tensor]) -> Proposal:
-    """The mixture of all `parts`, from the logarithms of their shares."""
+    """Mixes all `parts`, given the logarithms of their shares."""
     return Proposal(
         torch.cat([part.log_weight + pi for part, pi in zip(parts, log_pi)]),
         torch.cat([part.loc for part in parts]),

@@ -24,13 +24,13 @@ from pyro_vae.estimators.run import estimator, map_targets, summed
 from pyro_vae.estimators.target import Run, Target
 
 METHOD = "importance sampling, refined"
-AGAIN_STEPS = 2 * FIT_STEPS  # of a second fit
-WIDER, WIDEST = 3.5, 0.2  # over the number of informed directions, at most
-DEFENSIVE_SHARE = 0.05  # of the draws, from the guide and from the prior
-LEAST_WEIGHT = 0.05  # of a component
-SURPRISE = 3.0  # standard errors by which draws of the prior may give more
-NEGLIGIBLE = 8.0  # nats of evidence below a datum's best component
-LOWEST = -1e30  # a bound that is no number
+AGAIN_STEPS = 2 * FIT_STEPS  # steps of a second fit
+WIDER, WIDEST = 3.5, 0.2  # scales grow by 3.5 / (number of informed directions), at most 0.2
+DEFENSIVE_SHARE = 0.05  # share of the draws from the guide, and as many from the prior
+LEAST_WEIGHT = 0.05  # added to the weight of each component
+SURPRISE = 3.0  # standard errors by which the prior's estimate may exceed the proposal's
+NEGLIGIBLE = 8.0  # nats of evidence below a datum's best component, where others are dropped
+LOWEST = -1e30  # replaces a bound that is NaN or minus infinity
 
 
 @estimator
@@ -49,26 +49,26 @@ def refined_importance_sampling(
     seed: int | None = 0,
     progress: bool = False,
 ) -> Evidence:
-    r"""log p(x) of each datum by importance sampling from a proposal of its own.
+    r"""Estimates log p(x) of each datum by importance sampling from a proposal of its own.
 
     .. math:: \log p(x) \approx \log \frac1K \sum_{k=1}^K \frac{p(x, u_k)}{q(u_k)}, \\
         q = 0.9 \sum_c \pi_c \, t_\nu(\mu_c, \Sigma_c)
         + 0.05 \, q(\cdot \mid x) + 0.05 \, p(\cdot)
 
-    For each datum: the modes of the posterior, by Adam from the guide's mean and from good
-    draws of the prior; the exact Hessian there; a Gaussian with a full covariance, fitted by
-    its ELBO; then K fresh draws from a wider t, with a few from the guide and from the prior,
-    which bound the weights of what was missed. None of the draws of the fit is scored, so that
-    the average weight is unbiased for p(x) as in any importance sampling. Separate modes become
-    a mixture.
+    For each datum Adam finds the modes of the posterior, from the guide's mean and from good
+    draws of the prior. At each mode a Gaussian with a full covariance starts from the exact
+    Hessian and is fitted by its ELBO; separate modes become a mixture. K fresh draws then come
+    from a wider t, with a few from the guide and from the prior, which bound the weights of
+    what was missed. No draw of the fit is scored, so that the average weight is unbiased for
+    p(x) as in any importance sampling.
 
     An estimate is "reliable" if its standard error is below 0.1 nats, its k-hat below the
     threshold, the search for modes ended because nothing new was found, and draws of the prior
-    show no part of the posterior that was missed. A mode that no start and no draw finds is not
-    noticed by anything.
+    show no part of the posterior that was missed. A mode that no start and no draw finds goes
+    unnoticed.
 
-    Costs about 2500 evaluations of the model for each datum, most of them gradients, before the
-    K draws. What errors remain are low more often than high.
+    The cost is about 2500 evaluations of the model for each datum, most of them gradients, before
+    the K draws. Remaining errors are more often too low than too high.
 
     Args:
         model: Pyro model of (x) or (x, y), all its sites inside one plate "data", its latents
@@ -78,7 +78,7 @@ def refined_importance_sampling(
         y: What is conditioned on [N, C], or None.
         num_samples: Draws K for each datum.
         num_starts: Starts of the search for modes: the guide's mean, then draws of the prior.
-            With 1 nothing is searched for, and every verdict is "doubtful".
+            With 1 there is no search, and every verdict is "doubtful".
         chunk_size: As in `log_evidence`.
         compile: As in `log_evidence`.
         devices: As in `log_evidence`.
@@ -122,7 +122,7 @@ class Fit:
     Attributes:
         target: The posteriors.
         proposal: Their proposals.
-        simple: Their log p(x) by simple Monte Carlo from the prior.
+        simple: Evidence of the same data by simple Monte Carlo from the prior.
         complete: Whether the search for modes ended because nothing new was found [B].
     """
 
@@ -132,14 +132,14 @@ class Fit:
     complete: Tensor
 
     def rows(self, index: Tensor) -> Fit:
-        """The fits of some of the data."""
+        """Returns the fits of some of the data."""
         target, proposal = self.target.rows(index), self.proposal.rows(index)
         return Fit(target, proposal, self.simple.rows(index.cpu()), self.complete[index])
 
     def again(self) -> Fit:
-        """The fits beside each component fitted on, by twice the steps: half of the draws each.
+        """Mixes each proposal, half and half, with its components fitted on by twice the steps.
 
-        A longer fit may end narrower than what it began with, which stays for that.
+        The first proposal stays because a longer fit may end narrower than it.
         """
         row, component = self.proposal.log_weight.T.isfinite().nonzero().T
         parts = self.proposal.loc[component, row], self.proposal.tril[component, row]
@@ -148,23 +148,23 @@ class Fit:
         return replace(self, proposal=joined([self.proposal, fitted], half))
 
     def with_components(self, visited: Tensor) -> Fit:
-        """The fits with more components where weights are large, also at points [R, B, D]."""
+        """Adds components where weights are large, also at the points `visited` [R, B, D]."""
         return replace(self, proposal=add_components(self.target, self.proposal, visited))
 
     def importance_sampling(
         self, num_samples: int, tolerance: float = 0.1, khat: float = 1.0
     ) -> Evidence:
-        """Evidence from K fresh draws of each proposal, the guide and the prior."""
+        """Returns the evidence from K fresh draws of each proposal, the guide and the prior."""
         weights = torch.cat([weights for _, weights in self.scored(num_samples)])
         return self.judge(summarise(weights.cpu(), METHOD, "doubtful"), tolerance, khat)
 
     def judge(self, evidence: Evidence, tolerance: float, khat: float = 1.0) -> Evidence:
-        """The evidence with a verdict from its errors, and from the draws of the prior.
+        """Returns the evidence with a verdict from its errors and from the draws of the prior.
 
         Args:
-            evidence: What is judged.
+            evidence: Evidence to judge.
             tolerance: Largest standard error.
-            khat: Largest k-hat, where that is below its published threshold.
+            khat: Largest k-hat, if that is below its published threshold.
         """
         noise = (evidence.stderr.square() + self.simple.stderr.square()).sqrt()
         missed = self.simple.log_prob - evidence.log_prob > SURPRISE * noise
@@ -175,12 +175,12 @@ class Fit:
         return replace(evidence, verdict=verdict)
 
     def scored(self, num_samples: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Fresh draws, some after others, and their log weights."""
+        """Yields fresh draws and their log weights, in chunks."""
         for u in self.draws(num_samples):
             yield u, self.log_weights(u, num_samples)
 
     def draws(self, num_samples: int) -> Iterator[Tensor]:
-        """Fresh draws [*, B, D], some after others: all K together take much memory."""
+        """Yields fresh draws [*, B, D] in chunks, for all K together take much memory."""
         sources: list[Callable[[int], Tensor]] = [
             self.proposal.draw,
             self.target.draw_guide,
@@ -191,21 +191,21 @@ class Fit:
                 yield draw(len(some))
 
     def _numbers(self, num_samples: int) -> tuple[int, int, int]:
-        """Draws from the proposal, the guide and the prior."""
+        """Returns the numbers of draws from the proposal, the guide and the prior."""
         few = math.ceil(DEFENSIVE_SHARE * num_samples) if num_samples > 2 else 0
         guide = few if self.target.guide_is_density else 0
         return num_samples - guide - few, guide, few
 
     def log_weights(self, u: Tensor, num_samples: int) -> Tensor:
-        """Log weights [K, B] of draws u [K, B, D] among `num_samples`, by the balance heuristic.
+        """Returns log weights [K, B] of draws u [K, B, D], by the balance heuristic.
 
-        log p(x, u) less the log density of the mixture of the proposal, the guide and the prior
-        that the draws of `importance_sampling` are from.
+        These are log p(x, u) minus the log density of the mixture of the proposal, the guide and
+        the prior from which `importance_sampling` takes `num_samples` draws.
         """
         return torch.cat([weights for weights, _ in self.weighed(u, num_samples)])
 
     def weighed(self, u: Tensor, num_samples: int) -> Iterator[tuple[Tensor, Run]]:
-        """As `log_weights`, of some draws after others, each with its run of the model."""
+        """Yields log weights as `log_weights` does, in chunks, each with its run of the model."""
         numbers = self._numbers(num_samples)
         shares = u.new_tensor(numbers).log().view(-1, 1, 1) - math.log(num_samples)
         for part in u.split(self.target.draws_at_once):
@@ -221,15 +221,15 @@ def fit_proposal(target: Target, num_starts: int = 5) -> Fit:
     target.check_gradient()
     row, loc, tril, simple, complete = find_modes(target, num_starts)
     log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    mass = target.rows(row).log_joint(loc.unsqueeze(0))[0] + log_det  # but for a constant
+    mass = target.rows(row).log_joint(loc.unsqueeze(0))[0] + log_det  # up to a constant
     highest = torch.where(row == row[:, None], mass, -torch.inf).amax(1)
-    kept = ~(mass < highest - NEGLIGIBLE)  # all, where the model excludes the datum
+    kept = ~(mass < highest - NEGLIGIBLE)  # keeps all if the model excludes the datum
     proposal = _fitted(target, row[kept], loc[kept], tril[kept], FIT_STEPS)
     return Fit(target, proposal, simple, complete)
 
 
 def _fitted(target: Target, row: Tensor, loc: Tensor, tril: Tensor, num_steps: int) -> Proposal:
-    """Mixtures fitted from M first components, each of its row, and weighed by their bounds."""
+    """Fits M first components, each of the datum `row`, and mixes them by their bounds."""
     size = target.num_data  # no more at once than there are data
     batches = zip(row.split(size), loc.split(size), tril.split(size))
     parts = [fit_gaussian(target.rows(rows), a, b, num_steps) for rows, a, b in batches]
@@ -248,11 +248,11 @@ def _fitted(target: Target, row: Tensor, loc: Tensor, tril: Tensor, num_steps: i
 
 
 def _wider(tril: Tensor) -> Tensor:
-    """Factors [M, D, D] of covariances that are wider where they are narrower than the prior's.
+    """Widens factors [M, D, D] of covariances in directions where the prior is wider.
 
-    Where the data inform nothing the posterior is the prior, which a wider proposal would miss.
-    A scale of 1 + s in n informed directions makes the volume larger by about exp(n s). s falls
-    with n, so that this factor is the same for any n above 17.
+    Where the data inform nothing the posterior is the prior, and its width stays. A scale of 1 + s
+    in n informed directions makes the volume larger by about exp(n s). s falls with n, so that
+    this factor is the same for any n above 17.
     """
     variance, vectors = torch.linalg.eigh(tril @ tril.mT)
     informed = (1 - variance).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""How estimators are run: on what is given, for each value of a discrete latent, in batches."""
+"""Runs estimators: on checked arguments, in batches, at each value of a discrete latent."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from pyro_vae.runtime import (
     threads,
 )
 
-DRAWS_AT_ONCE = 4  # draws of each datum that make up the rows that the model sees at once
-STEP = 100  # rows of a usual step of training, by which models are small for `fit`, too
-LAYER = 2_000_000  # numbers of the widest layer at once: more falls out of cache
-NUMBERS = 8_000_000  # coordinates of a thousand draws of a batch
-TRIED = 16  # draws of a datum that all must be impossible, for the model to exclude it
-WHOLE = ("budget", "chunk_size", "devices")
+DRAWS_AT_ONCE = 4  # draws of each datum of a batch that the model sees at once
+STEP = 100  # rows of a usual training step, by which `is_small` judges the model
+LAYER = 2_000_000  # numbers in the widest layer at once: more do not fit into cache
+NUMBERS = 8_000_000  # most coordinates of a thousand draws of a batch
+TRIED = 16  # draws of a datum; if all are impossible, the model excludes the datum
+WHOLE = ("budget", "chunk_size", "devices")  # whole numbers, besides names with num_
 Values = dict[str, Tensor]
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -50,10 +50,10 @@ T = TypeVar("T")
 def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesVAE[P, T]:
     """Lets a function of (model, guide, x, y, *, ...) be called as (vae, x, y, ...) too.
 
-    x and y may be tensors, arrays, frames or lists; they and the numbers are checked, by name.
-    Pyro's own checks are on, whatever flags are set: a density of data that are impossible is no
-    number to report. They are flags of the process, so that other threads wait. Small modules
-    on the CPU get one thread of torch.
+    x and y may be tensors, arrays, frames or lists; they and the numbers are checked by their
+    names. Pyro's own checks are on, whatever flags are set, so that impossible data are refused.
+    These are flags of the process, so that other threads wait. Small modules on the CPU get one
+    thread of torch.
     """
     signature = inspect.signature(function)
 
@@ -61,7 +61,7 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
     def checked(*args: Any, **options: Any) -> T:
         bound = signature.bind(*programs(args, options), **options)
         given = bound.arguments
-        x = given["x"] = as_rows("x", given["x"], missing=True)  # the model refuses what it must
+        x = given["x"] = as_rows("x", given["x"], missing=True)  # the model may refuse NaN
         if given.get("y") is not None:
             y = given["y"] = as_rows("y", given["y"])
             if len(y) != len(x):
@@ -87,7 +87,7 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
 
 
 def weights_of(*programs: Any) -> list[Tensor]:
-    """The parameters of the modules whose methods the programs are."""
+    """Returns the parameters of the modules whose methods the programs are."""
     modules = (getattr(program, "__self__", None) for program in programs)
     return [p for m in modules if isinstance(m, nn.Module) for p in m.parameters()]
 
@@ -95,23 +95,23 @@ def weights_of(*programs: Any) -> list[Tensor]:
 def exact_without_data(
     evidence: Evidence, model: Program, guide: Program, x: Tensor, y: Tensor | None
 ) -> Evidence:
-    """The evidence, where nothing of a datum was observed replaced by what is known: 0."""
+    """Returns the evidence with log p(x) = 0 exactly for data without an observed entry."""
     rows = x.isnan().unsqueeze(-1).flatten(1).all(1).nonzero()[:, 0]
     if not len(rows):
         return evidence
     with evaluating(model, guide, seed=0, device=x.device):
         d = densities(model, guide, x[rows], None if y is None else y[rows], num_particles=2)
-        rows = rows[(d.log_likelihood == 0).all(0)].cpu()  # models may observe something else
+        rows = rows[(d.log_likelihood == 0).all(0)].cpu()  # models may observe more than x
     return evidence.known(rows, 0.0, "nothing observed")
 
 
 def check_support(
     model: Program, guide: Program, x: Tensor, y: Tensor | None, chunk_size: int
 ) -> Densities:
-    """One run of the programs on all rows, with Pyro's checks: before hours of work, not after.
+    """Runs the programs once on all rows with Pyro's checks, to fail before hours of work.
 
     Returns:
-        What the run of the last rows gave.
+        The densities of the last rows.
 
     Raises:
         ValueError: If the model has no density at some of the data, or cannot be run.
@@ -135,10 +135,10 @@ def map_targets(
     compile: bool = False,
     **options: Any,
 ) -> list[T]:
-    """What `estimate` gives for the posteriors of each batch of data, as by `map_batches`.
+    """Returns the results of `estimate` on the `Target` of each batch, by `map_batches`.
 
-    The programs see `chunk_size` rows at once; or, of narrow layers, whose calls take the time,
-    as many more as the processor's cache holds.
+    The programs see `chunk_size` rows at once. If that is None and all layers are narrow, they
+    see as many more as the processor's cache holds, for then the calls take most of the time.
     """
     rows, weights = chunk_size or 2 * ROWS, weights_of(model, guide)
     if chunk_size is None and weights and all(p.ndim <= 2 for p in weights):
@@ -171,13 +171,13 @@ def map_batches(
     progress: bool,
     title: str = "log p(x)",
 ) -> list[T]:
-    """What `estimate` gives for each batch of `size` data, in order.
+    """Returns the results of `estimate` on each batch of `size` data, in order.
 
     The noise of a batch depends on the seed and its number, not on the process that draws it.
     Modes, random state, parameters and Pyro's store are afterwards as they were.
 
     Raises:
-        ValueError: If there are not so many devices, or the programs cannot be sent to them.
+        ValueError: If there are too few devices, or the programs cannot be sent to them.
     """
     if devices > 1:
         check_processes(devices, x.device.type)
@@ -187,7 +187,7 @@ def map_batches(
                     "with several devices model and guide must be methods of a torch module, "
                     f"which takes their weights to the other processes; got {program!r}"
                 )
-    size = -(-len(x) // -(-len(x) // size))  # of as many batches, all alike
+    size = -(-len(x) // -(-len(x) // size))  # as many batches, of equal size
     if seed is None:
         with forked(x.device):  # the current state stays as it is
             seed = int(torch.randint(2**62, (), device=x.device))
@@ -196,7 +196,7 @@ def map_batches(
     if devices == 1 or len(x) <= size:
         return work(x, y, title=title)
     store = pyro.get_param_store().get_state()
-    first, *rest = _shares(x, y, size, devices)  # of which this process does the first
+    first, *rest = _shares(x, y, size, devices)  # this process does the first
     indices = [i for i in range(devices) if i != (x.device.index or 0)]
     parts = [partial(work, *share, store=store) for share in rest]
     results: list[T] = []
@@ -208,7 +208,7 @@ def map_batches(
 def _shares(
     x: Tensor, y: Tensor | None, size: int, number: int
 ) -> list[tuple[Tensor, Tensor | None, int]]:
-    """At most so many parts of the data, of whole batches, and the number of the first of each."""
+    """Splits data into at most `number` parts of whole batches, with each first batch's number."""
     shares = []
     for batches in torch.arange(-(-len(x) // size)).tensor_split(number):
         if len(batches):
@@ -231,7 +231,7 @@ def _batches(
     title: str = "",
     store: Any = None,
 ) -> list[T]:
-    """The estimates of batches of data, the first of that number, here or in another process."""
+    """Estimates batches of data, numbered from `first`, here or in another process."""
     results = []
     keep_memory()
     if store is not None:
@@ -248,9 +248,9 @@ def _batches(
 
 
 def summed(function: Callable[P, T]) -> Callable[P, T]:
-    """An estimator run for each value of the discrete latents that a model asks to sum out.
+    """Makes an estimator run at each value of the discrete latents that a model sums out.
 
-    What it gives at each value is mixed, by the method `mixed` of the result.
+    The results are then combined by the class method `mixed` of their class.
     """
     signature = inspect.signature(function)
 
@@ -271,7 +271,7 @@ def summed(function: Callable[P, T]) -> Callable[P, T]:
 
 
 class OneValue(nn.Module):
-    """A model and a guide with discrete latents at one value, which the model observes."""
+    """A model and a guide with discrete latents fixed at one value, which the model observes."""
 
     def __init__(self, model: Program, guide: Program, values: Values) -> None:
         super().__init__()
@@ -280,18 +280,18 @@ class OneValue(nn.Module):
         self.owners = nn.ModuleList(o for o in owners.values() if isinstance(o, nn.Module))
 
     def model(self, *args: Any) -> Any:
-        """The model, observing the value."""
+        """Runs the model, which observes the value."""
         with At(self.values, hidden=False):
             return self.programs[0](*args)
 
     def guide(self, *args: Any) -> Any:
-        """The guide, given the value."""
+        """Runs the guide, given the value."""
         with At(self.values, hidden=True):
             return self.programs[1](*args)
 
 
 class At(Messenger):
-    """Gives sites a value, and shows them to handlers outside as observed, or not at all."""
+    """Fixes sites at a value; handlers outside see them as observed, or if hidden not at all."""
 
     def __init__(self, values: Values, hidden: bool) -> None:
         super().__init__()
@@ -307,9 +307,9 @@ class At(Messenger):
 def for_each_value(
     function: Callable[..., Any], given: dict[str, Any], values: Values
 ) -> list[Any]:
-    """Evidence of log p(x, c) for each joint value c, or imputations given it.
+    """Returns the results of an estimator at each joint value c, such as of log p(x, c).
 
-    Data for which the model excludes a value, such as by a known label, are marked so.
+    Data for which the model excludes a value, such as by a known label, are marked as excluded.
 
     Args:
         function: An estimator.
@@ -330,7 +330,7 @@ def for_each_value(
 
 
 def _where_possible(function: Callable[..., Any], given: dict[str, Any]) -> Any:
-    """Results of all data, found of those that the model does not exclude; None if it does all."""
+    """Runs `function` on the data that the model does not exclude; None if there are none."""
     x, y = given["x"], given.get("y")
     if y is None:
         return function(**given)
@@ -344,17 +344,17 @@ def _where_possible(function: Callable[..., Any], given: dict[str, Any]) -> Any:
 
 
 def _possible(model: Program, guide: Program, x: Tensor, y: Tensor) -> Tensor:
-    """Data [N] that the model does not exclude, such as by a known label."""
+    """Returns which data [N] the model does not exclude, such as by a known label."""
     with evaluating(model, guide, seed=0, device=x.device):
         parts = [
             log_weights(model, guide, *pair, num_particles=TRIED, chunk_size=ROWS).amax(0)
             for pair in zip(x.split(ROWS), y.split(ROWS))
         ]
-    return torch.cat(parts) != -torch.inf  # what is NaN is not excluded: the estimator refuses it
+    return torch.cat(parts) != -torch.inf  # NaN is not excluded: the estimator refuses it
 
 
 def track(items: Sequence[T], description: str, show: bool) -> Iterable[T]:
-    """The items, with a progress bar if asked for."""
+    """Returns the items, with a progress bar if asked for."""
     if not show:
         return items
     from rich.progress import track as rich_track

@@ -29,12 +29,12 @@ from pyro_vae.densities import (
 )
 from pyro_vae.estimators.coordinates import Coordinates, base, coordinates, holds_tensor
 
-ROWS = 1000  # rows decoded at once: 250 to 2500 are equally fast, more falls out of cache
-SCALE_DRAWS = 64  # prior draws behind the unit of each coordinate
+ROWS = 1000  # rows decoded at once: 250 to 2500 are equally fast, more do not fit into cache
+SCALE_DRAWS = 64  # prior draws from which the units of the coordinates are estimated
 NORMAL_IQR = 1.349  # distance between the quartiles of a unit Normal
 USES = 20  # evaluations of one shape before it is compiled
-MOST = 3  # shapes that are compiled: the others are rare
-unchecked = pyro.validation_enabled(False)  # decorates what runs programs: one run was checked
+MOST = 3  # most shapes that are compiled: others are rare
+unchecked = pyro.validation_enabled(False)  # decorates runs of programs after a checked one
 
 
 class Target:
@@ -45,9 +45,9 @@ class Target:
 
     .. math:: \log p(x, u) = \log p(x, z(u)) + \log \left| \det \frac{dz}{du} \right|
 
-    Programs run at their own precision, all else is float64. Where log p(x, z) is not a number,
-    away from the draws of the guide, it counts as minus infinity. To be used inside
-    `evaluating`; the model sees at most `chunk_size` rows at a time, or one draw of each datum.
+    Programs run at their own precision, all else is float64. Where log p(x, z) is NaN, at points
+    that the guide did not draw, it counts as minus infinity. A target must be used inside
+    `evaluating`. The model sees at most `chunk_size` rows at a time, or one draw of each datum.
     `prior_mean` [B, D] is NaN where it is not known.
 
     Args:
@@ -58,7 +58,7 @@ class Target:
         chunk_size: Draws times data that the model sees at once.
         scale: Units of the coordinates [B, D]; from draws of the prior if None.
         sites: Coordinates of other data of the same programs, to use the same maps; or None.
-        fast: What compiles log p(x, u), if its maps are the same for all data; or None.
+        fast: Compiler of log p(x, u), used if its maps are the same for all data; or None.
 
     Raises:
         ValueError: If a latent is discrete, or its support depends on another latent or has no
@@ -105,7 +105,7 @@ class Target:
             self.prior_mean = mean / self.scale
 
     def rows(self, index: Tensor) -> Target:
-        """The target of some of the data, in the same units."""
+        """Returns the target of some of the data, in the same units."""
         part = copy.copy(self)
         part.x, part.y = self.x[index], None if self.y is None else self.y[index]
         part.scale, part.prior_mean = self.scale[index], self.prior_mean[index]
@@ -114,38 +114,38 @@ class Target:
         return part if self.fixed else part._with(part.x)
 
     def without(self, entries: tuple[Tensor, ...]) -> Target:
-        """The target of the data less some entries, in the same units."""
+        """Returns the target of the data without some entries, in the same units."""
         return self._with(self.x.index_put(entries, self.x.new_tensor(torch.nan)))
 
     def simulated(self) -> tuple[Target, Tensor]:
-        """The target of data drawn from the model, and the latents [1, B, D] that made them."""
+        """Simulates data from the model; returns their target and true latents [1, B, D]."""
         x, latents = draw_data(self.model, self.x, self.y)
         target = self._with(x)
         return target, target.vector(latents)
 
     def _with(self, x: Tensor) -> Target:
-        """The target of as many other data, in the same units."""
+        """Returns the target of as many other data, in the same units."""
         given: dict[str, Any] = {"chunk_size": self.chunk_size, "scale": self.scale}
         return Target(self.model, self.guide, x, self.y, sites=self.sites, fast=self.fast, **given)
 
     @property
     def draws_at_once(self) -> int:
-        """Draws of all data that make up `chunk_size` rows."""
+        """Number of draws of all data that make up `chunk_size` rows."""
         return max(1, self.chunk_size // self.num_data)
 
     def log_joint(self, u: Tensor) -> Tensor:
-        """log p(x, u) [K, B]."""
+        """Returns log p(x, u) [K, B]."""
         run = self.run_log_joint if self.fast is None else partial(self._compiled, self.fast)
         return torch.cat([run(part) for part in u.split(self.draws_at_once)])
 
     @unchecked
     def run_log_joint(self, u: Tensor) -> Tensor:
-        """log p(x, u) [K, B], of one chunk, by a run of the model."""
+        """Returns log p(x, u) [K, B], of one chunk, by a run of the model."""
         latents, log_det = self._latents(u)
         return _never_nan(log_joint(self.model, self.x, self.y, latents).double() + log_det)
 
     def _compiled(self, fast: Compiled, u: Tensor) -> Tensor:
-        """log p(x, u) [K, B], of one chunk, differentiable in u alone."""
+        """Returns log p(x, u) [K, B], of one chunk, differentiable in u alone."""
 
         def value(u: Tensor, scale: Tensor, x: Tensor, *y: Tensor) -> Tensor:
             target = copy.copy(self)
@@ -163,7 +163,7 @@ class Target:
 
     @unchecked
     def log_guide(self, u: Tensor) -> Tensor:
-        """log q(u | x) [K, B]."""
+        """Returns log q(u | x) [K, B]."""
         latents, log_det = self._latents(u)
         if len(latents) > 1:
             log_prob = log_joint(self.guide, self.x, self.y, latents)
@@ -175,13 +175,13 @@ class Target:
     @cached_property
     @torch.no_grad()
     def _only_guide(self) -> Any:
-        """The distribution of a guide of one site, which spares the encoder."""
+        """The distribution of a guide of one site, kept so that the encoder runs once."""
         nodes: Any = run_program(self.guide, self.x, self.y, 1).nodes
         return nodes[next(iter(self.sites))]["fn"]
 
     @unchecked
     def at(self, u: Tensor) -> Run:
-        """One run of the model at u."""
+        """Runs the model at u."""
         latents, log_det = self._latents(u)
         return Run(sites_at(self.model, self.x, self.y, latents), self.x, latents, log_det)
 
@@ -201,14 +201,14 @@ class Target:
     @unchecked
     @torch.no_grad()
     def draw_guide(self, num_draws: int) -> Tensor:
-        """Draws of the guide [K, B, D]."""
+        """Returns draws of the guide [K, B, D]."""
         options = {"num_particles": num_draws, "chunk_size": self.chunk_size}
         return self.vector(draw_latents(self.guide, self.x, self.y, **options)[0])
 
     @unchecked
     @torch.no_grad()
     def draw_prior(self, num_draws: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Draws of the prior u [K, B, D], and log p(u) and log p(x | u) [K, B] at each."""
+        """Returns draws of the prior u [K, B, D], with log p(u) and log p(x | u) [K, B]."""
         parts = []
         for some in torch.ones(num_draws).split(self.draws_at_once):
             nodes: Any = run_program(self.model, self.x, self.y, len(some)).nodes
@@ -221,12 +221,12 @@ class Target:
         return u, log_prior, log_likelihood
 
     def vector(self, latents: Latents) -> Tensor:
-        """u [K, B, D] of latents by site [K, B, *]."""
+        """Returns u [K, B, D] for latents by site [K, B, *]."""
         free = [site.inverse(latents[name]) for name, site in self.sites.items()]
         return torch.cat(free, -1) / self.scale
 
     def _latents(self, u: Tensor) -> tuple[Latents, Tensor]:
-        """Constrained latents by site, and log |dz / du| [K, B]."""
+        """Returns constrained latents by site, and log |dz / du| [K, B]."""
         log_det = self.scale.log().sum(-1).expand(u.shape[:2])
         raw, latents = u * self.scale, {}
         for name, site in self.sites.items():
@@ -236,7 +236,7 @@ class Target:
 
 
 class Run:
-    """One run of a model at u [K, B, D]: what it says of u, and of the data there.
+    """A run of a model at u [K, B, D], with the log densities of u and of the data there.
 
     Attributes:
         log_prior: log p(u) [K, B].
@@ -261,12 +261,12 @@ class Run:
 
     @unchecked
     def complete(self) -> Tensor:
-        """The data [K, B, *E] with what is missing drawn from p(x | u)."""
+        """Returns the data [K, B, *E] with missing entries drawn from p(x | u)."""
         return complete_data(self.sites, self.x, self.latents)
 
     @unchecked
     def entry_log_prob(self) -> Tensor:
-        """log p(x_e | u) of each entry [K, B, *E]."""
+        """Returns log p(x_e | u) of each entry [K, B, *E]."""
         return entry_log_prob(self.sites, self.x, self.latents)
 
 
@@ -277,12 +277,12 @@ def _never_nan(log_prob: Tensor) -> Tensor:
 def gradients(
     density: Callable[[Tensor], tuple[Tensor, ...]], u: Tensor, draws_at_once: int
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Log densities [K, B] at `u` [K, B, D] and as many gradients [K, B, D] with respect to it.
+    """Returns log densities [K, B] at `u` [K, B, D], and the gradient of each [K, B, D].
 
     Nothing is added to the `.grad` of a parameter.
 
     Args:
-        density: From u to one or more log densities, rows independent.
+        density: Function from u to one or more log densities, whose rows are independent.
         u: Points.
         draws_at_once: Points of each datum that are evaluated together.
     """
@@ -300,7 +300,7 @@ def gradients(
 class Compiled:
     """Calls functions of tensors, compiled for the shapes that come often.
 
-    What cannot be compiled is called as it is, after one warning that says why.
+    A function that cannot be compiled runs eagerly, after one warning that says why.
 
     Args:
         uses: Calls of a shape after which it is compiled.
@@ -312,7 +312,7 @@ class Compiled:
         self.fast: dict[object, Traced] = {}
 
     def __call__(self, function: Callable[..., Any], program: Program, *inputs: Tensor) -> Any:
-        """What the function of that name returns, of the inputs and of the program's weights."""
+        """Returns `function(*inputs)`; its name identifies it, `program` holds its weights."""
         key = (function.__name__, *((part.shape, part.dtype) for part in inputs))
         if key not in self.fast and len(self.fast) < self.most:
             self.seen[key] += 1
@@ -321,7 +321,7 @@ class Compiled:
                     self.fast[key] = compiled(_Pass(function, program), *inputs)
                 except CannotCompile as error:
                     warnings.warn(f"compile: the model runs eagerly, for {error}", stacklevel=2)
-                    self.most = 0  # no other try
+                    self.most = 0  # no further attempt
         return self.fast.get(key, function)(*inputs)
 
 
