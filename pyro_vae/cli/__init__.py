@@ -29,96 +29,92 @@ PARTS: Options = {
 
 DATA: Options = {
     "--data": option(str, "digits", "name of a data set, or path of a file or image folder"),
-    "--data_root": option(str, "data", "folder of the named data sets"),
+    "--data_root": option(str, "data", "folder where the named data sets are kept"),
     "--transform": option(
         str, "auto", "auto, none, threshold, static, dynamic, dequantise, rescale or standardise"
     ),
-    "--validation": option(int | float | None, None, "number or share of rows held out"),
-    "--split_seed": option(int, 0, "seed of the split and of fixed noise"),
-    "--conditional": option(bool, False, "condition on labels or on y"),
-    "--schema": option(dict | None, None, "kinds of columns of a table, by name"),
-    "--limit": option(int | None, None, "at most this many rows of each part, spread over it"),
+    "--validation": option(int | float | None, None, "number or share of validation rows"),
+    "--split_seed": option(int, 0, "seed of the split and of noise that is drawn once"),
+    "--conditional": option(bool, False, "condition the model on y, or else on the labels"),
+    "--schema": option(dict | None, None, "likelihoods of a table's columns, {COLUMN: KIND}"),
+    "--limit": option(int | None, None, "use at most this many rows of each part"),
 }
 MODEL: Options = {
     "--latent_dim": option(
-        int | list[int], 20, "latent size D, or of each layer from the data upwards, [40,40]"
+        int | list[int], 20, "number of latents; for several layers, from the data up: [40,40]"
     ),
     "--hierarchy": option(
-        str | None, None, "order of inference of several layers: TopDown, BottomUp or Ladder"
+        str | None, None, "how several layers are inferred: TopDown, BottomUp or Ladder"
     ),
-    "--skip": option(bool, False, "let p(x | z) see all layers of several"),
+    "--skip": option(bool, False, "let p(x | z) see all layers, not only the lowest"),
     "--classes": option(
-        int, 0, "number of classes, known for some rows (label -1 elsewhere) or none; 0: none"
+        int, 0, "number of classes; an unknown label is -1; 0: a model without classes"
     ),
     "--label_weight": option(float, 0.0, "weight of the gradient of log p(label | x)"),
-    "--classifier": option(bool, False, "train a classifier q(label | x) beside the model"),
-    "--missing": option(
-        bool | None, None, "whether rows may lack values; null: if some of the data do"
-    ),
+    "--classifier": option(bool, False, "train a network q(label | x) beside the model"),
+    "--missing": option(bool | None, None, "allow missing values; null: if the data have some"),
 }
 SPEED: Options = {
     "--matmul": option(
         Literal["highest", "high", "medium"],
         "highest",
-        "precision of float32 matrix products: the others may round to bfloat16",
+        "precision of float32 matrix products; high and medium may round to bfloat16",
     ),
-    "--threads": option(int | None, None, "threads of each process; torch chooses if not given"),
+    "--threads": option(int | None, None, "most threads of a process; a small model uses one"),
 }
 IMPORT: Options = {
     "--import": option(str | None, None, "Python module that defines your own classes"),
 }
 TRAINING: Options = {
     "--epochs": option(int, 100, "passes over the training part"),
-    "--batch_size": option(int, 100, "rows of a step"),
-    "--optimizer": option(str | dict, "Adam", "of torch.optim, by name"),
+    "--batch_size": option(int, 100, "rows in a step"),
+    "--optimizer": option(str | dict, "Adam", "name of a class of torch.optim"),
     "--lr": option(float, 1e-3, "learning rate"),
-    "--schedule": option(str | dict | None, None, "of torch.optim.lr_scheduler"),
-    "--clip_norm": option(float | None, None, "largest norm of the gradient"),
-    "--patience": option(int | None, None, "stop after so many epochs without a better bound"),
-    "--seed": option(int, 0, "of weights, order and noise"),
-    "--seeds": option(int, 1, "number of runs, from --seed on, whose spread compare shows"),
+    "--schedule": option(str | dict | None, None, "name of a class of torch.optim.lr_scheduler"),
+    "--clip_norm": option(float | None, None, "clip the norm of the gradient to this"),
+    "--patience": option(int | None, None, "stop after this many epochs without a better bound"),
+    "--seed": option(int, 0, "seed of weights, order of rows and noise"),
+    "--seeds": option(int, 1, "train this many runs, with seeds from --seed on"),
     "--devices": option(
-        int, 1, "number of GPUs, or of processes without one; with --seeds, runs at a time"
+        int, 1, "number of GPUs, or of CPU processes; with --seeds, runs at a time"
     ),
-    "--accelerator": option(str, "auto", "auto, cpu or cuda; auto: a GPU where there is one"),
+    "--accelerator": option(str, "auto", "auto, cpu or cuda; auto: a GPU if there is one"),
     "--precision": option(str, "32-true", "32-true, 64-true, bf16-mixed or 16-mixed"),
     **SPEED,
-    "--compile": option(bool | None, None, "compile the step; if training is long"),
+    "--compile": option(bool | None, None, "compile the step; null: if training is long"),
     "--tensorboard": option(bool, False, "also log for TensorBoard; needs pyro-vae[tensorboard]"),
     "--progress": option(bool, True, "show a progress bar"),
-    "--run": option(str | None, None, "new folder of the run; runs/NAME-n"),
-    "--resume": option(str | None, None, "folder of a run to go on with"),
+    "--run": option(str | None, None, "new folder for the run; null: runs/NAME-n"),
+    "--resume": option(str | None, None, "folder of a run to continue"),
     **IMPORT,
     "--config": option(str | None, None, "YAML file of these options"),
     "--print_config": option(bool, False, "print these options as YAML"),
 }
 ROOT: Options = {
-    "--data_root": option(str | None, None, "folder of the named data sets; the run's"),
+    "--data_root": option(str | None, None, "folder of the named data sets, if not the run's own"),
     **IMPORT,
 }
 RUN: Options = {"run": {"help": "folder of a run"}, **ROOT}
 FILE: Options = {**RUN, "file": {"help": "table, .npz or .npy file, or a folder of images"}}
 JSON: Options = {"--json": {"action": "store_true", "help": "print JSON, and no progress"}}
 PART: Options = {
-    "--part": option(Literal["test", "validation", "train"], "test", "of the data"),
-    "--limit": option(int | None, 1000, "rows, spread over the part; null for all"),
+    "--part": option(Literal["test", "validation", "train"], "test", "part of the data to use"),
+    "--limit": option(int | None, 1000, "number of rows, spread over the part; null: all"),
 }
 SEEDED: Options = {
-    "--seed": option(int, 0, "of all draws"),
+    "--seed": option(int, 0, "seed of all draws"),
     "--progress": option(bool, True, "show a progress bar"),
 }
 WORK: Options = {
-    "--chunk_size": option(int | None, None, "draws x rows in one pass of the model; null: 1000"),
-    "--devices": option(int, 1, "number of GPUs, or of processes, that share the rows"),
-    "--accelerator": option(
-        Literal["auto", "cpu", "cuda"], "auto", "auto: a GPU where there is one"
-    ),
+    "--chunk_size": option(int | None, None, "draws x rows in one pass; chosen if not given"),
+    "--devices": option(int, 1, "number of GPUs, or of CPU processes, that share the rows"),
+    "--accelerator": option(Literal["auto", "cpu", "cuda"], "auto", "auto: a GPU if there is one"),
     **SPEED,
-    "--compile": option(bool, False, "compile what is repeated"),
+    "--compile": option(bool, False, "compile the model: pays for some hundred rows"),
     **SEEDED,
 }
 ESTIMATE: Options = {
-    "--tolerance": option(float, 0.05, "largest standard error, nats"),
+    "--tolerance": option(float, 0.05, "largest standard error of a reliable row, nats"),
     **WORK,
 }
 
@@ -156,49 +152,51 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command(
         "train.demo",
-        "train on bundled digits, evaluate, draw figures: three minutes",
+        "train on bundled digits, evaluate and draw figures in three minutes",
         {"--run": option(str | None, None, "new folder of the run")},
     ),
     "train": Command(
         "train.train",
-        "train a VAE on a data set, file or image folder; leaves a run folder",
+        "train a VAE on a data set, file or image folder; write a run folder",
         {**DATA, **MODEL, **TRAINING, **PARTS},
     ),
     "evaluate": Command(
         "evaluate.evaluate",
-        "log p(x) with its error, ELBO, KL, active units of a run",
+        "estimate log p(x) and its error; print ELBO, KL and active units",
         {
             **RUN,
             **JSON,
             **PART,
             **ESTIMATE,
             "--num_samples": option(
-                int | None, None, "draws K of the encoder's own bound; null: leave it out"
+                int | None, None, "also print the bound by this many draws of the encoder"
             ),
-            "--elbo_samples": option(int, 100, "draws for the ELBO"),
+            "--elbo_samples": option(int, 100, "number of draws for the ELBO"),
         },
         example="runs/mnist-1 --limit 200 --json",
     ),
     "score": Command(
         "score.score",
-        "log p(x), error and verdict of each row of a file, as CSV",
+        "write log p(x), its error and verdict for each row of a file",
         {
             **FILE,
-            **out(".csv file"),
-            "--columns": option(bool, False, "also log p of each value, given the others"),
+            **out(".csv file to write"),
+            "--columns": option(bool, False, "also log p of each value given the others"),
             "--num_samples": option(
-                int | None, None, "draws of the encoder, a cheap lower bound; null: log_evidence"
+                int | None,
+                None,
+                "draws of the encoder, for a cheap lower bound; null: log_evidence",
             ),
-            "--p_values": option(int, 0, "also rank rows among N held-out ones and N drawn ones"),
+            "--p_values": option(int, 0, "also rank rows among N held-out and N simulated ones"),
             **ESTIMATE,
         },
         example="runs/mnist-1 new.npz --out scores.csv",
     ),
     "compare": Command(
         "compare.compare",
-        "paired differences of log p(x) of runs on the same data",
+        "compare log p(x) of runs row by row on the same data",
         {
-            "runs": {"nargs": "+", "help": "folders of two runs or more"},
+            "runs": {"nargs": "+", "help": "folders of two or more runs"},
             **JSON,
             **ROOT,
             **PART,
@@ -208,33 +206,35 @@ COMMANDS = {
     ),
     "sample": Command(
         "use.sample",
-        "draws of a run's model, as a picture and an .npz file",
+        "draw rows from a run's model, as a picture and an .npz file",
         {
             **RUN,
             "--size": option(int, 100, "number of draws"),
-            "--mean": option(bool, False, "E[x | z] of drawn z instead of draws of x"),
-            "--label": option(int | None, None, "class, for a conditional model"),
-            "--seed": option(int, 0, "of the draws"),
-            **out(".npz file, RUN/samples.npz; .csv of tables"),
+            "--mean": option(bool, False, "write the mean E[x | z] at drawn z, not draws of x"),
+            "--label": option(int | None, None, "class to draw, if the model has them"),
+            "--seed": option(int, 0, "seed of the draws"),
+            **out(".npz file, or .csv for tables; default RUN/samples.npz or .csv"),
         },
         example="runs/mnist-1 --size 64 --mean",
     ),
     "encode": Command(
         "use.encode",
-        "posterior means and scales of a file's rows, as .npz or .csv",
-        {**FILE, **out(".npz or .csv file")},
+        "write posterior means and scales of a file's rows",
+        {**FILE, **out(".npz or .csv file to write")},
         example="runs/mnist-1 new.npz --out codes.csv",
     ),
     "impute": Command(
         "use.impute",
-        "a file with its missing values filled in, and files of draws of them",
+        "fill in the missing values of a file, and write files of draws",
         {
             **RUN,
             "file": {"help": ".npz, .npy or .csv file"},
-            **out("file of the same kind"),
-            "--draws": option(int, 20, "more files, each filled in by another draw; 0: none"),
+            **out("file to write, of the same kind"),
+            "--draws": option(int, 20, "number of further files, each filled in by another draw"),
             "--num_samples": option(
-                int | None, None, "draws of the encoder, such as 200: faster; null: refined ones"
+                int | None,
+                None,
+                "draws of the encoder, such as 200: faster; null: a fitted proposal",
             ),
             **WORK,
         },
@@ -242,33 +242,36 @@ COMMANDS = {
     ),
     "classify": Command(
         "use.classify",
-        "class of each row of a file, with probabilities, as .csv",
+        "write the class of each row of a file, with probabilities",
         {
             **FILE,
             "--num_samples": option(
                 int | None, 100, "draws of the encoder for each class; null: log_evidence, slower"
             ),
             **SEEDED,
-            **out(".csv file; FILE.classes.csv"),
+            **out(".csv file to write; default FILE.classes.csv"),
         },
         example="runs/few new.csv --out classes.csv",
     ),
-    "plot": Command("figures.plot", "the figures of a run again", RUN),
+    "plot": Command("figures.plot", "draw the figures of a run again", RUN),
     "report": Command(
         "report.report",
-        "one HTML page of a run: configuration, curves, numbers, figures",
-        {**RUN, **out(".html file; RUN/report.html")},
+        "write an HTML page of a run: configuration, curves, numbers, figures",
+        {**RUN, **out(".html file to write; default RUN/report.html")},
         example="runs/mnist-1 --out report.html",
     ),
     "explore": Command(
         "explore.command",
-        "one HTML page that runs the decoder: move in latent space, pick data",
+        "write an HTML page that runs the decoder at any latent or row",
         {
             **RUN,
-            **out(".html file; RUN/explore.html"),
-            "--no_data": {"action": "store_true", "help": "leave the rows themselves out"},
+            **out(".html file to write; default RUN/explore.html"),
+            "--no_data": {
+                "action": "store_true",
+                "help": "leave the rows themselves out of the page",
+            },
             "--judged": option(
-                int, 50, "rows whose log p(x) is estimated where evaluate has not done so"
+                int, 50, "number of rows to estimate log p(x) of, if evaluate has not"
             ),
             **PART,
             **ESTIMATE,
@@ -280,7 +283,7 @@ COMMANDS = {
 TRAIN_HELP = """\
 usage: pyro-vae train [options]
 
-Trains a declared VAE and leaves a run folder.
+Trains a VAE and writes a run folder.
 
 examples:
   pyro-vae train --data mnist --prior VampPrior --prior.num-components 500
@@ -290,11 +293,11 @@ examples:
 data:
   --data NAME or PATH   digits, mnist, ..., a file or image folder [digits]
   --transform NAME      how values are prepared; chosen to fit the likelihood
-  --validation N        rows, or share, held out
-  --limit N             at most this many rows of each part
-  --conditional         condition on labels or on y
+  --validation N        number or share of validation rows
+  --limit N             use at most this many rows of each part
+  --conditional         condition the model on y, or else on the labels
 
-model: a class each, and its options as --prior.OPTION (--prior.help CLASS)
+model: choose classes; their options are --prior.OPTION (--prior.help CLASS)
   --prior CLASS         ConditionalNormal, FlowPrior, Laplace,
                         MixtureOfGaussians, Normal, NormalPerClass,
                         StandardNormal, StudentT, VampPrior
@@ -309,23 +312,23 @@ model: a class each, and its options as --prior.OPTION (--prior.help CLASS)
                         FreeBits, HierarchicallyFactorized, IWAE, InfoVAE,
                         MIWAE, PIWAE, Renyi, StickingTheLanding
   --hierarchy CLASS     BottomUp, Ladder, TopDown
-  --latent-dim N        latent size, or of several layers, "[40,40]" [20]
+  --latent-dim N        number of latents; of several layers "[40,40]" [20]
 
 training:
   --epochs N            [100]           --lr X             learning rate [0.001]
   --batch-size N        [100]           --optimizer NAME   of torch.optim [Adam]
-  --patience N          end after N epochs without a better validation bound
+  --patience N          stop after N epochs without a better validation bound
   --seed N              [0]             --devices N        GPUs or processes [1]
-  --seeds N             runs from N seeds, whose spread compare shows
+  --seeds N             train N runs with different seeds
   --compile             compile the step; --no-compile: never
 
 run:
-  --run FOLDER          new folder of the run [runs/NAME-n]
-  --resume FOLDER       go on with a run
-  --config FILE         options from YAML; --print-config writes them
-  --no-progress         no progress bar
+  --run FOLDER          new folder for the run [runs/NAME-n]
+  --resume FOLDER       continue a run
+  --config FILE         read options from YAML; --print-config prints them
+  --no-progress         show no progress bar
 
-Options may be written with - or _. All of them: pyro-vae train --help-all
+Option names take - or _. To list all options: pyro-vae train --help-all
 """
 
 
