@@ -1,4 +1,4 @@
-"""One page that runs a decoder in a browser: no server, no network."""
+"""Makes one page that runs a decoder in a browser, without server or network."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from pyro_vae.explorer.program import SCRIPT, CannotRun, Program, trace
 
 __all__ = ["CannotRun", "Content", "Program", "Rows", "page", "trace"]
 
-LIMIT = 10_000_000  # bytes of a page, beyond which a decoder becomes an atlas
-DRAWS = 256
-GRID = 48  # points a side, of the map of two latents
-AXIS = 13  # codes along each latent, of an atlas
-AXES = 10
-ROUNDING = 0.01  # of the range of outputs, that weights in float16 may be off
+LIMIT = 10_000_000  # most bytes of a page; a decoder that takes more is replaced by an atlas
+DRAWS = 256  # number of draws of the prior
+GRID = 48  # number of points along a side of the map of two latents
+AXIS = 13  # number of codes of an atlas along each latent
+AXES = 10  # most latents that have such codes
+ROUNDING = 0.01  # largest error of outputs by weights in float16, as a share of their range
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Rows:
     Attributes:
         numbers: The number of each row in its part [N].
         codes: q(z | x), batch [N], event (D,).
-        elbo: [N], in nats.
+        elbo: The ELBO of each row [N], in nats.
         log_prob: Estimates of log p(x) [N]; NaN where there is none.
         stderr: Their standard errors [N].
-        verdict: What they can be trusted for, a word or two each; "" where there is none.
+        verdict: How far each estimate can be trusted, in a word or two; "" where there is none.
         shown: The data in their own units [N, *E], or None to leave them out.
-        y: What they are conditioned on [N, C], or None.
+        y: The values that they are conditioned on [N, C], or None.
         labels: Their classes [N], or None.
     """
 
@@ -59,26 +59,26 @@ class Rows:
 
 @dataclass(frozen=True)
 class Content:
-    """What the page is made of.
+    """The content of the page.
 
     Attributes:
-        name: What it is called.
-        about: What the model is, in sentences.
-        decoder: Its forward takes z [B, D], and y [B, C] where the model is conditional, and
-            returns E[x | z] in the data's units, [B, *E].
-        prior: p(z), batch () or, of a conditional model that looks at y, that of the rows.
-        rows: Data.
+        name: Title of the page.
+        about: Sentences that describe the model.
+        decoder: Module whose forward takes z [B, D], and y [B, C] if the model is conditional,
+            and returns E[x | z] in the data's units, [B, *E].
+        prior: p(z), of batch (), or of batch [N] for the rows if it depends on y.
+        rows: The rows that the page shows.
         limits: Values shown as black and white, or ends of the bars of columns.
         kl: KL of each latent [D], or the variance of its means, by which latents are ordered.
         order: What `kl` is, in words.
         names: Names of the latents; z0, z1, ... if empty.
         layers: Lengths of the layers of latents, from the data upwards; one layer if empty.
-        follow: For each layer but the lowest, the map of z [B, D] (and y) to z with the layers
-            below it at their means given it.
-        columns: Names of the values of a table.
-        categories: For each of them, names of its codes, none for numbers; of two codes the mean
-            is shown as the share of the second.
-        classes: The number of classes, if y is one of them.
+        follow: For each layer but the lowest, a module that takes z [B, D] (and y) and returns
+            it with the layers below at their means given this one.
+        columns: Names of the columns of a table.
+        categories: For each column, the names of its codes, none for numbers; the mean of two
+            codes is shown as the share of the second.
+        classes: The number of classes, if y is a one-hot class.
         inputs: Pseudo-inputs of the prior's components in the data's units [C, *E], or None.
     """
 
@@ -101,11 +101,11 @@ class Content:
 
 @torch.no_grad()
 def page(content: Content) -> str:
-    """The page, complete in itself: its scripts, its weights and its data are inside.
+    """Returns the page, which contains all its scripts, weights and data.
 
     The decoder is traced into torch's own operations, which the page runs; matrices are held in
-    float16. A decoder with an operation that the page lacks, or of a page above 10 MB, is held as
-    an atlas instead: the nearest of some codes that were decoded beforehand. The page says so.
+    float16. If the page lacks an operation or would be above 10 MB, it holds an atlas instead:
+    codes that are decoded beforehand, of which it shows the nearest. The page says so.
 
     Cost: a trace of the decoder (seconds), 256 draws of the prior, and q(z), the average of
     q(z | x) over the rows, at each of them and on a grid for two latents.
@@ -131,7 +131,7 @@ def page(content: Content) -> str:
 
 
 def _draws(content: Content) -> tuple[Tensor, ...]:
-    """Draws of the prior [M, D], and the y [M, C] that each goes with."""
+    """Returns draws of the prior [M, D], and the y [M, C] of each if the model is conditional."""
     prior, y = content.prior, content.rows.y
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -141,7 +141,7 @@ def _draws(content: Content) -> tuple[Tensor, ...]:
 
 
 def _of_program(content: Content, draws: tuple[Tensor, ...]) -> dict[str, Any]:
-    """The decoder traced; its weights are single where half would be seen."""
+    """Traces the decoder; its weights are float32 if the rounding to float16 would be seen."""
     program = trace(content.decoder, *(part[:1] for part in draws))
     if (error := _error(program, content.decoder, draws)) > ROUNDING:
         program = program.single()
@@ -155,7 +155,7 @@ def _of_program(content: Content, draws: tuple[Tensor, ...]) -> dict[str, Any]:
 
 
 def _error(program: Program, decoder: nn.Module, draws: tuple[Tensor, ...]) -> float:
-    """Greatest deviation of the page from the decoder at some draws, in parts of the range."""
+    """Returns the largest deviation of the page from the decoder, as a share of their range."""
     exact = decoder(*(part[:32] for part in draws))
     rounded = torch.cat([program(*(part[i : i + 1] for part in draws)) for i in range(32)])
     width = exact.amax() - exact.amin()
@@ -163,9 +163,10 @@ def _error(program: Program, decoder: nn.Module, draws: tuple[Tensor, ...]) -> f
 
 
 def _of_atlas(content: Content, draws: tuple[Tensor, ...], why: str) -> dict[str, Any]:
-    """Codes decoded now, of which the page shows the nearest.
+    """Decodes the codes of which the page will show the nearest.
 
-    They are those of the rows, and a grid of two latents, or draws and lines along latents.
+    They are the codes of the rows, and a grid for two latents, or else draws of the prior and
+    lines along latents.
     """
     means = content.rows.codes.mean
     if means.shape[1] == 2:
@@ -185,7 +186,7 @@ def _of_atlas(content: Content, draws: tuple[Tensor, ...], why: str) -> dict[str
 
 
 def _grid(content: Content, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Points [side^2, 2], row by row from the top, and the ends [2] of the map."""
+    """Returns points [side^2, 2], row by row from the top, and the lower and upper ends [2]."""
     means = content.rows.codes.mean
     centre = (means.amax(0) + means.amin(0)) / 2
     half = 1.15 * (means - centre).abs().max().clamp(min=2)
@@ -197,14 +198,14 @@ def _grid(content: Content, side: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _aggregate(codes: Distribution, z: Tensor) -> Tensor:
-    """log q(z) [M], of the average of q(z | x) over the rows."""
+    """Returns log q(z) [M] at z [M, D]; q(z) is the average of q(z | x) over the rows."""
     count = codes.batch_shape[0]
     parts = [codes.log_prob(p.unsqueeze(1)) for p in z.split(max(1, 10**6 // count))]
     return torch.cat(parts).logsumexp(-1) - torch.tensor(float(count)).log()
 
 
 def _written(content: Content, draws: tuple[Tensor, ...], decoder: dict[str, Any]) -> str:
-    """The file: a template around a header in JSON, and the tensors of the header behind it."""
+    """Returns the page: a template around a JSON header, followed by the header's tensors."""
     rows, (low, high), parts = content.rows, content.limits, list[bytes]()
     shape = content.decoder(*(part[:1] for part in (rows.codes.mean, *draws[1:]))).shape[1:]
     header = {
@@ -229,7 +230,7 @@ def _written(content: Content, draws: tuple[Tensor, ...], decoder: dict[str, Any
     }
 
     def place(x: Tensor) -> dict[str, Any]:
-        """Where a tensor begins among them all."""
+        """Adds a tensor to the others; returns its type, its shape and where it begins."""
         kinds = {torch.float16: "f2", torch.uint8: "u1"}
         x = x.detach().cpu().contiguous()
         x = x if x.dtype in kinds else x.float()
@@ -245,7 +246,7 @@ def _written(content: Content, draws: tuple[Tensor, ...], decoder: dict[str, Any
 
 
 def _follow(content: Content, draws: tuple[Tensor, ...]) -> list[dict[str, Any]]:
-    """Programs of the layers above the lowest; none where one of them cannot run in the page."""
+    """Traces the modules `follow`; returns none if one of them cannot run in the page."""
     try:
         programs = [trace(module, *(part[:1] for part in draws)) for module in content.follow]
     except CannotRun:
@@ -254,10 +255,10 @@ def _follow(content: Content, draws: tuple[Tensor, ...]) -> list[dict[str, Any]]
 
 
 def _prior(content: Content, draws: tuple[Tensor, ...]) -> dict[str, Any]:
-    """The prior where it is Normal, or a mixture of diagonal Normals; its draws.
+    """Returns draws of the prior, and its parameters if it is a (mixture of) diagonal Normal.
 
-    Where it is one for all rows: log p(z) less log q(z) of the draws; both on a grid, for two
-    latents.
+    If all rows have the same prior, there is also log p(z) - log q(z) of each draw, and for two
+    latents both on a grid.
     """
     prior: Any = content.prior
     drawn, grid = dict(zip("zy", draws)), None
@@ -298,7 +299,7 @@ def _rows(content: Content) -> dict[str, Any]:
 
 
 def _shown(x: Tensor, content: Content) -> Tensor:
-    """Images as 256 levels between the limits; columns as they are."""
+    """Converts images to 256 levels between the limits; returns columns as they are."""
     if x.ndim != 4:
         return x
     low, high = (end.to(x) for end in content.limits)
@@ -307,7 +308,7 @@ def _shown(x: Tensor, content: Content) -> Tensor:
 
 
 def _filled(name: str, data: str) -> str:
-    """The template with its parts; only this very script and style may run."""
+    """Fills the template; its policy lets only this script and this style run."""
     here = Path(__file__).parent
     script = SCRIPT + (here / "explorer.js").read_text("utf-8")
     style = (here / "explorer.css").read_text("utf-8")

@@ -1,4 +1,4 @@
-"""A function of tensors as a list of torch's own operations, for a page to run."""
+"""Traces a function of tensors into a list of torch's own operations, for a page to run."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ __all__ = ["CannotRun", "Program", "trace"]
 
 SCRIPT = Path(__file__).with_name("program.js").read_text("utf-8")
 KNOWN = set(re.findall(r"^OPS\.(\w+) = ", SCRIPT, re.MULTILINE))
-KEYWORDS = {"alpha", "approximate"}  # that change a result; the page is given these
-PLACES = {"dtype", "device", "layout", "pin_memory", "memory_format"}  # that do not
+KEYWORDS = {"alpha", "approximate"}  # keywords that change a result: the page needs them
+PLACES = {"dtype", "device", "layout", "pin_memory", "memory_format"}  # keywords that do not
 LARGEST_HALF = 65504.0
 
 
 class CannotRun(ValueError):
-    """A function with an operation that the page does not have; says which."""
+    """The page cannot run a function; the message says why."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """Steps from inputs and constants to one tensor.
+    """A list of steps that computes one tensor from inputs and constants.
 
     Attributes:
-        numbers: Of each value: inputs first, then constants, then one of each step.
+        numbers: The number of each value: first the inputs, then the constants, then the steps.
         constants: Weights, as the page holds them: matrices and kernels in float16.
         exact: The same weights in float32.
         steps: Operations of torch, whose arguments are earlier values.
-        output: The value that is the result.
+        output: The step or value that is the result.
     """
 
     numbers: dict[Node, int]
@@ -46,7 +46,7 @@ class Program:
     output: Node
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """What the page computes, by torch; for inputs of the shapes of the trace."""
+        """Computes with torch what the page computes, for inputs of the traced shapes."""
         whole = [c.float() if c.is_floating_point() else c for c in self.constants]
         values: dict[Node, Any] = dict(zip(self.numbers, [*inputs, *whole]))
         for node in self.steps:
@@ -55,11 +55,11 @@ class Program:
         return found
 
     def single(self) -> Program:
-        """The same with all weights in float32."""
+        """Returns the same program with all weights in float32."""
         return replace(self, constants=self.exact)
 
     def declare(self) -> dict[str, Any]:
-        """Steps for JSON: name, arguments, keywords."""
+        """Returns the program for JSON: each step has a name, arguments and keywords."""
         return {
             "inputs": len(self.numbers) - len(self.constants) - len(self.steps),
             "steps": [
@@ -74,7 +74,7 @@ class Program:
         }
 
     def _plain(self, argument: Any) -> Any:
-        """For JSON: {"r": number} for a value, a string for a number that JSON lacks."""
+        """Returns an argument for JSON: {"r": number} for a value, {"f": text} for inf and NaN."""
         if isinstance(argument, list | tuple):
             return [self._plain(part) for part in argument]
         if isinstance(argument, Node):
@@ -85,9 +85,10 @@ class Program:
 
 
 def trace(module: nn.Module, *inputs: Tensor) -> Program:
-    """The operations of a module's forward pass, for inputs of these shapes.
+    """Traces the operations of a module's forward pass, for inputs of these shapes.
 
-    What depends on constants alone is computed now. Arguments of distributions are not checked.
+    Values that depend on constants alone are computed now. The program does not check arguments
+    of distributions.
 
     Raises:
         CannotRun: If the pass cannot be traced, or has an operation that the page lacks.
@@ -101,7 +102,7 @@ def trace(module: nn.Module, *inputs: Tensor) -> Program:
     known, steps = _weights(exported), []
     for node in exported.graph.nodes:
         if node.op != "call_function" or not (node.users or "val" in node.meta):
-            continue  # a check, which gives nothing
+            continue  # a check, which has no result
         if known.keys() >= {*node.all_input_nodes} and _folds(node, known):
             known[node] = _computed(node, known)
         else:
@@ -118,7 +119,7 @@ def trace(module: nn.Module, *inputs: Tensor) -> Program:
 
 
 def _weights(exported: torch.export.ExportedProgram) -> dict[Node, Any]:
-    """Values of the placeholders that are no inputs."""
+    """Returns the values of the placeholders that are not inputs."""
     signature = exported.graph_signature
     values = {**exported.state_dict, **exported.constants}
     names = {
@@ -131,7 +132,7 @@ def _weights(exported: torch.export.ExportedProgram) -> dict[Node, Any]:
 
 
 def _folds(node: Node, known: dict[Node, Any]) -> bool:
-    """Whether the value of a node of constants is not larger than what it is made of."""
+    """Returns whether to compute a node of constants now: it is no larger than its arguments."""
     made = node.meta.get("val")
     size = made.numel() if isinstance(made, torch.Tensor) else 0
     parts = [known[used] for used in node.all_input_nodes]
@@ -167,7 +168,7 @@ def _name(target: Any) -> str:
 
 
 def _stored(constant: Tensor) -> Tensor:
-    """Matrices and kernels in half precision, where they fit; what is small as it is."""
+    """Returns matrices and kernels in float16 if they fit; smaller tensors as they are."""
     if constant.ndim < 2 or constant.dtype == torch.bool:
         return constant
     return constant.half() if bool((constant.abs() < LARGEST_HALF).all()) else constant
