@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from pyro_vae.training import fit
     from pyro_vae.vae import VAE
 
-_HOMES = {  # of the names that are not the estimators'
+_HOMES = {  # modules of the names that are not in estimators
     "VAE": "vae",
     "build": "config",
     "load": "config",
@@ -93,7 +93,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # lazily, so that the command line can show its help without loading torch
+    # imports lazily, so that the command line can show its help without loading torch
     if name in _MODULES:
         return import_module(f"pyro_vae.{name}")
     if name in __all__:

@@ -1,4 +1,4 @@
-"""The command `pyro-vae`: the list of commands without loading anything, the rest by `cli`."""
+"""The command `pyro-vae`: lists commands and their help without loading torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pyro_vae.cli import COMMANDS, completion, help_of
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; its exit status."""
+    """Runs one command; returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         lines = "\n".join(f"  {name:<10}{command.help}" for name, command in COMMANDS.items())

@@ -1,4 +1,4 @@
-"""What callers give: numbers within their bounds, and rows of numbers; the one checker of both."""
+"""Checks what callers give: numbers within bounds, names with options, and rows of numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-LARGEST = 2**63 - 1  # whole number, and so seed, that torch takes
+LARGEST = 2**63 - 1  # largest whole number, and so largest seed, that torch takes
 MISSING_HINT = ", or give the VAE missing=True if NaN stands for a missing entry"
 PLAIN = (bool, int, float, str, tuple, list)
 P = ParamSpec("P")
@@ -24,16 +24,16 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Shown(nn.Module):
-    """A module whose repr tells the plain options that it was made with."""
+    """A module whose repr shows the plain options that it was made with."""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Makes the signature that of `__init__`: early versions of Python show `__new__`'s."""
+        """Sets the signature to that of `__init__`: early versions of Python show `__new__`'s."""
         super().__init_subclass__(**options)
         _, *own = inspect.signature(cls.__init__).parameters.values()
         cls.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
-        """Notes them; a copy gets those of its original."""
+        """Records the options; a copy gets those of its original."""
         made = super().__new__(cls)
         given = inspect.signature(cls).bind_partial(*args, **options)
         given.apply_defaults()
@@ -42,23 +42,23 @@ class Shown(nn.Module):
         return made
 
     def extra_repr(self) -> str:
-        """The options, as one would write them."""
+        """Returns the options, as one would write them."""
         return self.__dict__["_made_with"]
 
 
 def check_whole(
     least: int = 1, most: int = LARGEST, *, optional: bool = False, **values: Any
 ) -> None:
-    """Refuses values that are not whole numbers from `least` to `most`, each by its name.
+    """Checks that values are whole numbers from `least` to `most`.
 
     Args:
-        least: Smallest that is taken.
-        most: Largest that is taken.
-        optional: Whether None is taken.
-        values: What was given, by the argument's name.
+        least: Smallest number allowed.
+        most: Largest number allowed.
+        optional: Whether None is allowed.
+        values: The values, each by the name of its argument.
 
     Raises:
-        ValueError: If one is not.
+        ValueError: If a value is not; the message names it.
     """
     for name, value in values.items():
         if value is None and optional:
@@ -77,16 +77,16 @@ def check_real(
     optional: bool = False,
     **values: Any,
 ) -> None:
-    """Refuses values that are not finite real numbers within bounds, each by its name.
+    """Checks that values are finite real numbers within bounds.
 
     Args:
-        least: Smallest that is taken.
-        above: What it must be greater than.
-        optional: Whether None is taken.
-        values: What was given, by the argument's name.
+        least: Smallest number allowed.
+        above: Bound that a value must be greater than.
+        optional: Whether None is allowed.
+        values: The values, each by the name of its argument.
 
     Raises:
-        ValueError: If one is not.
+        ValueError: If a value is not; the message names it.
     """
     for name, value in values.items():
         if value is None and optional:
@@ -101,10 +101,10 @@ def check_real(
 
 
 def check_choice(known: Collection[str], **values: Any) -> None:
-    """Refuses values that are none of the known names, each by its own name.
+    """Checks that values are among the known names.
 
     Raises:
-        ValueError: If one is not.
+        ValueError: If a value is not; the message names it.
     """
     for name, value in values.items():
         if not (isinstance(value, str) and value in known):
@@ -113,22 +113,22 @@ def check_choice(known: Collection[str], **values: Any) -> None:
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """A hint at the known name that is most like `name`, in whatever case."""
+    """Returns a hint at the known name that is most like `name` in any case, "" if none is."""
     names = {k.lower(): k for k in known}
     close = get_close_matches(name.lower(), names, 1, 0.5)
     return f", did you mean {names[close[0]]!r}?" if close else ""
 
 
 def name_and_options(what: str, declared: Any) -> tuple[str, dict[str, Any]]:
-    """The name and the options of a class that is declared by name, or with options as in YAML.
+    """Returns the name and the options of a declared class.
 
     Args:
-        what: What the message calls it.
+        what: What the error message calls it.
         declared: A name, or `{name: {option: value}}`, or `{"class_path": name, "init_args":
             {option: value}}`.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If it is none of these.
     """
     given = declared if isinstance(declared, Mapping) else {"class_path": declared}
     if len(given) == 1 and "class_path" not in given:
@@ -144,10 +144,10 @@ def name_and_options(what: str, declared: Any) -> tuple[str, dict[str, Any]]:
 
 
 def check_options(what: str, options: Iterable[str], known: Collection[str]) -> None:
-    """Refuses options that are not known, with the known ones.
+    """Checks that all options are known.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If one is not; the message lists the known ones.
     """
     for option in options:
         if option not in known:
@@ -158,7 +158,7 @@ def check_options(what: str, options: Iterable[str], known: Collection[str]) -> 
 
 
 def final_subclasses(cls: type) -> list[Any]:
-    """Classes from `cls` down that have no abstract method left, in the order of definition."""
+    """Returns `cls` and its subclasses that have no abstract method, in order of definition."""
     below: list[Any] = sum(map(final_subclasses, cls.__subclasses__()), [])
     members = (getattr(cls, name, None) for name in dir(cls))
     abstract = any(getattr(member, "__isabstractmethod__", False) for member in members)
@@ -166,7 +166,7 @@ def final_subclasses(cls: type) -> list[Any]:
 
 
 def as_plain(value: Any) -> Any:
-    """Numbers and lists of Python for those of numpy and torch, inside lists and mappings too."""
+    """Converts numpy's and torch's numbers and arrays to Python's, in lists and mappings too."""
     if isinstance(value, Mapping):
         return {key: as_plain(each) for key, each in value.items()}
     if isinstance(value, tuple | list):
@@ -175,7 +175,7 @@ def as_plain(value: Any) -> Any:
 
 
 def as_shape(name: str, value: Any) -> tuple[int, ...]:
-    """Sizes of a shape, of one size or several.
+    """Returns the sizes of a shape, given one size or several.
 
     Raises:
         ValueError: If there is none, or one is not a whole number from 1.
@@ -189,7 +189,7 @@ def as_shape(name: str, value: Any) -> tuple[int, ...]:
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
-    """A tensor as it is, and a tensor of an array, a frame or lists of numbers.
+    """Converts an array, a frame or lists of numbers to a tensor; returns a tensor as it is.
 
     Real numbers get torch's default type, whole ones int64.
 
@@ -215,12 +215,12 @@ def as_tensor(name: str, value: Any) -> Tensor:
     if array.dtype.kind == "u" and array.size and int(array.max()) > LARGEST:
         raise ValueError(f"{name} must be at most {LARGEST}; got {array.max()}")
     kinds: dict[str, Any] = {"f": torch.zeros(()).numpy().dtype, "b": bool}
-    with np.errstate(over="ignore"):  # what becomes infinite is refused as such
+    with np.errstate(over="ignore"):  # values that become infinite are refused later
         return torch.from_numpy(np.array(array, dtype=kinds.get(array.dtype.kind, np.int64)))
 
 
 def digest_of(*parts: Any) -> str:
-    """The SHA-256, in hex, of types, shapes and bytes of tensors; None is left out."""
+    """Returns the SHA-256, in hex, of types, shapes and bytes of tensors; skips None."""
     sha = sha256()
     for part in (part for part in parts if part is not None):
         sha.update(f"{part.dtype}{list(part.shape)}".encode())
@@ -231,23 +231,23 @@ def digest_of(*parts: Any) -> str:
 
 
 def is_rows(value: Any) -> bool:
-    """Whether a value is of a kind that `as_tensor` takes."""
+    """Returns whether a value is of a kind that `as_tensor` converts."""
     return isinstance(value, Tensor | np.ndarray | list | tuple) or (
         hasattr(value, "to_numpy") and hasattr(value, "shape")
     )
 
 
 def check_finite(name: str, value: Tensor, missing: bool | None = None, remedy: str = "") -> None:
-    """Refuses a tensor that does not hold a row of finite real numbers for each datum.
+    """Checks that a tensor holds a row of finite real numbers for each datum.
 
     Args:
-        name: What the messages call it.
+        name: What the messages call the tensor.
         value: The tensor.
-        missing: Whether NaN declares a missing entry; None where no entry can be missing.
-        remedy: What the message says can be done besides.
+        missing: Whether NaN is allowed, for a missing entry; None if no entry can be missing.
+        remedy: A further remedy for the message to name.
 
     Raises:
-        ValueError: If so; the message says which rows.
+        ValueError: If it does not; the message names the first rows.
     """
     if value.layout != torch.strided or value.device.type == "meta":
         kind = "meta" if value.device.type == "meta" else str(value.layout)[6:]
@@ -269,15 +269,15 @@ def check_finite(name: str, value: Tensor, missing: bool | None = None, remedy: 
 
 
 def as_rows(name: str, value: Any, missing: bool | None = None) -> Tensor:
-    """A tensor of finite real numbers with a row for each datum; see `as_tensor`.
+    """Converts a value to finite real numbers with a row for each datum; see `as_tensor`.
 
     Args:
-        name: What the messages call it.
-        value: What a caller gave.
+        name: What the messages call the value.
+        value: The value that a caller gave.
         missing: As in `check_finite`.
 
     Raises:
-        ValueError: If the value is none and cannot be made one, or has no rows.
+        ValueError: If the value cannot be converted, or has no rows.
     """
     rows = as_tensor(name, value)
     check_finite(name, rows, missing)
@@ -287,9 +287,9 @@ def as_rows(name: str, value: Any, missing: bool | None = None) -> Tensor:
 
 
 def completed(x: Tensor) -> Tensor:
-    """`x` [N, *E], the missing values of each entry replaced by its observed ones, in turn.
+    """Returns `x` [N, *E] with missing values of an entry replaced by its observed ones, in turn.
 
-    Means, deviations and frequencies of an entry stay those of what was observed.
+    Mean, deviation and frequencies of an entry stay about those of its observed values.
 
     Raises:
         ValueError: If an entry is missing in all rows.
@@ -310,7 +310,7 @@ def completed(x: Tensor) -> Tensor:
 
 
 class TakesVAE(Protocol[P, T_co]):
-    """A function of (model, guide, ...) that takes (vae, ...) as well."""
+    """A function that can be called as (model, guide, ...) and as (vae, ...)."""
 
     @overload
     def __call__(
@@ -331,7 +331,7 @@ def takes_vae(
 ) -> TakesVAE[P, T_co]:
     """Lets a function of (model, guide, x, y) be called as (vae, x, y) too.
 
-    A first argument that has both programs stands for them, unless a guide follows it.
+    A first argument that has both programs is taken for a VAE, unless a guide follows it.
     """
 
     @wraps(function)
@@ -342,7 +342,7 @@ def takes_vae(
 
 
 def programs(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
-    """The arguments with a VAE in first place taken apart, and both programs checked."""
+    """Returns the arguments, a VAE in first place replaced by its two programs; checks these."""
     both = [getattr(args[0], name, None) for name in ("model", "guide")] if args else [None]
     if all(map(callable, both)) and "guide" not in options and not callable([*args, None][1]):
         args = (*both, *args[1:])

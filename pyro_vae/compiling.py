@@ -1,4 +1,4 @@
-"""A module's forward pass, traced once through Pyro's handlers, and compiled."""
+"""Traces a module's forward pass once through Pyro's handlers, and compiles it."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 class CannotCompile(RuntimeError):
-    """A forward pass that cannot be traced or compiled; says why in one line."""
+    """A forward pass cannot be traced or compiled; the message says why in one line."""
 
 
 class Traced:
     """The tensor operations of a forward pass, without the Python around them.
 
     Pyro's handlers, the modules and the gradients that the pass takes are traced once, with fake
-    tensors. Parameters and buffers are read at each call: weights that are moved, and
-    schedules, need no new trace, and buffers that the pass changes are changed. Noise is drawn
-    at each call from torch's generators, in the order of the pass itself.
+    tensors. Parameters and buffers are read at each call, so changed weights and schedules need
+    no new trace, and buffers that the pass changes are changed. Noise is drawn at each call from
+    torch's generators, in the order of the pass itself.
 
     Args:
-        module: Its forward takes tensors and returns a tree of tensors.
+        module: A module whose forward takes tensors and returns a tree of tensors.
         inputs: Tensors of the shapes and types of later calls.
 
     Attributes:
         graph: The operations, as a torch.fx module of parameters, buffers and inputs.
 
     Raises:
-        CannotCompile: If the pass reads a number from a tensor, or is not made of operations.
+        CannotCompile: If the pass reads a number from a tensor, or cannot be traced.
     """
 
     def __init__(self, module: nn.Module, *inputs: Tensor) -> None:
@@ -65,14 +65,14 @@ class Traced:
         self.code: Callable[..., Any] = self.graph
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """What the forward pass returns; carries no gradient."""
+        """Returns what the forward pass returns, without gradients."""
         with torch.no_grad():
             outputs = self.code(*self.state, *_dense(inputs))
         return tree_unflatten(list(outputs), self.layout)
 
 
 def compiled(module: nn.Module, *inputs: Tensor) -> Traced:
-    """The forward pass of `module` as machine code, for inputs of these shapes, by inductor.
+    """Compiles the forward pass of `module` by inductor, for inputs of these shapes.
 
     Arguments and errors are those of `Traced`; a C++ compiler is needed as well. Costs 5 to 20
     seconds, less where inductor finds its earlier work on disk.
@@ -88,7 +88,7 @@ def compiled(module: nn.Module, *inputs: Tensor) -> Traced:
 
 
 def _dense(inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """The inputs in row-major order: code is made for one order in memory."""
+    """Returns the inputs in row-major order: code is compiled for one order in memory."""
     return [part.contiguous() for part in inputs]
 
 
@@ -103,7 +103,7 @@ def _in_one_line(what: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without inductor's remarks on machines that have a CUDA compiler and no GPU."""
+    """Hides inductor's remarks on machines that have a CUDA compiler but no GPU."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, inside their folder, by one process at a time."""
+"""Files that are written whole or not at all, without links, by one process at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import IO, Any
 from uuid import uuid4
 
 PathLike = str | os.PathLike[str]
-Kinds = dict[str, tuple[type, ...]]  # of the values of a record, by name
+Kinds = dict[str, tuple[type, ...]]  # types allowed for the values of a record, by name
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 NEW |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # not on every system
 
@@ -25,9 +25,9 @@ Content = bytes | str | Iterable[bytes] | Callable[[IO[bytes]], None]
 
 
 def write(path: PathLike, content: Content) -> None:
-    """Replaces a file by other content, flushed to disk, wholly or not at all.
+    """Creates or replaces a file, wholly or not at all, and flushes it to disk.
 
-    Content that comes in parts is written as it comes; a function writes it to the open file.
+    Parts of an iterable are written as they come; a function is called with the open file.
 
     Raises:
         ValueError: If there is something at `path` that is no plain file, such as a link.
@@ -57,14 +57,14 @@ def write(path: PathLike, content: Content) -> None:
 
 
 def as_csv(rows: Iterable[Iterable[Any]]) -> str:
-    """The text of a .csv file."""
+    """Returns the rows as the text of a .csv file."""
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
 def flush_folder(path: Path) -> None:
-    """Makes what was created or replaced in a folder outlast a loss of power."""
+    """Flushes a folder to disk: files created or replaced in it survive a loss of power."""
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -74,10 +74,10 @@ def flush_folder(path: Path) -> None:
 
 
 def check_folder(folder: PathLike) -> None:
-    """Checks that what is below a folder lies there: no links, no devices.
+    """Checks that a folder holds only files and folders: no links, no devices.
 
     Raises:
-        ValueError: If there is one; the message names it.
+        ValueError: If it holds another thing; the message names it.
     """
     folders = [os.fspath(folder)]
     while folders:
@@ -94,7 +94,7 @@ def check_folder(folder: PathLike) -> None:
 
 @contextmanager
 def reading(path: PathLike) -> Iterator[None]:
-    """Makes of what wrong content raises one ValueError that names the file."""
+    """Turns errors about the content of a file into a ValueError that names the file."""
     try:
         yield
     except (OSError, MemoryError, FloatingPointError):
@@ -110,7 +110,7 @@ def reading(path: PathLike) -> Iterator[None]:
 
 
 def check_types(record: Mapping[str, Any], kinds: Kinds) -> None:
-    """Refuses a record that lacks a value or holds one of another type.
+    """Checks that a record has all values, and that they have the right types.
 
     Raises:
         LookupError: If a value is missing.
@@ -123,7 +123,7 @@ def check_types(record: Mapping[str, Any], kinds: Kinds) -> None:
 
 @contextmanager
 def damaged(path: PathLike, what: str, remedy: str = "write it again") -> Iterator[None]:
-    """Makes of the many errors that parsers raise on a damaged file one that names it."""
+    """Turns any error of a parser into a ValueError that names the file."""
     try:
         yield
     except Exception as error:
@@ -135,9 +135,9 @@ def damaged(path: PathLike, what: str, remedy: str = "write it again") -> Iterat
 
 @contextmanager
 def locked(path: PathLike) -> Iterator[None]:
-    """Holds a lock file for this process, until it ends in whatever way; makes its folder.
+    """Holds a lock file while the context lasts, or until the process dies; makes its folder.
 
-    Its folder, and those above it that were made, are removed if they hold nothing in the end.
+    The folder, and those above it that were made, are removed in the end if they are empty.
 
     Raises:
         Locked: If another process holds it.
@@ -167,7 +167,7 @@ def locked(path: PathLike) -> Iterator[None]:
 
 
 def _lock(handle: int) -> bool:
-    """Whether no other process has locked this file; true where there are no locks."""
+    """Locks a file; returns whether that succeeded, or True on a system without locks."""
     try:
         import fcntl
 

@@ -1,4 +1,4 @@
-"""Where work runs: on one device, or in several processes, which may share a training."""
+"""Runs work on one device, or in several processes, which may share a training."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from pyro_vae.runtime import alone, is_small, seed_of, threads
 
 T = TypeVar("T")
-Function = Callable[["Group"], Any]  # what runs on each device
+Function = Callable[["Group"], Any]  # what each process runs on its device
 
 
 def uses_cuda(accelerator: str) -> bool:
-    """Whether an accelerator of this name is a GPU: "auto" is, where there is one."""
+    """Returns whether an accelerator of this name is a GPU: "auto" is one if torch finds it."""
     return accelerator in ("cuda", "gpu") or (accelerator == "auto" and torch.cuda.is_available())
 
 
 def check_processes(number: int, device: str) -> None:
-    """Refuses more processes than this machine has devices of a kind for, "cpu" or "cuda"."""
+    """Raises ValueError for more processes than this machine has devices, "cpu" or "cuda"."""
     most = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
     if not most:
         raise ValueError("accelerator cuda was asked for; this machine has no GPU that torch sees")
@@ -44,7 +44,7 @@ def check_processes(number: int, device: str) -> None:
 
 
 def _send(path: Path, value: Any) -> None:
-    """Leaves a value in a file: that does not fill up as a pipe does, and needs no shared memory.
+    """Writes a value to a file, which cannot fill up as a pipe does, and needs no shared memory.
 
     Raises:
         ValueError: If it cannot be pickled.
@@ -69,18 +69,18 @@ def in_processes(
     indices: Sequence[int] | None = None,
     meanwhile: Callable[[], Any] | None = None,
 ) -> list[T]:
-    """What `function` returns for each of `parts`, each in a process and on a device of its own.
+    """Calls a function on each of `parts`, in processes with a device each; returns the results.
 
     Args:
-        function: From the top of a module.
-        parts: Its argument in each process; their tensors are moved to its device.
+        function: A function from the top of a module.
+        parts: The argument of each process; its tensors are moved to the device of the process.
         device: "cpu" or "cuda".
-        indices: Of the GPUs; the first ones if None.
-        meanwhile: What this process does while the others work, and counts as one of them.
+        indices: Indices of the GPUs; the first ones if None.
+        meanwhile: A function that this process calls while the others work; it counts as one.
 
     Raises:
         ValueError: If there are more processes than devices, or something cannot be sent.
-        ChildProcessError: If a process died, as for want of memory.
+        ChildProcessError: If a process died, for example for lack of memory.
         Exception: The first that `function` raised.
     """
     number = len(parts) + (meanwhile is not None)
@@ -118,12 +118,12 @@ def _first_error(folder: Path, error: Exception) -> Exception:
             f"a process ended by itself ({error}): a script that uses several devices must do so "
             'under if __name__ == "__main__", and the memory must suffice for all of them'
         )
-    except Exception:  # of a kind that cannot be sent
+    except Exception:  # the error cannot be unpickled
         return RuntimeError(str(error))
 
 
 def _work(number: int, folder: Path, places: list[str], threads: int, matmul: str) -> None:
-    """Leaves what the function returns for one part, or its error, if that is the first."""
+    """Writes the function's result for one part to a file, or its error if it is the first."""
     Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(matmul)
@@ -140,7 +140,7 @@ def _work(number: int, folder: Path, places: list[str], threads: int, matmul: st
 
 
 def _end_with_parent() -> None:
-    """Ends this process with the one that started it, however that ends."""
+    """Ends this process when the one that started it ends, in whatever way."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -149,7 +149,7 @@ def _end_with_parent() -> None:
 
 @dataclass(frozen=True)
 class Group:
-    """Processes that share each step and hold the same weights after it; one by default.
+    """Processes that share each training step and then have the same weights; one by default.
 
     Attributes:
         rank: The number of this process, from 0.
@@ -162,9 +162,9 @@ class Group:
     device: torch.device = torch.device("cpu")
 
     def local_rows(self, index: Tensor) -> tuple[Tensor, float]:
-        """This rank's rows of a batch, in order, and their weight in the mean of the batch.
+        """Returns this rank's rows of a batch, in order, and their weight in the batch's mean.
 
-        Every rank takes a whole batch that has fewer than two rows for each.
+        If a batch has fewer than two rows for each rank, every rank takes all of it.
         """
         if self.size == 1 or len(index) < 2 * self.size:
             return index, 1 / self.size
@@ -172,16 +172,16 @@ class Group:
         return rows, len(rows) / len(index)
 
     def seed(self, *numbers: int) -> int:
-        """A seed that differs between ranks."""
+        """Returns a seed that differs between ranks."""
         return seed_of(*numbers, self.rank)
 
     def all_reduce_mean(
         self, weight: float, parameters: Sequence[nn.Parameter], *more: Tensor
     ) -> list[Tensor]:
-        """Replaces gradients by their sums over the ranks, each times the weight of its rank.
+        """Replaces gradients by their weighted sums over ranks; returns those of other tensors.
 
-        A missing gradient counts as zero. The sums of other tensors are returned; all of it in
-        one all-reduce.
+        `weight` is the weight of this rank. A missing gradient counts as zero. One all-reduce
+        computes all of the sums.
         """
         if self.size == 1:
             return list(more)
@@ -197,7 +197,7 @@ class Group:
         return sums[len(parameters) :]
 
     def broadcast(self, value: T) -> T:
-        """The value of rank 0."""
+        """Returns the value of rank 0."""
         if self.size == 1:
             return value
         values: list[Any] = [value]
@@ -205,7 +205,7 @@ class Group:
         return values[0]
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks."""
+        """Returns the values of all ranks."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
             distributed.all_gather_object(values, value)
@@ -220,7 +220,7 @@ class Group:
 
 
 def is_first_process() -> bool:
-    """Whether this process prints and writes files: rank 0 under torchrun, or the only one."""
+    """Returns whether this process prints and writes files: rank 0 under torchrun, or alone."""
     return not _under_torchrun() or os.environ["RANK"] == "0"
 
 
@@ -233,11 +233,11 @@ def _under_torchrun() -> bool:
 
 
 class Engine:
-    """Where a function runs: here, or in a process for each device.
+    """Runs a function here, or in a process for each device.
 
     Args:
         accelerator: "cpu", "cuda" or "auto".
-        devices: Their number, or their indices; torchrun decides where it started the processes.
+        devices: Number of devices, or their indices; torchrun decides if it started processes.
 
     Attributes:
         on_cuda: Whether the devices are GPUs.
@@ -245,7 +245,7 @@ class Engine:
         spawns: Whether the function runs in processes that are started for it.
 
     Raises:
-        ValueError: If an accelerator or a device is unknown, or torchrun started other numbers.
+        ValueError: If an accelerator or a device is unknown, or torchrun started another number.
     """
 
     def __init__(self, accelerator: str, devices: int | list[int]) -> None:
@@ -278,15 +278,15 @@ class Engine:
         self.spawns = self.size > 1 and not launched
 
     def threads(self, vae: nn.Module, rows: int) -> int:
-        """Threads of each process: one for a small model at these rows of a step, of all."""
+        """Returns the threads of each process, given the rows of a step of all processes."""
         share = self.size if self.spawns else 1
         small = not self.on_cuda and is_small(vae.parameters(), rows // self.size)
         return 1 if small else max(1, torch.get_num_threads() // share)
 
     def run(self, function: Function) -> Any:
-        """Returns what `function(group)` returns in the first process.
+        """Calls `function(group)` in each process; returns the result of the first process.
 
-        Threads of this process run one at a time.
+        Other threads of this process that call it wait.
 
         Raises:
             ValueError: If processes are started and `function` cannot be sent to them.
@@ -336,6 +336,6 @@ def _in_process(engine: Engine, function: Function, part: tuple[str, int, int]) 
 
 
 def _leave() -> None:
-    """Ends the connection of processes that torchrun started, before their threads are gone."""
+    """Closes the connection of processes that torchrun started, before their threads end."""
     if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What belongs to the whole process: generators, threads, precision and memory, borrowed."""
+"""Sets the state of the whole process for a while: generators, threads, precision, memory."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from pyro_vae.arguments import check_whole
 
-MANY = 10_000_000  # multiplications in a layer that are worth a second thread
+MANY = 10_000_000  # multiplications in a layer from which a second thread pays
 LARGE = 2**14  # entries of a matrix from which oneDNN's products are faster
-SWITCHED_OFF = ("none", "ieee")
-EXACT = 1e-5  # of the largest entry of a product; bfloat16 is off by 1e-3
-LARGEST = 31 * 2**20  # bytes; glibc looks at blocks of up to 32 MiB
+SWITCHED_OFF = ("none", "ieee")  # values of the switch that ask for products of full precision
+EXACT = 1e-5  # largest error, as a share of a product's largest entry; that of bfloat16 is 1e-3
+LARGEST = 31 * 2**20  # bytes of a block; glibc adapts to blocks of up to 32 MiB
 
-# held by what borrows the state of a process, torch's generators and Pyro's handlers: fit and
-# the estimators, so that of several threads the others wait
+# fit and the estimators hold this lock while they change the state of the process, such as
+# torch's generators and Pyro's handlers; other threads wait
 alone = RLock()
 
 
 @contextmanager
 def forked(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """Puts torch's generators for the CPU and `device` back afterwards; seeds them if asked.
+    """Restores torch's generators for the CPU and `device` afterwards; seeds them if asked.
 
-    Inside, this thread is `alone`.
-    Other devices are left alone: reading a CUDA generator's state initialises its device.
+    Inside, this thread holds the lock `alone`. Generators of other devices are not touched:
+    reading a CUDA generator's state initialises its device.
     """
     with alone, torch.random.fork_rng([device] if device.type == "cuda" else []):
         if seed is not None:
@@ -49,12 +49,12 @@ def seed_generators(device: torch.device, seed: int) -> None:
 
 
 def seed_of(*numbers: int) -> int:
-    """A seed below 2^64 that is mixed of whole numbers from 0: a seed, a rank, a batch."""
+    """Returns a seed below 2^64 mixed from whole numbers, such as a seed, a rank and a batch."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 def epoch_order(num_data: int, seed: int, epoch: int) -> Tensor:
-    """The order in which an epoch visits the rows, a permutation of 0, ..., N - 1, int64 [N].
+    """Returns the order of the rows in an epoch, a permutation of 0, ..., N - 1, int64 [N].
 
     It depends on the three arguments only, so a resumed run needs no saved state.
 
@@ -67,7 +67,7 @@ def epoch_order(num_data: int, seed: int, epoch: int) -> Tensor:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Has torch compute on so many threads of this process."""
+    """Makes torch use `number` threads of this process."""
     before = torch.get_num_threads()
     try:
         if number != before:
@@ -79,23 +79,23 @@ def threads(number: int) -> Iterator[None]:
 
 
 def is_small(parameters: Iterable[Tensor], rows: int) -> bool:
-    """Whether a second thread costs more than it helps a model of these parameters.
+    """Returns whether a model of these parameters should run on one thread.
 
-    It saves a fifth to a third of the time of a small model on an idle machine. Beside other
-    work it makes small operations ten times as slow. A model is large if its largest weight
-    times the rows of a step is, or if it has convolutions.
+    A second thread saves a small model a fifth to a third of its time on an idle machine, but
+    beside other work it makes small operations ten times as slow. A model is small if it has no
+    convolutions, and the size of its largest weight times the rows of a step is below `MANY`.
     """
     return all(p.ndim < 2 or (p.ndim == 2 and p.numel() * rows < MANY) for p in parameters)
 
 
 @contextmanager
 def fast_products(weights: Iterable[Tensor]) -> Iterator[None]:
-    """Has torch give products to oneDNN, if one of `weights` is large and oneDNN is exact.
+    """Makes torch use oneDNN for products, if one of `weights` is large and oneDNN is exact.
 
-    torch gives them to the BLAS that it was built with, which on some processors takes twice
-    as long. `torch.backends.mkldnn.matmul.fp32_precision = "bf16"` has it call oneDNN, which
+    Without it torch uses the BLAS that it was built with, which on some processors takes twice
+    as long. `torch.backends.mkldnn.matmul.fp32_precision = "bf16"` makes torch call oneDNN, which
     computes in float32 unless the processor multiplies matrices of bfloat16: one product, once a
-    process, shows which. Where it is not exact, or a user allows less already, nothing changes.
+    process, shows which. If it is not exact, or the user has set the switch, nothing changes.
     """
     switch = getattr(torch.backends.mkldnn, "matmul", None)  # of torch 2.9 and later
     asked = getattr(switch, "fp32_precision", None) in SWITCHED_OFF
@@ -116,7 +116,7 @@ def _switched(switch: Any) -> Iterator[None]:
 
 @cache
 def _is_exact() -> bool:
-    """Whether a product is one of float32 with the switch on."""
+    """Returns whether a product has the precision of float32 with the switch on."""
     a, b = torch.arange(2.0 * 2**16, device="cpu").sin().reshape(2, 2**8, 2**8)
     exact = a.double() @ b.double()
     with _switched(getattr(torch.backends.mkldnn, "matmul")):  # noqa: B009
@@ -125,18 +125,18 @@ def _is_exact() -> bool:
 
 
 def keep_memory() -> None:
-    """Has the C library keep up to 62 MB that were freed, for the operations to come.
+    """Makes the C library keep up to 62 MB of freed memory for later operations.
 
-    glibc gives freed memory back beyond twice the largest block that it has seen freed. Where
-    temporaries take a few MB, each operation then waits for pages from the system: a third of
-    the time of an evaluation. So let it see a large block freed, which is never touched. Where
-    another library allocates, nothing happens.
+    glibc returns freed memory to the system beyond twice the largest block that it has seen
+    freed. With temporaries of a few MB, each operation then waits for new pages: a third of the
+    time of an evaluation. So this frees one large block, which is never touched. With another
+    allocator it has no effect.
     """
     torch.empty(LARGEST, dtype=torch.uint8)
 
 
 def check_fits(num_bytes: int, what: str) -> None:
-    """Refuses what takes more memory than this machine has."""
+    """Raises ValueError if `what` takes more memory than this machine has."""
     if not hasattr(os, "sysconf"):  # not on Windows
         return
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -149,7 +149,7 @@ def check_fits(num_bytes: int, what: str) -> None:
 
 @contextmanager
 def parameters_that_fit() -> Iterator[None]:
-    """Refuses modules that are made inside if their parameters do not fit in memory."""
+    """Raises ValueError if the parameters of modules made inside do not fit in memory."""
     taken = 0
 
     def add(module: nn.Module, name: str, parameter: Any) -> None:
