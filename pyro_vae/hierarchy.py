@@ -57,7 +57,7 @@ class Inference(nn.Module):
     """The posterior of L layers, q(z1, ..., zL | x), in an order that the subclass sets.
 
     A subclass returns from `forward` a `Joint`, whose program draws one layer after another.
-    `TopDown` is the one to read.
+    See `TopDown` for an example.
 
     Args:
         posteriors: One for each layer, from the data upwards.

@@ -21,8 +21,8 @@ class Posterior(Shown):
     """A reparameterised distribution over latents z [D] for data x [*S, *E].
 
     A subclass says how many raw numbers its encoder must give (`num_params`) and builds the
-    distribution from them in `forward`; every option has a default. `DiagonalNormal` is the
-    one to read.
+    distribution from them in `forward`; every option has a default. See `DiagonalNormal` for
+    an example.
 
     Data with a root mean square above one (counts, grey levels) are divided by it before the
     encoder sees them; `initialise` measures it.

@@ -33,7 +33,7 @@ class Prior(Shown):
     A subclass takes `latent_dim` (or `posterior` and `data_shape`) by name, gives every other
     argument a default, and returns from `forward` a distribution with event shape (D,) and
     batch shape (). That is all: it is then found by name, and the laws in the tests apply.
-    `StandardNormal` is the one to read.
+    See `StandardNormal` for an example.
 
     Attributes:
         posterior: The posterior that this prior is made of, if any; not a submodule.

@@ -93,7 +93,7 @@ class VAE(nn.Module):
 
         Args:
             x: Data [B, *E] to condition on; drawn if None.
-            y: What is conditioned on [B, C], or None.
+            y: Condition of each datum [B, C], or None.
             size: Number of data to draw if neither `x` nor `y` is given.
 
         Returns:
@@ -120,7 +120,7 @@ class VAE(nn.Module):
 
         Args:
             x: Data [B, *E].
-            y: What is conditioned on [B, C], or None.
+            y: Condition of each datum [B, C], or None.
 
         Returns:
             The latents, [*K, B, D].
@@ -159,7 +159,7 @@ class VAE(nn.Module):
 
         Args:
             x: Data [B, *E].
-            y: What is conditioned on [B, C], or None.
+            y: Condition of each datum [B, C], or None.
             num_samples: None for E[x | z] at the posterior's mean, else how many draws of x
                 at draws of z.
 
@@ -183,7 +183,7 @@ class VAE(nn.Module):
 
         Args:
             x: Counts [B, *E].
-            y: What is conditioned on [B, C], or None.
+            y: Condition of each datum [B, C], or None.
             num_samples: Draws of z for each datum.
 
         Returns:

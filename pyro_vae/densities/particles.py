@@ -52,7 +52,7 @@ def run_program(
     Args:
         program: A model or a guide.
         x: Data [B, *E].
-        y: What is conditioned on [B, C], or None.
+        y: Condition of each datum [B, C], or None.
         num_particles: Particles K.
         handler: Sets the values of sites, such as `poutine.condition(data=...)`.
         fold: Whether to fold; None to find out by trial runs, once for each program.

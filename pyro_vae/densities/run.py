@@ -51,7 +51,7 @@ def densities(
             -1; or a VAE, which stands for its model and guide: densities(vae, x).
         guide: Pyro guide called with the same arguments.
         x: Data [B, *E].
-        y: What is conditioned on [B, C], or None.
+        y: Condition of each datum [B, C], or None.
         num_particles: Particles K.
 
     Raises:
@@ -139,7 +139,7 @@ def log_weights(
         model: As in `densities`.
         guide: The proposal, or None for the prior, whose weights are p(x | z).
         x: Data [B, *E].
-        y: What is conditioned on [B, C], or None.
+        y: Condition of each datum [B, C], or None.
         num_particles: Draws K for each datum.
         chunk_size: Rows, draws times data, that the model sees at once.
         joint: Function that returns log p(x, z), such as a compiled `log_joint`.
@@ -169,7 +169,7 @@ def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tenso
             if they were latent may be observed too: they keep their values.
         x: Data [B, *E], of which only shape, type and the places of NaN count: entries that are
             NaN are missing from the draws too.
-        y: What is conditioned on [B, C], or None.
+        y: Condition of each datum [B, C], or None.
 
     Raises:
         NotSimulated: If the model observes anything but x, or its density is given a part of x.
@@ -205,8 +205,8 @@ def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tenso
 def complete_data(sites: Sites, x: Tensor, latents: Latents) -> Tensor:
     """Returns x [K, B, *E] with its missing entries (NaN) drawn from p(x | z).
 
-    They are draws of the site of x in `sites`, which `sites_at` gave at the latents. If there is
-    a latent site of the same name and "_missing", as in models of missingness, its values count.
+    They are draws of the site of x in `sites`, as `sites_at` returns them at `latents`; or the
+    values of a latent site of its name and "_missing", which models of missingness have.
 
     Raises:
         ValueError: If no site of the model observes x.

@@ -43,7 +43,7 @@ def summed_values(model: Program, x: Tensor, y: Tensor | None = None) -> Latents
 
 
 class Given(Messenger):
-    """Fixes summed sites at the joint values, K particles for each, and latents at draws."""
+    """Fixes summed sites at the joint values, K particles for each, and latents at given draws."""
 
     def __init__(self, values: Latents, latents: Latents) -> None:
         super().__init__()

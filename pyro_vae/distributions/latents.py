@@ -132,7 +132,7 @@ class Flow(Made, TorchDistribution):
         if self._last is not None and self._last[0] is value:
             if self._last[1].requires_grad or not torch.is_grad_enabled():
                 return self._last[1]  # else drawn without gradient, and now scored with one
-        lead = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)  # zuko would not
+        lead = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)  # zuko cannot broadcast
         return self.flow.log_prob(value.expand(*lead, *self.event_shape))
 
     @property

@@ -66,7 +66,7 @@ def annealed_importance_sampling(
         model: Pyro model; see `refined_importance_sampling`.
         guide: Pyro guide.
         x: Data [N, *E].
-        y: What is conditioned on [N, C], or None.
+        y: Condition of each datum [N, C], or None.
         num_temperatures: Steps T of the path.
         num_chains: Chains C for each datum.
         num_leapfrog: Leapfrog steps L of each move.
@@ -327,7 +327,7 @@ def bidirectional(
         model: Pyro model; see `refined_importance_sampling`. Its one observed site must be x.
         guide: Pyro guide.
         x: Data [N, *E], of which only shape and missing entries count: the values are simulated.
-        y: What is conditioned on [N, C], or None.
+        y: Condition of each datum [N, C], or None.
         num_data: Number of data to simulate, from the rows of x and y in turn; N if None.
         num_temperatures: As in `annealed_importance_sampling`.
         num_chains: Chains C each way.

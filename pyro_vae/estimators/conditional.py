@@ -38,10 +38,10 @@ def log_conditional(
     Args:
         model: As in `log_evidence`, of a VAE with missing=True, or of one's own that observes x
             as `distributions.Incomplete`.
-        guide: Pyro guide of the same arguments.
+        guide: Pyro guide called with the same arguments.
         x: Data [N, *E]; NaN entries belong to neither part.
         given: Which entries are conditioned on, bool [*E] or [N, *E].
-        y: What is conditioned on [N, C], or None.
+        y: Condition of each datum [N, C], or None.
         options: As in `log_evidence`: tolerance, budget, audit, seed and others.
 
     Returns:
@@ -106,9 +106,9 @@ def column_log_prob(
         model: As in `log_evidence`, or a VAE; its one observed site is x, its entries independent
             given the latents. A model of one's own must accept NaN, unless it is a method of a
             module whose `missing` is False.
-        guide: Pyro guide of the same arguments.
+        guide: Pyro guide called with the same arguments.
         x: Data [N, *E].
-        y: What is conditioned on [N, C], or None.
+        y: Condition of each datum [N, C], or None.
         num_samples: Weighted draws K.
         chunk_size: As in `log_evidence`.
         compile: As in `log_evidence`.
@@ -239,9 +239,9 @@ def class_probabilities(
     Args:
         model: Pyro model with a discrete latent marked `infer={"enumerate": "parallel"}`; or a
             VAE, which stands for its model and guide: class_probabilities(vae, x).
-        guide: Pyro guide of the same arguments.
+        guide: Pyro guide called with the same arguments.
         x: Data [N, *E], a tensor, array, frame or list; as is y.
-        y: What is conditioned on [N, C], or None.
+        y: Condition of each datum [N, C], or None.
         site: Name of the latent, needed if there are several: the others are summed out.
         estimator: Function that estimates log p(x, y); `importance_sampling` is faster, less sure.
         seed: Seed of the draws.

@@ -64,11 +64,11 @@ def importance_sampling(
     (up to 50,000 draws); memory is that of `chunk_size` rows of the model and the draws.
 
     Args:
-        model: Pyro model of (x) or (x, y), all its sites inside one plate "data"; or a VAE,
-            which stands for its model and guide: importance_sampling(vae, x, y).
-        guide: Pyro guide of the same arguments.
+        model: Pyro model called with (x) or (x, y), all its sites inside one plate "data"; or
+            a VAE, which stands for its model and guide: importance_sampling(vae, x, y).
+        guide: Pyro guide called with the same arguments.
         x: Data [N, *E], a tensor, array, frame or list; as is y.
-        y: What is conditioned on [N, C], or None.
+        y: Condition of each datum [N, C], or None.
         num_samples: Draws K for each datum.
         proposal: "guide", or "prior" for simple Monte Carlo.
         chunk_size: As in `log_evidence`.
@@ -184,7 +184,7 @@ def evidence_lower_bound(
         model: Pyro model; see `importance_sampling`.
         guide: Pyro guide.
         x: Data [N, *E].
-        y: What is conditioned on [N, C], or None.
+        y: Condition of each datum [N, C], or None.
         num_samples: Draws of z for each datum.
         chunk_size: Draws times data that the model sees at once.
         seed: Seed of the draws.

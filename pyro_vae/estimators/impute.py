@@ -153,12 +153,12 @@ def impute(
     depends only on what was observed ("at random"), or if the model describes what goes missing.
 
     Args:
-        model: Pyro model of (x) or (x, y), as in `log_evidence`; or a VAE. A model of one's own
-            observes x as `distributions.Incomplete`. If it has a latent site of the same name and
-            "_missing", the values of that site are the missing entries.
-        guide: Pyro guide of the same arguments.
+        model: Pyro model called with (x) or (x, y), as in `log_evidence`; or a VAE. A model
+            of one's own observes x as `distributions.Incomplete`. If it has a latent site of the
+            same name and "_missing", the values of that site are the missing entries.
+        guide: Pyro guide called with the same arguments.
         x: Data [N, *E], NaN where missing.
-        y: What is conditioned on [N, C], or None.
+        y: Condition of each datum [N, C], or None.
         num_draws: Draws R of each datum.
         num_samples: Weighted draws K behind them; 4 K where K are not enough.
         proposal: "refined", or "guide" to draw from the guide alone: faster, and never "reliable".

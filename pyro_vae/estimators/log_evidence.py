@@ -47,8 +47,8 @@ def log_evidence(
 
     A proposal is fitted to each datum's posterior (`refined_importance_sampling`). A pilot of
     400 draws, and short walks through the posterior, say how many fresh draws the tolerance
-    needs, 1000 to 8000. Where these are not enough, a longer fit is put beside the first; then it
-    gets up to 24 more components, and up to 64,000 draws; where that is not enough, annealed
+    needs, 1000 to 8000. Where these are not enough, the proposal is mixed with a longer fit; then
+    it gets up to 24 more components, and up to 64,000 draws; where that is not enough, annealed
     importance sampling starts from it with 384 chains. No draw that chose the number of draws is
     scored.
 
@@ -59,26 +59,26 @@ def log_evidence(
     "doubtful", and the value is the best estimate reached.
 
     Args:
-        model: Pyro model of (x) or (x, y), all its sites inside one plate "data", its latents
-            continuous, on any support that is fixed; or a VAE, which stands for its model and
-            guide: log_evidence(vae, x, y).
-        guide: Pyro guide of the same arguments.
+        model: Pyro model called with (x) or (x, y), all its sites inside one plate "data", its
+            latents continuous, on any support that is fixed; or a VAE, which stands for its model
+            and guide: log_evidence(vae, x, y).
+        guide: Pyro guide called with the same arguments.
         x: Data [N, *E], a tensor, array, frame or list; as is y.
-        y: What is conditioned on [N, C], or None.
+        y: Condition of each datum [N, C], or None.
         tolerance: Largest standard error, in nats.
         budget: Most evaluations of the model, with or without gradient, for one datum; all that
             the steps above may need (about 100,000) if None. The fit and the first draws need
             some 5000. The cost of further modes of a datum is not counted.
-        audit: An `Audit` of these programs; or whether to make one, of 24 to 64 simulated data,
-            an eighth of N in between. It is kept for the weights of a model and guide that are
-            methods of a torch module. A model that observes anything but x cannot be audited,
-            which the result says.
+        audit: An `Audit` of these programs; or whether to make one, of N / 8 simulated data, but
+            from 24 to 64. If model and guide are methods of a torch module, it is kept while the
+            weights are the same. A model that observes anything but x cannot be audited, which
+            the result says.
         chunk_size: Draws times data that the model sees at once; of the result it changes only
             the noise.
         compile: Whether to compile log p(x, u) and its gradient: some seconds, once for each
             shape that comes often; the result is the same to rounding.
         devices: Processes that share the data, on CPUs or on the first GPUs, as x is; the result
-            is that of one. They are started for this: a script must call under
+            is that of one process. They are started anew: a script must call under
             `if __name__ == "__main__":`, with methods of a module that can be pickled.
         seed: Seed of the draws.
         progress: Whether to show a progress bar.
@@ -219,7 +219,7 @@ def audit(
             summed out, such as a class, is held at each of its values; y must be None then.
         guide: As in `log_evidence`.
         x: Data [N, *E], of which only shape and missing entries count: the values are simulated.
-        y: What is conditioned on [N, C], or None; its rows are used in turn.
+        y: Condition of each datum [N, C], or None; its rows are used in turn.
         num_data: Data to simulate, at each of these values. A failure on a share s of them is
             missed with probability (1 - s)^num_data.
         tolerance: As in `log_evidence`.

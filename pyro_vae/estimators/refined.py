@@ -71,11 +71,11 @@ def refined_importance_sampling(
     the K draws. Remaining errors are more often too low than too high.
 
     Args:
-        model: Pyro model of (x) or (x, y), all its sites inside one plate "data", its latents
-            continuous, on any support that is fixed.
-        guide: Pyro guide of the same arguments.
+        model: Pyro model called with (x) or (x, y), all its sites inside one plate "data", its
+            latents continuous, on any support that is fixed.
+        guide: Pyro guide called with the same arguments.
         x: Data [N, *E].
-        y: What is conditioned on [N, C], or None.
+        y: Condition of each datum [N, C], or None.
         num_samples: Draws K for each datum.
         num_starts: Starts of the search for modes: the guide's mean, then draws of the prior.
             With 1 there is no search, and every verdict is "doubtful".

@@ -50,10 +50,10 @@ T = TypeVar("T")
 def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesVAE[P, T]:
     """Lets a function of (model, guide, x, y, *, ...) be called as (vae, x, y, ...) too.
 
-    x and y may be tensors, arrays, frames or lists; they and the numbers are checked by their
-    names. Pyro's own checks are on, whatever flags are set, so that impossible data are refused.
-    These are flags of the process, so that other threads wait. Small modules on the CPU get one
-    thread of torch.
+    x and y may be tensors, arrays, frames or lists; they and all numbers are checked. Pyro's
+    own checks are on, whatever flags are set, so that impossible data are refused. These are
+    flags of the process, so that other threads wait. Small modules on the CPU get one thread of
+    torch.
     """
     signature = inspect.signature(function)
 

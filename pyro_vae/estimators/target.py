@@ -54,7 +54,7 @@ class Target:
         model: Pyro model, as in `importance_sampling`; every latent continuous.
         guide: Pyro guide.
         x: Data [B, *E].
-        y: What is conditioned on [B, C], or None.
+        y: Condition of each datum [B, C], or None.
         chunk_size: Draws times data that the model sees at once.
         scale: Units of the coordinates [B, D]; from draws of the prior if None.
         sites: Coordinates of other data of the same programs, to use the same maps; or None.
@@ -145,7 +145,7 @@ class Target:
         return _never_nan(log_joint(self.model, self.x, self.y, latents).double() + log_det)
 
     def _compiled(self, fast: Compiled, u: Tensor) -> Tensor:
-        """Returns log p(x, u) [K, B], of one chunk, differentiable in u alone."""
+        """Returns log p(x, u) [K, B], of one chunk, compiled; differentiable in u alone."""
 
         def value(u: Tensor, scale: Tensor, x: Tensor, *y: Tensor) -> Tensor:
             target = copy.copy(self)

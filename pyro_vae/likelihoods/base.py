@@ -22,7 +22,7 @@ class Likelihood(Shown):
     A subclass says how many raw parameters it needs per channel (`num_params`), what data it
     supports (`support` and its name in words), builds the distribution from `self.raw(z, y)`
     in `forward`, and returns from `raw_start` the raw parameters of the average datum. Every
-    option has a default. `Bernoulli` is the one to read.
+    option has a default. See `Bernoulli` for an example.
 
     `inputs` returns what an encoder sees of the data, and `input_shape` the shape of that.
     Where `missing` is true, NaN in the data stands for a missing entry.

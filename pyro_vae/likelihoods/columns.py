@@ -61,9 +61,9 @@ class Columns(Likelihood):
     Args:
         decoder: Network to raw parameters of shape `out_shape(data_shape, columns)`.
         data_shape: Number of columns, (C,).
-        columns: For each column, in order, a likelihood: its name, or `{"class_path": name,
-            "init_args": {option: value}}`. A mapping from the columns' names, or a list. A scale
-            is "predicted" and `standardise` is true unless given. All Normal if None.
+        columns: A list, or a mapping from the columns' names, of their likelihoods in order: a
+            name, or `{"class_path": name, "init_args": {option: value}}`. Unless given, a scale is
+            "predicted" and `standardise` true. All Normal if None.
         together: Whether columns are also computed as one if they differ in `resolution` alone, or
             if each has parameters of its own. False in runs of version 0.2 and before.
 
@@ -255,7 +255,7 @@ def _kind(name: str, declared: Any) -> Kind:
 
 
 def _grouped(kinds: list[Kind], together: bool) -> list[list[int]]:
-    """Groups the indices of columns that are computed as one: of one kind, sharing nothing."""
+    """Groups columns that are computed as one: of one kind, with no parameter in common."""
     groups: dict[str, list[int]] = {}
     for column, kind in enumerate(kinds):
         options = dict(kind.options)

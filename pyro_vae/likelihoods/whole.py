@@ -91,7 +91,7 @@ class Counts(Likelihood):
     def forward(
         self, z: Tensor, y: Tensor | None = None, library: Tensor | None = None
     ) -> Distribution:
-        """Returns the counts given z, y and, where it is a latent, the total [*S]."""
+        """Returns p(x | z, y), given the total [*S] too where that is a latent."""
         log_rate, *rest = self.raw(z, y, self.num_rates + self.zero_inflated)
         log_rate = log_rate if self.library == "none" else self._log_share(log_rate)
         event = len(self.data_shape)
@@ -112,7 +112,7 @@ class Counts(Likelihood):
         return self._log_share(self.raw(z, y, self.num_rates + self.zero_inflated)[0]).exp()
 
     def raw_start(self, x: Tensor) -> Tensor:
-        """Returns the log of the mean, and few inflated zeros."""
+        """Returns the log of the mean, and log odds that add few zeros."""
         first, rest = x.mean(0).clamp(min=0.01).log(), [0.0] * (self.num_rates - 1)
         rest += [GATE] * self.zero_inflated
         return torch.cat([first, *(torch.full_like(first, value) for value in rest)])
@@ -216,7 +216,7 @@ class NegativeBinomial(Counts):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Also starts dispersions that match mean and variance of training data `x` [N, *E]."""
+        """Starts dispersions too, where they match mean and variance of data `x` [N, *E]."""
         super().initialise(x)
         if self.dispersion != "cell" and len(x) > 1:
             mean, variance = x.mean(0), x.var(0)

@@ -99,7 +99,7 @@ def calibration(
         guide: Pyro guide.
         x: Data [N, *E], whose values are replaced by simulated ones, row by row in turn; their
             shape, type and missing entries (NaN) stay.
-        y: What is conditioned on [N, C], or None.
+        y: Condition of each datum [N, C], or None.
         num_data: Data to draw; the rows of `y` are used in turn.
         num_draws: Draws K of the guide for each.
         seed: Seed of the data and the draws.

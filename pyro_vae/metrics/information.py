@@ -18,9 +18,9 @@ from pyro_vae.metrics.decomposition import check_posterior, draws_of, log_mean
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """A score between 0 and 1 (beyond by its error if sampled), and how it was computed.
+    """A score between 0 and 1, or just outside if sampled, and how it was computed.
 
-    Scores of different variants, bins, or factors do not compare.
+    Scores of different variants, bins or factors cannot be compared.
 
     Attributes:
         metric: Name of the metric.

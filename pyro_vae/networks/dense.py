@@ -29,7 +29,7 @@ class Network(nn.Module):
 
     A subclass builds its layers in `__init__` and says in `body` what they do to one flat
     batch; any leading dimensions `*S`, particles included, are flattened into it once.
-    `MLP` is the one to read.
+    See `MLP` for an example.
 
     Args:
         in_shape: Shape of one input, an int or a tuple.

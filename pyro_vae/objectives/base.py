@@ -29,7 +29,7 @@ OF_SEVERAL_SITES = (
     *("ELBO", "Capacity", "FreeBits", "StickingTheLanding", "IWAE", "DReG", "CIWAE", "MIWAE"),
     *("PIWAE", "Renyi"),
 )
-OF_WHOLE_DRAWS = ("StickingTheLanding", "PIWAE")  # not with own draws for each summed value
+OF_WHOLE_DRAWS = ("StickingTheLanding", "PIWAE")  # refuse a guide that draws per summed value
 
 
 class Objective(pyro.infer.ELBO, nn.Module):
@@ -38,7 +38,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
     `bound` is the reported value; `surrogate` is what is differentiated, where the two differ.
     Both see only `Densities`, so that they work with every model and guide
     whose sites are inside the plate "data". Its weights are declared by `add_weight`: numbers,
-    or schedules that move them. `ELBO` is the one to read.
+    or schedules that move them. See `ELBO` for an example.
 
     An objective is the loss of `pyro.infer.SVI`, or gives a torch optimiser its
     `differentiable_loss`; a loss is minus the bound, summed over the batch, times the

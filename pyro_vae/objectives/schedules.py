@@ -20,8 +20,8 @@ class Schedule(ABC):
     """A number as a function of the position in training.
 
     A weight of an objective takes one in place of a number: `ELBO(beta=Linear(length=1000))`.
-    It depends on the position alone, so that a resumed training goes on exactly. `Constant`
-    is the one to read.
+    It depends on the position alone, so that a resumed training goes on exactly. See
+    `Constant` for an example.
 
     Attributes:
         unit: What positions count: "step", updates of the parameters; or "epoch", passes over
