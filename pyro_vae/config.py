@@ -1,4 +1,4 @@
-"""Declarations: names of classes with their options, checked; and the VAEs made of them."""
+"""Checks declarations (names of classes with their options), and builds VAEs from them."""
 
 from __future__ import annotations
 
@@ -44,41 +44,41 @@ BASES: dict[str, type] = {
     "schedule": objectives.Schedule,
 }
 PLAIN = (NoneType, bool, int, float, str, list, tuple, dict, EllipsisType, ...)
-KINDS = {
+KINDS = {  # types in words, for error messages
     **{"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"},
     **dict.fromkeys(("list", "tuple"), "a list such as [300,300]"),
     **{"dict": "a mapping", "NoneType": "null"},
 }
-INJECTED = {
+INJECTED = {  # arguments of classes that `build` fills in
     *("latent_dim", "data_shape", "posterior", "posteriors", "prior", "encoder", "decoder"),
     *("network", "in_shape", "out_shape", "classes"),
 }
-PATH = re.compile(r"[^\W\d]\w*\.\w[\w.]*")  # of a class or function, in text
+PATH = re.compile(r"[^\W\d]\w*\.\w[\w.]*")  # the path of a class or function, in text
 DENSE = (networks.MLP, networks.GatedMLP)  # networks that read vectors
 
 
 class Component(NamedTuple):
-    """A class, and all of its options, checked."""
+    """A class and the values of all of its options, checked."""
 
     cls: Any
     options: dict[str, Any]
 
     def made(self, **filled: Any) -> Any:
-        """The object, with those of `filled` that its class takes."""
+        """Makes the object, with those of `filled` that its class takes."""
         return given(self.cls, {**filled, **self.options})
 
     def having(self, **options: Any) -> Component:
-        """The same class with other options.
+        """Returns the same class with some options changed.
 
         Raises:
-            ValueError: If it has none of that name.
+            ValueError: If it has no option of that name.
         """
         check_options(self.cls.__name__, options, self.options)
         return Component(self.cls, {**self.options, **options})
 
     @property
     def plain(self) -> dict[str, Any]:
-        """A declaration for a file; our classes by short names, which outlast a move."""
+        """The declaration for a file; our classes have short names, which outlast a move."""
         options = {}
         for name, value in self.options.items():
             if isinstance(value, objectives.Schedule):
@@ -108,34 +108,34 @@ def build(
     label_weight: float = 0.0,
     classifier: bool = False,
 ) -> VAE:
-    """A VAE from the names of its parts.
+    """Builds a VAE from the names of its parts.
 
     A part is a class name, or `{name: {option: value}}`, or `{"class_path": name, "init_args":
-    {option: value}}` as in YAML.
-    Known are the classes of pyro_vae and those that the caller has imported; nothing else is
-    imported. Latent size, data shape, networks and, for a VampPrior, the posterior are filled
-    in by argument name; the networks' output sizes follow from `num_params`.
+    {option: value}}` as in YAML. The classes of pyro_vae and those that the caller has imported
+    are known; nothing else is imported. Latent size, data shape, networks and, for a VampPrior,
+    the posterior are filled in by argument name; the output sizes of networks follow from
+    `num_params`.
 
     Args:
         data_shape: Shape of one datum.
         latent_dim: Latent size D; for a hierarchy that of each layer, from the data upwards.
-        prior: Name of a prior, in a hierarchy that of the top layer; those below are
-            `ConditionalNormal`, by a network of the decoder's class if that reads vectors,
-            else an MLP.
+        prior: Name of a prior, in a hierarchy that of the top layer; the layers below have a
+            `ConditionalNormal`, with a network of the decoder's class if that reads vectors, else
+            an MLP.
         likelihood: Name of a likelihood.
         posterior: Name of a posterior.
         encoder: Name of a network from data.
         decoder: Name of a network to data.
         condition_dim: Length of the vector `y` that both networks are conditioned on.
         missing: Whether NaN in the data stands for a missing entry; see `VAE`.
-        hierarchy: Name of the order of inference of several layers: "TopDown" (taken if
+        hierarchy: Name of the order of inference of several layers: "TopDown" (the default if
             `latent_dim` has several sizes), "BottomUp" or "Ladder".
-        skip: Whether p(x | z) sees all layers of a hierarchy, or the one next to it alone.
-        classes: Number of classes, known for some data or none, which makes a `ClassVAE`; 0 for
-            none. Every network is conditioned on the class.
-        label_weight: What each known label adds to objectives: this times log p(y | x).
-        classifier: Whether a network like the encoder learns q(y | x) beside the model, whose
-            log q(y | x) is then weighted instead: for few labels, see `ClassVAE`.
+        skip: Whether p(x | z) sees all layers of a hierarchy, or only the lowest one.
+        classes: Number of classes; 0 for none. Otherwise a `ClassVAE` is built, whose labels may
+            be known for some data or for none, and whose networks are conditioned on the class.
+        label_weight: Weight of log p(y | x), which each known label adds to objectives.
+        classifier: Whether a network like the encoder learns q(y | x) beside the model, and
+            log q(y | x) is weighted instead; useful with few labels, see `ClassVAE`.
 
     Raises:
         ValueError: If a name or option is unknown (with the closest known one), or an option has
@@ -168,7 +168,7 @@ def build(
     for family in ("encoder", "decoder") if condition_dim or classes else ():
         own = parts[family].options.get("condition_dim")
         parts[family] = parts[family].having(condition_dim=own or condition_dim or classes)
-    for family in ("likelihood", "posterior"):  # what the widths of networks are multiples of
+    for family in ("likelihood", "posterior"):  # options that multiply the widths of networks
         cls, options = parts[family]
         counts = signature(cls.num_params).parameters.keys() & options
         check_whole(**{name: options[name] for name in counts if type(options[name]) is int})
@@ -177,7 +177,7 @@ def build(
     filled: dict[str, Any] = {"latent_dim": sizes[-1], "data_shape": shape}
     filled |= {"classes": classes} if classes else {}
     made = {**labels, "likelihood": _likelihood(parts, filled, sizes, skip)}
-    filled["data_shape"] = inputs  # a prior's pseudo-inputs lie where the encoder reads
+    filled["data_shape"] = inputs  # a prior's pseudo-inputs have the shape that the encoder reads
     made["prior"], made["posterior"] = _latents(parts, filled, sizes)
     if classifier:
         plain = parts["encoder"].having(condition_dim=0)
@@ -197,7 +197,7 @@ def build(
 def _labels(
     condition_dim: int, classes: int, label_weight: float, classifier: bool
 ) -> dict[str, Any]:
-    """What a VAE of classes is given besides, and nothing without classes."""
+    """Returns the further arguments of a `ClassVAE`, checked; {} without classes."""
     check_whole(0, condition_dim=condition_dim, classes=classes)
     if condition_dim and classes:
         raise ValueError(
@@ -256,13 +256,13 @@ def _latents(
 
 
 def _network_of(prior: Component, decoder: Component, latent_dim: int, above: int) -> Any:
-    """The network of a prior given `above` numbers, of the decoder's class if it reads vectors."""
+    """Makes the network of a prior that is conditioned on a vector of length `above`."""
     out_shape = (given(prior.cls.num_params, prior.options, latent_dim),)
     return _dense(decoder).having(condition_dim=0).made(in_shape=(above,), out_shape=out_shape)
 
 
 def _dense(network: Component) -> Component:
-    """A declared network if it reads vectors, else an MLP on the same condition."""
+    """Returns a declared network if it reads vectors, else an MLP with the same condition."""
     if network.cls in DENSE:
         return network
     mlp = component("encoder", "MLP")
@@ -270,14 +270,14 @@ def _dense(network: Component) -> Component:
 
 
 def load(run: str | os.PathLike[str], vae: VAE | None = None) -> VAE:
-    """The VAE of a run folder, with its best weights, in eval mode.
+    """Loads the VAE of a run folder, with its best weights, in eval mode.
 
-    Nothing is executed: weights are safetensors, and a declaration may name only classes that
-    are known already.
+    No code of the folder is executed: weights are safetensors, and a declaration may name only
+    classes that are known already.
 
     Args:
         run: Folder that `fit` or `pyro-vae train` wrote.
-        vae: The module to load into, for one that `build` did not make.
+        vae: The module to load into, if `build` did not make it.
 
     Raises:
         ValueError: If the folder is no run, is incomplete or newer, or does not fit `vae`.
@@ -289,22 +289,22 @@ def load(run: str | os.PathLike[str], vae: VAE | None = None) -> VAE:
         with reading(Path(run) / "run.json"):
             likelihood = as_named_now(declaration["likelihood"])
             vae = build(**{**declaration, "likelihood": likelihood})
-            vae.declaration = declaration  # as its run knows it when it goes on
+            vae.declaration = declaration  # unchanged, so that the run can be resumed
     put_weights(vae, load_weights(run), run)
     return vae.eval()
 
 
 def as_named_now(likelihood: Declared) -> dict[str, Any]:
-    """The likelihood of a run, with options that older runs left unnamed."""
+    """Returns the likelihood of a run, with the options that older versions did not write."""
     name, options = name_and_options("likelihood", likelihood)
     cls: Any = named_class("likelihood", name)
     return {"class_path": name, "init_args": {**cls.before, **options}}
 
 
 def components(family: str) -> dict[str, type]:
-    """The known classes of a family, by name: ours, and those of modules already imported.
+    """Returns the known classes of a family, by name: ours, and those of imported modules.
 
-    Of those that share a name it is ours, else the last that was defined.
+    If several have one name, ours is returned, else the last one defined.
     """
     found = sorted(
         final_subclasses(BASES[family]), key=lambda cls: short_name(cls) == cls.__name__
@@ -313,9 +313,9 @@ def components(family: str) -> dict[str, type]:
 
 
 def component(family: str, declared: Declared) -> Component:
-    """The class that `declared` names, and its options, checked and complete.
+    """Returns the class that `declared` names, and the values of all its options, checked.
 
-    An option that takes a schedule may be declared in the same way; it comes back made.
+    An option that takes a schedule may be declared in the same way; the schedule is then made.
     """
     if isinstance(declared, Component):
         return declared
@@ -337,7 +337,7 @@ def component(family: str, declared: Declared) -> Component:
 
 
 def plain_words(line: str) -> str:
-    """What jsonargparse says of a value of another type, as we say it; other lines as they are."""
+    """Puts what jsonargparse says of a value of a wrong type in our words; keeps other lines."""
     line = " ".join(line.split())
     found = re.fullmatch(r"(.*?)Parser key \"([\w.]+)\": (.*) value:(.*)", line)
     text = found[3].partition(" Errors:")[0] if found else ""
@@ -352,13 +352,13 @@ def plain_words(line: str) -> str:
 
 
 def declare(family: str, declared: Declared, path: Sequence[str], text: str) -> dict[str, Any]:
-    """A declaration with what an argument such as `--prior.num_components 5` adds to it.
+    """Returns a declaration changed by an argument such as `--prior.num_components 5`.
 
     Args:
-        family: That of the class.
-        declared: What was declared so far.
+        family: The family of the class.
+        declared: The declaration so far.
         path: Names after that of the family: none or "class_path" for the class, which drops
-            the options of another one; or an option, and below it what a schedule is made of.
+            the options of another class; or an option, and then an option of its schedule.
         text: The value, as YAML.
 
     Raises:
@@ -384,7 +384,7 @@ def declare(family: str, declared: Declared, path: Sequence[str], text: str) -> 
 
 
 def named_class(family: str, name: str) -> type:
-    """The known class called `name`, or by its full path or that of a module that has it too."""
+    """Returns the known class of a name or path, also by the path of a module that imports it."""
     known = components(family)
     if name in known:
         return known[name]
@@ -400,9 +400,9 @@ def named_class(family: str, name: str) -> type:
 
 
 def _value(cls: type, option: str, declared: Any) -> Any:
-    """An option of `cls`, a schedule made; other classes are refused, so nothing is imported."""
+    """Returns the value of an option, a schedule made; raises ValueError for other classes."""
     hint, declared = None, as_plain(declared)
-    with suppress(NameError):  # of types that are imported for type checkers alone
+    with suppress(NameError):  # types that are imported for type checkers alone
         hint = get_type_hints(cls.__init__).get(option)  # type: ignore[misc]
     is_text = isinstance(declared, str) and as_number(declared) is None
     if objectives.Schedule in get_args(hint) and (is_text or isinstance(declared, Mapping)):
@@ -417,7 +417,7 @@ def _value(cls: type, option: str, declared: Any) -> Any:
 
 
 def _is_plain(hint: Any) -> bool:
-    """Whether text for an option of this type can name nothing that a parser would import."""
+    """Returns whether no text for an option of this type can make a parser import something."""
     parts = get_args(hint)
     if get_origin(hint) is Literal or hint in PLAIN:
         return True
@@ -425,12 +425,12 @@ def _is_plain(hint: Any) -> bool:
 
 
 def short_name(cls: type) -> str:
-    """The name of a class, with its module unless it is ours."""
+    """Returns the name of a class, with its module unless it is ours."""
     ours = cls.__module__.startswith("pyro_vae.")
     return cls.__name__ if ours else f"{cls.__module__}.{cls.__qualname__}"
 
 
 def given(function: Callable[..., Any], known: Mapping[str, Any], *args: Any) -> Any:
-    """What a function or class makes of `args` and those of `known` that it takes."""
+    """Calls a function or class with `args` and those of `known` that it takes."""
     taken = signature(function).parameters
     return function(*args, **{name: value for name, value in known.items() if name in taken})

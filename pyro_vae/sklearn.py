@@ -31,7 +31,7 @@ from pyro_vae.training import fit
 
 __all__ = ["VariationalAutoencoder"]
 
-SCORED = 500  # training rows, at most, whose log p says what an outlier is
+SCORED = 500  # most training rows whose log p defines what an outlier is
 Array = NDArray[np.float64]
 
 
@@ -41,34 +41,35 @@ class VariationalAutoencoder(  # type: ignore[misc]
     """A VAE of the rows of a table: codes, log p(x) of each row, draws and outliers.
 
     Columns of an array are real numbers unless `schema` says otherwise; those of a frame are what
-    `read_table` infers, text included. NaN is a missing entry: the model is of what was observed.
-    Everything is in the table's own units.
+    `read_table` infers, text included. NaN is a missing entry: the model describes the observed
+    entries. All values and log p are in the table's own units.
 
     Args:
         n_components: Latent size D.
-        schema: Kinds of columns by name, as `read_table` takes, or one kind of all; of an array
-            the names are "x0", "x1" and so on.
+        schema: Kinds of columns by name, as in `read_table`, or one kind for all; the columns of
+            an array are called "x0", "x1" and so on.
         hidden: Widths of the hidden layers of encoder and decoder; a number for one layer.
         prior: Name of a prior, as in `build`.
         posterior: Name of a posterior.
         objective: Name of an objective.
-        classes: Number of classes, of which some rows have a label, or none; see `ClassVAE`. What
-            estimates log p then costs that many times as much.
-        label_weight: What each known label adds to the objective: this times log p(y | x).
+        classes: Number of classes, whose labels may be known for some rows or for none; see
+            `ClassVAE`. Estimates of log p then cost that many times as much.
+        label_weight: Weight of log p(y | x), which each known label adds to the objective.
         classifier: Whether a network learns q(y | x) beside the model, as in `build`.
         epochs: Passes over the data.
         batch_size: Rows of one step.
         lr: Learning rate of Adam.
-        contamination: Share of outliers in the training data, up to 1/2: `predict` calls a row -1
-            if its log p is below that share of 500 training rows, which are kept for that.
+        contamination: Share of outliers in the training data, up to 1/2: `predict` returns -1 for
+            a row whose log p is below this quantile of 500 training rows, which are kept.
         tolerance: Largest standard error of log p, in nats.
-        budget: Most evaluations of the model for log p of one row, as in `log_evidence`.
+        budget: Largest number of evaluations of the model for log p of one row, as in
+            `log_evidence`.
         random_state: Seed of weights, training and draws.
 
     Attributes:
         vae_: The VAE, in double precision.
-        schema_: The columns.
-        history_: What `fit` returned.
+        schema_: The schema of the columns.
+        history_: The history of the training, as `pyro_vae.fit` returns it.
         classes_: The classes, numbers from 0, if there are any.
         n_features_in_: Number of columns.
         feature_names_in_: Their names, where `fit` was given a frame.
@@ -125,7 +126,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
         Args:
             X: The rows.
             y: With `classes`, the label of each row, from 0, -1 or NaN where unknown; None if
-                all are. Without, it is not looked at.
+                all are unknown. Without `classes` it is ignored.
         """
         check_real(above=0, contamination=self.contamination)
         if self.contamination > 0.5:
@@ -167,21 +168,21 @@ class VariationalAutoencoder(  # type: ignore[misc]
 
     @property
     def offset_(self) -> float:
-        """The log p below which a row is an outlier, in nats; found when it is first asked for."""
+        """The log p below which a row is an outlier, in nats; computed when it is first needed."""
         if not self._offset:
             self._offset.append(np.quantile(self._scores(self._some), self.contamination).item())
         return self._offset[0]
 
     def transform(self, X: Any) -> Array:
-        """Posterior means [N, D] of rows."""
+        """Returns posterior means [N, D] of rows."""
         rows = self._rows(X)
         with torch.no_grad():
             return self.vae_.encode(rows).mean.numpy()
 
     def inverse_transform(self, X: Any, y: Any = None) -> Any:
-        """Rows at codes [N, D]: the mean of each number, the likeliest of each category.
+        """Decodes codes [N, D] to rows: the mean of each number, the likeliest category.
 
-        With `classes` they are those of the classes y [N].
+        With `classes`, y [N] holds the class of each code.
         """
         check_is_fitted(self)
         codes = check_array(X, dtype=np.float64, input_name="X")
@@ -196,10 +197,10 @@ class VariationalAutoencoder(  # type: ignore[misc]
             return self._given(vae.likelihood(torch.from_numpy(codes), given).mean, X)
 
     def impute(self, X: Any, num_draws: int = 100) -> Any:
-        """Rows with their missing entries filled in, given what was observed of each.
+        """Returns rows with missing entries filled in, given the observed entries of each row.
 
-        By the mean of real and positive numbers, the median of counts and ordered levels, and
-        the commonest category of `num_draws` draws. What was observed stays as it is.
+        They are filled in by the mean of real and positive numbers, the median of counts and
+        ordered levels, and the commonest category of `num_draws` draws. Observed entries stay.
         """
         rows = self._rows(X)
         found = impute(self.vae_, rows, num_draws=num_draws, seed=self._seed)
@@ -213,34 +214,34 @@ class VariationalAutoencoder(  # type: ignore[misc]
         return whole
 
     def score_samples(self, X: Any) -> Array:
-        """log p(x) of each row in nats, in the table's own units; of what was observed of it."""
+        """Returns log p of each row's observed entries in nats, in the table's own units."""
         return self._scores(self._rows(X))
 
     def score(self, X: Any, y: Any = None) -> float:
-        """Mean log p(x) of rows."""
+        """Returns the mean log p(x) of rows."""
         return float(self.score_samples(X).mean())
 
     def decision_function(self, X: Any) -> Array:
-        """log p(x) of each row above `offset_`: negative for outliers."""
+        """Returns log p(x) of each row less `offset_`: negative for outliers."""
         return self.score_samples(X) - self.offset_
 
     def predict(self, X: Any) -> NDArray[np.int64]:
-        """-1 for outliers, 1 for others."""
+        """Returns -1 for outliers, 1 for others."""
         return np.where(self.decision_function(X) < 0, -1, 1)
 
     @available_if(lambda self: self.classes > 0)
     def predict_proba(self, X: Any) -> Array:
-        """p(y | x) of each row [N, C] under the model, by `class_probabilities`."""
+        """Returns p(y | x) of each row [N, C] under the model, by `class_probabilities`."""
         rows = self._rows(X)
         return class_probabilities(self.vae_, rows, **self._judging()).probabilities.numpy()
 
     @available_if(lambda self: self.classes > 0)
     def classify(self, X: Any) -> NDArray[np.int64]:
-        """The likeliest class of each row; `predict` is of outliers."""
+        """Returns the likeliest class of each row; `predict` returns outliers."""
         return self.classes_[self.predict_proba(X).argmax(1)]
 
     def sample(self, n_samples: int = 1, random_state: Any = 0) -> Any:
-        """Rows drawn from the model, an array, or a frame where `fit` was given one."""
+        """Draws rows from the model: an array, or a frame if `fit` was given one."""
         check_is_fitted(self)
         seed = int(check_random_state(random_state).randint(2**31 - 1))
         with forked(torch.device("cpu"), seed), torch.no_grad():
@@ -256,12 +257,12 @@ class VariationalAutoencoder(  # type: ignore[misc]
         return log_evidence(self.vae_, rows.double(), **self._judging()).log_prob.numpy()
 
     def _judging(self) -> dict[str, Any]:
-        """What estimators of log p are told."""
+        """Returns the options of estimators of log p."""
         options = {"tolerance": self.tolerance, "budget": self.budget, "seed": self._seed}
         return options | {"audit": False}
 
     def _labels(self, y: Any, number: int) -> Tensor | None:
-        """Labels [N], -1 where unknown; None without classes."""
+        """Returns labels [N], -1 where unknown; None without classes."""
         if not self.classes:
             return None
         self.classes_ = np.arange(self.classes)
@@ -272,7 +273,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
         return torch.from_numpy(np.nan_to_num(labels, nan=-1.0))
 
     def _first_rows(self, X: Any) -> Tensor:
-        """Training rows [N, C], float32; learns the schema."""
+        """Returns the training rows [N, C], float32; learns the schema."""
         self._is_frame = hasattr(X, "columns")
         if self._is_frame:
             validate_data(self, X, skip_check_array=True)
@@ -282,7 +283,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
             types = X.dtypes if hasattr(X, "iloc") else {}
             others = {name: t for name, t in types.items() if t.kind not in "iuf"}
             self._dtypes = {str(name): t for name, t in others.items()}
-            self._cells = {  # by the names that the schema has for them
+            self._cells = {  # cells of the frame, by their names in the schema
                 str(n): {as_name(c): c for c in getattr(t, "categories", X[n].dropna().unique())}
                 for n, t in others.items()
                 if self.schema_.columns[str(n)].categories
@@ -292,19 +293,19 @@ class VariationalAutoencoder(  # type: ignore[misc]
         return rows
 
     def _rows(self, X: Any) -> Tensor:
-        """Rows [N, C] in double precision, with the codes of the schema."""
+        """Returns rows [N, C] in double precision, with the codes of the schema."""
         check_is_fitted(self)
         if self._is_frame and hasattr(X, "columns"):
             validate_data(self, X, reset=False, skip_check_array=True)
             return read_table(X, self.schema_)[0].double()
-        return torch.from_numpy(np.array(self._array(X, reset=False)))  # a copy may be written
+        return torch.from_numpy(np.array(self._array(X, reset=False)))  # a writable copy
 
     def _array(self, X: Any, reset: bool) -> Array:
         options = {"dtype": np.float64, "ensure_all_finite": "allow-nan"}
         return validate_data(self, X, reset=reset, ensure_min_samples=1 + reset, **options)
 
     def _given(self, rows: Tensor, X: Any = None) -> Any:
-        """Rows as `fit` was given them, with the index of X if that is a frame."""
+        """Returns rows in the form given to `fit`, with the index of X if that is a frame."""
         if not self._is_frame:
             return rows.numpy()
         import pandas
