@@ -1,4 +1,4 @@
-"""Figures, from tensors, in one style."""
+"""Draws figures from tensors, in one style."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ STYLE: Any = {
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
 }
-Names = Sequence[str] | Mapping[str, Sequence[str | float]] | None  # of columns
-SCREEN = 96  # points of a page in an inch
-GREY = "#767676"  # text that is read on white and on black
-SHADES = {
+Names = Sequence[str] | Mapping[str, Sequence[str | float]] | None  # of columns (and their codes)
+SCREEN = 96  # pixels of a page in an inch
+GREY = "#767676"  # colour of text that is legible on white and on black
+SHADES = {  # the colour on dark pages of each colour on light ones
     **{"#ffffff": "#181c20", "#000000": "#e4e7ea", "#0072b2": "#4aa3df", "#666666": "#a0a9b2"},
     **{"#b0b0b0": "#444b52", "#b3b3b3": "#5a626a", "#cccccc": "#4a5158", "#e6e6e6": "#2b3138"},
 }
@@ -72,16 +72,16 @@ DARK = f"\n@media (prefers-color-scheme: dark) {{ svg {{ fill: #e4e7ea }}\n{RULE
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The look of the figures here, for figures of your own: `with plots.style(): ...`.
+    """Sets the style of the figures here, also for your own: `with plots.style(): ...`.
 
-    Matplotlib's settings are afterwards as they were.
+    Matplotlib's settings are restored afterwards.
     """
     with matplotlib.rc_context(STYLE):
         yield
 
 
 class _Shown(Figure):
-    """A figure that a notebook shows where it is a cell's last line."""
+    """A figure that a notebook shows if it is the last line of a cell."""
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
         width, height = (round(side * SCREEN) for side in self.get_size_inches())
@@ -89,11 +89,11 @@ class _Shown(Figure):
 
 
 def images(x: Tensor, title: str = "", limits: tuple[float, float] | None = None) -> Figure:
-    """A square grid of images.
+    """Draws images in a square grid.
 
     Args:
         x: Images [N, C, H, W], C one or three.
-        title: Above the grid.
+        title: Title above the grid.
         limits: Values shown as black and white; the lowest and highest of `x` if None.
     """
     side = max(1, round(len(x) ** 0.5))
@@ -104,7 +104,7 @@ def images(x: Tensor, title: str = "", limits: tuple[float, float] | None = None
 def reconstructions(
     x: Tensor, reconstructed: Tensor, limits: tuple[float, float] | None = None
 ) -> Figure:
-    """Images [N, C, H, W] in a row, above what the model makes of them, in rows of ten."""
+    """Draws images [N, C, H, W] in rows of ten, each row above that of its reconstructions."""
     parts = []
     for some in zip(x.split(10), reconstructed.split(10)):
         pair = [_row(row, 10) for row in some]
@@ -116,7 +116,7 @@ def reconstructions(
 def image_rows(
     x: Tensor, names: Sequence[str], title: str = "", limits: tuple[float, float] | None = None
 ) -> Figure:
-    """Rows of images [R, T, C, H, W], each with its name [R] to the left; limits as in `images`.
+    """Draws rows of images [R, T, C, H, W] with R names to the left; limits as in `images`.
 
     Raises:
         ValueError: If there is not one name for each row.
@@ -128,15 +128,16 @@ def image_rows(
 
 @style()
 def columns(data: Tensor, samples: Tensor, names: Names = None) -> Figure:
-    """Histograms of the first nine columns of tables [N, D]: data beside samples.
+    """Draws histograms of the first nine columns of data and of samples [N, D].
 
-    Heights are shares of all rows, so that samples outside the data's range are missed. Skewed
-    columns above 0 are on a logarithmic axis; of others a few far values are left out.
+    Heights are shares of all rows, so those of samples add up to less if some lie outside the
+    data's range. Skewed columns above 0 have a logarithmic axis; of others a few far values are
+    left out.
 
     Args:
         data: Rows of data; NaN is left out.
-        samples: Rows of the model.
-        names: Of the columns (numbers if None), or a mapping of each to names of its codes 0, ...
+        samples: Rows drawn from the model.
+        names: Names of columns (numbers if None), or a mapping from these to names of codes.
     """
     codes = names if isinstance(names, Mapping) else {}
     count = data.shape[1]
@@ -167,14 +168,14 @@ def columns(data: Tensor, samples: Tensor, names: Names = None) -> Figure:
 
 @style()
 def pairs(data: Tensor, samples: Tensor, names: Names = None) -> Figure:
-    """Pairs of columns of tables [N, D]: data above samples, on the axes of the data.
+    """Draws pairs of columns of data above those of samples [N, D], on the axes of the data.
 
-    They are the four, among the first hundred columns, whose ranks correlate most in the data.
-    Codes and small counts are spread by a little noise.
+    They are the four pairs, among the first hundred columns, whose ranks correlate most in the
+    data. Codes and small counts are spread by a little noise.
 
     Args:
         data: Rows of data; NaN is left out.
-        samples: Rows of the model.
+        samples: Rows drawn from the model.
         names: As in `columns`.
     """
     chosen = _strongest(data[:, :100], 4)
@@ -187,7 +188,7 @@ def pairs(data: Tensor, samples: Tensor, names: Names = None) -> Figure:
         ax.plot(x, y, ".", ms=2, alpha=0.5, color=PALETTE[rows is samples], rasterized=True)
         xlim, ylim = (_shown(_spread(data[:, d], d)) for d in pair)
         xscale, yscale = ("log" if _skewed(data[:, d]) else "linear" for d in pair)
-        ax.set(xlim=xlim, ylim=ylim)  # first: of samples below 0 matplotlib finds none
+        ax.set(xlim=xlim, ylim=ylim)  # set first: of samples below 0 matplotlib finds none
         ax.set(xscale=xscale, yscale=yscale)
         ax.minorticks_off()
         xlabel, ylabel = (_short(named[d], 18) for d in pair)
@@ -201,11 +202,11 @@ def pairs(data: Tensor, samples: Tensor, names: Names = None) -> Figure:
 
 @style()
 def curves(rows: Sequence[Mapping[str, float | None]]) -> Figure:
-    """Bound, KL and reconstruction over epochs, of training and validation data.
+    """Draws bound, KL and reconstruction over epochs, of training and validation data.
 
     Args:
         rows: One mapping per epoch, as in `History.rows`: "epoch", "elbo", "kl" and
-            "reconstruction" of training, and the same after `validation_`.
+            "reconstruction" of training, and the last three with the prefix `validation_`.
     """
     figure, axes = _axes(1, 3, 2)
     titles = {"elbo": "ELBO", "kl": "KL", "reconstruction": "reconstruction"}
@@ -228,9 +229,9 @@ def latent(
     names: Sequence[str] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Figure:
-    """Posterior means [N, D] in the two dimensions of largest variance, labels at their medians.
+    """Draws posterior means in the two dimensions of largest variance, labels at class medians.
 
-    Of one dimension alone the rows are spread upwards, in their order.
+    If there is one dimension alone, the other axis shows the order of the rows.
 
     Args:
         means: Posterior means [N, D].
@@ -264,7 +265,7 @@ def latent(
 
 
 def _free(points: Tensor, placed: Tensor, apart: float) -> Tensor:
-    """The median of points [N, 2], or the nearest of them that is far enough from [M, 2]."""
+    """Returns the median of points [N, 2], or the nearest point that is `apart` from `placed`."""
     median = points.median(0).values
     near = torch.cat([median[None], points[(points - median).norm(dim=1).argsort()]])
     clear = (torch.cdist(near, placed) > apart).all(1)
@@ -279,13 +280,13 @@ def traversals(
     limits: tuple[float, float] | None = None,
     dims: Sequence[str | int] | None = None,
 ) -> Figure:
-    """What each latent dimension does: a row of images for each, of most KL first.
+    """Draws what each latent dimension does: a row of images for each, of most KL first.
 
     Args:
-        decoded: Images [D, T, C, H, W]: dimension d at its t-th value, the others held.
+        decoded: Images [D, T, C, H, W]: dimension d at its t-th value, the others fixed.
         kl: KL of each dimension [D], in nats.
         values: The T values of a dimension, for the title.
-        top: Rows shown; all if None.
+        top: Number of rows shown; all if None.
         limits: As in `images`.
         dims: Names of the D dimensions, or their numbers; z0, z1, ... if None.
     """
@@ -300,7 +301,7 @@ def traversals(
 
 @style()
 def factor_matrix(information: Tensor, names: Sequence[str]) -> Figure:
-    """Mutual information of each factor with each latent dimension [F, D], in nats."""
+    """Draws mutual information of each factor with each latent dimension [F, D], in nats."""
     _check(information, 2, len(names), "a matrix [F, D] and F names")
     figure, (ax,) = _axes(1, 1, max(3.0, 0.45 * max(information.shape)))
     picture = ax.imshow(information.tolist(), cmap="viridis", vmin=0, aspect="auto")
@@ -313,13 +314,13 @@ def factor_matrix(information: Tensor, names: Sequence[str]) -> Figure:
 
 @style()
 def unit_kl(epochs: Tensor, kl: Tensor, names: Sequence[str] | None = None) -> Figure:
-    """KL of each latent dimension [T, D] over epochs [T], in nats, and the last, in order.
+    """Draws the KL of each latent dimension over epochs, in nats, and its last value as a bar.
 
-    The largest lines and as many bars as fit are named; those of a layer have one colour.
+    The largest lines and as many bars as fit are named; bars of a layer have one colour.
 
     Args:
         epochs: Epochs [T].
-        kl: KL of each dimension after each [T, D].
+        kl: KL of each dimension after each epoch [T, D].
         names: Names of the D dimensions; z0, z1, ... if None.
     """
     figure, (ax, bars) = _axes(1, 2, 3)
@@ -347,14 +348,14 @@ def unit_kl(epochs: Tensor, kl: Tensor, names: Sequence[str] | None = None) -> F
 
 @style()
 def calibration(uniforms: Tensor, names: Sequence[str]) -> Figure:
-    """How often a guide's intervals hold the truth, over their mass, for each latent dimension.
+    """Draws how often a guide's intervals hold the truth, over their mass, for each dimension.
 
-    On the diagonal the guide is right; below it, too sure of itself. The three curves furthest
-    from it are named. The band is where 95 % of the curves of an exact guide lie.
+    On the diagonal the guide is right; below it, its intervals are too narrow. The three curves
+    furthest from it are named. The band is where 95 % of the curves of an exact guide lie.
 
     Args:
-        uniforms: Of `metrics.calibration` [N, D].
-        names: Of its columns.
+        uniforms: The uniforms of `metrics.calibration` [N, D].
+        names: Names of the D columns.
     """
     figure, (ax,) = _axes(1, 1, 3.4)
     levels = torch.linspace(0, 1, 101)
@@ -375,7 +376,7 @@ def calibration(uniforms: Tensor, names: Sequence[str]) -> Figure:
 
 @style()
 def terms(epochs: Tensor, parts: Mapping[str, Tensor]) -> Figure:
-    """Parts of the KL, such as those of `metrics.elbo_decomposition`, [T] each, over epochs."""
+    """Draws parts of the KL, such as of `metrics.elbo_decomposition`, [T] each, over epochs."""
     figure, (ax,) = _axes(1, 1, 3)
     lines = {
         name.replace("_", " "): [*zip(epochs.tolist(), values.tolist())]
@@ -388,11 +389,11 @@ def terms(epochs: Tensor, parts: Mapping[str, Tensor]) -> Figure:
 
 @style()
 def audit(gap: Tensor, reliable: Tensor, reach: float) -> Figure:
-    """What an exact draw adds to the estimate of each simulated datum, in order.
+    """Draws what an exact draw adds to the estimate of each simulated datum, in ascending order.
 
     Args:
         gap: Upper less lower bound [N], in nats.
-        reliable: Whether the estimate is called reliable [N].
+        reliable: Whether each estimate is called reliable [N].
         reach: The gap beyond which a reliable datum fails the audit.
     """
     figure, (ax,) = _axes(1, 1, 3)
@@ -409,12 +410,12 @@ def audit(gap: Tensor, reliable: Tensor, reach: float) -> Figure:
 
 
 def save(figure: Figure, path: str) -> None:
-    """Writes an SVG where `path` ends so, which turns dark with the page, or else a PNG."""
+    """Writes a figure to an .svg file, which turns dark with the page, or else as PNG."""
     files.write(path, svg(figure) if path.endswith(".svg") else _drawn(figure, "png"))
 
 
 def svg(figure: Figure) -> bytes:
-    """A figure as SVG, the same bytes each time; dark where the reader's screen is."""
+    """Returns a figure as SVG, the same bytes each time; it is dark on a dark screen."""
     drawn = _drawn(figure, "svg", metadata={"Date": None})
     return drawn.replace(b"</style>", DARK + b"</style>", 1)
 
@@ -442,25 +443,25 @@ def _check(x: Tensor, dims: int, count: int, expected: str) -> None:
 
 
 def _few(column: Tensor) -> bool:
-    """Whether a column is of few integers."""
+    """Returns whether a column holds integers in a range below 40."""
     low, high = _limits(column)
     return bool((column == column.round()).all()) and high - low < 40
 
 
 def _bins(column: Tensor) -> list[float]:
-    """Edges of bins: about the root of the count of rows, or one for each of few integers."""
+    """Returns the edges of bins: about sqrt(N) bins, or one for each of few integers."""
     low, high = _shown(column)
     if _few(column):
         return torch.arange(low - 0.5, high + 1).tolist()
     edges = min(max(round(len(column) ** 0.5), 5), 40) + 1
     if _skewed(column):
         within = torch.logspace(math.log10(low), math.log10(high), edges).tolist()[1:-1]
-        return [low, *within, high]  # exactly: many rows may lie at an end
+        return [low, *within, high]  # exact ends, as many rows may lie there
     return torch.linspace(low, high, edges).tolist()
 
 
 def _skewed(column: Tensor) -> bool:
-    """Whether a column above 0 reaches 20 times as far above its median as below."""
+    """Returns whether a column above 0 reaches 20 times as far above its median as below."""
     column = column[~column.isnan()].double()
     if not len(column) or column.min() <= 0 or _few(column):
         return False
@@ -469,7 +470,7 @@ def _skewed(column: Tensor) -> bool:
 
 
 def _shown(column: Tensor) -> tuple[float, float]:
-    """The limits of a column, without what is far from its middle 98 per cent."""
+    """Returns the limits of a column, without values far from its middle 98 per cent."""
     column = column[~column.isnan()].double()
     low, high = _limits(column)
     if not len(column) or _few(column) or _skewed(column):
@@ -480,7 +481,7 @@ def _shown(column: Tensor) -> tuple[float, float]:
 
 
 def _strongest(data: Tensor, count: int) -> list[list[int]]:
-    """The pairs of columns of [N, D] whose ranks have the largest correlations."""
+    """Returns the pairs of columns of [N, D] whose ranks have the largest correlations."""
     filled = torch.where(data.isnan(), data.nanmedian(0).values.nan_to_num(), data)
     ranks = torch.stack([column.unique(return_inverse=True)[1] for column in filled.T])
     places = torch.triu_indices(len(ranks), len(ranks), 1)
@@ -490,7 +491,7 @@ def _strongest(data: Tensor, count: int) -> list[list[int]]:
 
 
 def _spread(column: Tensor, seed: int) -> Tensor:
-    """A column, with noise of its own if it is of few integers."""
+    """Returns a column, with a little noise added if it holds few integers (`_few`)."""
     if not _few(column[~column.isnan()]):
         return column
     noise = torch.rand(column.shape, generator=torch.Generator().manual_seed(seed))
@@ -500,11 +501,11 @@ def _spread(column: Tensor, seed: int) -> Tensor:
 def _short(name: str, most: int = 26) -> str:
     name = " ".join(name.split())  # a tab has no glyph
     name = name if len(name) <= most else f"{name[: most - 3]}..."
-    return name.replace("$", r"\$")  # matplotlib takes what is between for mathematics
+    return name.replace("$", r"\$")  # matplotlib reads text between them as mathematics
 
 
 def _name_ticks(axis: Any, names: Sequence[str | float], most: int = 10) -> None:
-    """Names at 0, 1, ... of an axis, as many as fit; none leave it as it is."""
+    """Writes names at 0, 1, ... of an axis, as many as fit; no names leave it as it is."""
     if every := -(-len(names) // most):
         shown = [_short(str(name), 12) for name in names[::every]]
         turned = axis.axis_name == "x" and len("".join(shown)) > 18
@@ -512,7 +513,7 @@ def _name_ticks(axis: Any, names: Sequence[str | float], most: int = 10) -> None
 
 
 def _lines(ax: Any, lines: Mapping[str, Sequence[tuple[Any, Any]]], **labels: str) -> None:
-    """Lines over epochs, by name; with dots where they are too short to be seen."""
+    """Draws lines over epochs, by name; with dots if they are too short to be seen."""
     for name, points in lines.items():
         ax.plot(*zip(*points), label=name, marker="." if len(points) < 3 else "")
     ax.set(xlabel="epoch", **labels)
@@ -520,7 +521,7 @@ def _lines(ax: Any, lines: Mapping[str, Sequence[tuple[Any, Any]]], **labels: st
 
 
 def _name_lines(ax: Any) -> None:
-    """Names each labelled line beside its right end, a line's height from one another."""
+    """Writes the name of each labelled line beside its right end, at least a text line apart."""
     apart = 0.24 / ax.figure.get_figheight()
     (low, high), height = ax.get_ylim(), -1.0
     lines = [line for line in ax.lines if not str(line.get_label()).startswith("_")]
@@ -536,9 +537,9 @@ def _name_lines(ax: Any) -> None:
 def _picture(
     x: Tensor, title: str, limits: Sequence[float] | None, width: float, names: Sequence[str] = ()
 ) -> Figure:
-    """An image [C, H, W], each of its pixels a whole number of pixels, beside names of rows.
+    """Draws an image [C, H, W] beside names of rows; a pixel takes a whole number of dots.
 
-    The ground is transparent, for pages of either kind.
+    The background is transparent, for light and dark pages.
     """
     high, wide = x.shape[-2:]
     scale = max(1, round(width * SCREEN / wide))
@@ -562,7 +563,7 @@ def _picture(
 
 
 def _row(x: Tensor, count: int) -> Tensor:
-    """Images [n, C, H, W] side by side, padded to `count`, a grey line between them."""
+    """Joins images [n, C, H, W] side by side, padded to `count`, with a grey line between them."""
     added = (0, 1, 0, 1, 0, 0, 0, count - len(x))  # on both sides of W, H, C and n
     return torch.cat([*torch.nn.functional.pad(x.float().cpu(), added, value=math.nan)], -1)
 
