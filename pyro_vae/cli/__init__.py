@@ -36,7 +36,7 @@ DATA: Options = {
     "--validation": option(int | float | None, None, "number or share of validation rows"),
     "--split_seed": option(int, 0, "seed of the split and of noise that is drawn once"),
     "--conditional": option(bool, False, "condition the model on y, or else on the labels"),
-    "--schema": option(dict | None, None, "likelihoods of a table's columns, {COLUMN: KIND}"),
+    "--schema": option(dict | None, None, "kinds of a table's columns, {COLUMN: KIND}"),
     "--limit": option(int | None, None, "use at most this many rows of each part"),
 }
 MODEL: Options = {
