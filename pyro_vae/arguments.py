@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 LARGEST = 2**63 - 1  # largest whole number, and so largest seed, that torch takes
 MISSING_HINT = ", or give the VAE missing=True if NaN stands for a missing entry"
-PLAIN = (bool, int, float, str, tuple, list)
+PLAIN = (bool, int, float, str, tuple, list)  # types of options that a repr shows
 P = ParamSpec("P")
 T_co = TypeVar("T_co", covariant=True)
 

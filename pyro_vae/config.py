@@ -33,7 +33,7 @@ from pyro_vae.runtime import parameters_that_fit
 from pyro_vae.training import load_weights, put_weights, read_run
 from pyro_vae.vae import VAE
 
-BASES: dict[str, type] = {
+BASES: dict[str, type] = {  # the base class of each family
     "prior": priors.Prior,
     "likelihood": likelihoods.Likelihood,
     "posterior": posteriors.Posterior,
@@ -345,7 +345,7 @@ def plain_words(line: str) -> str:
     words = [names.replace("'", "") or KINDS.get(a or b, a) for names, a, b in types]
     if found is None or not words:
         return line
-    words.sort(key="null".__eq__)  # the last
+    words.sort(key="null".__eq__)  # null comes last
     option = found[2].rpartition(".")[2]
     expected = " or ".join(words).replace(", ", " or ")
     return f"{found[1]}{option} must be {expected}; got {found[4].strip() or repr('')}"

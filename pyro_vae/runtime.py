@@ -97,7 +97,7 @@ def fast_products(weights: Iterable[Tensor]) -> Iterator[None]:
     computes in float32 unless the processor multiplies matrices of bfloat16: one product, once a
     process, shows which. If it is not exact, or the user has set the switch, nothing changes.
     """
-    switch = getattr(torch.backends.mkldnn, "matmul", None)  # of torch 2.9 and later
+    switch = getattr(torch.backends.mkldnn, "matmul", None)  # exists in torch 2.9 and later
     asked = getattr(switch, "fp32_precision", None) in SWITCHED_OFF
     large = any(w.ndim > 1 and w.numel() >= LARGE and w.device.type == "cpu" for w in weights)
     with _switched(switch) if asked and large and _is_exact() else nullcontext():

@@ -72,7 +72,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
         history_: The history of the training, as `pyro_vae.fit` returns it.
         classes_: The classes, numbers from 0, if there are any.
         n_features_in_: Number of columns.
-        feature_names_in_: Their names, where `fit` was given a frame.
+        feature_names_in_: Names of the columns, if `fit` was given a frame.
 
     Example:
         >>> vae = VariationalAutoencoder(2, epochs=1).fit(torch.randn(11, 3))

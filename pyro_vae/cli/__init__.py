@@ -332,7 +332,7 @@ Option names take - or _. To list all options: pyro-vae train --help-all
 """
 
 
-PATHS = {"--out": "FILE", "--run": "FOLDER", "--data_root": "FOLDER"}
+PATHS = {"--out": "FILE", "--run": "FOLDER", "--data_root": "FOLDER"}  # words in the help
 
 
 def help_of(name: str) -> str:

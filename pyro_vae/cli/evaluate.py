@@ -30,7 +30,7 @@ from pyro_vae.files import write
 from pyro_vae.metrics import active_units
 from pyro_vae.vae import VAE
 
-QUANTITIES = {
+QUANTITIES = {  # title, format and remark of each quantity
     "encoder_bound": ("encoder alone", ".2f", "a lower bound, K = {encoder_bound_samples}"),
     "elbo": ("ELBO", ".2f", "reconstruction less KL"),
     "kl": ("KL", ".2f", "of q(z | x) from p(z)"),

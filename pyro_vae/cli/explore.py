@@ -260,7 +260,7 @@ def _content(
     `numbers` are the positions of the rows in their part; `where` says which rows they are.
     """
     x, c = data.batch()
-    if isinstance(vae, ClassVAE):  # given the likeliest class, or the label
+    if isinstance(vae, ClassVAE):  # codes given the likeliest class, or the known one
         few: dict[str, Any] = {"estimator": importance_sampling, "num_samples": 10}
         likely = class_probabilities(vae, x, c, **few).probabilities.argmax(-1)
         c = torch.eye(vae.classes)[likely]

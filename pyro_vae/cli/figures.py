@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TERMS = ("mutual_information", "total_correlation", "dimension_wise_kl")
-NAMES = {
+NAMES = {  # titles of the parts of the KL
     "mutual_information": "mutual information",
     "aggregate_kl": "KL(q(z) || p(z))",
     "total_correlation": "total correlation",

@@ -42,8 +42,8 @@ from pyro_vae.vae import VAE
 
 Estimate = Callable[..., Evidence]
 WORK = ("chunk_size", "compile")
-RESULT = ("tolerance", "num_samples", "columns", "p_values", "seed", *WORK)
-NONE = {"log_prob": np.zeros(0), "stderr": np.zeros(0), "verdict": np.zeros(0, str)}
+RESULT = ("tolerance", "num_samples", "columns", "p_values", "seed", *WORK)  # change results
+NONE = {"log_prob": np.zeros(0), "stderr": np.zeros(0), "verdict": np.zeros(0, str)}  # no rows
 OPTIONS = tuple(inspect.signature(log_evidence).parameters)[4:]  # after model, guide, x, y
 
 
@@ -120,7 +120,7 @@ def _references(vae: VAE, estimate: Estimate, options: Namespace) -> dict[str, T
     """Estimates log p(x) of held-out rows and of as many draws of the model, for p-values."""
     if not options.p_values:
         return {}
-    from pyro_vae.cli.figures import condition  # imports matplotlib too
+    from pyro_vae.cli.figures import condition  # not above: it imports matplotlib
 
     _, splits = load_run(options.run, None)
     held = held_out(splits, "test", options.p_values)
@@ -234,7 +234,7 @@ class Scorer:
     def __init__(self, run: str | os.PathLike[str], **options: Any) -> None:
         check_options("log_evidence", options, OPTIONS)
         self.run, self.options = os.path.abspath(run), options
-        self._loaded: Any = with_record(self.run)  # to see a broken run early
+        self._loaded: Any = with_record(self.run)  # now, to see a broken run early
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_loaded": None}

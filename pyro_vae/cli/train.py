@@ -28,7 +28,7 @@ from pyro_vae.processes import in_processes, is_first_process, uses_cuda
 from pyro_vae.training import History, fit, read_run
 from pyro_vae.vae import VAE
 
-NOT_DECLARED = (*NOT_IN_FILES, "progress", "seeds")
+NOT_DECLARED = (*NOT_IN_FILES, "progress", "seeds")  # options that config.yaml does not hold
 DEMO = {
     "data": "digits",
     "transform": "dynamic",

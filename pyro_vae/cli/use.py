@@ -129,7 +129,7 @@ def _imputed(
 ) -> bytes:
     """Returns n rows filled in, x [1 + R, n, *E]: the best values, then R draws; and verdicts."""
     schema = rows.schema
-    whole = vae.likelihood.support.is_discrete  # a mean of these is none
+    whole = vae.likelihood.support.is_discrete  # then a mean may be no possible value
     work: dict[str, Any] = {name: options[name] for name in WORK}
     if options.num_samples is not None:
         work |= {"proposal": "guide", "num_samples": options.num_samples}

@@ -167,7 +167,7 @@ class Data:
 
     @property
     def log_jacobian(self) -> float:
-        """The transform's log-Jacobian, in nats per datum; the mean over rows if values miss."""
+        """The mean over rows of the transform's log-Jacobian, in nats per datum."""
         return self.log_jacobians.mean().item()
 
     @property

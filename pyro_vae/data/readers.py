@@ -40,9 +40,9 @@ NAMED = {
 """The names of data sets, each with the folder below the data root that holds its files."""
 
 
-_PARTS = {"train": "", "validation": "_validation", "test": "_test"}
+_PARTS = {"train": "", "validation": "_validation", "test": "_test"}  # endings of arrays
 _ARRAYS = ("x", "y", "labels")
-_LEVELS = {"bool": 2, "uint8": 256}
+_LEVELS = {"bool": 2, "uint8": 256}  # number of grey levels of a type
 
 
 def read_named(name: str, root: str | Path) -> Parts:

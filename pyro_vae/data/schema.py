@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_vae.arguments import check_real
 from pyro_vae.files import as_csv
 
-KINDS = {
+KINDS = {  # the likelihood of each kind of column
     "real": "Normal",
     "positive": "LogNormal",
     "count": "NegativeBinomial",
@@ -29,7 +29,7 @@ CENTRES = {"Bernoulli": "common", "Categorical": "common"} | dict.fromkeys(
     ("Ordinal", "NegativeBinomial", "Poisson", "DiscretizedLogistic", "MixtureOfLogistics"),
     "middle",
 )  # how draws are summarised, by likelihood: by their mean for all others
-CODED = ("binary", "category", "ordinal")
+CODED = ("binary", "category", "ordinal")  # kinds whose cells are codes of categories
 IGNORED = "ignored"  # the kind of a column that is not modelled, such as names or ids
 MOST_LEVELS = 1000  # most categories of a column: a column with more holds names or ids
 FEW = 10  # most different whole numbers that are taken for ordered levels
@@ -38,7 +38,7 @@ LARGEST = float(np.finfo(np.float32).max)
 DIGITS = 1e-5  # least range of a column, relative to its largest number
 OFTEN = 0.9  # numbers are taken for rounded if a smaller share of them is different
 DATE = re.compile(r"\d{4}-\d\d?-\d\d?([T ].*)?|\d\d?[/.]\d\d?[/.]\d{2,4}( .*)?|\d\d?:\d\d(:\d\d)?")
-Cells = dict[str, list[Any]]
+Cells = dict[str, list[Any]]  # the cells of each column, by its name
 Known = Union["Schema", Mapping[str, Any], str, None]  # what is known of columns
 Read = Callable[[str], tuple[Sequence[Any], Sequence[Any] | None]]
 """A function from a column's name to its cells, and to the order of its categories or None."""

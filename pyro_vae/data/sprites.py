@@ -121,7 +121,7 @@ HALF = 0.125  # half the side of a square; all lengths are in sides of the image
 WIDE, NARROW = 0.2, 0.1  # half the axes of an ellipse
 LOBE = 0.13  # unit of length of a heart, whose area is 3.66 of its squares
 REACH = 0.22  # least distance of a centre from the border: a little more than any shape needs
-SHAPES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
+SHAPES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (  # whether (u, v) is inside a shape
     lambda u, v: (u.abs() <= HALF) & (v.abs() <= HALF),
     lambda u, v: (u / WIDE).square() + (v / NARROW).square() <= 1,
     _heart,

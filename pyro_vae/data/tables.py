@@ -34,7 +34,7 @@ from pyro_vae.data.schema import (
 from pyro_vae.files import damaged
 
 TABLES = (".csv", ".tsv", ".parquet")
-EMPTY = {"", "na", "n/a", "nan", "null", "<na>"}
+EMPTY = {"", "na", "n/a", "nan", "null", "<na>"}  # cells that count as empty, in lower case
 DELIMITERS = ",;\t"
 LOOKED_AT = 1000  # lines that are read to see whether a file holds text
 ARROW = "a table with one kind of values in each column"

@@ -19,7 +19,7 @@ __all__ = ["CannotRun", "Program", "trace"]
 SCRIPT = Path(__file__).with_name("program.js").read_text("utf-8")
 KNOWN = set(re.findall(r"^OPS\.(\w+) = ", SCRIPT, re.MULTILINE))
 KEYWORDS = {"alpha", "approximate"}  # keywords that change a result: the page needs them
-PLACES = {"dtype", "device", "layout", "pin_memory", "memory_format"}  # keywords that do not
+PLACES = {"dtype", "device", "layout", "pin_memory", "memory_format"}  # keywords without effect
 LARGEST_HALF = 65504.0
 
 

@@ -165,7 +165,7 @@ def fit(
         if precision == "64-true":
             vae.double()
         vae.load_state_dict(result.vae)
-        objective.load_state_dict(result.objective, strict=False)  # no discriminator
+        objective.load_state_dict(result.objective, strict=False)  # skips any discriminator
     for message in result.warnings:
         warnings.warn(message, UserWarning, stacklevel=2)
     return result.history

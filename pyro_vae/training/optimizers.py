@@ -77,7 +77,7 @@ def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
         for loaded, mine in zip(state["param_groups"], own, strict=True)
     ]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    ours = type(optimizer) in OPTIMIZERS.values()  # others may keep what they like
+    ours = type(optimizer) in OPTIMIZERS.values()  # other classes may keep any state
     for index, values in state["state"].items() if ours else ():
         shape = parameters[index].shape
         for name, value in values.items():

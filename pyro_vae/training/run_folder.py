@@ -51,7 +51,7 @@ KEPT: Kinds = {  # entries of the state in a checkpoint, and their types
     "rng": (dict,),
     "history": (dict,),
 }
-HISTORY: Kinds = {"rows": (list,), "num_units": (int, NoneType)}  # entries of its "history"
+HISTORY: Kinds = {"rows": (list,), "num_units": (int, NoneType)}  # entries of its part "history"
 RECORDS: Kinds = {  # entries of run.json, and their types
     "format": (int,),
     "declaration": (dict, NoneType),
@@ -159,7 +159,7 @@ def start_run(run: PathLike, record: dict[str, Any]) -> None:
 
     for folder in (Path(run), Path(run) / "checkpoints"):
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".*.tmp"):  # by processes killed within `write`
+        for left in folder.glob(".*.tmp"):  # left by processes killed within `write`
             left.unlink(missing_ok=True)
     path = Path(run) / "run.json"
     script = Path(sys.argv[0])

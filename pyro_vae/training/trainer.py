@@ -137,7 +137,7 @@ class Trainer:
         self.first_elbo: float | None = None  # ELBO of the first step
         self.best: dict[str, Tensor] | None = None
         self.compiled: Gradient | None = None  # compiled at the first step that needs it
-        self.resuming: AbstractContextManager[None] = nullcontext()  # around the next update
+        self.resuming: AbstractContextManager[None] = nullcontext()  # context of the next update
         self.num_batches = -(-len(self.rows) // self.settings.batch_size)
         batch = torch.arange(min(self.settings.batch_size, len(self.rows)))
         self.local_batch_size = len(group.local_rows(batch)[0])
