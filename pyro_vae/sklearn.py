@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -199,18 +200,24 @@ class VariationalAutoencoder(  # type: ignore[misc]
     def impute(self, X: Any, num_draws: int = 100) -> Any:
         """Returns rows with missing entries filled in, given the observed entries of each row.
 
-        They are filled in by the mean of real and positive numbers, the median of counts and
-        ordered levels, and the commonest category of `num_draws` draws. Observed entries stay.
+        They are filled in by the mean of real and positive numbers, rounded to the resolution of
+        their column; by the median of counts and ordered levels, and by the commonest category of
+        `num_draws` draws. Observed entries stay.
         """
         rows = self._rows(X)
         found = impute(self.vae_, rows, num_draws=num_draws, seed=self._seed)
-        filled = self._given(self.schema_.centre(found.draws, found.mean), X)
-        if not hasattr(X, "iloc"):
+        best = self.schema_.rounded(self.schema_.centre(found.draws, found.mean))
+        filled = self._given(torch.where(rows.isnan(), best, rows), X)
+        if not (self._is_frame and hasattr(X, "iloc")):
             return filled
-        whole = X.copy()
-        for name, missing in zip(X.columns, rows.isnan().T.numpy()):
-            if missing.any():
-                whole[name] = filled[str(name)].where(missing, X[name])
+        whole, missing = X.copy(), dict(zip(self.schema_.columns, rows.isnan().T.numpy()))
+        for name, dtype in X.dtypes.items():
+            if (empty := missing[str(name)]).any():
+                whole[name] = filled[str(name)]
+                if str(name) not in self._cells:  # numbers, of all digits
+                    whole[name] = whole[name].where(empty, X[name])
+                    with suppress(TypeError):  # a mean of whole numbers without a resolution
+                        whole[name] = whole[name].astype(dtype)
         return whole
 
     def score_samples(self, X: Any) -> Array:
@@ -268,7 +275,13 @@ class VariationalAutoencoder(  # type: ignore[misc]
         self.classes_ = np.arange(self.classes)
         if y is None:
             return torch.full((number,), -1.0)
-        labels = np.asarray(column_or_1d(y), np.float32)
+        try:
+            labels = np.asarray(column_or_1d(y), np.float32)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"y must hold classes as numbers from 0, -1 or NaN where unknown; got: {error}; "
+                "number them, as scikit-learn's LabelEncoder does"
+            ) from error
         check_consistent_length(range(number), labels)
         return torch.from_numpy(np.nan_to_num(labels, nan=-1.0))
 
@@ -298,7 +311,11 @@ class VariationalAutoencoder(  # type: ignore[misc]
         if self._is_frame and hasattr(X, "columns"):
             validate_data(self, X, reset=False, skip_check_array=True)
             return read_table(X, self.schema_)[0].double()
-        return torch.from_numpy(np.array(self._array(X, reset=False)))  # a writable copy
+        rows = np.array(self._array(X, reset=False))  # a copy, which may be written
+        if not self._is_frame:
+            return torch.from_numpy(rows)
+        cells = [[None if cell != cell else cell for cell in column] for column in rows.T.tolist()]
+        return self.schema_.encode(dict(zip(self.schema_.columns, cells)), "array").double()
 
     def _array(self, X: Any, reset: bool) -> Array:
         options = {"dtype": np.float64, "ensure_all_finite": "allow-nan"}

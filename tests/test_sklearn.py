@@ -97,6 +97,63 @@ def test_truth_values_come_back_as_such() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:posterior collapse")
+def test_imputed_numbers_are_rounded_as_their_column_is() -> None:
+    random = np.random.default_rng(0)
+    x = pandas.DataFrame({"tenths": random.normal(size=60).round(1)})
+    x["years"] = pandas.array(random.poisson(30, 60), "Int64")
+    x["small"] = random.normal(size=60).astype("float32").round(1)
+    x["free"] = random.normal(size=60)
+    gaps = random.random((60, 4)) < 0.2
+    assert gaps.sum(0).min() > 3
+    full = VariationalAutoencoder(1, **SMALL, random_state=0).fit(x).impute(x.mask(gaps))
+    assert full.dtypes.equals(x.dtypes)
+    for name, digits in {"tenths": 1, "years": 0, "small": 1}.items():
+        values = full[name].to_numpy()
+        np.testing.assert_allclose(values, values.round(digits), rtol=1e-6)
+    assert (full["free"] != full["free"].round(2)).all()
+    for empty, name in zip(gaps.T, x):
+        assert (full[name][~empty] == x[name][~empty]).all()
+    tenths = np.where(gaps, np.nan, x)[:, :1]
+    values = VariationalAutoencoder(1, **SMALL, random_state=0).fit(tenths).impute(tenths)
+    np.testing.assert_allclose(values, values.round(1), atol=1e-12, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:posterior collapse")
+@pytest.mark.filterwarnings("ignore:X (does not have|has) .*feature names")
+def test_an_array_holds_what_the_frame_held_that_the_model_was_trained_on() -> None:
+    random = np.random.default_rng(0)
+    x = pandas.DataFrame({"size": random.normal(size=60), "level": random.integers(1, 6, 60)})
+    model = VariationalAutoencoder(1, **SMALL, random_state=0).fit(x)
+    assert model.schema_.columns["level"].categories == (1, 2, 3, 4, 5)
+    np.testing.assert_array_equal(
+        model.score_samples(x[:9].to_numpy()), model.score_samples(x[:9])
+    )
+    gap = x[:9].to_numpy()
+    gap[0, 1] = np.nan
+    full = model.impute(gap)
+    assert full["level"][0] in (1, 2, 3, 4, 5)
+    assert (full["level"][1:] == x["level"][1:9]).all()
+    plain = VariationalAutoencoder(1, **SMALL, random_state=0).fit(x.to_numpy())
+    np.testing.assert_array_equal(plain.impute(x[:9]), plain.impute(x[:9].to_numpy()))
+
+
+@pytest.mark.filterwarnings("ignore:posterior collapse")
+def test_a_later_frame_may_have_fewer_categories_or_another_order_of_numbered_columns() -> None:
+    random = np.random.default_rng(0)
+    x = pandas.DataFrame({0: random.normal(size=60), 1: random.normal(size=60)})
+    x[2] = pandas.Categorical(random.choice(list("xyz"), 60))
+    model = VariationalAutoencoder(1, **SMALL, random_state=0).fit(x)
+    later = x[x[2] != "z"][:9]
+    few = later[2].astype(object).where(np.arange(9) > 0).astype("category")
+    later = later[[1]].mask(np.arange(9)[:, None] == 1).join([few, later[0]])
+    full = model.impute(later)
+    assert full.notna().all().all()
+    assert full[2].dtype == x[2].dtype
+    assert full[2][1:].tolist() == later[2][1:].tolist()
+    assert (full[0] == later[0]).all()
+
+
+@pytest.mark.filterwarnings("ignore:posterior collapse")
 def test_a_pipeline_a_search_and_named_outputs() -> None:
     x = np.random.default_rng(0).normal(size=(30, 3))
     x[4, 1] = np.nan
@@ -143,6 +200,10 @@ def test_few_labels_name_the_classes_of_rows() -> None:
         model.fit(x, y + 1)
     with pytest.raises(ValueError, match="inconsistent numbers of samples"):
         model.fit(x, y[:5])
+    with pytest.raises(
+        ValueError, match="y must hold classes as numbers .* got: .*'cat'.*; number"
+    ):
+        model.fit(x, ["cat"] * 17)
     assert not hasattr(VariationalAutoencoder(), "predict_proba")
 
 
