@@ -292,8 +292,9 @@ def _of_arrow(name: str, source: Any) -> Table:
     is_file = isinstance(source, Path)
     with damaged(name, ARROW):
         table = pyarrow.parquet.ParquetFile(source) if is_file else pyarrow.table(source)
-    whole = (table.schema_arrow if is_file else table.schema).names
-    names = [n for n in whole if not n.startswith("__index_level_")]
+    whole = table.schema_arrow if is_file else table.schema
+    index = (whole.pandas_metadata or {}).get("index_columns", ())  # of the frame that it was
+    names = [n for n in whole.names if n not in index]
     if not names:
         raise ValueError(f"{name}: expected columns, got none")
     check_names(name, names, is_text=False)

@@ -114,10 +114,14 @@ def test_other_delimiters_under_names_with_commas(tmp_path: Path) -> None:
         load_data(str(path))
 
 
+@pytest.mark.parametrize("names", [None, ["id"], ["year", "id"]])
 @pytest.mark.parametrize("form", ["pandas", "parquet", "pyarrow"])
-def test_frames(form: str, tmp_path: Path) -> None:
+def test_frames(form: str, names: list[str] | None, tmp_path: Path) -> None:
     pandas = pytest.importorskip("pandas")
     pyarrow = pytest.importorskip("pyarrow")
+    index = pandas.Index([3, 5, 7, 11])
+    if names:
+        index = pandas.MultiIndex.from_arrays([["a", "a", "b", "b"]] * len(names), names=names)
     frame = pandas.DataFrame(
         {
             "size": pandas.Categorical(
@@ -127,14 +131,14 @@ def test_frames(form: str, tmp_path: Path) -> None:
             "old": [True, False, True, None],
             "pay": [1.5, math.nan, 2.25, 800.0],
         },
-        index=[3, 5, 7, 11],
+        index=index,
     )
     source = {"pandas": frame, "pyarrow": pyarrow.Table.from_pandas(frame)}.get(form)
     if source is None:
         source = tmp_path / "t.parquet"
         frame.to_parquet(source)
     rows, schema = read_table(source)
-    assert list(schema.columns) == ["size", "job", "old", "pay"]
+    assert list(schema.columns) == ["size", "job", "old", "pay"]  # the index is none of them
     assert schema.columns["size"].categories == ("lo", "mid", "hi")
     assert schema.columns["size"].kind == "ordinal"
     assert rows.nan_to_num(-1).tolist() == [
