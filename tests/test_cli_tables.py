@@ -215,6 +215,23 @@ def test_classify_counts_the_labels_of_a_file_without_some_classes(
     assert f"{sum(hits) / len(hits):.1%} of 101 known" in capsys.readouterr().out
 
 
+def test_classify_takes_numbers_of_classes_as_pandas_writes_them_where_some_are_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    table = [[i % 2, *row] for i, row in enumerate(people())]
+    file, run = written(tmp_path / "a.csv", table, "label,age,job,pay,edu.num"), tmp_path / "run"
+    assert main(["train", *SMALL, "--data", str(file), "--run", str(run), "--classes=2"]) == 0
+    said = []
+    for form in (str, "{:.1f}".format, "{:02d}".format):
+        rows = [[form(row[0]), *row[1:]] for row in table]
+        one = written(tmp_path / "b.csv", rows, "label,age,job,pay,edu.num")
+        capsys.readouterr()
+        assert main(["classify", str(run), str(one), "--progress=false"]) == 0
+        said.append(capsys.readouterr().out.split(", ")[1])
+    assert said == [said[0]] * 3
+    assert not said[0].startswith("0.0%")
+
+
 def test_evaluate_and_report_say_what_is_missing_and_odd(run: Path) -> None:
     assert main(["evaluate", str(run), "--progress=false", "--num_samples", "101"]) == 0
     numbers = json.loads((run / "evaluation.json").read_text())

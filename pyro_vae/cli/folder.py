@@ -30,6 +30,7 @@ from pyro_vae.data import (
     restore,
     spread,
 )
+from pyro_vae.data.schema import as_key
 from pyro_vae.files import Kinds, check_types, reading, write
 from pyro_vae.processes import uses_cuda
 from pyro_vae.training import read_run
@@ -153,9 +154,10 @@ def _coded(rows: Data, names: list[str], strict: bool) -> Data:
 
     Classes that the run lacks are numbered after its own; if `strict`, they raise ValueError.
     """
-    own = rows.class_names
-    if rows.labels is None or not own or not names:  # runs of version 0.2 and before lack them
+    if rows.labels is None or not rows.class_names or not names:  # as of runs of version 0.2
         return rows
+    spelled = {as_key(name): name for name in names}
+    own = [spelled.get(as_key(name), name) for name in rows.class_names]
     others = [name for name in own if name not in names]
     if others and strict:
         raise ValueError(

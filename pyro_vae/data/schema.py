@@ -29,7 +29,11 @@ CENTRES = {"Bernoulli": "common", "Categorical": "common"} | dict.fromkeys(
     ("Ordinal", "NegativeBinomial", "Poisson", "DiscretizedLogistic", "MixtureOfLogistics"),
     "middle",
 )  # how draws are summarised, by likelihood: by their mean for all others
-CODED = ("binary", "category", "ordinal")  # kinds whose cells are codes of categories
+CATEGORIES = {  # kinds of categories, with their least and greatest number, in words too
+    "binary": (2, 2, "two different categories"),
+    "category": (2, math.inf, "two different categories or more"),
+    "ordinal": (2, math.inf, "two different categories or more, listed from the lowest"),
+}
 IGNORED = "ignored"  # the kind of a column that is not modelled, such as names or ids
 MOST_LEVELS = 1000  # most categories of a column: a column with more holds names or ids
 FEW = 10  # most different whole numbers that are taken for ordered levels
@@ -71,9 +75,9 @@ class Column:
                 f"kind must be one of {', '.join([*KINDS, IGNORED])}, or the name of a "
                 f"likelihood; got {self.kind!r}"
             )
-        coded, count = self.kind in CODED, len(self.categories)
-        if len(set(self.categories)) != count or coded != (count > 1):
-            wanted = "two different categories or more" if coded else "no categories"
+        least, most, wanted = CATEGORIES.get(self.kind, (0, 0, "no categories"))
+        count = len(self.categories)
+        if len(set(self.categories)) != count or not least <= count <= most:
             raise ValueError(f"kind {self.kind} needs {wanted}; got {list(self.categories)}")
 
     @property
@@ -234,27 +238,29 @@ def _restored(name: str, entry: Any, read: Read | None) -> Column:
     kind, categories = str(given["kind"]), given.get("categories") or ()
     if not isinstance(categories, list | tuple):
         raise ValueError(f"schema of column {name!r}: categories must be a list")
-    if kind in CODED and not categories and read is not None:
+    if kind in CATEGORIES and not categories and read is not None:
         categories = _levels(kind, *read(name))
     try:
-        return Column(kind, tuple(map(shortened, categories)), given.get("resolution"))
+        named = (as_name(c) if isinstance(c, bool) else shortened(c) for c in categories)
+        return Column(kind, tuple(named), given.get("resolution"))
     except ValueError as error:
         raise ValueError(f"schema of column {name!r}: {error}") from None
 
 
 def _numbers(name: str, key: str, column: Column, cells: Sequence[Any], first: int) -> np.ndarray:
     """Returns the cells of one column as numbers, NaN where they are empty."""
-    codes: dict[Any, int] = {category: code for code, category in enumerate(column.categories)}
+    codes = {as_key(category): code for code, category in enumerate(column.categories)}
+    codes |= {category: code for code, category in enumerate(column.categories)}
     values = np.full(len(cells), np.nan)
     for row, cell in enumerate(cells):
         if cell is None:
             continue
-        number = as_number(cell)
-        value = codes.get(as_name(cell), codes.get(number)) if codes else number
+        known = codes.get(as_name(cell), codes.get(as_key(cell)))
+        value = known if codes else as_number(cell)
         if value is None or not abs(value) <= LARGEST:
-            known = ", ".join(map(str, column.categories[:5]))
+            named = ", ".join(map(str, column.categories[:5]))
             more = ", ..." if len(column.categories) > 5 else ""
-            wanted = f"one of the categories {known}{more}" if codes else "a finite number"
+            wanted = f"one of the categories {named}{more}" if codes else "a finite number"
             raise ValueError(
                 f"{name}: column {key!r}: expected {wanted}, got {cell!r} in row "
                 f"{first + row} (from 0): correct the cell, or leave it empty"
@@ -278,6 +284,12 @@ def as_name(cell: Any) -> str:
     return cell if isinstance(cell, str) else str(shortened(cell))
 
 
+def as_key(cell: Any) -> float | str:
+    """What two cells of one category share: a number, however it is written, or the text."""
+    number = as_number(cell)
+    return as_name(cell) if number is None or number != number else number
+
+
 def shortened(value: Any) -> Any:
     """Returns a whole float as an int, and other values as they are."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -285,7 +297,7 @@ def shortened(value: Any) -> Any:
 
 def _levels(kind: str, cells: Sequence[Any], order: Sequence[Any] | None) -> list[str]:
     """Returns the categories in cells; none if there are too many, or an order is not known."""
-    names = {as_name(cell) for cell in cells if cell is not None}
+    names = {as_key(cell): as_name(cell) for cell in cells if cell is not None}.values()
     found = sorted(names, key=number_or_text) if order is None else list(map(as_name, order))
     ranked = order is not None or all(as_number(name) is not None for name in names)
     return [] if (kind == "ordinal" and not ranked) or len(found) > MOST_LEVELS else found

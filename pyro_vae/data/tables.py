@@ -23,6 +23,7 @@ from pyro_vae.data.schema import (
     Known,
     Read,
     Schema,
+    as_key,
     as_name,
     as_number,
     check_digits,
@@ -187,11 +188,12 @@ def read_numbers(
 
 def _labels(where: str, cells: Sequence[Any]) -> tuple[Tensor, tuple[str, ...]]:
     """Returns the class of each row, -1 where its cell is empty or -1, and the class names."""
-    some = {cell for cell in cells if cell is not None and as_number(cell) != -1}
+    some = {as_key(cell): cell for cell in cells if cell is not None and as_number(cell) != -1}
     if not some:
         raise ValueError(f"{where} is empty: fill some cells, or leave the column out")
-    codes = {name: code for code, name in enumerate(sorted(some, key=number_or_text))}
-    return torch.tensor([codes.get(cell, -1) for cell in cells]), tuple(map(as_name, codes))
+    codes = {key: code for code, key in enumerate(sorted(some, key=number_or_text))}
+    names = tuple(as_name(some[key]) for key in codes)
+    return torch.tensor([codes.get(as_key(cell), -1) for cell in cells]), names
 
 
 def is_mixed(path: Path) -> bool:

@@ -216,8 +216,36 @@ def test_a_kind_alone_takes_its_categories_from_the_cells(tmp_path: Path) -> Non
     assert schema.columns["a"].categories == ("7", "x")
     assert schema.columns["b"].categories == ("2", "9", "10")
     assert rows.nan_to_num(-1).tolist() == [[1, 2], [0, 0], [-1, 0], [1, 1]]
-    with pytest.raises(ValueError, match="'a': kind ordinal needs two different categories"):
+    with pytest.raises(ValueError, match="'a': kind ordinal needs .* listed from the lowest; got"):
         read_table(path, {"a": "ordinal"})  # text has no order of its own
+
+
+@pytest.mark.parametrize("kind", ["category", "ordinal"])
+def test_numbers_name_the_same_category_however_they_are_written(
+    kind: str, tmp_path: Path
+) -> None:
+    path, found = tmp_path / "t.csv", []
+    forms = (["1", "2", "10", "-0.0"], ["1.0", "2.0", "10.0", "0"], ["01", "02", "10", "0.0"])
+    for form in forms:
+        path.write_text("a,b\n" + "".join(f"{cell},{i}.5\n" for i, cell in enumerate(3 * form)))
+        rows, schema = read_table(path, {"a": kind})
+        assert schema.columns["a"].categories == tuple(sorted(form, key=float))
+        found.append(schema)
+        for known in found:
+            assert torch.equal(read_table(path, known)[0], rows)
+    path.write_text("a,b\n1,2.5\n01,3.5\n1.0,4.5\n2,7\n")
+    assert len(read_table(path, {"a": kind})[1].columns["a"].categories) == 2
+    both = {"a": {"kind": kind, "categories": ["1", "01", "1.0", "2"]}}  # told apart, if asked to
+    assert read_table(path, both)[0][:, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_truth_values_name_categories_as_the_cells_do(file: Path) -> None:
+    pandas, _ = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    given = yaml.safe_load("sure: {kind: binary, categories: [false, true]}")
+    frame = pandas.DataFrame({"sure": [True, False, True], "a": [1.5, 2.0, 7.25]})
+    rows, schema = read_table(frame, given)
+    assert rows[:, 0].tolist() == [1, 0, 1]
+    assert schema == read_table(frame)[1]
 
 
 BAD = {
@@ -332,6 +360,10 @@ def test_later_rows_must_fit_the_schema(old: str, new: str, message: str, file: 
             "column 'age': kind category needs two different categories",
         ),
         ({"kind": "real", "categories": ["a", "b"]}, "kind real needs no categories"),
+        (
+            {"kind": "binary", "categories": [1, 2, 3]},
+            r"'age': kind binary needs two different categories; got \[1, 2, 3\]",
+        ),
         ({"kind": "real", "resolution": -1}, "column 'age': resolution must be positive; got -1"),
         ({"kind": "real", "width": 1}, "must be a kind, or a mapping of kind, categories and"),
         (3, "must be a kind, or a mapping"),
