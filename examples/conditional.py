@@ -1,9 +1,9 @@
-"""A conditional VAE: digits given their label, samples of each class, and log p(x | y).
+"""Trains a conditional VAE of digits given their label, and draws samples of each class.
 
 python examples/conditional.py            # bundled digits, under a minute; writes a picture
 python examples/conditional.py --smoke
 
-With log p(x | y) for every class y, Bayes' rule makes a classifier of the model.
+It also estimates log p(x | y) for every class y. Bayes' rule turns these into a classifier.
 
 Sohn, Lee and Yan. Learning structured output representation using deep conditional generative
 models. 2015.
@@ -21,7 +21,7 @@ from pyro_vae.data import load_data
 
 
 def main(smoke: bool = False, out: str = "conditional.png") -> float:
-    """Trains, draws ten of each class, and returns the accuracy of Bayes' rule on test data."""
+    """Trains, draws ten images of each class, and returns the accuracy of Bayes' rule."""
     torch.manual_seed(0)
     data = load_data(
         "digits", transform="threshold", conditional=True, limit=100 if smoke else None

@@ -1,11 +1,11 @@
-"""log p(x) of held-out images, its error, and a word on how far each can be trusted.
+"""Estimates log p(x) of held-out images, with its error and a verdict on each estimate.
 
 python examples/log_px.py            # bundled digits, two minutes
 python examples/log_px.py --smoke
 
-The encoder's importance weights give a lower bound, and their standard error does not say how low
-it is. `log_evidence` searches on for each image until its own checks pass. Annealed importance
-sampling, another method at many times the cost, stands beside them.
+Importance weights of the encoder give a lower bound. Their standard error does not say how low
+it is. `log_evidence` works on each image until its own checks pass. Annealed importance sampling
+is another method, at many times the cost, to compare with.
 
 Burda, Grosse and Salakhutdinov. Importance weighted autoencoders. 2016.
 """

@@ -1,6 +1,6 @@
-"""A VAE on binarised MNIST, trained by plain `pyro.infer.SVI`, and its log p(x).
+"""Trains a VAE on binarised MNIST by plain `pyro.infer.SVI`, and estimates its log p(x).
 
-python examples/mnist_svi.py --root data            # downloads MNIST where it is missing
+python examples/mnist_svi.py --root data            # downloads MNIST if it is missing
 python examples/mnist_svi.py --smoke                # bundled digits, a few seconds
 """
 

@@ -1,7 +1,7 @@
-"""A hand-written Pyro model and guide, judged by the estimators of this library.
+"""Estimates log p(x) of a hand-written Pyro model and guide.
 
-Nothing of the model comes from pyro_vae: any program whose sites are inside a plate "data" will
-do. This one is probabilistic PCA, whose log p(x) is known, so that the answer can be checked.
+Nothing of the model comes from pyro_vae. Any program will do whose sites are inside a plate
+"data". This one is probabilistic PCA. Its log p(x) is known, so the estimate can be checked.
 
 python examples/own_program.py
 
@@ -24,7 +24,7 @@ D, E = 2, 7  # latent size, data size
 
 
 def model(x: Tensor) -> None:
-    """z ~ N(0, I); x ~ N(W z + b, sigma^2 I)."""
+    """Draws z ~ N(0, I) and x ~ N(W z + b, sigma^2 I)."""
     weight = pyro.param("weight", lambda: 0.1 * torch.randn(D, E))
     bias = pyro.param("bias", torch.zeros(E))
     scale = pyro.param("scale", torch.tensor(1.0), constraint=dist.constraints.positive)
@@ -34,7 +34,7 @@ def model(x: Tensor) -> None:
 
 
 def guide(x: Tensor) -> None:
-    """q(z | x) = N(A x + a, diagonal)."""
+    """Draws z from q(z | x), a Normal with mean A x + a and a diagonal covariance."""
     slope = pyro.param("slope", lambda: 0.1 * torch.randn(E, D))
     start = pyro.param("start", torch.zeros(D))
     spread = pyro.param("spread", torch.ones(D), constraint=dist.constraints.positive)
@@ -43,7 +43,7 @@ def guide(x: Tensor) -> None:
 
 
 def exact_log_prob(x: Tensor) -> Tensor:
-    """log N(x; b, W'W + sigma^2 I)."""
+    """Returns log N(x; b, W'W + sigma^2 I)."""
     weight, bias, scale = (pyro.param(name).detach() for name in ("weight", "bias", "scale"))
     covariance = weight.T @ weight + scale**2 * torch.eye(E)
     return dist.MultivariateNormal(bias, covariance).log_prob(x)

@@ -1,10 +1,10 @@
-"""One loop over priors and likelihoods; a table of what each does to the same data.
+"""Trains every pair of a prior and a likelihood, and prints a table of their log p(x).
 
 python examples/swap_components.py            # bundled digits, about three minutes
 python examples/swap_components.py --smoke
 
-Bernoulli is a probability of binary pixels, the others densities or masses of grey ones: only
-rows of one data column compare.
+Bernoulli gives the probability of binary pixels. The others give densities or probabilities of
+grey pixels. So compare only rows with the same entry in the column "data".
 """
 
 from __future__ import annotations
