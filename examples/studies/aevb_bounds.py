@@ -1,24 +1,25 @@
-"""The figures of "Auto-encoding variational Bayes" on a stated budget, beside its end values.
+"""Reproduces figures of "Auto-encoding variational Bayes" in fewer training samples.
 
 python examples/studies/aevb_bounds.py --root data  # about 20 minutes on one core
 python examples/studies/aevb_bounds.py --root data --epochs 2000  # the published number of samples
 python examples/studies/aevb_bounds.py --root data --frey FREY.npz  # uint8 images x [1965, 28, 20]
 python examples/studies/aevb_bounds.py --smoke  # bundled digits, seconds
 
-1. The lower bound on MNIST against the training samples seen, for 3 to 200 latents and 500 hidden
-   units (figure 2 of the paper).
+1. The lower bound on MNIST for 3 to 200 latents and 500 hidden units (figure 2 of the paper),
+   beside the published bounds after 1e7 and 1e8 training samples.
 2. log p(x) for 3 latents and 100 hidden units, learned from 1000 and from 50,000 images (figure
-   3), by `log_evidence`; the paper's estimator rests on Hamiltonian Monte Carlo.
-3. The bound of a Gaussian decoder, 200 hidden units, mean in (0, 1) and deviation predicted. The
-   paper's Frey Face comes with no library: without --frey these are scikit-learn's 8 x 8 digits,
-   to which no published value belongs.
+   3). It is estimated by `log_evidence`, in the paper with Hamiltonian Monte Carlo.
+3. The bound of a Gaussian decoder with 200 hidden units, a mean in (0, 1) and a predicted
+   standard deviation. The paper's Frey Face comes with no library. Without --frey the images are
+   scikit-learn's 8 x 8 digits, for which no value is published.
 
-Networks, batch (100) and one draw of z are the paper's. Ours is Adam with a rate that falls to
-zero by a cosine, for the paper's Adagrad and weight decay, and the best epoch by validation
-images is kept. The paper does not say whether MNIST was binarised. Ours is, dynamically: a pixel
-is a fresh Bernoulli draw at each visit, which in expectation is the cross-entropy of grey pixels.
+The networks, batches of 100 and one draw of z are as in the paper. The paper trains with Adagrad
+and weight decay. Here it is Adam with a learning rate that falls to zero by a cosine, and the
+best epoch by validation images is kept. The paper does not say whether MNIST was binarised. Here
+it is, dynamically: a pixel is a fresh Bernoulli draw at each visit, which in expectation is the
+cross-entropy of grey pixels.
 
-Kingma and Welling. Auto-encoding variational Bayes. 2013. Values read off figures 2 and 3.
+Kingma and Welling. Auto-encoding variational Bayes. 2013. Its values were read off figures 2, 3.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from pyro_vae.data import Data, Splits, load_data
 from pyro_vae.estimators import evidence_lower_bound
 from pyro_vae.training import History
 
-# by latents, the bound: of test images at 1e7 and 1e8 training samples, of training ones at 1e8
+# latents: bound of test images after 1e7 and 1e8 training samples, of training images after 1e8
 MNIST = {
     3: (-138.0, -133.4, -130.3),
     5: (-124.1, -119.2, -116.5),
@@ -51,7 +52,7 @@ FREY = {
     10: (1174.0, 1310.0, 1465.0),
     20: (1200.0, 1314.0, 1487.0),
 }
-# by training images, log p(x) at 1e7 and 6e7 training samples
+# training images: log p(x) after 1e7 and 6e7 training samples
 MARGINAL = {
     1000: {"training": (-114.5, -109.1), "test": (-142.9, -143.2)},
     50_000: {"training": (-135.5, -131.0), "test": (-142.3, -138.1)},
@@ -68,7 +69,7 @@ Row = dict[str, str]
 def train(
     name: str, data: Data, held: Data, sizes: tuple[int, int], epochs: int, options: dict[str, Any]
 ) -> tuple[VAE, History]:
-    """A VAE of so many latents and hidden units, and how it was trained."""
+    """Trains a VAE of these latents and hidden units; returns it and its history."""
     torch.manual_seed(options["seed"])
     network = {"class_path": "MLP", "init_args": {"hidden": [sizes[1]]}}
     likelihood = "Bernoulli" if data.transform.binary else GAUSSIAN
@@ -82,7 +83,7 @@ def train(
 def bounds(
     data: Splits, known: dict[int, Any], hidden: int, epochs: int, options: dict[str, Any]
 ) -> list[Row]:
-    """A VAE for each latent size: the table's rows."""
+    """Trains a VAE for each number of latents; returns the rows of the table."""
     x, _ = data.test.fixed().batch(torch.arange(len(data.test)))
     rows = []
     for latents, published in known.items():
@@ -104,7 +105,7 @@ def bounds(
 
 
 def marginal(data: Splits, epochs: int, images: int, options: dict[str, Any]) -> list[Row]:
-    """log p(x) of training and test images for each number of training images."""
+    """Estimates log p(x) of training and test images for each number of training images."""
     rows = []
     held = data.validation.subset(torch.arange(min(1000, len(data.validation))))
     for size, known in MARGINAL.items():
@@ -131,7 +132,7 @@ def marginal(data: Splits, epochs: int, images: int, options: dict[str, Any]) ->
 
 @plots.style()
 def draw(rows: list[Row]) -> Figure:
-    """Bounds for each number of latents, beside the published ones where there are any."""
+    """Draws the bound for each number of latents, beside the published bounds if any."""
     figure = Figure(figsize=(6.5, 2.4), layout="constrained")
     ax = figure.subplots()
     for column, (name, marker, size) in SHOWN.items():
@@ -150,7 +151,7 @@ def draw(rows: list[Row]) -> Figure:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Trains all; prints and writes the tables, and draws the first."""
+    """Trains all models; prints and writes the tables, and draws the first one."""
     smoke, out, epochs = arguments.smoke, Path(arguments.out), arguments.epochs
     if smoke:
         epochs, arguments.images = 4, 7

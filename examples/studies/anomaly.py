@@ -1,20 +1,22 @@
-"""log p(x) as a detector of anomalies: where it works, and where it misleads.
+"""Uses log p(x) to detect anomalies, and shows where it works and where it misleads.
 
 python examples/studies/anomaly.py --root data --letters images_background_small1  # 5 minutes
 python examples/studies/anomaly.py --root data --letters FashionMNIST  # by torchvision
 python examples/studies/anomaly.py --smoke  # bundled data, seconds
 
-1. A VAE of thresholded MNIST without its ones scores held-out digits, letters, inverted digits,
-   and the ones. Letters are a folder of images, such as a part of Omniglot, or a named data set.
-   They are made alike: ink light on dark, the size of the digits (a pixel is ink if any pixel
-   that falls on it is: an average would lose strokes thinner than a pixel), black and white.
-2. A VAE of the benign cells of scikit-learn's breast cancer data scores benign and malignant ones.
+1. A VAE is trained on thresholded MNIST without its ones. It scores held-out digits, letters,
+   inverted digits, and the ones. Letters are a folder of images, such as a part of Omniglot, or a
+   named data set. They are made like the digits: light ink on dark, the same size, black and
+   white. A pixel is ink if any pixel that falls on it is: an average would lose thin strokes.
+2. A VAE is trained on the benign cells of scikit-learn's breast cancer data. It scores benign and
+   malignant cells.
 
-Each row is log p(x) by `log_evidence` with its verdicts. The area under the ROC curve (AUC), with
-DeLong's standard error, is the chance that an anomaly is less likely than a held-out datum. Below
-one half the detector is worse than a coin: a simple image, a one or a blank, is more likely than
-the digits that the VAE was trained on, for density is not typicality. The second area is of the
-distance of log p(x) from its median over validation data, which sees both sides.
+Each row of the table has log p(x) by `log_evidence` with its verdicts. The area under the ROC
+curve (AUC), with DeLong's standard error, is the probability that an anomaly has a lower log p(x)
+than a held-out datum. Below one half the detector is worse than a coin. This happens because
+density is not typicality: a simple image, a one or a blank, is more likely than the digits that
+the VAE was trained on. The second AUC scores by the distance of log p(x) from its median over
+validation data, so too high a log p(x) counts as well.
 
 DeLong, DeLong and Clarke-Pearson. Comparing the areas under two or more correlated receiver
 operating characteristic curves. 1988.
@@ -39,25 +41,25 @@ from torch.nn.functional import adaptive_max_pool2d
 from pyro_vae import VAE, Evidence, build, fit, log_evidence, plots
 from pyro_vae.data import Data, load_data
 
-# a VAE, validation rows, and sets of rows by name: held-out rows first, then anomalies
+# a VAE, validation rows, and sets of rows by name: first held-out rows, then anomalies
 Study = tuple[VAE, Tensor, dict[str, Tensor]]
 
 
 def like_digits(data: Data, side: int) -> Tensor:
-    """Images [N, C, H, W] as black and white ones [N, 1, side, side], ink light on dark."""
+    """Returns images [N, C, H, W] in black and white [N, 1, side, side], light ink on dark."""
     x = data.x.float().mean(1, keepdim=True) / max(1, (data.levels or 2) - 1)
     ink = 1 - x if x.mean() > 0.5 else x
     return (adaptive_max_pool2d(ink, side) >= 0.5).float()
 
 
 def some(data: Data, keep: Tensor, size: int) -> Data:
-    """At most `size` rows, drawn from those to `keep` [N]."""
+    """Draws at most `size` rows of those where `keep` [N] is true."""
     index = keep.nonzero()[:, 0]
     return data.subset(index[torch.randperm(len(index))[:size]])
 
 
 def images(arguments: argparse.Namespace) -> Study:
-    """A VAE of digits but ones; held-out digits, letters, inverted digits and ones."""
+    """Trains a VAE on digits without ones; returns it and the rows to score."""
     size, smoke = arguments.size, arguments.smoke
     data = load_data("digits" if smoke else "MNIST", root=arguments.root, transform="threshold")
     letters = load_data("sprites" if smoke else arguments.letters, root=arguments.root).train
@@ -77,7 +79,7 @@ def images(arguments: argparse.Namespace) -> Study:
 
 
 def cells(arguments: argparse.Namespace) -> Study:
-    """A VAE of benign cells; held-out benign and malignant ones, standardised."""
+    """Trains a VAE on benign cells; returns it and the rows to score, standardised."""
     x, benign = (torch.as_tensor(values) for values in load_breast_cancer(return_X_y=True))
     own = x[benign == 1]
     own = own[torch.randperm(len(own))]
@@ -95,7 +97,7 @@ def train(
     vae: VAE, data: Data | Tensor, validation: Data | Tensor, arguments: argparse.Namespace,
     epochs: int | None = None, patience: int | None = None,
 ) -> VAE:  # fmt: skip
-    """The VAE at its best epoch."""
+    """Trains the VAE and returns it with the weights of its best epoch."""
     epochs = 2 if arguments.smoke else epochs or arguments.epochs
     fit(
         vae,
@@ -112,15 +114,16 @@ def train(
 
 
 def rows(data: Data) -> Tensor:
-    """All rows as the model sees them."""
+    """Returns all rows as the model sees them."""
     return data.batch(torch.arange(len(data)))[0]
 
 
 def area(normal: Tensor, anomalous: Tensor) -> tuple[float, float]:
-    r"""Area under the ROC curve of scores that are larger for anomalies, and its standard error.
+    r"""Returns the area under the ROC curve and its standard error; anomalies score higher.
 
-    The area is the mean of w_ij = [a_i > n_j] + [a_i = n_j] / 2; its variance is that of the means
-    of w over j, by the number of anomalies, and over i, by the number of others.
+    The area is the mean of w_ij = [a_i > n_j] + [a_i = n_j] / 2 over anomalies i and others j. Its
+    variance is that of the means over j divided by the number of anomalies, plus that of the
+    means over i divided by the number of others.
     """
     a, n = anomalous[:, None], normal[None, :]
     wins = (a > n).double() + (a == n).double() / 2
@@ -129,7 +132,7 @@ def area(normal: Tensor, anomalous: Tensor) -> tuple[float, float]:
 
 
 def table(found: dict[str, Evidence], middle: float) -> list[dict[str, str]]:
-    """log p(x) and verdicts of each set, and both areas of those after the first."""
+    """Returns log p(x) and verdicts of each set, and both areas for all but the first."""
     normal = next(iter(found.values())).log_prob
     lines = []
     for i, (name, evidence) in enumerate(found.items()):
@@ -151,7 +154,7 @@ def table(found: dict[str, Evidence], middle: float) -> list[dict[str, str]]:
 
 @plots.style()
 def draw(found: dict[str, Evidence], pictures: dict[str, Tensor], blank: float | None) -> Figure:
-    """Histograms of log p(x), ROC curves, and the first images of each set."""
+    """Draws histograms of log p(x), ROC curves, and the first images of each set."""
     layout = [["left", "left"], ["right", "images"]] if pictures else [["left", "right"]]
     figure = Figure(figsize=(7, 5 if pictures else 2.8), layout="constrained")
     axes = figure.subplot_mosaic(layout, width_ratios=(1, 1.2) if pictures else (1.6, 1))
@@ -182,7 +185,7 @@ def draw(found: dict[str, Evidence], pictures: dict[str, Tensor], blank: float |
 
 
 def histograms(ax: Any, found: dict[str, Evidence], blank: float | None) -> None:
-    """Shares of each set by log p(x), over the range of the first; what is below is told."""
+    """Draws a histogram of each set over the range of the first; says how much lies below."""
     first = next(iter(found.values())).log_prob
     least, most = first.min().item(), first.max().item()
     low = least - (most - least)
@@ -203,7 +206,7 @@ def histograms(ax: Any, found: dict[str, Evidence], blank: float | None) -> None
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Trains both, scores all sets, prints the tables, writes them and the figures."""
+    """Trains both VAEs and scores all sets; prints and writes tables, and writes figures."""
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     tables: dict[str, Any] = {}

@@ -1,27 +1,28 @@
-"""The sigma of a Gaussian decoder: a convolutional VAE of colour images, with five of them.
+"""Compares five choices of sigma in the Gaussian decoder of a convolutional VAE.
 
 python examples/studies/conv_gaussian.py --data SVHN --limit 60000  # by torchvision
 python examples/studies/conv_gaussian.py --data FOLDER  # any images of one size
 python examples/studies/conv_gaussian.py --smoke  # drawn images, seconds
 
-Convolutions of stride 2 with 32, 64 and 128 channels, a dense layer of 1024, and back by
-transposed convolutions to 128, 64 and 3. p(x | z) = N(x; mu(z), sigma^2) on x = (pixel + noise) /
-256, so that log p(x) is a density that bounds the probability of the 8-bit image.
+The encoder has convolutions of stride 2 with 32, 64 and 128 channels and a dense layer of 1024.
+The decoder goes back by transposed convolutions to 128, 64 and 3 channels. The likelihood is
+p(x | z) = N(x; mu(z), sigma^2) with x = (pixel + noise) / 256. So log p(x) is a density that
+bounds the probability of the 8-bit image.
 
-sigma = 1 is the mean squared error that most code minimises: its means look well, but a draw of x
-is noise, and log p(x) is that of a model of noise. For one sigma the best is known,
+sigma = 1 is the mean squared error that most code minimises. Its means look well, but a draw of x
+is noise, and log p(x) is that of a model of noise. The best single sigma is known,
 
     sigma^2 = E || x - mu(z) ||^2 / D,        z from q(z | x), x from the training images,
 
-and can be set after each epoch (a callback below), be learned as a parameter, which comes to the
-same, or be set afterwards. Taken over each batch, as published, it would not be a density of x.
-Batch norm is an option; evaluation always uses its running averages, so that log p(x) of an image
-does not depend on its neighbours. The table grows with each model; run again, it goes on
-where it was.
+It can be set after each epoch (a callback below), set once at the end, or learned as a parameter,
+which comes to the same value. The paper takes it over each batch; then p(x) is no density of x.
+Batch norm is an option. Evaluation always uses its running averages, so log p(x) of an image
+does not depend on the other images. The table is written after each model. If you run the
+command again, it goes on where it stopped.
 
 Rybkin, Daniilidis and Levine. Simple and effective VAE training with calibrated decoders. 2021.
-Bounds on -log p(x) there, SVHN at 28 x 28, other networks: sigma 1, 2184; learned, -3349; optimal
-(of the batch), -3333.
+Its bounds on -log p(x), of SVHN at 28 x 28 with other networks, are 2184 for sigma 1, -3349 for
+a learned and -3333 for an optimal sigma (of the batch).
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def main(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Trains and judges each, writes the table, and returns the rows."""
+    """Trains and judges each model, writes the table, and returns its rows."""
     data = load_data(
         arguments.data, root=arguments.root, transform="dequantise", limit=arguments.limit
     )
@@ -74,7 +75,7 @@ def main(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def trained(
     name: str, options: dict[str, Any], data: Splits, train: Tensor, arguments: argparse.Namespace
 ) -> tuple[Any, History]:
-    """The VAE with the weights of its best validation bound."""
+    """Trains the VAE; returns it with the weights of its best validation bound."""
     network = {
         "hidden": [128 if arguments.smoke else 1024],
         "norm": "batch" if "batch norm" in name else arguments.norm,
@@ -90,7 +91,7 @@ def trained(
             "init_args": {"channels": [128, 128, 64], **network},
         },
     )
-    if options["scale"] == "learned":  # it moves slowly: start near where it ends
+    if options["scale"] == "learned":  # sigma changes slowly: start near where it ends
         start = -6.0 if options["min_scale"] > 0.1 else -2.0
         torch.nn.init.constant_(vae.likelihood.raw_scale, start)
 
@@ -117,14 +118,14 @@ def trained(
 
 @torch.no_grad()
 def optimal_sigma(vae: Any, x: Tensor) -> Tensor:
-    """The one sigma at which the bound of images x is highest."""
+    """Returns the one sigma at which the bound of images x is highest."""
     vae.eval()
     z = vae.encode(x).sample()
     return (x - vae.likelihood(z).mean).pow(2).mean().sqrt()
 
 
 def judged(vae: Any, test: Data, train: Tensor, arguments: argparse.Namespace) -> dict[str, Any]:
-    """log p(x) of test images in nats and bits, and sigma beside the optimal one."""
+    """Returns log p(x) of test images in nats and bits, and sigma beside the optimal sigma."""
     test = test.subset(torch.arange(arguments.images)).fixed()
     x, _ = test.batch(torch.arange(len(test)))
     bound = evidence_lower_bound(vae.model, vae.guide, x, num_samples=20)
@@ -147,7 +148,7 @@ def judged(vae: Any, test: Data, train: Tensor, arguments: argparse.Namespace) -
 
 
 def drawn(folder: Path) -> str:
-    """A file of small images that fade from one colour to another."""
+    """Writes a file of small images that fade from one colour to another."""
     generator = np.random.default_rng(0)
     first, last = generator.uniform(0, 255, (2, 300, 3, 1, 1))
     images = first + (last - first) * np.linspace(0, 1, 24) * np.ones((24, 1))

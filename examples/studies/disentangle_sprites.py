@@ -1,10 +1,10 @@
-"""Five objectives on drawn sprites, and what the measures of disentanglement say of each.
+"""Trains five objectives on drawn sprites and measures how well each disentangles.
 
 python examples/studies/disentangle_sprites.py  # three seeds, about a quarter of an hour
 python examples/studies/disentangle_sprites.py --smoke
 
-Errors are standard errors over seeds. The measures are over all 3072 images; log p(x) is of 50
-test images.
+Errors are standard errors over seeds. Disentanglement is measured on all 3072 images, log p(x)
+on 50 test images. The traversals are written to traversals.png.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MLP = {"class_path": "MLP", "init_args": {"hidden": [256, 256], "activation": "r
 
 
 def objectives() -> dict[str, Objective]:
-    """One of each kind."""
+    """Returns one objective of each kind, by name."""
     return {
         "VAE": ELBO(),
         "beta-VAE (4)": ELBO(beta=4.0),
@@ -40,13 +40,13 @@ def objectives() -> dict[str, Objective]:
 
 
 def split() -> tuple[Tensor, Tensor]:
-    """Rows of the grid to train on, and to test."""
+    """Returns the rows of the grid to train on and those to test on."""
     order = torch.randperm(len(GRID), generator=torch.Generator().manual_seed(0))
     return order[300:], order[:300]
 
 
 def measure(vae: VAE, smoke: bool) -> dict[str, float]:
-    """Every column of the table for one model."""
+    """Returns every column of the table for one model."""
     rows = torch.arange(0, len(GRID), 23 if smoke else 1)
     factors = GRID.factors(rows)[:, COLUMNS]
     with torch.no_grad():
@@ -67,7 +67,7 @@ def measure(vae: VAE, smoke: bool) -> dict[str, float]:
 
 
 def traverse(vae: VAE) -> tuple[Tensor, list[str]]:
-    """What each of the three latents of most KL does to one image, from -2 to 2."""
+    """Moves each of the three latents of largest KL from -2 to 2, and decodes one image."""
     x = GRID.draw(torch.arange(1672, 3000, 13)).float()
     with torch.no_grad():
         posterior, values = vae.encode(x), torch.linspace(-2, 2, 9)
@@ -79,7 +79,7 @@ def traverse(vae: VAE) -> tuple[Tensor, list[str]]:
 
 
 def cell(values: Tensor) -> str:
-    """Mean over seeds, and its standard error if there are several."""
+    """Formats the mean over seeds, with its standard error if there are several."""
     mean, count = f"{values.mean():.2f}", len(values)
     return mean if count == 1 else f"{mean} +- {values.std() / count**0.5:.2f}"
 

@@ -1,15 +1,16 @@
-"""Digits with few labels: the class summed out, with and without a weight on the labels.
+"""Learns the classes of digits from few labels, with and without a weight on the labels.
 
 python examples/studies/few_labels.py --root data       # MNIST, 100 labels; writes a picture
 python examples/studies/few_labels.py --data digits --epochs 60    # minutes
 python examples/studies/few_labels.py --root data --protocol --compile  # Pyro's budget: a GPU
 python examples/studies/few_labels.py --smoke           # bundled digits, seconds
 
-One model of p(x, y), whose classifier is its own p(y | x); or, with `--classifier`, a network
-q(y | x) beside it that learns the labels, and the model from it. Rows are judged without labels.
-`--protocol` is that of Pyro's semi-supervised example, 784-500-50, 50 epochs of 50,000 images in
-batches of 200, the best epoch by validation: here by the bound of log p(x, y), not by accuracy.
-It prints .9319, .9437, .9487 and .9582 for 100, 600, 1000 and 3000 labels.
+The model is p(x, y), with unknown classes summed out, and its classifier is its own p(y | x).
+With `--classifier` a network q(y | x) beside it learns the labels, and the model learns from it.
+Test rows are judged without labels. `--protocol` takes the budget of Pyro's semi-supervised
+example: 784-500-50, 50 epochs of 50,000 images in batches of 200. The best epoch is chosen by
+validation, here by the bound of log p(x, y), in the example by accuracy. The example states
+accuracies of .9319, .9437, .9487 and .9582 for 100, 600, 1000 and 3000 labels.
 
 Kingma, Rezende, Mohamed and Welling. Semi-supervised learning with deep generative models. 2014.
 """
@@ -37,7 +38,7 @@ SMOKE = {"data": "digits", "rows": 200, "epochs": 2, "draws": 5}
 
 
 def few(labels: Tensor, number: int) -> Tensor:
-    """The labels of the first rows of each of ten classes, so many in all; -1 for other rows."""
+    """Keeps `number` labels, those of the first rows of each of ten classes; -1 elsewhere."""
     rank = torch.nn.functional.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]
     return torch.where(rank <= number // 10, labels, -1)
 
@@ -70,7 +71,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def trained(parts: Splits, number: int, weight: float, options: argparse.Namespace) -> VAE:
-    """A VAE of ten classes, of which so many labels are known."""
+    """Trains a VAE of ten classes of which `number` labels are known."""
     torch.manual_seed(options.seed)
     init = {"hidden": [options.hidden], "activation": "softplus"}
     wide: Any = {"class_path": "MLP", "init_args": init}
@@ -95,7 +96,7 @@ def trained(parts: Splits, number: int, weight: float, options: argparse.Namespa
 
 @torch.no_grad()
 def judged(vae: Any, parts: Splits, options: argparse.Namespace) -> dict[str, str]:
-    """Accuracy, log p(y | x) and log p(x) of test rows, with standard errors over rows."""
+    """Returns accuracy, log p(y | x) and log p(x) of test rows, with standard errors."""
     test = parts.test.subset(torch.arange(min(options.images, len(parts.test)))).fixed()
     x, truth = test.batch(torch.arange(len(test)))[0], test.labels
     way: Any = {"estimator": importance_sampling, "num_samples": options.draws}

@@ -1,14 +1,15 @@
-"""log p(x) as the size of a file: images coded with a VAE and decoded bit for bit.
+"""Codes images with a VAE and decodes them bit for bit: log p(x) is the size of the file.
 
 pip install constriction
 python examples/studies/file_size.py                       # bundled digits, a minute
 python examples/studies/file_size.py --run RUN --root data # 1000 digits of MNIST under a run
 python examples/studies/file_size.py --smoke
 
-A row x is coded with -log2 p(x | z) bits given a z, and z with -log2 p(z) bits. Which z is free:
-it is drawn with bits that lie in the file already, and these come back when the file is read. What
-is left is -log2 p(x | z) p(z) / q(z | x), the negative ELBO. An estimate of log p(x) that is too
-high promises a file that nobody can write.
+Given a z, an image x takes -log2 p(x | z) bits, and z itself takes -log2 p(z) bits. The choice of
+z is free, so bits that are already in the file choose it: decoding z ~ q(z | x) from the file
+removes -log2 q(z | x) bits. Reading the image puts them back. So an image adds
+-log2 p(x | z) p(z) / q(z | x) bits, on average the negative ELBO. If an estimate of log p(x) is
+too high, no file can be as small as it says.
 
 Townsend, Bird and Barber. Practical lossless compression with latent variables using bits back
 coding. 2019.
@@ -36,19 +37,19 @@ LARGEST = 2**12  # steps on either side of zero
 
 
 class Coder:
-    """A file of images under a VAE of a standard Normal prior and a Bernoulli likelihood."""
+    """A file of images, coded by a VAE with a standard Normal prior and Bernoulli likelihood."""
 
     def __init__(self, vae: VAE, words: int = 200) -> None:
         self.vae = vae
         self.latent = stream.model.QuantizedGaussian(-LARGEST, LARGEST)
         self.pixel = stream.model.Bernoulli(perfect=False)
         seed = np.random.default_rng(0).integers(1, 2**32, words, dtype=np.uint32)
-        self.file = stream.stack.AnsCoder(seed)  # bits that may be drawn from at first
+        self.file = stream.stack.AnsCoder(seed)  # random bits, from which the first z is decoded
         self.start = self.file.num_valid_bits()
 
     @property
     def bits(self) -> int:
-        """What the images have added."""
+        """The bits that the images have added."""
         return self.file.num_valid_bits() - self.start
 
     def write(self, x: Tensor) -> None:
@@ -59,7 +60,7 @@ class Coder:
         self.file.encode_reverse(steps, self.latent, *self._prior(steps))
 
     def read(self) -> Tensor:
-        """The image that was added last, which leaves the file as it was before."""
+        """Returns the last image and removes it, so the file is as before it was added."""
         count = self.vae.posterior.latent_dim
         steps = self.file.decode(self.latent, *self._prior(np.zeros(count)))
         pixels = self.file.decode(self.pixel, self._pixels(steps))
@@ -84,7 +85,7 @@ class Coder:
 
 
 def others(x: Tensor) -> dict[str, float]:
-    """Bits of all images by programs that know nothing of them."""
+    """Returns the bits that general programs need for all images."""
     packed = np.packbits(x.numpy().astype(np.uint8))
     png = io.BytesIO()
     image.imsave(png, x.squeeze(1).flatten(0, 1).numpy(), cmap="gray", format="png")
@@ -92,7 +93,7 @@ def others(x: Tensor) -> dict[str, float]:
 
 
 def main() -> dict[str, float]:
-    """Codes, decodes, and prints bits per image."""
+    """Codes and decodes the images; prints and returns the bits per image."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", help="a run of thresholded MNIST; without one digits are learned")
     parser.add_argument("--root", default="data")

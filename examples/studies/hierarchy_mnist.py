@@ -1,16 +1,17 @@
-"""One layer of latents or two, and what the top layer's prior adds, on binarised MNIST.
+"""Compares one, two and three layers of latents, and two priors, on binarised MNIST.
 
 python examples/studies/hierarchy_mnist.py --root data    # 6 short epochs, minutes on one core
 python examples/studies/hierarchy_mnist.py --root data --epochs 2000 --components 500 \
     --warm_up 100 --patience 50 --lr 5e-4 --images 10000   # the published budget
 python examples/studies/hierarchy_mnist.py --smoke        # bundled digits, seconds
 
-784-300-300-40 with gated units; two layers of 40 with the inference of the HVAE, top-down, and
-p(x | z1, z2), which sees both. Beside `log_evidence` stand the encoder's own bounds of 100 and of
-1000 draws, which the papers report: what a layer is worth depends on who says so.
+The model of one layer is 784-300-300-40 with gated units. More layers have 40 latents each, with
+the top-down inference of the HVAE, and p(x | z) sees all layers. The table has log p(x) by
+`log_evidence`, and the bounds by 100 and 1000 draws of the encoder, which the papers report. The
+gain of a layer differs between them.
 
-Tomczak and Welling. VAE with a VampPrior. 2018. Published for two layers: -81.24 with a VampPrior
-(rerun by Norouzi, Fleet and Norouzi, Exemplar VAE, 2020: -81.56, and -82.39 without).
+Tomczak and Welling. VAE with a VampPrior. 2018. It has -81.24 for two layers with a VampPrior. A
+rerun (Norouzi, Fleet and Norouzi. Exemplar VAE. 2020) has -81.56, and -82.39 without.
 """
 
 import argparse
@@ -34,7 +35,7 @@ LAYERS = {"one": 1, "two": 2, "three": 3}
 
 
 def main(options: argparse.Namespace) -> None:
-    """Trains and judges each; writes and prints the tables."""
+    """Trains and judges each model; writes and prints the tables."""
     if options.smoke:
         warnings.filterwarnings("ignore", message="posterior collapse")  # so few epochs
     source = "digits" if options.smoke else "MNIST"
@@ -64,7 +65,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def declared(name: str, data_shape: tuple[int, ...], components: int) -> VAE:
-    """The VAE of that name."""
+    """Builds the VAE of that name."""
     vamp = {"class_path": "VampPrior", "init_args": {"num_components": components}}
     gated = {"class_path": "GatedMLP", "init_args": {"hidden": [300, 300]}}
     given = {"prior": vamp if "Vamp" in name else "StandardNormal"}
@@ -75,8 +76,8 @@ def declared(name: str, data_shape: tuple[int, ...], components: int) -> VAE:
 
 
 def trained(vae: VAE, name: str, data: Splits, options: argparse.Namespace) -> dict[str, Any]:
-    """Trains; returns what to say of it."""
-    # a short run gains from a rate that falls; a long one keeps it, and stops early
+    """Trains the VAE; returns the first cells of its row."""
+    # a short run gains from a falling learning rate; a long one keeps the rate and stops early
     falling = {"class_path": "CosineAnnealingLR", "init_args": {"T_max": options.epochs}}
     history = fit(
         vae,

@@ -1,18 +1,18 @@
-"""VAE, IWAE and DReG with k draws on dynamically binarised MNIST, beside the published figures.
+"""Compares VAE, IWAE and DReG with k draws on dynamically binarised MNIST.
 
 python examples/studies/iwae_mnist.py --root data  # 10 epochs: a fraction of an hour
 python examples/studies/iwae_mnist.py --root data --protocol --compile --only "VAE 1" --runs runs
 python examples/studies/iwae_mnist.py --root data --layers 2  # two layers of latents
 python examples/studies/iwae_mnist.py --smoke  # bundled digits, seconds
 
-784-200-200-50, tanh, as in the paper, whose figures took 3280 epochs of batch 20, each for each
-row, with a learning rate that falls from 1e-3 to 1e-4: `--protocol`, for a GPU. Without it the
-table says what a stated budget of epochs gives. `--layers 2` is the paper's second model, z1 of
-100 and z2 of 50 from the data upwards; the networks between them have two layers of 200, the
-paper's of 100. Training is on 50,000 images, the paper's on all
-60,000. A row in `--runs` goes on where it was broken off. log p(x) is by `log_evidence`, so that
-the models are compared by what they know, not by how well their encoder samples; the encoder's
-own bound with 5000 draws, which the paper reports, stands beside it.
+The networks are 784-200-200-50 with tanh, as in the paper. `--protocol`, for a GPU, is the paper's
+budget for each row: 3280 epochs in batches of 20, with a learning rate that falls from 1e-3 to
+1e-4. Without it the table says what a smaller budget gives. `--layers 2` is the paper's second
+model, with z1 of 100 and z2 of 50 from the data upwards. Its networks between z1 and z2 have two
+layers of 200, the paper's have 100. Training is on 50,000 images, in the paper on all 60,000. A
+run in `--runs` that was interrupted goes on where it stopped. log p(x) is by `log_evidence`,
+which judges the model and not how well its encoder samples. The bound by 5000 draws of the
+encoder, which the paper reports, stands beside it, as do the published bounds.
 
 Burda, Grosse and Salakhutdinov. Importance weighted autoencoders. 2016.
 Tucker et al. Doubly reparameterized gradient estimators for Monte Carlo objectives. 2019.
@@ -33,8 +33,8 @@ from pyro_vae import Evidence, build, fit, importance_sampling, log_evidence, me
 from pyro_vae.data import load_data
 from pyro_vae.objectives import ELBO, IWAE, DReG, Objective
 
-# published: encoder's bound with 5000 draws and active units, VAE and IWAE (Burda et al. 2016,
-# table 1); DReG from a later reproduction of the same protocol
+# published bound by 5000 draws of the encoder, and active units: VAE and IWAE by Burda et al.
+# (2016, table 1), DReG by a later reproduction of the same protocol
 PUBLISHED = {
     1: {
         ("VAE", 1): "-86.76 / 19",
@@ -55,11 +55,11 @@ NAMES = {f"{name} {k}" for rows in PUBLISHED.values() for name, k in rows}
 OBJECTIVES: dict[str, type[Objective]] = {"VAE": ELBO, "IWAE": IWAE, "DReG": DReG}
 
 
-STAGES = 8  # the i-th of 3^i epochs at 1e-3 * 10^(-i / 7): 3280 in all
+STAGES = 8  # stage i has 3^i epochs at a rate of 1e-3 * 10^(-i / 7): 3280 in all
 
 
 def falling(optimizer: torch.optim.Optimizer) -> LambdaLR:
-    """The learning rate of the paper."""
+    """Returns the schedule of the paper's learning rate."""
 
     def factor(epoch: int) -> float:
         stage = next((i for i in range(STAGES) if epoch < (3 ** (i + 1) - 1) // 2), STAGES - 1)
@@ -69,7 +69,7 @@ def falling(optimizer: torch.optim.Optimizer) -> LambdaLR:
 
 
 def training(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `fit` is told."""
+    """Returns the options of `fit`."""
     options = {"epochs": arguments.epochs, "batch_size": arguments.batch_size, "lr": 1e-3}
     if arguments.protocol:
         adam = {"class_path": "Adam", "init_args": {"eps": 1e-4}}
@@ -78,7 +78,7 @@ def training(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: argparse.Namespace) -> list[dict[str, str]]:
-    """Trains each, and returns the rows of the table."""
+    """Trains each model, and returns the rows of the table."""
     smoke = arguments.smoke
     options = training(arguments)
     published = PUBLISHED[arguments.layers]
@@ -132,7 +132,7 @@ def main(arguments: argparse.Namespace) -> list[dict[str, str]]:
 
 
 def gain(one: Evidence, first: Evidence) -> str:
-    """What a model knows more than the first, with the error over data of paired differences."""
+    """Formats the mean difference from the first model, with the error of paired differences."""
     nats, stderr = one.difference(first)
     return "" if one is first else f"{nats:+.2f} +- {stderr:.2f}"
 
@@ -140,7 +140,7 @@ def gain(one: Evidence, first: Evidence) -> str:
 def report(
     rows: list[dict[str, str]], options: dict[str, Any], out: str | None, images: int
 ) -> None:
-    """Prints the table, and writes it where asked."""
+    """Prints the table, and writes it to `out` if given."""
     title = (
         f"{options['epochs']} epochs, batch {options['batch_size']}; {images} test images, nats, "
         "+- Monte Carlo +- data; gain over the first row on the same images +- data; "

@@ -1,11 +1,11 @@
-"""What a latent of counts learns if nothing is said of their totals.
+"""Shows that latents of counts learn the totals of the rows unless a site of its own does.
 
 python examples/studies/library_size.py              # a minute on one core
 python examples/studies/library_size.py --smoke      # seconds
 
-Cells of three kinds differ in a few of fifty genes, and tenfold in how much of them was counted.
-With `library="none"` the latents spend themselves on the totals; with `library="latent"` a site of
-its own explains those, and the latents are left to tell the kinds apart.
+Simulated cells of three kinds differ in a few of fifty genes. The log of their totals has a
+standard deviation of 1. With `library="none"` the latents learn the totals. With
+`library="latent"` a site of its own explains the totals, and the latents tell the kinds apart.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KINDS, GENES = 3, 50
 
 
 def cells(number: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Counts [N, G], kinds [N] and log totals [N]."""
+    """Draws counts [N, G], kinds [N] and log totals [N]."""
     torch.manual_seed(0)
     kind = torch.randint(KINDS, (number,))
     profile = torch.rand(GENES).repeat(KINDS, 1) + 0.2
@@ -35,7 +35,7 @@ def cells(number: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def study(library: str, x: Tensor, kind: Tensor, log_total: Tensor, epochs: int) -> None:
-    """Prints how well the latents tell totals and kinds."""
+    """Trains a VAE; prints how well its latents predict totals and kinds."""
     torch.manual_seed(1)
     options = {"class_path": "NegativeBinomial", "init_args": {"library": library}}
     vae = pyro_vae.build((GENES,), 2, likelihood=options, posterior="FullNormal")
@@ -54,7 +54,7 @@ def study(library: str, x: Tensor, kind: Tensor, log_total: Tensor, epochs: int)
 
 
 def main() -> None:
-    """Both ways to see totals."""
+    """Runs the study without and with a latent total."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--epochs", type=int, default=100)

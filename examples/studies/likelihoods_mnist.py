@@ -1,28 +1,29 @@
-"""Likelihoods for the grey values of MNIST, and which bound may be compared with which.
+"""Compares likelihoods for the grey values of MNIST, where log p(x) can be compared.
 
 python examples/studies/likelihoods_mnist.py --root data  # 12 epochs: a quarter of an hour
 python examples/studies/likelihoods_mnist.py --root data --epochs 100 --images 1000
 python examples/studies/likelihoods_mnist.py --smoke  # bundled digits, seconds
 
-log p(x) is one number, but of four different things:
+log p(x) may be one of four things:
 
-- the probability of a binary image (1 from half the brightest value);
+- the probability of a binary image (a pixel is 1 from half the brightest value on);
 - the probability of a grey image of 256 levels;
-- the density of a grey image with uniform noise, (x + u) / 256. Per grey level, that is with the
-  transform's log-Jacobian, its mean is a lower bound on the log probability of the grey image;
+- the density of a grey image with uniform noise, (x + u) / 256. If the transform's log-Jacobian
+  is added, its mean is a lower bound on the log probability of the grey image;
 - the density of grey values without noise, x / 255. They lie on a lattice, where a density has no
-  bound: it grows a spike at black, and its bits can fall below zero, which no code can do.
+  bound: it grows a spike at black, and its bits can fall below zero, which no code can reach.
 
-Models of one of these compare; one of the third bounds its own probability of grey images, and so
-compares with the second from below; nothing else does. Table and figures grow with each model; run
-again, it goes on where it was.
+Compare models only within one of these, with one exception: a density with noise bounds the
+probability of a grey image from below. Table and figures are written after each model. If you
+run the command again, it goes on where it stopped.
 
-784-500-500-20, ReLU, as in Loaiza-Ganem and Cunningham. The continuous Bernoulli. 2019, whose
-poster has the published bounds 1007 (its parameter kept from 1e-4 to 1 - 1e-4, which holds the
-density at black to 9; here it is free), 3121 and 1891 (the Normal's scale is not said). Those of
-scale 1 and learned scale are from Rybkin, Daniilidis and Levine. Simple and effective VAE training
-with calibrated decoders. 2021: another network, no noise. On noise: Theis, van den Oord and
-Bethge. A note on the evaluation of generative models. 2016.
+The networks are 784-500-500-20 with ReLU, as in Loaiza-Ganem and Cunningham. The continuous
+Bernoulli. 2019. The published bounds 1007, 3121 and 1891 are from its poster. For 1007 the
+parameter was kept between 1e-4 and 1 - 1e-4, so the density at black is at most 9; here it is
+free. For 1891 the Normal's scale is not stated. The bounds of scale 1 and learned scale are from
+Rybkin, Daniilidis and Levine. Simple and effective VAE training with calibrated decoders. 2021.
+They are of another network, without noise. For the noise see Theis, van den Oord and Bethge. A
+note on the evaluation of generative models. 2016.
 """
 
 from __future__ import annotations
@@ -72,12 +73,12 @@ class GreyMLP(MLP):
 
 
 def declared(name: str, **options: Any) -> Declared:
-    """A class and its options, as `build` takes them."""
+    """Returns a class and its options as `build` takes them."""
     return {"class_path": name, "init_args": options}
 
 
 def models(levels: int | None, scale: float) -> list[tuple[str, str, Declared, float | None]]:
-    """What log p(x) is, the likelihood's name and declaration, and a published bound."""
+    """Returns what log p(x) is, the likelihood's name and declaration, a published bound."""
     logistic = declared("DiscretizedLogistic", levels=levels)
     fixed, learned, predicted = (
         declared("Normal", scale=scale, mean="sigmoid", min_scale=0.004)  # of a grey level
@@ -98,7 +99,7 @@ def models(levels: int | None, scale: float) -> list[tuple[str, str, Declared, f
 
 
 def main(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Trains and judges each, writes the table and the figures, and returns the rows."""
+    """Trains and judges each model, writes the table and the figures, and returns the rows."""
     grey = load_data("digits" if arguments.smoke else "MNIST", root=arguments.root)
     rows, pictures = [], {}
     scale = 0.2 if arguments.smoke else 1.0  # all of digits' variance is below 1
@@ -118,7 +119,7 @@ def main(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def trained(
     likelihood: Declared, data: Splits, name: str, arguments: argparse.Namespace
 ) -> tuple[VAE, int]:
-    """The VAE with the weights of its best validation bound, and the seconds that it took."""
+    """Trains the VAE; returns it with its best weights, and the seconds of the training."""
     network: Declared = declared("MLP", hidden=[500, 500], activation="relu")
     grey = declared("GreyMLP", levels=data.train.levels)
     torch.manual_seed(arguments.seed)
@@ -129,12 +130,12 @@ def trained(
         encoder=grey if data.transform == "none" else network,
         decoder=network,
     )
-    if likelihood["init_args"].get("scale") == "learned":  # it moves slowly: start near the end
+    if likelihood["init_args"].get("scale") == "learned":  # changes slowly: start near the end
         torch.nn.init.constant_(vae.likelihood.raw_scale, -2.0)
     history = fit(
         vae,
         data.train,
-        ELBO(beta=Linear(length=arguments.epochs / 2, unit="epoch")),  # or all units collapse
+        ELBO(beta=Linear(length=arguments.epochs / 2, unit="epoch")),  # else all units collapse
         run=f"{arguments.out}/{name}",
         resume=True,
         epochs=arguments.epochs,
@@ -150,7 +151,7 @@ def trained(
 
 
 def judged(vae: VAE, test: Data, arguments: argparse.Namespace) -> dict[str, Any]:
-    """log p(x) of test images, as the model gives it and per grey level."""
+    """Returns log p(x) of test images, as the model gives it and per grey level."""
     test = test.subset(torch.arange(arguments.images)).fixed()
     x, _ = test.batch(torch.arange(len(test)))
     bound = evidence_lower_bound(vae.model, vae.guide, x, num_samples=100)
@@ -169,7 +170,7 @@ def judged(vae: VAE, test: Data, arguments: argparse.Namespace) -> dict[str, Any
 
 @torch.no_grad()
 def sampled(vae: VAE, test: Data, seed: int) -> Tensor:
-    """Ten means E[x | z], and ten draws of x at the same z of the prior, in grey levels."""
+    """Returns ten means E[x | z], and ten draws of x at the same z, in grey levels."""
     both = []
     for mean in (True, False):
         torch.manual_seed(seed)
@@ -178,7 +179,7 @@ def sampled(vae: VAE, test: Data, seed: int) -> Tensor:
 
 
 def report(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """Writes and prints the table, with a line between what does not compare."""
+    """Writes and prints the table, with a line between rows that do not compare."""
     name = "digits" if arguments.smoke else "MNIST"
     title = f"{arguments.images} test images of {name}, nats per image, {arguments.epochs} epochs"
     settings = {name: getattr(arguments, name) for name in ("epochs", "seed")}
@@ -194,7 +195,7 @@ def report(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
 
 @plots.style()
 def bits(rows: list[dict[str, Any]]) -> Figure:
-    """Bits per pixel of each, in the colour of what its log p(x) is."""
+    """Draws bits per pixel of each model, coloured by what its log p(x) is."""
     figure = Figure(figsize=(6.5, 3.2), layout="constrained")
     ax = figure.subplots()
     for kind, colour in zip(TRANSFORMS, plots.PALETTE):
@@ -215,7 +216,7 @@ def bits(rows: list[dict[str, Any]]) -> Figure:
 
 @plots.style()
 def gallery(pictures: dict[str, Tensor], top: float) -> Figure:
-    """A row for each: ten means, ten draws of x."""
+    """Draws a row for each model: ten means and ten draws of x."""
     figure = Figure(figsize=(11, 0.62 * len(pictures) + 0.4), layout="constrained")
     grid = figure.subplots(len(pictures), 2, squeeze=False)
     for (left, right), (name, x) in zip(grid, pictures.items()):

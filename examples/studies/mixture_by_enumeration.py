@@ -1,13 +1,14 @@
-"""A Gaussian mixture as a latent-variable model, its discrete latent summed out in two ways.
+"""Sums out the discrete latent of a Gaussian mixture in two ways, and compares them.
 
 python examples/studies/mixture_by_enumeration.py  # iris flowers, seconds; writes a figure
 python examples/studies/mixture_by_enumeration.py --smoke
 
-log p(x) = log sum_c p(c) p(x | c), by `TraceEnum_ELBO`, which sums over the latent c, and by
-`MixtureSameFamily`, which has none, in value and gradient; beside it the fit of scikit-learn's EM.
+log p(x) = log sum_c p(c) p(x | c) is computed by `TraceEnum_ELBO`, which sums over the latent c,
+and by `MixtureSameFamily`, which has no latent. Value and gradient are compared. The fit by
+scikit-learn's EM stands beside them.
 
-With an amortised guide q(c | x), a network, this is a VAE with a discrete latent: its enumerated
-ELBO is log p(x) - KL(q(c | x) || p(c | x)), all of log p(x) for the exact posterior, shown last.
+With a network q(c | x) as its guide, this is a VAE with a discrete latent. Its enumerated ELBO is
+log p(x) - KL(q(c | x) || p(c | x)). For the exact posterior, the third way, this is log p(x).
 
 Obermeyer et al. Tensor variable elimination for plated factor graphs. 2019.
 """
@@ -33,7 +34,7 @@ C = 3  # components
 
 
 def parts(x: Tensor) -> tuple[dist.Categorical, dist.MultivariateNormal]:
-    """p(c) and, for each component, p(x | c); their parameters are learned."""
+    """Returns p(c) and, for each component, p(x | c); their parameters are learned."""
     weights = pyro.param("weights", x.new_ones(C) / C, constraint=simplex)
     loc = pyro.param("loc", lambda: x[torch.randperm(len(x))[:C]].clone())
     scale = pyro.param("scale", torch.eye(2).to(x).repeat(C, 1, 1), constraint=lower_cholesky)
@@ -41,7 +42,7 @@ def parts(x: Tensor) -> tuple[dist.Categorical, dist.MultivariateNormal]:
 
 
 def model(x: Tensor) -> None:
-    """c ~ Categorical(w); x ~ N(mu_c, L_c L_c')."""
+    """Draws c ~ Categorical(w) and x ~ N(mu_c, L_c L_c')."""
     component, normals = parts(x)
     with pyro.plate("data", len(x), dim=-1):
         c = pyro.sample("c", component, infer={"enumerate": "parallel"})
@@ -50,13 +51,13 @@ def model(x: Tensor) -> None:
 
 
 def marginal(x: Tensor) -> None:
-    """x ~ sum_c w_c N(mu_c, L_c L_c')."""
+    """Draws x ~ sum_c w_c N(mu_c, L_c L_c')."""
     with pyro.plate("data", len(x), dim=-1):
         pyro.sample("x", dist.MixtureSameFamily(*parts(x)), obs=x)
 
 
 def posterior(x: Tensor) -> None:
-    """The exact p(c | x) as a guide; a network in its place would be an encoder."""
+    """Draws c from the exact p(c | x); a network in its place would be an encoder."""
     component, normals = parts(x)
     logits = component.logits + normals.log_prob(x[:, None])
     with pyro.plate("data", len(x), dim=-1):
@@ -64,7 +65,7 @@ def posterior(x: Tensor) -> None:
 
 
 def value_and_gradient(model: Any, guide: Any, loss: Any, x: Tensor) -> tuple[float, Tensor]:
-    """Mean bound in nats per datum, and its gradient by all unconstrained parameters."""
+    """Returns the mean bound in nats and its gradient by all unconstrained parameters."""
     leaves = [tensor for _, tensor in sorted(pyro.get_param_store().named_parameters())]
     value = -loss.differentiable_loss(model, guide, x) / len(x)
     return value.item(), torch.cat([g.flatten() for g in torch.autograd.grad(value, leaves)])
@@ -72,7 +73,7 @@ def value_and_gradient(model: Any, guide: Any, loss: Any, x: Tensor) -> tuple[fl
 
 @plots.style()
 def draw(x: Tensor) -> Figure:
-    """The fitted density over the data."""
+    """Draws the fitted density and the data."""
     figure = Figure(figsize=(6, 4.4), layout="constrained")
     ax = figure.subplots()
     first, second = (torch.linspace(min(v) - 0.6, max(v) + 0.6, 150) for v in x.T.tolist())

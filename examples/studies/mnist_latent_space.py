@@ -1,13 +1,13 @@
-"""What a VAE's latent space holds: samples, the manifold, classes, and ways between two images.
+"""Draws what a VAE's latent space holds: samples, the manifold, classes, paths between images.
 
 python examples/studies/mnist_latent_space.py --root data  # two trainings, a few minutes
 python examples/studies/mnist_latent_space.py --smoke  # bundled digits, seconds
 
-With 2 latents everything can be seen at once: draws, E[x | z] on a grid through the prior's
-quantiles, and where each class lies. With 20 the images are better, and the study asks what lies
-half-way between two of them: in pixel space (a draw from the mean of the two), and in latent
-space, on the line and on the arc between their codes. The table gives log p(x) of what is found
-there, beside that of true test images, by `log_evidence` under the VAE of 20 latents.
+With 2 latents everything can be seen at once: draws, E[x | z] on a grid of the prior's
+quantiles, and where each class lies. With 20 latents the images are better. The study asks what
+lies half-way between two of them: in pixels (a draw from the mean of the two), and on the line
+and on the arc between their codes. The table gives log p(x) of these images and of test images,
+by `log_evidence` under the VAE of 20 latents.
 
 Kingma and Welling. Auto-encoding variational Bayes. 2013.
 White. Sampling generative networks. 2016 (the arc).
@@ -29,7 +29,7 @@ from pyro_vae.estimators import evidence_lower_bound
 
 
 def train(data: Splits, latent_dim: int, arguments: argparse.Namespace) -> VAE:
-    """784-500-latents on thresholded images; the best epoch by validation images is kept."""
+    """Trains 784-500-latents on thresholded images; keeps the best epoch by validation."""
     torch.manual_seed(arguments.seed)
     vae = build(data.train.data_shape, latent_dim)
     fit(
@@ -50,27 +50,27 @@ def train(data: Splits, latent_dim: int, arguments: argparse.Namespace) -> VAE:
 
 
 def manifold(vae: VAE, side: int) -> Tensor:
-    """E[x | z] at the prior's quantiles, z0 to the right and z1 upwards [side^2, *E]."""
+    """Returns E[x | z] at the prior's quantiles [side^2, *E], z0 rightwards and z1 upwards."""
     z = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(side) + 0.5) / side)
     z1, z0 = torch.meshgrid(z.flip(0), z, indexing="ij")
     return vae.likelihood(torch.stack([z0, z1], -1).flatten(0, 1)).mean
 
 
 def line(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """Points (1 - t) a + t b [T, *E] between two images or codes."""
+    """Returns points (1 - t) a + t b [T, *E] between two images or codes."""
     t = t.view(-1, *[1] * a.ndim)
     return (1 - t) * a + t * b
 
 
 def arc(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """Points [T, D] at even angles between two codes: their length does not shrink half-way."""
+    """Returns points [T, D] at even angles between two codes; they do not shrink half-way."""
     angle = torch.acos(torch.cosine_similarity(a, b, dim=0))
     t = t[:, None]
     return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
 
 
 def morph(vae: VAE, pairs: list[tuple[Tensor, Tensor]], steps: int) -> tuple[Tensor, list[str]]:
-    """Three ways between the images of each pair: rows [R, T, C, H, W], and their names."""
+    """Returns three paths between the images of each pair, [R, T, C, H, W], and their names."""
     t, rows = torch.linspace(0, 1, steps), []
     for x in pairs:
         a, b = vae.encode(torch.stack(x)).mean
@@ -80,7 +80,7 @@ def morph(vae: VAE, pairs: list[tuple[Tensor, Tensor]], steps: int) -> tuple[Ten
 
 
 def halfway(vae: VAE, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What lies between the first and the second half of the images, and its codes' lengths."""
+    """Returns what lies half-way between the two halves of x, and the lengths of the codes."""
     first, second = x.chunk(2)
     images = {
         "test images": first,
@@ -96,7 +96,7 @@ def halfway(vae: VAE, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def score(vae: VAE, x: Tensor, name: str, length: Tensor | None = None) -> dict[str, str]:
-    """A row of the table, with standard errors."""
+    """Returns a row of the table, with standard errors."""
     evidence = log_evidence(vae.model, vae.guide, x)
     monte_carlo, over_images = evidence.mean_stderr()
     return {
@@ -110,13 +110,13 @@ def score(vae: VAE, x: Tensor, name: str, length: Tensor | None = None) -> dict[
 
 
 def mean(values: Tensor) -> str:
-    """Mean over images, and its standard error."""
+    """Formats the mean over images and its standard error."""
     return f"{values.mean():.2f} +- {values.std() / len(values) ** 0.5:.2f}"
 
 
 @torch.no_grad()
 def main(arguments: argparse.Namespace) -> None:
-    """Trains both, draws the figures, and writes and prints the table."""
+    """Trains both VAEs, draws the figures, and writes and prints the table."""
     smoke, out = arguments.smoke, Path(arguments.out)
     if smoke:
         arguments.epochs, arguments.images = 10, 7

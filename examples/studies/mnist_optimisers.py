@@ -1,22 +1,23 @@
-"""Adam, RMSprop, Adagrad and SGD with momentum: the same VAE, 150 epochs of thresholded MNIST.
+"""Compares Adam, RMSprop, Adagrad and SGD with momentum on thresholded MNIST.
 
 python examples/studies/mnist_optimisers.py --root data  # 4 x 150 epochs: 40 minutes on one core
 python examples/studies/mnist_optimisers.py --root data --latent_dim 2
 python examples/studies/mnist_optimisers.py --smoke  # bundled digits, seconds
 
-784-500-20, tanh, batch 250, one draw of z, the first 50,000 images of MNIST's training part to
-train on and its last 10,000 to validate, as in the published study. Ours are a learning rate that
-falls to zero by a cosine, and its start, chosen by the validation bound after runs of 6 epochs
-(RMSprop: 0.5, 1, 2, 4e-3; Adagrad: 0.01, 0.02, 0.05; SGD: 0.002, 0.005, 0.02, 0.05, 0.1). For Adam
-(1, 2, 4, 8e-3) these chose 8e-3, whose 150 epochs ended at -83.09; 2e-3 stands here, from a second
-whole run. The published rates, constant, stand beside. For SGD and Adagrad the norm of the
-gradient is held to 20: the first steps are large, SGD without it diverged at 0.03 and above, and
-Adagrad never forgets them. The weights kept are those of the best epoch by validation images.
+The VAE is 784-500-20 with tanh, trained for 150 epochs in batches of 250 with one draw of z. It
+is trained on the first 50,000 images of MNIST's training part and validated on its last 10,000,
+as in the published study. There the learning rates are constant. Here they fall to zero by a
+cosine. Their start was chosen by the validation bound after 6 epochs (RMSprop: 0.5, 1, 2, 4e-3;
+Adagrad: 0.01, 0.02, 0.05; SGD: 0.002, 0.005, 0.02, 0.05, 0.1). For Adam (1, 2, 4, 8e-3) this chose
+8e-3, whose 150 epochs ended at -83.09. So Adam has 2e-3, which a second whole run found better.
+For SGD and Adagrad the norm of the gradient is clipped to 20, because the first steps are large:
+without it SGD diverged from 0.03 on, and Adagrad's steps stay small after them. The weights of the
+best epoch by validation images are kept.
 
-A run that was interrupted goes on where it stopped: give the same command again. Each optimiser's
-row is in OUT/table.json as soon as it is done, the figure is OUT/bounds.svg.
+If a run was interrupted, give the same command again: it goes on where it stopped. The row of an
+optimiser is written to OUT/table.json as soon as it is done, the figure to OUT/bounds.svg.
 
-Published figures: Peiyun Hu, mat-vae (write-up, figure 3), an implementation of
+The published values are from Peiyun Hu, mat-vae (write-up, figure 3), an implementation of
 Kingma and Welling. Auto-encoding variational Bayes. 2013.
 """
 
@@ -37,7 +38,7 @@ from pyro_vae.data import Data, load_data
 from pyro_vae.estimators import evidence_lower_bound
 
 MOMENTUM = {"class_path": "SGD", "init_args": {"momentum": 0.9}}
-# ours, the published learning rate, and what else `fit` is given
+# the learning rate here, the published one, and other options of `fit`
 OPTIMISERS: dict[str, tuple[float, float, dict[str, Any]]] = {
     "Adam": (2e-3, 1e-3, {"optimizer": "Adam"}),
     "RMSprop": (2e-3, 1e-3, {"optimizer": "RMSprop"}),
@@ -49,7 +50,7 @@ PUBLISHED = {"Adam": -82.92, "RMSprop": -86.53, "Adagrad": -89.48, "SGD": -89.93
 
 
 def split(root: str) -> tuple[Data, Data]:
-    """The first 50,000 images of MNIST's training part, and the other 10,000, thresholded."""
+    """Returns the first 50,000 thresholded images of MNIST's training part, and the rest."""
     parts = load_data("MNIST", root=root, transform="threshold")
     x = torch.cat([parts.train.x, parts.validation.x])
     order = torch.cat([parts.train.rows, parts.validation.rows]).argsort()
@@ -63,7 +64,7 @@ def split(root: str) -> tuple[Data, Data]:
 def study(
     name: str, train: Data, validation: Data, arguments: argparse.Namespace
 ) -> dict[str, str]:
-    """Trains with one optimiser: its row of the table."""
+    """Trains with one optimiser; returns its row of the table."""
     lr, published_lr, options = OPTIMISERS[name]
     torch.manual_seed(arguments.seed)
     vae = build(train.data_shape, arguments.latent_dim)
@@ -104,13 +105,13 @@ def study(
 
 
 def stderr(values: torch.Tensor) -> float:
-    """Standard error of the mean over images."""
+    """Returns the standard error of the mean over images."""
     return values.std().item() / len(values) ** 0.5
 
 
 @plots.style()
 def draw(rows: list[dict[str, str]], images: int) -> Figure:
-    """Bounds and log p(x) of each optimiser, nats per image."""
+    """Draws bounds and log p(x) of each optimiser, in nats per image."""
     figure = Figure(figsize=(7, 2.4), layout="constrained")
     ax = figure.subplots()
     marks = {

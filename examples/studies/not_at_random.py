@@ -1,15 +1,15 @@
-"""Values that are missing because they are large: a model of what goes missing, by hand.
+"""Imputes values that are missing because they are large, by a hand-written Pyro model.
 
 python examples/studies/not_at_random.py
 python examples/studies/not_at_random.py --smoke
 
 In two columns of five every value above the mean is missing. A VAE of the observed entries takes
-them as missing at random, and imputes values that are far too low. The program below adds why
-they are missing, p(mask | x), with one logistic curve for each column that rises with its value
-("self-masking known"): not-MIWAE. The missing values are latents, and the guide draws them from
-the model's own p(x | z), so that their densities cancel. IWAE, `log_evidence` and `impute` take
-it as any other program. Last is the root mean squared error of the missing values; the data are
-linear and the model is too.
+them as missing at random, and imputes values that are far too low. The program below is
+not-MIWAE: it adds why they are missing, p(mask | x), with a logistic curve for each column that
+rises with the value ("self-masking known"). The missing values are latents. The guide draws them
+from the model's own p(x | z), so their densities cancel. IWAE, `log_evidence` and `impute` take
+the program as any other. It prints the root mean squared error of the missing values. Data and
+model are linear.
 
 Ipsen, Mattei and Frellsen. not-MIWAE: deep generative modelling with missing not at random data.
 2021.
@@ -33,9 +33,9 @@ from pyro_vae.objectives import IWAE
 class SelfMasking(nn.Module):
     """A VAE, and the probability that a value is missing given the value itself.
 
-    The curves start steep, and there is no `initialise`: that of the VAE starts at the mean of
-    what is observed. From flat curves, or from there, values look missing at random, and training
-    may stay there.
+    The curves start steep. There is no `initialise`, because that of the VAE would start at the
+    mean of what is observed. From there, or from flat curves, values look missing at random, and
+    training may stay there.
     """
 
     def __init__(self, vae: VAE, columns: Tensor) -> None:
@@ -45,7 +45,7 @@ class SelfMasking(nn.Module):
         self.threshold = nn.Parameter(torch.zeros(len(self.columns)))
 
     def model(self, x: Tensor) -> None:
-        """z, x given z, and which entries of x are missing given x."""
+        """Draws z, x given z, and which entries of x are missing given x."""
         pyro.module("self", self)
         with pyro.plate("data", len(x), dim=-1):
             p = self.vae.likelihood(pyro.sample("z", self.vae.prior()))
@@ -56,7 +56,7 @@ class SelfMasking(nn.Module):
             pyro.sample("mask", dist.Bernoulli(logits=logits).to_event(1), obs=mask)
 
     def guide(self, x: Tensor) -> None:
-        """q(z | what is observed), and what is missing from the model's own p(x | z)."""
+        """Draws z from q(z | observed entries), and the missing entries from p(x | z)."""
         with pyro.plate("data", len(x), dim=-1):
             z = pyro.sample("z", self.vae.encode(x))
             pyro.sample("x_missing", self.vae.likelihood(z))
@@ -69,7 +69,7 @@ def normal(
     scale: str = "learned",
     min_scale: float = 0.01,
 ) -> VAE:
-    """Probabilistic PCA, or a network for its linear map, with an encoder of incomplete rows."""
+    """Builds probabilistic PCA, or a network for its linear map, for incomplete rows."""
     return build(
         data_dim, latent_dim, missing=True,
         likelihood={"Normal": {"scale": scale, "min_scale": min_scale}},
@@ -79,7 +79,7 @@ def normal(
 
 
 def large_missing(full: Tensor) -> Tensor:
-    """What is above its column's mean is missing, in the first half of the columns."""
+    """Removes the values above their column's mean, in the first half of the columns."""
     x = full.clone()
     half = full.shape[1] // 2
     x[:, :half] = x[:, :half].masked_fill(x[:, :half] > full[:, :half].mean(0), torch.nan)
@@ -87,7 +87,7 @@ def large_missing(full: Tensor) -> Tensor:
 
 
 def error(found: Tensor, full: Tensor, x: Tensor) -> float:
-    """Root mean squared error of what was missing."""
+    """Returns the root mean squared error of the missing values."""
     return (found - full)[x.isnan()].square().mean().sqrt().item()
 
 
@@ -101,7 +101,7 @@ def imputed(
     batch_size: int = 100,
     decay: bool = True,
 ) -> Imputation:
-    """What is missing after training by IWAE."""
+    """Trains the program by IWAE, and imputes the missing values."""
     options = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "progress": False}
     options |= {"seed": seed, "compile": compile}
     options["schedule"] = {"CosineAnnealingLR": {"T_max": epochs}} if decay else None
@@ -110,7 +110,7 @@ def imputed(
 
 
 def main(smoke: bool = False) -> dict[str, float]:
-    """Errors of three ways to fill in what is missing."""
+    """Returns the errors of three ways to fill in the missing values."""
     torch.manual_seed(0)
     rows, epochs = (100, 2) if smoke else (1000, 200)
     full = torch.randn(rows, 2) @ torch.randn(2, 5) + 0.3 * torch.randn(rows, 5)

@@ -1,4 +1,4 @@
-"""The table that a study prints."""
+"""Prints the table of a study."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 def show(rows: Sequence[Mapping[str, Any]], title: str, width: int, digits: int = 2) -> None:
-    """Prints rows of cells by their names; numbers with so many digits after the point."""
+    """Prints rows, each a mapping from column to cell; floats with `digits` decimals."""
     if not rows:
         return
     table = Table(*rows[0], title=title)

@@ -1,19 +1,20 @@
-"""Four priors of one VAE on binarised MNIST: what the prior alone adds to log p(x).
+"""Compares four priors of one VAE on binarised MNIST by what each adds to log p(x).
 
 python examples/studies/priors_mnist.py --root data  # 20 epochs: half an hour on one core
 python examples/studies/priors_mnist.py --root data --epochs 2000 --warm_up 100 --patience 50 \
     --lr 5e-4 --images 10000                    # the published budget
 python examples/studies/priors_mnist.py --smoke  # bundled digits, seconds
 
-784-300-300-40 with gated units, 500 components, batch 100, a warm-up of the KL, as published.
-Pixels are drawn anew from their grey values at every visit ("dynamic"), or drawn once from a seed
-("drawn once": not the file of Larochelle and Murray). Test images are the same draws in both, so
-that all differences are paired. log p(x) is by `log_evidence`; the encoder's bound with 5000
-draws, which the papers report, stands beside it. Tables and figures grow with each model; run
-again, it goes on where it was.
+As published, the VAE is 784-300-300-40 with gated units, priors have 500 components, batches 100
+images, and the weight of the KL rises from 0. Pixels are drawn from their grey values at every
+visit ("dynamic"), or once from a seed ("drawn once": not the file of Larochelle and Murray). Both
+have the same draws of the test images, so all differences are paired. log p(x) is by
+`log_evidence`. The bound by 5000 draws of the encoder, which the papers report, stands beside it.
+Tables and figures are written after each model. If you run the command again, it goes on where
+it stopped.
 
-Tomczak and Welling. VAE with a VampPrior. 2018. The published values are those of a later rerun
-with the same code, 5000 draws: Norouzi, Fleet and Norouzi. Exemplar VAE. 2020.
+Tomczak and Welling. VAE with a VampPrior. 2018. The published values are of a later rerun with
+the same code and 5000 draws: Norouzi, Fleet and Norouzi. Exemplar VAE. 2020.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ PUBLISHED = {("StandardNormal", "dynamic"): -84.45, ("VampPrior", "dynamic"): -8
 
 
 def main(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Trains and judges each, writes tables and figures, and returns the rows."""
+    """Trains and judges each model, writes tables and figures, and returns the rows."""
     rows, evidence, pictures = [], {}, {}
     for prior, transform in RUNS:
         name = f"{prior}, {SHOWN[transform]}"
@@ -73,7 +74,7 @@ def main(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def trained(prior: str, data: Splits, arguments: argparse.Namespace) -> tuple[Any, History]:
-    """The VAE with this prior, with the weights of its best validation bound."""
+    """Trains the VAE with this prior; returns it with its best weights by validation."""
     latent_dim, components = (4, 5) if arguments.smoke else (40, 500)
     mixture = prior in ("MixtureOfGaussians", "VampPrior")
     torch.manual_seed(arguments.seed)
@@ -87,7 +88,7 @@ def trained(prior: str, data: Splits, arguments: argparse.Namespace) -> tuple[An
         encoder={"class_path": "GatedMLP", "init_args": {"hidden": [300, 300]}},
         decoder={"class_path": "GatedMLP", "init_args": {"hidden": [300, 300]}},
     )
-    # a short run gains from a rate that falls; a long one keeps it, and stops early
+    # a short run gains from a falling learning rate; a long one keeps the rate and stops early
     falling = {"class_path": "CosineAnnealingLR", "init_args": {"T_max": arguments.epochs}}
     history = fit(
         vae,
@@ -111,7 +112,7 @@ def trained(prior: str, data: Splits, arguments: argparse.Namespace) -> tuple[An
 def judged(
     vae: VAE, data: Splits, arguments: argparse.Namespace
 ) -> tuple[Evidence, dict[str, Any]]:
-    """log p(x) of test images, the encoder's bound, and how many latent units are in use."""
+    """Returns log p(x) of test images, and its row: mean, encoder's bound, active units."""
     test = data.test.fixed()
     x, _ = test.batch(torch.arange(arguments.images))
     evidence = log_evidence(vae.model, vae.guide, x)
@@ -132,7 +133,7 @@ def judged(
 
 
 def paired(a: Evidence, b: Evidence) -> tuple[float, float]:
-    """Mean of log p_a(x) - log p_b(x) over the images, and its standard error."""
+    """Returns the mean of log p_a(x) - log p_b(x) over the images, and its standard error."""
     difference = a.log_prob - b.log_prob
     return difference.mean().item(), difference.std().item() / len(difference) ** 0.5
 
@@ -140,7 +141,7 @@ def paired(a: Evidence, b: Evidence) -> tuple[float, float]:
 def report(
     rows: list[dict[str, Any]], evidence: dict[str, Evidence], arguments: argparse.Namespace
 ) -> dict[str, tuple[float, float]]:
-    """Writes and prints the table, and that of the differences, which it gives back."""
+    """Writes and prints the tables of models and of differences; returns the differences."""
     title = f"{arguments.images} test images of digits, nats per image"
     if not arguments.smoke:
         title = (
@@ -166,7 +167,7 @@ def report(
 
 @plots.style()
 def compared(rows: list[dict[str, Any]], pairs: dict[str, tuple[float, float]]) -> Figure:
-    """What each adds to the log p(x) of the first, with two standard errors."""
+    """Draws what each model adds to the log p(x) of the first, with two standard errors."""
     first, *others = (row["model"] for row in rows)
     figure = Figure(figsize=(6.5, 2.4), layout="constrained")
     ax = figure.subplots()
@@ -182,7 +183,7 @@ def compared(rows: list[dict[str, Any]], pairs: dict[str, tuple[float, float]]) 
 
 
 def gallery(pictures: dict[str, Tensor]) -> Figure:
-    """25 images of each."""
+    """Draws 25 images of each model."""
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = list(figure.subplots(2, 4).flat)
     for ax, (name, x) in zip(axes, pictures.items()):

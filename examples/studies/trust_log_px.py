@@ -1,12 +1,13 @@
-"""How far an estimate of log p(x) can be trusted: what the encoder's weights say, and the truth.
+"""Compares the errors of two estimates of log p(x) with what their weights say of them.
 
 python examples/studies/trust_log_px.py --run RUN --root data  # a run of pyro-vae train on MNIST
 python examples/studies/trust_log_px.py  # trains on bundled digits, two minutes
 python examples/studies/trust_log_px.py --smoke
 
-With the encoder as the proposal, an image's standard error and k-hat say little of how many nats
-are missing; with a proposal fitted to the image, they say it. One figure, four panels: the
-error of each image against its standard error and its k-hat, for both. The axes of error differ.
+With the encoder as the proposal, the standard error and k-hat of an image say little of how many
+nats are missing. With a proposal fitted to the image, they say it. The figure has four panels: for
+both proposals, the error of each image against its standard error and against its k-hat. The
+axes of error differ.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pyro_vae.vae import VAE
 
 
 def trained(arguments: argparse.Namespace) -> tuple[VAE, Tensor]:
-    """A VAE and held-out images."""
+    """Trains or loads a VAE; returns it and held-out images."""
     name = "MNIST" if arguments.run else "digits"
     data = load_data(name, root=arguments.root, transform="threshold")
     x, _ = data.test.fixed().batch(torch.arange(7 if arguments.smoke else arguments.images))
@@ -43,7 +44,7 @@ def trained(arguments: argparse.Namespace) -> tuple[VAE, Tensor]:
 
 @plots.style()
 def draw(estimates: dict[str, Evidence], reference: Evidence) -> Figure:
-    """The error of each image's estimate against what the weights say of it."""
+    """Draws the error of each image's estimate against what the weights say of it."""
     figure = Figure(figsize=(7, 5.4), layout="constrained")
     axes = figure.subplots(2, 2, sharey="row")
     for row, colour, (name, found) in zip(axes, (1, 0), estimates.items()):
@@ -67,7 +68,7 @@ def draw(estimates: dict[str, Evidence], reference: Evidence) -> Figure:
 
 
 def main(arguments: argparse.Namespace) -> dict[str, float]:
-    """Estimates, draws, and returns the mean shortfall of each proposal."""
+    """Estimates log p(x), draws the figure, and returns the mean shortfall of each proposal."""
     vae, x = trained(arguments)
     k = 200 if arguments.smoke else 5000
     estimates = {
