@@ -152,6 +152,45 @@ def test_impute_keeps_the_labels_of_a_table(run: Path, tmp_path: Path) -> None:
         assert all(row[:-1] for row in found)
 
 
+@pytest.mark.filterwarnings("ignore:posterior collapse")
+@pytest.mark.parametrize("kind", ["csv", "parquet", "numbers"])
+def test_impute_changes_no_cell_that_was_observed(kind: str, tmp_path: Path) -> None:
+    """Numbers of more digits than float32 has, as dates and amounts are, and other spellings."""
+    file, words = tmp_path / "a.csv", kind != "numbers"
+    texts = ["01", "2.50", "", "1e1"]
+    rows = [
+        [f"n{i}", texts[i % 4], 20200101 + 37 * i if i % 5 else "", f"{123456.789 * 1.3**i:.2f}"]
+        for i in range(40)
+    ]
+    names = "id,b,day,pay,label"
+    table = [[*row[not words :], "" if i == 3 else "1.0"] for i, row in enumerate(rows)]
+    written(file, table, names[3 * (not words) :])
+    schema = ["--schema", "{id: ignored}"] if words else ["--likelihood", "Normal"]
+    run = tmp_path / "run"
+    assert main(["train", *SMALL, "--data", str(file), "--run", str(run), *schema]) == 0
+    if kind == "parquet":
+        frame = pytest.importorskip("pandas").read_csv(file)
+        pytest.importorskip("pyarrow")
+        file = tmp_path / "a.parquet"
+        frame.astype({"b": "float32"}).to_parquet(file)
+    assert main(["impute", str(run), str(file), "--draws=1", "--progress=false"]) == 0
+    order = ["b", "day", "pay", *(["id"] if words else []), "label"]
+    for name in ("a.imputed.csv", "a.imputed-1.csv"):
+        head, *found = csv.reader((tmp_path / name).read_text().splitlines())
+        assert head == order
+        for row, filled in zip(table, found, strict=True):
+            known = dict(zip(names[3 * (not words) :].split(","), row))
+            for column, value in zip(order, filled, strict=True):
+                cell = str(known[column])
+                if cell == "":
+                    assert (value == "") == (column == "label")
+                elif kind == "parquet" and column != "id":
+                    assert float(value) == float(cell)
+                    assert len(value) <= len(cell)
+                else:
+                    assert value == cell
+
+
 def test_a_file_without_some_classes_keeps_the_codes_of_the_others(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -24,8 +24,7 @@ from pyro_vae.cli.score import WORK
 from pyro_vae.cli.stream import key_of, part_seed, stream
 from pyro_vae.data import Data, read_rows
 from pyro_vae.data.mapped import npy
-from pyro_vae.data.schema import Cells
-from pyro_vae.data.tables import label_cells
+from pyro_vae.data.tables import own_cells
 from pyro_vae.files import as_csv, write
 from pyro_vae.runtime import forked
 from pyro_vae.vae import VAE
@@ -107,12 +106,12 @@ def impute(options: Namespace) -> None:
     given = read_rows(options.file) if schema is None else rows
 
     def join(parts: list[Path], out: Path) -> str:
-        beside = {} if schema is None else label_cells(source, schema)
         width = len(str(options.draws))
+        own = own_cells(source, schema, given.columns is not None) if suffix == ".csv" else None
         for i in range(options.draws + 1):
             name = f"{out.stem}-{i:0{width}d}" if i else out.stem
             each = (_of_part(part, "x")[i] for part in parts)
-            write(out.with_name(f"{name}{suffix}"), _content(given, each, suffix, beside))
+            write(out.with_name(f"{name}{suffix}"), _content(given, each, suffix, own))
         verdicts = Counter(word for part in parts for word in _of_part(part, "verdict"))
         words = ", ".join(f"{n} {word}" for word, n in verdicts.items())
         draws = f" and {options.draws} files of draws beside it" if options.draws else ""
@@ -187,24 +186,27 @@ def _of_part(part: Path, name: str) -> np.ndarray:
 
 
 def _content(
-    given: Data, parts: Iterable[np.ndarray], suffix: str, beside: Cells
+    given: Data,
+    parts: Iterable[np.ndarray],
+    suffix: str,
+    own: tuple[list[str], list[Any]] | None,
 ) -> str | bytes | Iterable[bytes]:
-    """Returns the content of a file like `given`, with the rows that come in parts.
+    """A file as that of the rows given, of rows that come in parts.
 
-    `beside` holds the cells of the labels, for a table with a schema.
+    A table has its own cells, in columns below their names, but for those that are empty.
     """
     if suffix == ".npy":
         return npy(parts, given.x.shape)
     x = np.concatenate(list(parts))
-    if given.schema is not None:
-        return given.schema.csv(torch.from_numpy(x), beside)
-    if suffix == ".csv":
-        rows: list[Any] = list(x)  # written with the fewest digits that give them again
-        head = [] if given.columns is None else [[*given.columns]]
-        if given.labels is not None:
-            rows = [[*row, label] for row, label in zip(x, given.labels.tolist())]
-            head = [[*names, "label"] for names in head]
-        return as_csv([*head, *rows])
+    if own is not None:
+        names, columns = own
+        schema = given.schema
+        made: Any = x.T if schema is None else schema.decode(torch.from_numpy(x)).values()
+        filled = [
+            [new if old is None else old for old, new in zip(*pair)] for pair in zip(columns, made)
+        ]
+        rows = zip(*filled, *columns[len(filled) :])
+        return as_csv([names, *rows] if names else rows)
     arrays: dict[str, Any] = {"x": x, "y": given.y, "labels": given.labels}
     return _archive(**{name: part for name, part in arrays.items() if part is not None})
 

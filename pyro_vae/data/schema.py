@@ -203,12 +203,9 @@ class Schema:
         width, exact = torch.tensor(widths, dtype=torch.float64), rows.double()
         return torch.where(width > 0, (exact / width).round() * width, exact).to(rows)
 
-    def csv(self, rows: Tensor, beside: Cells | None = None) -> str:
-        """Returns rows [N, C] as the text of a .csv file, in the table's own names and units.
-
-        The cells `beside`, by column, become the last columns.
-        """
-        cells = self.decode(rows) | (beside or {})
+    def csv(self, rows: Tensor) -> str:
+        """Rows [N, C] as the text of a .csv file, in the table's own names and units."""
+        cells = self.decode(rows)
         return as_csv([cells, *zip(*cells.values())])
 
 
@@ -293,6 +290,14 @@ def as_key(cell: Any) -> float | str:
 def shortened(value: Any) -> Any:
     """Returns a whole float as an int, and other values as they are."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def as_written(cell: Any) -> Any:
+    """A number in the fewest digits that give it again, of float32 if it is one of these."""
+    if not isinstance(cell, float) or cell.is_integer():
+        return shortened(cell)
+    short = np.float32(cell)
+    return float(str(short)) if float(short) == cell else cell
 
 
 def _levels(kind: str, cells: Sequence[Any], order: Sequence[Any] | None) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -18,7 +19,6 @@ from torch import Tensor
 from pyro_vae.data.data import Data
 from pyro_vae.data.mapped import CHUNK, LARGE, Mapped, spooled
 from pyro_vae.data.schema import (
-    Cells,
     Column,
     Known,
     Read,
@@ -26,6 +26,7 @@ from pyro_vae.data.schema import (
     as_key,
     as_name,
     as_number,
+    as_written,
     check_digits,
     ignored_in,
     inferred,
@@ -113,11 +114,26 @@ def read_rows_of_table(path: Path, schema: Known) -> Data:
     return Data(rows, labels=codes, class_names=names, name=table.name, **about)
 
 
-def label_cells(path: Path, schema: Schema) -> Cells:
-    """Reads the column of labels of a table: its cells by its name, or {} if there is none."""
+def own_cells(path: Path, schema: Schema | None, named: bool) -> tuple[list[str], list[Any]]:
+    """The names of a table's columns, if it has them, and their cells, None where they are empty.
+
+    The cells are as they stand in the file. The columns that are no part of the rows come last:
+    labels, and those that the schema ignores, where these can be read.
+    """
+    if schema is None:
+        lines = [line for _, line in read_lines(path)]
+        names = [name.strip() for name in lines.pop(0)] if named else []
+        columns = [list(map(as_cell, column)) for column in zip(*lines)]
+        for d in map(names.index, label_column(str(path), names)):
+            names, columns = [[*x[:d], *x[d + 1 :], x[d]] for x in (names, columns)]
+        return names, columns
     table = _opened(path)
-    label = label_column(table.name, table.columns, schema)
-    return {key: [*table.read(key)[0]] for key in label}
+    cells = {name: table.read(name)[0] for name in schema.columns}
+    for name in table.columns:
+        if name not in cells:
+            with suppress(ValueError):
+                cells[name] = table.read(name)[0]
+    return [*cells], [list(map(as_written, column)) for column in cells.values()]
 
 
 def label_column(name: str, columns: Sequence[str], schema: Known = None) -> list[str]:
