@@ -27,11 +27,11 @@ from pyro_vae.densities.programs import (
     sample_sites,
 )
 
-__all__ = ["folds", "known_of", "run_program"]
+__all__ = ["folds", "trial_result", "run_program"]
 
-Run = Callable[..., poutine.Trace]  # `run_program` with its program and data bound
+BatchedRun = Callable[..., poutine.Trace]  # `run_program` with its program and data bound
 
-TRIED = 3  # particles in a trial run of a program
+TRIAL_PARTICLES = 3  # particles in a trial run of a program
 TOLERANCE = 1e-3  # on log densities: matrix products of another size round differently
 
 
@@ -78,7 +78,7 @@ def folds(program: Program, x: Tensor, y: Tensor | None, num_particles: int = 1)
     Raises:
         ValueError: If the program can run with several particles in neither way.
     """
-    answer = known_of(program, x, y).fold
+    answer = trial_result(program, x, y).fold
     if not isinstance(answer, str) or num_particles == 1:
         return bool(answer)
     raise ValueError(
@@ -89,7 +89,7 @@ def folds(program: Program, x: Tensor, y: Tensor | None, num_particles: int = 1)
     )
 
 
-class Known(NamedTuple):
+class TrialResult(NamedTuple):
     """What trial runs on one row and on two rows have shown about a program.
 
     Attributes:
@@ -102,10 +102,10 @@ class Known(NamedTuple):
     latents: dict[str, Tensor | None] = {}
 
 
-_known: WeakKeyDictionary[Any, dict[Any, Known]] = WeakKeyDictionary()
+_trial_results: WeakKeyDictionary[Any, dict[Any, TrialResult]] = WeakKeyDictionary()
 
 
-def known_of(program: Program, x: Tensor, y: Tensor | None) -> Known:
+def trial_result(program: Program, x: Tensor, y: Tensor | None) -> TrialResult:
     """Returns what is known of a program, found out once and kept while its owner lives.
 
     Nothing can be tried on an `x` that is being traced: a program not tried before then counts
@@ -114,40 +114,42 @@ def known_of(program: Program, x: Tensor, y: Tensor | None) -> Known:
     owner, method = getattr(program, "__self__", program), getattr(program, "__func__", None)
     key = method, y is None, x.dtype, x.device
     try:
-        kept = _known.setdefault(owner, {})
+        cached = _trial_results.setdefault(owner, {})
     except TypeError:  # the owner takes no weak references: the program is tried at each call
-        kept = {}
-    if key in kept:
-        return kept[key]
+        cached = {}
+    if key in cached:
+        return cached[key]
     traced = type(x) not in (Tensor, nn.Parameter)  # a stand-in without numbers to try
-    known = Known() if traced else _tried(program, x, y)
-    if known.fold is not None:
-        kept[key] = known
-    return known
+    result = TrialResult() if traced else _try_program(program, x, y)
+    if result.fold is not None:
+        cached[key] = result
+    return result
 
 
-def _tried(program: Program, x: Tensor, y: Tensor | None) -> Known:
+def _try_program(program: Program, x: Tensor, y: Tensor | None) -> TrialResult:
     """Tries a program on the first rows; its errors are ignored, for the real run raises them."""
     fold: bool | str | None = None
     latents: Sites = {}
-    no_cast = torch.autocast(x.device.type, enabled=False)
-    with poutine.block(), evaluating(program, seed=None, device=x.device), no_cast:
+    no_autocast = torch.autocast(x.device.type, enabled=False)
+    with poutine.block(), evaluating(program, seed=None, device=x.device), no_autocast:
         for num_rows in (1, 2):
             rows = torch.arange(num_rows, device=x.device) % len(x)
             run = partial(run_program, program, x[rows], None if y is None else y[rows])
             try:
-                alone = [sample_sites(run(1, fold=True), "program") for _ in range(TRIED)]
-                latents = {n: s for n, s in alone[0].items() if not s["is_observed"]}
-                draws = _stacked([{n: sites[n]["value"] for n in latents} for sites in alone])
-                truth = _stacked([_scores(sites) for sites in alone])
+                singles = [
+                    sample_sites(run(1, fold=True), "program") for _ in range(TRIAL_PARTICLES)
+                ]
+                latents = {n: s for n, s in singles[0].items() if not s["is_observed"]}
+                draws = _cat([{n: sites[n]["value"] for n in latents} for sites in singles])
+                expected = _cat([_log_probs(sites) for sites in singles])
             except Exception:
                 fold = None
                 break
-            fold = bool(_fault(run, draws, truth, fold=False))
+            fold = bool(_batched_error(run, draws, expected, fold=False))
             if fold:
-                fold = _fault(run, draws, truth, fold=True) or True
+                fold = _batched_error(run, draws, expected, fold=True) or True
                 break
-    return Known(fold, {n: _support(n, s["infer"], s["fn"]) for n, s in latents.items()})
+    return TrialResult(fold, {n: _support(n, s["infer"], s["fn"]) for n, s in latents.items()})
 
 
 def _support(name: str, infer: dict[str, Any], fn: Any) -> Tensor | None:
@@ -162,34 +164,34 @@ def _support(name: str, infer: dict[str, Any], fn: Any) -> Tensor | None:
     return support.reshape(len(support), *fn.event_shape)
 
 
-def _fault(run: Run, latents: Latents, truth: Latents, *, fold: bool) -> str:
+def _batched_error(run: BatchedRun, latents: Latents, expected: Latents, *, fold: bool) -> str:
     """Returns what is wrong with a run of all particles together; empty if nothing."""
     try:
-        trace = run(TRIED, poutine.condition(data=latents), fold=fold)
-        together = _scores(sample_sites(trace, "program"))
+        trace = run(TRIAL_PARTICLES, poutine.condition(data=latents), fold=fold)
+        batched = _log_probs(sample_sites(trace, "program"))
         same = [
-            score.shape == together[name].shape
-            and torch.allclose(together[name], score, TOLERANCE, TOLERANCE, equal_nan=True)
-            for name, score in truth.items()
+            log_prob.shape == batched[name].shape
+            and torch.allclose(batched[name], log_prob, TOLERANCE, TOLERANCE, equal_nan=True)
+            for name, log_prob in expected.items()
         ]
     except Exception as error:
         return " ".join(str(error).splitlines()[:1]) or type(error).__name__
     return "" if all(same) else "which changes the densities"
 
 
-def _stacked(parts: list[Latents]) -> Latents:
+def _cat(parts: list[Latents]) -> Latents:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _scores(sites: Sites) -> Latents:
+def _log_probs(sites: Sites) -> Latents:
     """Returns the log density of each site, leaving out those that can score only own draws."""
-    scores = {}
+    log_probs = {}
     for name, site in sites.items():
         try:  # a copy, for a flow returns the density that it kept for its own draw
-            scores[name] = site["fn"].log_prob(site["value"].clone())
+            log_probs[name] = site["fn"].log_prob(site["value"].clone())
         except (KeyError, NotImplementedError):
             continue
-    return scores
+    return log_probs
 
 
 class ParticlePlate(IndepMessenger):
@@ -225,8 +227,8 @@ class Fold(Messenger):
             msg["value"] = msg["value"].expand(shape).unflatten(0, (K, -1))
         if K > 1:
             frames = msg["cond_indep_stack"]
-            if cut := [frame.name for frame in frames if frame.size != frame.full_size]:
-                raise ValueError(f"the plate {cut[0]!r} is subsampled")
+            if subsampled := [frame.name for frame in frames if frame.size != frame.full_size]:
+                raise ValueError(f"the plate {subsampled[0]!r} is subsampled")
             rows = [frame.size // K for frame in frames]
             msg["fn"] = _unfolded(fn, K)
             msg["cond_indep_stack"] = tuple(

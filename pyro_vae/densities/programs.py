@@ -36,10 +36,10 @@ class OwnParameters(Messenger):
         msg["value"], msg["done"], msg["stop"] = True, True, True
 
     def _pyro_param(self, msg: dict[str, Any]) -> None:
-        start = msg["args"][1] if len(msg["args"]) > 1 else None
-        known = msg["name"] in pyro.get_param_store()  # then there is nothing to register
-        if isinstance(start, nn.Parameter) and not known:
-            msg["value"], msg["done"], msg["stop"] = start, True, True
+        initial = msg["args"][1] if len(msg["args"]) > 1 else None
+        registered = msg["name"] in pyro.get_param_store()  # then there is nothing to register
+        if isinstance(initial, nn.Parameter) and not registered:
+            msg["value"], msg["done"], msg["stop"] = initial, True, True
 
 
 @contextmanager
@@ -57,11 +57,11 @@ def evaluating(*programs: Program, seed: int | None, device: torch.device) -> It
     store, thread = pyro.get_param_store(), threading.get_ident()
     owners = [p if isinstance(p, nn.Module) else getattr(p, "__self__", None) for p in programs]
     modules = [owner for owner in owners if isinstance(owner, nn.Module)]
-    trained: list[nn.Module] = []
+    switched: list[nn.Module] = []
 
     def switch(module: nn.Module, *_: Any) -> None:
         if module.training and threading.get_ident() == thread:
-            trained.append(module)
+            switched.append(module)
             module.training = False
 
     with (
@@ -78,7 +78,7 @@ def evaluating(*programs: Program, seed: int | None, device: torch.device) -> It
             yield
         finally:
             hook.remove()
-            for module in trained:
+            for module in switched:
                 module.training = True
 
 
@@ -153,11 +153,11 @@ def sample_sites(trace: poutine.Trace, program: str) -> Sites:
     return sites
 
 
-def check_latents(model: list[str], guide: Iterable[str]) -> None:
+def check_latents(model_latents: list[str], guide_latents: Iterable[str]) -> None:
     """Raises a ValueError if the latent sites of model and guide differ, or there are none."""
-    if missing := sorted(set(model) ^ set(guide)):
+    if missing := sorted(set(model_latents) ^ set(guide_latents)):
         raise ValueError(
             f"model and guide must have the same latent sites; {missing} is in one of them only"
         )
-    if not model:
+    if not model_latents:
         raise ValueError("the model has no latent site")

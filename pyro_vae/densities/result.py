@@ -147,9 +147,9 @@ class Densities:
                 "gradients this objective cannot take apart: use DReG, IWAE or ELBO"
             )
         latents = {n: s.value for n, s in self.sites.items() if s.value.requires_grad}
-        slopes = _slopes(log_density, latents)
+        grads = _grads(log_density, latents)
         shape = (self.num_particles, self.num_data, -1)
-        return self._sum([(g * latents[n]).reshape(shape).sum(-1) for n, g in slopes.items()])
+        return self._sum([(grad * latents[n]).reshape(shape).sum(-1) for n, grad in grads.items()])
 
     def kl(self, rule: str = "auto") -> dict[str, Tensor]:
         """Returns KL(q || p) of each site [B].
@@ -240,24 +240,24 @@ def factors(fn: Distribution) -> Distribution:
     return factors(fn.base_dist) if isinstance(fn, Independent) else fn
 
 
-def _slopes(log_density: Tensor, latents: Latents) -> Latents:
+def _grads(log_density: Tensor, latents: Latents) -> Latents:
     """Returns the gradient of the sum of `log_density` in each of `latents`, others held fixed."""
-    slopes: Latents = {}
+    grads: Latents = {}
     if not (latents and log_density.requires_grad):
-        return slopes
+        return grads
 
-    def stop(name: str, slope: Tensor) -> Tensor:
-        slopes[name] = slope
-        return torch.zeros_like(slope)  # so that no gradient reaches the sites before it
+    def stop(name: str, grad: Tensor) -> Tensor:
+        grads[name] = grad
+        return torch.zeros_like(grad)  # so that no gradient reaches the sites before it
 
     hooks = [z.register_hook(partial(stop, name)) for name, z in latents.items()]
     try:
-        given = list(latents.values())
-        torch.autograd.grad(log_density.sum(), given, retain_graph=True, allow_unused=True)
+        values = list(latents.values())
+        torch.autograd.grad(log_density.sum(), values, retain_graph=True, allow_unused=True)
     finally:
         for hook in hooks:
             hook.remove()
-    return slopes
+    return grads
 
 
 def _name(fn: Distribution) -> str:

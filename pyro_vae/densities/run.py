@@ -25,7 +25,7 @@ from pyro_vae.densities.programs import (
 from pyro_vae.densities.result import Densities, densities_of, factors
 from pyro_vae.densities.summed import summed_densities, summed_values
 
-OF_CLASSES = {"enumerate", "label_weight"}  # `infer` keys that mark sites of a class or label
+CLASS_SITE_KEYS = {"enumerate", "label_weight"}  # `infer` keys that mark sites of a class or label
 
 
 class NotSimulated(ValueError):
@@ -177,17 +177,17 @@ def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tenso
     args = [part for part in (x, y) if part is not None]
     with OwnParameters(), pyro.validation_enabled(False):
         first: Any = poutine.trace(model).get_trace(*args).nodes
-        given = {  # observed sites that would be summed out were they latent
+        fixed = {  # observed sites that would be summed out were they latent
             name: site["value"]
             for name, site in first.items()
             if site["type"] == "sample"
             and site["is_observed"]
             and (site["infer"] or {}).get("enumerate") == "parallel"
         }
-        free = poutine.condition(poutine.uncondition(model), data=given)
-        nodes: Any = poutine.trace(free).get_trace(*args).nodes
+        unconditioned = poutine.condition(poutine.uncondition(model), data=fixed)
+        nodes: Any = poutine.trace(unconditioned).get_trace(*args).nodes
     sites = {
-        n: s for n, s in nodes.items() if s["type"] == "sample" and is_random(s) and n not in given
+        n: s for n, s in nodes.items() if s["type"] == "sample" and is_random(s) and n not in fixed
     }
     observed = [name for name, site in sites.items() if "obs" in site["infer"]]
     if len(observed) != 1 or not _is_same(sites[observed[0]]["infer"]["obs"], x):
@@ -197,9 +197,9 @@ def draw_data(model: Program, x: Tensor, y: Tensor | None = None) -> tuple[Tenso
         )
     if getattr(sites[observed[0]]["fn"], "given_value", False):
         raise NotSimulated("no data are simulated for a density that is given a part of x")
-    new = sites.pop(observed[0])["value"].to(x.dtype)
-    new = torch.where(x.isnan(), x, new)
-    return new, {name: site["value"].unsqueeze(0) for name, site in sites.items()}
+    drawn = sites.pop(observed[0])["value"].to(x.dtype)
+    drawn = torch.where(x.isnan(), x, drawn)
+    return drawn, {name: site["value"].unsqueeze(0) for name, site in sites.items()}
 
 
 def complete_data(sites: Sites, x: Tensor, latents: Latents) -> Tensor:
@@ -225,7 +225,7 @@ def entry_log_prob(sites: Sites, x: Tensor, latents: Latents) -> Tensor:
     """
     name = _site_of_data(sites, x, latents)
     rest = {n: s["infer"] or {} for n, s in sites.items() if n not in (name, *latents)}
-    if others := [n for n, infer in rest.items() if not infer.keys() & OF_CLASSES]:
+    if others := [n for n, infer in rest.items() if not infer.keys() & CLASS_SITE_KEYS]:
         raise ValueError(
             f"densities of single entries are of models whose one observed site is x itself; "
             f"this one observes {sorted(others)} too"

@@ -11,14 +11,14 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_vae.densities.particles import known_of, run_program
+from pyro_vae.densities.particles import run_program, trial_result
 from pyro_vae.densities.programs import Latents, Program, Sites, check_latents, sample_sites
 from pyro_vae.densities.result import Densities, Site, densities_of
 
 __all__ = ["summed_densities", "summed_values"]
 
-MOST = 10_000  # joint values that may be summed over
-EXCLUDED = 100.0  # nats below the least likely value, for values of log weight -inf
+MOST_VALUES = 10_000  # joint values that may be summed over
+EXCLUDED_GAP = 100.0  # nats below the least likely value, for values of log weight -inf
 
 
 def summed_values(model: Program, x: Tensor, y: Tensor | None = None) -> Latents:
@@ -29,20 +29,20 @@ def summed_values(model: Program, x: Tensor, y: Tensor | None = None) -> Latents
     Raises:
         ValueError: If there are more than 10,000 joint values, or a site cannot list its values.
     """
-    marked = {name: v for name, v in known_of(model, x, y).latents.items() if v is not None}
+    marked = {name: v for name, v in trial_result(model, x, y).latents.items() if v is not None}
     if not marked:
         return {}
     sizes = [len(support) for support in marked.values()]
-    if prod(sizes) > MOST:
+    if prod(sizes) > MOST_VALUES:
         raise ValueError(
             f"the discrete sites {sorted(marked)} have {prod(sizes)} joint values, more than "
-            f"{MOST} to sum over: leave infer={{'enumerate': 'parallel'}} out of some"
+            f"{MOST_VALUES} to sum over: leave infer={{'enumerate': 'parallel'}} out of some"
         )
     index = torch.cartesian_prod(*map(torch.arange, sizes)).reshape(-1, len(sizes))
     return {name: v[index[:, i].to(v.device)] for i, (name, v) in enumerate(marked.items())}
 
 
-class Given(Messenger):
+class FixSites(Messenger):
     """Fixes summed sites at the joint values, K particles for each, and latents at given draws."""
 
     def __init__(self, values: Latents, latents: Latents) -> None:
@@ -60,13 +60,13 @@ class Given(Messenger):
             msg["value"] = blocks.expand(*batch, *value.shape[1:])
 
 
-class OverValues(dist.TorchDistribution):
+class CombinedDistribution(dist.TorchDistribution):
     """Wraps distributions under each of C joint values, batch [C * K, B], as one of batch [K, B].
 
     Args:
         base: The distribution of batch [C * K, B].
         log_weights: Log weights of the values [C, K, B].
-        scored: A sample, and its log densities under each value [C, K, B], already computed.
+        cached: A sample, and its log densities under each value [C, K, B], already computed.
         has_rsample: Whether gradients pass through the sample.
     """
 
@@ -76,24 +76,28 @@ class OverValues(dist.TorchDistribution):
         self,
         base: Any,
         log_weights: Tensor,
-        scored: tuple[Tensor, Tensor],
+        cached: tuple[Tensor, Tensor],
         has_rsample: bool = False,
     ) -> None:
         super().__init__(log_weights.shape[1:], base.event_shape, validate_args=False)
-        self.base_dist, self.log_weights, self.scored = base, log_weights, scored
+        self.base_dist, self.log_weights, self.cached = base, log_weights, cached
         self.has_rsample = has_rsample
 
-    def terms(self, value: Tensor) -> Tensor:
+    def log_probs(self, value: Tensor) -> Tensor:
         """Returns log densities under each of the C values [C, K, B]."""
-        known, terms = self.scored
-        return terms if value is known else _terms(self.base_dist, value, self.log_weights)
+        cached_value, log_prob = self.cached
+        return (
+            log_prob
+            if value is cached_value
+            else _log_probs(self.base_dist, value, self.log_weights)
+        )
 
 
-class Mixture(OverValues):
+class Mixture(CombinedDistribution):
     """The mixture over the C values: a discrete latent is summed out."""
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return (self.log_weights + self.terms(value)).logsumexp(0)
+        return (self.log_weights + self.log_probs(value)).logsumexp(0)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
         rows = self.base_dist.sample(sample_shape)
@@ -104,12 +108,12 @@ class Mixture(OverValues):
         return rows.take_along_dim(index, len(sample_shape)).squeeze(len(sample_shape))
 
 
-class Average(OverValues):
+class Average(CombinedDistribution):
     """Log densities averaged over a discrete latent, each of whose values has its own draws."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         weights = self.log_weights.exp()
-        return (weights * self.terms(value).masked_fill(weights == 0, 0.0)).sum(0)
+        return (weights * self.log_probs(value).masked_fill(weights == 0, 0.0)).sum(0)
 
 
 def summed_densities(
@@ -132,40 +136,44 @@ def summed_densities(
     the guide's q(c | x) used: see `_classifier_term`.
     """
     C, K = len(next(iter(values.values()))), num_particles
-    own = bool(values.keys() & known_of(guide, x, y).latents.keys())
-    given = Given(values if own else {}, {})
-    q = sample_sites(run_program(guide, x, y, C * K if own else K, given), "guide")
-    if values.keys() & q.keys() and not own:
+    per_value = bool(values.keys() & trial_result(guide, x, y).latents.keys())
+    fix_values = FixSites(values if per_value else {}, {})
+    q = sample_sites(run_program(guide, x, y, C * K if per_value else K, fix_values), "guide")
+    if values.keys() & q.keys() and not per_value:
         raise ValueError(
             f"guide site {sorted(values)} was not seen in a run on one row: let the guide take "
             "any number of rows"
         )
-    proposed = {n: q.pop(n) for n in values if n in q}
-    own = own or known_of(model, x, y).latents.keys() == values.keys()
+    q_summed = {n: q.pop(n) for n in values if n in q}
+    per_value = per_value or trial_result(model, x, y).latents.keys() == values.keys()
     draws = {n: s["value"] for n, s in q.items()}
-    if not own:
+    if not per_value:
         draws = {n: z.repeat(C, *(1,) * (z.ndim - 1)) for n, z in draws.items()}
-    p = sample_sites(run_program(model, x, y, C * K, Given(values, draws)), "model")
+    p = sample_sites(run_program(model, x, y, C * K, FixSites(values, draws)), "model")
     latent = [n for n, s in p.items() if not s["is_observed"] and n not in values]
     if latent or q:
         check_latents(latent, q)
-    each = densities_of(p, q, C * K)
-    shape = torch.zeros(()).expand(C, K, each.num_data)
-    log_p = {n: _terms(s["fn"], s["value"], shape) for n, s in p.items()}
-    log_q = {n: _terms(s["fn"], s["value"], shape if own else shape[:1]) for n, s in q.items()}
+    expanded = densities_of(p, q, C * K)
+    like = torch.zeros(()).expand(C, K, expanded.num_data)
+    log_p = {n: _log_probs(s["fn"], s["value"], like) for n, s in p.items()}
+    log_q = {
+        n: _log_probs(s["fn"], s["value"], like if per_value else like[:1]) for n, s in q.items()
+    }
     label_term = _label_term(p, log_p, log_q)
-    if any(s["infer"].get("classifier") for s in proposed.values()):
-        log_c = _total({n: _terms(s["fn"], s["value"], shape) for n, s in proposed.items()})
-        label_term = _classifier_term(p, log_p, log_q, log_c)
+    if any(s["infer"].get("classifier") for s in q_summed.values()):
+        log_classifier = _total(
+            {n: _log_probs(s["fn"], s["value"], like) for n, s in q_summed.items()}
+        )
+        label_term = _classifier_term(p, log_p, log_q, log_classifier)
     sites, observed = (
-        _averages(p, q, log_p, log_q, values) if own else _mixtures(p, q, log_p, values)
+        _averages(p, q, log_p, log_q, values) if per_value else _mixtures(p, q, log_p, values)
     )
     return replace(
-        each,
+        expanded,
         sites=sites,
         observed=observed,
         num_particles=K,
-        each=each if own else None,
+        each=expanded if per_value else None,
         label_term=label_term,
     )
 
@@ -199,7 +207,7 @@ def _averages(
     """Returns the sites given c, averaged over p(c | x, draws), and c itself."""
     weights = (_total(log_p) - _total(log_q)).log_softmax(0)
     latents, observed = {}, {}
-    first = next(iter(values))
+    first_summed = next(iter(values))
     for name, site in p.items():
         fn, value = site["fn"], site["value"]
         of_model = Average(fn, weights, (value, log_p[name]))
@@ -208,7 +216,7 @@ def _averages(
             of_guide = Average(of_draws, weights, (value, log_q[name]), of_draws.has_rsample)
             latents[name] = Site(value, of_guide, of_model)
         elif name in values:  # the summed sites together are one joint latent
-            log_posterior = weights if name == first else torch.zeros_like(weights)
+            log_posterior = weights if name == first_summed else torch.zeros_like(weights)
             of_guide = Average(fn, weights, (value, log_posterior), has_rsample=True)
             latents[name] = Site(value, of_guide, of_model)
         else:
@@ -222,9 +230,9 @@ def _label_term(p: Sites, log_p: Latents, log_q: Latents) -> Tensor | None:
     weights = {name: weight for name, weight in weights.items() if weight}
     if not weights:
         return None
-    rest = _total({n: v for n, v in log_p.items() if n not in weights}) - _total(log_q)
-    terms = {n: w * (rest + log_p[n]).logsumexp((0, 1)) for n, w in weights.items()}
-    return _total(terms) - sum(weights.values()) * rest.logsumexp((0, 1))
+    unlabelled = _total({n: v for n, v in log_p.items() if n not in weights}) - _total(log_q)
+    terms = {n: w * (unlabelled + log_p[n]).logsumexp((0, 1)) for n, w in weights.items()}
+    return _total(terms) - sum(weights.values()) * unlabelled.logsumexp((0, 1))
 
 
 def _classifier_term(
@@ -239,14 +247,14 @@ def _classifier_term(
     """
     weights = {n: s["infer"]["label_weight"] for n, s in p.items() if "label_weight" in s["infer"]}
     labels = {n: log_p[n][:, 0] for n in weights}
-    rest = _total({n: v for n, v in log_p.items() if n not in weights}) - _total(log_q)
-    excluded = rest == -torch.inf  # by x: taken as very unlikely, lest the KL be infinite
-    least = rest.detach().masked_fill(excluded, torch.inf).amin((0, 1))
-    rest = torch.where(excluded, least - EXCLUDED, rest)
-    log_w, log_c, said = rest.logsumexp(1), log_classifier.mean(1), _total(labels)
-    posterior = (log_c + said).softmax(0)
+    unlabelled = _total({n: v for n, v in log_p.items() if n not in weights}) - _total(log_q)
+    excluded = unlabelled == -torch.inf  # by x: taken as very unlikely, lest the KL be infinite
+    lowest = unlabelled.detach().masked_fill(excluded, torch.inf).amin((0, 1))
+    unlabelled = torch.where(excluded, lowest - EXCLUDED_GAP, unlabelled)
+    log_w, log_c, log_label = unlabelled.logsumexp(1), log_classifier.mean(1), _total(labels)
+    posterior = (log_c + log_label).softmax(0)
     kl = (posterior * (log_c - log_w)).sum(0)
-    kl = kl - (log_c + said).logsumexp(0) + (log_w + said).logsumexp(0)
+    kl = kl - (log_c + log_label).logsumexp(0) + (log_w + log_label).logsumexp(0)
     return _total({n: w * (log_c + labels[n]).logsumexp(0) for n, w in weights.items()}) - kl
 
 
@@ -254,7 +262,7 @@ def _total(terms: dict[str, Tensor]) -> Tensor:
     return sum(terms.values(), torch.zeros(()))
 
 
-def _terms(fn: Any, value: Tensor, like: Tensor) -> Tensor:
+def _log_probs(fn: Any, value: Tensor, like: Tensor) -> Tensor:
     """Returns log densities [C, K, B] of a value [*K, B, *event] under a batch [C * K, B]."""
     C, K = like.shape[:2]
     dim = value.ndim - len(fn.event_shape) - 2
