@@ -14,7 +14,7 @@ from torch.optim import Adam, Optimizer
 from pyro_vae.arguments import as_plain, check_choice, check_real, check_whole
 from pyro_vae.densities import Densities
 from pyro_vae.marginals import marginals, pair_log_prob, pair_marginals
-from pyro_vae.objectives.base import Average, Objective, draws, only_site
+from pyro_vae.objectives.base import AverageGradients, Objective, draws, only_site
 from pyro_vae.objectives.schedules import Schedule
 
 
@@ -98,7 +98,7 @@ class BetaTC(Objective):
         check_choice(("stratified", "weighted"), estimator=estimator)
         check_whole(optional=True, num_data=num_data)
         self.estimator, self.num_data = estimator, num_data
-        self._told: int | None = None
+        self._prepared_num_data: int | None = None
         self.alpha = self.add_weight("alpha", alpha)
         self.beta = self.add_weight("beta", beta)
         self.gamma = self.add_weight("gamma", gamma)
@@ -106,7 +106,7 @@ class BetaTC(Objective):
     def prepare(self, num_data: int, steps_per_epoch: int) -> None:
         """Sets the number of training data, unless `num_data` was given."""
         super().prepare(num_data, steps_per_epoch)
-        self._told = num_data
+        self._prepared_num_data = num_data
 
     def bound(self, d: Densities) -> Tensor:
         """Returns the mean of the weighted terms over draws, [B]."""
@@ -119,20 +119,20 @@ class BetaTC(Objective):
 
     def log_marginals(self, d: Densities) -> Tensor:
         """Returns estimates of log q(z_d) [K, B, D], in nats."""
-        return self._average(d, pair_marginals(only_site(d).guide, draws(d)))
+        return self._log_weighted_sum(d, pair_marginals(only_site(d).guide, draws(d)))
 
     def log_aggregate(self, d: Densities, dims: Sequence[int] | None = None) -> Tensor:
         """Returns estimates of log q(z) [K, B], or of log q(z_G) of the dimensions `dims`."""
-        return self._average(d, pair_log_prob(only_site(d).guide, draws(d), dims))
+        return self._log_weighted_sum(d, pair_log_prob(only_site(d).guide, draws(d), dims))
 
-    def _average(self, d: Densities, log_prob: Tensor) -> Tensor:
+    def _log_weighted_sum(self, d: Densities, log_prob: Tensor) -> Tensor:
         """Returns the log of the weighted sum over data, the third dimension of `log_prob`."""
-        weights = estimator_weights(self.estimator, d.num_data, self._size(d), log_prob)
+        weights = estimator_weights(self.estimator, d.num_data, self._data_size(d), log_prob)
         log_weights = weights.log().reshape(*weights.shape, *[1] * (log_prob.ndim - 3))
         return (log_prob + log_weights).logsumexp(2)
 
-    def _size(self, d: Densities) -> int:
-        size = self.num_data or self._told or round(d.scale * d.num_data)
+    def _data_size(self, d: Densities) -> int:
+        size = self.num_data or self._prepared_num_data or round(d.scale * d.num_data)
         if size < d.num_data:
             raise ValueError(
                 f"num_data must be at least the {d.num_data} rows of the batch; got {size}: "
@@ -186,30 +186,30 @@ class HierarchicallyFactorized(BetaTC):
     ) -> None:
         super().__init__(alpha, beta, gamma, estimator, num_data, num_particles)
         self.delta = self.add_weight("delta", delta)
-        lists = [as_plain(group) for group in groups]
-        self.groups = [list(group) if isinstance(group, Sequence) else [] for group in lists]
+        plain = [as_plain(group) for group in groups]
+        self.groups = [list(group) if isinstance(group, Sequence) else [] for group in plain]
         dims = [dim for group in self.groups for dim in group]
         if not all(self.groups) or not all(isinstance(dim, int) and dim >= 0 for dim in dims):
             raise ValueError(
                 "groups must be lists of dimensions from 0, none empty, such as [[0, 1], [2]]; "
                 f"got {list(groups)}"
             )
-        if twice := sorted({dim for dim in dims if dims.count(dim) > 1}):
-            raise ValueError(f"a dimension must be in one group at most; {twice} is in several")
+        if repeated := sorted({dim for dim in dims if dims.count(dim) > 1}):
+            raise ValueError(f"a dimension must be in one group at most; {repeated} is in several")
 
     def bound(self, d: Densities) -> Tensor:
         """Returns the mean of the weighted terms over draws, [B]."""
-        joint, each = self.log_aggregate(d), self.log_marginals(d)
-        inside = [dim for group in self.groups for dim in group]
-        size = each.shape[-1]
-        if beyond := [dim for dim in inside if dim >= size]:
+        joint, log_marginals = self.log_aggregate(d), self.log_marginals(d)
+        in_groups = [dim for group in self.groups for dim in group]
+        size = log_marginals.shape[-1]
+        if beyond := [dim for dim in in_groups if dim >= size]:
             raise ValueError(
                 f"groups must hold dimensions from 0 to {size - 1}, the latent size less one; "
                 f"got {beyond}: give a larger latent size, or other groups"
             )
         parts = [self.log_aggregate(d, group) for group in self.groups]
-        parts += [each[..., dim] for dim in range(size) if dim not in inside]
-        product, grouped = each.sum(-1), torch.stack(parts).sum(0)
+        parts += [log_marginals[..., dim] for dim in range(size) if dim not in in_groups]
+        product, grouped = log_marginals.sum(-1), torch.stack(parts).sum(0)
         information = self.alpha * (d.log_posterior - joint)
         between, within = self.beta * (joint - grouped), self.gamma * (grouped - product)
         mismatch = self.delta * (product - d.log_prior)
@@ -278,8 +278,8 @@ class DIP(Objective):
         if self.kind == "I":
             return between
         full = getattr(q, "covariance_matrix", None)
-        inside = torch.diag_embed(each.variance) if full is None else full
-        return between + inside.flatten(0, -3).mean(0)
+        within = torch.diag_embed(each.variance) if full is None else full
+        return between + within.flatten(0, -3).mean(0)
 
 
 class InfoVAE(Objective):
@@ -348,8 +348,8 @@ def mmd(first: Tensor, second: Tensor, bandwidth: float) -> Tensor:
     """
     if first.shape[1] == 1:
         return first.new_zeros(())
-    own = sum(_mean_kernel(part, part, bandwidth) for part in (first, second))
-    return own - 2 * _mean_kernel(first, second, bandwidth)
+    within = sum(_mean_kernel(part, part, bandwidth) for part in (first, second))
+    return within - 2 * _mean_kernel(first, second, bandwidth)
 
 
 def _mean_kernel(first: Tensor, second: Tensor, bandwidth: float) -> Tensor:
@@ -422,7 +422,7 @@ class FactorVAE(Objective):
         weights = self.discriminator.parameters()
         self.adversary = Adam(weights, lr=self.adversary_lr, betas=(0.5, 0.9))
 
-    def after_step(self, d: Densities, average: Average | None = None) -> None:
+    def after_step(self, d: Densities, average: AverageGradients | None = None) -> None:
         """Trains the discriminator by one step, on the draws of `d`."""
         network = self._network()
         assert self.adversary is not None

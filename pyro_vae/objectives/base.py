@@ -24,12 +24,12 @@ from pyro_vae.densities import (
 )
 from pyro_vae.objectives.schedules import Schedule
 
-Average = Callable[[Sequence[nn.Parameter]], Any]
-OF_SEVERAL_SITES = (
+AverageGradients = Callable[[Sequence[nn.Parameter]], Any]
+TAKE_SEVERAL_SITES = (
     *("ELBO", "Capacity", "FreeBits", "StickingTheLanding", "IWAE", "DReG", "CIWAE", "MIWAE"),
     *("PIWAE", "Renyi"),
 )
-OF_WHOLE_DRAWS = ("StickingTheLanding", "PIWAE")  # refuse a guide that draws per summed value
+REFUSE_DRAWS_PER_VALUE = ("StickingTheLanding", "PIWAE")  # where a latent is summed out
 
 
 class Objective(pyro.infer.ELBO, nn.Module):
@@ -159,7 +159,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
             d: Densities of a few training rows, for their sizes.
         """
 
-    def after_step(self, d: Densities, average: Average | None = None) -> None:
+    def after_step(self, d: Densities, average: AverageGradients | None = None) -> None:
         """Trains what the objective itself trains; `fit` calls it after each step of the model.
 
         Args:
@@ -233,8 +233,8 @@ def only_site(d: Densities) -> Site:
             whose densities are known.
     """
     if len(d.sites) != 1:
-        refusing = () if d.each is None else OF_WHOLE_DRAWS
-        usable = [name for name in OF_SEVERAL_SITES if name not in refusing]
+        refusing = () if d.each is None else REFUSE_DRAWS_PER_VALUE
+        usable = [name for name in TAKE_SEVERAL_SITES if name not in refusing]
         raise ValueError(
             "the aggregate posterior needs exactly one latent site; the model has "
             f"{sorted(d.sites)}: use one of {', '.join(usable)}"

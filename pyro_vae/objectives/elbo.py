@@ -136,8 +136,8 @@ class FreeBits(Objective):
                         f"group_size must divide the {kl.shape[-1]} dimensions of site {name!r}; "
                         f"got {self.group_size}"
                     )
-            each = torch.cat([*sites.values()], -1)
-            groups = each.unflatten(-1, (-1, self.group_size)).sum(-1)
+            by_dimension = torch.cat([*sites.values()], -1)
+            groups = by_dimension.unflatten(-1, (-1, self.group_size)).sum(-1)
         if self.on == "batch":
             groups = groups.mean(0).expand_as(groups)
         return d.log_likelihood.mean(0) - torch.maximum(groups, self.free_nats).sum(-1)

@@ -12,7 +12,7 @@ from pyro_vae.densities import Densities, log_mean_exp
 from pyro_vae.objectives.base import Objective
 from pyro_vae.objectives.schedules import Schedule
 
-NEAR = 1e-6  # distance of alpha from 1 below which the limit is taken
+ALPHA_TOLERANCE = 1e-6  # distance of alpha from 1 below which the limit is taken
 
 
 class IWAE(Objective):
@@ -79,9 +79,9 @@ class DReG(IWAE):
         weights = d.log_weights.detach().softmax(0)
         log_joint = (d.log_likelihood + d.log_prior).masked_fill(weights == 0, 0.0)  # not -inf
         path = d.through_latents(log_joint)
-        model = weights * (log_joint - path)
-        guide = weights**2 * (path - d.log_posterior_detached)
-        return (model + guide).sum(0)
+        model_term = weights * (log_joint - path)
+        guide_term = weights**2 * (path - d.log_posterior_detached)
+        return (model_term + guide_term).sum(0)
 
 
 class CIWAE(Objective):
@@ -183,9 +183,9 @@ class PIWAE(MIWAE):
         log_joint = d.log_likelihood + d.log_prior
         path = d.through_latents(log_joint)
         log_w = d.log_weights.detach()
-        model = (log_w.softmax(0) * (log_joint - path)).sum(0)
-        guide = path - d.log_posterior
-        return model + self.mean_of_groups(log_w + guide - guide.detach())
+        model_term = (log_w.softmax(0) * (log_joint - path)).sum(0)
+        guide_term = path - d.log_posterior
+        return model_term + self.mean_of_groups(log_w + guide_term - guide_term.detach())
 
 
 class Renyi(Objective):
@@ -215,7 +215,7 @@ class Renyi(Objective):
     def bound(self, d: Densities) -> Tensor:
         """Returns the log of the power mean of the weights, [B]."""
         order = 1 - self.alpha
-        near = order.abs() < NEAR
+        near = order.abs() < ALPHA_TOLERANCE
         order = torch.where(near, torch.ones_like(order), order)
         log_w = d.log_weights.double()  # small orders lose digits
         power = log_mean_exp(order * log_w) / order

@@ -45,7 +45,7 @@ class Schedule(ABC):
         """The least and the greatest value."""
 
 
-CHECKS: dict[str, Callable[..., None]] = {  # by field; any other field must be finite
+FIELD_CHECKS: dict[str, Callable[..., None]] = {  # by field; any other field must be finite
     "length": partial(check_real, above=0),
     "delay": partial(check_real, 0),
     "cycles": check_whole,
@@ -54,13 +54,13 @@ CHECKS: dict[str, Callable[..., None]] = {  # by field; any other field must be 
 }
 
 
-class Checked(Schedule):
+class CheckedSchedule(Schedule):
     """A schedule of `start` and `end`, or of one `value`, checked when it is made."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             what = f"{type(self).__name__}: {name}"
-            CHECKS.get(name, check_real)(**{what: value})
+            FIELD_CHECKS.get(name, check_real)(**{what: value})
             if name == "rising" and value > 1:
                 raise ValueError(f"{what} must be at most 1; got {value}")
 
@@ -72,7 +72,7 @@ class Checked(Schedule):
 
 
 @dataclass(frozen=True)
-class Constant(Checked):
+class Constant(CheckedSchedule):
     """One value throughout.
 
     Args:
@@ -97,7 +97,7 @@ class Constant(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(Checked):
+class Linear(CheckedSchedule):
     r"""A straight line from one value to another, such as a warm-up.
 
     .. math:: (1 - t) \, \mathrm{start} + t \, \mathrm{end}, \qquad
@@ -125,7 +125,7 @@ class Linear(Checked):
 
     def __call__(self, position: float) -> float:
         """Returns the value at `position`."""
-        return _between(self.start, self.end, (position - self.delay) / self.length)
+        return _interpolate(self.start, self.end, (position - self.delay) / self.length)
 
     @property
     def finish(self) -> float:
@@ -145,11 +145,11 @@ class Cosine(Linear):
     def __call__(self, position: float) -> float:
         """Returns the value at `position`."""
         t = min(max((position - self.delay) / self.length, 0.0), 1.0)
-        return _between(self.start, self.end, (1 - math.cos(math.pi * t)) / 2)
+        return _interpolate(self.start, self.end, (1 - math.cos(math.pi * t)) / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cyclical(Checked):
+class Cyclical(CheckedSchedule):
     """Straight lines from one value to another, again and again; then the last value.
 
     Args:
@@ -180,7 +180,7 @@ class Cyclical(Checked):
         if position >= self.finish:
             return self.end
         within = position % self.length / self.length
-        return _between(self.start, self.end, within / self.rising)
+        return _interpolate(self.start, self.end, within / self.rising)
 
     @property
     def finish(self) -> float:
@@ -188,7 +188,7 @@ class Cyclical(Checked):
         return self.length * self.cycles
 
 
-def _between(start: float, end: float, t: float) -> float:
+def _interpolate(start: float, end: float, t: float) -> float:
     """Returns the point at `t` of a line, exactly `start` up to 0 and `end` from 1 on."""
     t = min(max(t, 0.0), 1.0)
     return (1 - t) * start + t * end
