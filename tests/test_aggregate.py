@@ -306,7 +306,7 @@ def test_num_data_is_given_or_told_or_that_of_the_plate() -> None:
 def test_fit_tells_it() -> None:
     objective = BetaTC()
     fit(make_vae(), noisy_data(53), objective, epochs=1, batch_size=13, **QUIET)
-    assert objective._size(of(torch.randn(1, B, D), at(posterior(False), [0, 1, 2]))) == 53
+    assert objective._data_size(of(torch.randn(1, B, D), at(posterior(False), [0, 1, 2]))) == 53
 
 
 def test_a_batch_of_one_row_counts_as_all() -> None:
