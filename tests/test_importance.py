@@ -568,6 +568,7 @@ def test_evidence_is_indexed_as_a_vector() -> None:
         assert found[index].verdict == [found.verdict[i] for i in rows]
     with pytest.raises(IndexError):
         found[7]
+    assert "0 data" in repr(found[found.log_prob > 0])  # as those of a verdict that none has
 
 
 def test_evidence_as_a_frame() -> None:

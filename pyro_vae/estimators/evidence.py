@@ -62,7 +62,7 @@ class Evidence:
     def mean_stderr(self) -> tuple[float, float]:
         """Returns the standard errors of the mean: that by Monte Carlo, and that over data."""
         n = len(self)
-        monte_carlo = self.stderr.pow(2).sum().sqrt().item() / n
+        monte_carlo = (self.stderr.pow(2).sum().sqrt() / n).item()
         return monte_carlo, (self.log_prob.std().item() / math.sqrt(n) if n > 1 else math.nan)
 
     @property
