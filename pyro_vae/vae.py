@@ -88,6 +88,12 @@ class VAE(nn.Module):
         self.declaration: dict[str, Any] | None = None  # the arguments of `build`, if it made this
         self.initialised = nn.Buffer(torch.tensor(False))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Its state for a pickle or a copy, less the weak references that Pyro's SVI has left."""
+        for parameter in self.parameters():
+            vars(parameter).pop("unconstrained", None)
+        return vars(self)
+
     def model(self, x: Tensor | None = None, y: Tensor | None = None, size: int = 1) -> Tensor:
         """Pyro model: z ~ p(z), x ~ p(x | z) for each datum of the plate "data".
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pyro
 import pyro.distributions as dist
@@ -335,6 +336,15 @@ def test_a_deep_copy_uses_its_own_posterior() -> None:
         other.posterior.encoder.output.bias.add_(1)
     assert torch.equal(vae.prior().log_prob(z), before)
     assert not torch.equal(other.prior().log_prob(z), before)
+
+
+def test_what_pyro_has_trained_is_pickled() -> None:
+    vae = make()
+    x = draw(vae, B)
+    svi(vae, Trace_ELBO()).step(x)
+    again = pickle.loads(pickle.dumps(vae))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), vae.parameters()))
+    svi(again, Trace_ELBO()).step(x)
 
 
 def test_frozen_parameters_stay() -> None:
