@@ -291,6 +291,37 @@ def test_evaluate_and_report_say_what_is_missing_and_odd(run: Path) -> None:
     assert f'<th scope="row">none</th><td class="number">{complete[0]}</td>' in page
 
 
+@pytest.mark.filterwarnings("ignore:posterior collapse")
+def test_of_one_row_no_error_over_data_is_told(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    def told(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main([*arguments, "--progress=false", "--tolerance=1"]) == 0
+        found = capsys.readouterr()
+        assert found.err == ""
+        return found.out
+
+    def none(constant: str) -> None:
+        raise ValueError(constant)
+
+    found = json.loads(told("evaluate", str(run), "--limit=1", "--json"), parse_constant=none)
+    assert found["rows"] == 1
+    assert not {"stderr_data", "stderr_elbo", "active_units"} & {*found}
+    shown = told("evaluate", str(run), "--limit=1")
+    assert "(Monte Carlo)" in shown
+    assert "nan" not in shown
+    assert main(["report", str(run)]) == 0
+    file = written(tmp_path / "a.csv", people()[:2])
+    assert "(data)" in told("score", str(run), str(file))
+    file = written(tmp_path / "a.csv", people()[:1])
+    assert "(Monte Carlo), in the file's units" in told("score", str(run), str(file))
+    same = shutil.copytree(run, tmp_path / "same")
+    assert "what differs" not in told("compare", str(run), str(same), "--limit=2")
+    assert main(["compare", str(run), str(same), "--limit=1", "--progress=false"]) == 2
+    assert "compare needs two rows or more" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

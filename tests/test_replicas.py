@@ -49,7 +49,7 @@ def test_one_seed_says_nothing_of_seeds() -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    for first, second in ((3, 3), ((2, 5), (3, 4))):
+    for first, second in ((3, 3), ((2, 5), (3, 4)), ((2, 1), (3, 1))):
         with pytest.raises(ValueError, match=r"\[S1, N\] and \[S2, N\]; got"):
             paired_difference(torch.zeros(first), torch.zeros(second))
 

@@ -35,6 +35,8 @@ def compare(options: Namespace) -> None:
     first, *others = loaded
     for run in others:
         check_comparable(first, run, loaded, options.part)
+    if min(options.limit or 2, len(getattr(loaded[first][1], options.part))) < 2:
+        raise ValueError("compare needs two rows or more, for the error of a difference")
     each: dict[str, Evidence] = {}
     for run, (vae, splits) in loaded.items():
         splits = replace(splits, seed=loaded[first][1].seed)  # for the same rows and noise
@@ -54,7 +56,7 @@ def compare(options: Namespace) -> None:
     unlike = Table("", *models, title="what differs between them")
     for name, values in differs.items():
         unlike.add_row(name, *values.values())
-    for table in (ranking(numbers), unlike, differences(numbers)):
+    for table in (ranking(numbers), *([unlike] if differs else []), differences(numbers)):
         Console().print(table)
     for (a, b), difference in pairs_of(found).items():
         print(told(a, b, difference))

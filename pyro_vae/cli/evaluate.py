@@ -68,11 +68,20 @@ def evaluate(options: Namespace) -> None:
     evidence.save(Path(options.run) / "evidence.safetensors")
     draw_audit(vae, data, evidence, options)
     draw_extremes(data, evidence, Path(options.run) / "figures")
-    with torch.no_grad():
-        active = active_units(torch.cat([vae.encode(*pair).mean for pair in pairs(data)]))
     terms = {name: term for name, term in vars(bound).items() if isinstance(term, Tensor)}
     terms["inference_gap"] = evidence.log_prob - bound.elbo
     monte_carlo, over_data = evidence.mean_stderr()
+    spread_of: dict[str, Any] = {}  # what one row alone does not tell
+    if len(data) > 1:
+        with torch.no_grad():
+            active = active_units(torch.cat([vae.encode(*pair).mean for pair in pairs(data)]))
+        spread_of = {
+            "stderr_data": over_data,
+            **{f"stderr_{n}": (t.std() / len(t) ** 0.5).item() for n, t in terms.items()},
+            "active_units": int(active.sum()),
+            "units": len(active),
+            **({"layers": layers} if (layers := layer_lines(vae, data)) else {}),
+        }
     numbers: dict[str, Any] = {
         "part": options.part,
         "rows": len(data),
@@ -80,18 +89,14 @@ def evaluate(options: Namespace) -> None:
         "log_prob": evidence.mean(),
         "log_jacobian": data.log_jacobian,
         "stderr_monte_carlo": monte_carlo,
-        "stderr_data": over_data,
         "verdicts": dict(Counter(evidence.verdict)),
         "methods": dict(Counter(evidence.method)),
         "audit": evidence.audit,
         **alone,
         **{name: term.mean().item() for name, term in terms.items()},
-        **{f"stderr_{n}": (t.std() / len(t) ** 0.5).item() for n, t in terms.items()},
+        **spread_of,
         "kl_rules": sorted(set(bound.rules.values())),
         **decompose(vae, getattr(splits, options.part).fixed().to(data.x.device), num_rows=500),
-        "active_units": int(active.sum()),
-        "units": len(active),
-        **({"layers": layers} if (layers := layer_lines(vae, data)) else {}),
         "khat_below_threshold": evidence.share_below_threshold(),
         "bits_per_dim": data.bits_per_dim(evidence.log_prob).mean().item(),
         # values of images have one unit; columns of a table seldom do
@@ -113,10 +118,8 @@ def evaluate(options: Namespace) -> None:
 
 def lines_of(found: dict[str, Any]) -> list[tuple[str, str, list[str], str, str]]:
     """Returns name, value, errors, remark and row count of each quantity of evaluation.json."""
-    errors = [
-        f"{found['stderr_monte_carlo']:.2g} (Monte Carlo)",
-        f"{found['stderr_data']:.2g} (data)",
-    ]
+    errors = [f"{found['stderr_monte_carlo']:.2g} (Monte Carlo)"]
+    errors += [f"{found['stderr_data']:.2g} (data)"] if "stderr_data" in found else []
     verdicts = ", ".join(f"{count} {verdict}" for verdict, count in found["verdicts"].items())
     rows = f"{found['rows']:,}"
     lines = [("log p(x)", f"{found['log_prob']:.2f}", errors, verdicts, rows)]

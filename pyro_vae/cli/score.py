@@ -207,12 +207,13 @@ def joined(parts: list[Path], out: Path) -> str:
     write(out, blocks())
     count = sums["rows"]
     mean = sums["log_prob"] / count
-    spread = math.sqrt(max(0.0, sums["square"] / count - mean**2) / max(1, count - 1))
+    variance = max(0.0, sums["square"] / count - mean**2) / max(1, count - 1)
+    spread = f" +- {math.sqrt(variance):.2f} (data)" if count > 1 else ""
     words = ", ".join(f"{n} of {count} {verdict}" for verdict, n in verdicts.items())
     words += f", {sums['annealed']} by AIS" if sums["annealed"] else ""
     return (
-        f"log p(x) = {mean:.2f} +- {math.sqrt(sums['variance']) / count:.2f} (Monte Carlo) "
-        f"+- {spread:.2f} (data), in the file's units; {words}; rows in {out}"
+        f"log p(x) = {mean:.2f} +- {math.sqrt(sums['variance']) / count:.2f} (Monte Carlo)"
+        f"{spread}, in the file's units; {words}; rows in {out}"
     )
 
 

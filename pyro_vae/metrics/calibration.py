@@ -232,10 +232,10 @@ def paired_difference(first: Tensor, second: Tensor) -> Difference:
         Welch. The generalization of Student's problem when several different population
         variances are involved. 1947.
     """
-    if first.ndim != 2 or first.shape[1:] != second.shape[1:]:
+    if first.ndim != 2 or first.shape[1:] != second.shape[1:] or first.shape[1] < 2:
         raise ValueError(
-            "expected log p(x) of the same data by replicas of two models, [S1, N] and [S2, N]; "
-            f"got {list(first.shape)} and {list(second.shape)}"
+            "expected log p(x) of the same data, two or more, by replicas of two models, "
+            f"[S1, N] and [S2, N]; got {list(first.shape)} and {list(second.shape)}"
         )
     first, second = first.double(), second.double()
     each = first.mean(0) - second.mean(0)
