@@ -621,6 +621,29 @@ def test_options_win_over_a_configuration_before_or_after_them(
             assert printed["prior"]["init_args"]["num_components"] == 5
 
 
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("epochs: 7\nlr: 0.5\nepochs: 9\n", "line 3 gives 'epochs' again"),
+        ("prior:\n  VampPrior:\n    num_components: 3\n    'num_components': 5\n", "line 4 gives"),
+        ("schema: {job: real, pay: real, job: ignored}\n", "line 1 gives 'job' again"),
+    ],
+)
+def test_a_configuration_that_gives_an_option_twice_is_refused(
+    text: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    assert main(["train", "--config", str(tmp_path / "c.yaml"), "--print_config"]) == 2
+    printed = capsys.readouterr().err
+    assert place in printed
+    assert printed.endswith("again: keep one of them\n")
+    (tmp_path / "c.yaml").write_text("schema: {a: &b {kind: real}, c: *b, d: {<<: *b}}\n")
+    with pytest.raises(SystemExit):
+        main(["train", "--config", str(tmp_path / "c.yaml"), "--print_config"])
+    kinds = yaml.safe_load(capsys.readouterr().out)["schema"].values()
+    assert [*kinds] == [{"kind": "real"}] * 3
+
+
 def test_a_run_on_a_file_is_used_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

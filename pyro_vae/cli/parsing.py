@@ -209,9 +209,24 @@ def _checked(path: str | Path, content: dict[str, Any], parser: ArgumentParser) 
     return made | {key: typed[key] for key in others}
 
 
+class Once(yaml.SafeLoader):
+    """YAML of plain values in which no key is given twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        """Returns a mapping as nodes, with its keys checked."""
+        node = super().compose_mapping_node(anchor)
+        seen = set[str]()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                line = key.start_mark.line + 1
+                raise ValueError(f"line {line} gives {key.value!r} again: keep one of them")
+            seen.add(str(key.value))
+        return node
+
+
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.load(Path(path).read_text(), Once)
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         why = getattr(error, "strerror", error)
         raise ValueError(f"configuration {path} cannot be read: {why}") from error
