@@ -244,6 +244,24 @@ def test_the_last_part_is_joined_also_where_it_comes_while_another_process_looks
     assert out.read_bytes() == b"xx"
 
 
+def test_a_command_given_twice_at_once_ends_well(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The second makes all parts and joins them while the first makes its third."""
+    out, made, done = tmp_path / "out.csv", score._scored, []
+
+    def slow(*given: Any) -> bytes:
+        if given[-2] == 2 and not done:
+            done.append(True)
+            done.append(scored(folder, out))
+        return made(*given)
+
+    monkeypatch.setattr(score, "_scored", slow)
+    assert scored(folder, out) == done[1]
+    assert [*tmp_path.iterdir()] == [out]
+    assert f"finds all of them there writes {out}" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_processes_share_the_parts(folder: Path, tmp_path: Path) -> None:
     alone = scored(folder, tmp_path / "b.csv")

@@ -103,6 +103,8 @@ def _keeping(paths: list[Path]) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, OSError, ValueError, FloatingPointError) as error:
+        if isinstance(error, FileNotFoundError) and not paths[0].parent.exists():
+            return  # the same command, given twice, has joined all parts meanwhile
         done = sum(path.exists() for path in paths)
         kept = f"{done} of {len(paths)} parts are kept: the same command goes on from there"
         if not done:
