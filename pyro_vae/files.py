@@ -12,9 +12,9 @@ from typing import IO, Any
 from uuid import uuid4
 
 PathLike = str | os.PathLike[str]
-Kinds = dict[str, tuple[type, ...]]  # types allowed for the values of a record, by name
-NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-NEW |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # not on every system
+Types = dict[str, tuple[type, ...]]  # types allowed for the values of a record, by name
+CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+CREATE |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # not on every system
 
 
 class Locked(ValueError):
@@ -39,7 +39,7 @@ def write(path: PathLike, content: Content) -> None:
     temporary = path.with_name(f".{uuid4().hex}.tmp")
     try:
         content = content.encode() if isinstance(content, str) else content
-        with open(os.open(temporary, NEW, 0o666), "wb") as file:
+        with open(os.open(temporary, CREATE, 0o666), "wb") as file:
             if callable(content):
                 content(file)
             else:
@@ -109,7 +109,7 @@ def reading(path: PathLike) -> Iterator[None]:
         ) from error
 
 
-def check_types(record: Mapping[str, Any], kinds: Kinds) -> None:
+def check_types(record: Mapping[str, Any], kinds: Types) -> None:
     """Checks that a record has all values, and that they have the right types.
 
     Raises:
@@ -122,7 +122,7 @@ def check_types(record: Mapping[str, Any], kinds: Kinds) -> None:
 
 
 @contextmanager
-def damaged(path: PathLike, what: str, remedy: str = "write it again") -> Iterator[None]:
+def parsing(path: PathLike, what: str, remedy: str = "write it again") -> Iterator[None]:
     """Turns any error of a parser into a ValueError that names the file."""
     try:
         yield
@@ -143,16 +143,16 @@ def locked(path: PathLike) -> Iterator[None]:
         Locked: If another process holds it.
     """
     path = Path(path)
-    made = [path.parent, *(folder for folder in path.parent.parents if not folder.exists())]
+    folders = [path.parent, *(folder for folder in path.parent.parents if not folder.exists())]
     path.parent.mkdir(parents=True, exist_ok=True)
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
     with open(os.open(path, flags, 0o666), "r+b", 0) as file:
-        held = False
+        is_held = False
         with suppress(FileNotFoundError):  # a process that has just ended removed it
-            held = _lock(file.fileno()) and os.path.samestat(
+            is_held = _lock(file.fileno()) and os.path.samestat(
                 os.fstat(file.fileno()), os.lstat(path)
             )
-        if not held:
+        if not is_held:
             raise Locked(
                 f"{path.parent} is being written by another process: wait until it ends, or "
                 "choose another folder"
@@ -162,7 +162,7 @@ def locked(path: PathLike) -> Iterator[None]:
         finally:
             with suppress(OSError):
                 path.unlink()
-                for folder in made:
+                for folder in folders:
                     folder.rmdir()
 
 

@@ -31,19 +31,19 @@ from pyro_vae.data import (
     spread,
 )
 from pyro_vae.data.schema import as_key
-from pyro_vae.files import Kinds, check_types, reading, write
+from pyro_vae.files import Types, check_types, reading, write
 from pyro_vae.processes import uses_cuda
 from pyro_vae.training import read_run
 from pyro_vae.vae import VAE
 
-RECORD: Kinds = {  # entries of data.json, and their types
+RECORD: Types = {  # entries of data.json, and their types
     "description": (dict,),
     "transform": (dict,),
     "conditional": (bool,),
     "classes": (int, NoneType),
     "seed": (int,),
 }
-ROWS: Kinds = {  # entries of its "rows", which runs of version 0.1 lack
+ROWS: Types = {  # entries of its "rows", which runs of version 0.1 lack
     "levels": (int, NoneType),
     "columns": (list, NoneType),
     "dtype": (str,),

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vae.files import damaged
+from pyro_vae.files import parsing
 
 LARGE = 2**26  # bytes of a file above which its rows stay on disk
 CHUNK = 1_000  # rows read at once where all rows are read
@@ -195,7 +195,7 @@ def npy(parts: Iterable[np.ndarray], shape: Sequence[int]) -> Iterator[bytes]:
 
 def _opened(path: Path) -> np.memmap:
     remedy = "if it was cut or replaced while it was read, write it again"
-    with damaged(path, "a whole .npy file of numbers", remedy):
+    with parsing(path, "a whole .npy file of numbers", remedy):
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(rows, np.memmap) or rows.ndim < 1 or len(rows) < 1:
         raise ValueError(f"{path}: expected one array with a row for each datum, got none")

@@ -21,7 +21,7 @@ from pyro_vae.data.mapped import LARGE, mapped
 from pyro_vae.data.schema import as_number
 from pyro_vae.data.sprites import Sprites
 from pyro_vae.data.tables import as_cell, check_names, label_column, read_lines
-from pyro_vae.files import damaged
+from pyro_vae.files import parsing
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -114,7 +114,7 @@ def read_arrays(path: Path) -> Parts:
         levels = _LEVELS.get(np.load(path, mmap_mode="r").dtype.name)
         return {"train": Data(rows, levels=levels, name=str(path))}
     what = "a file that numpy.savez or numpy.save wrote without Python objects"
-    with damaged(path, what), path.open("rb") as file:
+    with parsing(path, what), path.open("rb") as file:
         loaded = np.load(file, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             arrays = {"x": loaded}
@@ -249,7 +249,7 @@ def read_cells(path: Path) -> Data:
     if path.suffix.lower() == ".mtx":
         import scipy.io
 
-        with damaged(path, "a whole .mtx file"):
+        with parsing(path, "a whole .mtx file"):
             matrix = scipy.io.mmread(path)
         return Data(_counts(path, [matrix]), name=str(path))
     try:
@@ -259,7 +259,7 @@ def read_cells(path: Path) -> Data:
             f"{path}: .h5ad files need anndata, which is not installed: "
             "pip install 'pyro-vae[counts]'"
         ) from None
-    with warnings.catch_warnings(), damaged(path, "a whole .h5ad file"):
+    with warnings.catch_warnings(), parsing(path, "a whole .h5ad file"):
         warnings.simplefilter("ignore")
         table = read_h5ad(path)
     obs, labels = table.obs, None
@@ -360,7 +360,7 @@ def _opened(path: Path) -> Iterator[PIL.Image.Image]:
 
     if not path.is_file():
         raise ValueError(f"{path}: expected an image file, got a special file; remove it")
-    with damaged(path, "a readable image", "repair or remove it"), Image.open(path) as image:
+    with parsing(path, "a readable image", "repair or remove it"), Image.open(path) as image:
         yield image
 
 

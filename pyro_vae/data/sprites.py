@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data.data import Data
-from pyro_vae.files import damaged
+from pyro_vae.files import parsing
 
 FACTORS = ("shape", "scale", "orientation", "x", "y")
 DRAWN = 4096  # images drawn at once
@@ -144,7 +144,7 @@ def read_dsprites(path: str | Path) -> tuple[Data, Tensor]:
     """
     what = "the published dSprites file with arrays imgs and latents_classes"
     with (
-        damaged(path, what, "download it again"),
+        parsing(path, what, "download it again"),
         np.load(path, allow_pickle=False) as arrays,
     ):
         images, classes = arrays["imgs"], arrays["latents_classes"]

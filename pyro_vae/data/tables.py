@@ -33,7 +33,7 @@ from pyro_vae.data.schema import (
     number_or_text,
     resolution,
 )
-from pyro_vae.files import damaged
+from pyro_vae.files import parsing
 
 TABLES = (".csv", ".tsv", ".parquet")
 EMPTY = {"", "na", "n/a", "nan", "null", "<na>"}  # cells that count as empty, in lower case
@@ -60,7 +60,7 @@ class Table:
     def parts(self, schema: Schema) -> Iterator[Tensor]:
         """Yields the rows of a large file as numbers, in parts."""
         first = 0
-        with damaged(self.name, ARROW):
+        with parsing(self.name, ARROW):
             for batch in self.file.iter_batches(CHUNK, columns=list(schema.columns)):
                 cells = {key: _cells(batch.column(key)) for key in schema.columns}
                 yield schema.encode(cells, self.name, first)
@@ -308,7 +308,7 @@ def _of_arrow(name: str, source: Any) -> Table:
             "frames and .parquet need pyarrow: pip install 'pyro-vae[tables]'"
         ) from error
     is_file = isinstance(source, Path)
-    with damaged(name, ARROW):
+    with parsing(name, ARROW):
         table = pyarrow.parquet.ParquetFile(source) if is_file else pyarrow.table(source)
     whole = table.schema_arrow if is_file else table.schema
     index = (whole.pandas_metadata or {}).get("index_columns", ())  # of the frame that it was
@@ -320,7 +320,7 @@ def _of_arrow(name: str, source: Any) -> Table:
 
     @lru_cache(1 if large else None)
     def read(key: str) -> tuple[list[Any], list[Any] | None]:
-        with damaged(name, ARROW):
+        with parsing(name, ARROW):
             column = (table.read(columns=[key]) if is_file else table.select([key])).column(0)
         kind, types = column.type, pyarrow.types
         refused = {

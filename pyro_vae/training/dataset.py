@@ -17,7 +17,7 @@ from pyro_vae.processes import Group
 
 CHUNK = 1000  # number of validation rows processed at once
 UNIT_ROWS = 1000  # largest number of rows on which active units are counted
-ACTIVE = 0.01  # a unit is active if the variance of its posterior mean over data is above this
+MIN_VARIANCE = 0.01  # a unit is active if its posterior mean varies more than this over data
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,14 +73,14 @@ def as_dataset(data: Any, name: str, missing: bool = False) -> TensorDataset:
         ValueError: If `data` is of another kind or empty, x and y differ in length, or a value is
             not finite.
     """
-    pair = (  # whether `data` is (x, y) or (x, None), and not a list of rows
+    is_pair = (  # whether `data` is (x, y) or (x, None), and not a list of rows
         isinstance(data, tuple | list)
         and len(data) == 2
         and is_rows(data[0])
         and (data[1] is None or isinstance(data, tuple) or hasattr(data[1], "ndim"))
         and getattr(data[0], "ndim", 2) > 1
     )
-    if not pair and not is_rows(data):
+    if not is_pair and not is_rows(data):
         if not all(hasattr(data, part) for part in ("__len__", "batch", "fixed", "to")):
             raise ValueError(
                 f"{name} must be rows [N, *E] (a tensor, array, frame or list), a pair (x, y) of "
@@ -90,7 +90,7 @@ def as_dataset(data: Any, name: str, missing: bool = False) -> TensorDataset:
         if len(data) < 1:
             raise ValueError(f"{name} must have at least one row; got none")
         return data
-    x, y = data if pair else (data, None)
+    x, y = data if is_pair else (data, None)
     x = as_tensor(name, x)
     if x.ndim < 2 or len(x) < 1:
         raise ValueError(
@@ -170,7 +170,7 @@ def active_units(vae: Any, rows: tuple[Tensor, ...], seed: int) -> dict[str, tup
         except NotImplementedError:
             return {}
     means = {name: mean.reshape(len(x), -1) for name, mean in at_means.means.items()}
-    active = {name: mean.var(0) > ACTIVE for name, mean in means.items()}
+    active = {name: mean.var(0) > MIN_VARIANCE for name, mean in means.items()}
     return {name: (int(units.sum()), len(units)) for name, units in active.items()}
 
 

@@ -133,28 +133,28 @@ def fit(
         checkpoint_every, bool(compile),
     )  # fmt: skip
     if objective is None or isinstance(objective, str):
-        objective = _named("ELBO" if objective is None else objective)
-    _check(vae, objective, callbacks=callbacks, loggers=loggers)
+        objective = _make_objective("ELBO" if objective is None else objective)
+    _check_arguments(vae, objective, callbacks=callbacks, loggers=loggers)
     if patience is not None and validation is None:
         raise ValueError("patience needs validation data: give validation=, or no patience")
     if resume and run is None:
         raise ValueError("resume=True needs the folder of the run: give run=")
-    rows, held_out = _parts(vae, data, validation)
+    rows, held_out = _datasets(vae, data, validation)
     engine = Engine(accelerator, as_plain(devices))
     settings.threads = engine.threads(vae, batch_size * objective.num_particles)
-    was = earlier_run(run, resume) if run is not None and (resume or is_first_process()) else {}
+    saved = earlier_run(run, resume) if run is not None and (resume or is_first_process()) else {}
     if compile is None:
         steps = epochs * -(-len(rows) // batch_size)
         worth = worth_compiling(steps, objective, precision, engine.on_cuda)
-        settings.compile = was["training"].get("compile", False) if was else worth
+        settings.compile = saved["training"].get("compile", False) if saved else worth
     record = {}
     if run is not None:
         declaration = declaration or getattr(vae, "declaration", None)
         parts = {"train": rows, "validation": held_out}
         run, record = Path(run), make_record(declaration, settings, objective, parts)
-        if was and is_first_process():
-            check_same(run, was, record)
-    for message in _remarks(run, was, settings, objective, engine.size):
+        if saved and is_first_process():
+            check_same(run, saved, record)
+    for message in _warnings_at_the_start(run, saved, settings, objective, engine.size):
         warnings.warn(message, UserWarning, stacklevel=2)
     trainer = Trainer(
         vae, objective, rows, held_out, settings, run, record, resume, tuple(callbacks),
@@ -171,7 +171,7 @@ def fit(
     return result.history
 
 
-def _named(name: str) -> Objective:
+def _make_objective(name: str) -> Objective:
     classes = {n: getattr(objectives, n) for n in objectives.__all__ if n != "Objective"}
     known = {n: cls for n, cls in classes.items() if issubclass(cls, Objective)}
     if name not in known:
@@ -179,7 +179,7 @@ def _named(name: str) -> Objective:
     return known[name]()
 
 
-def _check(vae: Any, objective: Any, **lists: Any) -> None:
+def _check_arguments(vae: Any, objective: Any, **lists: Any) -> None:
     if not isinstance(vae, nn.Module) or not all(
         callable(getattr(vae, name, None)) for name in ("model", "guide")
     ):
@@ -192,9 +192,9 @@ def _check(vae: Any, objective: Any, **lists: Any) -> None:
         raise ValueError(
             "fit needs gradients: build the vae and call fit outside of torch.inference_mode()"
         )
-    for name, given in lists.items():
-        if not isinstance(given, Sequence):
-            raise ValueError(f"{name} must be a list; got {type(given).__name__}")
+    for name, value in lists.items():
+        if not isinstance(value, Sequence):
+            raise ValueError(f"{name} must be a list; got {type(value).__name__}")
     if not isinstance(objective, Objective):
         raise ValueError(
             "objective must be one of pyro_vae.objectives, such as ELBO(); got "
@@ -202,7 +202,7 @@ def _check(vae: Any, objective: Any, **lists: Any) -> None:
         )
 
 
-def _parts(vae: Any, data: Any, validation: Any) -> tuple[TensorDataset, TensorDataset | None]:
+def _datasets(vae: Any, data: Any, validation: Any) -> tuple[TensorDataset, TensorDataset | None]:
     """Returns the training and validation rows as datasets, their labels checked by the vae."""
     missing = getattr(vae, "missing", True)  # modules other than a VAE may take NaN
     rows = as_dataset(data, "data", missing)
@@ -213,16 +213,16 @@ def _parts(vae: Any, data: Any, validation: Any) -> tuple[TensorDataset, TensorD
     return rows, held_out
 
 
-def _remarks(
-    run: Path | None, was: dict[str, Any], settings: Settings, objective: Objective, size: int
+def _warnings_at_the_start(
+    run: Path | None, saved: dict[str, Any], settings: Settings, objective: Objective, size: int
 ) -> Iterator[str]:
-    """Yields warnings before training in `size` processes; `was` is the record to resume from."""
+    """Yields warnings before training in `size` processes; `saved` is the record to resume."""
     if objective.batch_level and size > 1:
         yield (
             f"{type(objective).__name__} looks at whole batches; on {size} devices it sees each "
             f"one's share, {settings.batch_size // size} rows of {settings.batch_size}"
         )
-    threads = was["training"].get("threads", settings.threads) if was else settings.threads
+    threads = saved["training"].get("threads", settings.threads) if saved else settings.threads
     if threads != settings.threads and is_first_process():
         yield (
             f"{run} was trained on {threads} threads and goes on with {settings.threads}: its "

@@ -48,14 +48,14 @@ def make_optimizer(
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     if callable(spec):
-        return _made(spec(parameters), Optimizer, "optimizer")
+        return _check_result(spec(parameters), Optimizer, "optimizer")
     cls, options = _parse("optimizer", spec, OPTIMIZERS, parameters, lr=lr)
     weight = nn.Parameter(parameters[0].new_zeros(1, 1))
     weight.grad = torch.zeros_like(weight)
-    with _options_of("optimizer", cls):
+    with _option_errors("optimizer", cls):
         cls([weight], **options).step()
-    chosen = options.keys() & IMPLEMENTATIONS
-    if fused and "fused" in inspect.signature(cls).parameters and not chosen:
+    implementation = options.keys() & IMPLEMENTATIONS
+    if fused and "fused" in inspect.signature(cls).parameters and not implementation:
         try:
             return cls(parameters, fused=True, **options)
         except RuntimeError:  # there is no fused step on this device or for this type
@@ -70,15 +70,15 @@ def restore(optimizer: Optimizer, state: dict[str, Any]) -> None:
         LookupError: If the state is that of other parameters.
         TypeError: If one of its tensors has another shape than its parameter.
     """
-    own = optimizer.state_dict()["param_groups"]
-    kept = (*IMPLEMENTATIONS, "params")
+    own_groups = optimizer.state_dict()["param_groups"]
+    kept_options = (*IMPLEMENTATIONS, "params")
     groups = [
-        loaded | {name: mine[name] for name in kept if name in mine}
-        for loaded, mine in zip(state["param_groups"], own, strict=True)
+        loaded | {name: own[name] for name in kept_options if name in own}
+        for loaded, own in zip(state["param_groups"], own_groups, strict=True)
     ]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    ours = type(optimizer) in OPTIMIZERS.values()  # other classes may keep any state
-    for index, values in state["state"].items() if ours else ():
+    is_from_torch = type(optimizer) in OPTIMIZERS.values()  # other classes may keep any state
+    for index, values in state["state"].items() if is_from_torch else ():
         shape = parameters[index].shape
         for name, value in values.items():
             if isinstance(value, Tensor) and torch.broadcast_shapes(value.shape, shape) != shape:
@@ -104,17 +104,17 @@ def make_schedule(
     if spec is None:
         return None
     if callable(spec):
-        return _made(spec(optimizer), LRScheduler, "schedule")
+        return _check_result(spec(optimizer), LRScheduler, "schedule")
     cls, options = _parse("schedule", spec, SCHEDULES, optimizer)
     groups = [{"params": [torch.zeros(1)]} for _ in optimizer.param_groups]
     trial = torch.optim.SGD(groups, momentum=0.9)
-    with _options_of("schedule", cls):
+    with _option_errors("schedule", cls):
         replay(cls(trial, **options), [{"elbo": 0.0, "validation_elbo": None}] * epochs)
     return cls(optimizer, **options)
 
 
 @contextmanager
-def _options_of(what: str, cls: type) -> Iterator[None]:
+def _option_errors(what: str, cls: type) -> Iterator[None]:
     """Turns any error that torch raises about the options into a ValueError that names `cls`."""
     try:
         yield
@@ -154,7 +154,7 @@ def _parse(
     return cls, options
 
 
-def _made(result: Any, cls: type, what: str) -> Any:
+def _check_result(result: Any, cls: type, what: str) -> Any:
     if not isinstance(result, cls):
         raise ValueError(
             f"the callable given as {what} must return a torch {cls.__name__}; "

@@ -24,7 +24,7 @@ COLUMNS = (
     "active_units",
 )
 OPTIONAL = COLUMNS[8:]  # columns that are None where nothing was measured
-FALL = 10.0  # a warning is given if the ELBO falls by this times its first value
+MAX_FALL = 10.0  # a warning is given if the ELBO falls by this times its first value
 Units = dict[str, tuple[int, int]]  # number of active and of all units, by latent site
 
 
@@ -51,11 +51,11 @@ class History:
         if not self.rows:
             return "History(0 epochs)"
         names = ("elbo", "kl", "validation_elbo")
-        shown = [f"{n} {self.final[n]:.2f}" for n in names if self.final[n] is not None]
-        kept = f"weights of epoch {self.best_epoch or len(self)}: {', '.join(shown)} nats"
+        values = [f"{n} {self.final[n]:.2f}" for n in names if self.final[n] is not None]
+        text = f"weights of epoch {self.best_epoch or len(self)}: {', '.join(values)} nats"
         if self.active_units is not None:
-            kept += f"; {self.active_units} of {self.num_units} units active"
-        return f"History({len(self)} epochs; {kept})"
+            text += f"; {self.active_units} of {self.num_units} units active"
+        return f"History({len(self)} epochs; {text})"
 
     def __getitem__(self, column: str) -> list[Any]:
         if column not in COLUMNS:
@@ -119,8 +119,8 @@ class Bar:
         from rich.console import Console
 
         console = Console()
-        self.over = console.is_jupyter
-        self.lines = shown and (self.over or not console.is_terminal)
+        self.overwrites = console.is_jupyter
+        self.prints_lines = shown and (self.overwrites or not console.is_terminal)
         self.epochs, self.patience, self.batches = epochs, patience, batches
         columns = (
             progress.TextColumn("{task.description}"),
@@ -128,12 +128,12 @@ class Bar:
             progress.TimeRemainingColumn(compact=True),
             progress.TextColumn("{task.fields[metrics]}"),
         )
-        hidden = self.lines or not shown
+        hidden = self.prints_lines or not shown
         self.progress = progress.Progress(
             *columns, auto_refresh=False, expand=True, disable=hidden
         )
         self.task: Any = None
-        self.validated = ""
+        self.validation_text = ""
 
     def __enter__(self) -> Bar:
         self.progress.start()
@@ -142,7 +142,7 @@ class Bar:
     def __exit__(self, kind: Any, *_: Any) -> None:
         self.progress.live.transient = kind is KeyboardInterrupt  # after ^C, erase the bar
         self.progress.stop()
-        if self.lines and self.over:
+        if self.prints_lines and self.overwrites:
             print(flush=True)
 
     def show(self, epoch: int, done: int, metrics: dict[str, float]) -> None:
@@ -155,7 +155,7 @@ class Bar:
             self.task,
             description=f"epoch {epoch}/{self.epochs}",
             completed=done,
-            metrics=f"ELBO {metrics['elbo']:.2f}{self.validated}",
+            metrics=f"ELBO {metrics['elbo']:.2f}{self.validation_text}",
             refresh=True,
         )
 
@@ -163,21 +163,21 @@ class Bar:
         """Shows the measurements at an epoch's end, and the number of epochs since the best."""
         row, best = history.rows[-1], history.best_epoch
         if best is not None:
-            last, kept = row["validation_elbo"], history.final["validation_elbo"]
+            last_elbo, best_elbo = row["validation_elbo"], history.final["validation_elbo"]
             waited = f" ({len(history) - best}/{self.patience})" if self.patience else ""
-            self.validated = f"  validation {last:.2f}, best {kept:.2f}{waited}"
+            self.validation_text = f"  validation {last_elbo:.2f}, best {best_elbo:.2f}{waited}"
         self.show(row["epoch"], self.batches, row)
         text = f"epoch {row['epoch']}/{self.epochs}  {row['seconds']:.1f} s"
-        text += f"  ELBO {row['elbo']:.2f}  KL {row['kl']:.2f}{self.validated}"
-        if self.lines and self.over:
+        text += f"  ELBO {row['elbo']:.2f}  KL {row['kl']:.2f}{self.validation_text}"
+        if self.prints_lines and self.overwrites:
             print(f"\r{text:<100}", end="", flush=True)
-        elif self.lines:
+        elif self.prints_lines:
             print(text, flush=True)
 
     def say(self, text: str) -> None:
         """Prints a line."""
-        if self.lines:
-            print(f"\n{text}" if self.over else text, flush=True)
+        if self.prints_lines:
+            print(f"\n{text}" if self.overwrites else text, flush=True)
         elif not self.progress.disable:
             self.progress.console.print(text)
 
@@ -185,38 +185,38 @@ class Bar:
 def units_in_use(units: Units) -> str:
     """Returns a line on how many latent units are active, in all and for each of several sites."""
     active, total = map(sum, zip(*units.values()))
-    each = ", ".join(f"{name} {a} of {n}" for name, (a, n) in units.items())
-    each = f" ({each})" if len(units) > 1 else ""
-    return f"{active} of {total} latent units are active{each}"
+    by_site = ", ".join(f"{name} {a} of {n}" for name, (a, n) in units.items())
+    by_site = f" ({by_site})" if len(units) > 1 else ""
+    return f"{active} of {total} latent units are active{by_site}"
 
 
 def warnings_at_the_end(
-    history: History, first_elbo: float | None, units: Units, moving: list[str]
+    history: History, first_elbo: float | None, units: Units, unsettled: list[str]
 ) -> list[str]:
     """Returns warnings on collapsed sites, a fallen ELBO, and schedules that had not ended.
 
-    `first_elbo` is the ELBO of the first step; `moving` names the weights whose schedules had
+    `first_elbo` is the ELBO of the first step; `unsettled` names the weights whose schedules had
     not ended.
     """
-    found = []
-    if idle := [name for name, (active, _) in units.items() if active == 0]:
-        where = "" if len(idle) == len(units) else f" of {' and '.join(idle)}"
-        found.append(
-            f"posterior collapse: none of the {sum(units[name][1] for name in idle)} latent units"
+    messages = []
+    if dead := [name for name, (active, _) in units.items() if active == 0]:
+        where = "" if len(dead) == len(units) else f" of {' and '.join(dead)}"
+        messages.append(
+            f"posterior collapse: none of the {sum(units[name][1] for name in dead)} latent units"
             f"{where} varies with the data; try a weight of the KL that grows from 0, free bits, "
             "or another seed"
         )
     if first_elbo is not None:
         validated = history.final["validation_elbo"]
-        ended = history.final["elbo"] if validated is None else validated
-        if ended < first_elbo - FALL * max(1.0, abs(first_elbo)):
-            found.append(
-                f"training ended at an ELBO of {ended:.3g} nats, far below the {first_elbo:.3g} "
+        elbo = history.final["elbo"] if validated is None else validated
+        if elbo < first_elbo - MAX_FALL * max(1.0, abs(first_elbo)):
+            messages.append(
+                f"training ended at an ELBO of {elbo:.3g} nats, far below the {first_elbo:.3g} "
                 "of its first step: lower lr, or set clip_norm"
             )
-    if moving:
-        found.append(
+    if unsettled:
+        messages.append(
             f"training ended at step {history.rows[-1]['step']}, before the schedule of "
-            f"{', '.join(moving)}: train for longer, or shorten the schedule"
+            f"{', '.join(unsettled)}: train for longer, or shorten the schedule"
         )
-    return found
+    return messages

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from pyro_vae.arguments import as_plain, check_real, check_whole
 from pyro_vae.files import (
-    Kinds,
     PathLike,
+    Types,
     as_csv,
     check_folder,
     check_types,
@@ -43,7 +43,7 @@ from pyro_vae.training.step import PRECISIONS
 FORMAT = 1  # version of the format of run.json
 POINTERS = "checkpoints/current.json"  # names the last and the best checkpoint, with digests
 WEIGHTS, STATE = "weights.safetensors", "state.pt"
-KEPT: Kinds = {  # entries of the state in a checkpoint, and their types
+STATE_TYPES: Types = {  # entries of the state in a checkpoint, and their types
     "epoch": (int,),
     "step": (int,),
     "offset": (int,),
@@ -51,8 +51,8 @@ KEPT: Kinds = {  # entries of the state in a checkpoint, and their types
     "rng": (dict,),
     "history": (dict,),
 }
-HISTORY: Kinds = {"rows": (list,), "num_units": (int, NoneType)}  # entries of its part "history"
-RECORDS: Kinds = {  # entries of run.json, and their types
+HISTORY_TYPES: Types = {"rows": (list,), "num_units": (int, NoneType)}  # of "history"
+RECORD_TYPES: Types = {  # entries of run.json, and their types
     "format": (int,),
     "declaration": (dict, NoneType),
     "training": (dict,),
@@ -136,10 +136,10 @@ def earlier_run(run: PathLike, resume: bool) -> dict[str, Any]:
     return read_run(run)
 
 
-def check_same(run: PathLike, was: dict[str, Any], record: dict[str, Any]) -> None:
-    """Raises ValueError if `record` has other settings or data than `was`, the run's own."""
+def check_same(run: PathLike, saved: dict[str, Any], record: dict[str, Any]) -> None:
+    """Raises ValueError if `record` has other settings or data than `saved`, the run's own."""
     with reading(Path(run) / "run.json"):
-        before, now = _flat(was), _flat(record)
+        before, now = _fixed_values(saved), _fixed_values(record)
     names = sorted(before.keys() | now.keys())
     what = "; ".join(
         f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
@@ -159,8 +159,8 @@ def start_run(run: PathLike, record: dict[str, Any]) -> None:
 
     for folder in (Path(run), Path(run) / "checkpoints"):
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".*.tmp"):  # left by processes killed within `write`
-            left.unlink(missing_ok=True)
+        for temporary in folder.glob(".*.tmp"):  # left by processes killed within `write`
+            temporary.unlink(missing_ok=True)
     path = Path(run) / "run.json"
     script = Path(sys.argv[0])
     by_module = ["python", "-m", script.parent.name]
@@ -177,8 +177,8 @@ def start_run(run: PathLike, record: dict[str, Any]) -> None:
     }
     if path.exists():  # a resumed run keeps the date and software of its start
         made = _read_json(path).get("made", made)
-    whole = {"format": FORMAT, "pyro_vae": __version__, "made": made, **record}
-    write(path, json.dumps(whole, indent=2) + "\n")
+    content = {"format": FORMAT, "pyro_vae": __version__, "made": made, **record}
+    write(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_metrics(run: PathLike, rows: list[dict[str, Any]]) -> None:
@@ -187,16 +187,16 @@ def write_metrics(run: PathLike, rows: list[dict[str, Any]]) -> None:
     write(Path(run) / "metrics.csv", as_csv([COLUMNS, *lines]))
 
 
-def _flat(record: dict[str, Any]) -> dict[str, Any]:
+def _fixed_values(record: dict[str, Any]) -> dict[str, Any]:
     """Returns the values that must not change when a run is resumed, by dotted name."""
-    flat = {f"training.{k}": v for k, v in (record.get("training") or {}).items()}
+    values = {f"training.{k}": v for k, v in (record.get("training") or {}).items()}
     for part, description in (record.get("data") or {}).items():
         for key, value in (description or {}).items():
             if isinstance(value, dict):  # the digest identifies the data, not their name
                 value = {k: v for k, v in value.items() if k != "name"}
-            flat[f"data.{part}.{key}"] = value
-    flat["declaration"] = record.get("declaration")
-    return {k: v for k, v in flat.items() if k.removeprefix("training.") not in MAY_CHANGE}
+            values[f"data.{part}.{key}"] = value
+    values["declaration"] = record.get("declaration")
+    return {k: v for k, v in values.items() if k.removeprefix("training.") not in MAY_CHANGE}
 
 
 def read_run(run: PathLike) -> dict[str, Any]:
@@ -209,13 +209,13 @@ def read_run(run: PathLike) -> dict[str, Any]:
     check_folder(run)
     path = Path(run) / "run.json"
     record = {"declaration": None, "training": {}, "data": {}, **_read_json(path)}
-    if type(written := record.get("format")) is int and written > FORMAT:
+    if type(version := record.get("format")) is int and version > FORMAT:
         raise ValueError(
-            f"{path} has format {written}, this pyro_vae reads up to {FORMAT}: use the newer "
+            f"{path} has format {version}, this pyro_vae reads up to {FORMAT}: use the newer "
             "pyro_vae that wrote it"
         )
     with reading(path):
-        check_types(record, RECORDS)
+        check_types(record, RECORD_TYPES)
     return record
 
 
@@ -235,11 +235,11 @@ def load_weights(run: PathLike, which: str = "best") -> dict[str, Tensor]:
     if which not in ("best", "last"):
         raise ValueError(f"which must be 'best' or 'last'; got {which!r}")
     read_run(run)
-    found = _of_checkpoint(run, which, WEIGHTS)
-    if found is None:
+    file = _read_checkpoint_file(run, which, WEIGHTS)
+    if file is None:
         raise ValueError(f"run {run} has no checkpoint yet: resume its training")
-    with reading(found[0]):
-        return load(found[1])
+    with reading(file[0]):
+        return load(file[1])
 
 
 def put_weights(module: nn.Module, weights: dict[str, Tensor], run: PathLike) -> None:
@@ -252,11 +252,11 @@ def put_weights(module: nn.Module, weights: dict[str, Tensor], run: PathLike) ->
     """
     if read_run(run)["training"].get("precision") == "64-true":
         module.double()
-    for name, own in module.state_dict().items():
-        if name in weights and weights[name].dtype != own.dtype:
+    for name, tensor in module.state_dict().items():
+        if name in weights and weights[name].dtype != tensor.dtype:
             raise ValueError(
                 f"the weights of run {run} do not fit: {name} is {weights[name].dtype}, not "
-                f"{own.dtype}"
+                f"{tensor.dtype}"
             )
     try:
         module.load_state_dict(weights)
@@ -266,23 +266,23 @@ def put_weights(module: nn.Module, weights: dict[str, Tensor], run: PathLike) ->
 
 def load_state(run: PathLike) -> dict[str, Any] | None:
     """Loads the state that resuming needs besides the weights; None if there is no checkpoint."""
-    found = _of_checkpoint(run, "last", STATE)
-    if found is None:
+    file = _read_checkpoint_file(run, "last", STATE)
+    if file is None:
         return None
-    with reading(found[0]):
-        state = torch.load(io.BytesIO(found[1]), map_location="cpu", weights_only=True)
+    with reading(file[0]):
+        state = torch.load(io.BytesIO(file[1]), map_location="cpu", weights_only=True)
         if (optimizer := state.pop("adversary", None)) is not None:  # written by older versions
             state["objective"]["_extra_state"] = optimizer
-        check_types(state, KEPT)
-        check_types(state["history"], HISTORY)
+        check_types(state, STATE_TYPES)
+        check_types(state["history"], HISTORY_TYPES)
         rows = state["history"]["rows"]
-        numbers = all(
+        are_numbers = all(
             type(value) in (int, float) or (value is None and name in OPTIONAL)
             for row in rows
             for name, value in row.items()
         )
-        named = all(row.keys() == set(COLUMNS) for row in rows)
-        if not (numbers and named and len(rows) == state["epoch"]):
+        have_columns = all(row.keys() == set(COLUMNS) for row in rows)
+        if not (are_numbers and have_columns and len(rows) == state["epoch"]):
             raise TypeError("not the state of a training: its epochs")
     return state
 
@@ -317,17 +317,17 @@ def save_checkpoint(
         write(new / name, content)
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     flush_folder(folder)
-    before = _pointers(Path(run)) or {"best": None, "sha256": {}}
-    kept = {"last": new.name, "best": new.name if best else before["best"]}
-    known = {**before["sha256"], new.name: digests}
-    known = {name: known[name] for name in known if name in kept.values()}
-    write(Path(run) / POINTERS, json.dumps({**kept, "sha256": known}))
+    before = _read_pointers(Path(run)) or {"best": None, "sha256": {}}
+    pointers = {"last": new.name, "best": new.name if best else before["best"]}
+    sha256 = {**before["sha256"], new.name: digests}
+    sha256 = {name: sha256[name] for name in sha256 if name in pointers.values()}
+    write(Path(run) / POINTERS, json.dumps({**pointers, "sha256": sha256}))
     for other in folder.glob("step-*"):
-        if other.name not in kept.values():
+        if other.name not in pointers.values():
             shutil.rmtree(other, ignore_errors=True)
 
 
-def _pointers(run: Path) -> dict[str, Any] | None:
+def _read_pointers(run: Path) -> dict[str, Any] | None:
     """Reads the names and digests of the current checkpoints; older versions wrote no digests."""
     path = run / POINTERS
     if not path.exists():
@@ -341,9 +341,9 @@ def _pointers(run: Path) -> dict[str, Any] | None:
     return {"last": last, "best": best, "sha256": digests or {}}
 
 
-def _of_checkpoint(run: PathLike, which: str, name: str) -> tuple[Path, bytes] | None:
+def _read_checkpoint_file(run: PathLike, which: str, name: str) -> tuple[Path, bytes] | None:
     """Reads a checkpoint's file, checks its digest, returns path and content; None without one."""
-    pointers = _pointers(Path(run))
+    pointers = _read_pointers(Path(run))
     if pointers is None:
         return None
     checkpoint = pointers[which] or pointers["last"]

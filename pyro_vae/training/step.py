@@ -23,14 +23,14 @@ PRECISIONS = {  # each precision of `fit`, with the type that autocast casts to
     "16-mixed": torch.float16,
     "64-true": None,
 }
-LONG = 30_000  # steps from which a compilation of 20 seconds pays, as each then saves 0.7 ms
+MIN_COMPILED_STEPS = 30_000  # then a compilation of 20 seconds pays: a step saves 0.7 ms
 
 Outcome = tuple[Tensor, Tensor, Densities | None]  # loss, terms, densities (see StepLoss)
 Gradient = Callable[..., Outcome]  # takes a batch; leaves the gradient in the parameters
 
 
 @contextmanager
-def _casting(precision: str, device: str) -> Iterator[None]:
+def _autocast(precision: str, device: str) -> Iterator[None]:
     """Turns on autocast for a mixed precision; makes new tensors double for "64-true"."""
     before = torch.get_default_dtype()
     try:
@@ -62,7 +62,7 @@ class StepLoss(nn.Module):
         """
         K = self.objective.num_particles
         # as in `densities`, without its checks of arguments, which no step needs
-        with _casting(self.precision, x.device.type), OwnParameters():
+        with _autocast(self.precision, x.device.type), OwnParameters():
             d = registered_densities(self.vae.model, self.vae.guide, x, y, num_particles=K)
             loss = self.objective.reduce(d) / (d.scale * len(x))
             with torch.no_grad():
@@ -102,7 +102,7 @@ def worth_compiling(steps: int, objective: Objective, precision: str, on_cuda: b
     """Returns whether to compile if the user left it open, judged by the number of steps."""
     cannot = objective.own_step or precision == "16-mixed"
     compiler = find_spec("triton") if on_cuda else which(os.environ.get("CXX", "g++"))
-    return steps >= LONG and compiler is not None and not cannot
+    return steps >= MIN_COMPILED_STEPS and compiler is not None and not cannot
 
 
 class LossAndGradient(nn.Module):
@@ -135,7 +135,7 @@ class Monitor:
         self.loss = loss
         self.every_step = device.type == "cpu"
         self.sums: Tensor | None = None
-        self.bad = torch.full((), -1, device=device)  # the first step whose loss is not finite
+        self.bad_step = torch.full((), -1, device=device)  # first whose loss is not finite
         self.terms: Tensor | None = None  # the terms of that step
 
     def add(
@@ -153,9 +153,9 @@ class Monitor:
         """
         self.sums = terms.double() if self.sums is None else self.sums + terms
         if not self.every_step:
-            first = ~loss.isfinite() & (self.bad < 0)
-            self.bad = torch.where(first, step, self.bad)
-            self.terms = terms if self.terms is None else torch.where(first, terms, self.terms)
+            is_first = ~loss.isfinite() & (self.bad_step < 0)
+            self.bad_step = torch.where(is_first, step, self.bad_step)
+            self.terms = terms if self.terms is None else torch.where(is_first, terms, self.terms)
             return
         if not math.isfinite(loss.item()):
             raise self._loss_error(step, terms)
@@ -174,8 +174,8 @@ class Monitor:
         """Waits for the GPU; raises FloatingPointError if a loss or weight is not finite there."""
         if self.every_step:
             return
-        if self.terms is not None and int(self.bad) >= 0:
-            raise self._loss_error(int(self.bad), self.terms)
+        if self.terms is not None and int(self.bad_step) >= 0:
+            raise self._loss_error(int(self.bad_step), self.terms)
         if not all(bool(weight.isfinite().all()) for weight in weights):
             raise FloatingPointError(
                 f"step {step}: weights are not finite, though all losses were: a gradient was "

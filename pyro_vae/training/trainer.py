@@ -70,9 +70,9 @@ from pyro_vae.training.step import (
 )
 
 INITIAL_ROWS = 10_000  # largest number of training rows given to `vae.initialise`
-VALIDATED = 2  # number of first steps that run with the argument checks of Pyro's distributions
-INTERVAL = 0.5  # seconds between two updates of the progress bar
-LEAST_SCALE = 1e-6  # least scale of float16 gradients: it starts at 65,536 and halves at overflow
+VALIDATED_STEPS = 2  # first steps, which run with the argument checks of Pyro's distributions
+BAR_INTERVAL = 0.5  # seconds between two updates of the progress bar
+MIN_SCALE = 1e-6  # least scale of float16 gradients: it starts at 65,536 and halves at overflow
 
 
 class Result(NamedTuple):
@@ -98,7 +98,7 @@ class Trainer:
     resume: bool
     callbacks: Sequence[Callback]
     progress: bool
-    chosen: bool = False  # whether `fit`, and not its caller, decided about `compile`
+    auto_compile: bool = False  # whether `fit`, and not its caller, decided about `compile`
     loggers: Sequence[Any] = ()
 
     def __call__(self, group: Group) -> Result:
@@ -106,17 +106,17 @@ class Trainer:
         folder = self.run if group.rank == 0 else None
         with (
             locked(folder / "lock") if folder else nullcontext(),
-            _borrowed(self.vae, self.objective, self.settings, group.device),
+            _training_context(self.vae, self.objective, self.settings, group.device),
         ):
             keep_memory()
             state = load_state(folder) if folder and self.resume else None
-            self._place(group)
-            self._start(group.broadcast(state))
+            self._setup_data(group)
+            self._setup_model(group.broadcast(state))
             if folder:
                 start_run(folder, self.record)
             return self._fit()
 
-    def _place(self, group: Group) -> None:
+    def _setup_data(self, group: Group) -> None:
         """Moves the data to the device of the group, and sets the state before the first step."""
         self.group = group
         if self.settings.precision == "64-true":
@@ -128,28 +128,28 @@ class Trainer:
         with forked(group.device):
             if held_out is not None:
                 held_out = held_out.to(group.device).fixed(seed)
-            few = held_out or self.rows.fixed(seed)
-        self.bound = partial(validation_bound, self.vae, held_out, self.weight, seed, group)
-        self.unit_rows = fetch_few(few, UNIT_ROWS, self.weight)
+            fixed_rows = held_out or self.rows.fixed(seed)
+        self.validate = partial(validation_bound, self.vae, held_out, self.weight, seed, group)
+        self.unit_rows = fetch_few(fixed_rows, UNIT_ROWS, self.weight)
         self.history = History()
         self.epoch = self.step = self.offset = 0  # done: epochs, steps, batches of this epoch
         self.seconds = 0.0  # spent on the steps of this epoch so far
         self.first_elbo: float | None = None  # ELBO of the first step
         self.best: dict[str, Tensor] | None = None
         self.compiled: Gradient | None = None  # compiled at the first step that needs it
-        self.resuming: AbstractContextManager[None] = nullcontext()  # context of the next update
+        self.state_errors: AbstractContextManager[None] = nullcontext()  # of the next update
         self.num_batches = -(-len(self.rows) // self.settings.batch_size)
         batch = torch.arange(min(self.settings.batch_size, len(self.rows)))
         self.local_batch_size = len(group.local_rows(batch)[0])
 
-    def _start(self, state: dict[str, Any] | None) -> None:
+    def _setup_model(self, state: dict[str, Any] | None) -> None:
         """Sets the weights, makes loss, optimiser and schedule, and loads a checkpoint `state`."""
         settings, device = self.settings, self.group.device
         self.objective.prepare(len(self.rows), self.num_batches)
         self._set_weights(resumed=state is not None)
         try:  # to raise now if the validation rows do not fit, not after an epoch
             with pyro.validation_enabled(True):
-                self.bound()
+                self.validate()
         except ValueError as error:
             raise ValueError(f"validation: {error}") from error
         if self.objective.own_step:
@@ -168,7 +168,7 @@ class Trainer:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.schedule = make_schedule(settings.schedule, self.optimizer, settings.epochs)
         if state is not None:
-            self.resuming = reading(f"the state of run {self.run}")
+            self.state_errors = reading(f"the state of run {self.run}")
             with reading(f"the state of run {self.run}"):
                 self._load_state(state)
         elif self.group.rank > 0:
@@ -194,29 +194,29 @@ class Trainer:
         shown = self.progress and self.group.rank == 0
         with Bar(shown, settings.epochs, settings.patience, self.num_batches) as bar:
             self.bar = bar
-            if self.chosen:
+            if self.auto_compile:
                 steps = settings.epochs * self.num_batches
                 how = "is compiled" if settings.compile else "runs eagerly"
                 bar.say(f"compile: {steps} steps are planned, and the step {how}")
             while self.epoch < settings.epochs and not (stopped or self._out_of_patience()):
                 with fast_products(self.parameters):
                     means = self._train_epoch()
-                row = self._measure(means)
+                row = self._end_epoch(means)
                 bar.end(self.history)
-                stopped = self._call(row)
+                stopped = self._run_callbacks(row)
                 self._save(best=self.history.best_epoch == self.epoch)
             for logger in self.loggers if self.group.rank == 0 else ():
                 logger.finalize("success")
             if self.best is not None:
                 self.vae.load_state_dict(self.best)
             units = active_units(self.vae, self.unit_rows, settings.seed)
-            moving = self.objective.unsettled(self.step)
+            unsettled = self.objective.unsettled(self.step)
             if any(active < total for active, total in units.values()):
                 bar.say(units_in_use(units))
-        said = warnings_at_the_end(self.history, self.first_elbo, units, moving)
-        return Result(self.history, said, self.vae.state_dict(), self.objective.state_dict())
+        messages = warnings_at_the_end(self.history, self.first_elbo, units, unsettled)
+        return Result(self.history, messages, self.vae.state_dict(), self.objective.state_dict())
 
-    def _call(self, row: dict[str, Any]) -> bool:
+    def _run_callbacks(self, row: dict[str, Any]) -> bool:
         """Logs the epoch and calls the callbacks; returns whether one of them stopped training.
 
         The checkpoint is written afterwards: callbacks have seen every epoch that it holds.
@@ -236,38 +236,38 @@ class Trainer:
         order = epoch_order(len(self.rows), self.settings.seed, self.epoch)
         batches = order.to(self.group.device).split(self.settings.batch_size)
         every = self.settings.checkpoint_every
-        began = time.monotonic() - self.seconds
+        start = time.monotonic() - self.seconds
         next_report = time.monotonic()
         for index in batches[self.offset :]:
             self._step(index)
             now = time.monotonic()
             if now > next_report:
                 self._report()
-                next_report = now + INTERVAL
+                next_report = now + BAR_INTERVAL
             if every and self.step % every == 0 and self.offset < len(batches):
-                self.seconds = now - began
+                self.seconds = now - start
                 self._save(best=False)
-        self.seconds = time.monotonic() - began
+        self.seconds = time.monotonic() - start
         return self._report()
 
     def _step(self, index: Tensor) -> None:
         self.objective.at(self.step)
-        share, weight = self.group.local_rows(index)
-        checked, gradient = self.step < VALIDATED, self._eager
+        local, weight = self.group.local_rows(index)
+        checked, gradient = self.step < VALIDATED_STEPS, self._eager_gradient
         try:
             with pyro.validation_enabled(True) if checked else nullcontext():
-                batch = fetch(self.rows, share, self.weight)
+                batch = fetch(self.rows, local, self.weight)
                 # a shorter last batch is not worth a compilation of its own
-                if self.settings.compile and not checked and len(share) == self.local_batch_size:
+                if self.settings.compile and not checked and len(local) == self.local_batch_size:
                     self.compiled = self.compiled or self._compile(*batch)
                     gradient = self.compiled
                 loss, terms, d = gradient(*batch)
         except ValueError as error:
             raise ValueError(f"step {self.step}: {error}") from error
-        if len(share) != len(index):
-            terms = terms * (len(index) / len(share))
+        if len(local) != len(index):
+            terms = terms * (len(index) / len(local))
         loss, terms = self.group.all_reduce_mean(weight, self.parameters, loss, terms)
-        with self.resuming:  # a loaded state is first used here: its errors name the run
+        with self.state_errors:  # a loaded state is first used here: its errors name the run
             norm = None
             if self.settings.clip_norm is not None:
                 self.scaler.unscale_(self.optimizer)
@@ -282,11 +282,11 @@ class Trainer:
                 parameter.grad = None
             if d is not None:
                 self.objective.after_step(d, partial(self.group.all_reduce_mean, weight))
-        self.resuming = nullcontext()
+        self.state_errors = nullcontext()
         self.step += 1
         self.offset += 1
 
-    def _eager(self, *batch: Tensor) -> Outcome:
+    def _eager_gradient(self, *batch: Tensor) -> Outcome:
         loss, terms, d = self.loss(*batch)
         self.scaler.scale(loss).backward()
         return loss.detach(), terms, d
@@ -298,11 +298,11 @@ class Trainer:
             return compiled_gradient(self.loss, *batch)
         except CannotCompile as error:
             message = f"compile: the step runs eagerly, for {error}"
-            if self.chosen:
+            if self.auto_compile:
                 self.bar.say(message)
             else:  # the user asked for it
                 warnings.warn(message, stacklevel=2)
-            return self._eager
+            return self._eager_gradient
 
     def _report(self) -> dict[str, float]:
         """Shows and returns means over the rows of this epoch so far, in nats.
@@ -310,7 +310,7 @@ class Trainer:
         Waits for the device. Raises FloatingPointError if a loss was not finite.
         """
         self.monitor.raise_if_bad(self.step)
-        if self.scaler.get_scale() < LEAST_SCALE:
+        if self.scaler.get_scale() < MIN_SCALE:
             raise FloatingPointError(
                 f"step {self.step}: gradients are not finite, in half precision at any scale; "
                 "lower lr, or take another precision"
@@ -325,22 +325,22 @@ class Trainer:
         self.bar.show(self.epoch + 1, self.offset, means)
         return means
 
-    def _measure(self, means: dict[str, float]) -> dict[str, Any]:
+    def _end_epoch(self, means: dict[str, float]) -> dict[str, Any]:
         """Ends an epoch: measures, adds a row with `means` to the history, steps the schedule."""
-        began = time.monotonic()
+        start = time.monotonic()
         self.group.broadcast_(*self.vae.buffers())
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "step": self.step,
             "lr": float(self.optimizer.param_groups[0]["lr"]),
             **means,
-            **self.bound(),
+            **self.validate(),
         }
         units = active_units(self.vae, self.unit_rows, self.settings.seed).values()
         row["active_units"], self.history.num_units = (
             map(sum, zip(*units)) if units else [None] * 2
         )
-        row["seconds"] = self.seconds + time.monotonic() - began
+        row["seconds"] = self.seconds + time.monotonic() - start
         self.history.rows.append(row)
         if self.schedule is not None:
             advance(self.schedule, row)
@@ -354,8 +354,8 @@ class Trainer:
         if patience is None or best is None:
             return False
         rows = self.history.rows
-        settled = [r["epoch"] for r in rows if not self.objective.unsettled(r["step"])]
-        return bool(settled) and self.epoch - max(best, settled[0]) >= patience
+        settled_epochs = [r["epoch"] for r in rows if not self.objective.unsettled(r["step"])]
+        return bool(settled_epochs) and self.epoch - max(best, settled_epochs[0]) >= patience
 
     def _save(self, best: bool) -> None:
         """Keeps the weights if they are the best, and writes a checkpoint if there is a run."""
@@ -427,12 +427,14 @@ class Trainer:
 
 
 @contextmanager
-def _borrowed(
+def _training_context(
     vae: nn.Module, objective: Objective, settings: Settings, device: torch.device
 ) -> Iterator[None]:
     """Moves modules to the device, seeds generators, sets flags; restores all afterwards."""
     modules = vae, objective
-    homes = [next((t.device for t in chain(m.parameters(), m.buffers())), device) for m in modules]
+    before = [
+        next((t.device for t in chain(m.parameters(), m.buffers())), device) for m in modules
+    ]
     trained = [module for module in vae.modules() if module.training]
     with (
         forked(device, settings.seed),
@@ -445,8 +447,8 @@ def _borrowed(
                 module.to(device)
             yield
         finally:
-            for module, home in zip(modules, homes):
-                module.to(home)
+            for module, old_device in zip(modules, before):
+                module.to(old_device)
             vae.zero_grad()
             vae.eval()
             for module in trained:

@@ -155,7 +155,7 @@ class Counted:
 @pytest.fixture
 def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "_device", lambda *_: DEVICE)
-    monkeypatch.setattr(trainer, "INTERVAL", float("inf"))
+    monkeypatch.setattr(trainer, "BAR_INTERVAL", float("inf"))
 
 
 OBJECTIVES_OF_FIT: dict[str, Callable[[], Objective]] = {
@@ -180,7 +180,7 @@ def test_fit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     here = fit(twin, x, objective(), accelerator="cpu", **options)
     monkeypatch.setattr(Engine, "_device", lambda *_: DEVICE)
-    monkeypatch.setattr(trainer, "INTERVAL", float("inf"))
+    monkeypatch.setattr(trainer, "BAR_INTERVAL", float("inf"))
     rows = Counted(TensorDataset(x))
     there = fit(vae, rows, objective(), **options)
     for part, weight in twin.state_dict().items():

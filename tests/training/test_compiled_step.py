@@ -325,11 +325,11 @@ def test_what_was_decided_is_recorded_and_kept(
     train("short", epochs=1)
     assert read_run(tmp_path / "short")["training"]["compile"] is False
     monkeypatch.setattr(step, "which", lambda _: "a compiler")
-    monkeypatch.setattr(step, "LONG", 18)
+    monkeypatch.setattr(step, "MIN_COMPILED_STEPS", 18)
     whole = train("whole", epochs=3)
     assert read_run(tmp_path / "whole")["training"]["compile"] is True
     train("broken", epochs=3, callbacks=[lambda state: state.stop()])
-    monkeypatch.setattr(step, "LONG", 10_000)
+    monkeypatch.setattr(step, "MIN_COMPILED_STEPS", 10_000)
     assert same(whole, train("broken", epochs=3, resume=True))
     train("short", epochs=3, resume=True)
     assert len(made) == 3

@@ -271,7 +271,7 @@ def test_mixed_precision_leaves_data_alone() -> None:
 
 @pytest.mark.parametrize(("precision", "dtype"), [("32-true", "float32"), ("64-true", "float64")])
 def test_new_tensors_of_a_step_are_of_its_precision(precision: str, dtype: str) -> None:
-    with step._casting(precision, "cpu"):
+    with step._autocast(precision, "cpu"):
         assert torch.zeros(()).dtype is getattr(torch, dtype)
     assert torch.get_default_dtype() is torch.float32
 
