@@ -34,12 +34,12 @@ class Shown(nn.Module):
 
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """Records the options; a copy gets those of its original."""
-        made = super().__new__(cls)
-        given = inspect.signature(cls).bind_partial(*args, **options)
-        given.apply_defaults()
-        plain = {n: v for n, v in given.arguments.items() if isinstance(v, PLAIN)}
-        made.__dict__["_made_with"] = ", ".join(f"{n}={reprlib.repr(v)}" for n, v in plain.items())
-        return made
+        self = super().__new__(cls)
+        bound = inspect.signature(cls).bind_partial(*args, **options)
+        bound.apply_defaults()
+        plain = {n: v for n, v in bound.arguments.items() if isinstance(v, PLAIN)}
+        self.__dict__["_made_with"] = ", ".join(f"{n}={reprlib.repr(v)}" for n, v in plain.items())
+        return self
 
     def extra_repr(self) -> str:
         """Returns the options, as one would write them."""
@@ -63,11 +63,11 @@ def check_whole(
     for name, value in values.items():
         if value is None and optional:
             continue
-        whole = isinstance(value, Integral) and not isinstance(value, bool)
-        if not whole or not least <= int(value) <= most:
-            bound = f"at most {most}" if whole and int(value) > most else f"at least {least}"
-            bound = bound if whole else f"a whole number, {bound}"
-            raise ValueError(f"{name} must be {bound}; got {_shown(value)}")
+        is_whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not is_whole or not least <= int(value) <= most:
+            bound = f"at most {most}" if is_whole and int(value) > most else f"at least {least}"
+            bound = bound if is_whole else f"a whole number, {bound}"
+            raise ValueError(f"{name} must be {bound}; got {_short(value)}")
 
 
 def check_real(
@@ -91,13 +91,13 @@ def check_real(
     for name, value in values.items():
         if value is None and optional:
             continue
-        real = isinstance(value, Real) and not isinstance(value, bool)
-        if not real or not (math.isfinite(value) and value >= least and value > above):
+        is_real = isinstance(value, Real) and not isinstance(value, bool)
+        if not is_real or not (math.isfinite(value) and value >= least and value > above):
             bounds = [f"above {above:g}" if above else "positive"] if above > -math.inf else []
             bounds += [f"at least {least:g}"] if least > -math.inf else []
-            if not real or not math.isfinite(value):
+            if not is_real or not math.isfinite(value):
                 bounds.insert(0, "a finite number")
-            raise ValueError(f"{name} must be {', '.join(bounds)}; got {_shown(value)}")
+            raise ValueError(f"{name} must be {', '.join(bounds)}; got {_short(value)}")
 
 
 def check_choice(known: Collection[str], **values: Any) -> None:
@@ -109,7 +109,7 @@ def check_choice(known: Collection[str], **values: Any) -> None:
     for name, value in values.items():
         if not (isinstance(value, str) and value in known):
             *first, last = map(repr, known)
-            raise ValueError(f"{name} must be {', '.join(first)} or {last}; got {_shown(value)}")
+            raise ValueError(f"{name} must be {', '.join(first)} or {last}; got {_short(value)}")
 
 
 def closest(name: str, known: Iterable[str]) -> str:
@@ -130,12 +130,12 @@ def name_and_options(what: str, declared: Any) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: If it is none of these.
     """
-    given = declared if isinstance(declared, Mapping) else {"class_path": declared}
-    if len(given) == 1 and "class_path" not in given:
-        given = dict(zip(("class_path", "init_args"), *given.items()))
-    name, options = given.get("class_path"), given.get("init_args")
-    known = {*given} <= {"class_path", "init_args"}
-    if not (known and isinstance(name, str) and isinstance(options, Mapping | None)):
+    mapping = declared if isinstance(declared, Mapping) else {"class_path": declared}
+    if len(mapping) == 1 and "class_path" not in mapping:
+        mapping = dict(zip(("class_path", "init_args"), *mapping.items()))
+    name, options = mapping.get("class_path"), mapping.get("init_args")
+    is_known = {*mapping} <= {"class_path", "init_args"}
+    if not (is_known and isinstance(name, str) and isinstance(options, Mapping | None)):
         raise ValueError(
             f"{what} must be a name, {{name: options}} or a mapping of class_path and init_args; "
             f"got {' '.join(repr(declared).split())[:60]}"
@@ -159,10 +159,10 @@ def check_options(what: str, options: Iterable[str], known: Collection[str]) -> 
 
 def final_subclasses(cls: type) -> list[Any]:
     """Returns `cls` and its subclasses that have no abstract method, in order of definition."""
-    below: list[Any] = sum(map(final_subclasses, cls.__subclasses__()), [])
+    subclasses: list[Any] = sum(map(final_subclasses, cls.__subclasses__()), [])
     members = (getattr(cls, name, None) for name in dir(cls))
-    abstract = any(getattr(member, "__isabstractmethod__", False) for member in members)
-    return list(dict.fromkeys(below if abstract else [cls, *below]))
+    is_abstract = any(getattr(member, "__isabstractmethod__", False) for member in members)
+    return list(dict.fromkeys(subclasses if is_abstract else [cls, *subclasses]))
 
 
 def as_plain(value: Any) -> Any:
@@ -182,7 +182,7 @@ def as_shape(name: str, value: Any) -> tuple[int, ...]:
     """
     sizes = tuple(value) if isinstance(value, tuple | list) else (value,)
     if not sizes:
-        raise ValueError(f"{name} must have at least one size; got {_shown(value)}")
+        raise ValueError(f"{name} must have at least one size; got {_short(value)}")
     for size in sizes:
         check_whole(**{name: size})
     return tuple(map(int, sizes))
@@ -207,7 +207,7 @@ def as_tensor(name: str, value: Any) -> Tensor:
     try:
         array = value.to_numpy() if hasattr(value, "to_numpy") else np.asarray(value)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{name} must hold rows of one length: {_line(error)}") from error
+        raise ValueError(f"{name} must hold rows of one length: {_one_line(error)}") from error
     if array.shape == (0,):
         raise ValueError(f"{name} must have at least one row; got none")
     if array.dtype.kind not in "fiub":
@@ -257,14 +257,14 @@ def check_finite(name: str, value: Tensor, missing: bool | None = None, remedy: 
     if value.ndim < 1:
         raise ValueError(f"{name} must have a row for each datum; got shape []")
     if value.is_floating_point() and not bool((finite := value.isfinite()).all()):
-        odd = ~finite & ~value.isnan() if missing else ~finite
-        bad = (odd.flatten(1).any(1) if odd.ndim > 1 else odd).nonzero().flatten().tolist()
+        bad = ~finite & ~value.isnan() if missing else ~finite
+        rows = (bad.flatten(1).any(1) if bad.ndim > 1 else bad).nonzero().flatten().tolist()
         hint = MISSING_HINT if missing is False and bool(value.isnan().any()) else remedy
         what = "infinite" if missing else "NaN or infinite"
-        if bad:
+        if rows:
             raise ValueError(
-                f"{name} must be finite; {len(bad)} row(s) hold {what} values, "
-                f"first {bad[:3]} (from 0): repair or remove them{hint}"
+                f"{name} must be finite; {len(rows)} row(s) hold {what} values, "
+                f"first {rows[:3]} (from 0): repair or remove them{hint}"
             )
 
 
@@ -286,7 +286,7 @@ def as_rows(name: str, value: Any, missing: bool | None = None) -> Tensor:
     return rows
 
 
-def completed(x: Tensor) -> Tensor:
+def fill_missing(x: Tensor) -> Tensor:
     """Returns `x` [N, *E] with missing values of an entry replaced by its observed ones, in turn.
 
     Mean, deviation and frequencies of an entry stay about those of its observed values.
@@ -298,13 +298,13 @@ def completed(x: Tensor) -> Tensor:
         return x
     count = len(x) - missing.sum(0)
     if bool((count == 0).any()):
-        never = (count == 0).nonzero().flatten().tolist()
+        empty = (count == 0).nonzero().flatten().tolist()
         raise ValueError(
-            f"each entry of a datum must be observed in some row; {len(never)} never are, first "
-            f"{never[:3]} (from 0): remove them"
+            f"each entry of a datum must be observed in some row; {len(empty)} never are, first "
+            f"{empty[:3]} (from 0): remove them"
         )
-    turn = torch.arange(len(x), device=x.device).unsqueeze(1) % count
-    rows = missing.byte().argsort(dim=0, stable=True).gather(0, turn)
+    source = torch.arange(len(x), device=x.device).unsqueeze(1) % count
+    rows = missing.byte().argsort(dim=0, stable=True).gather(0, source)
     flat = x.flatten(1)
     return torch.where(missing, flat.gather(0, rows), flat).view_as(x)
 
@@ -343,23 +343,23 @@ def takes_vae(
 
 def programs(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
     """Returns the arguments, a VAE in first place replaced by its two programs; checks these."""
-    both = [getattr(args[0], name, None) for name in ("model", "guide")] if args else [None]
-    if all(map(callable, both)) and "guide" not in options and not callable([*args, None][1]):
-        args = (*both, *args[1:])
-    given = dict(zip(("model", "guide"), args)) | options
+    found = [getattr(args[0], name, None) for name in ("model", "guide")] if args else [None]
+    if all(map(callable, found)) and "guide" not in options and not callable([*args, None][1]):
+        args = (*found, *args[1:])
+    named = dict(zip(("model", "guide"), args)) | options
     for name in ("model", "guide"):
-        if not callable(given.get(name)):
+        if not callable(named.get(name)):
             raise ValueError(
                 f"{name} must be a Pyro program, as in (vae.model, vae.guide, x), or give a VAE: "
-                f"(vae, x); got {type(given.get(name)).__name__}"
+                f"(vae, x); got {type(named.get(name)).__name__}"
             )
     return args
 
 
-def _shown(value: Any) -> str:
-    text = _line(repr(value))
+def _short(value: Any) -> str:
+    text = _one_line(repr(value))
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _line(text: Any) -> str:
+def _one_line(text: Any) -> str:
     return " ".join(str(text).split())

@@ -49,17 +49,17 @@ class Traced:
             state = dict(zip(names, leaves))
             state |= {name: state[name].detach().requires_grad_() for name in trained}
             result = functional_call(module, state, leaves[len(names) :])
-            outputs, self.layout = tree_flatten(result)
+            outputs, self.output_spec = tree_flatten(result)
             return outputs
 
         store = pyro.get_param_store()
         with (
-            _in_one_line("traced"),
+            _one_line_errors("traced"),
             pyro.validation_enabled(False),
             store.scope(store.get_state()),
         ):
             trace = make_fx(operations, tracing_mode="fake", _allow_non_fake_inputs=True)
-            self.graph = trace(*self.state, *_dense(inputs))
+            self.graph = trace(*self.state, *_contiguous(inputs))
         for stray in self.graph.parameters() if torch.is_grad_enabled() else ():
             raise CannotCompile(f"a parameter {list(stray.shape)} lies outside the module")
         self.code: Callable[..., Any] = self.graph
@@ -67,8 +67,8 @@ class Traced:
     def __call__(self, *inputs: Tensor) -> Any:
         """Returns what the forward pass returns, without gradients."""
         with torch.no_grad():
-            outputs = self.code(*self.state, *_dense(inputs))
-        return tree_unflatten(list(outputs), self.layout)
+            outputs = self.code(*self.state, *_contiguous(inputs))
+        return tree_unflatten(list(outputs), self.output_spec)
 
 
 def compiled(module: nn.Module, *inputs: Tensor) -> Traced:
@@ -80,20 +80,22 @@ def compiled(module: nn.Module, *inputs: Tensor) -> Traced:
     traced = Traced(module, *inputs)
     from torch._inductor import compile as by_inductor
 
-    with _in_one_line("compiled"), _quiet(), torch.no_grad():
+    with _one_line_errors("compiled"), _hide_warnings(), torch.no_grad():
         # fallback_random: numbers from torch's generators, not the compiler's own
         options = {"fallback_random": True}
-        traced.code = by_inductor(traced.graph, [*traced.state, *_dense(inputs)], options=options)
+        traced.code = by_inductor(
+            traced.graph, [*traced.state, *_contiguous(inputs)], options=options
+        )
     return traced
 
 
-def _dense(inputs: tuple[Tensor, ...]) -> list[Tensor]:
+def _contiguous(inputs: tuple[Tensor, ...]) -> list[Tensor]:
     """Returns the inputs in row-major order: code is compiled for one order in memory."""
     return [part.contiguous() for part in inputs]
 
 
 @contextmanager
-def _in_one_line(what: str) -> Iterator[None]:
+def _one_line_errors(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
@@ -102,7 +104,7 @@ def _in_one_line(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _hide_warnings() -> Iterator[None]:
     """Hides inductor's remarks on machines that have a CUDA compiler but no GPU."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level

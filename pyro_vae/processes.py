@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
-from pyro_vae.runtime import alone, is_small, seed_of, threads
+from pyro_vae.runtime import is_small, process_lock, seed_of, threads
 
 T = TypeVar("T")
 Function = Callable[["Group"], Any]  # what each process runs on its device
@@ -33,13 +33,13 @@ def uses_cuda(accelerator: str) -> bool:
 
 def check_processes(number: int, device: str) -> None:
     """Raises ValueError for more processes than this machine has devices, "cpu" or "cuda"."""
-    most = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
-    if not most:
+    available = torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
+    if not available:
         raise ValueError("accelerator cuda was asked for; this machine has no GPU that torch sees")
-    if number > most:
+    if number > available:
         what = "GPU(s)" if device == "cuda" else "processor(s)"
         raise ValueError(
-            f"devices={number} were asked for; this machine has {most} {what}: give no more"
+            f"devices={number} were asked for; this machine has {available} {what}: give no more"
         )
 
 
@@ -85,27 +85,29 @@ def in_processes(
     """
     number = len(parts) + (meanwhile is not None)
     check_processes(number, device)
-    share = max(1, torch.get_num_threads() // number)
+    num_threads = max(1, torch.get_num_threads() // number)
     matmul = torch.get_float32_matmul_precision()
-    places = [device if device == "cpu" else f"{device}:{i}" for i in indices or range(len(parts))]
-    others = set(multiprocessing.active_children())
+    devices = [
+        device if device == "cpu" else f"{device}:{i}" for i in indices or range(len(parts))
+    ]
+    before = set(multiprocessing.active_children())
     with TemporaryDirectory() as name:
         folder = Path(name)
         _send(folder / "function", function)
         for i, part in enumerate(parts):
             _send(folder / f"part{i}", part)
-        given = folder, places, share, matmul
+        arguments = folder, devices, num_threads, matmul
         try:
-            started = start_processes(_work, given, nprocs=len(parts), join=False)
+            processes = start_processes(_run_part, arguments, nprocs=len(parts), join=False)
             if meanwhile is not None:
-                with threads(share):
+                with threads(num_threads):
                     meanwhile()
-            while not started.join():
+            while not processes.join():
                 pass
         except (ProcessExitedException, ProcessRaisedException) as error:
             raise _first_error(folder, error) from error
         finally:
-            for process in set(multiprocessing.active_children()) - others:
+            for process in set(multiprocessing.active_children()) - before:
                 process.kill()
         return [_receive(folder / f"result{i}") for i in range(len(parts))]
 
@@ -122,16 +124,16 @@ def _first_error(folder: Path, error: Exception) -> Exception:
         return RuntimeError(str(error))
 
 
-def _work(number: int, folder: Path, places: list[str], threads: int, matmul: str) -> None:
+def _run_part(number: int, folder: Path, devices: list[str], threads: int, matmul: str) -> None:
     """Writes the function's result for one part to a file, or its error if it is the first."""
     Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(matmul)
     try:
-        here = torch.device(places[number])
-        if here.type == "cuda":
-            torch.cuda.set_device(here)
-        function, part = _receive(folder / "function"), _receive(folder / f"part{number}", here)
+        device = torch.device(devices[number])
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        function, part = _receive(folder / "function"), _receive(folder / f"part{number}", device)
         _send(folder / f"result{number}", function(part))
     except Exception as error:
         with suppress(FileExistsError), open(folder / "error", "xb") as file:
@@ -215,8 +217,8 @@ class Group:
     def broadcast_(self, *tensors: Tensor) -> None:
         """Overwrites tensors, in place, with those of rank 0."""
         if self.size > 1:
-            for tensor, theirs in zip(tensors, self.broadcast([t.cpu() for t in tensors])):
-                tensor.copy_(theirs)
+            for tensor, value in zip(tensors, self.broadcast([t.cpu() for t in tensors])):
+                tensor.copy_(value)
 
 
 def is_first_process() -> bool:
@@ -262,19 +264,19 @@ class Engine:
                 "devices must be their number, at least 1, or a list of their indices; "
                 f"got {devices!r}"
             )
-        self.on_cuda, launched, here = uses_cuda(accelerator), _under_torchrun(), len(self.indices)
-        self._kind, self._backend = ("cuda", "nccl") if self.on_cuda else ("cpu", "gloo")
-        check_processes(here, self._kind)
+        self.on_cuda, launched, size = uses_cuda(accelerator), _under_torchrun(), len(self.indices)
+        self._device_type, self._backend = ("cuda", "nccl") if self.on_cuda else ("cpu", "gloo")
+        check_processes(size, self._device_type)
         if self.on_cuda and (count := torch.cuda.device_count()) <= max(self.indices):
             raise ValueError(
                 f"devices={devices!r}, but the GPUs of this machine are 0 to {count - 1}"
             )
-        if launched and here not in (1, int(os.environ["LOCAL_WORLD_SIZE"])):
+        if launched and size not in (1, int(os.environ["LOCAL_WORLD_SIZE"])):
             raise ValueError(
                 f"devices={devices!r}, but {os.environ['LOCAL_WORLD_SIZE']} processes were "
                 "started on this host: leave devices out"
             )
-        self.size = int(os.environ["WORLD_SIZE"]) if launched else here
+        self.size = int(os.environ["WORLD_SIZE"]) if launched else size
         self.spawns = self.size > 1 and not launched
 
     def threads(self, vae: nn.Module, rows: int) -> int:
@@ -292,15 +294,15 @@ class Engine:
             ValueError: If processes are started and `function` cannot be sent to them.
             Exception: The first that `function` raised, in whichever process.
         """
-        with alone:
+        with process_lock:
             if self.size == 1:
                 return function(Group(device=self._device(self.indices[0])))
             if self.spawns:
-                work = partial(_in_process, self, function)
+                work = partial(_run_in_process, self, function)
                 indices = self.indices if self.on_cuda else None
                 with TemporaryDirectory() as folder:
                     parts = [(f"file://{folder}/store", *part) for part in enumerate(self.indices)]
-                    return in_processes(work, parts, self._kind, indices)[0]
+                    return in_processes(work, parts, self._device_type, indices)[0]
             if os.environ.get("MASTER_PORT") == "0":
                 raise ValueError(
                     "torchrun left MASTER_PORT at 0, where the processes cannot meet: give "
@@ -308,10 +310,10 @@ class Engine:
                 )
             if not distributed.is_initialized():
                 distributed.init_process_group(self._backend)
-                atexit.register(_leave)
-            return self._connected(function, int(os.environ["LOCAL_RANK"]))
+                atexit.register(_close_connection)
+            return self._run_connected(function, int(os.environ["LOCAL_RANK"]))
 
-    def _connected(self, function: Function, index: int) -> Any:
+    def _run_connected(self, function: Function, index: int) -> Any:
         device = self._device(index)
         if self.on_cuda:
             torch.cuda.set_device(device)
@@ -323,19 +325,19 @@ class Engine:
         return torch.device("cuda", index) if self.on_cuda else torch.device("cpu")
 
 
-def _in_process(engine: Engine, function: Function, part: tuple[str, int, int]) -> Any:
+def _run_in_process(engine: Engine, function: Function, part: tuple[str, int, int]) -> Any:
     store, rank, index = part
     if rank > 0:
         warnings.simplefilter("ignore")
     distributed.init_process_group(
         engine._backend, init_method=store, rank=rank, world_size=engine.size
     )
-    result = engine._connected(function, index)
+    result = engine._run_connected(function, index)
     distributed.destroy_process_group()  # spawned processes run no exit handlers
     return result if rank == 0 else None
 
 
-def _leave() -> None:
+def _close_connection() -> None:
     """Closes the connection of processes that torchrun started, before their threads end."""
     if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -16,25 +16,25 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from pyro_vae.arguments import check_whole
 
-MANY = 10_000_000  # multiplications in a layer from which a second thread pays
+MAX_SMALL = 10_000_000  # multiplications in a layer from which a second thread pays
 LARGE = 2**14  # entries of a matrix from which oneDNN's products are faster
-SWITCHED_OFF = ("none", "ieee")  # values of the switch that ask for products of full precision
-EXACT = 1e-5  # largest error, as a share of a product's largest entry; that of bfloat16 is 1e-3
-LARGEST = 31 * 2**20  # bytes of a block; glibc adapts to blocks of up to 32 MiB
+FULL_PRECISION = ("none", "ieee")  # values of the switch that ask for products of full precision
+MAX_ERROR = 1e-5  # as a share of a product's largest entry; that of bfloat16 is 1e-3
+BLOCK_BYTES = 31 * 2**20  # bytes of a block; glibc adapts to blocks of up to 32 MiB
 
 # fit and the estimators hold this lock while they change the state of the process, such as
 # torch's generators and Pyro's handlers; other threads wait
-alone = RLock()
+process_lock = RLock()
 
 
 @contextmanager
 def forked(device: torch.device, seed: int | None = None) -> Iterator[None]:
     """Restores torch's generators for the CPU and `device` afterwards; seeds them if asked.
 
-    Inside, this thread holds the lock `alone`. Generators of other devices are not touched:
+    Inside, this thread holds the lock `process_lock`. Generators of other devices are not touched:
     reading a CUDA generator's state initialises its device.
     """
-    with alone, torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with process_lock, torch.random.fork_rng([device] if device.type == "cuda" else []):
         if seed is not None:
             seed_generators(device, seed)
         yield
@@ -83,9 +83,9 @@ def is_small(parameters: Iterable[Tensor], rows: int) -> bool:
 
     A second thread saves a small model a fifth to a third of its time on an idle machine, but
     beside other work it makes small operations ten times as slow. A model is small if it has no
-    convolutions, and the size of its largest weight times the rows of a step is below `MANY`.
+    convolutions, and the size of its largest weight times the rows of a step is below `MAX_SMALL`.
     """
-    return all(p.ndim < 2 or (p.ndim == 2 and p.numel() * rows < MANY) for p in parameters)
+    return all(p.ndim < 2 or (p.ndim == 2 and p.numel() * rows < MAX_SMALL) for p in parameters)
 
 
 @contextmanager
@@ -98,14 +98,14 @@ def fast_products(weights: Iterable[Tensor]) -> Iterator[None]:
     process, shows which. If it is not exact, or the user has set the switch, nothing changes.
     """
     switch = getattr(torch.backends.mkldnn, "matmul", None)  # exists in torch 2.9 and later
-    asked = getattr(switch, "fp32_precision", None) in SWITCHED_OFF
-    large = any(w.ndim > 1 and w.numel() >= LARGE and w.device.type == "cpu" for w in weights)
-    with _switched(switch) if asked and large and _is_exact() else nullcontext():
+    unset = getattr(switch, "fp32_precision", None) in FULL_PRECISION
+    is_large = any(w.ndim > 1 and w.numel() >= LARGE and w.device.type == "cpu" for w in weights)
+    with _onednn(switch) if unset and is_large and _is_exact() else nullcontext():
         yield
 
 
 @contextmanager
-def _switched(switch: Any) -> Iterator[None]:
+def _onednn(switch: Any) -> Iterator[None]:
     before = switch.fp32_precision
     try:
         switch.fp32_precision = "bf16"
@@ -119,9 +119,9 @@ def _is_exact() -> bool:
     """Returns whether a product has the precision of float32 with the switch on."""
     a, b = torch.arange(2.0 * 2**16, device="cpu").sin().reshape(2, 2**8, 2**8)
     exact = a.double() @ b.double()
-    with _switched(getattr(torch.backends.mkldnn, "matmul")):  # noqa: B009
+    with _onednn(getattr(torch.backends.mkldnn, "matmul")):  # noqa: B009
         error = (a @ b - exact).abs().max()
-    return bool(error < EXACT * exact.abs().max())
+    return bool(error < MAX_ERROR * exact.abs().max())
 
 
 def keep_memory() -> None:
@@ -132,30 +132,30 @@ def keep_memory() -> None:
     time of an evaluation. So this frees one large block, which is never touched. With another
     allocator it has no effect.
     """
-    torch.empty(LARGEST, dtype=torch.uint8)
+    torch.empty(BLOCK_BYTES, dtype=torch.uint8)
 
 
 def check_fits(num_bytes: int, what: str) -> None:
     """Raises ValueError if `what` takes more memory than this machine has."""
     if not hasattr(os, "sysconf"):  # not on Windows
         return
-    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if num_bytes > here:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if num_bytes > memory:
         raise ValueError(
             f"{what} would take {num_bytes / 2**30:,.0f} GiB of memory; this machine has "
-            f"{here / 2**30:,.0f}: ask for less"
+            f"{memory / 2**30:,.0f}: ask for less"
         )
 
 
 @contextmanager
 def parameters_that_fit() -> Iterator[None]:
     """Raises ValueError if the parameters of modules made inside do not fit in memory."""
-    taken = 0
+    total = 0
 
     def add(module: nn.Module, name: str, parameter: Any) -> None:
-        nonlocal taken
-        taken += 0 if parameter is None else parameter.nbytes
-        check_fits(taken, "the parameters")
+        nonlocal total
+        total += 0 if parameter is None else parameter.nbytes
+        check_fits(total, "the parameters")
 
     hook = register_module_parameter_registration_hook(add)
     try:

@@ -12,7 +12,7 @@ from pyro.poutine.runtime import am_i_wrapped, effectful
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_vae.arguments import as_rows, as_tensor, check_finite, check_whole, completed
+from pyro_vae.arguments import as_rows, as_tensor, check_finite, check_whole, fill_missing
 from pyro_vae.distributions import Joint
 from pyro_vae.hierarchy import Inference, Layers, Lowest
 from pyro_vae.likelihoods import Likelihood
@@ -238,7 +238,7 @@ class VAE(nn.Module):
         x = self._cast(as_rows("x", x, self.missing))
         self.likelihood.check(x)
         if not self.initialised:
-            self.likelihood.initialise(completed(x))
+            self.likelihood.initialise(fill_missing(x))
             for part in (self.posterior, self.prior):
                 part.initialise(self.likelihood.inputs(x))
             self.initialised.fill_(True)

@@ -12,7 +12,7 @@ from families import LIKELIHOODS, OBJECTIVES, PRIORS, draw, make, name
 from torch import Tensor
 
 from pyro_vae import build
-from pyro_vae.arguments import completed
+from pyro_vae.arguments import fill_missing
 from pyro_vae.densities import densities
 from pyro_vae.distributions import Incomplete
 from pyro_vae.estimators import log_evidence
@@ -108,10 +108,10 @@ def test_entries_that_depend_on_each_other_are_refused() -> None:
 def test_completed_keeps_the_marginals_of_what_is_observed() -> None:
     x = torch.tensor([[1.0, NAN], [2.0, 5.0], [NAN, NAN], [3.0, 7.0], [NAN, NAN], [NAN, NAN]])
     expected = [[1.0, 5.0], [2.0, 5.0], [3.0, 5.0], [3.0, 7.0], [2.0, 5.0], [3.0, 7.0]]
-    assert torch.equal(completed(x), torch.tensor(expected))
-    assert torch.equal(completed(x[1:2]), x[1:2])
+    assert torch.equal(fill_missing(x), torch.tensor(expected))
+    assert torch.equal(fill_missing(x[1:2]), x[1:2])
     with pytest.raises(ValueError, match=r"1 never are, first \[1\] \(from 0\): remove them"):
-        completed(x[[0, 2]])
+        fill_missing(x[[0, 2]])
 
 
 def test_the_encoder_sees_zeros_and_the_mask() -> None:

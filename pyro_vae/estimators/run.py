@@ -27,10 +27,10 @@ from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.target import ROWS, Compiled, Target
 from pyro_vae.processes import check_processes, in_processes
 from pyro_vae.runtime import (
-    alone,
     forked,
     is_small,
     keep_memory,
+    process_lock,
     seed_generators,
     seed_of,
     threads,
@@ -76,7 +76,7 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
                 check_real(above=0, tolerance=value)
         weights = weights_of(given["model"], given["guide"])
         small = bool(weights) and x.device.type == "cpu" and is_small(weights, STEP)
-        with alone, pyro.validation_enabled(True), threads(1) if small else nullcontext():
+        with process_lock, pyro.validation_enabled(True), threads(1) if small else nullcontext():
             found = function(*bound.args, **bound.kwargs)
             if isinstance(found, Evidence):
                 parts = given["model"], given["guide"], x, given.get("y")
