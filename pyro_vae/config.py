@@ -44,7 +44,7 @@ BASES: dict[str, type] = {  # the base class of each family
     "schedule": objectives.Schedule,
 }
 PLAIN = (NoneType, bool, int, float, str, list, tuple, dict, EllipsisType, ...)
-KINDS = {  # types in words, for error messages
+TYPE_WORDS = {  # types in words, for error messages
     **{"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"},
     **dict.fromkeys(("list", "tuple"), "a list such as [300,300]"),
     **{"dict": "a mapping", "NoneType": "null"},
@@ -53,7 +53,7 @@ INJECTED = {  # arguments of classes that `build` fills in
     *("latent_dim", "data_shape", "posterior", "posteriors", "prior", "encoder", "decoder"),
     *("network", "in_shape", "out_shape", "classes"),
 }
-PATH = re.compile(r"[^\W\d]\w*\.\w[\w.]*")  # the path of a class or function, in text
+CLASS_PATH = re.compile(r"[^\W\d]\w*\.\w[\w.]*")  # the path of a class or function, in text
 DENSE = (networks.MLP, networks.GatedMLP)  # networks that read vectors
 
 
@@ -63,11 +63,11 @@ class Component(NamedTuple):
     cls: Any
     options: dict[str, Any]
 
-    def made(self, **filled: Any) -> Any:
+    def make(self, **filled: Any) -> Any:
         """Makes the object, with those of `filled` that its class takes."""
-        return given(self.cls, {**filled, **self.options})
+        return call_with(self.cls, {**filled, **self.options})
 
-    def having(self, **options: Any) -> Component:
+    def replace(self, **options: Any) -> Component:
         """Returns the same class with some options changed.
 
         Raises:
@@ -153,40 +153,40 @@ def build(
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be True or False; got {value!r}")
     sizes = as_shape("latent_dim", latent_dim)
-    several = isinstance(latent_dim, list)
-    if len(sizes) == 1 and (several or skip or hierarchy is not None):
+    layered = isinstance(latent_dim, list)
+    if len(sizes) == 1 and (layered or skip or hierarchy is not None):
         raise ValueError(
             "a hierarchy needs a latent_dim of two sizes or more, from the data upwards, such as "
             f"[40, 40]; got {latent_dim!r}"
         )
-    labels = _labels(condition_dim, classes, label_weight, classifier)
+    labels = _class_options(condition_dim, classes, label_weight, classifier)
     shape = as_shape("data_shape", as_plain(data_shape))
     declared = {"prior": prior, "likelihood": likelihood, "posterior": posterior}
     declared |= {"encoder": encoder, "decoder": decoder}
-    declared |= {"hierarchy": "TopDown" if hierarchy is None else hierarchy} if several else {}
+    declared |= {"hierarchy": "TopDown" if hierarchy is None else hierarchy} if layered else {}
     parts = {family: component(family, part) for family, part in declared.items()}
     for family in ("encoder", "decoder") if condition_dim or classes else ():
         own = parts[family].options.get("condition_dim")
-        parts[family] = parts[family].having(condition_dim=own or condition_dim or classes)
+        parts[family] = parts[family].replace(condition_dim=own or condition_dim or classes)
     for family in ("likelihood", "posterior"):  # options that multiply the widths of networks
         cls, options = parts[family]
         counts = signature(cls.num_params).parameters.keys() & options
         check_whole(**{name: options[name] for name in counts if type(options[name]) is int})
     cls, options = parts["likelihood"]
-    inputs = given(cls.input_shape, {**options, "missing": missing}, shape)
+    in_shape = call_with(cls.input_shape, {**options, "missing": missing}, shape)
     filled: dict[str, Any] = {"latent_dim": sizes[-1], "data_shape": shape}
     filled |= {"classes": classes} if classes else {}
-    made = {**labels, "likelihood": _likelihood(parts, filled, sizes, skip)}
-    filled["data_shape"] = inputs  # a prior's pseudo-inputs have the shape that the encoder reads
-    made["prior"], made["posterior"] = _latents(parts, filled, sizes)
+    modules = {**labels, "likelihood": _likelihood(parts, filled, sizes, skip)}
+    filled["data_shape"] = in_shape  # pseudo-inputs have the shape that the encoder reads
+    modules["prior"], modules["posterior"] = _latents(parts, filled, sizes)
     if classifier:
-        plain = parts["encoder"].having(condition_dim=0)
-        made["classifier"] = plain.made(in_shape=inputs, out_shape=(classes,))
-    vae = (ClassVAE if classes else VAE)(missing=missing, **made)
+        unconditional = parts["encoder"].replace(condition_dim=0)
+        modules["classifier"] = unconditional.make(in_shape=in_shape, out_shape=(classes,))
+    vae = (ClassVAE if classes else VAE)(missing=missing, **modules)
     vae.declaration = {
         "data_shape": list(shape),
-        "latent_dim": list(sizes) if several else sizes[0],
-        **({"skip": skip} if several else {}),
+        "latent_dim": list(sizes) if layered else sizes[0],
+        **({"skip": skip} if layered else {}),
         **({"missing": True} if missing else {}),
         **labels,
         **{family: part.plain for family, part in parts.items()},
@@ -194,7 +194,7 @@ def build(
     return vae
 
 
-def _labels(
+def _class_options(
     condition_dim: int, classes: int, label_weight: float, classifier: bool
 ) -> dict[str, Any]:
     """Returns the further arguments of a `ClassVAE`, checked; {} without classes."""
@@ -215,27 +215,27 @@ def _likelihood(
     parts: dict[str, Component], filled: dict[str, Any], sizes: tuple[int, ...], skip: bool
 ) -> Any:
     cls, options = parts["likelihood"]
-    seen = sum(sizes) if skip else sizes[0]
+    size = sum(sizes) if skip else sizes[0]
     out_shape = cls.out_shape(filled["data_shape"], **options)
-    network = parts["decoder"].made(in_shape=(seen,), out_shape=out_shape)
-    decoder = Lowest(network, seen) if seen < sum(sizes) else network
-    return parts["likelihood"].made(**filled, decoder=decoder)
+    network = parts["decoder"].make(in_shape=(size,), out_shape=out_shape)
+    decoder = Lowest(network, size) if size < sum(sizes) else network
+    return parts["likelihood"].make(**filled, decoder=decoder)
 
 
 def _latents(
     parts: dict[str, Component], filled: dict[str, Any], sizes: tuple[int, ...]
 ) -> tuple[Any, Any]:
-    order, top, posterior = parts.get("hierarchy"), parts["prior"], parts["posterior"]
+    hierarchy, top, posterior = parts.get("hierarchy"), parts["prior"], parts["posterior"]
     encoder, shape = parts["encoder"], filled["data_shape"]
     condition_dim = encoder.options.get("condition_dim", 0)
-    reads = [(shape, 0)] if order is None else order.cls.reads(shape, sizes)
+    reads = [(shape, 0)] if hierarchy is None else hierarchy.cls.reads(shape, sizes)
     posteriors = []
     for size, (in_shape, above) in zip(sizes, reads):
         network = encoder if in_shape == shape else _dense(encoder)
-        network = network.having(condition_dim=condition_dim + above) if above else network
-        count = given(posterior.cls.num_params, posterior.options, size)
-        made = network.made(in_shape=in_shape, out_shape=(count,))
-        posteriors.append(posterior.made(latent_dim=size, encoder=made))
+        network = network.replace(condition_dim=condition_dim + above) if above else network
+        count = call_with(posterior.cls.num_params, posterior.options, size)
+        module = network.make(in_shape=in_shape, out_shape=(count,))
+        posteriors.append(posterior.make(latent_dim=size, encoder=module))
     filled = {**filled, "posterior": posteriors[-1], "data_shape": reads[-1][0]}
     if "network" in signature(top.cls).parameters:
         if not condition_dim:
@@ -243,22 +243,22 @@ def _latents(
                 f"prior {top.cls.__name__} of the top layer has nothing above it but y: give "
                 "condition_dim, or another prior"
             )
-        filled["network"] = _network_of(top, parts["decoder"], sizes[-1], condition_dim)
-    prior = top.made(**filled)
-    if order is None:
+        filled["network"] = _prior_network(top, parts["decoder"], sizes[-1], condition_dim)
+    prior = top.make(**filled)
+    if hierarchy is None:
         return prior, posteriors[0]
-    lower, below = component("prior", "ConditionalNormal"), []
+    lower_prior, lower_priors = component("prior", "ConditionalNormal"), []
     for size, above in zip(sizes, sizes[1:]):
-        network = _network_of(lower, parts["decoder"], size, above + condition_dim)
-        below.append(lower.made(latent_dim=size, network=network))
-    layers = Layers([*below, prior])
-    return layers, order.made(posteriors=posteriors, prior=layers)
+        network = _prior_network(lower_prior, parts["decoder"], size, above + condition_dim)
+        lower_priors.append(lower_prior.make(latent_dim=size, network=network))
+    layers = Layers([*lower_priors, prior])
+    return layers, hierarchy.make(posteriors=posteriors, prior=layers)
 
 
-def _network_of(prior: Component, decoder: Component, latent_dim: int, above: int) -> Any:
+def _prior_network(prior: Component, decoder: Component, latent_dim: int, above: int) -> Any:
     """Makes the network of a prior that is conditioned on a vector of length `above`."""
-    out_shape = (given(prior.cls.num_params, prior.options, latent_dim),)
-    return _dense(decoder).having(condition_dim=0).made(in_shape=(above,), out_shape=out_shape)
+    out_shape = (call_with(prior.cls.num_params, prior.options, latent_dim),)
+    return _dense(decoder).replace(condition_dim=0).make(in_shape=(above,), out_shape=out_shape)
 
 
 def _dense(network: Component) -> Component:
@@ -266,7 +266,7 @@ def _dense(network: Component) -> Component:
     if network.cls in DENSE:
         return network
     mlp = component("encoder", "MLP")
-    return mlp.having(condition_dim=network.options.get("condition_dim", 0))
+    return mlp.replace(condition_dim=network.options.get("condition_dim", 0))
 
 
 def load(run: str | os.PathLike[str], vae: VAE | None = None) -> VAE:
@@ -287,14 +287,14 @@ def load(run: str | os.PathLike[str], vae: VAE | None = None) -> VAE:
         if declaration is None:
             raise ValueError(f"{run}: the VAE was not made by build(): give it, load(run, vae)")
         with reading(Path(run) / "run.json"):
-            likelihood = as_named_now(declaration["likelihood"])
+            likelihood = add_new_options(declaration["likelihood"])
             vae = build(**{**declaration, "likelihood": likelihood})
             vae.declaration = declaration  # unchanged, so that the run can be resumed
     put_weights(vae, load_weights(run), run)
     return vae.eval()
 
 
-def as_named_now(likelihood: Declared) -> dict[str, Any]:
+def add_new_options(likelihood: Declared) -> dict[str, Any]:
     """Returns the likelihood of a run, with the options that older versions did not write."""
     name, options = name_and_options("likelihood", likelihood)
     cls: Any = named_class("likelihood", name)
@@ -321,11 +321,11 @@ def component(family: str, declared: Declared) -> Component:
         return declared
     name, options = name_and_options(family, declared)
     cls = named_class(family, name)
-    taken = signature(cls).parameters.values()
-    variable = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-    names = [p.name for p in taken if p.kind not in variable and p.name not in INJECTED]
+    parameters = signature(cls).parameters.values()
+    variadic = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    names = [p.name for p in parameters if p.kind not in variadic and p.name not in INJECTED]
     check_options(f"{family} {cls.__name__}", options, names)
-    options = {name: _value(cls, name, value) for name, value in options.items()}
+    options = {name: _option_value(cls, name, value) for name, value in options.items()}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, family, skip=INJECTED)
     try:
@@ -339,16 +339,16 @@ def component(family: str, declared: Declared) -> Component:
 def plain_words(line: str) -> str:
     """Puts what jsonargparse says of a value of a wrong type in our words; keeps other lines."""
     line = " ".join(line.split())
-    found = re.fullmatch(r"(.*?)Parser key \"([\w.]+)\": (.*) value:(.*)", line)
-    text = found[3].partition(" Errors:")[0] if found else ""
+    match = re.fullmatch(r"(.*?)Parser key \"([\w.]+)\": (.*) value:(.*)", line)
+    text = match[3].partition(" Errors:")[0] if match else ""
     types = re.findall(r"Literal\[(.*?)\]|<class '(\w+)'>|(list|tuple)\[", text)
-    words = [names.replace("'", "") or KINDS.get(a or b, a) for names, a, b in types]
-    if found is None or not words:
+    words = [names.replace("'", "") or TYPE_WORDS.get(a or b, a) for names, a, b in types]
+    if match is None or not words:
         return line
     words.sort(key="null".__eq__)  # null comes last
-    option = found[2].rpartition(".")[2]
+    option = match[2].rpartition(".")[2]
     expected = " or ".join(words).replace(", ", " or ")
-    return f"{found[1]}{option} must be {expected}; got {found[4].strip() or repr('')}"
+    return f"{match[1]}{option} must be {expected}; got {match[4].strip() or repr('')}"
 
 
 def declare(family: str, declared: Declared, path: Sequence[str], text: str) -> dict[str, Any]:
@@ -371,10 +371,10 @@ def declare(family: str, declared: Declared, path: Sequence[str], text: str) -> 
     so_far = declared.plain if isinstance(declared, Component) else declared
     name, options = name_and_options(family, so_far)
     if path in ([], ["class_path"]):
-        chosen, given = name_and_options(family, value)
-        cls = named_class(family, chosen)
-        same = name in (cls.__name__, short_name(cls))
-        return {"class_path": chosen, "init_args": given or (options if same else {})}
+        new_name, new_options = name_and_options(family, value)
+        cls = named_class(family, new_name)
+        is_same = name in (cls.__name__, short_name(cls))
+        return {"class_path": new_name, "init_args": new_options or (options if is_same else {})}
     first, *rest = path[1:] if path[0] == "init_args" else path
     if rest:
         inner = options.get(first)
@@ -399,7 +399,7 @@ def named_class(family: str, name: str) -> type:
     )
 
 
-def _value(cls: type, option: str, declared: Any) -> Any:
+def _option_value(cls: type, option: str, declared: Any) -> Any:
     """Returns the value of an option, a schedule made; raises ValueError for other classes."""
     hint, declared = None, as_plain(declared)
     with suppress(NameError):  # types that are imported for type checkers alone
@@ -408,7 +408,7 @@ def _value(cls: type, option: str, declared: Any) -> Any:
     if objectives.Schedule in get_args(hint) and (is_text or isinstance(declared, Mapping)):
         schedule, settings = component("schedule", declared)
         return schedule(**settings)
-    if not _is_plain(hint) and (path := PATH.search(repr(declared))):
+    if not _is_plain(hint) and (path := CLASS_PATH.search(repr(declared))):
         raise ValueError(
             f"{cls.__name__}: {option} cannot be {path[0]!r}: a declaration holds numbers, "
             "texts and lists; make other objects inside your class"
@@ -430,7 +430,7 @@ def short_name(cls: type) -> str:
     return cls.__name__ if ours else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def given(function: Callable[..., Any], known: Mapping[str, Any], *args: Any) -> Any:
+def call_with(function: Callable[..., Any], known: Mapping[str, Any], *args: Any) -> Any:
     """Calls a function or class with `args` and those of `known` that it takes."""
-    taken = signature(function).parameters
-    return function(*args, **{name: value for name, value in known.items() if name in taken})
+    parameters = signature(function).parameters
+    return function(*args, **{name: value for name, value in known.items() if name in parameters})

@@ -129,7 +129,7 @@ def test_a_count_below_zero_is_refused_by_its_name(family: str, name: str, optio
     def made() -> None:
         part = component(family, {name: {option: -1}})
         if family == "objective":
-            part.made()
+            part.make()
         build((1, 8, 8), 2, **{family: part}, condition_dim=3 * (name == "ConditionalNormal"))
 
     with pytest.raises(ValueError, match=f"{option} must .* got -1"):
@@ -170,7 +170,7 @@ def test_options_given_in_python_are_refused_by_name(part: Any, option: str, val
     shape = {"data_shape": (7,), "in_shape": 7, "out_shape": 3}
     given = {"latent_dim": 3, "posterior": networks.MLP(7, 3), "encoder": networks.MLP(7, 64)}
     with pytest.raises(ValueError, match=f"{option} must be"):
-        config.given(part, {**shape, **given, option: value})
+        config.call_with(part, {**shape, **given, option: value})
 
 
 def test_numbers_of_numpy_declare_as_those_of_python() -> None:
@@ -196,7 +196,7 @@ def test_what_was_checked_is_not_parsed_again(monkeypatch: pytest.MonkeyPatch) -
     assert {family: vae.declaration[family] for family in names} == {
         family: parts[family].plain for family in names
     }
-    assert vae.declaration["encoder"] == parts["encoder"].having(condition_dim=3).plain
+    assert vae.declaration["encoder"] == parts["encoder"].replace(condition_dim=3).plain
 
 
 def test_a_part_may_be_given_as_its_name_and_options() -> None:

@@ -126,7 +126,7 @@ def _files(typed: list[str], parser: ArgumentParser) -> Iterator[dict[str, Any]]
             )
         content = _read_yaml(path)
         with reading(path):
-            likelihood = config.as_named_now(content.get("likelihood", FAMILIES["likelihood"]))
+            likelihood = config.add_new_options(content.get("likelihood", FAMILIES["likelihood"]))
         content = _checked(path, {**content, "likelihood": likelihood}, parser)
         yield {**content, "run": run}
     for name, _, path in (argument.partition("=") for argument in typed):

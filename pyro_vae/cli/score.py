@@ -63,7 +63,7 @@ def rows_of(splits: Splits, part: str, data: Data) -> str:
 
 def estimate(vae: VAE, data: Data, options: Namespace) -> Evidence:
     """Estimates log p(x) of all rows by `log_evidence`."""
-    found: Evidence = config.given(log_evidence, vars(options), vae, *data.batch())
+    found: Evidence = config.call_with(log_evidence, vars(options), vae, *data.batch())
     return found
 
 

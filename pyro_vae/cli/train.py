@@ -67,7 +67,7 @@ def train(options: Namespace) -> Path:
     folder, splits = _run_folder(options), _splits(options)
     options.data = splits.name
     vae = _build(options, splits)
-    objective = options.objective.made()
+    objective = options.objective.make()
     check_support(vae, splits.train)
     arguments = (options, vae, splits, folder, objective)
     if not first:
@@ -142,7 +142,7 @@ def _fit(
             "callbacks": [KlParts(folder, splits.validation)],
             "loggers": loggers,
         }
-        history: History = config.given(fit, {**vars(options), **arguments})
+        history: History = config.call_with(fit, {**vars(options), **arguments})
         return history
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_go_on(folder, options)) from None
@@ -213,9 +213,9 @@ def _build(options: Namespace, splits: Splits) -> VAE:
     cls, own = likelihood
     if data.levels is not None and "levels" in own:
         if own["levels"] == inspect.signature(cls).parameters["levels"].default:
-            likelihood = likelihood.having(levels=data.levels)
+            likelihood = likelihood.replace(levels=data.levels)
     if data.schema is not None:
-        likelihood = likelihood.having(columns=_of_columns(own["columns"], data.schema))
+        likelihood = likelihood.replace(columns=_of_columns(own["columns"], data.schema))
     if options.conditional and data.labels is not None and bool((data.labels < 0).any()):
         raise ValueError("--conditional needs a label in every row: for few labels use --classes")
     check_whole(0, seed=options.seed)
@@ -225,11 +225,11 @@ def _build(options: Namespace, splits: Splits) -> VAE:
         "condition_dim": 0 if data.y is None else data.y.shape[1],
         "missing": splits.missing if options.missing is None else options.missing,
     }
-    vae: VAE = config.given(config.build, {**vars(options), **found}, data.data_shape)
+    vae: VAE = config.call_with(config.build, {**vars(options), **found}, data.data_shape)
     if options.resume:
         with reading(Path(options.resume) / "run.json"):
             before = read_run(options.resume)["declaration"]
-            now = before and {"likelihood": config.as_named_now(before["likelihood"])}
+            now = before and {"likelihood": config.add_new_options(before["likelihood"])}
             if before and {**before, **now} == vae.declaration:
                 vae.declaration = before  # the run keeps its declaration
     return vae
