@@ -56,15 +56,15 @@ STYLE: Any = {
     "ytick.labelsize": 8,
 }
 Names = Sequence[str] | Mapping[str, Sequence[str | float]] | None  # of columns (and their codes)
-SCREEN = 96  # pixels of a page in an inch
+DPI = 96  # pixels of a page in an inch
 GREY = "#767676"  # colour of text that is legible on white and on black
-SHADES = {  # the colour on dark pages of each colour on light ones
+DARK_COLOURS = {  # the colour on dark pages of each colour on light ones
     **{"#ffffff": "#181c20", "#000000": "#e4e7ea", "#0072b2": "#4aa3df", "#666666": "#a0a9b2"},
     **{"#b0b0b0": "#444b52", "#b3b3b3": "#5a626a", "#cccccc": "#4a5158", "#e6e6e6": "#2b3138"},
 }
 RULES = "\n".join(
     f'[style*="{part}: {light}"] {{ {part}: {dark} !important }}'
-    for light, dark in SHADES.items()
+    for light, dark in DARK_COLOURS.items()
     for part in ("fill", "stroke")
 )
 DARK = f"\n@media (prefers-color-scheme: dark) {{ svg {{ fill: #e4e7ea }}\n{RULES} }}".encode()
@@ -80,12 +80,12 @@ def style() -> Iterator[None]:
         yield
 
 
-class _Shown(Figure):
+class _NotebookFigure(Figure):
     """A figure that a notebook shows if it is the last line of a cell."""
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-        width, height = (round(side * SCREEN) for side in self.get_size_inches())
-        return _drawn(self, "png"), {"width": width, "height": height}
+        width, height = (round(side * DPI) for side in self.get_size_inches())
+        return _render(self, "png"), {"width": width, "height": height}
 
 
 def images(x: Tensor, title: str = "", limits: tuple[float, float] | None = None) -> Figure:
@@ -97,8 +97,8 @@ def images(x: Tensor, title: str = "", limits: tuple[float, float] | None = None
         limits: Values shown as black and white; the lowest and highest of `x` if None.
     """
     side = max(1, round(len(x) ** 0.5))
-    rows = [_row(x[i : i + side], side) for i in range(0, len(x), side)]
-    return _picture(torch.cat(rows, -2), title, limits, width=5)
+    rows = [_image_row(x[i : i + side], side) for i in range(0, len(x), side)]
+    return _image_figure(torch.cat(rows, -2), title, limits, width=5)
 
 
 def reconstructions(
@@ -106,11 +106,11 @@ def reconstructions(
 ) -> Figure:
     """Draws images [N, C, H, W] in rows of ten, each row above that of its reconstructions."""
     parts = []
-    for some in zip(x.split(10), reconstructed.split(10)):
-        pair = [_row(row, 10) for row in some]
+    for batch in zip(x.split(10), reconstructed.split(10)):
+        pair = [_image_row(row, 10) for row in batch]
         parts += [*pair, torch.full_like(pair[0][..., :2, :], math.nan)]
     title = "data (upper rows) and their reconstructions (lower rows)"
-    return _picture(torch.cat(parts[:-1], -2), title, limits or _limits(x), width=7)
+    return _image_figure(torch.cat(parts[:-1], -2), title, limits or _min_max(x), width=7)
 
 
 def image_rows(
@@ -121,9 +121,9 @@ def image_rows(
     Raises:
         ValueError: If there is not one name for each row.
     """
-    _check(x, 5, len(names), "images [R, T, C, H, W] and R names")
-    picture = torch.cat([_row(row, x.shape[1]) for row in x], -2)
-    return _picture(picture, title, limits, width=6, names=names)
+    _check_shape(x, 5, len(names), "images [R, T, C, H, W] and R names")
+    picture = torch.cat([_image_row(row, x.shape[1]) for row in x], -2)
+    return _image_figure(picture, title, limits, width=6, names=names)
 
 
 @style()
@@ -141,27 +141,27 @@ def columns(data: Tensor, samples: Tensor, names: Names = None) -> Figure:
     """
     codes = names if isinstance(names, Mapping) else {}
     count = data.shape[1]
-    shown = min(count, 9)
-    figure, axes = _axes(-(-shown // 3), min(shown, 3), 2)
-    for ax, name, held, drawn in zip(axes, _named(names, count, "column "), data.T, samples.T):
-        held = held[~held.isnan()]
-        bins = _bins(held)
-        for values, label, kind in ((held, "data", "stepfilled"), (drawn, "samples", "step")):
-            look = {"histtype": kind, "alpha": 0.4 if label == "data" else 1, "label": label}
+    number = min(count, 9)
+    figure, axes = _subplots(-(-number // 3), min(number, 3), 2)
+    for ax, name, column, draws in zip(axes, _names(names, count, "column "), data.T, samples.T):
+        column = column[~column.isnan()]
+        bins = _bin_edges(column)
+        for values, label, kind in ((column, "data", "stepfilled"), (draws, "samples", "step")):
+            kwargs = {"histtype": kind, "alpha": 0.4 if label == "data" else 1, "label": label}
             share = torch.ones(len(values)) / len(values)
-            ax.hist(values.tolist(), bins, weights=share.tolist(), **look)
+            ax.hist(values.tolist(), bins, weights=share.tolist(), **kwargs)
         ax.set_title(_short(name), fontsize=9)
-        if _skewed(held):
+        if _is_skewed(column):
             ax.set_xscale("log")
         else:
-            ax.locator_params(axis="x", nbins=4, prune="both", integer=_few(held))
+            ax.locator_params(axis="x", nbins=4, prune="both", integer=_is_discrete(column))
         _name_ticks(ax.xaxis, codes.get(name, ()))
         ax.set_yticks([])
-    for ax in axes[shown:]:
+    for ax in axes[number:]:
         ax.remove()
     figure.set_layout_engine("constrained", wspace=0.06)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
-    title = f"the first {shown} of {count} columns" if shown < count else "each column"
+    title = f"the first {number} of {count} columns" if number < count else "each column"
     figure.suptitle(f"{title}, share of rows", fontsize=10)
     return figure
 
@@ -178,24 +178,24 @@ def pairs(data: Tensor, samples: Tensor, names: Names = None) -> Figure:
         samples: Rows drawn from the model.
         names: As in `columns`.
     """
-    chosen = _strongest(data[:, :100], 4)
-    figure, axes = _axes(2, len(chosen), 1.8)
+    strongest = _most_correlated(data[:, :100], 4)
+    figure, axes = _subplots(2, len(strongest), 1.8)
     codes = names if isinstance(names, Mapping) else {}
-    named = _named(names, data.shape[1], "column ")
+    titles = _names(names, data.shape[1], "column ")
     parts = (("data", data), ("samples", samples))
-    for ax, ((title, rows), pair) in zip(axes, product(parts, chosen)):
-        x, y = (_spread(rows[:1000, d], d).tolist() for d in pair)
+    for ax, ((title, rows), pair) in zip(axes, product(parts, strongest)):
+        x, y = (_jitter(rows[:1000, d], d).tolist() for d in pair)
         ax.plot(x, y, ".", ms=2, alpha=0.5, color=PALETTE[rows is samples], rasterized=True)
-        xlim, ylim = (_shown(_spread(data[:, d], d)) for d in pair)
-        xscale, yscale = ("log" if _skewed(data[:, d]) else "linear" for d in pair)
+        xlim, ylim = (_axis_limits(_jitter(data[:, d], d)) for d in pair)
+        xscale, yscale = ("log" if _is_skewed(data[:, d]) else "linear" for d in pair)
         ax.set(xlim=xlim, ylim=ylim)  # set first: of samples below 0 matplotlib finds none
         ax.set(xscale=xscale, yscale=yscale)
         ax.minorticks_off()
-        xlabel, ylabel = (_short(named[d], 18) for d in pair)
+        xlabel, ylabel = (_short(titles[d], 18) for d in pair)
         ax.set(xlabel=xlabel, ylabel=ylabel, xticks=[], yticks=[])
         for axis, d in zip((ax.xaxis, ax.yaxis), pair):
-            _name_ticks(axis, codes.get(named[d], ()), 5)
-        if pair == chosen[0]:
+            _name_ticks(axis, codes.get(titles[d], ()), 5)
+        if pair == strongest[0]:
             ax.set_title(title, loc="left")
     return figure
 
@@ -208,7 +208,7 @@ def curves(rows: Sequence[Mapping[str, float | None]]) -> Figure:
         rows: One mapping per epoch, as in `History.rows`: "epoch", "elbo", "kl" and
             "reconstruction" of training, and the last three with the prefix `validation_`.
     """
-    figure, axes = _axes(1, 3, 2)
+    figure, axes = _subplots(1, 3, 2)
     titles = {"elbo": "ELBO", "kl": "KL", "reconstruction": "reconstruction"}
     for ax, (term, title) in zip(axes, titles.items()):
         parts = {"training": term, "validation": f"validation_{term}"}
@@ -216,7 +216,7 @@ def curves(rows: Sequence[Mapping[str, float | None]]) -> Figure:
             part: [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
             for part, key in parts.items()
         }
-        _lines(ax, lines, title=title)
+        _plot_lines(ax, lines, title=title)
     axes[0].set_ylabel("nats per datum")
     _name_lines(axes[-1])
     return figure
@@ -240,36 +240,36 @@ def latent(
         class_names: What the labels stand for; their numbers if None.
     """
     pair = sorted(means.var(0, correction=0).argsort(descending=True)[:2].tolist())
-    shown = means[:, pair].float().cpu()
+    plane = means[:, pair].float().cpu()
     if len(pair) == 1:
-        shown = torch.cat([shown, torch.linspace(*_limits(shown), len(shown))[:, None]], 1)
+        plane = torch.cat([plane, torch.linspace(*_min_max(plane), len(plane))[:, None]], 1)
     labels = torch.zeros(len(means)) if labels is None else labels
-    figure, (ax,) = _axes(1, 1, 4.5)
-    placed, apart = torch.empty(0, 2), 0.06 * (shown.amax(0) - shown.amin(0)).max().item()
+    figure, (ax,) = _subplots(1, 1, 4.5)
+    taken, gap = torch.empty(0, 2), 0.06 * (plane.amax(0) - plane.amin(0)).max().item()
     for i, label in enumerate(classes := labels.unique().tolist()):
-        points = shown[labels == label]
-        look = {"marker": "o^sDv"[i // len(PALETTE) % 5], "color": PALETTE[i % len(PALETTE)]}
-        ax.scatter(*points.T.tolist(), s=10, linewidths=0, rasterized=True, **look)
+        points = plane[labels == label]
+        kwargs = {"marker": "o^sDv"[i // len(PALETTE) % 5], "color": PALETTE[i % len(PALETTE)]}
+        ax.scatter(*points.T.tolist(), s=10, linewidths=0, rasterized=True, **kwargs)
         if len(classes) > 1:
             halo = [withStroke(linewidth=3, foreground="#ffffff")]
-            placed = torch.cat([placed, _free(points, placed, apart)[None]])
-            at = placed[-1].tolist()
-            text = {"color": look["color"], "path_effects": halo, "weight": "bold"}
+            taken = torch.cat([taken, _label_position(points, taken, gap)[None]])
+            place = taken[-1].tolist()
+            text = {"color": kwargs["color"], "path_effects": halo, "weight": "bold"}
             word = f"{label:g}" if class_names is None else _short(class_names[int(label)], 18)
-            ax.text(*at, "?" if label < 0 else word, size=13, **text)
-    names = _named(names, means.shape[1], "z")
+            ax.text(*place, "?" if label < 0 else word, size=13, **text)
+    names = _names(names, means.shape[1], "z")
     xlabel, ylabel = (*(f"E[{names[d]} | x]" for d in pair), "rows, in order")[:2]
-    chosen = ", the two dimensions of largest variance" if means.shape[1] > 2 else ""
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=f"posterior means{chosen}")
+    note = ", the two dimensions of largest variance" if means.shape[1] > 2 else ""
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=f"posterior means{note}")
     return figure
 
 
-def _free(points: Tensor, placed: Tensor, apart: float) -> Tensor:
-    """Returns the median of points [N, 2], or the nearest point that is `apart` from `placed`."""
+def _label_position(points: Tensor, taken: Tensor, gap: float) -> Tensor:
+    """Returns the median of points [N, 2], or the nearest point that is `gap` from `taken`."""
     median = points.median(0).values
-    near = torch.cat([median[None], points[(points - median).norm(dim=1).argsort()]])
-    clear = (torch.cdist(near, placed) > apart).all(1)
-    return near[int(clear.float().argmax())]
+    candidates = torch.cat([median[None], points[(points - median).norm(dim=1).argsort()]])
+    is_free = (torch.cdist(candidates, taken) > gap).all(1)
+    return candidates[int(is_free.float().argmax())]
 
 
 def traversals(
@@ -290,20 +290,20 @@ def traversals(
         limits: As in `images`.
         dims: Names of the D dimensions, or their numbers; z0, z1, ... if None.
     """
-    _check(decoded, 5, len(kl), "images [D, T, C, H, W] and kl [D]")
+    _check_shape(decoded, 5, len(kl), "images [D, T, C, H, W] and kl [D]")
     order = kl.argsort(descending=True)[:top].tolist()
-    named = _named(dims, len(kl), "z")
-    names = [f"{named[d]}, {kl[d]:.2f} nats" for d in order]
-    reach = "" if values is None else f", from {values.min():.1f} to {values.max():.1f}"
-    title = f"each latent dimension by itself{reach}"
-    return image_rows(decoded[order], names, title, limits or _limits(decoded))
+    all_names = _names(dims, len(kl), "z")
+    names = [f"{all_names[d]}, {kl[d]:.2f} nats" for d in order]
+    span = "" if values is None else f", from {values.min():.1f} to {values.max():.1f}"
+    title = f"each latent dimension by itself{span}"
+    return image_rows(decoded[order], names, title, limits or _min_max(decoded))
 
 
 @style()
 def factor_matrix(information: Tensor, names: Sequence[str]) -> Figure:
     """Draws mutual information of each factor with each latent dimension [F, D], in nats."""
-    _check(information, 2, len(names), "a matrix [F, D] and F names")
-    figure, (ax,) = _axes(1, 1, max(3.0, 0.45 * max(information.shape)))
+    _check_shape(information, 2, len(names), "a matrix [F, D] and F names")
+    figure, (ax,) = _subplots(1, 1, max(3.0, 0.45 * max(information.shape)))
     picture = ax.imshow(information.tolist(), cmap="viridis", vmin=0, aspect="auto")
     figure.colorbar(picture, ax=ax, label="nats")
     ax.set_yticks(range(len(names)), names)
@@ -323,16 +323,16 @@ def unit_kl(epochs: Tensor, kl: Tensor, names: Sequence[str] | None = None) -> F
         kl: KL of each dimension after each epoch [T, D].
         names: Names of the D dimensions; z0, z1, ... if None.
     """
-    figure, (ax, bars) = _axes(1, 2, 3)
+    figure, (ax, bars) = _subplots(1, 2, 3)
     order = kl[-1].argsort(descending=True).tolist()
-    names = _named(names, kl.shape[1], "z")
+    names = _names(names, kl.shape[1], "z")
     sites = [names[d].rpartition("[")[0] for d in order]
     for site, colour in zip(sorted(set(sites)), PALETTE):
-        mine = [(i, kl[-1, d].item()) for i, d in enumerate(order) if sites[i] == site]
-        total = sum(value for _, value in mine)
-        bars.bar(*zip(*mine), color=colour, label=f"{site}, {total:.1f} nats")
-    each = {names[d]: [*zip(epochs.tolist(), kl[:, d].tolist())] for d in order}
-    _lines(ax, each, title="KL of each latent dimension", ylabel="nats per datum")
+        bars_of_site = [(i, kl[-1, d].item()) for i, d in enumerate(order) if sites[i] == site]
+        total = sum(value for _, value in bars_of_site)
+        bars.bar(*zip(*bars_of_site), color=colour, label=f"{site}, {total:.1f} nats")
+    lines = {names[d]: [*zip(epochs.tolist(), kl[:, d].tolist())] for d in order}
+    _plot_lines(ax, lines, title="KL of each latent dimension", ylabel="nats per datum")
     for line in ax.lines[len(PALETTE) : 10]:
         line.set_linestyle("--")
     for line in ax.lines[10:]:
@@ -357,7 +357,7 @@ def calibration(uniforms: Tensor, names: Sequence[str]) -> Figure:
         uniforms: The uniforms of `metrics.calibration` [N, D].
         names: Names of the D columns.
     """
-    figure, (ax,) = _axes(1, 1, 3.4)
+    figure, (ax,) = _subplots(1, 1, 3.4)
     levels = torch.linspace(0, 1, 101)
     inside = (2 * uniforms.cpu() - 1).abs()
     shares = (inside < levels[:, None, None]).double().mean(1)  # [101, D]
@@ -377,12 +377,12 @@ def calibration(uniforms: Tensor, names: Sequence[str]) -> Figure:
 @style()
 def terms(epochs: Tensor, parts: Mapping[str, Tensor]) -> Figure:
     """Draws parts of the KL, such as of `metrics.elbo_decomposition`, [T] each, over epochs."""
-    figure, (ax,) = _axes(1, 1, 3)
+    figure, (ax,) = _subplots(1, 1, 3)
     lines = {
         name.replace("_", " "): [*zip(epochs.tolist(), values.tolist())]
         for name, values in parts.items()
     }
-    _lines(ax, lines, title="parts of the KL", ylabel="nats per datum")
+    _plot_lines(ax, lines, title="parts of the KL", ylabel="nats per datum")
     _name_lines(ax)
     return figure
 
@@ -396,11 +396,11 @@ def audit(gap: Tensor, reliable: Tensor, reach: float) -> Figure:
         reliable: Whether each estimate is called reliable [N].
         reach: The gap beyond which a reliable datum fails the audit.
     """
-    figure, (ax,) = _axes(1, 1, 3)
+    figure, (ax,) = _subplots(1, 1, 3)
     gap, order = gap.sort()
     for name, which in (("reliable", reliable[order]), ("doubtful", ~reliable[order])):
-        (place,) = which.nonzero(as_tuple=True)
-        ax.plot(place.tolist(), gap[place].tolist(), ".", label=f"{name}: {len(place)}")
+        (index,) = which.nonzero(as_tuple=True)
+        ax.plot(index.tolist(), gap[index].tolist(), ".", label=f"{name}: {len(index)}")
     ax.axhline(reach, color="grey", linewidth=1, linestyle="--")
     ax.set_yscale("symlog", linthresh=reach)
     ax.set(xlabel="simulated data, by gap", ylabel="gap of the bounds, nats; limit dashed")
@@ -411,88 +411,88 @@ def audit(gap: Tensor, reliable: Tensor, reach: float) -> Figure:
 
 def save(figure: Figure, path: str) -> None:
     """Writes a figure to an .svg file, which turns dark with the page, or else as PNG."""
-    files.write(path, svg(figure) if path.endswith(".svg") else _drawn(figure, "png"))
+    files.write(path, svg(figure) if path.endswith(".svg") else _render(figure, "png"))
 
 
 def svg(figure: Figure) -> bytes:
     """Returns a figure as SVG, the same bytes each time; it is dark on a dark screen."""
-    drawn = _drawn(figure, "svg", metadata={"Date": None})
-    return drawn.replace(b"</style>", DARK + b"</style>", 1)
+    image = _render(figure, "svg", metadata={"Date": None})
+    return image.replace(b"</style>", DARK + b"</style>", 1)
 
 
 @style()
-def _drawn(figure: Figure, kind: str, **options: Any) -> bytes:
+def _render(figure: Figure, kind: str, **options: Any) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format=kind, **options)
     return file.getvalue()
 
 
-def _named(names: Iterable[str | int] | None, count: int, prefix: str) -> list[str]:
+def _names(names: Iterable[str | int] | None, count: int, prefix: str) -> list[str]:
     names = range(count) if names is None else names
     return [name if isinstance(name, str) else f"{prefix}{name}" for name in names]
 
 
-def _axes(rows: int, columns: int, size: float) -> tuple[Figure, list[Any]]:
-    figure = _Shown(figsize=(columns * size * 1.15, rows * size), layout="constrained")
+def _subplots(rows: int, columns: int, size: float) -> tuple[Figure, list[Any]]:
+    figure = _NotebookFigure(figsize=(columns * size * 1.15, rows * size), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def _check(x: Tensor, dims: int, count: int, expected: str) -> None:
+def _check_shape(x: Tensor, dims: int, count: int, expected: str) -> None:
     if x.ndim != dims or len(x) != count:
         raise ValueError(f"expected {expected}; got {list(x.shape)} and {count}")
 
 
-def _few(column: Tensor) -> bool:
+def _is_discrete(column: Tensor) -> bool:
     """Returns whether a column holds integers in a range below 40."""
-    low, high = _limits(column)
+    low, high = _min_max(column)
     return bool((column == column.round()).all()) and high - low < 40
 
 
-def _bins(column: Tensor) -> list[float]:
+def _bin_edges(column: Tensor) -> list[float]:
     """Returns the edges of bins: about sqrt(N) bins, or one for each of few integers."""
-    low, high = _shown(column)
-    if _few(column):
+    low, high = _axis_limits(column)
+    if _is_discrete(column):
         return torch.arange(low - 0.5, high + 1).tolist()
     edges = min(max(round(len(column) ** 0.5), 5), 40) + 1
-    if _skewed(column):
+    if _is_skewed(column):
         within = torch.logspace(math.log10(low), math.log10(high), edges).tolist()[1:-1]
         return [low, *within, high]  # exact ends, as many rows may lie there
     return torch.linspace(low, high, edges).tolist()
 
 
-def _skewed(column: Tensor) -> bool:
+def _is_skewed(column: Tensor) -> bool:
     """Returns whether a column above 0 reaches 20 times as far above its median as below."""
     column = column[~column.isnan()].double()
-    if not len(column) or column.min() <= 0 or _few(column):
+    if not len(column) or column.min() <= 0 or _is_discrete(column):
         return False
     low, middle, high = column.quantile(column.new_tensor([0.01, 0.5, 0.99]))
     return bool(high - middle > 20 * (middle - low))
 
 
-def _shown(column: Tensor) -> tuple[float, float]:
+def _axis_limits(column: Tensor) -> tuple[float, float]:
     """Returns the limits of a column, without values far from its middle 98 per cent."""
     column = column[~column.isnan()].double()
-    low, high = _limits(column)
-    if not len(column) or _few(column) or _skewed(column):
+    low, high = _min_max(column)
+    if not len(column) or _is_discrete(column) or _is_skewed(column):
         return low, high
     start, end = column.quantile(column.new_tensor([0.01, 0.99])).tolist()
     far = 2 * (end - start) or math.inf
     return max(low, start - far), min(high, end + far)
 
 
-def _strongest(data: Tensor, count: int) -> list[list[int]]:
+def _most_correlated(data: Tensor, count: int) -> list[list[int]]:
     """Returns the pairs of columns of [N, D] whose ranks have the largest correlations."""
     filled = torch.where(data.isnan(), data.nanmedian(0).values.nan_to_num(), data)
     ranks = torch.stack([column.unique(return_inverse=True)[1] for column in filled.T])
-    places = torch.triu_indices(len(ranks), len(ranks), 1)
-    strength = torch.corrcoef(ranks.double()).abs().nan_to_num(0.0)[places[0], places[1]]
+    index = torch.triu_indices(len(ranks), len(ranks), 1)
+    strength = torch.corrcoef(ranks.double()).abs().nan_to_num(0.0)[index[0], index[1]]
     best = strength.topk(min(count, len(strength))).indices
-    return places[:, best].T.tolist()
+    return index[:, best].T.tolist()
 
 
-def _spread(column: Tensor, seed: int) -> Tensor:
-    """Returns a column, with a little noise added if it holds few integers (`_few`)."""
-    if not _few(column[~column.isnan()]):
+def _jitter(column: Tensor, seed: int) -> Tensor:
+    """Returns a column, with a little noise added if it holds few integers (`_is_discrete`)."""
+    if not _is_discrete(column[~column.isnan()]):
         return column
     noise = torch.rand(column.shape, generator=torch.Generator().manual_seed(seed))
     return column + 0.6 * noise.to(column) - 0.3
@@ -507,12 +507,12 @@ def _short(name: str, most: int = 26) -> str:
 def _name_ticks(axis: Any, names: Sequence[str | float], most: int = 10) -> None:
     """Writes names at 0, 1, ... of an axis, as many as fit; no names leave it as it is."""
     if every := -(-len(names) // most):
-        shown = [_short(str(name), 12) for name in names[::every]]
-        turned = axis.axis_name == "x" and len("".join(shown)) > 18
-        axis.set_ticks(range(0, len(names), every), shown, rotation=90 * turned)
+        labels = [_short(str(name), 12) for name in names[::every]]
+        is_long = axis.axis_name == "x" and len("".join(labels)) > 18
+        axis.set_ticks(range(0, len(names), every), labels, rotation=90 * is_long)
 
 
-def _lines(ax: Any, lines: Mapping[str, Sequence[tuple[Any, Any]]], **labels: str) -> None:
+def _plot_lines(ax: Any, lines: Mapping[str, Sequence[tuple[Any, Any]]], **labels: str) -> None:
     """Draws lines over epochs, by name; with dots if they are too short to be seen."""
     for name, points in lines.items():
         ax.plot(*zip(*points), label=name, marker="." if len(points) < 3 else "")
@@ -522,19 +522,19 @@ def _lines(ax: Any, lines: Mapping[str, Sequence[tuple[Any, Any]]], **labels: st
 
 def _name_lines(ax: Any) -> None:
     """Writes the name of each labelled line beside its right end, at least a text line apart."""
-    apart = 0.24 / ax.figure.get_figheight()
+    gap = 0.24 / ax.figure.get_figheight()
     (low, high), height = ax.get_ylim(), -1.0
     lines = [line for line in ax.lines if not str(line.get_label()).startswith("_")]
     lines.sort(key=lambda line: line.get_ydata()[-1])
-    for left, line in zip(range(len(lines), 0, -1), lines):
+    for remaining, line in zip(range(len(lines), 0, -1), lines):
         end = (line.get_ydata()[-1] - low) / (high - low)
-        height = min(max(end, height + apart), 1 - apart * (left - 1))
-        name, look = str(line.get_label()), {"color": line.get_color(), "va": "center"}
-        ax.text(1.02, height, name, transform=ax.transAxes, **look)
+        height = min(max(end, height + gap), 1 - gap * (remaining - 1))
+        name, kwargs = str(line.get_label()), {"color": line.get_color(), "va": "center"}
+        ax.text(1.02, height, name, transform=ax.transAxes, **kwargs)
 
 
 @style()
-def _picture(
+def _image_figure(
     x: Tensor, title: str, limits: Sequence[float] | None, width: float, names: Sequence[str] = ()
 ) -> Figure:
     """Draws an image [C, H, W] beside names of rows; a pixel takes a whole number of dots.
@@ -542,16 +542,16 @@ def _picture(
     The background is transparent, for light and dark pages.
     """
     high, wide = x.shape[-2:]
-    scale = max(1, round(width * SCREEN / wide))
+    scale = max(1, round(width * DPI / wide))
     left = round(6 * max(map(len, names))) + 8 if names else 0
     top = 24 if title else 0
     size = max(wide * scale + left, 6 * len(title)), high * scale + top
-    figure = _Shown(figsize=(size[0] / SCREEN, size[1] / SCREEN), facecolor="none")
+    figure = _NotebookFigure(figsize=(size[0] / DPI, size[1] / DPI), facecolor="none")
     box = left / size[0], 0, wide * scale / size[0], high * scale / size[1]
     ax = figure.add_axes(box)
-    darkest, lightest = limits or _limits(x)
-    shown = ((x.float() - darkest) / (lightest - darkest)).clamp(0, 1).nan_to_num(0.4)
-    picture = shown.movedim(0, -1).squeeze(-1).tolist()
+    darkest, lightest = limits or _min_max(x)
+    levels = ((x.float() - darkest) / (lightest - darkest)).clamp(0, 1).nan_to_num(0.4)
+    picture = levels.movedim(0, -1).squeeze(-1).tolist()
     ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
     ax.set_title(title, loc="left", color=GREY)
     ax.spines[:].set_visible(False)
@@ -562,13 +562,13 @@ def _picture(
     return figure
 
 
-def _row(x: Tensor, count: int) -> Tensor:
+def _image_row(x: Tensor, count: int) -> Tensor:
     """Joins images [n, C, H, W] side by side, padded to `count`, with a grey line between them."""
     added = (0, 1, 0, 1, 0, 0, 0, count - len(x))  # on both sides of W, H, C and n
     return torch.cat([*torch.nn.functional.pad(x.float().cpu(), added, value=math.nan)], -1)
 
 
-def _limits(x: Tensor) -> tuple[float, float]:
+def _min_max(x: Tensor) -> tuple[float, float]:
     x = x[~x.isnan()]
     low, high = (x.min().item(), x.max().item()) if len(x) else (0.0, 1.0)
     return (low, high) if high > low else (low, low + 1)

@@ -32,7 +32,7 @@ from pyro_vae.training import fit
 
 __all__ = ["VariationalAutoencoder"]
 
-SCORED = 500  # most training rows whose log p defines what an outlier is
+SCORED_ROWS = 500  # most training rows whose log p defines what an outlier is
 Array = NDArray[np.float64]
 
 
@@ -132,7 +132,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
         check_real(above=0, contamination=self.contamination)
         if self.contamination > 0.5:
             raise ValueError(f"contamination must be at most 0.5; got {self.contamination}")
-        rows = self._first_rows(X)
+        rows = self._training_rows(X)
         labels = self._labels(y, len(rows))
         self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         network = {"MLP": {"hidden": np.atleast_1d(self.hidden).tolist()}}
@@ -163,7 +163,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
         )
         self.vae_.double().eval()
         self._n_features_out = self.n_components
-        self._some = rows[spread(len(rows), SCORED, self._seed)]
+        self._some = rows[spread(len(rows), SCORED_ROWS, self._seed)]
         self._offset: list[float] = []
         return self
 
@@ -188,14 +188,14 @@ class VariationalAutoencoder(  # type: ignore[misc]
         check_is_fitted(self)
         codes = check_array(X, dtype=np.float64, input_name="X")
         labels, vae = self._labels(y, len(codes)), self.vae_
-        given: Tensor | None = None
+        y_one_hot: Tensor | None = None
         if labels is not None:
             vae.check_labels(labels)  # type: ignore[operator]
             if bool((labels < 0).any()):
                 raise ValueError("with classes, inverse_transform needs y, the class of each code")
-            given = torch.nn.functional.one_hot(labels.long(), self.classes).double()
+            y_one_hot = torch.nn.functional.one_hot(labels.long(), self.classes).double()
         with torch.no_grad():
-            return self._given(vae.likelihood(torch.from_numpy(codes), given).mean, X)
+            return self._like_input(vae.likelihood(torch.from_numpy(codes), y_one_hot).mean, X)
 
     def impute(self, X: Any, num_draws: int = 100) -> Any:
         """Returns rows with missing entries filled in, given the observed entries of each row.
@@ -205,20 +205,20 @@ class VariationalAutoencoder(  # type: ignore[misc]
         `num_draws` draws. Observed entries stay.
         """
         rows = self._rows(X)
-        found = impute(self.vae_, rows, num_draws=num_draws, seed=self._seed)
-        best = self.schema_.rounded(self.schema_.centre(found.draws, found.mean))
-        filled = self._given(torch.where(rows.isnan(), best, rows), X)
+        imputation = impute(self.vae_, rows, num_draws=num_draws, seed=self._seed)
+        best = self.schema_.rounded(self.schema_.centre(imputation.draws, imputation.mean))
+        filled = self._like_input(torch.where(rows.isnan(), best, rows), X)
         if not (self._is_frame and hasattr(X, "iloc")):
             return filled
-        whole, missing = X.copy(), dict(zip(self.schema_.columns, rows.isnan().T.numpy()))
+        frame, missing = X.copy(), dict(zip(self.schema_.columns, rows.isnan().T.numpy()))
         for name, dtype in X.dtypes.items():
             if (empty := missing[str(name)]).any():
-                whole[name] = filled[str(name)]
+                frame[name] = filled[str(name)]
                 if str(name) not in self._cells:  # numbers, of all digits
-                    whole[name] = whole[name].where(empty, X[name])
+                    frame[name] = frame[name].where(empty, X[name])
                     with suppress(TypeError):  # a mean of whole numbers without a resolution
-                        whole[name] = whole[name].astype(dtype)
-        return whole
+                        frame[name] = frame[name].astype(dtype)
+        return frame
 
     def score_samples(self, X: Any) -> Array:
         """Returns log p of each row's observed entries in nats, in the table's own units."""
@@ -240,7 +240,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
     def predict_proba(self, X: Any) -> Array:
         """Returns p(y | x) of each row [N, C] under the model, by `class_probabilities`."""
         rows = self._rows(X)
-        return class_probabilities(self.vae_, rows, **self._judging()).probabilities.numpy()
+        return class_probabilities(self.vae_, rows, **self._options()).probabilities.numpy()
 
     @available_if(lambda self: self.classes > 0)
     def classify(self, X: Any) -> NDArray[np.int64]:
@@ -252,7 +252,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
         check_is_fitted(self)
         seed = int(check_random_state(random_state).randint(2**31 - 1))
         with forked(torch.device("cpu"), seed), torch.no_grad():
-            return self._given(self.vae_.sample(n_samples))
+            return self._like_input(self.vae_.sample(n_samples))
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -261,9 +261,9 @@ class VariationalAutoencoder(  # type: ignore[misc]
         return tags
 
     def _scores(self, rows: Tensor) -> Array:
-        return log_evidence(self.vae_, rows.double(), **self._judging()).log_prob.numpy()
+        return log_evidence(self.vae_, rows.double(), **self._options()).log_prob.numpy()
 
-    def _judging(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         """Returns the options of estimators of log p."""
         options = {"tolerance": self.tolerance, "budget": self.budget, "seed": self._seed}
         return options | {"audit": False}
@@ -285,7 +285,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
         check_consistent_length(range(number), labels)
         return torch.from_numpy(np.nan_to_num(labels, nan=-1.0))
 
-    def _first_rows(self, X: Any) -> Tensor:
+    def _training_rows(self, X: Any) -> Tensor:
         """Returns the training rows [N, C], float32; learns the schema."""
         self._is_frame = hasattr(X, "columns")
         if self._is_frame:
@@ -294,11 +294,11 @@ class VariationalAutoencoder(  # type: ignore[misc]
             if self.schema_.ignored:
                 raise ValueError("schema: columns cannot be ignored here: drop them from X")
             types = X.dtypes if hasattr(X, "iloc") else {}
-            others = {name: t for name, t in types.items() if t.kind not in "iuf"}
-            self._dtypes = {str(name): t for name, t in others.items()}
+            other_types = {name: t for name, t in types.items() if t.kind not in "iuf"}
+            self._dtypes = {str(name): t for name, t in other_types.items()}
             self._cells = {  # cells of the frame, by their names in the schema
                 str(n): {as_name(c): c for c in getattr(t, "categories", X[n].dropna().unique())}
-                for n, t in others.items()
+                for n, t in other_types.items()
                 if self.schema_.columns[str(n)].categories
             }
         else:
@@ -321,13 +321,13 @@ class VariationalAutoencoder(  # type: ignore[misc]
         options = {"dtype": np.float64, "ensure_all_finite": "allow-nan"}
         return validate_data(self, X, reset=reset, ensure_min_samples=1 + reset, **options)
 
-    def _given(self, rows: Tensor, X: Any = None) -> Any:
+    def _like_input(self, rows: Tensor, X: Any = None) -> Any:
         """Returns rows in the form given to `fit`, with the index of X if that is a frame."""
         if not self._is_frame:
             return rows.numpy()
         import pandas
 
         index, cells = X.index if hasattr(X, "iloc") else None, dict(self.schema_.decode(rows))
-        for name, known in self._cells.items():
-            cells[name] = [known.get(as_name(cell), cell) for cell in cells[name]]
+        for name, cell_of_name in self._cells.items():
+            cells[name] = [cell_of_name.get(as_name(cell), cell) for cell in cells[name]]
         return pandas.DataFrame(cells, index=index).astype(self._dtypes)
