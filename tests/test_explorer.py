@@ -225,10 +225,10 @@ def test_a_page_too_large_becomes_an_atlas_or_is_refused(monkeypatch: pytest.Mon
     wide = {"class_path": "MLP", "init_args": {"hidden": [2999]}}
     given = content(Mean(vae(decoder=wide), Identity()))
     module = import_module("pyro_vae.explorer")
-    monkeypatch.setattr(module, "LIMIT", 500_000)
+    monkeypatch.setattr(module, "MAX_BYTES", 500_000)
     said = Held(page(given)).header["decoder"]["said"]
     assert re.search(r"does not run in the page \(its page would take 0.\d MB\)", said)
-    monkeypatch.setattr(module, "LIMIT", 1000)
+    monkeypatch.setattr(module, "MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="show fewer rows, or leave the data out"):
         page(content(Sorted()))
 

@@ -22,12 +22,12 @@ from pyro_vae.explorer.program import SCRIPT, CannotRun, Program, trace
 
 __all__ = ["CannotRun", "Content", "Program", "Rows", "page", "trace"]
 
-LIMIT = 10_000_000  # most bytes of a page; a decoder that takes more is replaced by an atlas
+MAX_BYTES = 10_000_000  # most bytes of a page; a decoder that takes more is replaced by an atlas
 DRAWS = 256  # number of draws of the prior
-GRID = 48  # number of points along a side of the map of two latents
-AXIS = 13  # number of codes of an atlas along each latent
-AXES = 10  # most latents that have such codes
-ROUNDING = 0.01  # largest error of outputs by weights in float16, as a share of their range
+GRID_SIDE = 48  # number of points along a side of the map of two latents
+CODES_PER_LATENT = 13  # number of codes of an atlas along each latent
+MAX_LATENTS = 10  # most latents that have such codes
+MAX_ROUNDING = 0.01  # largest error of outputs by weights in float16, as a share of their range
 
 
 @dataclass(frozen=True)
@@ -115,19 +115,19 @@ def page(content: Content) -> str:
     """
     draws = _draws(content)
     try:
-        made = _written(content, draws, _of_program(content, draws))
-        if len(made) <= LIMIT:
-            return made
-        why = f"its page would take {len(made) / 1e6:.1f} MB"
+        html = _render(content, draws, _trace_decoder(content, draws))
+        if len(html) <= MAX_BYTES:
+            return html
+        why = f"its page would take {len(html) / 1e6:.1f} MB"
     except CannotRun as error:
         why = str(error)
-    made = _written(content, draws, _of_atlas(content, draws, why))
-    if len(made) > LIMIT:
+    html = _render(content, draws, _decode_atlas(content, draws, why))
+    if len(html) > MAX_BYTES:
         raise ValueError(
-            f"the page would take {len(made) / 1e6:.1f} MB, above the {LIMIT / 1e6:.0f} MB that "
-            "open quickly: show fewer rows, or leave the data out"
+            f"the page would take {len(html) / 1e6:.1f} MB, above the {MAX_BYTES / 1e6:.0f} MB "
+            "that open quickly: show fewer rows, or leave the data out"
         )
-    return made
+    return html
 
 
 def _draws(content: Content) -> tuple[Tensor, ...]:
@@ -140,18 +140,18 @@ def _draws(content: Content) -> tuple[Tensor, ...]:
     return (z,) if y is None else (z, y[torch.arange(len(z)) % len(y)])
 
 
-def _of_program(content: Content, draws: tuple[Tensor, ...]) -> dict[str, Any]:
+def _trace_decoder(content: Content, draws: tuple[Tensor, ...]) -> dict[str, Any]:
     """Traces the decoder; its weights are float32 if the rounding to float16 would be seen."""
     program = trace(content.decoder, *(part[:1] for part in draws))
-    if (error := _error(program, content.decoder, draws)) > ROUNDING:
+    if (error := _error(program, content.decoder, draws)) > MAX_ROUNDING:
         program = program.single()
         error = _error(program, content.decoder, draws)
     weights = sum(constant.numel() for constant in program.constants)
-    said = (
+    note = (
         f"The decoder runs in this page, from its {weights:,} weights. It deviates from torch by "
         f"at most {error:.1g} of the range of its values."
     )
-    return {"program": program.declare(), "constants": program.constants, "said": said}
+    return {"program": program.declare(), "constants": program.constants, "said": note}
 
 
 def _error(program: Program, decoder: nn.Module, draws: tuple[Tensor, ...]) -> float:
@@ -162,7 +162,7 @@ def _error(program: Program, decoder: nn.Module, draws: tuple[Tensor, ...]) -> f
     return ((rounded - exact).abs().max() / width.clamp(min=1e-30)).item()
 
 
-def _of_atlas(content: Content, draws: tuple[Tensor, ...], why: str) -> dict[str, Any]:
+def _decode_atlas(content: Content, draws: tuple[Tensor, ...], why: str) -> dict[str, Any]:
     """Decodes the codes of which the page will show the nearest.
 
     They are the codes of the rows, and a grid for two latents, or else draws of the prior and
@@ -172,17 +172,17 @@ def _of_atlas(content: Content, draws: tuple[Tensor, ...], why: str) -> dict[str
     if means.shape[1] == 2:
         z = torch.cat([_grid(content, 32)[0], means])
     else:
-        top = content.kl.argsort(descending=True)[:AXES]
-        lines = means.mean(0).repeat(len(top), AXIS, 1)
-        lines[torch.arange(len(top)), :, top] = torch.linspace(-3, 3, AXIS).to(lines)
+        top = content.kl.argsort(descending=True)[:MAX_LATENTS]
+        lines = means.mean(0).repeat(len(top), CODES_PER_LATENT, 1)
+        lines[torch.arange(len(top)), :, top] = torch.linspace(-3, 3, CODES_PER_LATENT).to(lines)
         z = torch.cat([draws[0], means, lines.flatten(0, 1)])
     y = [y[torch.arange(len(z)) % len(y)] for y in draws[1:]]
-    x = torch.cat([content.decoder(*some) for some in zip(*(p.split(64) for p in (z, *y)))])
-    said = (
+    x = torch.cat([content.decoder(*batch) for batch in zip(*(p.split(64) for p in (z, *y)))])
+    note = (
         f"This decoder does not run in the page ({why}). The page shows the nearest of "
         f"{len(z)} codes that were decoded beforehand, so pictures move in steps."
     )
-    return {"z": z, "x": _shown(x, content), "said": said, **dict(zip("y", y))}
+    return {"z": z, "x": _as_pixels(x, content), "said": note, **dict(zip("y", y))}
 
 
 def _grid(content: Content, side: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -204,7 +204,7 @@ def _aggregate(codes: Distribution, z: Tensor) -> Tensor:
     return torch.cat(parts).logsumexp(-1) - torch.tensor(float(count)).log()
 
 
-def _written(content: Content, draws: tuple[Tensor, ...], decoder: dict[str, Any]) -> str:
+def _render(content: Content, draws: tuple[Tensor, ...], decoder: dict[str, Any]) -> str:
     """Returns the page: a template around a JSON header, followed by the header's tensors."""
     rows, (low, high), parts = content.rows, content.limits, list[bytes]()
     shape = content.decoder(*(part[:1] for part in (rows.codes.mean, *draws[1:]))).shape[1:]
@@ -229,7 +229,7 @@ def _written(content: Content, draws: tuple[Tensor, ...], decoder: dict[str, Any
         "classes": content.classes,
     }
 
-    def place(x: Tensor) -> dict[str, Any]:
+    def add_tensor(x: Tensor) -> dict[str, Any]:
         """Adds a tensor to the others; returns its type, its shape and where it begins."""
         kinds = {torch.float16: "f2", torch.uint8: "u1"}
         x = x.detach().cpu().contiguous()
@@ -239,10 +239,10 @@ def _written(content: Content, draws: tuple[Tensor, ...], decoder: dict[str, Any
         parts.append(bytes(-len(data) % 4))
         return entry
 
-    text = json.dumps(header, allow_nan=False, default=place).encode()
+    text = json.dumps(header, allow_nan=False, default=add_tensor).encode()
     text += b" " * (-len(text) % 4)
     blob = zlib.compress(struct.pack("<I", len(text)) + text + b"".join(parts))
-    return _filled(content.name, base64.b64encode(blob).decode())
+    return _fill_template(content.name, base64.b64encode(blob).decode())
 
 
 def _follow(content: Content, draws: tuple[Tensor, ...]) -> list[dict[str, Any]]:
@@ -261,24 +261,24 @@ def _prior(content: Content, draws: tuple[Tensor, ...]) -> dict[str, Any]:
     latents both on a grid.
     """
     prior: Any = content.prior
-    drawn, grid = dict(zip("zy", draws)), None
-    found: dict[str, Tensor] = {}
+    points, grid = dict(zip("zy", draws)), None
+    parameters: dict[str, Tensor] = {}
     if not prior.batch_shape:
         normal = getattr(prior, "base_dist", prior)
         if isinstance(normal, torch.distributions.Normal):
             loc, scale = normal.loc[None], normal.scale[None]
-            found = {"weights": torch.ones(1), "loc": loc, "scale": scale}
+            parameters = {"weights": torch.ones(1), "loc": loc, "scale": scale}
         elif all(hasattr(prior, name) for name in ("logits", "loc", "scale")):
             weights = prior.logits.softmax(-1)
-            found = {"weights": weights, "loc": prior.loc, "scale": prior.scale}
-        drawn["excess"] = prior.log_prob(draws[0]) - _aggregate(content.rows.codes, draws[0])
+            parameters = {"weights": weights, "loc": prior.loc, "scale": prior.scale}
+        points["excess"] = prior.log_prob(draws[0]) - _aggregate(content.rows.codes, draws[0])
         if prior.event_shape == (2,):
-            z, low, high = _grid(content, GRID)
-            grid = {"low": low.tolist(), "high": high.tolist(), "side": GRID}
+            z, low, high = _grid(content, GRID_SIDE)
+            grid = {"low": low.tolist(), "high": high.tolist(), "side": GRID_SIDE}
             grid |= {"log_p": prior.log_prob(z), "log_q": _aggregate(content.rows.codes, z)}
-    if found and content.inputs is not None:
-        found["inputs"] = _shown(content.inputs, content)
-    return {"prior": found, "draws": drawn, "grid": grid}
+    if parameters and content.inputs is not None:
+        parameters["inputs"] = _as_pixels(content.inputs, content)
+    return {"prior": parameters, "draws": points, "grid": grid}
 
 
 def _rows(content: Content) -> dict[str, Any]:
@@ -292,13 +292,13 @@ def _rows(content: Content) -> dict[str, Any]:
         "stderr": rows.stderr,
         "y": rows.y,
         "labels": rows.labels,
-        "shown": None if rows.shown is None else _shown(rows.shown, content),
+        "shown": None if rows.shown is None else _as_pixels(rows.shown, content),
     }
-    known = {name: part for name, part in tensors.items() if part is not None}
-    return {**known, "verdict": rows.verdict}
+    present = {name: part for name, part in tensors.items() if part is not None}
+    return {**present, "verdict": rows.verdict}
 
 
-def _shown(x: Tensor, content: Content) -> Tensor:
+def _as_pixels(x: Tensor, content: Content) -> Tensor:
     """Converts images to 256 levels between the limits; returns columns as they are."""
     if x.ndim != 4:
         return x
@@ -307,7 +307,7 @@ def _shown(x: Tensor, content: Content) -> Tensor:
     return ((x - low) / (high - low) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
-def _filled(name: str, data: str) -> str:
+def _fill_template(name: str, data: str) -> str:
     """Fills the template; its policy lets only this script and this style run."""
     here = Path(__file__).parent
     script = SCRIPT + (here / "explorer.js").read_text("utf-8")

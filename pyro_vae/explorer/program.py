@@ -17,9 +17,9 @@ from torch.fx.node import map_arg
 __all__ = ["CannotRun", "Program", "trace"]
 
 SCRIPT = Path(__file__).with_name("program.js").read_text("utf-8")
-KNOWN = set(re.findall(r"^OPS\.(\w+) = ", SCRIPT, re.MULTILINE))
+OPERATIONS = set(re.findall(r"^OPS\.(\w+) = ", SCRIPT, re.MULTILINE))
 KEYWORDS = {"alpha", "approximate"}  # keywords that change a result: the page needs them
-PLACES = {"dtype", "device", "layout", "pin_memory", "memory_format"}  # keywords without effect
+IGNORED = {"dtype", "device", "layout", "pin_memory", "memory_format"}  # keywords without effect
 LARGEST_HALF = 65504.0
 
 
@@ -47,12 +47,12 @@ class Program:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Computes with torch what the page computes, for inputs of the traced shapes."""
-        whole = [c.float() if c.is_floating_point() else c for c in self.constants]
-        values: dict[Node, Any] = dict(zip(self.numbers, [*inputs, *whole]))
+        constants = [c.float() if c.is_floating_point() else c for c in self.constants]
+        values: dict[Node, Any] = dict(zip(self.numbers, [*inputs, *constants]))
         for node in self.steps:
-            values[node] = _computed(node, values)
-        found: Tensor = values[self.output]
-        return found
+            values[node] = _compute(node, values)
+        result: Tensor = values[self.output]
+        return result
 
     def single(self) -> Program:
         """Returns the same program with all weights in float32."""
@@ -65,7 +65,7 @@ class Program:
             "steps": [
                 [
                     _name(n.target),
-                    self._plain(n.args),
+                    self._to_json(n.args),
                     {k: n.kwargs[k] for k in KEYWORDS & {*n.kwargs}},
                 ]
                 for n in self.steps
@@ -73,10 +73,10 @@ class Program:
             "output": self.numbers[self.output],
         }
 
-    def _plain(self, argument: Any) -> Any:
+    def _to_json(self, argument: Any) -> Any:
         """Returns an argument for JSON: {"r": number} for a value, {"f": text} for inf and NaN."""
         if isinstance(argument, list | tuple):
-            return [self._plain(part) for part in argument]
+            return [self._to_json(part) for part in argument]
         if isinstance(argument, Node):
             return {"r": self.numbers[argument]}
         if isinstance(argument, float) and not math.isfinite(argument):
@@ -97,25 +97,25 @@ def trace(module: nn.Module, *inputs: Tensor) -> Program:
         with torch.no_grad():
             exported = torch.export.export(module, inputs, strict=False).run_decompositions()
     except Exception as error:
-        first = " ".join(str(error).strip().splitlines()[:1])
-        raise CannotRun(f"{type(error).__name__}: {first}") from error
+        line = " ".join(str(error).strip().splitlines()[:1])
+        raise CannotRun(f"{type(error).__name__}: {line}") from error
     known, steps = _weights(exported), []
     for node in exported.graph.nodes:
         if node.op != "call_function" or not (node.users or "val" in node.meta):
             continue  # a check, which has no result
-        if known.keys() >= {*node.all_input_nodes} and _folds(node, known):
-            known[node] = _computed(node, known)
+        if known.keys() >= {*node.all_input_nodes} and _is_foldable(node, known):
+            known[node] = _compute(node, known)
         else:
-            _check(node)
+            _check_operation(node)
             steps.append(node)
-    places = [n for n in exported.graph.nodes if n.op == "placeholder" and n not in known]
+    placeholders = [n for n in exported.graph.nodes if n.op == "placeholder" and n not in known]
     (result,) = next(iter(reversed(exported.graph.nodes))).args[0]
     used = [*(part for node in steps for part in node.all_input_nodes), result]
     constants = dict.fromkeys(node for node in used if node in known)
     weights = [known[node] for node in constants]
     exact = [w if w.dtype == torch.bool else w.float().contiguous() for w in weights]
-    numbers = {node: i for i, node in enumerate([*places, *constants, *steps])}
-    return Program(numbers, [_stored(weight) for weight in exact], exact, steps, result)
+    numbers = {node: i for i, node in enumerate([*placeholders, *constants, *steps])}
+    return Program(numbers, [_to_half(weight) for weight in exact], exact, steps, result)
 
 
 def _weights(exported: torch.export.ExportedProgram) -> dict[Node, Any]:
@@ -131,33 +131,33 @@ def _weights(exported: torch.export.ExportedProgram) -> dict[Node, Any]:
     return {node: values[names[node.name]].detach() for node in nodes}
 
 
-def _folds(node: Node, known: dict[Node, Any]) -> bool:
+def _is_foldable(node: Node, known: dict[Node, Any]) -> bool:
     """Returns whether to compute a node of constants now: it is no larger than its arguments."""
-    made = node.meta.get("val")
-    size = made.numel() if isinstance(made, torch.Tensor) else 0
+    value = node.meta.get("val")
+    size = value.numel() if isinstance(value, torch.Tensor) else 0
     parts = [known[used] for used in node.all_input_nodes]
     return size <= max(4096, *(p.numel() if isinstance(p, Tensor) else size for p in parts), 0)
 
 
-def _computed(node: Node, known: dict[Node, Any]) -> Any:
+def _compute(node: Node, known: dict[Node, Any]) -> Any:
     arguments = map_arg((node.args, node.kwargs), known.__getitem__)
     with torch.no_grad():
         return node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
 
 
-def _check(node: Node) -> None:
+def _check_operation(node: Node) -> None:
     name = _name(node.target)
-    if name not in KNOWN:
+    if name not in OPERATIONS:
         raise CannotRun(f"the page has no operation {name!r}")
-    if strange := node.kwargs.keys() - KEYWORDS - PLACES:
-        raise CannotRun(f"the page has no option {sorted(strange)} of {name!r}")
-    made = node.meta.get("val")
-    whole = isinstance(made, torch.Tensor) and not (
-        made.is_floating_point() or made.dtype == torch.bool
+    if unknown := node.kwargs.keys() - KEYWORDS - IGNORED:
+        raise CannotRun(f"the page has no option {sorted(unknown)} of {name!r}")
+    value = node.meta.get("val")
+    is_integer = isinstance(value, torch.Tensor) and not (
+        value.is_floating_point() or value.dtype == torch.bool
     )
-    if whole and name != "argmax":
+    if is_integer and name != "argmax":
         raise CannotRun(f"{name!r} gives whole numbers, which the page does not compute")
-    if name == "convolution" and made is not None and made.ndim != 4:
+    if name == "convolution" and value is not None and value.ndim != 4:
         raise CannotRun("the page has convolutions of images only")
 
 
@@ -167,7 +167,7 @@ def _name(target: Any) -> str:
     return str(target).removeprefix("aten.").partition(".")[0].lstrip("_")
 
 
-def _stored(constant: Tensor) -> Tensor:
+def _to_half(constant: Tensor) -> Tensor:
     """Returns matrices and kernels in float16 if they fit; smaller tensors as they are."""
     if constant.ndim < 2 or constant.dtype == torch.bool:
         return constant
