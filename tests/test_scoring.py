@@ -76,6 +76,35 @@ def test_tables(kind: str, folder: Path) -> None:
         assert scorer(frame[:0]).dtypes.equals(found.dtypes)
 
 
+@pytest.mark.parametrize("text", [True, False])
+def test_a_column_of_labels_is_the_condition_of_a_conditional_table(
+    text: bool, tmp_path: Path
+) -> None:
+    random, file = np.random.default_rng(0), tmp_path / "a.csv"
+    cells = {"x": random.normal(size=41), "w": random.normal(size=41), "id": np.arange(41)}
+    frame = pytest.importorskip("pandas").DataFrame(cells)
+    frame["label"] = (frame["x"] > 0) + 1.0
+    train = ["train", "--data", str(file), "--run", str(tmp_path / "run"), *SMALL, "--conditional"]
+    if text:
+        frame["colour"] = np.where(random.random(41) < 0.5, "red", "green")
+        frame["label"] = frame["label"].map({1.0: "low", 2.0: "high"})
+    frame.loc[3:4, "label"] = None
+    frame.drop(columns="id").drop([3, 4]).to_csv(file, index=False)
+    likelihood = [] if text else ["--likelihood=Normal"]
+    assert main([*train, *likelihood, "--progress=false", "--prior=ConditionalNormal"]) == 0
+    frame.drop(columns="id").to_csv(file, index=False)
+    score = ["score", str(tmp_path / "run"), str(file), "--tolerance=1", "--progress=false"]
+    assert main([*score, "--out", str(tmp_path / "b.csv")]) == 0
+    found = Scorer(tmp_path / "run", tolerance=1.0, audit=False)(frame[frame.columns[::-1]])
+    np.testing.assert_allclose(found["log_prob"], scores(tmp_path / "b.csv"), atol=1e-5)
+    assert found["id"].tolist() == frame["id"].tolist()
+    with pytest.raises(ValueError, match="expected labels to condition on, got none"):
+        Scorer(tmp_path / "run")(frame.drop(columns="label"))
+    if not text:
+        with pytest.raises(ValueError, match="expected labels that are integers"):
+            Scorer(tmp_path / "run")(frame.assign(label=0.5))
+
+
 def test_what_is_no_batch_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a batch must be a pandas frame or a mapping"):
         Scorer(folder / "x")([1, 2])

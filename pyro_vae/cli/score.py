@@ -31,7 +31,8 @@ from pyro_vae.cli.folder import (
     with_record,
 )
 from pyro_vae.cli.stream import key_of, part_seed, stream
-from pyro_vae.data import Data, Splits, read_table, spread
+from pyro_vae.data import Data, Splits, spread
+from pyro_vae.data.tables import label_column, read_rows_of_table
 from pyro_vae.densities import NotSimulated
 from pyro_vae.estimators import Evidence, column_log_prob, importance_sampling, log_evidence
 from pyro_vae.estimators.log_evidence import kept_audit
@@ -280,20 +281,26 @@ def _rows(batch: Any, known: dict[str, Any]) -> Data:
             "the batch: expected columns of different names; got "
             f"{', '.join(map(str, batch))}: rename those that are there twice"
         )
+    label = label_column("the batch", [*cells]) if known["conditional"] else []
     if names is not None and cells.keys() >= set(names):
-        cells = {name: cells[name] for name in names}
+        cells = {name: cells[name] for name in [*names, *label]}
     if len(lengths := {*map(len, cells.values())}) != 1:
         raise ValueError(
             "the batch: expected columns of one length; got "
             f"{', '.join(map(str, sorted(lengths))) or 'no column'}"
         )
-    if schema is None:
-        columns = [_column(f"the batch: {name}", cell) for name, cell in cells.items()]
-        return Data(torch.stack(columns, 1), name="the batch", columns=tuple(cells))
-    import pandas as pd
+    if schema is not None:
+        import pandas as pd
 
-    rows, _ = read_table(pd.DataFrame(cells), schema)
-    return Data(rows, name="the batch", columns=tuple(schema.columns), schema=schema)
+        return read_rows_of_table(pd.DataFrame(cells), schema)
+    columns = {name: _column(f"the batch: {name}", cell) for name, cell in cells.items()}
+    labels = None
+    for name in label:
+        given = columns.pop(name).nan_to_num(nan=-1.0)
+        whole = given.long()
+        labels = whole if torch.equal(whole.float(), given) else given
+    x = torch.stack([*columns.values()], 1)
+    return Data(x, labels=labels, name="the batch", columns=tuple(columns))
 
 
 def _is_column(cell: Any) -> bool:

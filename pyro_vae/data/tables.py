@@ -96,11 +96,11 @@ def read_table(source: Any, schema: Known = None) -> tuple[Tensor, Schema]:
     return table.encoded(found), found
 
 
-def read_rows_of_table(path: Path, schema: Known) -> Data:
+def read_rows_of_table(source: Any, schema: Known) -> Data:
     """Reads a table as `Data`, as in `read_table`; a column called ``label`` holds the labels."""
-    table = _opened(path)
+    table = _opened(source)
     label = label_column(table.name, table.columns, schema)
-    labels = [_labels(f"{path}: column {key!r}", table.read(key)[0]) for key in label]
+    labels = [_labels(f"{table.name}: column {key!r}", table.read(key)[0]) for key in label]
     table = replace(table, columns=[key for key in table.columns if key not in label])
     found = _schema(table, schema)
     rows: Tensor | Mapped
