@@ -24,7 +24,7 @@ from pyro_vae import build, importance_sampling, load, log_evidence, plots
 from pyro_vae.__main__ import main
 from pyro_vae.cli.compare import check_comparable
 from pyro_vae.cli.figures import KlParts, followed, layer_lines
-from pyro_vae.cli.folder import NOISY, check_support, load_run
+from pyro_vae.cli.folder import NOISY, check_support, destination, load_run
 from pyro_vae.cli.score import estimate
 from pyro_vae.cli.train import _run_folder
 from pyro_vae.data import Data, Dequantise, Splits, load_data, spread, tables
@@ -397,6 +397,16 @@ def test_a_run_is_named_after_the_folder_of_its_data_also_where_that_is_here(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert _run_folder(Namespace(run=None, data=".")) == Path(f"runs/{tmp_path.name.lower()}-1")
+
+
+def test_results_lie_beside_the_folder_of_the_rows_also_where_that_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "images/cats").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "images/cats")
+    beside = {".": "images/cats.csv", "..": "images.csv", "../cats/": "images/cats.csv"}
+    for given, name in beside.items():
+        assert destination(None, ".csv", (".csv",), given).resolve() == tmp_path / name
 
 
 def test_own_class_by_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -255,19 +255,22 @@ def placed(vae: VAE, data: Data, accelerator: str) -> tuple[VAE, Data]:
 
 
 def destination(
-    out: str | None, default: Path, suffixes: tuple[str, ...], source: str | None = None
+    out: str | None, default: Path | str, suffixes: tuple[str, ...], source: str | None = None
 ) -> Path:
     """Returns the file that a command will write, checked before the work begins.
 
     Args:
         out: The file that was asked for, or None.
-        default: The file if `out` is None.
+        default: The file if `out` is None, or its ending in place of that of `source`.
         suffixes: Endings that the file may have.
         source: The file that the command reads.
 
     Raises:
         ValueError: If the ending is another, the folder is missing, or it is the source itself.
     """
+    if isinstance(default, str):
+        named = Path(source or "")
+        default = (named if named.name.strip(".") else named.resolve()).with_suffix(default)
     path = default if out is None else Path(out)
     if path.suffix not in suffixes:
         raise ValueError(f"out must end in {' or '.join(suffixes)}; got {out!r}")

@@ -93,8 +93,7 @@ def score(options: Namespace) -> None:
     `--columns` adds log p of each value given the others of its row.
     """
     check_whole(0, p_values=options.p_values)
-    default = Path(options.file).with_suffix(".scores.csv")
-    out = destination(options.out, default, (".csv",), options.file)
+    out = destination(options.out, ".scores.csv", (".csv",), options.file)
     vae, data = with_own_rows(options)
     estimate = _estimator(vae, data, options)
     among = _references(vae, estimate, options)

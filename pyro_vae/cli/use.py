@@ -52,8 +52,7 @@ def sample(options: Namespace) -> None:
 
 def encode(options: Namespace) -> None:
     """Writes posterior means and scales of the rows of a file, in its order."""
-    default = Path(options.file).with_suffix(".encoded.npz")
-    out = destination(options.out, default, (".npz", ".csv"), options.file)
+    out = destination(options.out, ".encoded.npz", (".npz", ".csv"), options.file)
     vae, data = with_own_rows(options)
 
     def run(part: int, rows: Tensor) -> bytes:
@@ -99,8 +98,7 @@ def impute(options: Namespace) -> None:
     suffix = source.suffix if read_record(options.run)["schema"] is None else ".csv"
     if suffix not in (".csv", ".npy", ".npz"):
         raise ValueError(f"expected a .csv, .npy or .npz file to impute; got {source}")
-    default = source.with_suffix(f".imputed{suffix}")
-    out = destination(options.out, default, (suffix,), options.file)
+    out = destination(options.out, f".imputed{suffix}", (suffix,), options.file)
     vae, rows = with_own_rows(options)
     schema = rows.schema
     given = read_rows(options.file) if schema is None else rows
@@ -153,8 +151,7 @@ def _imputed(
 
 def classify(options: Namespace) -> None:
     """Writes the class of each row of a file, probabilities, error and verdict, as CSV."""
-    default = Path(options.file).with_suffix(".classes.csv")
-    out = destination(options.out, default, (".csv",), options.file)
+    out = destination(options.out, ".classes.csv", (".csv",), options.file)
     vae, data = with_own_rows(options)
     if not isinstance(vae, ClassVAE):
         raise ValueError(f"{options.run} has no classes: train with --classes, a number of them")
