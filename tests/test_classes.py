@@ -16,7 +16,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_vae import build, class_probabilities, column_log_prob, fit, impute, load
+from pyro_vae import (
+    build,
+    class_probabilities,
+    column_log_prob,
+    fit,
+    impute,
+    load,
+    log_conditional,
+)
 from pyro_vae.classes import SUMMED, ClassVAE
 from pyro_vae.cli.parsing import run
 from pyro_vae.densities import densities, summed_values
@@ -143,6 +151,21 @@ def test_evidence_is_that_of_the_mixture_and_labels_are_observed(prior: str) -> 
     assert ((share - truth.softmax(1)).abs() < 4.5 * stderr + 1e-9).all()
     all_known = importance_sampling(vae, x, torch.arange(B) % 2, **way)  # class 2 is no row's
     assert ((all_known.ess > 1) & (all_known.ess <= 199)).all()
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_label_is_scored_where_nothing_of_x_was_observed() -> None:
+    vae, labels = made("StandardNormal", LINEAR, missing=True), torch.tensor([0, 2, -1])
+    with torch.no_grad():
+        vae.class_weights.logits.copy_(torch.tensor([0.0, 1.0, -1.0]))
+    x, way = torch.full((3, F), torch.nan), {"num_samples": 19, "proposal": "prior"}
+    found: Any = importance_sampling(vae, x, labels, **way)
+    known = vae.class_weights.logits.log_softmax(0)[labels].detach()
+    assert torch.allclose(found.log_prob, torch.where(labels < 0, 0.0, known))
+    given = torch.zeros(F, dtype=torch.bool)
+    other: Any = log_conditional(vae, torch.zeros(3, F), given, labels, audit=False)
+    whole = importance_sampling(vae, torch.zeros(3, F), labels, num_samples=2000)
+    assert torch.allclose(other.log_prob, whole.log_prob - found.log_prob, atol=0.3)
 
 
 def joint_of_layers(vae: ClassVAE, x: Tensor) -> Tensor:

@@ -101,7 +101,8 @@ def exact_without_data(
         return evidence
     with evaluating(model, guide, seed=0, device=x.device):
         d = densities(model, guide, x[rows], None if y is None else y[rows], num_particles=2)
-        rows = rows[(d.log_likelihood == 0).all(0)].cpu()  # models may observe more than x
+        scores = (d.each or d).log_likelihood  # of each class, of which a label excludes some
+        rows = rows[(scores == 0).all(0)].cpu()  # models may observe more than x
     return evidence.known(rows, 0.0, "nothing observed")
 
 
