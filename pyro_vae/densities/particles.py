@@ -130,8 +130,7 @@ def _try_program(program: Program, x: Tensor, y: Tensor | None) -> TrialResult:
     """Tries a program on the first rows; its errors are ignored, for the real run raises them."""
     fold: bool | str | None = None
     latents: Sites = {}
-    no_autocast = torch.autocast(x.device.type, enabled=False)
-    with poutine.block(), evaluating(program, seed=None, device=x.device), no_autocast:
+    with poutine.block(), evaluating(program, seed=None, device=x.device):
         for num_rows in (1, 2):
             rows = torch.arange(num_rows, device=x.device) % len(x)
             run = partial(run_program, program, x[rows], None if y is None else y[rows])

@@ -44,7 +44,7 @@ class OwnParameters(Messenger):
 
 @contextmanager
 def evaluating(*programs: Program, seed: int | None, device: torch.device) -> Iterator[None]:
-    """Runs what is inside in eval mode without gradients, and puts back all that this changes.
+    """Runs what is inside in eval mode, without gradients and without autocast, and restores all.
 
     The modules whose methods `programs` are get switched with all their submodules. Modules
     that plain functions call are found as they run, by a forward pre-hook, in this thread.
@@ -67,6 +67,7 @@ def evaluating(*programs: Program, seed: int | None, device: torch.device) -> It
     with (
         forked(device, seed),
         torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
         fast_products(p for module in modules for p in module.parameters()),
         store.scope(store.get_state()),
         OwnParameters(),

@@ -58,6 +58,7 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
     signature = inspect.signature(function)
 
     @wraps(function)
+    @torch.inference_mode(False)
     def checked(*args: Any, **options: Any) -> T:
         bound = signature.bind(*programs(args, options), **options)
         given = bound.arguments

@@ -27,6 +27,7 @@ from pyro_vae.estimators import (
     refined_importance_sampling,
 )
 from pyro_vae.estimators.run import estimator
+from pyro_vae.likelihoods import ContinuousBernoulli
 
 ESTIMATORS = [
     annealed_importance_sampling,
@@ -64,6 +65,17 @@ def test_a_vae_takes_numbers_of_any_type(estimate: Callable, dtype: torch.dtype)
     found = numbers(estimate, X.to(dtype))
     torch.manual_seed(3)
     assert torch.equal(found, numbers(estimate, X))
+
+
+@pytest.mark.parametrize("estimate", [importance_sampling, refined_importance_sampling])
+def test_the_caller_s_modes_of_torch_change_no_number(estimate: Callable) -> None:
+    vae, way = make(likelihood=ContinuousBernoulli), {"num_samples": 50}
+    expected = value(estimate(vae, X, **way))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(value(estimate(vae, X, **way)), expected)
+    with torch.inference_mode():
+        for x in (X, X.clone(), X.tolist()):  # the second has no gradients ever after
+            assert torch.equal(value(estimate(vae, x, **way)), expected)
 
 
 @pytest.mark.parametrize("estimate", ESTIMATORS)
