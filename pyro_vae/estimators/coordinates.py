@@ -51,7 +51,10 @@ class Coordinates:
         free = raw.reshape(*u.shape[:2], *self.shape)
         value = self.transform(free)
         jacobian = self.transform.log_abs_det_jacobian(free, value)
-        return value.to(self.dtype), log_det + jacobian.reshape(*u.shape[:2], -1).sum(-1)
+        value = value.to(self.dtype)
+        least = torch.full_like(value, torch.finfo(self.dtype).tiny).copysign(value)
+        value = torch.where(value == 0, least, value)  # where a density may be infinite
+        return value, log_det + jacobian.reshape(*u.shape[:2], -1).sum(-1)
 
     def inverse(self, value: Tensor) -> Tensor:
         """Returns the site's part of u [K, B, n] for a value [K, B, *event]."""
