@@ -20,6 +20,7 @@ PAIRS = 4  # pairs of draws, which show whether coordinates are independent
 ROUNDING = 1e-3  # relative difference of log densities that counts as rounding
 REACH, STEP = 8.0, 0.01  # half-width and spacing of the table of Normal scores
 FAR, FINE = 40.0, 16_001  # half-width and points of the cumulative sum, in arsinh of v
+MOST = 10.0  # log of the summed mass above which it is infinite, and no spike between knots
 NEWTON = 6  # Newton steps of the inverse map
 SHAPE = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)  # where marginals are compared
 
@@ -157,8 +158,8 @@ def coordinates(
         known: Coordinates from other data, whose maps to Normal scores are kept.
 
     Raises:
-        ValueError: If a latent is discrete, or its support depends on another latent or has no
-            unconstrained coordinates.
+        ValueError: If a latent is discrete, or its support depends on another latent, has no
+            unconstrained coordinates or, as that of an angle, infinite mass.
     """
     sites: dict[str, Coordinates] = {}
     units = []
@@ -289,6 +290,11 @@ def _table(where: Coordinates, fn: Distribution, centre: Tensor, spread: Tensor,
     points[:, i] += spread * far.sinh()
     log_mass = _log_prior(where, fn, points)[:, 0] + far.cosh().log()
     log_mass = torch.where(log_mass.isfinite(), log_mass, -torch.inf)
+    if log_mass.logsumexp(0) + (spread * (far[1] - far[0])).log() > MOST:
+        raise ValueError(
+            f"the prior {type(base(fn)).__name__} has no finite mass on its support {fn.support}, "
+            "as that of an angle: use importance_sampling, with a guide of the same kind"
+        )
     mass = (log_mass - log_mass.max()).exp()
     steps = (mass[1:] + mass[:-1]) / 2
     below, above = steps.cumsum(0), steps.flip(0).cumsum(0).flip(0)

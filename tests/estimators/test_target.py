@@ -130,6 +130,12 @@ def moving(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(b, 1.0), obs=x)
 
 
+def angle(x: Tensor) -> None:
+    with data(len(x)):
+        a = pyro.sample("a", dist.VonMises(0.0, 1.0))
+        pyro.sample("x", dist.Normal(a, 1.0), obs=x)
+
+
 def missing(x: Tensor) -> None:
     with data(len(x)):
         pyro.sample("a", dist.Gamma(torch.ones(()), 1.0))
@@ -148,6 +154,7 @@ def outside(x: Tensor) -> None:
         (moving, pyro.poutine.block(moving, hide=["x"]), "support of site 'b' depends on another"),
         (moving, missing, "same latent sites; \\['b'\\]"),
         (outside, missing, "plate 'data'"),
+        (angle, pyro.poutine.block(angle, hide=["x"]), "prior VonMises has no finite mass on its"),
     ],
 )
 def test_programs_that_have_no_such_density_are_refused(
