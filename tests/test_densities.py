@@ -239,6 +239,21 @@ def test_programs_with_scales_are_read_at_weight_one() -> None:
     assert scaled.site_scales == [("z", 0.4), ("x", 0.1), ("z", 4.0)]
 
 
+def test_a_deterministic_site_adds_nothing_to_the_weights() -> None:
+    exact = LinearGaussian.draw(D, F)
+    x = draw(exact.vae, B)
+
+    def model(x: Tensor) -> None:
+        with data_plate(x):
+            z = pyro.sample("z", exact.vae.prior())
+            pyro.deterministic("norm", z.norm(dim=-1))
+            pyro.sample("x", exact.vae.likelihood(z), obs=x)
+
+    d = densities(model, exact.guide(), x, num_particles=K)
+    truth = exact.log_evidence(x).expand(K, B)
+    torch.testing.assert_close(d.log_weights, truth, rtol=0, atol=1e-10)
+
+
 # --- what is refused ---------------------------------------------------------------------------
 
 
