@@ -40,6 +40,7 @@ FEW = 10  # most different whole numbers that are taken for ordered levels
 SKEWED = 0.7  # positive numbers are LogNormal if the deviation of their logarithm is above this
 LARGEST = float(np.finfo(np.float32).max)
 DIGITS = 1e-5  # least range of a column, relative to its largest number
+MOST_COUNTED = 2.0**40  # larger numbers are whole in floating point, whatever they measure
 OFTEN = 0.9  # numbers are taken for rounded if a smaller share of them is different
 DATE = re.compile(r"\d{4}-\d\d?-\d\d?([T ].*)?|\d\d?[/.]\d\d?[/.]\d{2,4}( .*)?|\d\d?:\d\d(:\d\d)?")
 Cells = dict[str, list[Any]]  # the cells of each column, by its name
@@ -351,7 +352,7 @@ def _numeric(where: str, values: np.ndarray) -> Column:
     different = np.unique(values)
     if len(different) < 2:
         raise ValueError(f"{where} holds {values[0]:g} in all rows: give it the kind ignored")
-    whole = bool((values == values.round()).all())
+    whole = bool((values == values.round()).all()) and np.abs(values).max() <= MOST_COUNTED
     if len(different) == 2 or (whole and len(different) <= min(FEW, len(values) // 3)):
         kind = "binary" if len(different) == 2 else "ordinal"
         return Column(kind, tuple(map(shortened, different.tolist())))

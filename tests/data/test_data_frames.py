@@ -69,6 +69,9 @@ def test_kinds_are_inferred_and_print_as_yaml(file: Path) -> None:
         ([7.5 if i % 2 else -1 for i in range(50)], "binary", None),
         ([0.0] * 20 + [2.5 * i for i in range(1, 31)], "positive", 2.5),
         ([-(i % 30) for i in range(50)], "real", 1.0),
+        ([10 ** (i % 12) + i for i in range(50)], "count", None),
+        ([1e15 * 1.5**i for i in range(50)], "positive", None),
+        ([1e30 * math.sin(i) for i in range(50)], "real", None),
     ],
 )
 def test_kinds_of_numbers(
