@@ -179,6 +179,10 @@ def test_score_gives_each_row_in_the_units_of_the_file(
     assert "expected a file or folder at" in capsys.readouterr().err
     with out.open() as file:
         rows = list(csv.DictReader(file))
+    np.savez(tmp_path / "few.npz", x=x[:5].numpy(), y=np.ones((5, 1)))  # y of other models
+    again = tmp_path / "again.csv"
+    assert main(["score", str(run), str(tmp_path / "few.npz"), "--out", str(again)]) == 0
+    assert again.read_text() == out.read_text()
     transform = load_data(tmp_path / "x.npy", transform="standardise").train.transform
     vae = load(run)
     evidence = log_evidence(vae.model, vae.guide, transform(x[:5]))

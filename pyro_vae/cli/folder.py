@@ -142,7 +142,9 @@ def as_trained(rows: Data, known: dict[str, Any], vae: VAE) -> Data:
     """Checks a user's rows against `known`, the record of a run's data; transforms them alike."""
     rows = alike(rows, known.get("rows", {}), known["transform"], vae.likelihood.data_shape)
     rows = _coded(rows, known["class_names"], known["conditional"])
-    if known["conditional"] and rows.y is None:
+    if not known["conditional"]:
+        rows = rows.unchecked(y=None)  # as in training
+    elif rows.y is None:
         rows = replace(rows, classes=known["classes"]).one_hot()
     rows = rows.with_transform(known["transform"]).fixed(known["seed"])
     check_support(vae, rows)
