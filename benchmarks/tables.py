@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pyro_vae import build, fit, impute, log_conditional, log_evidence
 from pyro_vae.data import Column, Schema, spread
-from pyro_vae.data.schema import inferred
+from pyro_vae.data.schema import infer_column
 from pyro_vae.objectives import IWAE
 
 NUMBERS = ("real", "pos", "count")
@@ -62,7 +62,7 @@ def load(folder: Path, share: int) -> tuple[Tensor, Tensor, Schema, list[str]]:
 def kind(name: str, declared: str, cells: list[str | None]) -> Column:
     """The type that the table declares; of numbers, what pyro_vae infers."""
     if declared in NUMBERS:
-        return inferred(name, cells)
+        return infer_column(name, cells)
     levels = tuple(map(int, sorted({float(cell) for cell in cells if cell})))
     coded = "ordinal" if declared == "ordinal" else "binary" if len(levels) == 2 else "category"
     return Column(coded, levels)

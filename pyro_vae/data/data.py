@@ -15,11 +15,11 @@ from torch.nn.functional import one_hot
 
 from pyro_vae.arguments import as_tensor, check_finite, check_whole, digest_of
 from pyro_vae.data.mapped import CHUNK, Mapped
-from pyro_vae.data.schema import Schema, differing
+from pyro_vae.data.schema import Schema, column_mismatch
 from pyro_vae.data.transforms import Identity, Threshold, Transform, declare
 
-MOST_CLASSES = 1_000_000  # labels must be below this
-FACTOR = 10.0  # ratio of largest values above which two data sets seem to have different units
+MAX_CLASSES = 1_000_000  # labels must be below this
+UNIT_RATIO = 10.0  # ratio of largest values above which two data sets seem to have different units
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,16 +125,16 @@ class Data:
                 f"{str(labels.dtype)[6:]}; give labels.long()"
             )
         self._check(labels >= -1, "labels from 0, or -1 where unknown", "negative ones")
-        self._check(labels < MOST_CLASSES, f"labels below {MOST_CLASSES}", "others")
+        self._check(labels < MAX_CLASSES, f"labels below {MAX_CLASSES}", "others")
         classes = int(labels.max()) + 1 if self.classes is None else self.classes
         object.__setattr__(self, "classes", classes)
         self._check(labels < classes, f"labels below {classes}, the number of classes", "others")
 
-    def _check(self, good: Tensor, expected: str, came: str) -> None:
+    def _check(self, good: Tensor, expected: str, got: str) -> None:
         bad = (~good).flatten(1).any(1) if good.ndim > 1 else ~good
         if bad.any():
             raise ValueError(
-                f"{self._title}: expected {expected}, got {came} in {int(bad.sum())} row(s), the "
+                f"{self._title}: expected {expected}, got {got} in {int(bad.sum())} row(s), the "
                 f"first one row {int(bad.nonzero()[0])} (from 0); repair or remove them"
             )
 
@@ -154,7 +154,7 @@ class Data:
     @cached_property
     def missing_share(self) -> float:
         """The share of the values that are missing."""
-        parts = () if isinstance(self.x, Mapped) and not self.x.gaps else self.x.split(CHUNK)
+        parts = () if isinstance(self.x, Mapped) and not self.x.has_nan else self.x.split(CHUNK)
         return sum(int(x.isnan().sum()) for x in parts) / self.x.shape.numel()
 
     @cached_property
@@ -162,8 +162,8 @@ class Data:
         """The lowest and the highest value that is not missing; (0, 0) if all are missing."""
         if isinstance(self.x, Mapped):
             return self.x.extremes
-        seen = self.x[~self.x.isnan()] if self.x.is_floating_point() else self.x
-        return (seen.min().item(), seen.max().item()) if len(seen) else (0.0, 0.0)
+        values = self.x[~self.x.isnan()] if self.x.is_floating_point() else self.x
+        return (values.min().item(), values.max().item()) if len(values) else (0.0, 0.0)
 
     @property
     def log_jacobian(self) -> float:
@@ -174,8 +174,8 @@ class Data:
     def log_jacobians(self) -> Tensor:
         """The transform's log-Jacobian at the observed values of each row [N], in nats."""
         if not self.missing:
-            each = self.transform.log_jacobian(self.data_shape)
-            return torch.full((len(self),), each, dtype=torch.float64)
+            constant = self.transform.log_jacobian(self.data_shape)
+            return torch.full((len(self),), constant, dtype=torch.float64)
         slope = torch.as_tensor(self.transform.log_slope(), dtype=torch.float64)
         parts = (torch.where(x.isnan().cpu(), 0.0, slope) for x in self.x.split(CHUNK))
         return torch.cat([part.flatten(1).sum(1) for part in parts])
@@ -208,14 +208,14 @@ class Data:
         index = torch.arange(len(self)) if index is None else index
         noisy = self.transform.noisy and not self.applied
         if noisy and not self.transform.fresh:
-            return self._kept.batch(index)
+            return self._fixed_rows.batch(index)
         index = index.to(self.x.device)
         x, y = self.x[index], None if self.y is None else self.y[index]
         u = torch.rand(x.shape, device=x.device) if noisy else None
         return x.float() if self.applied else self.transform(x, u), y
 
     @cached_property
-    def _kept(self) -> Data:
+    def _fixed_rows(self) -> Data:
         return self.fixed(self.seed)
 
     def fixed(self, seed: int | None = None) -> Data:
@@ -276,13 +276,13 @@ class Data:
 
     def subset(self, index: Tensor) -> Data:
         """Returns the rows at positions `index`, int64 [M]; they keep their ids and noise."""
-        found = {
+        parts = {
             name: part.rows(index) if isinstance(part, Mapped) else part[index.to(part.device)]
             for name, part in self._parts.items()
         }
-        if len(found["x"]) < 1:
+        if len(parts["x"]) < 1:
             raise ValueError(f"{self._title}: expected a subset of at least 1 row, got none")
-        return self.unchecked(**found)
+        return self.unchecked(**parts)
 
     def to(self, device: torch.device | str) -> Data:
         """Returns the same rows on a device."""
@@ -295,9 +295,9 @@ class Data:
 
     def unchecked(self, **changes: Any) -> Data:
         """Returns these rows with some fields changed, without any check of the values."""
-        made = object.__new__(Data)
-        made.__dict__.update({f.name: getattr(self, f.name) for f in fields(self)} | changes)
-        return made
+        data = object.__new__(Data)
+        data.__dict__.update({f.name: getattr(self, f.name) for f in fields(self)} | changes)
+        return data
 
     def describe(self) -> dict[str, Any]:
         """Returns the name, seed and transform of the rows, for JSON."""
@@ -343,7 +343,7 @@ def alike(
     top = transform.top + 1 if isinstance(transform, Threshold) else None
     levels = known.get("levels") if known else top or getattr(transform, "levels", None)
     if levels is not None:
-        return rows if rows.levels == levels else _grey(rows, int(levels))
+        return rows if rows.levels == levels else _as_grey(rows, int(levels))
     if not known:
         return rows
     low, high = known["range"]
@@ -353,11 +353,11 @@ def alike(
             f"from {low:g} to {high:g}; got grey values ({rows.x.dtype}): store them as "
             "floats in these units"
         )
-    most, usual = (max(map(abs, ends)) for ends in (rows.extremes, (low, high)))
-    other = most > FACTOR * usual or FACTOR * most < usual
-    if other and rows.schema is None and rows.missing_share < 1:
+    largest, usual = (max(map(abs, ends)) for ends in (rows.extremes, (low, high)))
+    differs = largest > UNIT_RATIO * usual or UNIT_RATIO * largest < usual
+    if differs and rows.schema is None and rows.missing_share < 1:
         message = (
-            f"{rows.name}: values reach {most:g}, those that the run was trained on {usual:g}: "
+            f"{rows.name}: values reach {largest:g}, those that the run was trained on {usual:g}: "
             "are they in the same units?"
         )
         warnings.warn(message, UserWarning, stacklevel=2)
@@ -368,7 +368,7 @@ def _ordered(rows: Data, columns: list[str] | None) -> Data:
     """Returns the rows with their columns in the order of `columns`, if both have names."""
     if columns is None or rows.columns is None or list(rows.columns) == columns:
         return rows
-    words = differing(columns, rows.columns)
+    words = column_mismatch(columns, rows.columns)
     if words or len(set(columns)) < len(columns):
         raise ValueError(
             f"{rows.name}: expected the columns of the run, got others ({words or 'one twice'}): "
@@ -379,7 +379,7 @@ def _ordered(rows: Data, columns: list[str] | None) -> Data:
     return rows.unchecked(x=x, columns=tuple(columns))
 
 
-def _grey(rows: Data, levels: int) -> Data:
+def _as_grey(rows: Data, levels: int) -> Data:
     """Returns the rows as grey values of `levels` levels; raises ValueError if they are not."""
     low, high = rows.extremes
     whole = not rows.x.is_floating_point() and (rows.levels != 2 or levels == 2)

@@ -45,7 +45,7 @@ class Mapped:
         dtype: Type of the tensors.
         convert: Function from an array of rows to a tensor.
         extremes: Lowest and highest value in the file; (0, 0) if all values are missing.
-        gaps: Whether any value of the file is missing.
+        has_nan: Whether any value of the file is missing.
         device: Device of the tensors.
         change: Function from rows and their ids to the rows returned in their place, or None.
         folder: Temporary folder of a file that this library wrote, removed with the last
@@ -58,7 +58,7 @@ class Mapped:
     dtype: torch.dtype
     convert: Callable[[np.ndarray], Tensor]
     extremes: tuple[float, float]
-    gaps: bool
+    has_nan: bool
     device: torch.device = torch.device("cpu")
     change: Callable[[Tensor, Tensor], Tensor] | None = None
     folder: Folder | None = field(default=None, repr=False)
@@ -82,7 +82,7 @@ class Mapped:
         """Reads the rows at these positions."""
         index = self.index[at.cpu() if isinstance(at, Tensor) else at]
         ids = index.reshape(-1)
-        rows = self.convert(_part(self.path, ids.numpy()))
+        rows = self.convert(_read_rows(self.path, ids.numpy()))
         rows = (rows if self.change is None else self.change(rows, ids)).to(self.device)
         return rows if index.ndim else rows[0]
 
@@ -123,32 +123,32 @@ def mapped(
     Raises:
         ValueError: If the file cannot be read or holds no rows, or a value is infinite.
     """
-    if not (rows := _opened(path)).flags.c_contiguous:
+    if not (rows := _open_npy(path)).flags.c_contiguous:
         folder = Folder()
-        path = _written(folder, _turned(path, rows), rows.shape)
-    number, first = len(rows), convert(_part(path, np.arange(1)))
-    low, high, gaps = math.inf, -math.inf, False
+        path = _write_npy(folder, _to_row_major(path, rows), rows.shape)
+    number, first = len(rows), convert(_read_rows(path, np.arange(1)))
+    low, high, has_nan = math.inf, -math.inf, False
     for start in range(0, number, CHUNK):
-        part = convert(_part(path, np.arange(start, min(start + CHUNK, number))))
-        if not math.isfinite(sum(seen := _ends(part))):
+        part = convert(_read_rows(path, np.arange(start, min(start + CHUNK, number))))
+        if not math.isfinite(sum(ends := _min_max(part))):
             if bool((bad := part.isinf().flatten(1).any(1)).any()):
                 raise ValueError(
                     f"data {name!r}: expected finite values in x, got infinite ones, the first in "
                     f"row {start + int(bad.nonzero()[0])} (from 0); repair or remove them"
                 )
-            gaps, seen = True, _ends(part[~part.isnan()])
-        low, high = min(low, seen[0]), max(high, seen[1])
+            has_nan, ends = True, _min_max(part[~part.isnan()])
+        low, high = min(low, ends[0]), max(high, ends[1])
     extremes = (low, high) if low <= high else (0.0, 0.0)
     shape = torch.Size((number, *first.shape[1:]))
     index = torch.arange(number)
-    return Mapped(path, index, shape, first.dtype, convert, extremes, gaps, folder=folder)
+    return Mapped(path, index, shape, first.dtype, convert, extremes, has_nan, folder=folder)
 
 
 def _ordered(convert: Callable[[np.ndarray], Tensor], order: Tensor, rows: np.ndarray) -> Tensor:
     return convert(rows)[:, order]
 
 
-def _ends(part: Tensor) -> tuple[float, float]:
+def _min_max(part: Tensor) -> tuple[float, float]:
     """Returns the lowest and highest value, NaN if one is NaN; (inf, -inf) if there is none."""
     if not part.numel():
         return math.inf, -math.inf
@@ -160,11 +160,11 @@ def spooled(parts: Iterable[Tensor], rows: int, columns: int, name: str) -> Mapp
     """Writes rows, float32 [N, C], that come in parts to a temporary file; returns a `Mapped`."""
     folder = Folder()
     arrays = (part.numpy().astype("<f4") for part in parts)
-    path = _written(folder, arrays, (rows, columns))
+    path = _write_npy(folder, arrays, (rows, columns))
     return mapped(path, torch.from_numpy, name, folder)
 
 
-def _written(folder: Folder, parts: Iterable[np.ndarray], shape: Sequence[int]) -> Path:
+def _write_npy(folder: Folder, parts: Iterable[np.ndarray], shape: Sequence[int]) -> Path:
     """Writes rows that come in parts to an .npy file in a temporary folder; returns its path."""
     path = folder.path / "rows.npy"
     with path.open("wb") as file:
@@ -172,13 +172,13 @@ def _written(folder: Folder, parts: Iterable[np.ndarray], shape: Sequence[int]) 
     return path
 
 
-def _turned(path: Path, rows: np.memmap) -> Iterator[np.ndarray]:
+def _to_row_major(path: Path, rows: np.memmap) -> Iterator[np.ndarray]:
     """Yields the rows, in parts, of a file that is stored column by column."""
     number, item = len(rows), rows.dtype.itemsize
     for start in range(0, number, CHUNK):
         columns = np.empty((rows.size // number, min(CHUNK, number - start)), rows.dtype)
         first, end = rows.offset + start * item, rows.offset + rows.nbytes
-        _read(path, number, range(first, end, number * item), columns)
+        _read_at(path, number, range(first, end, number * item), columns)
         yield columns.T.reshape(-1, *rows.shape[1:], order="F")
 
 
@@ -193,7 +193,7 @@ def npy(parts: Iterable[np.ndarray], shape: Sequence[int]) -> Iterator[bytes]:
         yield part.tobytes()
 
 
-def _opened(path: Path) -> np.memmap:
+def _open_npy(path: Path) -> np.memmap:
     remedy = "if it was cut or replaced while it was read, write it again"
     with parsing(path, "a whole .npy file of numbers", remedy):
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -202,23 +202,23 @@ def _opened(path: Path) -> np.memmap:
     return rows
 
 
-def _part(path: Path, at: np.ndarray) -> np.ndarray:
+def _read_rows(path: Path, at: np.ndarray) -> np.ndarray:
     """Reads the rows of a file at `at`; pages of a memory map would count as memory in use."""
-    rows = _opened(path)
+    rows = _open_npy(path)
     size = rows.dtype.itemsize * math.prod(rows.shape[1:])
-    found = np.empty((len(at), size), np.uint8)
-    begins = np.flatnonzero(np.diff(at, prepend=at[:1] - 2) != 1)  # of consecutive rows
-    ends, places = np.append(begins[1:], len(at)), at[begins] * size + rows.offset
-    parts = (found[begin:end] for begin, end in zip(begins.tolist(), ends.tolist()))
-    _read(path, len(rows), places.tolist(), parts)
-    return found.view(rows.dtype).reshape(len(at), *rows.shape[1:])
+    buffer = np.empty((len(at), size), np.uint8)
+    starts = np.flatnonzero(np.diff(at, prepend=at[:1] - 2) != 1)  # of consecutive rows
+    ends, offsets = np.append(starts[1:], len(at)), at[starts] * size + rows.offset
+    parts = (buffer[start:end] for start, end in zip(starts.tolist(), ends.tolist()))
+    _read_at(path, len(rows), offsets.tolist(), parts)
+    return buffer.view(rows.dtype).reshape(len(at), *rows.shape[1:])
 
 
-def _read(path: Path, number: int, places: Iterable[int], into: Iterable[np.ndarray]) -> None:
+def _read_at(path: Path, number: int, offsets: Iterable[int], out: Iterable[np.ndarray]) -> None:
     """Fills each array with the bytes at its place in a file, which has `number` rows."""
     with io.BufferedReader(path.open("rb", buffering=0)) as file:  # continues reads cut at 2 GB
-        for place, part in zip(places, into):
-            file.seek(place)
+        for offset, part in zip(offsets, out):
+            file.seek(offset)
             if file.readinto(part.reshape(-1).view(np.uint8).data) < part.nbytes:
                 raise ValueError(
                     f"{path}: expected the rows that it had before, got {number}: it was cut or "

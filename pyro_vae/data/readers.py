@@ -63,7 +63,7 @@ def read_named(name: str, root: str | Path) -> Parts:
     if name == "sprites":
         return {"train": Sprites(3, 3, 8, 8, 8, size=32).data()}  # 4608 images
     try:
-        return {part: _published(name, root, part == "train") for part in ("train", "test")}
+        return {part: _torchvision_part(name, root, part == "train") for part in ("train", "test")}
     except (OSError, RuntimeError, EOFError) as error:
         folder = Path(root) / NAMED[name]
         line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
@@ -73,7 +73,7 @@ def read_named(name: str, root: str | Path) -> Parts:
         ) from error
 
 
-def _published(name: str, root: str | Path, train: bool) -> Data:
+def _torchvision_part(name: str, root: str | Path, train: bool) -> Data:
     from torchvision import datasets
 
     options: dict[str, dict[str, Any]] = {
@@ -110,7 +110,7 @@ def read_arrays(path: Path) -> Parts:
             has another name, shape or dtype.
     """
     if path.suffix.lower() == ".npy" and path.stat().st_size > LARGE:
-        rows = mapped(path, partial(_values, path), str(path))
+        rows = mapped(path, partial(_to_tensor, path), str(path))
         levels = _LEVELS.get(np.load(path, mmap_mode="r").dtype.name)
         return {"train": Data(rows, levels=levels, name=str(path))}
     what = "a file that numpy.savez or numpy.save wrote without Python objects"
@@ -120,8 +120,8 @@ def read_arrays(path: Path) -> Parts:
             arrays = {"x": loaded}
         else:
             arrays = {name: loaded[name] for name in loaded.files}
-    given = {name: part for name, part in _PARTS.items() if f"x{part}" in arrays}
-    known = {f"{array}{part}" for part in given.values() for array in _ARRAYS}
+    parts = {name: part for name, part in _PARTS.items() if f"x{part}" in arrays}
+    known = {f"{array}{part}" for part in parts.values() for array in _ARRAYS}
     if "x" not in arrays or not known.issuperset(arrays):
         raise ValueError(
             f"{path}: expected an array 'x', optionally 'x_validation' and 'x_test', and with "
@@ -129,10 +129,10 @@ def read_arrays(path: Path) -> Parts:
             "classes) and 'labels' (such integers) of the same ending, got "
             f"{', '.join(sorted(arrays)) or 'none'}; rename or remove arrays"
         )
-    return {name: _part(path, arrays, part) for name, part in given.items()}
+    return {name: _array_part(path, arrays, part) for name, part in parts.items()}
 
 
-def _part(path: Path, arrays: Mapping[str, np.ndarray], part: str) -> Data:
+def _array_part(path: Path, arrays: Mapping[str, np.ndarray], part: str) -> Data:
     x, y, labels = arrays[f"x{part}"], arrays.get(f"y{part}"), arrays.get(f"labels{part}")
     if y is not None and y.ndim == 1 and y.dtype.kind in "biu":
         if labels is not None:
@@ -149,15 +149,15 @@ def _part(path: Path, arrays: Mapping[str, np.ndarray], part: str) -> Data:
             f"{path}: expected labels that are integers from 0, got dtype {labels.dtype}"
         )
     return Data(
-        _values(path, x),
-        y=None if y is None else _values(path, y).float(),
+        _to_tensor(path, x),
+        y=None if y is None else _to_tensor(path, y).float(),
         labels=None if labels is None else torch.from_numpy(labels.astype(np.int64)),
         levels=_LEVELS.get(x.dtype.name),
         name=f"{path}{part and f' ({part[1:]})'}",
     )
 
 
-def _values(path: Path, x: np.ndarray) -> Tensor:
+def _to_tensor(path: Path, x: np.ndarray) -> Tensor:
     """Converts an array to a tensor [N, *E]; [N] becomes [N, 1], grey [N, H, W] [N, 1, H, W]."""
     grey = x.dtype.name in _LEVELS
     if grey and x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
@@ -187,7 +187,7 @@ def read_csv(path: Path) -> Data:
         ValueError: If the file is no table, or a cell is not a number; the message names the
             line and the column.
     """
-    header, table = _numbers(path)
+    header, table = _read_numbers(path)
     names = [name.strip() for name in header]
     check_names(str(path), names, is_text=True, once=False)
     label = [names.index(key) for key in label_column(str(path), names)]
@@ -206,12 +206,12 @@ def read_csv(path: Path) -> Data:
     )
 
 
-def _numbers(path: Path) -> tuple[list[str], Tensor]:
+def _read_numbers(path: Path) -> tuple[list[str], Tensor]:
     """Reads the names of the columns, [] if the file has none, and the numbers [N, C]."""
     rows, values = read_lines(path), array("d")
     start, first = next(rows, (1, []))
-    named = bool(first) and all(as_number(cell) is None for cell in first)
-    for line, row in rows if named else chain([(start, first)], rows):
+    has_names = bool(first) and all(as_number(cell) is None for cell in first)
+    for line, row in rows if has_names else chain([(start, first)], rows):
         for column, cell in enumerate(row, start=1):
             number = as_number(cell)
             if number is None and as_cell(cell) is not None:
@@ -224,15 +224,15 @@ def _numbers(path: Path) -> tuple[list[str], Tensor]:
         raise ValueError(f"{path}: expected at least one row of numbers, got none; fill the file")
     table = torch.from_numpy(np.array(values)).unflatten(0, (-1, len(first)))
     steps = table.diff(dim=1)
-    whole = (table == table.round()).all(1)
-    counts_up = whole & (steps > 0).all(1) & (steps == steps[:, :1]).all(1)
-    if not named and table.shape[1] > 1 and counts_up[0] and counts_up.sum() == 1 < len(table):
+    is_whole = (table == table.round()).all(1)
+    counts_up = is_whole & (steps > 0).all(1) & (steps == steps[:, :1]).all(1)
+    if not has_names and table.shape[1] > 1 and counts_up[0] and counts_up.sum() == 1 < len(table):
         raise ValueError(
             f"{path}: expected names or data in the first line, got numbers that count up, "
             f"{', '.join(first[:3])}, as no other line does: if they are names, write them as "
             "text, such as y2019; if data, give the columns names in a line above"
         )
-    return first if named else [], table
+    return first if has_names else [], table
 
 
 def read_cells(path: Path) -> Data:
@@ -278,7 +278,7 @@ def read_cells(path: Path) -> Data:
 
 def _counts(path: Path, matrices: list[Any]) -> Tensor:
     """Returns the first of these matrices (dense, sparse or None) that holds counts."""
-    came = "none"
+    got = "none"
     for matrix in (matrix for matrix in matrices if matrix is not None):
         sparse = hasattr(matrix, "tocsr")
         values = np.asarray(matrix.data if sparse else matrix)
@@ -286,9 +286,9 @@ def _counts(path: Path, matrices: list[Any]) -> Tensor:
         if good.all():
             dense = matrix.toarray() if sparse else values
             return torch.from_numpy(np.ascontiguousarray(dense.astype(np.int64)))
-        came = f"{int((~good).sum())} other value(s), such as {values[~good][0]:g}"
+        got = f"{int((~good).sum())} other value(s), such as {values[~good][0]:g}"
     raise ValueError(
-        f"{path}: expected counts, whole numbers from 0, got {came}; if they are normalised, give "
+        f"{path}: expected counts, whole numbers from 0, got {got}; if they are normalised, give "
         'the raw counts, as X or as the layer "counts"'
     )
 
@@ -308,41 +308,41 @@ def read_images(folder: Path) -> Parts:
     """
     parts = [folder / "train", folder / "test"]
     parts = parts if all(part.is_dir() for part in parts) else [folder]
-    listed = [_listed(part) for part in parts]
-    mode = _mode([path for paths, _ in listed for path in paths])
-    classes = sorted({name for _, names in listed for name in names})
-    data = [_images(part, *found, classes, mode) for part, found in zip(parts, listed)]
+    images = [_list_images(part) for part in parts]
+    mode = _image_mode([path for paths, _ in images for path in paths])
+    classes = sorted({name for _, names in images for name in names})
+    data = [_images(part, *found, classes, mode) for part, found in zip(parts, images)]
     return dict(zip(("train", "test"), data))
 
 
-def _listed(folder: Path) -> tuple[list[Path], list[str]]:
+def _list_images(folder: Path) -> tuple[list[Path], list[str]]:
     """Returns the paths of the images below a folder, and the class name of each, if any."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     if folder == Path(folder.anchor):
         raise ValueError(f"{folder} is all of the disk: give the folder of the images")
-    found = sorted(
+    paths = sorted(
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".")
     )
-    if not found:
+    if not paths:
         raise ValueError(f"{folder}: expected images ({', '.join(IMG_EXTENSIONS)}), got none")
-    inside = [path.relative_to(folder).parts for path in found]
-    names = [parts[0] for parts in inside if len(parts) > 1]
-    if names and len(names) < len(found):
-        loose = next(path for path, parts in zip(found, inside) if len(parts) == 1)
+    relative = [path.relative_to(folder).parts for path in paths]
+    names = [parts[0] for parts in relative if len(parts) > 1]
+    if names and len(names) < len(paths):
+        loose = next(path for path, parts in zip(paths, relative) if len(parts) == 1)
         raise ValueError(
             f"{folder}: expected all images in class folders or none, got {loose} beside "
             f"{len(names)} in folders; move it"
         )
-    return found, names
+    return paths, names
 
 
-def _mode(paths: list[Path]) -> str:
+def _image_mode(paths: list[Path]) -> str:
     modes = {}
     for path in paths:
-        with _opened(path) as image:
+        with _open_image(path) as image:
             modes[path] = image.mode
     deep = [path for path, mode in modes.items() if mode[0] in "IF"]
     if deep:
@@ -350,12 +350,12 @@ def _mode(paths: list[Path]) -> str:
             f"{deep[0]}: expected 8 bits per channel, got mode {modes[deep[0]]!r}; convert the "
             "image, or give an array with grey values as integers or floats"
         )
-    found = set(modes.values())
-    return "1" if found == {"1"} else "L" if found <= {"1", "L"} else "RGB"
+    kinds = set(modes.values())
+    return "1" if kinds == {"1"} else "L" if kinds <= {"1", "L"} else "RGB"
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[PIL.Image.Image]:
+def _open_image(path: Path) -> Iterator[PIL.Image.Image]:
     from PIL import Image
 
     if not path.is_file():
@@ -369,7 +369,7 @@ def _images(
 ) -> Data:
     images: list[Tensor] = []
     for path in paths:
-        with _opened(path) as image:
+        with _open_image(path) as image:
             pixels = np.array(image.convert(mode), dtype=np.uint8)
         images.append(torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1))
         first, size = images[0].shape[1:], images[-1].shape[1:]

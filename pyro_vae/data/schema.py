@@ -35,17 +35,17 @@ CATEGORIES = {  # kinds of categories, with their least and greatest number, in 
     "ordinal": (2, math.inf, "two different categories or more, listed from the lowest"),
 }
 IGNORED = "ignored"  # the kind of a column that is not modelled, such as names or ids
-MOST_LEVELS = 1000  # most categories of a column: a column with more holds names or ids
-FEW = 10  # most different whole numbers that are taken for ordered levels
-SKEWED = 0.7  # positive numbers are LogNormal if the deviation of their logarithm is above this
+MAX_CATEGORIES = 1000  # most categories of a column: a column with more holds names or ids
+MAX_LEVELS = 10  # most different whole numbers that are taken for ordered levels
+SKEWED_DEVIATION = 0.7  # of the logarithm of positive numbers: LogNormal above this
 LARGEST = float(np.finfo(np.float32).max)
-DIGITS = 1e-5  # least range of a column, relative to its largest number
+MIN_RANGE = 1e-5  # least range of a column, relative to its largest number
 MOST_COUNTED = 2.0**40  # larger numbers are whole in floating point, whatever they measure
-OFTEN = 0.9  # numbers are taken for rounded if a smaller share of them is different
+MAX_DISTINCT = 0.9  # numbers are taken for rounded if a smaller share of them is different
 DATE = re.compile(r"\d{4}-\d\d?-\d\d?([T ].*)?|\d\d?[/.]\d\d?[/.]\d{2,4}( .*)?|\d\d?:\d\d(:\d\d)?")
 Cells = dict[str, list[Any]]  # the cells of each column, by its name
-Known = Union["Schema", Mapping[str, Any], str, None]  # what is known of columns
-Read = Callable[[str], tuple[Sequence[Any], Sequence[Any] | None]]
+SchemaLike = Union["Schema", Mapping[str, Any], str, None]  # what is known of columns
+ReadColumn = Callable[[str], tuple[Sequence[Any], Sequence[Any] | None]]
 """A function from a column's name to its cells, and to the order of its categories or None."""
 
 
@@ -90,8 +90,8 @@ class Column:
     def likelihood(self) -> str | dict[str, Any]:
         """The declaration of its likelihood, for `likelihoods.Columns`."""
         levels = len(self.categories) if self.kind in ("category", "ordinal") else None
-        given = {"levels": levels, "resolution": self.resolution}
-        options = {name: value for name, value in given.items() if value is not None}
+        values = {"levels": levels, "resolution": self.resolution}
+        options = {name: value for name, value in values.items() if value is not None}
         return {"class_path": self.family, "init_args": options} if options else self.family
 
     def cell(self, value: float) -> str | float | None:
@@ -106,8 +106,8 @@ class Column:
     def plain(self) -> dict[str, Any]:
         """The column as a dict, for YAML and JSON."""
         codes = list(self.categories) or None
-        given = {"kind": self.kind, "categories": codes, "resolution": self.resolution}
-        return {name: value for name, value in given.items() if value is not None}
+        values = {"kind": self.kind, "categories": codes, "resolution": self.resolution}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Schema:
     ignored: tuple[str, ...] = ()
 
     @classmethod
-    def restore(cls, plain: Mapping[str, Any], read: Read | None = None) -> Schema:
+    def restore(cls, plain: Mapping[str, Any], read: ReadColumn | None = None) -> Schema:
         """Makes the schema that `plain` describes.
 
         Args:
@@ -133,9 +133,9 @@ class Schema:
         Raises:
             ValueError: If an entry is wrong; the message names the column.
         """
-        ignored = ignored_in(plain)
+        ignored = ignored_columns(plain)
         kept = {str(name): entry for name, entry in plain.items() if str(name) not in ignored}
-        return cls({name: _restored(name, entry, read) for name, entry in kept.items()}, ignored)
+        return cls({name: _as_column(name, entry, read) for name, entry in kept.items()}, ignored)
 
     @property
     def plain(self) -> dict[str, Any]:
@@ -168,7 +168,7 @@ class Schema:
             ValueError: If columns are missing or unknown, or a cell does not fit its column.
         """
         self.check(cells, name)
-        each = [_numbers(name, key, c, cells[key], first) for key, c in self.columns.items()]
+        each = [_encode(name, key, c, cells[key], first) for key, c in self.columns.items()]
         return torch.from_numpy(np.stack(each, 1).astype(np.float32))
 
     def check(self, names: Iterable[str], name: str = "table") -> None:
@@ -177,7 +177,7 @@ class Schema:
         Raises:
             ValueError: If columns are missing or unknown.
         """
-        if words := differing(self.columns, [n for n in names if n not in self.ignored]):
+        if words := column_mismatch(self.columns, [n for n in names if n not in self.ignored]):
             raise ValueError(
                 f"{name}: expected the columns of the schema, got others ({words}): give the "
                 "table these columns"
@@ -195,8 +195,8 @@ class Schema:
         other numbers the given `mean` [N, C].
         """
         best = {"common": draws.mode(0).values, "middle": draws.median(0).values, "mean": mean}
-        taken = [CENTRES.get(column.family, "mean") for column in self.columns.values()]
-        return torch.stack([best[name][:, c] for c, name in enumerate(taken)], 1)
+        summaries = [CENTRES.get(column.family, "mean") for column in self.columns.values()]
+        return torch.stack([best[name][:, c] for c, name in enumerate(summaries)], 1)
 
     def rounded(self, rows: Tensor) -> Tensor:
         """Rounds rows [*S, C] to multiples of each column's resolution, as in the table itself."""
@@ -210,7 +210,7 @@ class Schema:
         return as_csv([cells, *zip(*cells.values())])
 
 
-def ignored_in(known: Known) -> tuple[str, ...]:
+def ignored_columns(known: SchemaLike) -> tuple[str, ...]:
     """Returns the names of columns to which a schema or a mapping gives the kind "ignored"."""
     if isinstance(known, Schema):
         return known.ignored
@@ -218,14 +218,14 @@ def ignored_in(known: Known) -> tuple[str, ...]:
     return tuple(str(name) for name, entry in each if entry in (IGNORED, {"kind": IGNORED}))
 
 
-def differing(known: Iterable[str], given: Iterable[str]) -> str:
+def column_mismatch(known: Iterable[str], given: Iterable[str]) -> str:
     """Returns in words which columns are missing and which unknown; "" if they are the same."""
     missing, other = Counter([*known]), Counter([*given])
     parts = {"missing": missing - other, "unknown": other - missing}
     return "; ".join(f"{word}: {', '.join(sorted(n))}" for word, n in parts.items() if n)
 
 
-def _restored(name: str, entry: Any, read: Read | None) -> Column:
+def _as_column(name: str, entry: Any, read: ReadColumn | None) -> Column:
     given: Any = {"kind": entry} if isinstance(entry, str) else entry
     keys = set(given) if isinstance(given, Mapping) else set()
     if not {"kind"} <= keys <= {"kind", "categories", "resolution"}:
@@ -237,7 +237,7 @@ def _restored(name: str, entry: Any, read: Read | None) -> Column:
     if not isinstance(categories, list | tuple):
         raise ValueError(f"schema of column {name!r}: categories must be a list")
     if kind in CATEGORIES and not categories and read is not None:
-        categories = _levels(kind, *read(name))
+        categories = _categories(kind, *read(name))
     try:
         named = (as_name(c) if isinstance(c, bool) else shortened(c) for c in categories)
         return Column(kind, tuple(named), given.get("resolution"))
@@ -245,7 +245,7 @@ def _restored(name: str, entry: Any, read: Read | None) -> Column:
         raise ValueError(f"schema of column {name!r}: {error}") from None
 
 
-def _numbers(name: str, key: str, column: Column, cells: Sequence[Any], first: int) -> np.ndarray:
+def _encode(name: str, key: str, column: Column, cells: Sequence[Any], first: int) -> np.ndarray:
     """Returns the cells of one column as numbers, NaN where they are empty."""
     codes = {as_key(category): code for code, category in enumerate(column.categories)}
     codes |= {category: code for code, category in enumerate(column.categories)}
@@ -301,67 +301,67 @@ def as_written(cell: Any) -> Any:
     return float(str(short)) if float(short) == cell else cell
 
 
-def _levels(kind: str, cells: Sequence[Any], order: Sequence[Any] | None) -> list[str]:
+def _categories(kind: str, cells: Sequence[Any], order: Sequence[Any] | None) -> list[str]:
     """Returns the categories in cells; none if there are too many, or an order is not known."""
     names = {as_key(cell): as_name(cell) for cell in cells if cell is not None}.values()
     found = sorted(names, key=number_or_text) if order is None else list(map(as_name, order))
     ranked = order is not None or all(as_number(name) is not None for name in names)
-    return [] if (kind == "ordinal" and not ranked) or len(found) > MOST_LEVELS else found
+    return [] if (kind == "ordinal" and not ranked) or len(found) > MAX_CATEGORIES else found
 
 
-def inferred(where: str, cells: Sequence[Any], order: Sequence[Any] | None = None) -> Column:
+def infer_column(where: str, cells: Sequence[Any], order: Sequence[Any] | None = None) -> Column:
     """Infers what a column holds from its cells; `order` is that of its categories, if known."""
-    seen = [cell for cell in cells if cell is not None]
-    if not seen:
+    filled = [cell for cell in cells if cell is not None]
+    if not filled:
         raise ValueError(f"{where} is empty in all rows: give it the kind ignored")
-    numbers = [as_number(cell) for cell in seen]
-    texts = [cell for cell, number in zip(seen, numbers) if number is None]
+    numbers = [as_number(cell) for cell in filled]
+    texts = [cell for cell, number in zip(filled, numbers) if number is None]
     if not texts and order is None:
-        return _numeric(where, np.array(numbers, dtype=np.float64))
-    if order is None and len(texts) < len(seen):
+        return _number_column(where, np.array(numbers, dtype=np.float64))
+    if order is None and len(texts) < len(filled):
         raise ValueError(
-            f"{where} holds {len(seen) - len(texts)} numbers beside text such as {texts[0]!r}: "
+            f"{where} holds {len(filled) - len(texts)} numbers beside text such as {texts[0]!r}: "
             "repair the cells, or give it the kind category in the schema"
         )
-    return _textual(where, list(map(as_name, seen)), order)
+    return _text_column(where, list(map(as_name, filled)), order)
 
 
-def _textual(where: str, seen: list[str], order: Sequence[Any] | None) -> Column:
-    if all(DATE.fullmatch(cell) for cell in seen):
+def _text_column(where: str, cells: list[str], order: Sequence[Any] | None) -> Column:
+    if all(DATE.fullmatch(cell) for cell in cells):
         raise ValueError(
-            f"{where} holds dates, such as {seen[0]!r}: write them as numbers, of days or years"
+            f"{where} holds dates, such as {cells[0]!r}: write them as numbers, of days or years"
         )
-    found = sorted(set(seen))
-    if len(found) > MOST_LEVELS or len(found) == len(seen) > 2 * FEW:
+    found = sorted(set(cells))
+    if len(found) > MAX_CATEGORIES or len(found) == len(cells) > 2 * MAX_LEVELS:
         raise ValueError(
-            f"{where} holds {len(found)} different texts in {len(seen)} rows, as names or ids: "
-            f"give it the kind ignored, or join them to at most {MOST_LEVELS} categories"
+            f"{where} holds {len(found)} different texts in {len(cells)} rows, as names or ids: "
+            f"give it the kind ignored, or join them to at most {MAX_CATEGORIES} categories"
         )
     categories = (
         found if order is None else [name for name in map(as_name, order) if name in found]
     )
     if len(categories) < 2:
-        raise ValueError(f"{where} holds {seen[0]!r} in all rows: give it the kind ignored")
+        raise ValueError(f"{where} holds {cells[0]!r} in all rows: give it the kind ignored")
     kind = "binary" if len(categories) == 2 else "category" if order is None else "ordinal"
     return Column(kind, tuple(categories))
 
 
-def _numeric(where: str, values: np.ndarray) -> Column:
+def _number_column(where: str, values: np.ndarray) -> Column:
     if not (np.abs(values) <= LARGEST).all():
         raise ValueError(f"{where} holds infinite values: repair or empty these cells")
     different = np.unique(values)
     if len(different) < 2:
         raise ValueError(f"{where} holds {values[0]:g} in all rows: give it the kind ignored")
-    whole = bool((values == values.round()).all()) and np.abs(values).max() <= MOST_COUNTED
-    if len(different) == 2 or (whole and len(different) <= min(FEW, len(values) // 3)):
+    is_whole = bool((values == values.round()).all()) and np.abs(values).max() <= MOST_COUNTED
+    if len(different) == 2 or (is_whole and len(different) <= min(MAX_LEVELS, len(values) // 3)):
         kind = "binary" if len(different) == 2 else "ordinal"
         return Column(kind, tuple(map(shortened, different.tolist())))
     check_digits(where, values)
-    if whole and values.min() >= 0 and values.var() >= values.mean():
+    if is_whole and values.min() >= 0 and values.var() >= values.mean():
         return Column("count")
-    width, above = resolution(values, whole), values[values > 0]
+    width, above = resolution(values, is_whole), values[values > 0]
     zeros = math.nextafter(0.0, 1.0) if width is None else 0.0
-    skewed = len(above) > 0 and np.log(above).std() > SKEWED
+    skewed = len(above) > 0 and np.log(above).std() > SKEWED_DEVIATION
     return Column("positive" if skewed and values.min() >= zeros else "real", (), width)
 
 
@@ -370,7 +370,7 @@ def check_digits(where: str, values: np.ndarray) -> None:
     low, high = values.min(initial=0), values.max(initial=0)
     with np.errstate(over="ignore", invalid="ignore"):
         spread = np.ptp(values.astype(np.float32)) if len(values) else 0.0
-    if spread <= DIGITS * max(abs(low), abs(high)) and len(np.unique(values)) > 1:
+    if spread <= MIN_RANGE * max(abs(low), abs(high)) and len(np.unique(values)) > 1:
         raise ValueError(
             f"{where} holds numbers from {values.min():.12g} to {values.max():.12g}, which "
             f"float32 does not tell apart: subtract {values.min():.12g}, or change their unit"
@@ -384,7 +384,7 @@ def resolution(values: np.ndarray, rounded: bool = False) -> float | None:
     be `rounded`.
     """
     different = np.unique(values)
-    if not rounded and len(different) >= OFTEN * len(values):
+    if not rounded and len(different) >= MAX_DISTINCT * len(values):
         return None
     gaps, least = np.diff(different), 1e-6 * float(np.abs(different).max())
     return float(f"{gaps[gaps > least].min(initial=gaps.max()):.4g}") if len(gaps) else 1.0

@@ -23,7 +23,7 @@ from pyro_vae.data.readers import (
     read_images,
     read_named,
 )
-from pyro_vae.data.schema import Known, Schema
+from pyro_vae.data.schema import Schema, SchemaLike
 from pyro_vae.data.tables import TABLES, is_mixed, read_rows_of_table
 from pyro_vae.data.transforms import make_transform
 
@@ -72,8 +72,8 @@ class Splits:
 
     def with_transform(self, name: str) -> Splits:
         """Returns the rows with the transform called ``name``, fitted to the training part."""
-        made = make_transform(name, self.train.x, self.train.levels)
-        parts: Any = {key: part.with_transform(made) for key, part in self.parts.items()}
+        fitted = make_transform(name, self.train.x, self.train.levels)
+        parts: Any = {key: part.with_transform(fitted) for key, part in self.parts.items()}
         return replace(self, **parts, transform=name)
 
     def describe(self) -> dict[str, Any]:
@@ -167,13 +167,13 @@ def load_data(
         raise ValueError(f"a schema is of tables ({', '.join(TABLES)}); {name} is none")
     named = {key.lower(): key for key in NAMED}.get(name.lower() if isinstance(name, str) else "")
     name = os.path.abspath(name) if named is None and os.path.exists(name) else name
-    source = _numbered(_read(Path(name), schema) if named is None else read_named(named, root))
+    source = _number_rows(_read(Path(name), schema) if named is None else read_named(named, root))
     split, parts = _split(source, validation, seed), dict[str, Any]()
     for key, (part, index) in split.items():
-        some = spread(len(index), limit, seed) if even else slice(limit)
-        found = part.subset(index[some]).unchecked(seed=seed)
-        found = found if conditional else found.unchecked(y=None)
-        parts[key] = found.one_hot() if conditional and found.y is None else found
+        kept = spread(len(index), limit, seed) if even else slice(limit)
+        rows = part.subset(index[kept]).unchecked(seed=seed)
+        rows = rows if conditional else rows.unchecked(y=None)
+        parts[key] = rows.one_hot() if conditional and rows.y is None else rows
     splits = Splits(
         **parts,
         name=str(name),
@@ -200,7 +200,7 @@ def read_rows(path: str | Path, schema: Schema | None = None) -> Data:
     return rows.unchecked(schema=schema and rows.schema)
 
 
-def _read(path: Path, schema: Known, unknown: str | None = None) -> Parts:
+def _read(path: Path, schema: SchemaLike, unknown: str | None = None) -> Parts:
     """Reads the parts of a source; without a schema, columns are of the kind `unknown`."""
     if path.is_dir():
         return read_images(path)
@@ -225,7 +225,7 @@ def _read(path: Path, schema: Known, unknown: str | None = None) -> Parts:
     )
 
 
-def _numbered(source: Parts) -> Parts:
+def _number_rows(source: Parts) -> Parts:
     """Gives all parts one numbering of rows and one number of classes.
 
     Raises:
@@ -279,8 +279,8 @@ def _split(
             f"validation and {test} of test; choose a smaller validation part or give more rows"
         )
     own = {name: (part, torch.arange(len(part))) for name, part in source.items()}
-    taken = {"validation": (whole, order[test : held + test]), "test": (whole, order[:test])}
-    return taken | own | {"train": (whole, order[held + test :])}
+    held_out = {"validation": (whole, order[test : held + test]), "test": (whole, order[:test])}
+    return held_out | own | {"train": (whole, order[held + test :])}
 
 
 def spread(num_data: int, limit: int | None, seed: int) -> Tensor:

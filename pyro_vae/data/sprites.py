@@ -15,7 +15,7 @@ from pyro_vae.data.data import Data
 from pyro_vae.files import parsing
 
 FACTORS = ("shape", "scale", "orientation", "x", "y")
-DRAWN = 4096  # images drawn at once
+DRAWN_AT_ONCE = 4096  # images drawn at once
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Sprites:
 
     def draw(self, rows: Tensor) -> Tensor:
         """Draws the images at `rows`, int64 [M], as uint8 of 0 and 1, [M, 1, size, size]."""
-        parts = [self._draw(self.factors(part)) for part in rows.split(DRAWN)]
+        parts = [self._draw(self.factors(part)) for part in rows.split(DRAWN_AT_ONCE)]
         return torch.cat(parts).unsqueeze(1)
 
     def data(self) -> Data:
@@ -96,19 +96,19 @@ class Sprites:
 
     def _draw(self, factors: Tensor) -> Tensor:
         shape, scale, orientation, x, y = factors.T
-        size = _spread(0.5, 1.0, self.scales)[scale]
+        size = _linspace(0.5, 1.0, self.scales)[scale]
         angle = orientation * (2 * math.pi / self.orientations)
-        place = [_spread(REACH, 1 - REACH, n) for n in (self.xs, self.ys)]
+        centres = [_linspace(MARGIN, 1 - MARGIN, n) for n in (self.xs, self.ys)]
         pixel = (torch.arange(self.size, dtype=torch.float64) + 0.5) / self.size
-        right = (pixel - place[0][x, None])[:, None, :]
-        up = (place[1][y, None] - pixel)[:, :, None]
+        right = (pixel - centres[0][x, None])[:, None, :]
+        up = (centres[1][y, None] - pixel)[:, :, None]
         cos, sin = (f(angle)[:, None, None] for f in (torch.cos, torch.sin))
         u = (right * cos + up * sin) / size[:, None, None]
         v = (up * cos - right * sin) / size[:, None, None]
         image = torch.zeros(len(factors), self.size, self.size, dtype=torch.uint8)
         for kind, inside in enumerate(SHAPES):
-            own = shape == kind
-            image[own] = inside(u[own], v[own]).to(torch.uint8)
+            mask = shape == kind
+            image[mask] = inside(u[mask], v[mask]).to(torch.uint8)
         return image
 
 
@@ -120,7 +120,7 @@ def _heart(u: Tensor, v: Tensor) -> Tensor:
 HALF = 0.125  # half the side of a square; all lengths are in sides of the image
 WIDE, NARROW = 0.2, 0.1  # half the axes of an ellipse
 LOBE = 0.13  # unit of length of a heart, whose area is 3.66 of its squares
-REACH = 0.22  # least distance of a centre from the border: a little more than any shape needs
+MARGIN = 0.22  # least distance of a centre from the border: a little more than any shape needs
 SHAPES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (  # whether (u, v) is inside a shape
     lambda u, v: (u.abs() <= HALF) & (v.abs() <= HALF),
     lambda u, v: (u / WIDE).square() + (v / NARROW).square() <= 1,
@@ -158,7 +158,7 @@ def read_dsprites(path: str | Path) -> tuple[Data, Tensor]:
     return Data(x, labels=factors[:, 0], levels=2, name=str(path)), factors
 
 
-def _spread(low: float, high: float, count: int) -> Tensor:
+def _linspace(low: float, high: float, count: int) -> Tensor:
     """Returns `count` evenly spaced values from `low` to `high`, or their middle if it is 1."""
     if count == 1:
         return torch.tensor([(low + high) / 2], dtype=torch.float64)

@@ -20,16 +20,16 @@ from pyro_vae.data.data import Data
 from pyro_vae.data.mapped import CHUNK, LARGE, Mapped, spooled
 from pyro_vae.data.schema import (
     Column,
-    Known,
-    Read,
+    ReadColumn,
     Schema,
+    SchemaLike,
     as_key,
     as_name,
     as_number,
     as_written,
     check_digits,
-    ignored_in,
-    inferred,
+    ignored_columns,
+    infer_column,
     number_or_text,
     resolution,
 )
@@ -38,19 +38,19 @@ from pyro_vae.files import parsing
 TABLES = (".csv", ".tsv", ".parquet")
 EMPTY = {"", "na", "n/a", "nan", "null", "<na>"}  # cells that count as empty, in lower case
 DELIMITERS = ",;\t"
-LOOKED_AT = 1000  # lines that are read to see whether a file holds text
-ARROW = "a table with one kind of values in each column"
+SCANNED_LINES = 1000  # lines that are read to see whether a file holds text
+EXPECTED = "a table with one kind of values in each column"
 QUOTED = re.compile('"[^"]*"')
 DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+(e[+-]?\d+)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Table:
-    """The names of a table's columns, and a function that reads one of them (see `Read`)."""
+    """The names of a table's columns, and a function that reads one of them (see `ReadColumn`)."""
 
     name: str
     columns: Sequence[str]
-    read: Read
+    read: ReadColumn
     file: Any = None  # pyarrow's ParquetFile, if it is large: its rows stay on disk
 
     def encoded(self, schema: Schema) -> Tensor:
@@ -60,14 +60,14 @@ class Table:
     def parts(self, schema: Schema) -> Iterator[Tensor]:
         """Yields the rows of a large file as numbers, in parts."""
         first = 0
-        with parsing(self.name, ARROW):
+        with parsing(self.name, EXPECTED):
             for batch in self.file.iter_batches(CHUNK, columns=list(schema.columns)):
-                cells = {key: _cells(batch.column(key)) for key in schema.columns}
+                cells = {key: _column_cells(batch.column(key)) for key in schema.columns}
                 yield schema.encode(cells, self.name, first)
                 first += len(batch)
 
 
-def read_table(source: Any, schema: Known = None) -> tuple[Tensor, Schema]:
+def read_table(source: Any, schema: SchemaLike = None) -> tuple[Tensor, Schema]:
     """Reads the rows of a table, and infers its schema.
 
     Numbers are read as they are, categories as codes 0, 1, ..., empty cells (and NA, NaN, null)
@@ -91,16 +91,16 @@ def read_table(source: Any, schema: Known = None) -> tuple[Tensor, Schema]:
     Raises:
         ValueError: If `source` is no table, or a column cannot be modelled; the message names it.
     """
-    table = _opened(source)
+    table = _open_table(source)
     found = _schema(table, schema)
     return table.encoded(found), found
 
 
-def read_rows_of_table(source: Any, schema: Known) -> Data:
+def read_rows_of_table(source: Any, schema: SchemaLike) -> Data:
     """Reads a table as `Data`, as in `read_table`; a column called ``label`` holds the labels."""
-    table = _opened(source)
+    table = _open_table(source)
     label = label_column(table.name, table.columns, schema)
-    labels = [_labels(f"{table.name}: column {key!r}", table.read(key)[0]) for key in label]
+    labels = [_read_labels(f"{table.name}: column {key!r}", table.read(key)[0]) for key in label]
     table = replace(table, columns=[key for key in table.columns if key not in label])
     found = _schema(table, schema)
     rows: Tensor | Mapped
@@ -127,7 +127,7 @@ def own_cells(path: Path, schema: Schema | None, named: bool) -> tuple[list[str]
         for d in map(names.index, label_column(str(path), names)):
             names, columns = [[*x[:d], *x[d + 1 :], x[d]] for x in (names, columns)]
         return names, columns
-    table = _opened(path)
+    table = _open_table(path)
     cells = {name: table.read(name)[0] for name in schema.columns}
     for name in table.columns:
         if name not in cells:
@@ -136,36 +136,37 @@ def own_cells(path: Path, schema: Schema | None, named: bool) -> tuple[list[str]
     return [*cells], [list(map(as_written, column)) for column in cells.values()]
 
 
-def label_column(name: str, columns: Sequence[str], schema: Known = None) -> list[str]:
+def label_column(name: str, columns: Sequence[str], schema: SchemaLike = None) -> list[str]:
     """Returns the name of the column of labels, [] if there is none or it is the only column."""
-    kept = [key for key in columns if key not in ignored_in(schema)]
-    found = [key for key in kept if key.lower() == "label"]
-    if len(found) > 1:
+    modelled = [key for key in columns if key not in ignored_columns(schema)]
+    labels = [key for key in modelled if key.lower() == "label"]
+    if len(labels) > 1:
         raise ValueError(
-            f"{name}: expected one column 'label', got {len(found)}; rename the others"
+            f"{name}: expected one column 'label', got {len(labels)}; rename the others"
         )
-    return found if len(kept) > 1 else []
+    return labels if len(modelled) > 1 else []
 
 
-def _schema(table: Table, known: Known) -> Schema:
+def _schema(table: Table, known: SchemaLike) -> Schema:
     """Returns the schema of a table; columns not in `known` are inferred from their cells."""
     if isinstance(known, Schema):
         known.check(table.columns, table.name)
         return known
-    given = _given(table, known)
-    kept = [key for key in table.columns if key not in given.ignored]
-    if not kept:
+    given = _declared(table, known)
+    modelled = [key for key in table.columns if key not in given.ignored]
+    if not modelled:
         raise ValueError(
             f"{table.name}: the schema ignores every column; give one of them another kind"
         )
     found = {
-        key: given.columns.get(key) or inferred(f"{table.name}: column {key!r}", *table.read(key))
-        for key in kept
+        key: given.columns.get(key)
+        or infer_column(f"{table.name}: column {key!r}", *table.read(key))
+        for key in modelled
     }
     return Schema(found, given.ignored)
 
 
-def _given(table: Table, known: Mapping[str, Any] | str | None, coded: bool = False) -> Schema:
+def _declared(table: Table, known: Mapping[str, Any] | str | None, coded: bool = False) -> Schema:
     """Returns the schema of the columns that are `known`: all of them if that is a kind.
 
     Categories that it leaves out are those of the cells, unless the cells are `coded` already.
@@ -191,7 +192,7 @@ def read_numbers(
     for name, column in columns.items():
         check_digits(f"array: column {name!r}", column[np.isfinite(column)])
     table = Table("array", list(columns), lambda key: (columns[key], None))
-    given = _given(table, schema, coded=True)
+    given = _declared(table, schema, coded=True)
     if given.ignored:
         raise ValueError("columns of an array cannot be ignored: leave them out of it")
     found = {
@@ -202,7 +203,7 @@ def read_numbers(
         return torch.from_numpy(values.astype(np.float32)), Schema(found)
 
 
-def _labels(where: str, cells: Sequence[Any]) -> tuple[Tensor, tuple[str, ...]]:
+def _read_labels(where: str, cells: Sequence[Any]) -> tuple[Tensor, tuple[str, ...]]:
     """Returns the class of each row, -1 where its cell is empty or -1, and the class names."""
     some = {as_key(cell): cell for cell in cells if cell is not None and as_number(cell) != -1}
     if not some:
@@ -216,7 +217,7 @@ def is_mixed(path: Path) -> bool:
     """Returns whether a table needs `read_table`: it has text, or is no .csv with commas."""
     if path.suffix.lower() != ".csv" or _delimiter(path) != ",":
         return True
-    head, *rows = [row for _, row in islice(read_lines(path), 1 + LOOKED_AT)] or [[]]
+    head, *rows = [row for _, row in islice(read_lines(path), 1 + SCANNED_LINES)] or [[]]
     texts = [list(filter(None, map(as_cell, column))) for column in zip(*rows)]
     numbers = [sum(as_number(cell) is not None for cell in column) for column in texts]
     words = any(2 * count < len(column) for count, column in zip(numbers, texts))
@@ -250,7 +251,7 @@ def read_lines(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str
         ) from error
 
 
-def _opened(source: Any) -> Table:
+def _open_table(source: Any) -> Table:
     """Opens a file or a frame as a table."""
     if not isinstance(source, str | Path):
         return _of_arrow("table", source)
@@ -308,7 +309,7 @@ def _of_arrow(name: str, source: Any) -> Table:
             "frames and .parquet need pyarrow: pip install 'pyro-vae[tables]'"
         ) from error
     is_file = isinstance(source, Path)
-    with parsing(name, ARROW):
+    with parsing(name, EXPECTED):
         table = pyarrow.parquet.ParquetFile(source) if is_file else pyarrow.table(source)
     whole = table.schema_arrow if is_file else table.schema
     index = (whole.pandas_metadata or {}).get("index_columns", ())  # of the frame that it was
@@ -320,7 +321,7 @@ def _of_arrow(name: str, source: Any) -> Table:
 
     @lru_cache(1 if large else None)
     def read(key: str) -> tuple[list[Any], list[Any] | None]:
-        with parsing(name, ARROW):
+        with parsing(name, EXPECTED):
             column = (table.read(columns=[key]) if is_file else table.select([key])).column(0)
         kind, types = column.type, pyarrow.types
         refused = {
@@ -330,12 +331,12 @@ def _of_arrow(name: str, source: Any) -> Table:
         for what in (what for what, holds in refused.items() if holds(kind)):
             raise ValueError(f"{name}: column {key!r} holds {what}")
         ordered = types.is_dictionary(kind) and kind.ordered
-        return _cells(column), column.chunk(0).dictionary.to_pylist() if ordered else None
+        return _column_cells(column), column.chunk(0).dictionary.to_pylist() if ordered else None
 
     return Table(name, names, read, table if large else None)
 
 
-def _cells(column: Any) -> list[Any]:
+def _column_cells(column: Any) -> list[Any]:
     """Returns the cells of a pyarrow column, None where they are empty."""
     return [
         None if cell != cell or (isinstance(cell, str) and not cell.strip()) else cell

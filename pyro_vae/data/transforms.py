@@ -229,12 +229,12 @@ class Standardise(Transform):
     std: Tensor
 
     def __post_init__(self) -> None:
-        flat = (~(self.std.flatten() > 0)).nonzero().flatten().tolist()
-        if flat:
-            shown = ", ".join(map(str, flat[:10])) + (", ..." if len(flat) > 10 else "")
+        constant = (~(self.std.flatten() > 0)).nonzero().flatten().tolist()
+        if constant:
+            columns = ", ".join(map(str, constant[:10])) + (", ..." if len(constant) > 10 else "")
             raise ValueError(
                 f"expected every column to vary, got standard deviation 0, or no value, in "
-                f"{len(flat)} of {self.std.numel()}: {shown} (from 0); remove these columns"
+                f"{len(constant)} of {self.std.numel()}: {columns} (from 0); remove these columns"
             )
 
     @classmethod

@@ -309,9 +309,9 @@ def _as_pixels(x: Tensor, content: Content) -> Tensor:
 
 def _fill_template(name: str, data: str) -> str:
     """Fills the template; its policy lets only this script and this style run."""
-    here = Path(__file__).parent
-    script = SCRIPT + (here / "explorer.js").read_text("utf-8")
-    style = (here / "explorer.css").read_text("utf-8")
+    folder = Path(__file__).parent
+    script = SCRIPT + (folder / "explorer.js").read_text("utf-8")
+    style = (folder / "explorer.css").read_text("utf-8")
     policy = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
         "base-uri 'none'; form-action 'none'"
@@ -323,7 +323,7 @@ def _fill_template(name: str, data: str) -> str:
         "SCRIPT": script,
         "DATA": data,
     }
-    text = (here / "explorer.html").read_text("utf-8")
+    text = (folder / "explorer.html").read_text("utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], text)
 
 

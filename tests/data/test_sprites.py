@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.data import Sprites, load_data, read_dsprites
-from pyro_vae.data.sprites import FACTORS, REACH
+from pyro_vae.data.sprites import FACTORS, MARGIN
 
 GRID = Sprites(3, 3, 8, 5, 7, size=32)
 AREAS = {"square": 0.25**2, "ellipse": math.pi * 0.2 * 0.1, "heart": 3.66197 * 0.13**2}
@@ -57,8 +57,8 @@ def test_positions_are_where_they_say() -> None:
                 image = one(grid, shape=kind, x=x, y=y).double()
                 column = (image.sum(0) * pixel).sum() / image.sum()
                 row = (image.sum(1) * pixel).sum() / image.sum()
-                assert abs(column - (REACH + x * (1 - 2 * REACH) / 4)) < tolerance
-                assert abs(row - (REACH + y * (1 - 2 * REACH) / 2)) < tolerance
+                assert abs(column - (MARGIN + x * (1 - 2 * MARGIN) / 4)) < tolerance
+                assert abs(row - (MARGIN + y * (1 - 2 * MARGIN) / 2)) < tolerance
 
 
 def test_symmetries() -> None:
