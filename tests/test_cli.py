@@ -23,8 +23,8 @@ from jsonargparse import Namespace
 from pyro_vae import build, importance_sampling, load, log_evidence, plots
 from pyro_vae.__main__ import main
 from pyro_vae.cli.compare import check_comparable
-from pyro_vae.cli.figures import KlParts, followed, layer_lines
-from pyro_vae.cli.folder import NOISY, check_support, destination, load_run
+from pyro_vae.cli.figures import KlParts, layer_lines, lower_layers_at_mean
+from pyro_vae.cli.folder import CHECKED_ROWS, check_support, destination, load_run
 from pyro_vae.cli.score import estimate
 from pyro_vae.cli.train import _run_folder
 from pyro_vae.data import Data, Dequantise, Splits, load_data, spread, tables
@@ -1008,7 +1008,7 @@ def test_layers_below_a_moved_latent_follow_it() -> None:
     vae = build(7, [2, 3, 4])
     z = torch.randn(5, 9)
     prior = vae.prior()
-    top, middle, lowest = (followed(prior, z, unit) for unit in (5, 2, 0))
+    top, middle, lowest = (lower_layers_at_mean(prior, z, unit) for unit in (5, 2, 0))
     given = prior.split(z)
     assert torch.equal(lowest, z)
     assert torch.equal(middle[:, 2:], z[:, 2:])
@@ -1023,7 +1023,7 @@ def test_the_support_is_checked_in_every_row_of_exact_values() -> None:
     x = torch.zeros(1303, 3)
     counts = build((3,), 2, likelihood="Poisson")
     check_support(counts, Data(x))
-    x[(torch.bincount(spread(1303, NOISY, 0), minlength=1303) == 0).nonzero()[0], 2] = -1
+    x[(torch.bincount(spread(1303, CHECKED_ROWS, 0), minlength=1303) == 0).nonzero()[0], 2] = -1
     with pytest.raises(ValueError, match=r"Poisson needs data in .*; got values in \[-1, 0\]"):
         check_support(counts, Data(x))
     grey = Data(torch.full((1303, 3), 7), levels=17, transform=Dequantise(17))

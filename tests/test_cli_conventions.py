@@ -14,8 +14,8 @@ import torch
 
 from pyro_vae.__main__ import main
 from pyro_vae.cli import COMMANDS
-from pyro_vae.cli.compare import compared, differing, told
-from pyro_vae.cli.parsing import make_parser, spelled
+from pyro_vae.cli.compare import comparison, differing, which_is_better
+from pyro_vae.cli.parsing import make_parser, normalise
 from pyro_vae.config import BASES, components
 from pyro_vae.estimators import Evidence
 from pyro_vae.metrics import Difference
@@ -35,7 +35,7 @@ from pyro_vae.metrics import Difference
     ],
 )
 def test_options_are_taken_as_people_write_them(written: list[str], known: list[str]) -> None:
-    assert spelled(written) == known
+    assert normalise(written) == known
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -125,7 +125,7 @@ def test_compare_for_json_is_paired() -> None:
     found = {"a": [evidence([-3.0, -5.0, -7.0])], "b": [evidence([-4.0, -7.0, -10.0])]}
     declared = {"a": {"prior": "VampPrior()", "lr": "0.1"}, "b": {"lr": "0.1"}}
     assert differing(declared) == {"prior": {"a": "VampPrior()", "b": ""}}
-    printed = compared(found, "all 3 rows")
+    printed = comparison(found, "all 3 rows")
     assert printed["runs"]["a"]["log_prob"] == pytest.approx(-5)
     assert printed["runs"]["b"]["verdicts"] == {"reliable": 2, "doubtful": 1}
     (difference,) = printed["differences"]
@@ -136,7 +136,7 @@ def test_compare_for_json_is_paired() -> None:
 
 def test_who_is_better_is_said_where_it_is_known() -> None:
     def said(mean: float) -> str:
-        return told("a", "b", Difference(mean, 0.3, 0.4, 7.0))
+        return which_is_better("a", "b", Difference(mean, 0.3, 0.4, 7.0))
 
     assert said(2.0) == "a is better than b by 2.00 +- 0.5 nats per datum"
     assert said(-2.0) == "b is better than a by 2.00 +- 0.5 nats per datum"

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pyro_vae import build, load
 from pyro_vae.__main__ import main
-from pyro_vae.cli.explore import Follow, Mean, evaluated, explore
+from pyro_vae.cli.explore import LowerLayers, Mean, evaluated, explore
 from pyro_vae.data import Data, load_data
 from pyro_vae.data.schema import Schema
 from pyro_vae.data.transforms import Identity, Standardise
@@ -271,7 +271,7 @@ def test_layers_below_follow() -> None:
     with torch.no_grad():
         above = z[:, 5:]
         exact = model.prior().draw(lambda name, fn: above if name == "z2" else fn.mean)
-    found = trace(Follow(model, 5), torch.zeros_like(z)).single()(z)
+    found = trace(LowerLayers(model, 5), torch.zeros_like(z)).single()(z)
     torch.testing.assert_close(found, exact)
     assert (found[:, :5] != z[:, :5]).all()
 

@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of five rows, of a file that stays on disk."""
-    monkeypatch.setattr(stream, "ROWS", 5)
+    monkeypatch.setattr(stream, "PART_ROWS", 5)
     monkeypatch.setattr(readers, "LARGE", 0)
 
 
@@ -63,7 +63,7 @@ def test_a_score_that_was_broken_off_goes_on(
     rows = [line["row"] for line in csv.DictReader(whole.decode().splitlines())]
     assert rows == [str(row) for row in range(N)]
     made: list[int] = []
-    given = score.lines
+    given = score.csv_lines
 
     def lines(rows: torch.Tensor, *others: object) -> str:
         made.append(len(rows))
@@ -71,7 +71,7 @@ def test_a_score_that_was_broken_off_goes_on(
             raise OSError("the disk is full")
         return given(rows, *others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(score, "lines", lines)
+    monkeypatch.setattr(score, "csv_lines", lines)
     out = tmp_path / "again.csv"
     command = ["score", str(folder / "run"), str(folder / "new.npy"), "--out", str(out)]
     assert main([*command, "--num_samples=7", "--progress=false"]) == 2
@@ -90,7 +90,7 @@ def test_what_is_there_is_not_made_again(
 ) -> None:
     whole = scored(folder, tmp_path / "whole.csv")
     calls = []
-    given = score.lines
+    given = score.csv_lines
 
     def lines(rows: torch.Tensor, *others: object) -> str:
         calls.append(int(rows[0]))
@@ -98,7 +98,7 @@ def test_what_is_there_is_not_made_again(
             raise KeyboardInterrupt
         return given(rows, *others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(score, "lines", lines)
+    monkeypatch.setattr(score, "csv_lines", lines)
     out = tmp_path / "again.csv"
     command = ["score", str(folder / "run"), str(folder / "new.npy"), "--out", str(out)]
     assert main([*command, "--num_samples=7", "--progress=false"]) == 130
@@ -154,14 +154,14 @@ def test_a_file_that_is_cut(
 ) -> None:
     rows = tmp_path / "cut.npy"
     rows.write_bytes((folder / "new.npy").read_bytes())
-    given = score.lines
+    given = score.csv_lines
 
     def lines(*arguments: object) -> str:
         with rows.open("rb+") as file:
             file.truncate(400)
         return given(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(score, "lines", lines)
+    monkeypatch.setattr(score, "csv_lines", lines)
     assert main(["score", str(folder / "run"), str(rows), "--num_samples=7"]) == 2
     assert "cut.npy: expected a whole .npy file" in (error := capsys.readouterr().err)
     assert "1 of 5 parts are kept" in error
@@ -170,10 +170,10 @@ def test_a_file_that_is_cut(
 def test_64_workers_score_each_row_once_and_as_one_does(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "ROWS", 1)
+    monkeypatch.setattr(stream, "PART_ROWS", 1)
     rows, whole, out = (tmp_path / name for name in ("rows.npy", "whole.csv", "out.csv"))
     np.save(rows, np.random.default_rng(1).normal(size=(67, F)))
-    given = dict.fromkeys(score.RESULT) | {"num_samples": 7, "p_values": 0, "seed": 0}
+    given = dict.fromkeys(score.RESULT_OPTIONS) | {"num_samples": 7, "p_values": 0, "seed": 0}
     given |= {"run": str(folder / "run"), "file": str(rows), "accelerator": "cpu"}
     options = Namespace(**given, progress=False, devices=1, out=str(whole))
     job: list[Any] = []
@@ -201,7 +201,7 @@ def test_one_process_joins_the_parts_that_several_find_there(
 ) -> None:
     whole, out = scored(folder, tmp_path / "whole.csv"), tmp_path / "out.csv"
     with monkeypatch.context() as patch:
-        patch.setattr(score, "joined", lambda parts, out: 1 / 0)
+        patch.setattr(score, "join_scores", lambda parts, out: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             scored(folder, out)
     (parts,) = tmp_path.glob(".out.csv.*.parts")
@@ -217,7 +217,7 @@ def test_one_process_joins_the_parts_that_several_find_there(
 def test_the_last_part_is_joined_also_where_it_comes_while_another_process_looks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "ROWS", 1)
+    monkeypatch.setattr(stream, "PART_ROWS", 1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     out = tmp_path / "out"
 
@@ -248,7 +248,7 @@ def test_a_command_given_twice_at_once_ends_well(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """The second makes all parts and joins them while the first makes its third."""
-    out, made, done = tmp_path / "out.csv", score._scored, []
+    out, made, done = tmp_path / "out.csv", score._score_part, []
 
     def slow(*given: Any) -> bytes:
         if given[-2] == 2 and not done:
@@ -256,7 +256,7 @@ def test_a_command_given_twice_at_once_ends_well(
             done.append(scored(folder, out))
         return made(*given)
 
-    monkeypatch.setattr(score, "_scored", slow)
+    monkeypatch.setattr(score, "_score_part", slow)
     assert scored(folder, out) == done[1]
     assert [*tmp_path.iterdir()] == [out]
     assert f"finds all of them there writes {out}" in capsys.readouterr().out
@@ -271,8 +271,8 @@ def test_processes_share_the_parts(folder: Path, tmp_path: Path) -> None:
 
 def by_torchrun(folder: Path, tmp_path: Path) -> bytes:
     """The scores of two processes that torchrun starts."""
-    code = "import sys; from pyro_vae.cli import stream; stream.ROWS = 5; from pyro_vae.__main__ "
-    code += "import main; sys.exit(main())"
+    code = "import sys; from pyro_vae.cli import stream; stream.PART_ROWS = 5; from "
+    code += "pyro_vae.__main__ import main; sys.exit(main())"
     (tmp_path / "command.py").write_text(code)
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
     out = tmp_path / "d.csv"
@@ -298,7 +298,7 @@ def test_codes_in_parts(
     monkeypatch.setattr(use, "write", written)
     command = ["encode", str(folder / "run"), str(folder / "new.npy"), "--out"]
     assert main([*command, str(tmp_path / f"parts.{ending}")]) == 0
-    monkeypatch.setattr(stream, "ROWS", 1000)
+    monkeypatch.setattr(stream, "PART_ROWS", 1000)
     assert main([*command, str(tmp_path / f"whole.{ending}")]) == 0
     parts, whole = (codes(tmp_path / f"{name}.{ending}") for name in ("parts", "whole"))
     assert parts.shape == (N, 4)
@@ -347,7 +347,7 @@ def test_values_filled_in_in_parts(
 def test_a_worker_that_dies_loses_its_part(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "ROWS", 1000)
+    monkeypatch.setattr(stream, "PART_ROWS", 1000)
     rows, out = tmp_path / "many.npy", tmp_path / "many.csv"
     np.save(rows, np.random.default_rng(1).normal(size=(60_000, F)))
     command = ["score", str(folder / "run"), str(rows), "--num_samples=20", "--out", str(out)]

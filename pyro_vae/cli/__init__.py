@@ -105,7 +105,7 @@ SEEDED: Options = {
     "--seed": option(int, 0, "seed of all draws"),
     "--progress": option(bool, True, "show a progress bar"),
 }
-WORK: Options = {
+COMPUTE: Options = {
     "--chunk_size": option(int | None, None, "draws x rows in one pass; chosen if not given"),
     "--devices": option(int, 1, "number of GPUs, or of CPU processes, that share the rows"),
     "--accelerator": option(Literal["auto", "cpu", "cuda"], "auto", "auto: a GPU if there is one"),
@@ -115,7 +115,7 @@ WORK: Options = {
 }
 ESTIMATE: Options = {
     "--tolerance": option(float, 0.05, "largest standard error of a reliable row, nats"),
-    **WORK,
+    **COMPUTE,
 }
 
 
@@ -236,7 +236,7 @@ COMMANDS = {
                 None,
                 "draws of the encoder, such as 200: faster; null: a fitted proposal",
             ),
-            **WORK,
+            **COMPUTE,
         },
         example="runs/people-1 new.csv --draws 5",
     ),
@@ -345,20 +345,20 @@ def help_of(name: str) -> str:
     parser = ArgumentParser(**command.about(name))
     for key, settings in command.options.items():
         kind, default = settings.get("type"), settings.get("default")
-        told = "" if isinstance(default, bool | None) else f" [{str(default).lower()}]"
-        shown: dict[str, Any] = {k: settings[k] for k in ("action", "nargs") if k in settings}
+        default_text = "" if isinstance(default, bool | None) else f" [{str(default).lower()}]"
+        arguments: dict[str, Any] = {k: settings[k] for k in ("action", "nargs") if k in settings}
         if kind in (bool, bool | None):
-            shown = {"action": "store_true"}
+            arguments = {"action": "store_true"}
         elif get_origin(kind) is Literal:
-            shown = {"choices": get_args(kind)}
-        elif key.startswith("--") and not shown:
-            plain = "X" if kind is float else "N" if "int" in str(kind) else "NAME"
-            shown = {"metavar": PATHS.get(key, plain)}
-        spelled = key.replace("_", "-") if key.startswith("--") else key
-        said = settings.get("help", "") + told
+            arguments = {"choices": get_args(kind)}
+        elif key.startswith("--") and not arguments:
+            metavar = "X" if kind is float else "N" if "int" in str(kind) else "NAME"
+            arguments = {"metavar": PATHS.get(key, metavar)}
+        flag = key.replace("_", "-") if key.startswith("--") else key
+        text = settings.get("help", "") + default_text
         if default is True:
-            spelled, said = spelled.replace("--", "--no-"), f"do not {said}"
-        parser.add_argument(spelled, help=said, **shown)
+            flag, text = flag.replace("--", "--no-"), f"do not {text}"
+        parser.add_argument(flag, help=text, **arguments)
     return parser.format_help()
 
 

@@ -15,9 +15,9 @@ from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
-from pyro_vae.cli.folder import load_run, placed
+from pyro_vae.cli.folder import load_run, to_device
 from pyro_vae.cli.report import declaration
-from pyro_vae.cli.score import estimate, held_out, rows_of, shifted
+from pyro_vae.cli.score import estimate, held_out, in_data_units, rows_of
 from pyro_vae.data import Splits
 from pyro_vae.estimators import Evidence
 from pyro_vae.metrics import Difference, paired_difference
@@ -37,29 +37,29 @@ def compare(options: Namespace) -> None:
         check_comparable(first, run, loaded, options.part)
     if min(options.limit or 2, len(getattr(loaded[first][1], options.part))) < 2:
         raise ValueError("compare needs two rows or more, for the error of a difference")
-    each: dict[str, Evidence] = {}
+    by_run: dict[str, Evidence] = {}
     for run, (vae, splits) in loaded.items():
         splits = replace(splits, seed=loaded[first][1].seed)  # for the same rows and noise
         rows = held_out(splits, options.part, options.limit)
-        vae, data = placed(vae, rows, options.accelerator)
-        each[run] = shifted(estimate(vae, data, options), data)
-    found = {model: [each[run] for run in runs] for model, runs in models.items()}
+        vae, data = to_device(vae, rows, options.accelerator)
+        by_run[run] = in_data_units(estimate(vae, data, options), data)
+    by_model = {model: [by_run[run] for run in runs] for model, runs in models.items()}
     tables = {
         model: declaration(Path(run), read_run(run), loaded[run][0])
         for model, (run, *_) in models.items()
     }
     differs = differing({model: own["Model"] | own["Training"] for model, own in tables.items()})
-    numbers = compared(found, rows_of(splits, options.part, rows)) | {"differs": differs}
+    numbers = comparison(by_model, rows_of(splits, options.part, rows)) | {"differs": differs}
     if options.json:
         print(json.dumps(numbers, indent=1))
         return
-    unlike = Table("", *models, title="what differs between them")
+    option_table = Table("", *models, title="what differs between them")
     for name, values in differs.items():
-        unlike.add_row(name, *values.values())
-    for table in (ranking(numbers), *([unlike] if differs else []), differences(numbers)):
+        option_table.add_row(name, *values.values())
+    for table in (ranking(numbers), *([option_table] if differs else []), differences(numbers)):
         Console().print(table)
-    for (a, b), difference in pairs_of(found).items():
-        print(told(a, b, difference))
+    for (a, b), difference in paired_differences(by_model).items():
+        print(which_is_better(a, b, difference))
 
 
 def replicas(run: str) -> list[str]:
@@ -82,10 +82,10 @@ def check_comparable(
         raise ValueError(
             f"{run} and {first_run} do not compare: one models binarised data, the other does not"
         )
-    given = {name: vae.likelihood.of for name, (vae, _) in loaded.items()}
-    if given[run] != given[first_run]:
+    conditions = {name: vae.likelihood.of for name, (vae, _) in loaded.items()}
+    if conditions[run] != conditions[first_run]:
         what = ", ".join(
-            f"{name} log p(x{' | ' + of if of else ''})" for name, of in given.items()
+            f"{name} log p(x{' | ' + of if of else ''})" for name, of in conditions.items()
         )
         raise ValueError(f"{run} and {first_run} do not compare: {what}")
     masses = [
@@ -108,7 +108,7 @@ def differing(declared: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
     return {name: values for name, values in each.items() if len(set(values.values())) > 1}
 
 
-def pairs_of(models: dict[str, list[Evidence]]) -> dict[tuple[str, str], Difference]:
+def paired_differences(models: dict[str, list[Evidence]]) -> dict[tuple[str, str], Difference]:
     """Returns the paired difference of each two models, over all replicas of each."""
     each = {name: torch.stack([e.log_prob for e in runs]) for name, runs in models.items()}
     return {(a, b): paired_difference(each[a], each[b]) for a, b in combinations(each, 2)}
@@ -117,7 +117,7 @@ def pairs_of(models: dict[str, list[Evidence]]) -> dict[tuple[str, str], Differe
 def ranking(numbers: dict[str, Any]) -> Table:
     """Makes the table of models, from the best, with their errors over data and over seeds."""
     title = f"nats per datum, of {numbers['rows_of']}"
-    shown = Table("", "run", "log p(x), in the units of the data", "verdict", title=title)
+    table = Table("", "run", "log p(x), in the units of the data", "verdict", title=title)
     for rank, name in enumerate(numbers["ranks"], start=1):
         run = numbers["runs"][name]
         value = (
@@ -128,23 +128,23 @@ def ranking(numbers: dict[str, Any]) -> Table:
             deviation = torch.tensor(seeds).std().item()
             value = f"{run['log_prob']:.2f}, of {len(seeds)} seeds that deviate by {deviation:.2f}"
         verdicts = ", ".join(f"{count} {verdict}" for verdict, count in run["verdicts"].items())
-        shown.add_row(str(rank), name, value, verdicts)
-    return shown
+        table.add_row(str(rank), name, value, verdicts)
+    return table
 
 
 def differences(numbers: dict[str, Any]) -> Table:
     """Makes the table of differences of each two models, with errors and P(first is worse)."""
-    shown = Table("first less second", title="paired differences, nats, +- over data")
+    table = Table("first less second", title="paired differences, nats, +- over data")
     for name in ("difference", "+- over seeds", "P(first is worse)"):
-        shown.add_column(name, no_wrap=True)
+        table.add_column(name, no_wrap=True)
     for d in numbers["differences"]:
         seeds = "unknown" if d["stderr_seeds"] is None else f"{d['stderr_seeds']:.3f}"
         value = f"{d['difference']:.3f} +- {d['stderr_data']:.3f}"
-        shown.add_row(f"{d['first']} - {d['second']}", value, seeds, f"{d['p_worse']:.2g}")
-    return shown
+        table.add_row(f"{d['first']} - {d['second']}", value, seeds, f"{d['p_worse']:.2g}")
+    return table
 
 
-def told(a: str, b: str, d: Difference) -> str:
+def which_is_better(a: str, b: str, d: Difference) -> str:
     """Returns in words which of two models is better, if by more than two standard errors."""
     by = f"{abs(d.mean):.2f} +- {d.stderr:.2g} nats per datum"
     if not abs(d.mean) > 2 * d.stderr:
@@ -153,7 +153,7 @@ def told(a: str, b: str, d: Difference) -> str:
     return f"{better} is better than {worse} by {by}"
 
 
-def compared(models: dict[str, list[Evidence]], where: str) -> dict[str, Any]:
+def comparison(models: dict[str, list[Evidence]], where: str) -> dict[str, Any]:
     """Returns the numbers that `compare` prints, for JSON."""
     runs: dict[str, dict[str, Any]] = {
         model: {
@@ -174,7 +174,7 @@ def compared(models: dict[str, list[Evidence]], where: str) -> dict[str, Any]:
             "stderr_seeds": None if math.isnan(d.stderr_seeds) else d.stderr_seeds,
             "p_worse": d.p_worse,
         }
-        for (a, b), d in pairs_of(models).items()
+        for (a, b), d in paired_differences(models).items()
     ]
     ranks = sorted(runs, key=lambda model: -runs[model]["log_prob"])
     return {"rows_of": where, "ranks": ranks, "runs": runs, "differences": pairs}

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pyro_vae import plots
 from pyro_vae.classes import ClassVAE
-from pyro_vae.cli.figures import NAMES, TERMS, decompose, keep, layer_lines, limits
-from pyro_vae.cli.folder import load_run, pairs, placed
+from pyro_vae.cli.figures import TERMS, TITLES, decompose, layer_lines, limits, save_figure
+from pyro_vae.cli.folder import batches, load_run, to_device
 from pyro_vae.cli.score import by_column, estimate, held_out, rows_of
 from pyro_vae.data import Data, spread
 from pyro_vae.estimators import (
@@ -48,22 +48,22 @@ QUANTITIES = {  # title, format and remark of each quantity
     "khat_below_threshold": ("k-hat below threshold", ".1%", "of the data"),
     "bits_per_dim": ("bits per dimension", ".3f", "of the data before the transform"),
 }
-ODD, OTHERS = 5, 100  # number of odd rows shown, and of rows that say what is usual
-PATTERNS = 5  # patterns of missing values that are shown
+ODD_ROWS, USUAL_ROWS = 5, 100  # number of odd rows shown, and of rows that say what is usual
+MAX_PATTERNS = 5  # patterns of missing values that are shown
 
 
 def evaluate(options: Namespace) -> None:
     """Prints and writes log p(x) of a run with its error, the ELBO and its terms, active units."""
     options.progress &= not options.json
     vae, splits = load_run(options.run, options.data_root)
-    vae, data = placed(vae, held_out(splits, options.part, options.limit), options.accelerator)
+    vae, data = to_device(vae, held_out(splits, options.part, options.limit), options.accelerator)
     bound = evidence_lower_bound(vae, *data.batch(), num_samples=options.elbo_samples)
-    alone: dict[str, Any] = {}
+    encoder: dict[str, Any] = {}
     if options.num_samples is not None:
         names = ("num_samples", "chunk_size", "compile", "devices", "seed")
-        asked = {name: options[name] for name in names}
-        found = importance_sampling(vae, *data.batch(), progress=options.progress, **asked)
-        alone = {"encoder_bound": found.mean(), "encoder_bound_samples": options.num_samples}
+        settings = {name: options[name] for name in names}
+        found = importance_sampling(vae, *data.batch(), progress=options.progress, **settings)
+        encoder = {"encoder_bound": found.mean(), "encoder_bound_samples": options.num_samples}
     evidence = estimate(vae, data, options)
     evidence.save(Path(options.run) / "evidence.safetensors")
     draw_audit(vae, data, evidence, options)
@@ -74,7 +74,7 @@ def evaluate(options: Namespace) -> None:
     spread_of: dict[str, Any] = {}  # what one row alone does not tell
     if len(data) > 1:
         with torch.no_grad():
-            active = active_units(torch.cat([vae.encode(*pair).mean for pair in pairs(data)]))
+            active = active_units(torch.cat([vae.encode(*pair).mean for pair in batches(data)]))
         spread_of = {
             "stderr_data": over_data,
             **{f"stderr_{n}": (t.std() / len(t) ** 0.5).item() for n, t in terms.items()},
@@ -92,7 +92,7 @@ def evaluate(options: Namespace) -> None:
         "verdicts": dict(Counter(evidence.verdict)),
         "methods": dict(Counter(evidence.method)),
         "audit": evidence.audit,
-        **alone,
+        **encoder,
         **{name: term.mean().item() for name, term in terms.items()},
         **spread_of,
         "kl_rules": sorted(set(bound.rules.values())),
@@ -110,13 +110,13 @@ def evaluate(options: Namespace) -> None:
         print(text)
         return
     table = Table(title=f"{options.run}: {numbers['rows_of']}", show_header=False)
-    for name, value, errors, remark, _ in lines_of(numbers):
+    for name, value, errors, remark, _ in quantity_lines(numbers):
         table.add_row(name, ", ".join(filter(None, [" +- ".join([value, *errors]), remark])))
     Console().print(table)
     print("nats per datum, of held-out data; larger is better but for KL and bits")
 
 
-def lines_of(found: dict[str, Any]) -> list[tuple[str, str, list[str], str, str]]:
+def quantity_lines(found: dict[str, Any]) -> list[tuple[str, str, list[str], str, str]]:
     """Returns name, value, errors, remark and row count of each quantity of evaluation.json."""
     errors = [f"{found['stderr_monte_carlo']:.2g} (Monte Carlo)"]
     errors += [f"{found['stderr_data']:.2g} (data)"] if "stderr_data" in found else []
@@ -139,10 +139,10 @@ def lines_of(found: dict[str, Any]) -> list[tuple[str, str, list[str], str, str]
     for key, (name, form, remark) in QUANTITIES.items():
         if key in found and key not in (*no_kl, *mixed):  # these would mislead
             error = found.get(f"stderr_{key}")
-            shown = [] if error is None else [f"{error:.2g} (data)"]
+            error_texts = [] if error is None else [f"{error:.2g} (data)"]
             remark = ", ".join(filter(None, [remark.format_map(found), more.get(key)]))
-            count = found.get("parts_rows", found["rows"]) if key in NAMES else found["rows"]
-            lines.append((name, f"{found[key]:{form}}", shown, remark, f"{count:,}"))
+            count = found.get("parts_rows", found["rows"]) if key in TITLES else found["rows"]
+            lines.append((name, f"{found[key]:{form}}", error_texts, remark, f"{count:,}"))
     layers = found.get("layers", {}).items()
     return [*lines, *((site, "", [], text, rows) for site, text in layers)]
 
@@ -151,12 +151,12 @@ def odd_rows(vae: VAE, data: Data, evidence: Evidence) -> list[dict[str, Any]]:
     """Returns the rows of least log p(x), each with the column farthest below its usual log p."""
     if data.schema is None or isinstance(vae, ClassVAE):
         return []
-    lowest = evidence.log_prob.argsort()[:ODD]
-    shown = torch.cat([lowest, spread(len(data), OTHERS, 0)])
-    each = by_column(vae, data.subset(shown))
-    below = (each - each.nanmedian(0).values)[: len(lowest)].nan_to_num(torch.inf)
+    lowest = evidence.log_prob.argsort()[:ODD_ROWS]
+    rows = torch.cat([lowest, spread(len(data), USUAL_ROWS, 0)])
+    each = by_column(vae, data.subset(rows))
+    deficit = (each - each.nanmedian(0).values)[: len(lowest)].nan_to_num(torch.inf)
     cells = data.schema.decode(data.transform.inverse(data.x[lowest].float()))
-    columns = below.argmin(1).tolist()
+    columns = deficit.argmin(1).tolist()
     names = list(data.schema.columns)
     return [
         {
@@ -177,7 +177,7 @@ def missing_values(data: Data) -> dict[str, Any]:
     missing = data.x[:].isnan()
     shares = zip(data.columns, missing.double().mean(0).tolist())
     sets, counts = missing.unique(dim=0, return_counts=True)
-    common = counts.argsort(descending=True)[:PATTERNS].tolist()
+    common = counts.argsort(descending=True)[:MAX_PATTERNS].tolist()
     patterns = [
         {"columns": list(compress(data.columns, sets[i].tolist())), "rows": counts[i].item()}
         for i in common
@@ -197,7 +197,9 @@ def draw_audit(vae: VAE, data: Data, evidence: Evidence, options: Namespace) -> 
         return
     same = {name: options[name] for name in ("tolerance", "seed")}
     found = kept_audit(vae.model, vae.guide, *data.batch(), budget=None, **same)
-    keep(plots.audit(found.gap, found.reliable, REACH), Path(options.run) / "figures" / "audit")
+    save_figure(
+        plots.audit(found.gap, found.reliable, REACH), Path(options.run) / "figures" / "audit"
+    )
 
 
 def draw_extremes(data: Data, evidence: Evidence, figures: Path) -> None:
@@ -212,4 +214,4 @@ def draw_extremes(data: Data, evidence: Evidence, figures: Path) -> None:
         f"{end}: {first:.0f} to {last:.0f}"
         for end, first, last in (("least", *values[:10:9]), ("most", *values[-10::9]))
     ]
-    keep(plots.image_rows(x, names, "log p(x), nats", limits(data)), figures / "extremes")
+    save_figure(plots.image_rows(x, names, "log p(x), nats", limits(data)), figures / "extremes")

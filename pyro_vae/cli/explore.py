@@ -21,8 +21,8 @@ from torch.distributions import Distribution
 
 from pyro_vae.arguments import check_whole
 from pyro_vae.classes import ClassVAE
-from pyro_vae.cli.figures import followed, unit_kl, unit_names
-from pyro_vae.cli.folder import destination, load_run, placed
+from pyro_vae.cli.figures import lower_layers_at_mean, unit_kl, unit_names
+from pyro_vae.cli.folder import destination, load_run, to_device
 from pyro_vae.cli.score import estimate, rows_of
 from pyro_vae.data import Data, spread
 from pyro_vae.data.transforms import Transform
@@ -49,17 +49,17 @@ def command(options: Namespace) -> None:
     index = spread(len(part), options.limit, splits.seed)
     data = part.subset(index).fixed()
     where = rows_of(splits, options.part, data)
-    vae, rows = placed(vae, data, options.accelerator)
+    vae, rows = to_device(vae, data, options.accelerator)
     elbo = evidence_lower_bound(vae, *rows.batch(), num_samples=100).elbo
-    known = _known(
+    scores = _scores(
         elbo,
         evaluated(folder, where, elbo.mean().item()),
         spread(len(data), options.judged, splits.seed) if options.judged else None,
-        lambda some: estimate(vae, rows.subset(some), options),
+        lambda positions: estimate(vae, rows.subset(positions), options),
     )
-    name, held = folder.resolve().name, not options.no_data
+    name, with_rows = folder.resolve().name, not options.no_data
     with torch.no_grad():
-        text = page(_content(vae.to("cpu"), data, index, known, name, where, held))
+        text = page(_content(vae.to("cpu"), data, index, scores, name, where, with_rows))
     write(out, text)
     print(f"{len(text) / 1e6:.2f} MB in {out}: open it in a browser")
 
@@ -129,16 +129,16 @@ def explore(
     if any(part.device.type != "cpu" for part in vae.parameters()):
         vae, data = copy.deepcopy(vae).to("cpu"), data.to("cpu")
     with evaluating(vae.model, vae.guide, seed=seed, device=torch.device("cpu")):
-        own: Any = vae if isinstance(vae, VAE) else Own(vae, data)
+        as_vae: Any = vae if isinstance(vae, VAE) else ProgramsAsVAE(vae, data)
         elbo = evidence_lower_bound(vae.model, vae.guide, *data.batch(), num_samples=100).elbo
-        known = _known(
+        scores = _scores(
             elbo,
             evidence,
             spread(len(data), judged, seed) if judged else None,
             lambda some: log_evidence(vae.model, vae.guide, *data.batch(some), seed=seed),
         )
         title = name or type(vae).__name__
-        text = page(_content(own, data, index, known, title, f"{len(data)} rows", rows))
+        text = page(_content(as_vae, data, index, scores, title, f"{len(data)} rows", rows))
     write(path, text)
     return path
 
@@ -161,7 +161,7 @@ class Mean(nn.Module):
             return self.transform.inverse(self.vae.likelihood(z, y, **own).mean)
 
 
-class Follow(nn.Module):
+class LowerLayers(nn.Module):
     """Sets the layers of z below that of a unit to their means given those above."""
 
     def __init__(self, vae: Any, unit: int) -> None:
@@ -171,10 +171,10 @@ class Follow(nn.Module):
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """Returns the changed z [B, D] for z [B, D] and y [B, C]."""
         with pyro.validation_enabled(False):
-            return followed(self.vae.prior(y), z, self.unit)
+            return lower_layers_at_mean(self.vae.prior(y), z, self.unit)
 
 
-class Own(nn.Module):
+class ProgramsAsVAE(nn.Module):
     """Gives programs other than a VAE the methods of a VAE that the page needs.
 
     Args:
@@ -223,26 +223,26 @@ class Own(nn.Module):
         return trace.nodes[site]["fn"]
 
 
-def _known(
+def _scores(
     elbo: Tensor,
     evidence: Evidence | None,
     judged: Tensor | None,
     estimate: Callable[[Tensor], Evidence],
 ) -> dict[str, Any]:
     """Returns ELBO and log p(x) of each row, for `Rows`; estimates some, if `evidence` is None."""
-    some = torch.arange(len(elbo))
+    index = torch.arange(len(elbo))
     if evidence is None and judged is not None:
-        some, evidence = judged, estimate(judged)
+        index, evidence = judged, estimate(judged)
     log_prob, stderr = torch.full((2, len(elbo)), math.nan)
     verdict = dict.fromkeys(range(len(elbo)), "")
     if evidence is not None:
-        if len(evidence) != len(some):
+        if len(evidence) != len(index):
             raise ValueError(
-                f"evidence must be of the {len(some)} rows shown; got {len(evidence)}: give limit "
-                "the number of your rows"
+                f"evidence must be of the {len(index)} rows shown; got {len(evidence)}: give "
+                "limit the number of your rows"
             )
-        log_prob[some], stderr[some] = evidence.log_prob.float(), evidence.stderr.float()
-        verdict |= dict(zip(some.tolist(), evidence.verdict))
+        log_prob[index], stderr[index] = evidence.log_prob.float(), evidence.stderr.float()
+        verdict |= dict(zip(index.tolist(), evidence.verdict))
     return {"elbo": elbo, "log_prob": log_prob, "stderr": stderr, "verdict": [*verdict.values()]}
 
 
@@ -250,22 +250,22 @@ def _content(
     vae: Any,
     data: Data,
     numbers: Tensor,
-    known: Mapping[str, Any],
+    scores: Mapping[str, Any],
     name: str,
     where: str,
     rows: bool,
 ) -> Content:
-    """Makes the content of the page of a VAE, or of `Own` programs.
+    """Makes the content of the page of a VAE, or of `ProgramsAsVAE` programs.
 
     `numbers` are the positions of the rows in their part; `where` says which rows they are.
     """
     x, c = data.batch()
     if isinstance(vae, ClassVAE):  # codes given the likeliest class, or the known one
-        few: dict[str, Any] = {"estimator": importance_sampling, "num_samples": 10}
-        likely = class_probabilities(vae, x, c, **few).probabilities.argmax(-1)
+        options: dict[str, Any] = {"estimator": importance_sampling, "num_samples": 10}
+        likely = class_probabilities(vae, x, c, **options).probabilities.argmax(-1)
         c = torch.eye(vae.classes)[likely]
     codes = VAE.encode(vae, x, c) if isinstance(vae, ClassVAE) else vae.encode(x, c)
-    back = data.transform.inverse
+    inverse = data.transform.inverse
     inputs = getattr(vae.prior, "inputs", None)
     if inputs is not None and not (rows and inputs.shape[1:] == x.shape[1:]):
         inputs = None
@@ -280,21 +280,21 @@ def _content(
         rows=Rows(
             numbers=numbers if data.columns is None else data.rows,
             codes=codes,
-            shown=back(x).float() if rows else None,
+            shown=inverse(x).float() if rows else None,
             y=c,
             labels=data.labels,
-            **known,
+            **scores,
         ),
-        limits=_limits(back(x), data),
+        limits=_limits(inverse(x), data),
         kl=codes.mean.var(0, correction=0) if kl is None else kl,
         order="the variance of its codes" if kl is None else "KL, in nats",
         names=unit_names(vae),
         layers=list(vae.sizes.values()),
-        follow=[Follow(vae, end).eval() for end in accumulate(list(vae.sizes.values())[:-1])],
+        follow=[LowerLayers(vae, end).eval() for end in accumulate(list(vae.sizes.values())[:-1])],
         columns=data.columns,
         categories=[list(map(str, column.categories)) for column in columns],
         classes=data.classes if one_hot else None,
-        inputs=None if inputs is None else back(inputs),
+        inputs=None if inputs is None else inverse(inputs),
     )
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TERMS = ("mutual_information", "total_correlation", "dimension_wise_kl")
-NAMES = {  # titles of the parts of the KL
+TITLES = {  # titles of the parts of the KL
     "mutual_information": "mutual information",
     "aggregate_kl": "KL(q(z) || p(z))",
     "total_correlation": "total correlation",
@@ -45,20 +45,20 @@ def plot(options: Namespace) -> None:
 
 def draw(folder: Path, vae: VAE, splits: Splits, rows: list[Any]) -> None:
     """Draws curves, codes of validation data, samples, and what else fits the kind of data."""
-    data = _few(splits.validation)
+    data = _first_rows(splits.validation)
     with torch.no_grad():
         means = vae.encode(*data.batch()).mean
-        made = {
+        figures = {
             "curves": plots.curves(rows),
             "latent": plots.latent(means, data.labels, unit_names(vae), data.class_names),
             **_of_parts(folder, vae, len(data)),
             **(_of_images(vae, splits, data) if data.x.ndim == 4 else _of_tables(vae, splits)),
         }
-    for name, figure in made.items():
-        keep(figure, folder / "figures" / name)
+    for name, figure in figures.items():
+        save_figure(figure, folder / "figures" / name)
 
 
-def _few(data: Data) -> Data:
+def _first_rows(data: Data) -> Data:
     """Returns the first 2000 rows at most, with their noise drawn once."""
     return data.subset(torch.arange(min(len(data), 2000))).fixed()
 
@@ -66,51 +66,51 @@ def _few(data: Data) -> Data:
 def _of_images(vae: VAE, splits: Splits, data: Data) -> dict[str, Figure]:
     """Makes figures of draws, reconstructions, and images of each class, component and latent."""
     x, y = data.batch()
-    back, light = data.transform.inverse, limits(data)
+    inverse, grey = data.transform.inverse, limits(data)
     with forked(torch.device("cpu"), 0):
         classes = condition(splits.train, 100, None, vae)
         draws = {mean: vae.sample(100, classes, mean=mean) for mean in (False, True)}
-        again = vae.reconstruct(x[:30], None if y is None else y[:30])
-    made = {
-        "samples": plots.images(back(draws[False]), "draws of x", light),
-        "sample_means": plots.images(back(draws[True]), "E[x | z] of drawn z", light),
-        "reconstructions": plots.reconstructions(back(x[:30]), back(again), light),
+        reconstructed = vae.reconstruct(x[:30], None if y is None else y[:30])
+    figures = {
+        "samples": plots.images(inverse(draws[False]), "draws of x", grey),
+        "sample_means": plots.images(inverse(draws[True]), "E[x | z] of drawn z", grey),
+        "reconstructions": plots.reconstructions(inverse(x[:30]), inverse(reconstructed), grey),
     }
     if isinstance(vae, ClassVAE):
         each = torch.arange(vae.classes).repeat_interleave(10)
         with forked(torch.device("cpu"), 0):
-            means = back(vae.sample(len(each), each, mean=True)).unflatten(0, (-1, 10))
+            means = inverse(vae.sample(len(each), each, mean=True)).unflatten(0, (-1, 10))
         names = [f"class {c}" for c in range(vae.classes)]
-        made["classes"] = plots.image_rows(means, names, "", light)
+        figures["classes"] = plots.image_rows(means, names, "", grey)
     inputs = getattr(vae.prior, "inputs", None)
     if inputs is not None and inputs.shape[1:] == x.shape[1:]:
         title = "pseudo-inputs of the prior"
-        made["pseudo_inputs"] = plots.images(back(inputs[:100]), title, light)
+        figures["pseudo_inputs"] = plots.images(inverse(inputs[:100]), title, grey)
     if (kl := unit_kl(vae, data)) is not None:
-        made["traversals"] = _traversal(vae, data, kl)
-    return made
+        figures["traversals"] = _traversal(vae, data, kl)
+    return figures
 
 
 def _of_tables(vae: VAE, splits: Splits) -> dict[str, Figure]:
     """Makes figures of the columns of training rows and of as many draws, in the file's units."""
-    data = _few(splits.train)
+    data = _first_rows(splits.train)
     with forked(torch.device("cpu"), 0):
         draws = vae.sample(len(data), condition(data, len(data), None, vae))
     rows, draws = (data.transform.inverse(x).flatten(1) for x in (data.batch()[0], draws))
     known = data.schema and {name: c.categories for name, c in data.schema.columns.items()}
-    made = {"samples": plots.columns(rows, draws, known or data.columns)}
+    figures = {"samples": plots.columns(rows, draws, known or data.columns)}
     if rows.shape[1] > 1:
-        made["pairs"] = plots.pairs(rows, draws, known or data.columns)
-    return made
+        figures["pairs"] = plots.pairs(rows, draws, known or data.columns)
+    return figures
 
 
-def keep(figure: Figure, place: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Saves a figure with images as PNG, others as SVG, and removes the file of the other kind."""
-    place.parent.mkdir(exist_ok=True)
-    drawn = any(ax.images for ax in figure.axes)
-    kind, other = (".png", ".svg") if drawn else (".svg", ".png")
-    plots.save(figure, str(place.with_suffix(kind)))
-    place.with_suffix(other).unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    has_images = any(ax.images for ax in figure.axes)
+    kind, other = (".png", ".svg") if has_images else (".svg", ".png")
+    plots.save(figure, str(path.with_suffix(kind)))
+    path.with_suffix(other).unlink(missing_ok=True)
 
 
 def _traversal(vae: VAE, data: Data, kl: Tensor) -> Figure:
@@ -122,20 +122,20 @@ def _traversal(vae: VAE, data: Data, kl: Tensor) -> Figure:
     top, values = kl.argsort(descending=True)[:10], torch.linspace(-3, 3, 11)
     z = vae.encode(x, y).mean.expand(len(top), len(values), -1).clone()
     z[torch.arange(len(top)), :, top] = values.to(z)
-    z = torch.stack([followed(vae.prior(y), *pair) for pair in zip(z, top.tolist())])
-    again = None if y is None else y.expand(len(top), len(values), -1)
-    images = data.transform.inverse(vae.likelihood(z, again).mean)
+    z = torch.stack([lower_layers_at_mean(vae.prior(y), *pair) for pair in zip(z, top.tolist())])
+    repeated = None if y is None else y.expand(len(top), len(values), -1)
+    images = data.transform.inverse(vae.likelihood(z, repeated).mean)
     names = [unit_names(vae)[unit] for unit in top]
     return plots.traversals(images, kl[top], values, limits=limits(data), dims=names)
 
 
-def followed(prior: Any, z: Tensor, unit: int) -> Tensor:
+def lower_layers_at_mean(prior: Any, z: Tensor, unit: int) -> Tensor:
     """Returns `z` [T, D] with the layers below that of `unit` at their mean given those above."""
     if not isinstance(prior, Joint):
         return z
-    given, ends = prior.split(z), accumulate(prior.sizes.values())
-    kept = list(prior.sizes)[sum(unit >= end for end in ends) :]
-    return prior.draw(lambda name, fn: given[name] if name in kept else fn.mean)
+    layers, ends = prior.split(z), accumulate(prior.sizes.values())
+    fixed = list(prior.sizes)[sum(unit >= end for end in ends) :]
+    return prior.draw(lambda name, fn: layers[name] if name in fixed else fn.mean)
 
 
 def condition(data: Data, size: int, label: int | None, vae: VAE) -> Tensor | None:
@@ -174,8 +174,8 @@ def decompose(vae: VAE, data: Data, num_rows: int) -> dict[str, Any]:
     except ValueError:
         return {}
     return {
-        **{name: getattr(parts, name).value for name in NAMES},
-        **{f"stderr_{name}": getattr(parts, name).stderr_data for name in NAMES},
+        **{name: getattr(parts, name).value for name in TITLES},
+        **{f"stderr_{name}": getattr(parts, name).stderr_data for name in TITLES},
         "parts_rows": parts.num_data,
         "prior_factorises": parts.per_dimension is not None,
         "at_ceiling": parts.at_ceiling,
@@ -224,7 +224,7 @@ class KlParts:
 
     def __init__(self, folder: Path, data: Data) -> None:
         self.path = folder / "parts.csv"
-        self.data = _few(data)
+        self.data = _first_rows(data)
         self.rows: list[dict[str, Any]] = []
         if self.path.exists():
             rows = read_table(folder, self.path.name)
@@ -255,22 +255,22 @@ def _of_parts(folder: Path, vae: VAE, num_data: int) -> dict[str, Figure]:
     path = folder / "parts.csv"
     if not path.exists():
         return {}
-    made = {}
+    figures = {}
     with reading(path):
         rows = read_table(folder, path.name)
         epochs = torch.tensor([row["epoch"] for row in rows])
         if len(vae.sizes) == 1:
-            parts = {NAMES[name]: torch.tensor([row[name] for row in rows]) for name in TERMS}
+            parts = {TITLES[name]: torch.tensor([row[name] for row in rows]) for name in TERMS}
             prior = vae.prior()
             if not isinstance(prior, Independent) or prior.base_dist.event_shape:
                 # the last two terms are no KL where the prior does not factorise; their sum is
-                correlation, mismatch = (parts.pop(NAMES[name]) for name in TERMS[1:])
-                parts[NAMES["aggregate_kl"]] = correlation + mismatch
-            made["parts"] = plots.terms(epochs, parts)
+                correlation, mismatch = (parts.pop(TITLES[name]) for name in TERMS[1:])
+                parts[TITLES["aggregate_kl"]] = correlation + mismatch
+            figures["parts"] = plots.terms(epochs, parts)
             ceiling = f"mutual information is at most log N = {math.log(num_data):.1f}"
-            made["parts"].supxlabel(ceiling, fontsize=8)
+            figures["parts"].supxlabel(ceiling, fontsize=8)
         if units := [key for key in rows[0] if key.startswith("kl_z")]:
             kl = torch.tensor([[row[unit] for unit in units] for row in rows])
             names = [unit.removeprefix("kl_") for unit in units]
-            made["unit_kl"] = plots.unit_kl(epochs, kl, names)
-    return made
+            figures["unit_kl"] = plots.unit_kl(epochs, kl, names)
+    return figures

@@ -36,20 +36,20 @@ from pyro_vae.processes import uses_cuda
 from pyro_vae.training import read_run
 from pyro_vae.vae import VAE
 
-RECORD: Types = {  # entries of data.json, and their types
+RECORD_TYPES: Types = {  # entries of data.json, and their types
     "description": (dict,),
     "transform": (dict,),
     "conditional": (bool,),
     "classes": (int, NoneType),
     "seed": (int,),
 }
-ROWS: Types = {  # entries of its "rows", which runs of version 0.1 lack
+ROWS_TYPES: Types = {  # entries of its "rows", which runs of version 0.1 lack
     "levels": (int, NoneType),
     "columns": (list, NoneType),
     "dtype": (str,),
     "range": (list,),
 }
-NOISY = 1000  # rows that are checked if a transform with noise makes their values
+CHECKED_ROWS = 1000  # rows that are checked if a transform with noise makes their values
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def load_run(run: str, data_root: str | None) -> tuple[VAE, Splits]:
     Named data sets are looked for in `data_root`; if None, where training found them.
     """
     folder = Path(run)
-    vae, known = with_record(run)
+    vae, record = load_with_record(run)
     read_part(folder, "config.yaml")
     declared = data_options(folder / "config.yaml")
     try:
@@ -106,7 +106,7 @@ def load_run(run: str, data_root: str | None) -> tuple[VAE, Splits]:
             seed=declared.split_seed,
             conditional=declared.conditional,
             limit=declared.limit,
-            even=known["description"].get("even", False),
+            even=record["description"].get("even", False),
             schema=declared.schema,
         )
     except ValueError as error:
@@ -115,61 +115,61 @@ def load_run(run: str, data_root: str | None) -> tuple[VAE, Splits]:
             f"place into {folder / 'config.yaml'}: its data or data_root)"
         ) from error
     with reading(folder / "data.json"):
-        splits.check(known["description"])
+        splits.check(record["description"])
     return vae, splits
 
 
-def with_own_rows(options: Namespace) -> tuple[VAE, Data]:
+def load_with_rows(options: Namespace) -> tuple[VAE, Data]:
     """Loads the VAE of a run and the rows of a user's file, on the device that was asked for."""
-    vae, known = with_record(options.run)
-    rows = as_trained(read_rows(options.file, known["schema"]), known, vae)
-    return placed(vae, rows, options.get("accelerator", "cpu"))
+    vae, record = load_with_record(options.run)
+    rows = as_trained(read_rows(options.file, record["schema"]), record, vae)
+    return to_device(vae, rows, options.get("accelerator", "cpu"))
 
 
-def with_record(run: str) -> tuple[VAE, dict[str, Any]]:
+def load_with_record(run: str) -> tuple[VAE, dict[str, Any]]:
     """Loads the VAE of a run and the record of its data, as `read_record` returns it."""
-    vae, known = config.load(run), read_record(run)
-    names, columns = getattr(vae.likelihood, "names", []), known.get("rows", {}).get("columns")
+    vae, record = config.load(run), read_record(run)
+    names, columns = getattr(vae.likelihood, "names", []), record.get("rows", {}).get("columns")
     if columns and {*names} == {*columns} and names != columns:
         raise ValueError(
             f"{run}: run.json has the columns {', '.join(names)}, data.json {', '.join(columns)}: "
             "they must be in one order; restore both from copies"
         )
-    return vae, known
+    return vae, record
 
 
-def as_trained(rows: Data, known: dict[str, Any], vae: VAE) -> Data:
-    """Checks a user's rows against `known`, the record of a run's data; transforms them alike."""
-    rows = alike(rows, known.get("rows", {}), known["transform"], vae.likelihood.data_shape)
-    rows = _coded(rows, known["class_names"], known["conditional"])
-    if not known["conditional"]:
+def as_trained(rows: Data, record: dict[str, Any], vae: VAE) -> Data:
+    """Checks a user's rows against `record`, the record of a run's data; transforms them alike."""
+    rows = alike(rows, record.get("rows", {}), record["transform"], vae.likelihood.data_shape)
+    rows = _renumber_labels(rows, record["class_names"], record["conditional"])
+    if not record["conditional"]:
         rows = rows.unchecked(y=None)  # as in training
     elif rows.y is None:
-        rows = replace(rows, classes=known["classes"]).one_hot()
-    rows = rows.with_transform(known["transform"]).fixed(known["seed"])
+        rows = replace(rows, classes=record["classes"]).one_hot()
+    rows = rows.with_transform(record["transform"]).fixed(record["seed"])
     check_support(vae, rows)
     return rows
 
 
-def _coded(rows: Data, names: list[str], strict: bool) -> Data:
+def _renumber_labels(rows: Data, names: list[str], strict: bool) -> Data:
     """Renumbers labels by the run's classes, if both the rows and the run name their classes.
 
     Classes that the run lacks are numbered after its own; if `strict`, they raise ValueError.
     """
     if rows.labels is None or not rows.class_names or not names:  # as of runs of version 0.2
         return rows
-    spelled = {as_key(name): name for name in names}
-    own = [spelled.get(as_key(name), name) for name in rows.class_names]
-    others = [name for name in own if name not in names]
-    if others and strict:
+    run_names = {as_key(name): name for name in names}
+    file_names = [run_names.get(as_key(name), name) for name in rows.class_names]
+    new_names = [name for name in file_names if name not in names]
+    if new_names and strict:
         raise ValueError(
             f"{rows.name}: expected labels of the run's classes, {', '.join(names)}; got "
-            f"{others[0]!r}: correct them, or leave them empty"
+            f"{new_names[0]!r}: correct them, or leave them empty"
         )
-    every = [*names, *others]
-    codes = torch.tensor([*map(every.index, own), -1])
-    coded: dict[str, Any] = {"labels": codes[rows.labels], "class_names": tuple(every)}
-    return rows.unchecked(**coded, classes=len(every))
+    all_names = [*names, *new_names]
+    codes = torch.tensor([*map(all_names.index, file_names), -1])
+    changes: dict[str, Any] = {"labels": codes[rows.labels], "class_names": tuple(all_names)}
+    return rows.unchecked(**changes, classes=len(all_names))
 
 
 def check_support(vae: VAE, data: Data) -> None:
@@ -179,8 +179,8 @@ def check_support(vae: VAE, data: Data) -> None:
         ValueError: If a value lies outside.
     """
     if data.transform.noisy and not data.applied:
-        data = data.subset(spread(len(data), NOISY, 0)).fixed()
-    for x, _ in pairs(data, 10_000):
+        data = data.subset(spread(len(data), CHECKED_ROWS, 0)).fixed()
+    for x, _ in batches(data, 10_000):
         vae.likelihood.check(x)
 
 
@@ -194,19 +194,19 @@ def read_record(run: str | Path) -> dict[str, Any]:
     with reading(Path(run) / "run.json"):
         trained: dict[str, Any] = dict(read_run(run)["data"]["train"].get("describe") or {})
     with reading(path):
-        known = json.loads(read_part(run, path.name))
-        check_types(known, RECORD)
-        if "rows" in known:
-            check_types(known["rows"], ROWS)
-            if [type(value) in (int, float) for value in known["rows"]["range"]] != [True, True]:
-                raise TypeError(f"range is {known['rows']['range']!r}")
+        record = json.loads(read_part(run, path.name))
+        check_types(record, RECORD_TYPES)
+        if "rows" in record:
+            check_types(record["rows"], ROWS_TYPES)
+            if [type(value) in (int, float) for value in record["rows"]["range"]] != [True, True]:
+                raise TypeError(f"range is {record['rows']['range']!r}")
         for name in trained.keys() & {"seed", "transform"}:
-            if known[name] != trained[name]:
-                raise TypeError(f"{name} is {known[name]!r}, in run.json {trained[name]!r}")
-        known["schema"] = _schema(known["rows"]) if "rows" in known else None
-        known["transform"] = restore(known["transform"])
-        known["class_names"] = [*map(str, known.get("class_names") or ())]
-    return known
+            if record[name] != trained[name]:
+                raise TypeError(f"{name} is {record[name]!r}, in run.json {trained[name]!r}")
+        record["schema"] = _schema(record["rows"]) if "rows" in record else None
+        record["transform"] = restore(record["transform"])
+        record["class_names"] = [*map(str, record.get("class_names") or ())]
+    return record
 
 
 def _schema(rows: dict[str, Any]) -> Schema | None:
@@ -244,13 +244,13 @@ def read_part(run: str | Path, name: str) -> str:
         ) from None
 
 
-def pairs(data: Data, size: int = 1000) -> Iterator[tuple[Tensor, Tensor | None]]:
+def batches(data: Data, size: int = 1000) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Yields batches (x, y) of the rows, in order."""
     for index in torch.arange(len(data)).split(size):
         yield data.batch(index)
 
 
-def placed(vae: VAE, data: Data, accelerator: str) -> tuple[VAE, Data]:
+def to_device(vae: VAE, data: Data, accelerator: str) -> tuple[VAE, Data]:
     """Moves a VAE and rows to the device asked for; "auto" is a GPU if there is one."""
     device = torch.device("cuda" if uses_cuda(accelerator) else "cpu")
     return vae.to(device), data.to(device)

@@ -26,9 +26,9 @@ ERRORS = (
 OPTIONS = [option for command in COMMANDS.values() for option in command.options.items()]
 FLAGS = {key[2:] for key, known in OPTIONS if known.get("type") in (bool, bool | None)}
 SWITCHES = {key[2:] for key, known in OPTIONS if "action" in known} | {"help", "help_all"}
-FEWER = "ask for fewer rows at once, draws, classes or latents, or for narrower layers"
-LONGEST = 1000  # most characters of an error message
-LARGEST = 10_000  # most values of a configuration file
+MEMORY_HINT = "ask for fewer rows at once, draws, classes or latents, or for narrower layers"
+MAX_MESSAGE = 1000  # most characters of an error message
+MAX_VALUES = 10_000  # most values of a configuration file
 TYPED_ONLY = ("config", "print_config")  # options that are typed, and never read from a file
 NOT_IN_FILES = (*TYPED_ONLY, "run", "resume", "import")
 
@@ -41,7 +41,7 @@ def run(argv: list[str]) -> int:
             raise ValueError(f"unknown command{closest(name, COMMANDS)}: see pyro-vae --help")
         options = parse(name, rest)
         module, _, function = COMMANDS[name].function.partition(".")
-        with _as_asked(options):
+        with _process_settings(options):
             getattr(import_module(f"pyro_vae.cli.{module}"), function)(options)
     except (*ERRORS, MemoryError, RuntimeError) as error:
         line = " ".join(str(error).partition("\nTrace Shapes:")[0].split())  # Pyro adds these
@@ -49,9 +49,9 @@ def run(argv: list[str]) -> int:
             memory = isinstance(error, MemoryError) or "allocate" in line
             if not (memory or "out of memory" in line):
                 raise
-            line = f"this takes more memory than there is: {FEWER}"
+            line = f"this takes more memory than there is: {MEMORY_HINT}"
         line = config.plain_words(line)
-        line = line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
+        line = line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]}..."
         print(f"pyro-vae {name}: {line}", file=sys.stderr)
         return 2
     return 0
@@ -63,7 +63,7 @@ def parse(command: str, argv: list[str]) -> Namespace:
     Raises:
         ValueError: If a name is unknown, with the closest known one, or a value does not fit.
     """
-    argv = ["--help" if argument == "--help_all" else argument for argument in spelled(argv)]
+    argv = ["--help" if argument == "--help_all" else argument for argument in normalise(argv)]
     parser = make_parser(command)
     known = {*parser.get_defaults().keys(), "help"}
     for argument in argv:
@@ -76,18 +76,18 @@ def parse(command: str, argv: list[str]) -> Namespace:
             if os.getcwd() not in sys.path:  # console scripts do not import from here
                 sys.path.insert(0, os.getcwd())
             import_module(value)
-    return parser.parse_args(argv) if command != "train" else _of_train(parser, argv)
+    return parser.parse_args(argv) if command != "train" else _parse_train(parser, argv)
 
 
-def _of_train(parser: ArgumentParser, argv: list[str]) -> Namespace:
+def _parse_train(parser: ArgumentParser, argv: list[str]) -> Namespace:
     """Returns the options of `train` and of its classes; typed ones override those of files."""
-    of_class = [argument for argument in argv if re.split("[=.]", argument)[0] in PARTS]
-    typed = [argument for argument in argv if argument not in of_class]
+    class_arguments = [argument for argument in argv if re.split("[=.]", argument)[0] in PARTS]
+    typed = [argument for argument in argv if argument not in class_arguments]
     declared = dict[str, Any](FAMILIES)
-    for content in _files(typed, parser):
+    for content in _file_options(typed, parser):
         declared |= {family: content.pop(family) for family in FAMILIES if family in content}
         parser.set_defaults(content)
-    for argument in sorted(of_class, key=lambda one: one.partition("=")[0].count(".")):
+    for argument in sorted(class_arguments, key=lambda one: one.partition("=")[0].count(".")):
         name, _, text = argument.partition("=")  # a class comes before its options
         family, *option = name.removeprefix("--").split(".")
         if not text:
@@ -110,7 +110,7 @@ def plain_options(options: Namespace, without: Collection[str]) -> dict[str, Any
     return plain | {family: options[family].plain for family in FAMILIES}
 
 
-def _files(typed: list[str], parser: ArgumentParser) -> Iterator[dict[str, Any]]:
+def _file_options(typed: list[str], parser: ArgumentParser) -> Iterator[dict[str, Any]]:
     """Yields the options in files: in the file of the run to resume, then in those of `--config`.
 
     Options of the likelihood that an older version did not write into the run's file are added.
@@ -143,32 +143,32 @@ def _print_options(family: str, name: str) -> NoReturn:
     raise SystemExit(0)
 
 
-def spelled(argv: list[str]) -> list[str]:
+def normalise(argv: list[str]) -> list[str]:
     """Returns arguments as the parsers expect them: words joined by `_`, values after `=`.
 
     `--latent-dim 3` is `--latent_dim=3`, `--compile` is `--compile=true` and `--no-compile` is
     `--compile=false`.
     """
-    done, arguments = [], argv[::-1]
+    result, arguments = [], argv[::-1]
     while arguments:
         argument = arguments.pop()
         name, equals, _ = argument.partition("=")
         if not name.startswith("--") or len(name) == 2:
-            done.append(argument)
+            result.append(argument)
             continue
         key = name[2:].replace("-", "_")
         following = arguments[-1] if arguments else "--"
         if equals:
-            done.append(f"--{key}{argument[len(name) :]}")
+            result.append(f"--{key}{argument[len(name) :]}")
         elif key.removeprefix("no_") in FLAGS - {key}:
-            done.append(f"--{key.removeprefix('no_')}=false")
+            result.append(f"--{key.removeprefix('no_')}=false")
         elif key in FLAGS and following.lower() not in ("true", "false", "null"):
-            done.append(f"--{key}=true")
+            result.append(f"--{key}=true")
         elif key in SWITCHES or following.startswith("--"):
-            done.append(f"--{key}")
+            result.append(f"--{key}")
         else:
-            done.append(f"--{key}={arguments.pop()}")
-    return done
+            result.append(f"--{key}={arguments.pop()}")
+    return result
 
 
 def make_parser(name: str) -> ArgumentParser:
@@ -201,15 +201,15 @@ def _checked(path: str | Path, content: dict[str, Any], parser: ArgumentParser) 
             raise ValueError(f"{path}: {key} cannot be null: leave it out for {defaults[key]!r}")
     others = {key: value for key, value in content.items() if key not in FAMILIES}
     with reading(path):
-        made = {f: config.component(f, content[f]) for f in FAMILIES if f in content}
+        components = {f: config.component(f, content[f]) for f in FAMILIES if f in content}
         try:
             typed = parser.parse_object(others).as_dict()
         except ArgumentError as error:
             raise ValueError(str(error)) from error
-    return made | {key: typed[key] for key in others}
+    return components | {key: typed[key] for key in others}
 
 
-class Once(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """YAML of plain values in which no key is given twice."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
@@ -226,7 +226,7 @@ class Once(yaml.SafeLoader):
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        content = yaml.load(Path(path).read_text(), Once)
+        content = yaml.load(Path(path).read_text(), UniqueKeyLoader)
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         why = getattr(error, "strerror", error)
         raise ValueError(f"configuration {path} cannot be read: {why}") from error
@@ -236,19 +236,19 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
             f"{type(content).__name__}"
         )
     if not _is_small(content):
-        raise ValueError(f"configuration {path} holds more than {LARGEST} values, or itself")
+        raise ValueError(f"configuration {path} holds more than {MAX_VALUES} values, or itself")
     return content or {}
 
 
 def _is_small(content: Any) -> bool:
     """Returns whether a parser can visit all values: an alias in YAML may stand for billions."""
-    count, left = 0, [content]
-    while left and count < LARGEST:
-        value = left.pop()
+    count, to_visit = 0, [content]
+    while to_visit and count < MAX_VALUES:
+        value = to_visit.pop()
         count += 1
         if isinstance(value, dict | list):
-            left += value.values() if isinstance(value, dict) else value
-    return not left
+            to_visit += value.values() if isinstance(value, dict) else value
+    return not to_visit
 
 
 def data_options(path: Path) -> Namespace:
@@ -260,7 +260,7 @@ def data_options(path: Path) -> Namespace:
 
 
 @contextmanager
-def _as_asked(options: Namespace) -> Iterator[None]:
+def _process_settings(options: Namespace) -> Iterator[None]:
     """Sets threads and precision as `options` say, checks devices, prints warnings as one line."""
     import torch
 

@@ -20,7 +20,7 @@ from PIL import Image
 from pyro.infer.inspect import get_model_relations
 
 from pyro_vae import config, plots
-from pyro_vae.cli.evaluate import QUANTITIES, lines_of
+from pyro_vae.cli.evaluate import QUANTITIES, quantity_lines
 from pyro_vae.cli.folder import destination, read_table
 from pyro_vae.estimators import Evidence
 from pyro_vae.files import reading, write
@@ -53,7 +53,7 @@ def report(options: Namespace) -> None:
     recorded = read_run(folder)
     vae = config.load(folder)
     out = destination(options.out, folder / "report.html", (".html",))
-    drawn = figures(folder)
+    pictures = figures(folder)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -72,8 +72,8 @@ def report(options: Namespace) -> None:
         training=_read(folder / "metrics.csv", training),
         evaluation=_read(folder / "evaluation.json", evaluation),
         evidence=_read(folder / "evidence.safetensors", evidence),
-        parts=[drawn.pop(name) for name in ("parts", "unit_kl") if name in drawn],
-        figures=drawn.values(),
+        parts=[pictures.pop(name) for name in ("parts", "unit_kl") if name in pictures],
+        figures=pictures.values(),
         programs=sites,
     )
     write(out, page.encode("ascii", "xmlcharrefreplace"))
@@ -83,18 +83,18 @@ def report(options: Namespace) -> None:
 def declaration(folder: Path, recorded: dict[str, Any], vae: VAE) -> dict[str, dict[str, str]]:
     """Returns tables of names and values: data, model, training, and when and how it was made."""
     model = recorded["declaration"]
-    described = folder / "data.json"
-    known = _read(described, lambda path: dict(json.loads(path.read_text())["description"])) or {}
-    data = {key: str(known[key]) for key in ("name", "transform") if key in known}
-    rows = {f"{part} rows": f"{held['rows']:,}" for part, held in recorded["data"].items()}
-    families = {key: _called(value) for key, value in model.items() if isinstance(value, dict)}
+    file = folder / "data.json"
+    description = _read(file, lambda path: dict(json.loads(path.read_text())["description"])) or {}
+    data = {key: str(description[key]) for key in ("name", "transform") if key in description}
+    rows = {f"{part} rows": f"{info['rows']:,}" for part, info in recorded["data"].items()}
+    families = {key: _as_call(value) for key, value in model.items() if isinstance(value, dict)}
     size = sum(parameter.numel() for parameter in vae.parameters())
     settings = {key: value for key, value in recorded["training"].items() if value is not None}
     made = {key: str(value) for key, value in (recorded.get("made") or {}).items()}
     return {
         "Data": {**data, **rows, "shape": " x ".join(map(str, model["data_shape"]))},
         "Model": {"latent size": str(model["latent_dim"]), **families, "parameters": f"{size:,}"},
-        "Training": {key.replace("_", " "): _called(value) for key, value in settings.items()},
+        "Training": {key.replace("_", " "): _as_call(value) for key, value in settings.items()},
         **({"Made": {"pyro_vae": str(recorded["pyro_vae"]), **made}} if made else {}),
     }
 
@@ -106,15 +106,15 @@ def training(path: Path) -> dict[str, Any] | None:
         return None
     validated = [row for row in rows if row.get("validation_elbo") is not None]
     best = max(validated, key=lambda row: row["validation_elbo"], default=rows[-1])
-    chosen = {"last": best} if best is rows[-1] else {"best validation": best, "last": rows[-1]}
+    epochs = {"last": best} if best is rows[-1] else {"best validation": best, "last": rows[-1]}
     numbers = {
-        f"{QUANTITIES[term][0]}, {part}": [row.get(start + term) for row in chosen.values()]
+        f"{QUANTITIES[term][0]}, {part}": [row.get(start + term) for row in epochs.values()]
         for part, start in (("training", ""), ("validation", "validation_"))
         for term in ("elbo", "kl", "reconstruction")
     }
     return {
         "curves": _picture(plots.svg(plots.curves(rows)), "Bound and its terms after each epoch."),
-        "epochs": {name: f"{row['epoch']:.0f}" for name, row in chosen.items()},
+        "epochs": {name: f"{row['epoch']:.0f}" for name, row in epochs.items()},
         "numbers": {
             name: [f"{value:.2f}" for value in values]
             for name, values in numbers.items()
@@ -131,7 +131,7 @@ def evaluation(path: Path) -> dict[str, Any]:
     first = f"the first {found['rows']} rows of the {found['part']} part"
     return {
         "rows": found.get("rows_of", first),
-        "lines": lines_of(found),
+        "lines": quantity_lines(found),
         "odd": [
             (str(one["row"]), f"{one['log_prob']:.2f}", one["column"], one["cell"],
              f"{one['column_log_prob']:.2f}")
@@ -150,9 +150,9 @@ def evidence(path: Path) -> dict[str, Any]:
     found = Evidence.load(path)
     kinds, lines = list(zip(found.verdict, found.method)), []
     for kind, count in Counter(kinds).most_common():
-        here = found.rows(torch.tensor([i for i, other in enumerate(kinds) if other == kind]))
-        worst = here.stderr.max().item()
-        lines.append((*kind, str(count), f"{here.mean():.2f}", f"{worst:.2g}"))
+        group = found.rows(torch.tensor([i for i, other in enumerate(kinds) if other == kind]))
+        worst = group.stderr.max().item()
+        lines.append((*kind, str(count), f"{group.mean():.2f}", f"{worst:.2g}"))
     gap = "; its ELBO against it, which lies below the line by the inference gap"
     against = gap if "regret" in found.extras else ""
     caption = f"log p(x) of each datum{against}; and k-hat, the tail of its weights."
@@ -168,15 +168,15 @@ def each_datum(found: Evidence) -> Figure:
     names = sorted(set(found.verdict), reverse=True)
     finite = found.log_prob.isfinite()
     rows = [finite & torch.tensor([v == name for v in found.verdict]) for name in names]
-    values = [found.log_prob[mine].tolist() for mine in rows]
+    values = [found.log_prob[index].tolist() for index in rows]
     labels = [name.replace("$", r"\$") for name in names]
     axes[0].hist(values, bins=30, stacked=True, label=labels)
     axes[0].set(xlabel="log p(x), nats", ylabel="data")
     axes[0].legend()
     if regret is not None:
         elbo = found.log_prob - regret
-        for mine in rows:
-            axes[1].plot(found.log_prob[mine], elbo[mine], ".", ms=3)
+        for index in rows:
+            axes[1].plot(found.log_prob[index], elbo[index], ".", ms=3)
         axes[1].axline((found.log_prob[finite].median().item(),) * 2, slope=1, color="0.6", lw=0.8)
         axes[1].set(xlabel="log p(x), nats", ylabel="ELBO, nats")
     axes[-1].hist(found.khat[found.khat.isfinite()].tolist(), bins=30, color=plots.PALETTE[6])
@@ -192,12 +192,12 @@ def figures(folder: Path) -> dict[str, Picture]:
     found = [*(folder / "figures").glob("*.png"), *(folder / "figures").glob("*.svg")]
     paths = {path.stem: path for path in sorted(found)}
     paths.pop("curves", None)
-    drawn = {}
+    pictures = {}
     for name in sorted(paths, key=lambda name: [*CAPTIONS, name].index(name)):
         with reading(paths[name]):
             caption = CAPTIONS.get(name, name.replace("_", " "))
-            drawn[name] = _picture(paths[name].read_bytes(), caption)
-    return drawn
+            pictures[name] = _picture(paths[name].read_bytes(), caption)
+    return pictures
 
 
 def _picture(data: bytes, caption: str) -> Picture:
@@ -228,20 +228,20 @@ def programs(vae: VAE, declared: dict[str, Any]) -> dict[str, dict[str, Any]]:
             arrows += [(*places[parent], across, down) for parent in parents]
             plates = (plate for plate, inside in related["plate_sample"].items() if site in inside)
             kind = "observed" if site in related["observed"] else "latent"
-            law = related["sample_dist"][site]
-            sites.append((site, law, ", ".join(parents), ", ".join(plates), kind))
+            distribution = related["sample_dist"][site]
+            sites.append((site, distribution, ", ".join(parents), ", ".join(plates), kind))
         width, height = (max(ends) for ends in zip(*places.values()))
         drawing = {"places": places, "arrows": arrows, "width": width + 70, "height": height + 60}
         found[name] = {"sites": sites, "drawing": drawing}
     return found
 
 
-def _called(declared: Any) -> str:
+def _as_call(declared: Any) -> str:
     """Returns a declared component as a call, such as "MLP(hidden=[400])"."""
     if not isinstance(declared, dict):
         return str(declared)
     named = declared.get("init_args", {}) if "class_path" in declared else declared
-    options = ", ".join(f"{key}={_called(value)}" for key, value in named.items())
+    options = ", ".join(f"{key}={_as_call(value)}" for key, value in named.items())
     return f"{declared.get('class_path', 'dict')}({options})"
 
 

@@ -26,9 +26,9 @@ from pyro_vae.cli.folder import (
     as_trained,
     destination,
     load_run,
-    placed,
-    with_own_rows,
-    with_record,
+    load_with_record,
+    load_with_rows,
+    to_device,
 )
 from pyro_vae.cli.stream import key_of, part_seed, stream
 from pyro_vae.data import Data, Splits, spread
@@ -42,10 +42,10 @@ from pyro_vae.runtime import forked
 from pyro_vae.vae import VAE
 
 Estimate = Callable[..., Evidence]
-WORK = ("chunk_size", "compile")
-RESULT = ("tolerance", "num_samples", "columns", "p_values", "seed", *WORK)  # change results
-NONE = {"log_prob": np.zeros(0), "stderr": np.zeros(0), "verdict": np.zeros(0, str)}  # no rows
-OPTIONS = tuple(inspect.signature(log_evidence).parameters)[4:]  # after model, guide, x, y
+COMPUTE = ("chunk_size", "compile")
+RESULT_OPTIONS = ("tolerance", "num_samples", "columns", "p_values", "seed", *COMPUTE)
+NO_SCORES = {"log_prob": np.zeros(0), "stderr": np.zeros(0), "verdict": np.zeros(0, str)}
+LOG_EVIDENCE_OPTIONS = tuple(inspect.signature(log_evidence).parameters)[4:]  # after y
 
 
 def held_out(splits: Splits, part: str, limit: int | None) -> Data:
@@ -68,7 +68,7 @@ def estimate(vae: VAE, data: Data, options: Namespace) -> Evidence:
     return found
 
 
-def shifted(evidence: Evidence, data: Data) -> Evidence:
+def in_data_units(evidence: Evidence, data: Data) -> Evidence:
     """Returns the evidence in the units of the data before their transform."""
     return replace(evidence, log_prob=evidence.log_prob + data.log_jacobians)
 
@@ -94,17 +94,17 @@ def score(options: Namespace) -> None:
     """
     check_whole(0, p_values=options.p_values)
     out = destination(options.out, ".scores.csv", (".csv",), options.file)
-    vae, data = with_own_rows(options)
+    vae, data = load_with_rows(options)
     estimate = _estimator(vae, data, options)
-    among = _references(vae, estimate, options)
-    result = {"sums": True} | {name: options[name] for name in RESULT}
-    run = partial(_scored, vae, data, options, estimate, among)
-    stream(options, out, len(data), key_of(vae, data, result), run, joined)
+    references = _reference_scores(vae, estimate, options)
+    result = {"sums": True} | {name: options[name] for name in RESULT_OPTIONS}
+    run = partial(_score_part, vae, data, options, estimate, references)
+    stream(options, out, len(data), key_of(vae, data, result), run, join_scores)
 
 
 def _estimator(vae: VAE, data: Data, options: Namespace) -> Estimate:
     """Returns the estimator of log p(x) for parts of the rows, with one audit for all parts."""
-    work = {name: options[name] for name in WORK}
+    work = {name: options[name] for name in COMPUTE}
     if options.num_samples is not None:
         return partial(importance_sampling, vae, num_samples=options.num_samples, **work)
     audit: Any = True  # one audit for each part
@@ -116,42 +116,42 @@ def _estimator(vae: VAE, data: Data, options: Namespace) -> Estimate:
     return partial(log_evidence, vae, tolerance=options.tolerance, audit=audit, **work)
 
 
-def _references(vae: VAE, estimate: Estimate, options: Namespace) -> dict[str, Tensor]:
+def _reference_scores(vae: VAE, estimate: Estimate, options: Namespace) -> dict[str, Tensor]:
     """Estimates log p(x) of held-out rows and of as many draws of the model, for p-values."""
     if not options.p_values:
         return {}
     from pyro_vae.cli.figures import condition  # not above: it imports matplotlib
 
     _, splits = load_run(options.run, None)
-    held = held_out(splits, "test", options.p_values)
-    y = held.y if held.y is not None else condition(held, len(held), None, vae)
+    test = held_out(splits, "test", options.p_values)
+    y = test.y if test.y is not None else condition(test, len(test), None, vae)
     with forked(torch.device("cpu"), options.seed), torch.no_grad():
-        x = vae.cpu().sample(len(held), y)
+        x = vae.cpu().sample(len(test), y)
     found = {}
     for i, (name, rows) in enumerate(
-        {"p_held_out": held, "p_simulated": replace(held, x=x)}.items()
+        {"p_held_out": test, "p_simulated": replace(test, x=x)}.items()
     ):
-        rows = placed(vae, rows, options.accelerator)[1]
-        given = estimate(*rows.batch(), seed=part_seed(options.seed, 2**32 + i))
-        found[name] = shifted(given, rows).log_prob
+        rows = to_device(vae, rows, options.accelerator)[1]
+        evidence = estimate(*rows.batch(), seed=part_seed(options.seed, 2**32 + i))
+        found[name] = in_data_units(evidence, rows).log_prob
     return found
 
 
-def _scored(
+def _score_part(
     vae: VAE,
     data: Data,
     options: Namespace,
     estimate: Estimate,
-    among: dict[str, Tensor],
+    references: dict[str, Tensor],
     part: int,
     rows: Tensor,
 ) -> bytes:
     """Returns the lines of a part, below a line of sums for the averages over all parts."""
-    seed, some = part_seed(options.seed, part), data.subset(rows)
-    work = {name: options[name] for name in WORK}
-    each = by_column(vae, some, seed=seed, **work) if options.columns else None
-    evidence = shifted(estimate(*some.batch(), seed=seed), some)
-    ranks = {name: p_values(evidence.log_prob, other) for name, other in among.items()}
+    seed, part_rows = part_seed(options.seed, part), data.subset(rows)
+    work = {name: options[name] for name in COMPUTE}
+    each = by_column(vae, part_rows, seed=seed, **work) if options.columns else None
+    evidence = in_data_units(estimate(*part_rows.batch(), seed=seed), part_rows)
+    ranks = {name: p_values(evidence.log_prob, other) for name, other in references.items()}
     value = evidence.log_prob.double()
     sums = {
         "rows": len(value),
@@ -161,10 +161,10 @@ def _scored(
         "annealed": sum(method.startswith("annealed") for method in evidence.method),
     }
     head = json.dumps([sums, Counter(evidence.verdict)])
-    return f"{head}\n{lines(rows, evidence, ranks, each, data, part == 0)}".encode()
+    return f"{head}\n{csv_lines(rows, evidence, ranks, each, data, part == 0)}".encode()
 
 
-def lines(
+def csv_lines(
     rows: Tensor,
     evidence: Evidence,
     ranks: dict[str, Tensor],
@@ -179,21 +179,21 @@ def lines(
     head = ["row", "log_prob", "stderr", "verdict", "method", *ranks, *heads]
     table = zip(
         rows.tolist(),
-        _numbers(evidence.log_prob),
-        _numbers(evidence.stderr),
+        _as_text(evidence.log_prob),
+        _as_text(evidence.stderr),
         evidence.verdict,
         evidence.method,
-        *map(_numbers, [*ranks.values(), *values]),
+        *map(_as_text, [*ranks.values(), *values]),
     )
     return as_csv([head, *table] if first else table)
 
 
-def _numbers(values: Tensor) -> Iterator[str]:
+def _as_text(values: Tensor) -> Iterator[str]:
     """Yields each value with six decimals, and "" for NaN."""
     return ("" if value != value else f"{value:.6f}" for value in values.tolist())
 
 
-def joined(parts: list[Path], out: Path) -> str:
+def join_scores(parts: list[Path], out: Path) -> str:
     """Writes the file from all parts; returns the message about it."""
     sums, verdicts = Counter[str](), Counter[str]()
 
@@ -233,9 +233,9 @@ class Scorer:
     """
 
     def __init__(self, run: str | os.PathLike[str], **options: Any) -> None:
-        check_options("log_evidence", options, OPTIONS)
+        check_options("log_evidence", options, LOG_EVIDENCE_OPTIONS)
         self.run, self.options = os.path.abspath(run), options
-        self._loaded: Any = with_record(self.run)  # now, to see a broken run early
+        self._loaded: Any = load_with_record(self.run)  # now, to see a broken run early
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_loaded": None}
@@ -256,17 +256,17 @@ class Scorer:
                 "a batch must be a pandas frame or a mapping of arrays; got "
                 f"{type(batch).__name__}"
             )
-        own = {k: v for k, v in batch.items() if _is_column(v)} if is_mapping else batch
-        cells = own.values() if is_mapping else [batch.index]
-        found = NONE
+        columns = {k: v for k, v in batch.items() if _is_column(v)} if is_mapping else batch
+        cells = columns.values() if is_mapping else [batch.index]
+        scores = NO_SCORES
         if {*map(len, cells)} != {0}:
-            vae, known = self._loaded = self._loaded or with_record(self.run)
-            rows = as_trained(_rows(own, known), known, vae)
-            evidence = shifted(log_evidence(vae, *rows.batch(), **self.options), rows)
+            vae, known = self._loaded = self._loaded or load_with_record(self.run)
+            rows = as_trained(_rows(columns, known), known, vae)
+            evidence = in_data_units(log_evidence(vae, *rows.batch(), **self.options), rows)
             log_prob, stderr = evidence.log_prob.numpy(), evidence.stderr.numpy()
             verdict = np.array(evidence.verdict)
-            found = {"log_prob": log_prob, "stderr": stderr, "verdict": verdict}
-        return {**batch, **found} if is_mapping else batch.assign(**found)
+            scores = {"log_prob": log_prob, "stderr": stderr, "verdict": verdict}
+        return {**batch, **scores} if is_mapping else batch.assign(**scores)
 
 
 def _rows(batch: Any, known: dict[str, Any]) -> Data:

@@ -28,7 +28,7 @@ from pyro_vae.runtime import seed_of
 
 Run = Callable[[int, Tensor], bytes]
 Join = Callable[[list[Path], Path], str]
-ROWS = 1000  # rows of a part: the work that is lost if a process dies
+PART_ROWS = 1000  # rows of a part: the work that is lost if a process dies
 
 
 def stream(options: Namespace, out: Path, number: int, key: str, run: Run, join: Join) -> None:
@@ -53,19 +53,19 @@ def stream(options: Namespace, out: Path, number: int, key: str, run: Run, join:
     folder = out.with_name(f".{out.name}.{key[:16]}.parts")
     folder.mkdir(exist_ok=True)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    starts = range(0, max(1, number // ROWS) * ROWS, ROWS)  # the last part has the rest too
+    starts = range(0, max(1, number // PART_ROWS) * PART_ROWS, PART_ROWS)  # the last has the rest
     parts = [range(*ends) for ends in zip(starts, [*starts[1:], number])]
     paths = [folder / f"{part:08d}" for part in range(len(parts))]
     own = [*zip(paths, parts)][rank::world]
-    with _keeping(paths), TemporaryDirectory() as taken:
-        given = run, own, Path(taken)
-        shown = options.get("progress", True) and rank == 0
+    with _note_kept_parts(paths), TemporaryDirectory() as taken:
+        work = run, own, Path(taken)
+        show_bar = options.get("progress", True) and rank == 0
         if (others := options.get("devices", 1) - 1) == 0:
-            _make_parts(given, shown)
+            _make_parts(work, show_bar)
         else:
             device = "cuda" if uses_cuda(options.accelerator) else "cpu"
-            here = partial(_make_parts, given, shown)
-            in_processes(_make_parts, [given] * others, device, range(1, others + 1), here)
+            run_here = partial(_make_parts, work, show_bar)
+            in_processes(_make_parts, [work] * others, device, range(1, others + 1), run_here)
     if all(map(Path.exists, paths)):  # else the process that makes the last part joins
         with suppress(Locked), locked(folder / "lock"):
             if all(map(Path.exists, paths)):  # else another process has joined them meanwhile
@@ -76,29 +76,29 @@ def stream(options: Namespace, out: Path, number: int, key: str, run: Run, join:
     print(f"this process has done its parts; the one that finds all of them there writes {out}")
 
 
-def _make_parts(given: tuple[Run, list[tuple[Path, range]], Path], shown: bool = False) -> None:
+def _make_parts(work: tuple[Run, list[tuple[Path, range]], Path], show_bar: bool = False) -> None:
     """Makes, in order, the parts that do not exist and that no other process has taken.
 
     Each is written to disk while the next one is made.
     """
-    run, parts, taken = given
+    run, parts, taken = work
     with ThreadPoolExecutor(1) as writer:
         last: Future[Any] = writer.submit(int)
-        for path, rows in track(parts, "rows, by the thousand", disable=not shown):
+        for path, rows in track(parts, "rows, by the thousand", disable=not show_bar):
             if path.exists():
                 continue
             try:
                 (taken / path.name).touch(exist_ok=False)
             except FileExistsError:  # another process makes it
                 continue
-            made = run(int(path.name), torch.arange(rows.start, rows.stop))
+            content = run(int(path.name), torch.arange(rows.start, rows.stop))
             last.result()
-            last = writer.submit(write, path, made)
+            last = writer.submit(write, path, content)
         last.result()
 
 
 @contextmanager
-def _keeping(paths: list[Path]) -> Iterator[None]:
+def _note_kept_parts(paths: list[Path]) -> Iterator[None]:
     """Adds to an error how many parts are kept; removes a folder that has none."""
     try:
         yield
@@ -119,8 +119,8 @@ def _keeping(paths: list[Path]) -> Iterator[None]:
 def key_of(vae: nn.Module, data: Data, options: dict[str, Any]) -> str:
     """Returns the SHA-256 of weights, rows, options and the library's version."""
     weights = digest_of(*map(torch.atleast_1d, vae.state_dict().values()))
-    whole = f"{__version__} {ROWS} {sorted(options.items())} {data.digest()} {weights}"
-    return sha256(whole.encode()).hexdigest()
+    text = f"{__version__} {PART_ROWS} {sorted(options.items())} {data.digest()} {weights}"
+    return sha256(text.encode()).hexdigest()
 
 
 def part_seed(seed: int, part: int) -> int:

@@ -40,9 +40,9 @@ DEMO = {
     "batch_size": 64,
     "lr": 0.002,
 }
-ROWS = 10_000  # rows that `hints` looks at
-TENFOLD = 10.0  # ratio of the 99th to the 1st percentile of row sums that gives a hint
-FEW = 10  # most different values of a column that looks like codes
+HINT_ROWS = 10_000  # rows that `hints` looks at
+SIZE_RATIO = 10.0  # ratio of the 99th to the 1st percentile of row sums that gives a hint
+MAX_CODES = 10  # most different values of a column that looks like codes
 
 
 def demo(options: Namespace) -> None:
@@ -64,16 +64,16 @@ def train(options: Namespace) -> Path:
         return replicas(options)
     first = is_first_process()
     options.data_root = os.path.abspath(options.data_root)
-    folder, splits = _run_folder(options), _splits(options)
+    folder, splits = _run_folder(options), _load_splits(options)
     options.data = splits.name
-    vae = _build(options, splits)
+    vae = _build_vae(options, splits)
     objective = options.objective.make()
     check_support(vae, splits.train)
     arguments = (options, vae, splits, folder, objective)
     if not first:
         _fit(*arguments)
         return folder
-    print(_described(splits, options), flush=True)
+    print(_describe(splits, options), flush=True)
     if splits.train.schema is not None:
         print(splits.train.schema)
     for hint in hints(splits.train, vae.likelihood):
@@ -100,18 +100,18 @@ def replicas(options: Namespace) -> Path:
     if options.resume is not None:
         raise ValueError("resume goes on with one run: for several seeds, give the command again")
     folder = _run_folder(options)
-    each = []
+    runs = []
     for seed in range(options.seed, options.seed + options.seeds):
-        one, run = options.clone(), folder / f"seed-{seed}"
-        one.seed, one.seeds, one.devices, one.run = seed, 1, 1, str(run)
-        one.resume = one.run if (run / "run.json").exists() else None
-        each.append(one)
-    shares = [each[i :: options.devices] for i in range(min(options.devices, len(each)))]
+        copy, run = options.clone(), folder / f"seed-{seed}"
+        copy.seed, copy.seeds, copy.devices, copy.run = seed, 1, 1, str(run)
+        copy.resume = copy.run if (run / "run.json").exists() else None
+        runs.append(copy)
+    shares = [runs[i :: options.devices] for i in range(min(options.devices, len(runs)))]
     if len(shares) == 1:
-        train_all(each)
+        train_all(runs)
     else:
         in_processes(train_all, shares, "cuda" if uses_cuda(options.accelerator) else "cpu")
-    print(f"{len(each)} runs in {folder}: pyro-vae compare takes it as one, with their spread")
+    print(f"{len(runs)} runs in {folder}: pyro-vae compare takes it as one, with their spread")
     return folder
 
 
@@ -145,12 +145,12 @@ def _fit(
         history: History = config.call_with(fit, {**vars(options), **arguments})
         return history
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_go_on(folder, options)) from None
+        raise KeyboardInterrupt(_resume_hint(folder, options)) from None
     except OSError as error:
-        raise OSError(f"{error}{_go_on(folder, options)}") from error
+        raise OSError(f"{error}{_resume_hint(folder, options)}") from error
 
 
-def _splits(options: Namespace) -> Splits:
+def _load_splits(options: Namespace) -> Splits:
     """Loads the data; if they are a table, sets the likelihood to Columns."""
     known = read_record(options.resume) if options.resume else {}
     is_table = options.likelihood.cls is Columns and Path(options.data).is_file()
@@ -181,7 +181,7 @@ def _splits(options: Namespace) -> Splits:
     return splits.with_transform(name)
 
 
-def _of_columns(given: Any, schema: Schema) -> dict[str, Any] | list[Any]:
+def _column_options(given: Any, schema: Schema) -> dict[str, Any] | list[Any]:
     if isinstance(given, list | tuple):
         return list(given)
     columns: dict[str, Any] = schema.likelihood["init_args"]["columns"]
@@ -190,42 +190,42 @@ def _of_columns(given: Any, schema: Schema) -> dict[str, Any] | list[Any]:
     return columns | (given or {})
 
 
-def _described(splits: Splits, options: Namespace) -> str:
+def _describe(splits: Splits, options: Namespace) -> str:
     rows = ", ".join(f"{len(part)} {name}" for name, part in splits.parts.items())
     likelihood = options.likelihood.cls.__name__
     why = f", which fits {likelihood}" if options.transform == "auto" else ""
     y = splits.train.y
-    given = "" if y is None else f"; conditional on y of length {y.shape[1]}"
+    notes = "" if y is None else f"; conditional on y of length {y.shape[1]}"
     if splits.missing:
-        given += f"; {splits.train.missing_share:.1%} of the values are missing"
-    return f"{options.data}: {rows} rows; transform {splits.transform}{why}{given}"
+        notes += f"; {splits.train.missing_share:.1%} of the values are missing"
+    return f"{options.data}: {rows} rows; transform {splits.transform}{why}{notes}"
 
 
-def _go_on(folder: Path, options: Namespace) -> str:
+def _resume_hint(folder: Path, options: Namespace) -> str:
     if not (folder / "run.json").exists():
         return ""
     module = f" --import {options['import']}" if options["import"] else ""
     return f"; go on with: pyro-vae train --resume {shlex.quote(str(folder))}{module}"
 
 
-def _build(options: Namespace, splits: Splits) -> VAE:
+def _build_vae(options: Namespace, splits: Splits) -> VAE:
     data, likelihood = splits.train, options.likelihood
-    cls, own = likelihood
-    if data.levels is not None and "levels" in own:
-        if own["levels"] == inspect.signature(cls).parameters["levels"].default:
+    cls, init_args = likelihood
+    if data.levels is not None and "levels" in init_args:
+        if init_args["levels"] == inspect.signature(cls).parameters["levels"].default:
             likelihood = likelihood.replace(levels=data.levels)
     if data.schema is not None:
-        likelihood = likelihood.replace(columns=_of_columns(own["columns"], data.schema))
+        likelihood = likelihood.replace(columns=_column_options(init_args["columns"], data.schema))
     if options.conditional and data.labels is not None and bool((data.labels < 0).any()):
         raise ValueError("--conditional needs a label in every row: for few labels use --classes")
     check_whole(0, seed=options.seed)
     torch.manual_seed(options.seed)
-    found = {
+    from_data = {
         "likelihood": likelihood,
         "condition_dim": 0 if data.y is None else data.y.shape[1],
         "missing": splits.missing if options.missing is None else options.missing,
     }
-    vae: VAE = config.call_with(config.build, {**vars(options), **found}, data.data_shape)
+    vae: VAE = config.call_with(config.build, {**vars(options), **from_data}, data.data_shape)
     if options.resume:
         with reading(Path(options.resume) / "run.json"):
             before = read_run(options.resume)["declaration"]
@@ -255,10 +255,10 @@ def hints(data: Data, likelihood: Likelihood) -> list[str]:
     """Returns hints, a line each, at what a model may learn from a table against the intention."""
     if len(data.data_shape) != 1 or data.levels is not None or data.schema is not None:
         return []
-    x = data.x[spread(len(data), ROWS, 0)].double()
+    x = data.x[spread(len(data), HINT_ROWS, 0)].double()
     if library := getattr(likelihood, "library", None):
         low, high = x.nansum(1).quantile(x.new_tensor([0.01, 0.99])).tolist()
-        unequal = library == "none" and data.y is None and high >= TENFOLD * max(low, 1.0)
+        unequal = library == "none" and data.y is None and high >= SIZE_RATIO * max(low, 1.0)
         totals = (
             f"the sums of rows go from {low:.0f} to {high:.0f}: the latents will tell large rows "
             "from small before kinds of rows; to set size aside give --likelihood.library latent"
@@ -266,19 +266,19 @@ def hints(data: Data, likelihood: Likelihood) -> list[str]:
         return [totals] if unequal else []
     if not is_whole_line(likelihood.support):
         return []
-    return _codes(x, data.columns, type(likelihood).__name__)
+    return _code_hints(x, data.columns, type(likelihood).__name__)
 
 
-def _codes(x: Tensor, columns: tuple[str, ...] | None, likelihood: str) -> list[str]:
+def _code_hints(x: Tensor, columns: tuple[str, ...] | None, likelihood: str) -> list[str]:
     whole = ((x == x.round()) | x.isnan()).all(0).nonzero().flatten().tolist()
     counts = {d: len(x[~x[:, d].isnan(), d].unique()) for d in whole}
-    few = [d for d, count in counts.items() if count <= min(FEW, len(x) // 3)]
+    few = [d for d, count in counts.items() if count <= min(MAX_CODES, len(x) // 3)]
     if not few:
         return []
     names = ", ".join(columns[d] if columns else f"number {d} (from 0)" for d in few[:5])
     names += ", ..." if len(few) > 5 else ""
     return [
-        f"{len(few)} column(s) hold at most {FEW} whole numbers, as codes do ({names}): under "
-        f"{likelihood} their density, and log p(x), can grow without bound; leave them out, or "
-        "give them as y"
+        f"{len(few)} column(s) hold at most {MAX_CODES} whole numbers, as codes do ({names}): "
+        f"under {likelihood} their density, and log p(x), can grow without bound; leave them out, "
+        "or give them as y"
     ]

@@ -19,8 +19,8 @@ from pyro_vae import estimators, plots
 from pyro_vae.arguments import check_whole
 from pyro_vae.classes import ClassVAE
 from pyro_vae.cli.figures import condition, limits
-from pyro_vae.cli.folder import destination, load_run, read_record, with_own_rows
-from pyro_vae.cli.score import WORK
+from pyro_vae.cli.folder import destination, load_run, load_with_rows, read_record
+from pyro_vae.cli.score import COMPUTE
 from pyro_vae.cli.stream import key_of, part_seed, stream
 from pyro_vae.data import Data, read_rows
 from pyro_vae.data.mapped import npy
@@ -44,7 +44,7 @@ def sample(options: Namespace) -> None:
     x = x if schema is None else schema.rounded(x)
     if splits.train.levels is not None and bool((x == x.round()).all()):
         x = x.to(torch.uint8)  # like the data, so that other commands read it
-    write(out, _archive(x=x.numpy()) if schema is None else schema.csv(x))
+    write(out, _npz(x=x.numpy()) if schema is None else schema.csv(x))
     if x.ndim == 4:
         plots.save(plots.images(x, limits=limits(splits.train)), str(out.with_suffix(".png")))
     print(f"{len(x)} samples in {out}")
@@ -53,7 +53,7 @@ def sample(options: Namespace) -> None:
 def encode(options: Namespace) -> None:
     """Writes posterior means and scales of the rows of a file, in its order."""
     out = destination(options.out, ".encoded.npz", (".npz", ".csv"), options.file)
-    vae, data = with_own_rows(options)
+    vae, data = load_with_rows(options)
 
     def run(part: int, rows: Tensor) -> bytes:
         with torch.no_grad():
@@ -61,19 +61,19 @@ def encode(options: Namespace) -> None:
             codes = torch.cat([q.mean, q.stddev], 1)
         return b"".join(npy([codes.numpy()], codes.shape))
 
-    stream(options, out, len(data), key_of(vae, data, {}), run, _codes)
+    stream(options, out, len(data), key_of(vae, data, {}), run, _join_codes)
 
 
-def _codes(parts: list[Path], out: Path) -> str:
+def _join_codes(parts: list[Path], out: Path) -> str:
     """Writes the means and scales of all parts; returns the message about them."""
     shapes = [np.load(part, mmap_mode="r").shape for part in parts]
     rows, width = sum(rows for rows, _ in shapes), shapes[0][1] // 2
 
     def archive(file: IO[bytes]) -> None:
-        with ZipFile(file, "w") as made:
+        with ZipFile(file, "w") as zip_file:
             for i, name in enumerate(("mean", "scale")):
                 half = slice(i * width, (i + 1) * width)
-                with made.open(f"{name}.npy", "w", force_zip64=True) as array:
+                with zip_file.open(f"{name}.npy", "w", force_zip64=True) as array:
                     array.writelines(npy((np.load(p)[:, half] for p in parts), (rows, width)))
 
     def table(file: IO[bytes]) -> None:
@@ -99,67 +99,67 @@ def impute(options: Namespace) -> None:
     if suffix not in (".csv", ".npy", ".npz"):
         raise ValueError(f"expected a .csv, .npy or .npz file to impute; got {source}")
     out = destination(options.out, f".imputed{suffix}", (suffix,), options.file)
-    vae, rows = with_own_rows(options)
+    vae, rows = load_with_rows(options)
     schema = rows.schema
-    given = read_rows(options.file) if schema is None else rows
+    original = read_rows(options.file) if schema is None else rows
 
     def join(parts: list[Path], out: Path) -> str:
         width = len(str(options.draws))
-        own = own_cells(source, schema, given.columns is not None) if suffix == ".csv" else None
+        own = own_cells(source, schema, original.columns is not None) if suffix == ".csv" else None
         for i in range(options.draws + 1):
             name = f"{out.stem}-{i:0{width}d}" if i else out.stem
-            each = (_of_part(part, "x")[i] for part in parts)
-            write(out.with_name(f"{name}{suffix}"), _content(given, each, suffix, own))
-        verdicts = Counter(word for part in parts for word in _of_part(part, "verdict"))
+            each = (_load_part(part, "x")[i] for part in parts)
+            write(out.with_name(f"{name}{suffix}"), _file_content(original, each, suffix, own))
+        verdicts = Counter(word for part in parts for word in _load_part(part, "verdict"))
         words = ", ".join(f"{n} {word}" for word, n in verdicts.items())
         draws = f" and {options.draws} files of draws beside it" if options.draws else ""
         share = f"{rows.missing_share:.1%} of the values of {len(rows)} rows filled in"
         return f"{share} ({words}): {out}{draws}"
 
-    result = {name: options[name] for name in (*WORK, "draws", "num_samples", "seed")}
-    run = partial(_imputed, vae, rows, given, options)
+    result = {name: options[name] for name in (*COMPUTE, "draws", "num_samples", "seed")}
+    run = partial(_impute_part, vae, rows, original, options)
     stream(options, out, len(rows), key_of(vae, rows, result), run, join)
 
 
-def _imputed(
-    vae: VAE, rows: Data, given: Data, options: Namespace, part: int, index: Tensor
+def _impute_part(
+    vae: VAE, rows: Data, original: Data, options: Namespace, part: int, index: Tensor
 ) -> bytes:
     """Returns n rows filled in, x [1 + R, n, *E]: the best values, then R draws; and verdicts."""
     schema = rows.schema
-    whole = vae.likelihood.support.is_discrete  # then a mean may be no possible value
-    work: dict[str, Any] = {name: options[name] for name in WORK}
+    is_discrete = vae.likelihood.support.is_discrete  # then a mean may be no possible value
+    work: dict[str, Any] = {name: options[name] for name in COMPUTE}
     if options.num_samples is not None:
         work |= {"proposal": "guide", "num_samples": options.num_samples}
     found = estimators.impute(
         vae,
         *rows.batch(index),
-        num_draws=max(options.draws, 100 if whole or schema is not None else 1),
+        num_draws=max(options.draws, 100 if is_discrete or schema is not None else 1),
         seed=part_seed(options.seed, part),
         **work,
     )
-    plain = found.median if whole else found.mean
-    best = plain if schema is None else schema.centre(found.draws, found.mean)
+    centre = found.median if is_discrete else found.mean
+    best = centre if schema is None else schema.centre(found.draws, found.mean)
     filled = torch.cat([best.unsqueeze(0), found.draws[: options.draws]])
-    x = given.subset(index).x[:].cpu()
+    x = original.subset(index).x[:].cpu()
     filled = rows.transform.inverse(filled.cpu())
     filled = filled if schema is None else schema.rounded(filled)
-    if given.columns is not None and rows.columns is not None:
-        filled = filled[..., [rows.columns.index(name) for name in given.columns]]
+    if original.columns is not None and rows.columns is not None:
+        filled = filled[..., [rows.columns.index(name) for name in original.columns]]
     values = torch.where(x.isnan(), filled.to(x.dtype), x)
-    return _archive(x=values.numpy(), verdict=np.array(found.verdict))
+    return _npz(x=values.numpy(), verdict=np.array(found.verdict))
 
 
 def classify(options: Namespace) -> None:
     """Writes the class of each row of a file, probabilities, error and verdict, as CSV."""
     out = destination(options.out, ".classes.csv", (".csv",), options.file)
-    vae, data = with_own_rows(options)
+    vae, data = load_with_rows(options)
     if not isinstance(vae, ClassVAE):
         raise ValueError(f"{options.run} has no classes: train with --classes, a number of them")
     x, _ = data.batch()
-    way: dict[str, Any] = {"seed": options.seed, "progress": options.progress}
+    method: dict[str, Any] = {"seed": options.seed, "progress": options.progress}
     if options.num_samples is not None:
-        way |= {"estimator": estimators.importance_sampling, "num_samples": options.num_samples}
-    found = estimators.class_probabilities(vae, x, **way)
+        method |= {"estimator": estimators.importance_sampling, "num_samples": options.num_samples}
+    found = estimators.class_probabilities(vae, x, **method)
     best = found.probabilities.argmax(1)
     errors = found.stderr.gather(1, best.unsqueeze(1))
     numbers = torch.cat([found.probabilities, errors], 1).tolist()
@@ -169,21 +169,21 @@ def classify(options: Namespace) -> None:
     ]
     names = [f"p{c}" for c in range(vae.classes)]
     write(out, as_csv([["row", "class", *names, "stderr", "verdict"], *lines]))
-    said = "no label known"
+    accuracy = "no label known"
     if data.labels is not None and bool((known := data.labels >= 0).any()):
         share = (best == data.labels)[known].double().mean()
-        said = f"{share:.1%} of {int(known.sum())} known labels found"
-    print(f"classes of {len(x)} rows in {out}, {said}")
+        accuracy = f"{share:.1%} of {int(known.sum())} known labels found"
+    print(f"classes of {len(x)} rows in {out}, {accuracy}")
 
 
-def _of_part(part: Path, name: str) -> np.ndarray:
+def _load_part(part: Path, name: str) -> np.ndarray:
     with np.load(part) as file:
         found: np.ndarray = file[name]
     return found
 
 
-def _content(
-    given: Data,
+def _file_content(
+    original: Data,
     parts: Iterable[np.ndarray],
     suffix: str,
     own: tuple[list[str], list[Any]] | None,
@@ -193,22 +193,22 @@ def _content(
     A table has its own cells, in columns below their names, but for those that are empty.
     """
     if suffix == ".npy":
-        return npy(parts, given.x.shape)
+        return npy(parts, original.x.shape)
     x = np.concatenate(list(parts))
     if own is not None:
         names, columns = own
-        schema = given.schema
+        schema = original.schema
         made: Any = x.T if schema is None else schema.decode(torch.from_numpy(x)).values()
         filled = [
             [new if old is None else old for old, new in zip(*pair)] for pair in zip(columns, made)
         ]
         rows = zip(*filled, *columns[len(filled) :])
         return as_csv([names, *rows] if names else rows)
-    arrays: dict[str, Any] = {"x": x, "y": given.y, "labels": given.labels}
-    return _archive(**{name: part for name, part in arrays.items() if part is not None})
+    arrays: dict[str, Any] = {"x": x, "y": original.y, "labels": original.labels}
+    return _npz(**{name: part for name, part in arrays.items() if part is not None})
 
 
-def _archive(**arrays: Any) -> bytes:
+def _npz(**arrays: Any) -> bytes:
     """Returns the content of an .npz file."""
     file = io.BytesIO()
     np.savez(file, **arrays)

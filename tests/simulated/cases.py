@@ -282,7 +282,9 @@ def test_metrics(name: str) -> None:
 @pytest.mark.usefixtures("on_device")
 def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (compare, evaluate, score):
-        monkeypatch.setattr(module, "placed", lambda vae, data, _: (vae.to("sim"), data.to("sim")))
+        monkeypatch.setattr(
+            module, "to_device", lambda vae, data, _: (vae.to("sim"), data.to("sim"))
+        )
     runs = [str(tmp_path / name) for name in ("first", "second")]
     for run, prior in zip(runs, ("StandardNormal", "VampPrior")):
         options = ["--latent_dim", "2", "--epochs", "2", "--limit", "103", "--progress", "false"]
