@@ -62,6 +62,15 @@ def test_fit_shows_every_epoch_once(capsys: pytest.CaptureFixture) -> None:
     assert "epoch" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("options", "number"), [({}, 1), ({"compile": False}, 0)])
+def test_fit_says_what_it_has_decided_about_compiling(
+    capsys: pytest.CaptureFixture, options: dict, number: int
+) -> None:
+    fit(build((7,), 2), X, epochs=2, batch_size=17, **options)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("compile")]
+    assert lines == ["compile: 8 steps are planned, and the step runs eagerly"] * number
+
+
 def test_a_terminal_has_one_bar_over_all_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Console, "is_terminal", True)
     with Bar(True, 11, None, 4) as bar:
