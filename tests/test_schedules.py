@@ -106,7 +106,7 @@ def test_wrong_schedules_are_refused(cls: type, options: dict, message: str) -> 
         cls(**options)
 
 
-def test_a_schedule_of_ones_own_may_hold_anything() -> None:
+def test_a_schedule_of_ones_own_may_hold_anything_but_an_infinite_weight() -> None:
     @dataclass(frozen=True)
     class Steps(Schedule):
         at: tuple[int, ...] = (2, 5)
@@ -121,6 +121,12 @@ def test_a_schedule_of_ones_own_may_hold_anything() -> None:
     objective = ELBO(beta=Steps())  # type: ignore[arg-type,abstract]
     objective.at(3)
     assert objective.beta == 1
+
+    class Endless(Steps):
+        extremes = (0.0, math.inf)
+
+    with pytest.raises(ValueError, match="beta must be finite; got"):
+        ELBO(beta=Endless())  # type: ignore[arg-type,abstract]
 
 
 @pytest.mark.parametrize(
