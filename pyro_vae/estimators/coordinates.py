@@ -53,8 +53,9 @@ class Coordinates:
         value = self.transform(free)
         jacobian = self.transform.log_abs_det_jacobian(free, value)
         value = value.to(self.dtype)
-        least = torch.full_like(value, torch.finfo(self.dtype).tiny).copysign(value)
-        value = torch.where(value == 0, least, value)  # where a density may be infinite
+        if not _is_identity(self.transform):  # at 0, where a value may round to, densities break
+            least = torch.full_like(value, torch.finfo(self.dtype).tiny).copysign(value)
+            value = torch.where(value == 0, least, value)
         return value, log_det + jacobian.reshape(*u.shape[:2], -1).sum(-1)
 
     def inverse(self, value: Tensor) -> Tensor:
@@ -198,8 +199,11 @@ def _units(where: Coordinates, free: Tensor, first: Distribution, second: Distri
 
 
 def _is_normal(where: Coordinates, fn: Distribution) -> bool:
-    transform = getattr(where.transform, "base_transform", where.transform)
-    return isinstance(base(fn), Normal) and transform is identity_transform
+    return isinstance(base(fn), Normal) and _is_identity(where.transform)
+
+
+def _is_identity(transform: Any) -> bool:
+    return getattr(transform, "base_transform", transform) is identity_transform
 
 
 def holds_tensor(transform: Any) -> bool:
