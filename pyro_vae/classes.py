@@ -160,14 +160,16 @@ class ClassVAE(VAE):
             num_samples: None for E[x | z, y] at the posterior's mean; else how many draws of x,
                 each at a class and latents of its own.
         """
-        check_whole(optional=True, num_samples=num_samples)
-        logits, _ = self._weighed(x, y)
         if num_samples is None:
-            c = one_hot(logits.argmax(-1), self.classes).to(logits.dtype)
-            return super().reconstruct(x, c)
-        drawn = dist.OneHotCategorical(logits=logits).sample(torch.Size((num_samples,)))
-        again = super().reconstruct
-        return torch.cat([again(x, c, 1) for c in drawn])
+            logits, _ = self._weighed(x, y)
+            y = one_hot(logits.argmax(-1), self.classes).to(logits.dtype)
+        return super().reconstruct(x, y, num_samples)
+
+    def _drawn(self, x: Tensor, y: Tensor | None, number: int) -> tuple[Tensor, Tensor]:
+        """Draws latents [number, B, D], each at a class of its own, and returns these classes."""
+        logits, _ = self._weighed(x, y)
+        c = dist.OneHotCategorical(logits=logits).sample(torch.Size((number,)))
+        return super().encode(x, c).sample(), c
 
     def sample(self, size: int, y: Tensor | None = None, mean: bool = False) -> Tensor:
         """Draws x [size, *E], or E[x | z, y] if `mean`, of the classes `y` [size] where known."""

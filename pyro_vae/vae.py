@@ -173,13 +173,17 @@ class VAE(nn.Module):
             [B, *E], or [num_samples, B, *E].
         """
         check_whole(optional=True, num_samples=num_samples)
-        y = self._condition(y)
-        q, own = self.encode(x, y), self.likelihood.propose(self._cast(x))
+        own = self.likelihood.propose(self._cast(x))
         if num_samples is None:
-            return self.likelihood(q.mean, y, **{n: d.mean for n, d in own.items()}).mean
-        count = torch.Size((num_samples,))
-        drawn = {name: d.sample(count) for name, d in own.items()}
-        return self.likelihood(q.sample(count), y, **drawn).sample()
+            z, y = self.encode(x, y).mean, self._condition(y)
+            return self.likelihood(z, y, **{n: d.mean for n, d in own.items()}).mean
+        z, y = self._drawn(x, y, num_samples)
+        drawn = {name: d.sample(z.shape[:1]) for name, d in own.items()}
+        return self.likelihood(z, y, **drawn).sample()
+
+    def _drawn(self, x: Tensor, y: Tensor | None, number: int) -> tuple[Tensor, Tensor | None]:
+        """Draws latents [number, B, D] from q(z | x, y), and returns what they go with: y."""
+        return self.encode(x, y).sample(torch.Size((number,))), self._condition(y)
 
     @torch.no_grad()
     def normalised(
@@ -205,8 +209,7 @@ class VAE(nn.Module):
                 "normalised counts need a likelihood of counts, Poisson or NegativeBinomial; "
                 f"got {type(self.likelihood).__name__}"
             )
-        z = self.encode(x, y).sample(torch.Size((num_samples,)))
-        found = shares(z, self._condition(y))
+        found = shares(*self._drawn(x, y, num_samples))
         return found.mean(0), found.std(0)
 
     @torch.no_grad()

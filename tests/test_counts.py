@@ -152,6 +152,30 @@ def test_totals_train(objective: str) -> None:
     assert made.sample(11).shape == (11, G)
 
 
+@pytest.mark.parametrize("rows", [3, 7])  # as many as classes, and more
+def test_classes_of_counts_with_totals(rows: int) -> None:
+    x, labels = counts(rows), torch.arange(rows) % 4 - 1
+    like = {"Poisson": {"library": "latent"}}
+    made = pyro_vae.build((G,), 2, likelihood=like, classes=3).eval()
+    made.initialise(x)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    for method in (lambda x, y: made.encode(x, y).mean, made.reconstruct):
+        alone = [method(x[i, None], labels[i, None]) for i in range(rows)]
+        torch.testing.assert_close(method(x, labels), torch.cat(alone))
+    each = [made.normalised(x, torch.full((rows,), c), 4000) for c in range(3)]
+    means, spreads = (torch.stack(part) for part in zip(*each))
+    share = torch.where(
+        labels[:, None] < 0, made.encode(x).mixture_distribution.probs, torch.eye(3)[labels]
+    )
+    torch.testing.assert_close(means.sum(-1), torch.ones(3, rows))
+    truth = (share.T.unsqueeze(-1) * means).sum(0)
+    mean, spread = made.normalised(x, labels, 4000)
+    assert (
+        (mean - truth).abs() < 4.5 * (spread**2 + spreads.amax(0) ** 2).sqrt() / 4000**0.5
+    ).all()
+
+
 def test_a_dispersion_of_each_cell_starts_at_log_two() -> None:
     x = counts()
     x[:, 1], x[:, 2] = torch.eye(N)[0], 0.0

@@ -84,7 +84,7 @@ class Likelihood(Shown):
         return {}
 
     def propose(self, x: Tensor) -> dict[str, Distribution]:
-        """Returns the guide of `latents` by site, batch [B], from data `x` [B, *E]."""
+        """Returns the guide of `latents` by site, batch [*S], from data `x` [*S, *E]."""
         return {}
 
     @property

@@ -80,10 +80,10 @@ class Counts(Likelihood):
         return {"library": dist.LogNormal(*self.log_total)} if self.library == "latent" else {}
 
     def propose(self, x: Tensor) -> dict[str, Distribution]:
-        """Returns the guide of `latents`, from data `x` [B, *E]."""
+        """Returns the guide of `latents`, batch [*S], from data `x` [*S, *E]."""
         if self.library != "latent":
             return {}
-        total = x.nan_to_num(0).flatten(1).sum(1)
+        total = x.nan_to_num(0).flatten(x.ndim - len(self.data_shape)).sum(-1)
         shift, spread, few = self.raw_guide
         scale = F.softplus(spread - 3) + F.softplus(few) / (1 + total).sqrt()
         return {"library": dist.LogNormal((1 + total).log() + shift, scale)}
