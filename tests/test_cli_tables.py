@@ -67,13 +67,15 @@ def test_a_run_holds_the_schema(run: Path) -> None:
 def test_train_prints_the_schema_and_its_config_trains_again(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    options = ["--config", str(run / "config.yaml"), "--run", str(tmp_path / "again")]
+    again = tmp_path / "once again"
+    options = ["--config", str(run / "config.yaml"), "--run", str(again)]
     assert main(["train", *options, "--epochs", "1", "--progress", "false",
                  "--likelihood.columns", "{age: StudentT}"]) == 0  # fmt: skip
     printed = capsys.readouterr().out
     assert "age: {kind: real, resolution: 0.1}" in printed
     assert "categories: [baker, clerk, pilot]" in printed
-    kinds = [type(part).__name__ for part in load(tmp_path / "again").likelihood.parts]
+    assert printed.endswith(f"log p(x): pyro-vae evaluate '{again}'\n")
+    kinds = [type(part).__name__ for part in load(again).likelihood.parts]
     assert kinds == ["StudentT", "Categorical", "LogNormal", "Ordinal"]
 
 

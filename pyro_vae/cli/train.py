@@ -51,7 +51,8 @@ def demo(options: Namespace) -> None:
     arguments += [f"--run={options.run}"] if options.run else []
     folder = train(parse("train", arguments))
     evaluate(parse("evaluate", [str(folder)]))
-    print(f"in one page: pyro-vae report {folder}; to play with: pyro-vae explore {folder}")
+    quoted = shlex.quote(str(folder))
+    print(f"in one page: pyro-vae report {quoted}; to play with: pyro-vae explore {quoted}")
 
 
 def train(options: Namespace) -> Path:
@@ -90,7 +91,8 @@ def train(options: Namespace) -> Path:
         )
         draw(folder, vae.eval(), splits, history.rows)
     print(
-        f"run in {folder}, figures in {folder / 'figures'}; log p(x): pyro-vae evaluate {folder}"
+        f"run in {folder}, figures in {folder / 'figures'}; log p(x): pyro-vae evaluate "
+        f"{shlex.quote(str(folder))}"
     )
     return folder
 
