@@ -99,10 +99,10 @@ def pyro_vae(images: int, compiled: bool = False, matmul: str | None = None) -> 
         return lambda: importance_sampling(vae.model, vae.guide, x, num_samples=K).mean()
     from pyro_vae.estimators.importance import _estimate, compiled_joint
     from pyro_vae.estimators.run import map_batches
-    from pyro_vae.estimators.target import Compiled
+    from pyro_vae.estimators.target import Compiler
 
     joint = partial(
-        compiled_joint, Compiled()
+        compiled_joint, Compiler()
     )  # kept, so that what is timed is the code and not its compilation
     options = {"num_samples": K, "rows": CHUNK, "proposal": "guide", "joint": joint}
 

@@ -25,7 +25,7 @@ from pyro_vae.estimators import (
     evidence_lower_bound,
     importance_sampling,
 )
-from pyro_vae.estimators.log_evidence import REACH, kept_audit
+from pyro_vae.estimators.log_evidence import LARGEST_GAP, kept_audit
 from pyro_vae.files import write
 from pyro_vae.metrics import active_units
 from pyro_vae.vae import VAE
@@ -198,7 +198,8 @@ def draw_audit(vae: VAE, data: Data, evidence: Evidence, options: Namespace) -> 
     same = {name: options[name] for name in ("tolerance", "seed")}
     found = kept_audit(vae.model, vae.guide, *data.batch(), budget=None, **same)
     save_figure(
-        plots.audit(found.gap, found.reliable, REACH), Path(options.run) / "figures" / "audit"
+        plots.audit(found.gap, found.reliable, LARGEST_GAP),
+        Path(options.run) / "figures" / "audit",
     )
 
 

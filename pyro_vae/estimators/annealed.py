@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_vae.arguments import check_choice
 from pyro_vae.densities import Program, log_mean_exp, summed_values
 from pyro_vae.estimators.evidence import Evidence, summarise
-from pyro_vae.estimators.hmc import ACCEPTANCE, GAIN, Point, hmc_step
+from pyro_vae.estimators.hmc import STEP_SIZE_GAIN, TARGET_ACCEPTANCE, Point, hmc_step
 from pyro_vae.estimators.refined import Fit, fit_proposal
 from pyro_vae.estimators.run import estimator, map_targets, summed
 from pyro_vae.estimators.target import Target, gradients
@@ -144,16 +144,16 @@ class Path:
         t = torch.linspace(-1, 1, num_temperatures + 1, dtype=torch.float64)
         t = torch.sigmoid(STEEPNESS * t) if schedule == "sigmoid" else t
         self.betas = ((t - t[0]) / (t[-1] - t[0])).tolist()
-        self.step_sizes = self._tuned()
+        self.step_sizes = self._tune_step_sizes()
 
-    def _tuned(self) -> Tensor:
-        target, point = self.start.target, self.at(self.start.draw(PILOT_CHAINS))
+    def _tune_step_sizes(self) -> Tensor:
+        target, point = self.start.target, self.evaluate(self.start.draw(PILOT_CHAINS))
         size = torch.full_like(target.scale[:, 0], target.dim**-0.25)
         sizes = [size]
         for t in range(1, len(self.betas)):
             sizes.append(size)
             point, probability = self._move(point, t, size)
-            size = size * (GAIN * (probability.mean(0) - ACCEPTANCE)).exp()
+            size = size * (STEP_SIZE_GAIN * (probability.mean(0) - TARGET_ACCEPTANCE)).exp()
         return torch.stack(sizes)
 
     def forward(self, num_chains: int) -> Tensor:
@@ -167,25 +167,25 @@ class Path:
         """
         return self._weights(u, range(len(self.betas) - 1, 0, -1), 1)
 
-    def _weights(self, u: Tensor, steps: Iterable[int], back: int) -> Tensor:
-        point = self.at(u)
+    def _weights(self, u: Tensor, steps: Iterable[int], lag: int) -> Tensor:
+        point = self.evaluate(u)
         log_weights = torch.zeros_like(point.log_joint)
         for t in steps:
             gap = point.log_joint - point.log_start
             gap = torch.where(point.log_joint == -torch.inf, -torch.inf, gap)
             log_weights = log_weights + (self.betas[t] - self.betas[t - 1]) * gap
-            if 0 < t - back < len(self.betas) - 1:
-                point, _ = self._move(point, t - back, self.step_sizes[t - back])
+            if 0 < t - lag < len(self.betas) - 1:
+                point, _ = self._move(point, t - lag, self.step_sizes[t - lag])
         return log_weights
 
-    def at(self, u: Tensor) -> Point:
+    def evaluate(self, u: Tensor) -> Point:
         """Returns both log densities at `u`, and their gradients."""
-        values, slopes = gradients(self.start.log_densities, u, self.start.target.draws_at_once)
-        return Point(u, *values, *slopes)
+        values, grads = gradients(self.start.log_densities, u, self.start.target.draws_at_once)
+        return Point(u, *values, *grads)
 
     def _move(self, point: Point, t: int, step_size: Tensor) -> tuple[Point, Tensor]:
         return hmc_step(
-            self.at,
+            self.evaluate,
             point,
             self.betas[t],
             step_size=step_size,
@@ -213,7 +213,7 @@ class Start:
     fit: Fit | None = None
 
 
-def refined(fit: Fit) -> Start:
+def refined_start(fit: Fit) -> Start:
     """Returns the start at fitted proposals, in the metric of their heaviest components."""
     target, q = fit.target, fit.proposal
     return Start(target, q.scale_tril, q.draw, lambda u: (q.log_prob(u), target.log_joint(u)), fit)
@@ -226,7 +226,7 @@ def make_start(name: str, target: Target) -> Start:
         ValueError: If the likelihood has no gradient, or the guide no density.
     """
     if name == "refined":
-        return refined(fit_proposal(target))
+        return refined_start(fit_proposal(target))
     target.check_gradient()
     if name == "prior":
         both = attrgetter("log_prior", "log_joint")
@@ -234,9 +234,9 @@ def make_start(name: str, target: Target) -> Start:
             target,
             torch.diag_embed(torch.ones_like(target.scale)),
             lambda number: target.draw_prior(number)[0],
-            lambda u: both(target.at(u)),
+            lambda u: both(target.run_model(u)),
         )
-    if not target.guide_is_density:
+    if not target.guide_has_density:
         raise ValueError("the guide is a Delta, which has no density: use start='refined'")
     spread = target.draw_guide(GUIDE_DRAWS).std(0)
     spread = torch.where((spread > 0) & spread.isfinite(), spread, 1.0)

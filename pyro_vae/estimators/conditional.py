@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from pyro_vae.densities import Program, summed_values
-from pyro_vae.estimators.evidence import Evidence, pareto_khat, worst
+from pyro_vae.estimators.evidence import Evidence, pareto_khat, worst_verdicts
 from pyro_vae.estimators.log_evidence import log_evidence
-from pyro_vae.estimators.proposal import joined
+from pyro_vae.estimators.proposal import mix
 from pyro_vae.estimators.refined import Fit, fit_proposal
 from pyro_vae.estimators.run import estimator, for_each_value, map_targets, summed
 from pyro_vae.estimators.target import Target
 
-KHAT = 0.6  # k-hat of a column's weights, above which the column gets draws of its own
+LARGEST_KHAT = 0.6  # k-hat of a column's weights, above which the column gets draws of its own
 
 
 @estimator
@@ -128,14 +128,14 @@ def column_log_prob(
         cross-validation and WAIC. 2017.
     """
     missing = getattr(getattr(model, "__self__", None), "missing", True)
-    estimate = partial(_columns, num_samples=num_samples, missing=missing)
+    estimate = partial(_leave_out_each, num_samples=num_samples, missing=missing)
     run = partial(map_targets, estimate, chunk_size=chunk_size, compile=compile, devices=devices)
-    found = _joined(run, model, guide, x, y, seed=seed, progress=progress).log_prob
+    found = _leave_one_out(run, model, guide, x, y, seed=seed, progress=progress).log_prob
     return (found[:, :1] - found[:, 1:]).view(x.shape).masked_fill(x.isnan().cpu(), math.nan)
 
 
 @dataclass(frozen=True, eq=False)
-class _LeftOut:
+class _LeaveOneOut:
     """log p(x), then log p(x_{-c}) without each entry c in turn; [N, 1 + C] on the CPU.
 
     At a value of a discrete latent, these are joint log densities with that value.
@@ -147,21 +147,21 @@ class _LeftOut:
         return len(self.log_prob)
 
     @classmethod
-    def mixed(cls, parts: Sequence[_LeftOut]) -> _LeftOut:
+    def mixed(cls, parts: Sequence[_LeaveOneOut]) -> _LeaveOneOut:
         """Sums over the values of the discrete latent."""
         return cls(torch.stack([part.log_prob for part in parts]).logsumexp(0))
 
-    def rows(self, index: Tensor) -> _LeftOut:
+    def rows(self, index: Tensor) -> _LeaveOneOut:
         """Returns the numbers of some of the data."""
-        return _LeftOut(self.log_prob[index])
+        return _LeaveOneOut(self.log_prob[index])
 
-    def excluded(self, index: Tensor) -> _LeftOut:
+    def excluded(self, index: Tensor) -> _LeaveOneOut:
         """Returns the same with -inf for some data, which the model excludes."""
-        return _LeftOut(self.log_prob.index_fill(0, index, -math.inf))
+        return _LeaveOneOut(self.log_prob.index_fill(0, index, -math.inf))
 
 
 @summed
-def _joined(
+def _leave_one_out(
     run: Callable[..., list[Tensor]],
     model: Program,
     guide: Program,
@@ -170,35 +170,39 @@ def _joined(
     *,
     seed: int | None,
     progress: bool,
-) -> _LeftOut:
-    return _LeftOut(torch.cat(run(model, guide, x, y, seed=seed, progress=progress)))
+) -> _LeaveOneOut:
+    return _LeaveOneOut(torch.cat(run(model, guide, x, y, seed=seed, progress=progress)))
 
 
-def _columns(target: Target, num_samples: int, missing: bool) -> Tensor:
-    """Returns the numbers of `_LeftOut` for B data; `missing` tells if the model takes NaN."""
+def _leave_out_each(target: Target, num_samples: int, missing: bool) -> Tensor:
+    """Returns the numbers of `_LeaveOneOut` for B data; `missing` tells if the model takes NaN."""
     fit = fit_proposal(target)
-    runs = fit.weighed(torch.cat([*fit.draws(num_samples)]), num_samples)
+    runs = fit.weighted_runs(torch.cat([*fit.draws(num_samples)]), num_samples)
     weights, entries = zip(*((w.unsqueeze(-1), run.entry_log_prob()) for w, run in runs))
     whole = torch.cat(weights)
     rest = whole - torch.cat(entries).reshape(*whole.shape[:2], -1)  # one left out [K, B, C]
     found = torch.cat([whole.logsumexp(0), rest.logsumexp(0)], 1).cpu()
     khat = pareto_khat(rest.flatten(1).cpu()).view(found[:, 1:].shape)
-    hard = ((khat > KHAT) & ~target.x.isnan().reshape(len(found), -1).cpu() & missing).nonzero()
-    for rows, entry in (cells.T for cells in hard.split(target.num_data) if len(hard)):
-        given = _cells(fit.rows(rows.to(whole.device)), entry, num_samples)
-        found[rows, 1 + entry] = found[rows, 0] - given
+    hard = (
+        (khat > LARGEST_KHAT) & ~target.x.isnan().reshape(len(found), -1).cpu() & missing
+    ).nonzero()
+    for rows, entry in (pair.T for pair in hard.split(target.num_data) if len(hard)):
+        log_conditional = _entry_log_prob(fit.rows(rows.to(whole.device)), entry, num_samples)
+        found[rows, 1 + entry] = found[rows, 0] - log_conditional
     return found - math.log(num_samples)
 
 
-def _cells(fit: Fit, entry: Tensor, num_samples: int) -> Tensor:
+def _entry_log_prob(fit: Fit, entry: Tensor, num_samples: int) -> Tensor:
     """Returns log p(x_c | the others) [M] of the entry c of each row, by index, on the CPU."""
     target = fit.target
-    cell: Any = (torch.arange(len(entry)), *torch.unravel_index(entry, target.x.shape[1:]))
-    rest = fit_proposal(target.without(cell))
-    halves = joined([rest.proposal, fit.proposal], [-math.log(2)] * 2)
-    both = replace(rest, proposal=halves)
-    places, weights = map(torch.cat, zip(*both.scored(2 * num_samples)))
-    parts = [target.at(u).entry_log_prob()[:, *cell] for u in places.split(target.draws_at_once)]
+    index: Any = (torch.arange(len(entry)), *torch.unravel_index(entry, target.x.shape[1:]))
+    rest = fit_proposal(target.without_entries(index))
+    mixture = mix([rest.proposal, fit.proposal], [-math.log(2)] * 2)
+    both = replace(rest, proposal=mixture)
+    draws, weights = map(torch.cat, zip(*both.weighted_draws(2 * num_samples)))
+    parts = [
+        target.run_model(u).entry_log_prob()[:, *index] for u in draws.split(target.draws_at_once)
+    ]
     return ((weights + torch.cat(parts)).logsumexp(0) - weights.logsumexp(0)).cpu()
 
 
@@ -268,14 +272,16 @@ def class_probabilities(
             f"site must name a discrete latent with infer={{'enumerate': 'parallel'}}; the model "
             f"has {sorted(values) or 'none'}, got {site!r}"
         )
-    given = {"model": model, "guide": guide, "x": x, "y": y, "seed": seed, **options}
-    parts = for_each_value(estimator, given, values)
+    arguments = {"model": model, "guide": guide, "x": x, "y": y, "seed": seed, **options}
+    parts = for_each_value(estimator, arguments, values)
     rows = values[site].reshape(len(values[site]), -1)
     first = (rows.unsqueeze(1) == rows).all(-1).int().argmax(1)  # first row of the same value
     classes = torch.unique(first, return_inverse=True)[1].cpu()
     joint, stderr = (torch.stack([getattr(p, n) for p in parts]) for n in ("log_prob", "stderr"))
-    share = (joint - joint.logsumexp(0)).exp()  # [J, N] of the J joint values
-    member = torch.nn.functional.one_hot(classes).to(share)  # [J, C]
-    found = share.T @ member
-    slopes = (member.unsqueeze(1) - found) * (share * stderr).unsqueeze(-1)  # [J, N, C]
-    return ClassProbabilities(found, slopes.square().sum(0).sqrt(), worst(parts, share))
+    probability = (joint - joint.logsumexp(0)).exp()  # [J, N] of the J joint values
+    member = torch.nn.functional.one_hot(classes).to(probability)  # [J, C]
+    found = probability.T @ member
+    slopes = (member.unsqueeze(1) - found) * (probability * stderr).unsqueeze(-1)  # [J, N, C]
+    return ClassProbabilities(
+        found, slopes.square().sum(0).sqrt(), worst_verdicts(parts, probability)
+    )

@@ -15,14 +15,14 @@ from torch.distributions.transforms import identity_transform
 
 from pyro_vae.densities import Densities, Site
 
-DRAWS = 64  # draws of a prior, from which its centre and spread are estimated
+PRIOR_DRAWS = 64  # draws of a prior, from which its centre and spread are estimated
 PAIRS = 4  # pairs of draws, which show whether coordinates are independent
 ROUNDING = 1e-3  # relative difference of log densities that counts as rounding
-REACH, STEP = 8.0, 0.01  # half-width and spacing of the table of Normal scores
-FAR, FINE = 40.0, 16_001  # half-width and points of the cumulative sum, in arsinh of v
-MOST = 10.0  # log of the summed mass above which it is infinite, and no spike between knots
-NEWTON = 6  # Newton steps of the inverse map
-SHAPE = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)  # where marginals are compared
+TABLE_HALF_WIDTH, TABLE_STEP = 8.0, 0.01  # half-width and spacing of the table of Normal scores
+INTEGRAL_HALF_WIDTH, INTEGRAL_POINTS = 40.0, 16_001  # of the cumulative sum, in arsinh of v
+INFINITE_LOG_MASS = 10.0  # log of a sum that is infinite, and no spike between knots
+NEWTON_STEPS = 6  # Newton steps of the inverse map
+SHAPE_POINTS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)  # where marginals are compared
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +49,9 @@ class Coordinates:
         if self.scores is not None:
             raw, log_slope = self.scores(u)
             log_det = log_slope.sum(-1)
-        free = raw.reshape(*u.shape[:2], *self.shape)
-        value = self.transform(free)
-        jacobian = self.transform.log_abs_det_jacobian(free, value)
+        unconstrained = raw.reshape(*u.shape[:2], *self.shape)
+        value = self.transform(unconstrained)
+        jacobian = self.transform.log_abs_det_jacobian(unconstrained, value)
         value = value.to(self.dtype)
         if not _is_identity(self.transform):  # at 0, where a value may round to, densities break
             least = torch.full_like(value, torch.finfo(self.dtype).tiny).copysign(value)
@@ -60,8 +60,8 @@ class Coordinates:
 
     def inverse(self, value: Tensor) -> Tensor:
         """Returns the site's part of u [K, B, n] for a value [K, B, *event]."""
-        free = self.transform.inv(value.double()).reshape(*value.shape[:2], -1)
-        return free if self.scores is None else self.scores.inverse(free)
+        unconstrained = self.transform.inv(value.double()).reshape(*value.shape[:2], -1)
+        return unconstrained if self.scores is None else self.scores.inverse(unconstrained)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,33 +89,36 @@ class NormalScores:
     def __call__(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Returns v [*, n] at u [*, n], and log dv / du."""
         n, G = self.value.shape
-        place = (u.nan_to_num(0.0) + REACH) / STEP
-        left = place.detach().floor().clamp(0, G - 2).long()
+        position = (u.nan_to_num(0.0) + TABLE_HALF_WIDTH) / TABLE_STEP
+        left = position.detach().floor().clamp(0, G - 2).long()
         at = left + G * torch.arange(n, device=u.device)
-        value, slope = self.value.to(u.device).view(-1), STEP * self.slope.to(u.device).view(-1)
+        value, slope = (
+            self.value.to(u.device).view(-1),
+            TABLE_STEP * self.slope.to(u.device).view(-1),
+        )
         v, m, rise = value[at], slope[at], value[at + 1] - value[at]
         square, cube = 3 * rise - 2 * m - slope[at + 1], m + slope[at + 1] - 2 * rise
-        t = (place - left).clamp(0, 1)
-        steep = m + t * (2 * square + t * 3 * cube)
-        v = v + t * (m + t * (square + t * cube)) + (place - left - t) * steep
-        return v, (steep / STEP).log()
+        t = (position - left).clamp(0, 1)
+        derivative = m + t * (2 * square + t * 3 * cube)
+        v = v + t * (m + t * (square + t * cube)) + (position - left - t) * derivative
+        return v, (derivative / TABLE_STEP).log()
 
     def inverse(self, v: Tensor) -> Tensor:
         """Returns u [*, n] at v [*, n]."""
         columns, knots = v.movedim(-1, 0).contiguous(), self.value.to(v.device)
         left = torch.searchsorted(knots, columns.flatten(1)).view(columns.shape) - 1
         left = left.movedim(0, -1).clamp(0, knots.shape[1] - 2)
-        low = left * STEP - REACH
+        low = left * TABLE_STEP - TABLE_HALF_WIDTH
         beyond = (v < knots[:, 0]) | (v > knots[:, -1])
-        u = low + STEP / 2
-        for _ in range(NEWTON):
+        u = low + TABLE_STEP / 2
+        for _ in range(NEWTON_STEPS):
             found, log_slope = self(u)
             u = u + (v - found) / log_slope.exp()
-            u = torch.where(beyond, u, u.clamp(low, low + STEP))
+            u = torch.where(beyond, u, u.clamp(low, low + TABLE_STEP))
         return u
 
 
-class LogSticks(Transform):
+class LogStickBreaking(Transform):
     r"""Stick-breaking map from real vectors to the simplex, without torch's rounding near corners.
 
     .. math:: v_i = \log p_i - \log \sum_{j > i} p_j, \qquad
@@ -128,7 +131,7 @@ class LogSticks(Transform):
     bijective = True
 
     def _call(self, v: Tensor) -> Tensor:
-        return (_left(v) + F.pad(F.logsigmoid(v), (0, 1))).exp()
+        return (_log_remaining(v) + F.pad(F.logsigmoid(v), (0, 1))).exp()
 
     def _inverse(self, p: Tensor) -> Tensor:
         log_p = p.log()
@@ -137,10 +140,10 @@ class LogSticks(Transform):
 
     def log_abs_det_jacobian(self, v: Tensor, p: Tensor) -> Tensor:
         """Returns log |dp / dv|, without the last part of p, [*]."""
-        return (F.logsigmoid(v) + F.logsigmoid(-v) + _left(v)[..., :-1]).sum(-1)
+        return (F.logsigmoid(v) + F.logsigmoid(-v) + _log_remaining(v)[..., :-1]).sum(-1)
 
 
-def _left(v: Tensor) -> Tensor:
+def _log_remaining(v: Tensor) -> Tensor:
     """Returns the log of what is left of the stick before each part [*, n + 1]."""
     return F.pad(F.logsigmoid(-v).cumsum(-1), (1, 0))
 
@@ -163,43 +166,47 @@ def coordinates(
             unconstrained coordinates or, as that of an angle, infinite mass.
     """
     sites: dict[str, Coordinates] = {}
-    units = []
+    moments = []
     start = 0
     for name, site in first.sites.items():
         transform, other = (_transform(name, d.sites[name]) for d in (first, second))
-        free = transform.inv(site.value.double())
-        if not torch.equal(transform(free), other(free)):
+        unconstrained = transform.inv(site.value.double())
+        if not torch.equal(transform(unconstrained), other(unconstrained)):
             raise ValueError(
                 f"the support of site {name!r} depends on another latent; it must be fixed: "
                 "draw the site on a fixed support and move it in the model"
             )
-        columns = slice(start, start + free[0, 0].numel())
-        where = Coordinates(columns, free.shape[2:], transform, site.value.dtype, None)
+        columns = slice(start, start + unconstrained[0, 0].numel())
+        coords = Coordinates(columns, unconstrained.shape[2:], transform, site.value.dtype, None)
         priors = site.model, second.sites[name].model
-        scores = known[name].scores if known else _normal_scores(where, *priors)
-        sites[name] = where = replace(where, scores=scores)
+        scores = known[name].scores if known else _normal_scores(coords, *priors)
+        sites[name] = coords = replace(coords, scores=scores)
         start = columns.stop
-        units.append(_units(where, free, *priors).reshape(2, len(free[0]), -1))
-    mean, deviation = torch.cat(units, -1)
+        moments.append(
+            _prior_moments(coords, unconstrained, *priors).reshape(2, len(unconstrained[0]), -1)
+        )
+    mean, deviation = torch.cat(moments, -1)
     return sites, mean, deviation
 
 
-def _units(where: Coordinates, free: Tensor, first: Distribution, second: Distribution) -> Tensor:
+def _prior_moments(
+    coords: Coordinates, unconstrained: Tensor, first: Distribution, second: Distribution
+) -> Tensor:
     """Returns mean and standard deviation of the prior [2, B, *], or NaN."""
-    if where.scores is not None:
-        return torch.stack([torch.zeros_like(free[0]), torch.ones_like(free[0])])
-    if _is_normal(where, first) and _is_normal(where, second):
-        units, other = (
-            torch.stack([part.expand_as(free)[0] for part in (fn.mean, fn.stddev)])
+    if coords.scores is not None:
+        return torch.stack([torch.zeros_like(unconstrained[0]), torch.ones_like(unconstrained[0])])
+    if _is_normal(coords, first) and _is_normal(coords, second):
+        moments, other = (
+            torch.stack([part.expand_as(unconstrained)[0] for part in (fn.mean, fn.stddev)])
             for fn in (first, second)
         )
-        if torch.equal(units, other):
-            return units.double()
-    return torch.full_like(free[0], torch.nan).expand(2, *free.shape[1:])
+        if torch.equal(moments, other):
+            return moments.double()
+    return torch.full_like(unconstrained[0], torch.nan).expand(2, *unconstrained.shape[1:])
 
 
-def _is_normal(where: Coordinates, fn: Distribution) -> bool:
-    return isinstance(base(fn), Normal) and _is_identity(where.transform)
+def _is_normal(coords: Coordinates, fn: Distribution) -> bool:
+    return isinstance(base_distribution(fn), Normal) and _is_identity(coords.transform)
 
 
 def _is_identity(transform: Any) -> bool:
@@ -214,16 +221,16 @@ def holds_tensor(transform: Any) -> bool:
 
 
 def _transform(name: str, site: Site) -> Transform:
-    kind = type(base(site.model)).__name__
+    kind = type(base_distribution(site.model)).__name__
     if any(is_discrete(fn) for fn in (site.model, site.guide)):
         raise ValueError(
             f"latent site {name!r} is discrete ({kind}), where gradients are needed: sum it out "
             "(infer={'enumerate': 'parallel'} in the model, or a mixture as a distribution), "
             "or use importance_sampling"
         )
-    support = _whole(site.model.support)
+    support = _component_support(site.model.support)
     if support is constraints.simplex:
-        return LogSticks()
+        return LogStickBreaking()
     try:
         return biject_to(support)
     except NotImplementedError:
@@ -233,19 +240,19 @@ def _transform(name: str, site: Site) -> Transform:
         ) from None
 
 
-def _whole(support: Any) -> Any:
+def _component_support(support: Any) -> Any:
     """Returns the support of a mixture as that of its components."""
     if not hasattr(support, "base_constraint"):
         return support
-    inner = _whole(support.base_constraint)
+    inner = _component_support(support.base_constraint)
     if isinstance(support, constraints.independent):
         return constraints.independent(inner, support.reinterpreted_batch_ndims)
     return inner
 
 
-def base(fn: Any) -> Any:
+def base_distribution(fn: Any) -> Any:
     """Returns the distribution inside independent, expanded or transformed ones."""
-    return base(fn.base_dist) if hasattr(fn, "base_dist") else fn
+    return base_distribution(fn.base_dist) if hasattr(fn, "base_dist") else fn
 
 
 def is_discrete(fn: Any) -> bool:
@@ -257,46 +264,55 @@ def is_discrete(fn: Any) -> bool:
 
 
 def _normal_scores(
-    where: Coordinates, fn: Distribution, other: Distribution
+    coords: Coordinates, fn: Distribution, other: Distribution
 ) -> NormalScores | None:
     """Returns the map of a site whose prior is fixed and factorises, unless it is Normal."""
-    if _is_normal(where, fn) or holds_tensor(where.transform):
+    if _is_normal(coords, fn) or holds_tensor(coords.transform):
         return None
-    draws = torch.cat([fn.sample()[:1, :1] for _ in range(DRAWS)]).double()
-    v = where.inverse(draws)[:, 0]
-    first, again = _log_prior(where, fn, v), _log_prior(where, other, v)
-    fixed = _alike(first, first[:, :1]) and _alike(first, again)
-    if not fixed or not _factorises(where, fn, v[:PAIRS], v[-PAIRS:]):
+    draws = torch.cat([fn.sample()[:1, :1] for _ in range(PRIOR_DRAWS)]).double()
+    v = coords.inverse(draws)[:, 0]
+    first, again = _log_prior(coords, fn, v), _log_prior(coords, other, v)
+    fixed = _close(first, first[:, :1]) and _close(first, again)
+    if not fixed or not _factorises(coords, fn, v[:PAIRS], v[-PAIRS:]):
         return None
     centre, n = v.median(0).values, v.shape[1]
-    points, each = centre.repeat(n, len(SHAPE), 1), torch.arange(n)
-    points[each, :, each] = centre.new_tensor(SHAPE)
-    shapes = _log_prior(where, fn, points.flatten(0, 1))[:, 0].view(n, -1)
+    points, each = centre.repeat(n, len(SHAPE_POINTS), 1), torch.arange(n)
+    points[each, :, each] = centre.new_tensor(SHAPE_POINTS)
+    shapes = _log_prior(coords, fn, points.flatten(0, 1))[:, 0].view(n, -1)
     shapes = shapes - shapes[:, :1]
-    if _alike(shapes.diff(n=3), torch.zeros_like(shapes[:, 3:])):
+    if _close(shapes.diff(n=3), torch.zeros_like(shapes[:, 3:])):
         return None
     spread = v.quantile(0.75, 0) - v.quantile(0.25, 0)
     tables: list[Any] = []
     for i, shape in enumerate(shapes):  # coordinates of one shape share a table
-        same = next((j for j, other in enumerate(shapes[:i]) if _alike(other, shape)), i)
-        tables.append(tables[same] if same < i else _table(where, fn, centre, spread[i], i))
+        same = next((j for j, other in enumerate(shapes[:i]) if _close(other, shape)), i)
+        tables.append(tables[same] if same < i else _score_table(coords, fn, centre, spread[i], i))
     value, slope = (torch.stack(column) for column in zip(*tables))
     usable = bool((slope > 0).all() and slope.isfinite().all())
     return NormalScores(value, slope) if usable else None
 
 
-def _table(where: Coordinates, fn: Distribution, centre: Tensor, spread: Tensor, i: int) -> Any:
+def _score_table(
+    coords: Coordinates, fn: Distribution, centre: Tensor, spread: Tensor, i: int
+) -> Any:
     """Returns knots and slopes of v = F^{-1}(Phi(u)), from log p(v) along one coordinate."""
     from scipy.interpolate import PchipInterpolator  # slow to import, so only here
 
-    far = torch.linspace(-FAR, FAR, FINE, dtype=centre.dtype, device=centre.device)
-    points = centre.repeat(FINE, 1)
-    points[:, i] += spread * far.sinh()
-    log_mass = _log_prior(where, fn, points)[:, 0] + far.cosh().log()
+    grid = torch.linspace(
+        -INTEGRAL_HALF_WIDTH,
+        INTEGRAL_HALF_WIDTH,
+        INTEGRAL_POINTS,
+        dtype=centre.dtype,
+        device=centre.device,
+    )
+    points = centre.repeat(INTEGRAL_POINTS, 1)
+    points[:, i] += spread * grid.sinh()
+    log_mass = _log_prior(coords, fn, points)[:, 0] + grid.cosh().log()
     log_mass = torch.where(log_mass.isfinite(), log_mass, -torch.inf)
-    if log_mass.logsumexp(0) + (spread * (far[1] - far[0])).log() > MOST:
+    if log_mass.logsumexp(0) + (spread * (grid[1] - grid[0])).log() > INFINITE_LOG_MASS:
         raise ValueError(
-            f"the prior {type(base(fn)).__name__} has no finite mass on its support {fn.support}, "
+            f"the prior {type(base_distribution(fn)).__name__} has no finite mass on its "
+            f"support {fn.support}, "
             "as that of an angle: use importance_sampling, with a guide of the same kind"
         )
     mass = (log_mass - log_mass.max()).exp()
@@ -307,36 +323,36 @@ def _table(where: Coordinates, fn: Distribution, centre: Tensor, spread: Tensor,
     score = torch.where(below < 0.5, torch.special.ndtri(below), -torch.special.ndtri(above))
     rising = score.isfinite()
     rising[1:] &= score[1:] > score[:-1]
-    knots = np.arange(round(2 * REACH / STEP) + 1) * STEP - REACH
+    knots = np.arange(round(2 * TABLE_HALF_WIDTH / TABLE_STEP) + 1) * TABLE_STEP - TABLE_HALF_WIDTH
     u, v = (each[rising].cpu().numpy() for each in (score, points[:, i]))
     value = PchipInterpolator(u, v)(knots)
     slope = PchipInterpolator(knots, value).derivative()(knots)
     return tuple(torch.from_numpy(part).to(centre) for part in (value, slope))
 
 
-def _log_prior(where: Coordinates, fn: Any, v: Tensor) -> Tensor:
+def _log_prior(coords: Coordinates, fn: Any, v: Tensor) -> Tensor:
     """Returns log p(v) [S, B] of a site at unconstrained values [S, n], the same for all data.
 
     Far out a value may round to the edge of the support, where there is no mass.
     """
-    value, log_det = where(v.unsqueeze(1))
+    value, log_det = coords(v.unsqueeze(1))
     inside = fn.support.check(value)
-    middle, _ = where(torch.zeros_like(v[:1]).unsqueeze(1))
+    middle, _ = coords(torch.zeros_like(v[:1]).unsqueeze(1))
     masked = inside[(...,) + (None,) * len(fn.event_shape)]
     log_prob = fn.log_prob(torch.where(masked, value, middle.to(value)))
     return torch.where(inside, log_prob.double() + log_det, -torch.inf)
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
+def _close(a: Tensor, b: Tensor) -> bool:
     return bool(((a - b).abs() <= ROUNDING * (1 + a.abs())).all())
 
 
-def _factorises(where: Coordinates, fn: Distribution, a: Tensor, b: Tensor) -> bool:
+def _factorises(coords: Coordinates, fn: Distribution, a: Tensor, b: Tensor) -> bool:
     """Returns whether exchanging a coordinate between draws [S, n] keeps the joint density."""
     n = a.shape[-1]
     swap = torch.eye(n, dtype=torch.bool, device=a.device)
     pairs = [torch.where(swap, y[:, None], x[:, None]).reshape(-1, n) for x, y in ((a, b), (b, a))]
     swapped, plain = (
-        torch.stack([_log_prior(where, fn, v)[:, 0] for v in vs]).sum(0) for vs in (pairs, (a, b))
+        torch.stack([_log_prior(coords, fn, v)[:, 0] for v in vs]).sum(0) for vs in (pairs, (a, b))
     )
-    return bool(swapped.isfinite().all()) and _alike(plain.repeat_interleave(n), swapped)
+    return bool(swapped.isfinite().all()) and _close(plain.repeat_interleave(n), swapped)

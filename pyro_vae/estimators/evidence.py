@@ -20,7 +20,7 @@ from pyro_vae.densities import log_mean_exp
 from pyro_vae.files import reading, write
 
 DIGEST = "sha256"
-MATTERS = 1e-3  # posterior probability above which a discrete value's verdict counts
+LEAST_PROBABILITY = 1e-3  # posterior probability above which a discrete value's verdict counts
 VERDICTS = ["reliable", "lower bound", "doubtful"]  # from the best to the worst
 TENSORS = ("log_prob", "stderr", "ess", "khat", "num_samples")
 
@@ -139,22 +139,22 @@ class Evidence:
         """
         joint = torch.stack([part.log_prob for part in parts])
         total = joint.logsumexp(0)
-        share = (joint - total).exp()
+        probability = (joint - total).exp()
         stderr, ess, khat = (torch.stack([getattr(p, n) for p in parts]) for n in TENSORS[1:4])
         missing = torch.stack([part.missing for part in parts]).amax(0)
         audits = [part.audit for part in parts if part.audit]
         failed = [audit for audit in audits if audit.startswith("FAILED")]
         return cls(
             log_prob=total,
-            stderr=(share * stderr).square().sum(0).sqrt(),
-            ess=1 / (share.square() / ess).sum(0),
-            khat=khat.masked_fill(share <= MATTERS, -torch.inf).amax(0),
+            stderr=(probability * stderr).square().sum(0).sqrt(),
+            ess=1 / (probability.square() / ess).sum(0),
+            khat=khat.masked_fill(probability <= LEAST_PROBABILITY, -torch.inf).amax(0),
             num_samples=torch.stack([part.num_samples for part in parts]).sum(0),
             method=[
                 f"{parts[c].method[n]}, sum of {len(parts)}"
-                for n, c in enumerate(share.argmax(0).tolist())
+                for n, c in enumerate(probability.argmax(0).tolist())
             ],
-            verdict=worst(parts, share),
+            verdict=worst_verdicts(parts, probability),
             extras={"missing": missing} if bool(missing.any()) else {},
             audit=f"{(failed or audits)[0]} ({len(failed)} of {len(audits)} values failed)"
             if len(set(audits)) > 1
@@ -220,7 +220,7 @@ class Evidence:
         tensors = {name: getattr(self, name) for name in TENSORS}
         tensors |= {f"extras.{name}": value for name, value in self.extras.items()}
         tensors = {name: value.contiguous() for name, value in tensors.items()}
-        write(path, save(tensors, metadata={**texts, DIGEST: _digest(tensors, texts)}))
+        write(path, save(tensors, metadata={**texts, DIGEST: _sha256(tensors, texts)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Evidence:
@@ -235,7 +235,7 @@ class Evidence:
             texts = dict(file.metadata())
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             digest = texts.pop(DIGEST, None)  # older files have none
-            if digest is not None and digest != _digest(tensors, texts):
+            if digest is not None and digest != _sha256(tensors, texts):
                 raise TypeError("its digest is that of other content")
             extras = {
                 name.removeprefix("extras."): tensors.pop(name)
@@ -307,13 +307,16 @@ def summarise(log_weights: Tensor, method: str, verdict: str) -> Evidence:
     )
 
 
-def worst(parts: Sequence[Evidence], share: Tensor) -> list[str]:
+def worst_verdicts(parts: Sequence[Evidence], probability: Tensor) -> list[str]:
     """Returns the worst verdict of each datum among values of enough posterior probability."""
     ranks = torch.tensor([[VERDICTS.index(v) for v in part.verdict] for part in parts])
-    return [VERDICTS[i] for i in ranks.masked_fill(share <= MATTERS, 0).amax(0).tolist()]
+    return [
+        VERDICTS[i]
+        for i in ranks.masked_fill(probability <= LEAST_PROBABILITY, 0).amax(0).tolist()
+    ]
 
 
-def _digest(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
+def _sha256(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
     sha = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -333,17 +336,17 @@ def pareto_khat(log_weights: Tensor) -> Tensor:
         distribution. 2009.
     """
     K = len(log_weights)
-    tail = math.ceil(min(K / 5, 3 * math.sqrt(K)))
-    if tail < 5:
+    tail_size = math.ceil(min(K / 5, 3 * math.sqrt(K)))
+    if tail_size < 5:
         return torch.full_like(log_weights[0], math.nan)
-    top = log_weights.double().topk(tail + 1, 0).values
+    top = log_weights.double().topk(tail_size + 1, 0).values
     weights = (top - top[0]).exp()
     cutoff = weights[-1].clamp(min=torch.finfo(torch.float64).tiny)
     khat = []
     for w, c in zip(weights.T, cutoff):
         excess = w[w > c] - c
-        few = math.inf if len(excess) else -math.inf
-        khat.append(few if len(excess) < 5 else _pareto_shape(excess))
+        default = math.inf if len(excess) else -math.inf
+        khat.append(default if len(excess) < 5 else _pareto_shape(excess))
     return log_weights.new_tensor(khat)
 
 

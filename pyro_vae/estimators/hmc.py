@@ -10,8 +10,8 @@ from torch import Tensor
 
 from pyro_vae.estimators.target import Target, gradients
 
-ACCEPTANCE = 0.65  # share of accepted moves that step sizes aim at
-GAIN = 0.7  # change of log step size per move, in units of the excess acceptance
+TARGET_ACCEPTANCE = 0.65  # share of accepted moves that step sizes aim at
+STEP_SIZE_GAIN = 0.7  # change of log step size per move, in units of the excess acceptance
 WALKS, MOVES, LEAPFROG = 8, 6, 3  # short walks, whose step sizes follow the acceptance
 WALK_COST = WALKS * (1 + MOVES * (LEAPFROG + 1))  # evaluations of the model for one datum
 
@@ -23,19 +23,19 @@ class Point(NamedTuple):
         u: Positions of the chains [C, B, D].
         log_start: Log density of the start [C, B].
         log_joint: log p(x, u) [C, B].
-        slope_start: Gradient of `log_start` [C, B, D].
-        slope_joint: Gradient of `log_joint` [C, B, D].
+        grad_start: Gradient of `log_start` [C, B, D].
+        grad_joint: Gradient of `log_joint` [C, B, D].
     """
 
     u: Tensor
     log_start: Tensor
     log_joint: Tensor
-    slope_start: Tensor
-    slope_joint: Tensor
+    grad_start: Tensor
+    grad_joint: Tensor
 
 
 def hmc_step(
-    at: Callable[[Tensor], Point],
+    evaluate: Callable[[Tensor], Point],
     point: Point,
     beta: float,
     *,
@@ -49,7 +49,7 @@ def hmc_step(
     and is accepted or not for each chain and datum. It is rejected if its energy is NaN.
 
     Args:
-        at: Function that evaluates positions.
+        evaluate: Function that evaluates positions.
         point: States before the move.
         beta: Inverse temperature.
         step_size: Step size of each datum [B].
@@ -66,11 +66,11 @@ def hmc_step(
     momentum = speed = torch.randn_like(point.u)
     for step in range(num_leapfrog + 1):
         if step:
-            moved = at(moved.u + size * torch.einsum("bij,kbj->kbi", scale_tril, speed))
-        slope = _between(moved.slope_start, moved.slope_joint, beta)
+            moved = evaluate(moved.u + size * torch.einsum("bij,kbj->kbi", scale_tril, speed))
+        grad = _interpolate(moved.grad_start, moved.grad_joint, beta)
         kick = size / 2 if step in (0, num_leapfrog) else size
-        speed = speed + kick * torch.einsum("bji,kbj->kbi", scale_tril, slope)
-    after, before = (_between(p.log_start, p.log_joint, beta) for p in (moved, point))
+        speed = speed + kick * torch.einsum("bji,kbj->kbi", scale_tril, grad)
+    after, before = (_interpolate(p.log_start, p.log_joint, beta) for p in (moved, point))
     gain = after - before + (momentum.pow(2) - speed.pow(2)).sum(-1) / 2
     probability = gain.nan_to_num(-torch.inf, torch.inf).clamp(max=0).exp()
     accepted = torch.rand_like(probability) < probability
@@ -79,7 +79,7 @@ def hmc_step(
     return kept, probability
 
 
-def _between(start: Tensor, joint: Tensor, beta: float) -> Tensor:
+def _interpolate(start: Tensor, joint: Tensor, beta: float) -> Tensor:
     """Returns a log density between the start's and log p(x, u), or its gradient."""
     return joint if beta == 1 else (1 - beta) * start + beta * joint
 
@@ -103,17 +103,17 @@ def walk(target: Target, draws: Tensor, log_weights: Tensor, scale_tril: Tensor)
     start = torch.where(height > -torch.inf, start, start[:1])
     start = start[torch.arange(WALKS, device=start.device) % len(start)].unsqueeze(-1)
 
-    def at(u: Tensor) -> Point:
-        (value,), (slope,) = gradients(lambda v: (target.log_joint(v),), u, target.draws_at_once)
-        return Point(u, value, value, slope, slope)
+    def evaluate(u: Tensor) -> Point:
+        (value,), (grad,) = gradients(lambda v: (target.log_joint(v),), u, target.draws_at_once)
+        return Point(u, value, value, grad, grad)
 
-    point = at(draws.gather(0, start.expand(-1, -1, draws.shape[-1])))
+    point = evaluate(draws.gather(0, start.expand(-1, -1, draws.shape[-1])))
     size = torch.full_like(target.scale[:, 0], target.dim**-0.25)
     visited = []
     for _ in range(MOVES):
         point, probability = hmc_step(
-            at, point, 1, step_size=size, scale_tril=scale_tril, num_leapfrog=LEAPFROG
+            evaluate, point, 1, step_size=size, scale_tril=scale_tril, num_leapfrog=LEAPFROG
         )
-        size = size * (GAIN * (probability.mean(0) - ACCEPTANCE)).exp()
+        size = size * (STEP_SIZE_GAIN * (probability.mean(0) - TARGET_ACCEPTANCE)).exp()
         visited.append(point.u)
     return torch.cat(visited)

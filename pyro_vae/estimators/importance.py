@@ -22,14 +22,14 @@ from pyro_vae.densities import (
     log_mean_exp,
     log_weights,
 )
-from pyro_vae.estimators.coordinates import base, is_discrete
+from pyro_vae.estimators.coordinates import base_distribution, is_discrete
 from pyro_vae.estimators.evidence import Evidence, summarise
 from pyro_vae.estimators.run import check_support, estimator, map_batches, summed
-from pyro_vae.estimators.target import ROWS, Compiled
+from pyro_vae.estimators.target import CHUNK_ROWS, Compiler
 from pyro_vae.runtime import check_fits
 
-DRAWS = 50_000  # most draws held at once; for more the guide runs again
-LARGEST = 8  # largest weights, whose pairs are summed one by one
+MOST_DRAWS = 50_000  # most draws held at once; for more the guide runs again
+NUM_LARGEST = 8  # largest weights, whose pairs are summed one by one
 
 
 @estimator
@@ -87,18 +87,22 @@ def importance_sampling(
     References:
         Burda, Grosse and Salakhutdinov. Importance weighted autoencoders. 2016.
     """
-    rows = ROWS if chunk_size is None else chunk_size
+    rows = CHUNK_ROWS if chunk_size is None else chunk_size
     check_fits(16 * num_samples, f"{num_samples} draws")
     check_choice(("guide", "prior"), proposal=proposal)
     if proposal == "guide":
         d = check_support(model, guide, x, y, rows)
-        sites = {n: site for n, site in d.sites.items() if isinstance(base(site.guide), Delta)}
+        sites = {
+            n: site
+            for n, site in d.sites.items()
+            if isinstance(base_distribution(site.guide), Delta)
+        }
         if points := [name for name, site in sites.items() if not is_discrete(site.model)]:
             raise ValueError(
                 f"the guide is a Delta at {points}, which has no density, so that its weights "
                 "bound nothing: use log_evidence, which starts there"
             )
-    joint = partial(compiled_joint, Compiled()) if compile else log_joint
+    joint = partial(compiled_joint, Compiler()) if compile else log_joint
     parts = map_batches(
         partial(_estimate, num_samples=num_samples, rows=rows, proposal=proposal, joint=joint),
         model,
@@ -128,8 +132,8 @@ def _estimate(
     """Returns the evidence of the data of one batch."""
     draw_from = guide if proposal == "guide" else None
     run = partial(log_weights, model, draw_from, x, y, chunk_size=rows, joint=joint)
-    blocks = torch.ones(num_samples).split(DRAWS)
-    weights = torch.cat([run(num_particles=len(some)).double().cpu() for some in blocks])
+    blocks = torch.ones(num_samples).split(MOST_DRAWS)
+    weights = torch.cat([run(num_particles=len(block)).double().cpu() for block in blocks])
     bounds = convergence(weights).items()
     extras = {f"bound_{k}": bound for k, bound in bounds if k < num_samples}
     for order in range(1, min(3, num_samples)):
@@ -139,15 +143,15 @@ def _estimate(
 
 
 def compiled_joint(
-    fast: Compiled, model: Program, x: Tensor, y: Tensor | None, latents: Latents
+    compiler: Compiler, model: Program, x: Tensor, y: Tensor | None, latents: Latents
 ) -> Tensor:
     """Computes `log_joint` without gradients, compiled for the shapes that come often."""
 
-    def joint(x: Tensor, *given: Tensor) -> Tensor:
-        values = dict(zip(latents, given))
-        return log_joint(model, x, given[-1] if len(given) > len(latents) else None, values)
+    def joint(x: Tensor, *tensors: Tensor) -> Tensor:
+        values = dict(zip(latents, tensors))
+        return log_joint(model, x, tensors[-1] if len(tensors) > len(latents) else None, values)
 
-    return fast(joint, model, x, *latents.values(), *([] if y is None else [y]))
+    return compiler(joint, model, x, *latents.values(), *([] if y is None else [y]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,10 +200,10 @@ def evidence_lower_bound(
     parts, rules = [], {}
     with evaluating(model, guide, seed=seed, device=x.device):
         for rows in torch.arange(len(x), device=x.device).split(max(1, chunk_size // num_samples)):
-            given = x[rows], None if y is None else y[rows]
+            args = x[rows], None if y is None else y[rows]
             total = torch.zeros(2, len(rows), dtype=torch.float64)
-            for some in torch.ones(num_samples).split(max(1, chunk_size // len(rows))):
-                d = densities(model, guide, *given, num_particles=len(some))
+            for chunk in torch.ones(num_samples).split(max(1, chunk_size // len(rows))):
+                d = densities(model, guide, *args, num_particles=len(chunk))
                 if d.num_data != len(rows):
                     raise ValueError(
                         f"the plate 'data' has {d.num_data} rows for {len(rows)} data: an "
@@ -207,14 +211,14 @@ def evidence_lower_bound(
                     )
                 kl = torch.stack(list(d.kl().values())).sum(0)
                 terms = torch.stack([d.log_likelihood.mean(0), kl])
-                total += len(some) / num_samples * terms.double().cpu()
+                total += len(chunk) / num_samples * terms.double().cpu()
                 rules = d.kl_rules
             parts.append(total)
     reconstruction, kl = torch.cat(parts, -1)
     return Bound(reconstruction - kl, reconstruction, kl, rules)
 
 
-lower_bound = unwrap(evidence_lower_bound)  # for data that were checked already
+unchecked_lower_bound = unwrap(evidence_lower_bound)  # for data that were checked already
 
 
 def convergence(log_weights: Tensor) -> dict[int, Tensor]:
@@ -256,18 +260,18 @@ def jackknife(log_weights: Tensor, order: int = 1) -> Tensor:
         raise ValueError(f"order must be 1 or 2 and K larger; got order {order}, K = {K}")
     full = log_mean_exp(log_weights)
     ordered = log_weights.double().sort(0, descending=True).values
-    kept = _log_kept(ordered)  # log(1 - w_i / sum of w)
-    one = kept.mean(0) + math.log(K / (K - 1))  # L_{K-1} - L_K
+    log_others = _log_share_of_others(ordered)  # log(1 - w_i / sum of w)
+    leave_one_out = log_others.mean(0) + math.log(K / (K - 1))  # L_{K-1} - L_K
     if order == 1:
-        return full - ((K - 1) * one).to(full)
-    with_largest = (kept[0] + _log_kept(ordered[1:])).sum(0)
-    odds = (ordered - ordered.logsumexp(0) - kept)[1:].exp()
-    pairs = with_largest + (K - 2) * kept[1:].sum(0) + _sum_over_pairs(odds)
-    two = pairs / (K * (K - 1) / 2) + math.log(K / (K - 2))  # L_{K-2} - L_K
-    return full + ((K - 2) ** 2 / 2 * two - (K - 1) ** 2 * one).to(full)
+        return full - ((K - 1) * leave_one_out).to(full)
+    with_largest = (log_others[0] + _log_share_of_others(ordered[1:])).sum(0)
+    odds = (ordered - ordered.logsumexp(0) - log_others)[1:].exp()
+    pairs = with_largest + (K - 2) * log_others[1:].sum(0) + _sum_over_pairs(odds)
+    leave_two_out = pairs / (K * (K - 1) / 2) + math.log(K / (K - 2))  # L_{K-2} - L_K
+    return full + ((K - 2) ** 2 / 2 * leave_two_out - (K - 1) ** 2 * leave_one_out).to(full)
 
 
-def _log_kept(ordered: Tensor) -> Tensor:
+def _log_share_of_others(ordered: Tensor) -> Tensor:
     """Returns log(1 - w_i / sum of w) [K, B] of falling log weights, exact for the first too."""
     total = ordered.logsumexp(0)
     rest = torch.log1p(-(ordered[1:] - total).exp())
@@ -280,7 +284,7 @@ def _sum_over_pairs(odds: Tensor) -> Tensor:
     Pairs with one of the largest odds are summed one by one; the others, whose products are below
     1 / 64, by the series of the logarithm, from sums of powers.
     """
-    number = min(LARGEST, len(odds))
+    number = min(NUM_LARGEST, len(odds))
     total = torch.zeros_like(odds[0])
     for i in range(number):
         total = total + torch.log1p(-odds[i] * odds[i + 1 :]).sum(0)

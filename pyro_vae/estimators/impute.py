@@ -16,7 +16,7 @@ from pyro_vae.estimators.evidence import Evidence, summarise
 from pyro_vae.estimators.hmc import walk
 from pyro_vae.estimators.refined import LOWEST, METHOD, Fit, fit_proposal
 from pyro_vae.estimators.run import estimator, exact_without_data, map_targets, summed
-from pyro_vae.estimators.target import Run, Target
+from pyro_vae.estimators.target import ModelRun, Target
 from pyro_vae.runtime import check_fits
 
 TOLERANCE = 0.1  # largest standard error, in nats, of data that are called reliable
@@ -95,17 +95,17 @@ class Imputation:
         Each draw is one at a value that is itself drawn from p(c | x).
         """
         joint = torch.stack([part.log_prob for part in parts])
-        share = (joint - joint.logsumexp(0)).exp()  # [C, N]
+        probability = (joint - joint.logsumexp(0)).exp()  # [C, N]
         draws, event = parts[0].draws, [1] * (parts[0].mean.ndim - 1)
-        value = torch.multinomial(share.T, len(draws), True).T
+        value = torch.multinomial(probability.T, len(draws), True).T
         for c, part in enumerate(parts):
             draws = torch.where((value == c).view(*value.shape, *event), part.draws, draws)
-        wide = share.view(*share.shape, *event).to(draws)
+        wide = probability.view(*probability.shape, *event).to(draws)
         means, errors = (torch.stack([getattr(p, k) for p in parts]) for k in ("mean", "stderr"))
-        likeliest = means[share.argmax(0), torch.arange(len(wide[0]))]
+        likeliest = means[probability.argmax(0), torch.arange(len(wide[0]))]
         mean = likeliest + (wide * (means - likeliest)).sum(0)  # exact where all agree
-        of_share = torch.stack([part.evidence.stderr for part in parts]).view(wide.shape)
-        square = (wide * errors).square() + (wide * of_share * (means - mean)).square()
+        probability_stderr = torch.stack([part.evidence.stderr for part in parts]).view(wide.shape)
+        square = (wide * errors).square() + (wide * probability_stderr * (means - mean)).square()
         evidence = Evidence.mixed([part.evidence for part in parts])
         return cls(draws, mean, square.sum(0).sqrt().to(mean), evidence)
 
@@ -187,7 +187,7 @@ def impute(
         sets. 2019.
     """
     check_choice(("refined", "guide"), proposal=proposal)
-    estimate = _imputed if proposal == "refined" else _guided
+    estimate = _impute_by_fit if proposal == "refined" else _impute_by_guide
     check_fits(x.element_size() * num_draws * x.numel(), f"{num_draws} draws of all data")
     parts = map_targets(
         partial(estimate, num_draws=num_draws, num_samples=num_samples),
@@ -205,44 +205,48 @@ def impute(
     return replace(found, evidence=exact_without_data(found.evidence, model, guide, x, y).of(x))
 
 
-def _imputed(target: Target, num_draws: int, num_samples: int) -> Imputation:
+def _impute_by_fit(target: Target, num_draws: int, num_samples: int) -> Imputation:
     """Imputes B data, again with more components and 4 K draws where not reliable."""
     fit = fit_proposal(target)
-    found, places, weights = _drawn(fit, num_samples, num_draws)
+    found, u, weights = _impute_by_draws(fit, num_samples, num_draws)
     short = [i for i, verdict in enumerate(found.verdict) if verdict != "reliable"]
     if not short:
         return found
     rows = torch.tensor(short, device=target.x.device)
-    poor = fit.rows(rows)
-    start = places[:, rows], weights[:, rows]
-    visited = walk(poor.target, *start, scale_tril=poor.proposal.scale_tril)
-    again, *_ = _drawn(poor.with_components(visited), 4 * num_samples, num_draws)
+    unreliable = fit.rows(rows)
+    start = u[:, rows], weights[:, rows]
+    visited = walk(unreliable.target, *start, scale_tril=unreliable.proposal.scale_tril)
+    again, *_ = _impute_by_draws(unreliable.with_components(visited), 4 * num_samples, num_draws)
     index = torch.arange(len(found))
     index[short] = len(found) + torch.arange(len(short))
     return Imputation.cat([found, again]).rows(index)
 
 
-def _drawn(fit: Fit, num_samples: int, num_draws: int) -> tuple[Imputation, Tensor, Tensor]:
+def _impute_by_draws(
+    fit: Fit, num_samples: int, num_draws: int
+) -> tuple[Imputation, Tensor, Tensor]:
     """Imputes by K draws of a fitted proposal; returns also these and their log weights."""
-    places = torch.cat([*fit.draws(num_samples)])
-    weights, mean, stderr = _moments(fit.target, fit.weighed(places, num_samples))
+    u = torch.cat([*fit.draws(num_samples)])
+    weights, mean, stderr = _moments(fit.target, fit.weighted_runs(u, num_samples))
     evidence = fit.judge(summarise(weights.cpu(), METHOD, "doubtful"), TOLERANCE)
-    draws = _picked(fit.target, places, weights, num_draws)
-    return Imputation(draws, mean, stderr, evidence), places, weights
+    draws = _resample(fit.target, u, weights, num_draws)
+    return Imputation(draws, mean, stderr, evidence), u, weights
 
 
-def _guided(target: Target, num_draws: int, num_samples: int) -> Imputation:
+def _impute_by_guide(target: Target, num_draws: int, num_samples: int) -> Imputation:
     """Imputes B data by draws of the guide."""
     counts = torch.ones(num_samples).split(target.draws_at_once)
     draws = [target.draw_guide(len(count)) for count in counts]  # all at once do not fit in cache
-    runs = ((run.log_joint - target.log_guide(u), run) for u in draws for run in [target.at(u)])
+    runs = (
+        (run.log_joint - target.log_guide(u), run) for u in draws for run in [target.run_model(u)]
+    )
     weights, mean, stderr = _moments(target, runs)
     evidence = summarise(weights.cpu(), "importance sampling, guide", "lower bound")
-    picked = _picked(target, torch.cat(draws), weights, num_draws)
+    picked = _resample(target, torch.cat(draws), weights, num_draws)
     return Imputation(picked, mean, stderr, evidence)
 
 
-def _picked(target: Target, places: Tensor, weights: Tensor, num_draws: int) -> Tensor:
+def _resample(target: Target, draws: Tensor, weights: Tensor, num_draws: int) -> Tensor:
     """Completes data [R, B, *E] at R of the draws [K, B, D], picked in proportion to weights.
 
     Raises:
@@ -253,14 +257,16 @@ def _picked(target: Target, places: Tensor, weights: Tensor, num_draws: int) -> 
             "what is missing cannot be imputed where log p(x) is -inf at all draws, as in a row "
             f"that begins {target.x[none[0, 0]].flatten()[:5].tolist()}: leave it out"
         )
-    share = torch.softmax(weights, 0)
-    picked = torch.multinomial(share.T, num_draws, True).T.unsqueeze(-1)
-    chosen = places.gather(0, picked.expand(-1, -1, places.shape[-1]))
+    probability = torch.softmax(weights, 0)
+    picked = torch.multinomial(probability.T, num_draws, True).T.unsqueeze(-1)
+    chosen = draws.gather(0, picked.expand(-1, -1, draws.shape[-1]))
     parts = chosen.split(target.draws_at_once)
-    return torch.cat([target.at(u).complete().cpu() for u in parts])
+    return torch.cat([target.run_model(u).complete().cpu() for u in parts])
 
 
-def _moments(target: Target, runs: Iterable[tuple[Tensor, Run]]) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(
+    target: Target, runs: Iterable[tuple[Tensor, ModelRun]]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns log weights [K, B]; means [B, *E] of completed data and their Monte Carlo errors.
 
     Each of `runs` is a run of the model with the log weights of its draws. Sums are kept in units
@@ -275,10 +281,10 @@ def _moments(target: Target, runs: Iterable[tuple[Tensor, Run]]) -> tuple[Tensor
             centre = data[0]  # so that few digits cancel below
         weights.append(weight)
         before, largest = largest, torch.maximum(largest, weight.amax(0).unsqueeze(-1))
-        w, less = (weight.unsqueeze(-1) - largest).exp(), (before - largest).exp()
+        w, shrink = (weight.unsqueeze(-1) - largest).exp(), (before - largest).exp()
         v = w * (data - centre)
         terms = zip(sums, (w, v, w * w, w * v, v * v), (1, 1, 2, 2, 2))
-        sums = [total * less**power + term.sum(0) for total, term, power in terms]
+        sums = [total * shrink**power + term.sum(0) for total, term, power in terms]
     total, mean, squares, cross, square = sums
     mean = mean / total
     error = (square - 2 * mean * cross + mean.square() * squares).clamp(min=0).sqrt() / total

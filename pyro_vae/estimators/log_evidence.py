@@ -16,14 +16,14 @@ from pyro_vae.arguments import digest_of
 from pyro_vae.densities import NotSimulated, Program, summed_values
 from pyro_vae.estimators.escalating import escalate
 from pyro_vae.estimators.evidence import Evidence
-from pyro_vae.estimators.importance import lower_bound
+from pyro_vae.estimators.importance import unchecked_lower_bound
 from pyro_vae.estimators.run import estimator, for_each_value, map_targets, summed
-from pyro_vae.estimators.target import ROWS, Target
+from pyro_vae.estimators.target import CHUNK_ROWS, Target
 
 REGRET_DRAWS = 16  # draws of the guide, from which its ELBO is estimated
-REACH = 0.3  # nats by which one exact draw may raise the estimate of a reliable datum
-SLACK = 4.0  # largest average gap of reliable data, in units of the squared tolerance
-FEWEST, MOST, SHARE = 24, 64, 8  # simulated data: N / 8, but from 24 to 64
+LARGEST_GAP = 0.3  # nats by which one exact draw may raise the estimate of a reliable datum
+GAP_FACTOR = 4.0  # largest average gap of reliable data, in units of the squared tolerance
+LEAST_AUDITED, MOST_AUDITED, ROWS_PER_AUDITED = 24, 64, 8  # simulated data: N / 8, from 24 to 64
 
 
 @estimator
@@ -106,24 +106,24 @@ def log_evidence(
     """
     if not isinstance(audit, bool | Audit):
         raise ValueError(f"audit must be True, False or an Audit; got {audit!r}")
-    given = model, guide, x, y
-    rows = chunk_size or ROWS
+    inputs = model, guide, x, y
+    rows = chunk_size or CHUNK_ROWS
     options: dict[str, Any]
     options = {"chunk_size": chunk_size, "devices": devices, "seed": seed, "progress": progress}
     limit = math.inf if budget is None else budget
     estimate = partial(escalate, tolerance=tolerance, budget=limit)
-    evidence = Evidence.cat(map_targets(estimate, *given, compile=compile, **options))
-    bound = lower_bound(*given, num_samples=REGRET_DRAWS, chunk_size=rows, seed=seed)
+    evidence = Evidence.cat(map_targets(estimate, *inputs, compile=compile, **options))
+    bound = unchecked_lower_bound(*inputs, num_samples=REGRET_DRAWS, chunk_size=rows, seed=seed)
     evidence = replace(evidence, extras={"regret": evidence.log_prob - bound.elbo})
     if audit is False or "reliable" not in evidence.verdict:
         return evidence
     options |= {"tolerance": tolerance, "budget": budget}
     try:
-        made = kept_audit(*given, **options) if audit is True else audit
+        used = kept_audit(*inputs, **options) if audit is True else audit
     except NotSimulated as error:
         return replace(evidence, audit=f"none: {error}")
-    verdict = evidence.verdict if made.passed else ["doubtful"] * len(evidence)
-    return replace(evidence, verdict=verdict, audit=str(made))
+    verdict = evidence.verdict if used.passed else ["doubtful"] * len(evidence)
+    return replace(evidence, verdict=verdict, audit=str(used))
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,13 +170,15 @@ class Audit:
         """
         gap = self.gap[self.reliable]
         most = len(gap) > len(self) / 2
-        return bool(most and gap.mean() < SLACK * self.tolerance**2 and (gap <= REACH).all())
+        return bool(
+            most and gap.mean() < GAP_FACTOR * self.tolerance**2 and (gap <= LARGEST_GAP).all()
+        )
 
     def __str__(self) -> str:
         gap = self.gap[self.reliable]
         return (
             f"{'passed' if self.passed else 'FAILED'}: of {len(self)} simulated data "
-            f"{len(gap)} reliable, {int((gap > REACH).sum())} of them beyond reach, "
+            f"{len(gap)} reliable, {int((gap > LARGEST_GAP).sum())} of them beyond reach, "
             f"gap {gap.mean() if len(gap) else 0:.3f}"
         )
 
@@ -242,7 +244,7 @@ def audit(
     if values := summed_values(model, x, y):
         if y is not None:
             raise ValueError(f"audit holds {sorted(values)} at each value: expected no y, got one")
-        given = {
+        arguments = {
             "model": model,
             "guide": guide,
             "x": x,
@@ -254,11 +256,11 @@ def audit(
             "seed": seed,
             "progress": progress,
         }
-        return Audit.cat(for_each_value(audit, given, values))
+        return Audit.cat(for_each_value(audit, arguments, values))
     rows = (torch.arange(num_data, device=x.device) * max(1, len(x) // num_data)) % len(x)
     limit = math.inf if budget is None else budget
     parts = map_targets(
-        partial(_audited, tolerance=tolerance, budget=limit),
+        partial(_audit_target, tolerance=tolerance, budget=limit),
         model,
         guide,
         x[rows],
@@ -272,22 +274,22 @@ def audit(
     return Audit.cat(parts)
 
 
-def _audited(template: Target, tolerance: float, budget: float) -> Audit:
+def _audit_target(template: Target, tolerance: float, budget: float) -> Audit:
     target, exact = template.simulated()
     evidence = escalate(target, tolerance, budget, exact)
-    number, star = evidence.num_samples, evidence.extras["exact"] - evidence.num_samples.log()
-    upper = torch.logaddexp(evidence.log_prob + torch.log1p(-1 / number), star)
+    number, log_exact = evidence.num_samples, evidence.extras["exact"] - evidence.num_samples.log()
+    upper = torch.logaddexp(evidence.log_prob + torch.log1p(-1 / number), log_exact)
     return Audit(replace(evidence, extras={}), upper, tolerance)
 
 
-KEPT: WeakKeyDictionary[nn.Module, tuple[Any, Audit]] = WeakKeyDictionary()
+AUDITS: WeakKeyDictionary[nn.Module, tuple[Any, Audit]] = WeakKeyDictionary()
 
 
 def kept_audit(
     model: Program, guide: Program, x: Tensor, y: Tensor | None, **options: Any
 ) -> Audit:
     """Returns an audit of a size that suits x, or the module's last one if it still applies."""
-    num_data = min(max(len(x) // SHARE, FEWEST), MOST)
+    num_data = min(max(len(x) // ROWS_PER_AUDITED, LEAST_AUDITED), MOST_AUDITED)
     owner, other = (getattr(program, "__self__", None) for program in (model, guide))
     if not isinstance(owner, nn.Module) or id(owner) != id(other):
         return audit(model, guide, x, y, num_data=num_data, **options)
@@ -295,6 +297,6 @@ def kept_audit(
     names = [getattr(program, "__name__", "") for program in (model, guide)]
     asked = [options[name] for name in ("tolerance", "budget", "seed")]
     key = (digest_of(*state, x.isnan(), y), x.shape[1:], x.dtype, *names, *asked)
-    if owner not in KEPT or KEPT[owner][0] != key or len(KEPT[owner][1]) < num_data:
-        KEPT[owner] = key, audit(model, guide, x, y, num_data=num_data, **options)
-    return KEPT[owner][1]
+    if owner not in AUDITS or AUDITS[owner][0] != key or len(AUDITS[owner][1]) < num_data:
+        AUDITS[owner] = key, audit(model, guide, x, y, num_data=num_data, **options)
+    return AUDITS[owner][1]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyro_vae.estimators.evidence import Evidence, summarise
-from pyro_vae.estimators.proposal import CONVERGED, ROUNDS, Adam, laplace
+from pyro_vae.estimators.proposal import CONVERGED, NEWTON_STEPS, Adam, laplace
 from pyro_vae.estimators.target import Target, gradients
 
 GUIDE_DRAWS = 32  # draws from which the guide's mean is estimated
@@ -20,13 +20,13 @@ EPS = 1e-8
 MORE_STARTS, MOST_ROUNDS = 16, 8  # starts of a further round, and most such rounds
 PATIENCE = 8  # starts for each known mode that end the search if they find no new one
 MOST_MODES = 24  # number above which the search gives up
-LINES = 64  # most coordinates, and most principal directions, that are walked along
-IDLE = 0.05  # largest |log variance| of a direction that the data do not inform
-UNITS = 24  # most informed coordinates, of which pairs are exchanged
-WALK = (-2.5, -1.25, 0.0, 1.25, 2.5)  # positions along a line, from the prior's median
-STRIDES = (2.5, 4.5, 6.5, 8.5)  # steps from a mode along a line, in its standard deviations
+MOST_LINES = 64  # most coordinates, and most principal directions, that are walked along
+UNINFORMED = 0.05  # largest |log variance| of a direction that the data do not inform
+MOST_EXCHANGED = 24  # most informed coordinates, of which pairs are exchanged
+LINE_POSITIONS = (-2.5, -1.25, 0.0, 1.25, 2.5)  # positions along a line, from the prior's median
+LINE_STEPS = (2.5, 4.5, 6.5, 8.5)  # steps from a mode along a line, in its standard deviations
 BARRIER = 0.5  # nats by which the density must dip between two modes
-NEGLIGIBLE = 20.0  # nats below the highest mode, where others are dropped
+NEGLIGIBLE_NATS = 20.0  # nats below the highest mode, where others are dropped
 
 
 class Modes(NamedTuple):
@@ -38,14 +38,14 @@ class Modes(NamedTuple):
         tril: Factors of the covariances there [M, D, D], inverses of the negative Hessians.
         simple: log p(x) of B data by simple Monte Carlo from the prior's draws: an estimate that
             is well below it missed something.
-        complete: Whether the search ended because nothing new was found [B].
+        search_ended: Whether the search ended because nothing new was found [B].
     """
 
     row: Tensor
     u: Tensor
     tril: Tensor
-    simple: Evidence
-    complete: Tensor
+    prior_evidence: Evidence
+    search_ended: Tensor
 
 
 def find_modes(target: Target, num_starts: int) -> Modes:
@@ -66,25 +66,29 @@ def find_modes(target: Target, num_starts: int) -> Modes:
         num_starts: Starts of each datum after the first mode; with 1 there is no search.
     """
     draws, log_prior, log_likelihood = target.draw_prior(PRIOR_DRAWS)
-    simple = summarise(log_likelihood.cpu(), "importance sampling, prior", "lower bound")
+    prior_evidence = summarise(log_likelihood.cpu(), "importance sampling, prior", "lower bound")
     gumbel = -torch.empty_like(log_likelihood).exponential_().log()
     likely = _gather(draws, (log_likelihood + gumbel).topk(LIKELY_DRAWS, 0).indices).nan_to_num()
     best = _gather(draws, (log_prior + log_likelihood).argmax(0, keepdim=True)).nan_to_num()
     guide = target.draw_guide(GUIDE_DRAWS)
     mean = torch.where(guide.isfinite(), guide, torch.nan).nanmean(0, keepdim=True).nan_to_num()
-    known = target.prior_mean
-    centre = torch.where(known.isnan(), draws.nan_to_num().median(0).values, known)
+    prior_mean = target.prior_mean
+    centre = torch.where(prior_mean.isnan(), draws.nan_to_num().median(0).values, prior_mean)
     search = _Search(target, torch.cat([mean, best]), likely, centre)
-    row, u, complete = search.run(num_starts)
-    return Modes(row, *search.polished(row, u), simple, complete)
+    row, u, search_ended = search.run(num_starts)
+    return Modes(row, *search.polished(row, u), prior_evidence, search_ended)
 
 
 def search_cost(dim: int, num_starts: int = 5) -> int:
     """Returns how often the search evaluates the model for a datum of one mode."""
-    lines, units = 2 * min(dim, LINES), min(dim, UNITS)
-    walks = lines * (len(WALK) + 1 + 2 * len(STRIDES)) + units * (units - 1) // 2 + MORE_STARTS
+    lines, exchanged = 2 * min(dim, MOST_LINES), min(dim, MOST_EXCHANGED)
+    walks = (
+        lines * (len(LINE_POSITIONS) + 1 + 2 * len(LINE_STEPS))
+        + exchanged * (exchanged - 1) // 2
+        + MORE_STARTS
+    )
     number = num_starts + 1
-    climbs = 2 * FIRST_STEPS + ROUNDS * (dim + 6) + number * (STEPS + 3)
+    climbs = 2 * FIRST_STEPS + NEWTON_STEPS * (dim + 6) + number * (STEPS + 3)
     return PRIOR_DRAWS + climbs + walks + 3 * number * (number + 1) // 2
 
 
@@ -111,9 +115,9 @@ class _Search:
     def run(self, num_starts: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns row [M] and position [M, D] of each mode, and whose search ended [B]."""
         rows = torch.arange(self.centre.shape[0], device=self.centre.device)
-        complete = torch.zeros_like(rows, dtype=torch.bool)
+        search_ended = torch.zeros_like(rows, dtype=torch.bool)
         if num_starts == 1:
-            return rows, self.known[0], complete
+            return rows, self.known[0], search_ended
         known, number, fruitless, found = self.known, torch.ones_like(rows), 0 * rows, []
         for origin in range(MOST_ROUNDS + 1):
             u, keep = self._extend(rows, known, MORE_STARTS if origin else num_starts, origin)
@@ -121,14 +125,14 @@ class _Search:
             number = keep.sum(0)
             ended = fruitless >= PATIENCE * number
             over = ended | (number > MOST_MODES) | (origin == MOST_ROUNDS)
-            complete[rows] = ended
+            search_ended[rows] = ended
             found.append((rows[over], u[:, over], keep[:, over]))
             if over.all():
                 break
             rows, number, fruitless = rows[~over], number[~over], fruitless[~over]
             known = u[: int(number.max()), ~over]  # the distinct ones come first
         row = torch.cat([rows.expand(keep.shape)[keep] for rows, _, keep in found])
-        return row, torch.cat([u[keep] for _, u, keep in found]), complete
+        return row, torch.cat([u[keep] for _, u, keep in found]), search_ended
 
     def polished(self, row: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the modes [M, D] climbed to the top, and factors of their covariances [M, D, D].
@@ -153,25 +157,30 @@ class _Search:
         starts = self._starts(target, rows, known, number, origin % len(known))
         starts = starts if origin else torch.cat([starts, self.lower[:, rows]])
         tril = self.tril[rows]
-        more = _climb(target, starts, tril, STEPS, _far(tril, starts - known[0]))
-        return _distinct(target, torch.cat([known, more]))
+        more = _climb(target, starts, tril, STEPS, _step_sizes(tril, starts - known[0]))
+        return _distinct_modes(target, torch.cat([known, more]))
 
     def _starts(
         self, target: Target, rows: Tensor, known: Tensor, number: int, origin: int
     ) -> Tensor:
         """Returns points beyond valleys, then likely draws far from all others."""
         mode, centre = known[origin], self.centre[rows]
-        walked, reach = _walk(target, mode, self.lines[:, rows], self.spread[:, rows], centre)
-        exchanged, gain = _exchange(target, mode, self.pairs[:, rows], centre)
+        on_lines, line_height = _beyond_valleys(
+            target, mode, self.lines[:, rows], self.spread[:, rows], centre
+        )
+        exchanged, exchange_height = _exchanges(target, mode, self.pairs[:, rows], centre)
         others = torch.cat([known[:origin], known[origin + 1 : number]])
-        onward, rise = _onward(target, mode, others)
-        points, height = torch.cat([walked, exchanged, onward]), torch.cat([reach, gain, rise])
-        new = _apart(target, others, points, height)
-        height, order = torch.where(new, height, -torch.inf).sort(0, descending=True)
+        reflected, reflection_height = _reflections(target, mode, others)
+        points, height = (
+            torch.cat([on_lines, exchanged, reflected]),
+            torch.cat([line_height, exchange_height, reflection_height]),
+        )
+        separate = _is_separate(target, others, points, height)
+        height, order = torch.where(separate, height, -torch.inf).sort(0, descending=True)
         beyond, likely, starts = _gather(points, order), self.likely[:, rows], list(known)
         for i in range(number):
-            far = torch.stack([(likely - start).norm(dim=-1) for start in starts]).amin(0)
-            start = _gather(likely, far.argmax(0, keepdim=True))[0]
+            distance = torch.stack([(likely - start).norm(dim=-1) for start in starts]).amin(0)
+            start = _gather(likely, distance.argmax(0, keepdim=True))[0]
             if i < min(number // 2, len(height)):
                 start = torch.where(height[i].isfinite().unsqueeze(-1), beyond[i], start)
             starts.append(start)
@@ -186,78 +195,80 @@ def _directions(tril: Tensor) -> tuple[Tensor, Tensor]:
     """
     D = tril.shape[-1]
     covariance = tril @ tril.mT
-    units, much = _informed(covariance.diagonal(dim1=-2, dim2=-1))
-    axes = torch.eye(D, dtype=tril.dtype, device=tril.device)[units]
+    axis_order, num_axes = _most_informed(covariance.diagonal(dim1=-2, dim2=-1))
+    axes = torch.eye(D, dtype=tril.dtype, device=tril.device)[axis_order]
     variance, vectors = torch.linalg.eigh(covariance)
-    order, more = _informed(variance)
-    vectors = _gather(vectors.permute(2, 0, 1), order.T).transpose(0, 1)
-    number = min(D, UNITS)
+    vector_order, num_vectors = _most_informed(variance)
+    vectors = _gather(vectors.permute(2, 0, 1), vector_order.T).transpose(0, 1)
+    number = min(D, MOST_EXCHANGED)
     a, b = torch.triu_indices(number, number, 1, device=tril.device)
     pairs = (axes[:, a] - axes[:, b]) / 2**0.5
-    lines = torch.cat([axes[:, :much], vectors[:, :more]], 1)
+    lines = torch.cat([axes[:, :num_axes], vectors[:, :num_vectors]], 1)
     return lines.transpose(0, 1), pairs.transpose(0, 1)
 
 
-def _informed(variance: Tensor) -> tuple[Tensor, int]:
+def _most_informed(variance: Tensor) -> tuple[Tensor, int]:
     """Returns the order of variances [B, D], least like 1 first, and how many to keep."""
     size, order = variance.log().abs().sort(-1, descending=True)
-    return order, min(LINES, max(1, int((size > IDLE).sum(-1).max())))
+    return order, min(MOST_LINES, max(1, int((size > UNINFORMED).sum(-1).max())))
 
 
-def _walk(
+def _beyond_valleys(
     target: Target, mode: Tensor, lines: Tensor, spread: Tensor, centre: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Returns the highest point beyond a valley on each line [R, B, D], and its height [R, B].
 
     The height is minus infinity where there is no valley.
     """
-    here = ((mode - centre) * lines).sum(-1)  # [R, B]
-    strides = mode.new_tensor([*(-s for s in STRIDES), *STRIDES]).view(-1, 1, 1) * spread
-    fixed = mode.new_tensor(WALK).view(-1, 1, 1) - here
-    steps = torch.cat([fixed, -2 * here.unsqueeze(0), strides]).sort(0).values  # and the mirror
+    offset = ((mode - centre) * lines).sum(-1)  # [R, B]
+    strides = mode.new_tensor([*(-s for s in LINE_STEPS), *LINE_STEPS]).view(-1, 1, 1) * spread
+    fixed = mode.new_tensor(LINE_POSITIONS).view(-1, 1, 1) - offset
+    steps = torch.cat([fixed, -2 * offset.unsqueeze(0), strides]).sort(0).values  # and the mirror
     points = mode + steps.unsqueeze(-1) * lines
     height = target.log_joint(points.flatten(0, 1)).view(steps.shape)
     ahead = torch.where(steps > 0, height, torch.inf).cummin(0).values
     behind = torch.where(steps < 0, height, torch.inf).flip(0).cummin(0).values.flip(0)
     valley = torch.where(steps > 0, ahead, behind)
-    reach, best = torch.where(valley < height - BARRIER, height, -torch.inf).max(0)
-    return points.gather(0, best.unsqueeze(-1).expand_as(lines).unsqueeze(0))[0], reach
+    highest, best = torch.where(valley < height - BARRIER, height, -torch.inf).max(0)
+    return points.gather(0, best.unsqueeze(-1).expand_as(lines).unsqueeze(0))[0], highest
 
 
-def _exchange(
+def _exchanges(
     target: Target, mode: Tensor, pairs: Tensor, centre: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Returns the mode with two coordinates exchanged, for the best pairs, and its heights."""
-    way = ((mode - centre) * pairs).sum(-1, keepdim=True) * pairs
+    half_path = ((mode - centre) * pairs).sum(-1, keepdim=True) * pairs
     if not len(pairs):
-        return way, way[..., 0]
-    height, best = target.log_joint(mode - 2 * way).sort(0, descending=True)
-    way, height = _gather(way, best[:MORE_STARTS]), height[:MORE_STARTS]
-    valid = target.log_joint(mode - way) < height - BARRIER
-    return mode - 2 * way, torch.where(valid, height, -torch.inf)
+        return half_path, half_path[..., 0]
+    height, best = target.log_joint(mode - 2 * half_path).sort(0, descending=True)
+    half_path, height = _gather(half_path, best[:MORE_STARTS]), height[:MORE_STARTS]
+    valid = target.log_joint(mode - half_path) < height - BARRIER
+    return mode - 2 * half_path, torch.where(valid, height, -torch.inf)
 
 
-def _onward(target: Target, mode: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+def _reflections(target: Target, mode: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """Returns reflections of the mode in `others` and of these in it, with their heights."""
     points = torch.cat([2 * mode - others, 2 * others - mode])
     if not len(points):
         return points, points[..., 0]
     height = target.log_joint(points)
     origins = torch.cat([mode.expand_as(others), others])
-    valid = _valley(target, origins, points, 1) < height - BARRIER
+    valid = _lowest_between(target, origins, points, 1) < height - BARRIER
     return points, torch.where(valid, height, -torch.inf)
 
 
-def _apart(target: Target, known: Tensor, points: Tensor, height: Tensor) -> Tensor:
+def _is_separate(target: Target, known: Tensor, points: Tensor, height: Tensor) -> Tensor:
     """Returns whether a valley lies between each point [R, B, D] and every known mode."""
-    apart = height > -torch.inf
-    rows = apart.any(0).nonzero()[:, 0]
+    separate = height > -torch.inf
+    rows = separate.any(0).nonzero()[:, 0]
     if not len(rows):
-        return apart
+        return separate
     part = target.rows(rows)
     for mode in known[:, rows]:
-        apart[:, rows] &= _valley(part, mode, points[:, rows], 7) < height[:, rows] - BARRIER
-    return apart
+        separate[:, rows] &= (
+            _lowest_between(part, mode, points[:, rows], 7) < height[:, rows] - BARRIER
+        )
+    return separate
 
 
 def _climb(
@@ -272,23 +283,23 @@ def _climb(
         num_steps: Number of steps.
         lr: Size of the first step, in units of the metric; for all, or each start [S, B, 1].
     """
-    moved, place = torch.zeros_like(starts), starts
-    adam = Adam([moved], num_steps=num_steps, lr=1.0, eps=EPS)
+    offset, points = torch.zeros_like(starts), starts
+    adam = Adam([offset], num_steps=num_steps, lr=1.0, eps=EPS)
     for _ in range(num_steps):
-        (slope,) = gradients(lambda u: (target.log_joint(u),), place, target.draws_at_once)[1]
-        adam.ascend(torch.einsum("bji,kbj->kbi", tril, slope))
-        place = starts + lr * torch.einsum("bij,kbj->kbi", tril, moved)
-    better = target.log_joint(place) > target.log_joint(starts)
-    return torch.where(better.unsqueeze(-1), place, starts)
+        (grad,) = gradients(lambda u: (target.log_joint(u),), points, target.draws_at_once)[1]
+        adam.ascend(torch.einsum("bji,kbj->kbi", tril, grad))
+        points = starts + lr * torch.einsum("bij,kbj->kbi", tril, offset)
+    better = target.log_joint(points) > target.log_joint(starts)
+    return torch.where(better.unsqueeze(-1), points, starts)
 
 
-def _far(tril: Tensor, difference: Tensor) -> Tensor:
+def _step_sizes(tril: Tensor, difference: Tensor) -> Tensor:
     """Returns step sizes [S, B, 1] with which climbs can reach twice as far as a mode is."""
-    white = torch.linalg.solve_triangular(tril, difference.permute(1, 2, 0), upper=False)
-    return (4 / STEPS * white.abs().amax(1).T.unsqueeze(-1)).clamp(min=LR)
+    whitened = torch.linalg.solve_triangular(tril, difference.permute(1, 2, 0), upper=False)
+    return (4 / STEPS * whitened.abs().amax(1).T.unsqueeze(-1)).clamp(min=LR)
 
 
-def _distinct(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
+def _distinct_modes(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
     """Sorts the points [S, B, D]; returns them and which are distinct modes [S, B].
 
     A point is distinct if the density dips on the way to every higher mode; the highest always
@@ -296,19 +307,19 @@ def _distinct(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
     """
     height, order = target.log_joint(u).sort(0, descending=True)
     u = _gather(u, order)
-    keep = height > height[0] - NEGLIGIBLE
+    keep = height > height[0] - NEGLIGIBLE_NATS
     keep[0] = True
     for lower in range(1, len(u)):
-        dips = _valley(target, u[lower], u[:lower], 3) < height[lower] - BARRIER
+        dips = _lowest_between(target, u[lower], u[:lower], 3) < height[lower] - BARRIER
         keep[lower] &= (~keep[:lower] | dips).all(0)
     order = (~keep).int().sort(dim=0, stable=True).indices
     return _gather(u, order), keep.gather(0, order)
 
 
-def _valley(target: Target, a: Tensor, b: Tensor, number: int) -> Tensor:
+def _lowest_between(target: Target, a: Tensor, b: Tensor, number: int) -> Tensor:
     """Returns the lowest log density [R, B] at `number` points between a and b [R, B, D]."""
-    way = torch.cat([a.lerp(b, t / (number + 1)) for t in range(1, number + 1)])
-    return target.log_joint(way).unflatten(0, (number, -1)).amin(0)
+    path = torch.cat([a.lerp(b, t / (number + 1)) for t in range(1, number + 1)])
+    return target.log_joint(path).unflatten(0, (number, -1)).amin(0)
 
 
 def _gather(u: Tensor, index: Tensor) -> Tensor:

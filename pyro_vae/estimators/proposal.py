@@ -13,22 +13,22 @@ from torch.distributions import Chi2
 from pyro_vae.estimators.target import Target, gradients
 
 LEAST_DF = 20  # fewest degrees of freedom of the components
-FLOOR, CEILING = 0.5, 1e12  # bounds of the precision's eigenvalues, in units of the prior's
-ROUNDS = 3  # most Newton steps
+LEAST_PRECISION, MOST_PRECISION = 0.5, 1e12  # bounds of eigenvalues, in units of the prior's
+NEWTON_STEPS = 3  # most Newton steps
 CONVERGED = 0.01  # nats that a Newton step promises, below which none is taken
 STEP_SIZES = (1.0, 0.5, 0.2, 0.05)
-DECAYS = (0.9, 0.999)
+ADAM_DECAYS = (0.9, 0.999)
 FIT_STEPS = 100
 LEAST_DRAWS = 8
 FIT_LR = 0.1
-FIT_EPS = 1.0  # slopes are in nats per standard deviation
-STEEPEST = 1e12  # largest slope: its square is still finite in float32
-CHECKS = 64  # draws that compare the fitted Gaussian with the first
+FIT_EPS = 1.0  # gradients are in nats per standard deviation
+LARGEST_GRADIENT = 1e12  # largest component: its square is still finite in float32
+CHECK_DRAWS = 64  # draws that compare the fitted Gaussian with the first
 MOST_COMPONENTS = 24
 ROUND_DRAWS = 200  # draws of each new component; the first mixture has twice as many
-LARGEST = 10.0  # largest weight, over the average, that needs no further component
+LARGEST_WEIGHT = 10.0  # largest weight, over the average, that needs no further component
 EM_STEPS = 8  # steps that fit the weights of the components
-LEAST = 0.01  # added to each component's share of the draws
+LEAST_SHARE = 0.01  # added to each component's share of the draws
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,18 +71,18 @@ class Proposal:
         component = torch.multinomial(self.log_weight.exp().T, num_draws, True).T
         draws = torch.zeros_like(noise)
         for c, (loc, tril) in enumerate(zip(self.loc, self.tril)):
-            mine = loc + torch.einsum("bij,kbj->kbi", tril, noise)
-            draws = torch.where((component == c).unsqueeze(-1), mine, draws)
+            drawn = loc + torch.einsum("bij,kbj->kbi", tril, noise)
+            draws = torch.where((component == c).unsqueeze(-1), drawn, draws)
         return draws
 
     def log_prob(self, u: Tensor) -> Tensor:
         """Returns log q(u) [K, B] of u [K, B, D]."""
         D, df, terms = u.shape[-1], max(LEAST_DF, u.shape[-1]), []
         for log_weight, loc, tril in zip(self.log_weight, self.loc, self.tril):
-            white = torch.linalg.solve_triangular(tril, (u - loc).permute(1, 2, 0), upper=False)
+            whitened = torch.linalg.solve_triangular(tril, (u - loc).permute(1, 2, 0), upper=False)
             height = log_weight - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-            away = torch.log1p(white.pow(2).sum(1).T / df)
-            terms.append(height - (df + D) / 2 * away)
+            log_distance = torch.log1p(whitened.pow(2).sum(1).T / df)
+            terms.append(height - (df + D) / 2 * log_distance)
         constant = math.lgamma((df + D) / 2) - math.lgamma(df / 2)
         return torch.stack(terms).logsumexp(0) + constant - D / 2 * math.log(df * math.pi)
 
@@ -98,17 +98,17 @@ def laplace(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
     u, tril = u.clone(), u.new_empty(*u.shape, u.shape[1])
     rows = torch.arange(len(u), device=u.device)
     sizes = u.new_tensor((0.0, *STEP_SIZES)).view(-1, 1, 1)
-    for _ in range(ROUNDS):
-        slope, precision = curvature(target, u[rows])
-        tril[rows] = root = factor(precision)
-        white = root.mT @ slope.unsqueeze(-1)
-        far = ~(white.square().sum((-2, -1)) / 2 < CONVERGED)  # also where it is not a number
-        if not far.any():
+    for _ in range(NEWTON_STEPS):
+        grad, precision = curvature(target, u[rows])
+        tril[rows] = root = covariance_factor(precision)
+        whitened = root.mT @ grad.unsqueeze(-1)
+        unconverged = ~(whitened.square().sum((-2, -1)) / 2 < CONVERGED)  # also where it is NaN
+        if not unconverged.any():
             break
-        rows, target = rows[far], target.rows(far)
-        tried = u[rows] + sizes * (root[far] @ white[far]).squeeze(-1)
-        best = target.log_joint(tried).nan_to_num(-torch.inf).argmax(0)
-        u[rows] = tried[best, torch.arange(len(rows), device=u.device)]
+        rows, target = rows[unconverged], target.rows(unconverged)
+        candidates = u[rows] + sizes * (root[unconverged] @ whitened[unconverged]).squeeze(-1)
+        best = target.log_joint(candidates).nan_to_num(-torch.inf).argmax(0)
+        u[rows] = candidates[best, torch.arange(len(rows), device=u.device)]
     return u, tril
 
 
@@ -119,34 +119,34 @@ def curvature(target: Target, u: Tensor) -> tuple[Tensor, Tensor]:
         leaf = u.expand(len(part), *u.shape).detach().requires_grad_()
         with torch.enable_grad():
             value = target.run_log_joint(leaf).sum()
-            (slope,) = torch.autograd.grad(value, leaf, create_graph=True)
-            column = slope.gather(-1, part.view(-1, 1, 1).expand(-1, len(u), 1)).sum()
+            (grad,) = torch.autograd.grad(value, leaf, create_graph=True)
+            column = grad.gather(-1, part.view(-1, 1, 1).expand(-1, len(u), 1)).sum()
         if column.requires_grad:
             rows.append(torch.autograd.grad(column, leaf, materialize_grads=True)[0])
         else:  # the density is linear in u
-            rows.append(torch.zeros_like(slope))
+            rows.append(torch.zeros_like(grad))
     hessian = torch.cat(rows).transpose(0, 1)
-    return slope[0].detach(), -(hessian + hessian.mT) / 2
+    return grad[0].detach(), -(hessian + hessian.mT) / 2
 
 
-def factor(precision: Tensor) -> Tensor:
+def covariance_factor(precision: Tensor) -> Tensor:
     """Returns the Cholesky factor [B, D, D] of a precision's inverse, |eigenvalues| floored."""
     values, vectors = torch.linalg.eigh(precision.nan_to_num(0.0, 0.0, 0.0))
-    variance = 1 / values.abs().clamp(FLOOR, CEILING)
+    variance = 1 / values.abs().clamp(LEAST_PRECISION, MOST_PRECISION)
     return torch.linalg.cholesky((vectors * variance.unsqueeze(-2)) @ vectors.mT)
 
 
 class Adam:
     """Moves `parameters` in place, by steps that fall to zero as a half cosine.
 
-    Adam works element by element, so that data do not affect one another. A slope that is not
-    finite counts as zero. Written out because `torch.optim` takes seconds to import.
+    Adam works element by element, so that data do not affect one another. A gradient that is
+    not finite counts as zero. Written out because `torch.optim` takes seconds to import.
 
     Args:
         parameters: Tensors to move; no gradient is recorded.
         num_steps: Number of steps.
         lr: Size of the first step.
-        eps: Slopes below it are followed in proportion, those above it by their sign alone.
+        eps: Gradients below it are followed in proportion, those above it by their sign alone.
 
     References:
         Kingma and Ba. Adam: a method for stochastic optimization. 2015.
@@ -156,17 +156,17 @@ class Adam:
         self, parameters: Sequence[Tensor], *, num_steps: int, lr: float, eps: float
     ) -> None:
         self.state = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
-        self.num_steps, self.lr, self.eps, self.done = num_steps, lr, eps, 0
+        self.num_steps, self.lr, self.eps, self.steps_done = num_steps, lr, eps, 0
 
-    def ascend(self, *slopes: Tensor) -> None:
+    def ascend(self, *grads: Tensor) -> None:
         """Takes one step along the gradients."""
-        rate = self.lr * (1 + math.cos(math.pi * self.done / self.num_steps)) / 2
-        self.done += 1
-        unbias = [1 / (1 - decay**self.done) for decay in DECAYS]
-        for (p, m, v), slope in zip(self.state, slopes):
-            slope = slope.nan_to_num(0.0, 0.0, 0.0)
-            m.lerp_(slope, 1 - DECAYS[0])
-            v.mul_(DECAYS[1]).addcmul_(slope, slope, value=1 - DECAYS[1])
+        rate = self.lr * (1 + math.cos(math.pi * self.steps_done / self.num_steps)) / 2
+        self.steps_done += 1
+        unbias = [1 / (1 - decay**self.steps_done) for decay in ADAM_DECAYS]
+        for (p, m, v), grad in zip(self.state, grads):
+            grad = grad.nan_to_num(0.0, 0.0, 0.0)
+            m.lerp_(grad, 1 - ADAM_DECAYS[0])
+            v.mul_(ADAM_DECAYS[1]).addcmul_(grad, grad, value=1 - ADAM_DECAYS[1])
             p.addcdiv_(m, v.mul(unbias[1]).sqrt_().add_(self.eps), value=rate * unbias[0])
 
 
@@ -197,23 +197,26 @@ def fit_gaussian(
     """
     B, D = loc.shape
     mean = loc.new_zeros(B, D, 1, dtype=torch.float32)  # exact enough for numbers of order one
-    below = mean.new_zeros(B, D, D)  # L, with the logarithm of its diagonal
-    adam = Adam([mean, below], num_steps=num_steps, lr=FIT_LR, eps=FIT_EPS)
+    raw_tril = mean.new_zeros(B, D, D)  # L, with the logarithm of its diagonal
+    adam = Adam([mean, raw_tril], num_steps=num_steps, lr=FIT_LR, eps=FIT_EPS)
     for _ in range(num_steps):
         noise = torch.randn(B, D, fit_draws(D) // 2, dtype=mean.dtype, device=loc.device)
         noise = torch.cat([noise, -noise], -1)
-        factor = _tril(below)
-        u = loc + (tril @ (mean + factor @ noise).to(loc)).permute(2, 0, 1)
-        (slope,) = gradients(lambda u: (target.log_joint(u),), u, target.draws_at_once)[1]
-        pull = torch.linalg.solve_triangular(factor.mT, noise, upper=True)
-        slope = tril.mT @ slope.permute(1, 2, 0).nan_to_num(0.0, 0.0, 0.0)
-        g = slope.clamp(-STEEPEST, STEEPEST).to(mean) + pull
-        outer = (g @ noise.mT).div_(len(u)).tril_()
-        outer.diagonal(dim1=-2, dim2=-1).mul_(factor.diagonal(dim1=-2, dim2=-1))
-        adam.ascend(g.mean(-1, keepdim=True), outer)
-    noise = torch.randn(CHECKS, B, D, dtype=loc.dtype, device=loc.device)
+        root = _exp_diagonal(raw_tril)
+        u = loc + (tril @ (mean + root @ noise).to(loc)).permute(2, 0, 1)
+        (grad,) = gradients(lambda u: (target.log_joint(u),), u, target.draws_at_once)[1]
+        entropy_grad = torch.linalg.solve_triangular(root.mT, noise, upper=True)
+        grad = tril.mT @ grad.permute(1, 2, 0).nan_to_num(0.0, 0.0, 0.0)
+        g = grad.clamp(-LARGEST_GRADIENT, LARGEST_GRADIENT).to(mean) + entropy_grad
+        tril_grad = (g @ noise.mT).div_(len(u)).tril_()
+        tril_grad.diagonal(dim1=-2, dim2=-1).mul_(root.diagonal(dim1=-2, dim2=-1))
+        adam.ascend(g.mean(-1, keepdim=True), tril_grad)
+    noise = torch.randn(CHECK_DRAWS, B, D, dtype=loc.dtype, device=loc.device)
     entropy = (noise.square().sum(-1) + D * math.log(2 * math.pi)) / 2
-    fitted, bounds = (loc + (tril @ mean.to(loc)).squeeze(-1), tril @ _tril(below.to(loc))), []
+    fitted, bounds = (
+        (loc + (tril @ mean.to(loc)).squeeze(-1), tril @ _exp_diagonal(raw_tril.to(loc))),
+        [],
+    )
     for a, b in ((loc, tril), fitted):
         log_joint = target.log_joint(a + torch.einsum("bij,kbj->kbi", b, noise))
         log_det = b.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -231,12 +234,12 @@ def fit_draws(dim: int) -> int:
 
 def fit_cost(dim: int, num_steps: int = FIT_STEPS) -> int:
     """Returns how often `fit_gaussian` evaluates the model for one datum."""
-    return num_steps * fit_draws(dim) + 2 * CHECKS
+    return num_steps * fit_draws(dim) + 2 * CHECK_DRAWS
 
 
-def _tril(below: Tensor) -> Tensor:
+def _exp_diagonal(raw_tril: Tensor) -> Tensor:
     """Returns a lower triangle with the exponential of its diagonal."""
-    return below.tril(-1) + below.diagonal(dim1=-2, dim2=-1).exp().diag_embed()
+    return raw_tril.tril(-1) + raw_tril.diagonal(dim1=-2, dim2=-1).exp().diag_embed()
 
 
 def add_components(target: Target, proposal: Proposal, visited: Tensor) -> Proposal:
@@ -262,22 +265,22 @@ def add_components(target: Target, proposal: Proposal, visited: Tensor) -> Propo
     """
     u = torch.cat([proposal.draw(2 * ROUND_DRAWS), visited])
     log_p = target.log_joint(u)
-    density = [proposal.log_prob(u)]  # log q of the first mixture, then of each component
+    log_q = [proposal.log_prob(u)]  # log q of the first mixture, then of each component
     parts = [proposal]
     for _ in range(MOST_COMPONENTS):
-        log_weight = log_p - _made(torch.stack(density))
+        log_weight = log_p - _log_mixture(torch.stack(log_q))
         weight, best = log_weight.nan_to_num(-torch.inf).max(0)
         average = log_weight.logsumexp(0) - math.log(len(log_p))
-        if bool((weight - average < math.log(LARGEST)).all()):
+        if bool((weight - average < math.log(LARGEST_WEIGHT)).all()):
             break
         loc = u[best, torch.arange(u.shape[1], device=u.device)]
-        tril = factor(curvature(target, loc)[1]).unsqueeze(0)
+        tril = covariance_factor(curvature(target, loc)[1]).unsqueeze(0)
         parts.append(Proposal(tril.new_zeros(1, len(loc)), loc.unsqueeze(0), tril))
-        fresh = parts[-1].draw(ROUND_DRAWS)
-        u, log_p = torch.cat([u, fresh]), torch.cat([log_p, target.log_joint(fresh)])
-        density = [torch.cat([old, part.log_prob(fresh)]) for old, part in zip(density, parts)]
-        density.append(parts[-1].log_prob(u))
-    return _weighed(parts, torch.stack(density), log_p)
+        new_draws = parts[-1].draw(ROUND_DRAWS)
+        u, log_p = torch.cat([u, new_draws]), torch.cat([log_p, target.log_joint(new_draws)])
+        log_q = [torch.cat([old, part.log_prob(new_draws)]) for old, part in zip(log_q, parts)]
+        log_q.append(parts[-1].log_prob(u))
+    return _fit_weights(parts, torch.stack(log_q), log_p)
 
 
 def components_cost(dim: int) -> int:
@@ -285,25 +288,25 @@ def components_cost(dim: int) -> int:
     return 2 * ROUND_DRAWS + MOST_COMPONENTS * (ROUND_DRAWS + dim)
 
 
-def _made(density: Tensor) -> Tensor:
+def _log_mixture(log_q: Tensor) -> Tensor:
     """Returns the log density of all draws, up to a constant, from the sources' own [C, S, B].
 
     The first source has made twice as many draws as each of the others.
     """
-    return torch.cat([density[:1] + math.log(2.0), density[1:]]).logsumexp(0)
+    return torch.cat([log_q[:1] + math.log(2.0), log_q[1:]]).logsumexp(0)
 
 
-def _weighed(parts: list[Proposal], density: Tensor, log_p: Tensor) -> Proposal:
+def _fit_weights(parts: list[Proposal], log_q: Tensor, log_p: Tensor) -> Proposal:
     """Mixes all components, with shares fitted to the weights of the draws."""
-    log_pi = torch.full_like(density[:, 0], 1 / len(parts)).log()
-    weights = torch.softmax((log_p - _made(density)).nan_to_num(-torch.inf), 0)
+    log_pi = torch.full_like(log_q[:, 0], 1 / len(parts)).log()
+    weights = torch.softmax((log_p - _log_mixture(log_q)).nan_to_num(-torch.inf), 0)
     for _ in range(EM_STEPS):
-        share = torch.softmax(density + log_pi.unsqueeze(1), 0)
-        log_pi = ((share * weights).sum(1) + LEAST).log().log_softmax(0)
-    return joined(parts, log_pi)
+        share = torch.softmax(log_q + log_pi.unsqueeze(1), 0)
+        log_pi = ((share * weights).sum(1) + LEAST_SHARE).log().log_softmax(0)
+    return mix(parts, log_pi)
 
 
-def joined(parts: Sequence[Proposal], log_pi: Iterable[float | Tensor]) -> Proposal:
+def mix(parts: Sequence[Proposal], log_pi: Iterable[float | Tensor]) -> Proposal:
     """Mixes all `parts`, given the logarithms of their shares."""
     return Proposal(
         torch.cat([part.log_weight + pi for part, pi in zip(parts, log_pi)]),

@@ -18,18 +18,18 @@ from pyro_vae.estimators.proposal import (
     Proposal,
     add_components,
     fit_gaussian,
-    joined,
+    mix,
 )
 from pyro_vae.estimators.run import estimator, map_targets, summed
-from pyro_vae.estimators.target import Run, Target
+from pyro_vae.estimators.target import ModelRun, Target
 
 METHOD = "importance sampling, refined"
-AGAIN_STEPS = 2 * FIT_STEPS  # steps of a second fit
-WIDER, WIDEST = 3.5, 0.2  # scales grow by 3.5 / (number of informed directions), at most 0.2
+REFIT_STEPS = 2 * FIT_STEPS  # steps of a second fit
+WIDENING, MOST_WIDENING = 3.5, 0.2  # scales grow by 3.5 / (informed directions), at most 0.2
 DEFENSIVE_SHARE = 0.05  # share of the draws from the guide, and as many from the prior
 LEAST_WEIGHT = 0.05  # added to the weight of each component
-SURPRISE = 3.0  # standard errors by which the prior's estimate may exceed the proposal's
-NEGLIGIBLE = 8.0  # nats of evidence below a datum's best component, where others are dropped
+MISSED_STDERRS = 3.0  # standard errors by which the prior's estimate may exceed the proposal's
+NEGLIGIBLE_NATS = 8.0  # nats of evidence below a datum's best component, where others are dropped
 LOWEST = -1e30  # replaces a bound that is NaN or minus infinity
 
 
@@ -122,59 +122,63 @@ class Fit:
     Attributes:
         target: The posteriors.
         proposal: Their proposals.
-        simple: Evidence of the same data by simple Monte Carlo from the prior.
-        complete: Whether the search for modes ended because nothing new was found [B].
+        prior_evidence: Evidence of the same data by simple Monte Carlo from the prior.
+        search_ended: Whether the search for modes ended because nothing new was found [B].
     """
 
     target: Target
     proposal: Proposal
-    simple: Evidence
-    complete: Tensor
+    prior_evidence: Evidence
+    search_ended: Tensor
 
     def rows(self, index: Tensor) -> Fit:
         """Returns the fits of some of the data."""
         target, proposal = self.target.rows(index), self.proposal.rows(index)
-        return Fit(target, proposal, self.simple.rows(index.cpu()), self.complete[index])
+        return Fit(
+            target, proposal, self.prior_evidence.rows(index.cpu()), self.search_ended[index]
+        )
 
-    def again(self) -> Fit:
+    def refit(self) -> Fit:
         """Mixes each proposal, half and half, with its components fitted on by twice the steps.
 
         The first proposal stays because a longer fit may end narrower than it.
         """
         row, component = self.proposal.log_weight.T.isfinite().nonzero().T
         parts = self.proposal.loc[component, row], self.proposal.tril[component, row]
-        fitted = _fitted(self.target, row, *parts, AGAIN_STEPS)
+        fitted = _fit_components(self.target, row, *parts, REFIT_STEPS)
         half = [-math.log(2.0)] * 2
-        return replace(self, proposal=joined([self.proposal, fitted], half))
+        return replace(self, proposal=mix([self.proposal, fitted], half))
 
     def with_components(self, visited: Tensor) -> Fit:
         """Adds components where weights are large, also at the points `visited` [R, B, D]."""
         return replace(self, proposal=add_components(self.target, self.proposal, visited))
 
     def importance_sampling(
-        self, num_samples: int, tolerance: float = 0.1, khat: float = 1.0
+        self, num_samples: int, tolerance: float = 0.1, max_khat: float = 1.0
     ) -> Evidence:
         """Returns the evidence from K fresh draws of each proposal, the guide and the prior."""
-        weights = torch.cat([weights for _, weights in self.scored(num_samples)])
-        return self.judge(summarise(weights.cpu(), METHOD, "doubtful"), tolerance, khat)
+        weights = torch.cat([weights for _, weights in self.weighted_draws(num_samples)])
+        return self.judge(summarise(weights.cpu(), METHOD, "doubtful"), tolerance, max_khat)
 
-    def judge(self, evidence: Evidence, tolerance: float, khat: float = 1.0) -> Evidence:
+    def judge(self, evidence: Evidence, tolerance: float, max_khat: float = 1.0) -> Evidence:
         """Returns the evidence with a verdict from its errors and from the draws of the prior.
 
         Args:
             evidence: Evidence to judge.
             tolerance: Largest standard error.
-            khat: Largest k-hat, if that is below its published threshold.
+            max_khat: Largest k-hat, if that is below its published threshold.
         """
-        noise = (evidence.stderr.square() + self.simple.stderr.square()).sqrt()
-        missed = self.simple.log_prob - evidence.log_prob > SURPRISE * noise
+        stderr = (evidence.stderr.square() + self.prior_evidence.stderr.square()).sqrt()
+        missed = self.prior_evidence.log_prob - evidence.log_prob > MISSED_STDERRS * stderr
         precise = evidence.stderr < tolerance
-        whole = self.complete.cpu() & ~missed
-        reliable = precise & whole & (evidence.khat < evidence.khat_threshold.clamp(max=khat))
+        complete = self.search_ended.cpu() & ~missed
+        reliable = (
+            precise & complete & (evidence.khat < evidence.khat_threshold.clamp(max=max_khat))
+        )
         verdict = ["reliable" if good else "doubtful" for good in reliable.tolist()]
         return replace(evidence, verdict=verdict)
 
-    def scored(self, num_samples: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def weighted_draws(self, num_samples: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields fresh draws and their log weights, in chunks."""
         for u in self.draws(num_samples):
             yield u, self.log_weights(u, num_samples)
@@ -186,15 +190,15 @@ class Fit:
             self.target.draw_guide,
             lambda n: self.target.draw_prior(n)[0],
         ]
-        for draw, number in zip(sources, self._numbers(num_samples)):
-            for some in torch.ones(number).split(self.target.draws_at_once) if number else ():
-                yield draw(len(some))
+        for draw, number in zip(sources, self._split_draws(num_samples)):
+            for chunk in torch.ones(number).split(self.target.draws_at_once) if number else ():
+                yield draw(len(chunk))
 
-    def _numbers(self, num_samples: int) -> tuple[int, int, int]:
+    def _split_draws(self, num_samples: int) -> tuple[int, int, int]:
         """Returns the numbers of draws from the proposal, the guide and the prior."""
-        few = math.ceil(DEFENSIVE_SHARE * num_samples) if num_samples > 2 else 0
-        guide = few if self.target.guide_is_density else 0
-        return num_samples - guide - few, guide, few
+        defensive = math.ceil(DEFENSIVE_SHARE * num_samples) if num_samples > 2 else 0
+        guide = defensive if self.target.guide_has_density else 0
+        return num_samples - guide - defensive, guide, defensive
 
     def log_weights(self, u: Tensor, num_samples: int) -> Tensor:
         """Returns log weights [K, B] of draws u [K, B, D], by the balance heuristic.
@@ -202,14 +206,14 @@ class Fit:
         These are log p(x, u) minus the log density of the mixture of the proposal, the guide and
         the prior from which `importance_sampling` takes `num_samples` draws.
         """
-        return torch.cat([weights for weights, _ in self.weighed(u, num_samples)])
+        return torch.cat([weights for weights, _ in self.weighted_runs(u, num_samples)])
 
-    def weighed(self, u: Tensor, num_samples: int) -> Iterator[tuple[Tensor, Run]]:
+    def weighted_runs(self, u: Tensor, num_samples: int) -> Iterator[tuple[Tensor, ModelRun]]:
         """Yields log weights as `log_weights` does, in chunks, each with its run of the model."""
-        numbers = self._numbers(num_samples)
+        numbers = self._split_draws(num_samples)
         shares = u.new_tensor(numbers).log().view(-1, 1, 1) - math.log(num_samples)
         for part in u.split(self.target.draws_at_once):
-            run = self.target.at(part)
+            run = self.target.run_model(part)
             guide = self.target.log_guide(part) if numbers[1] else torch.zeros_like(run.log_prior)
             parts = torch.stack([self.proposal.log_prob(part), guide, run.log_prior])
             log_q = torch.logsumexp(parts + shares, 0)
@@ -219,16 +223,18 @@ class Fit:
 def fit_proposal(target: Target, num_starts: int = 5) -> Fit:
     """Finds the modes of each posterior and fits a proposal to them."""
     target.check_gradient()
-    row, loc, tril, simple, complete = find_modes(target, num_starts)
+    row, loc, tril, prior_evidence, search_ended = find_modes(target, num_starts)
     log_det = tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    mass = target.rows(row).log_joint(loc.unsqueeze(0))[0] + log_det  # up to a constant
-    highest = torch.where(row == row[:, None], mass, -torch.inf).amax(1)
-    kept = ~(mass < highest - NEGLIGIBLE)  # keeps all if the model excludes the datum
-    proposal = _fitted(target, row[kept], loc[kept], tril[kept], FIT_STEPS)
-    return Fit(target, proposal, simple, complete)
+    log_mass = target.rows(row).log_joint(loc.unsqueeze(0))[0] + log_det  # up to a constant
+    highest = torch.where(row == row[:, None], log_mass, -torch.inf).amax(1)
+    kept = ~(log_mass < highest - NEGLIGIBLE_NATS)  # keeps all if the model excludes the datum
+    proposal = _fit_components(target, row[kept], loc[kept], tril[kept], FIT_STEPS)
+    return Fit(target, proposal, prior_evidence, search_ended)
 
 
-def _fitted(target: Target, row: Tensor, loc: Tensor, tril: Tensor, num_steps: int) -> Proposal:
+def _fit_components(
+    target: Target, row: Tensor, loc: Tensor, tril: Tensor, num_steps: int
+) -> Proposal:
     """Fits M first components, each of the datum `row`, and mixes them by their bounds."""
     size = target.num_data  # no more at once than there are data
     batches = zip(row.split(size), loc.split(size), tril.split(size))
@@ -243,11 +249,11 @@ def _fitted(target: Target, row: Tensor, loc: Tensor, tril: Tensor, num_steps: i
     return Proposal(
         torch.log_softmax(weight.log(), 0),
         loc.new_zeros(*shape, D).index_put((nth, row), loc),
-        identity.repeat(*shape, 1, 1).index_put((nth, row), _wider(tril)),
+        identity.repeat(*shape, 1, 1).index_put((nth, row), _widen(tril)),
     )
 
 
-def _wider(tril: Tensor) -> Tensor:
+def _widen(tril: Tensor) -> Tensor:
     """Widens factors [M, D, D] of covariances in directions where the prior is wider.
 
     Where the data inform nothing the posterior is the prior, and its width stays. A scale of 1 + s
@@ -256,6 +262,6 @@ def _wider(tril: Tensor) -> Tensor:
     """
     variance, vectors = torch.linalg.eigh(tril @ tril.mT)
     informed = (1 - variance).clamp(0, 1)
-    more = WIDER / informed.sum(-1, keepdim=True).clamp(min=WIDER / WIDEST)
-    variance = variance * (1 + more * (2 + more) * informed)
+    widening = WIDENING / informed.sum(-1, keepdim=True).clamp(min=WIDENING / MOST_WIDENING)
+    variance = variance * (1 + widening * (2 + widening) * informed)
     return torch.linalg.cholesky((vectors * variance.unsqueeze(-2)) @ vectors.mT)

@@ -24,7 +24,7 @@ from pyro_vae.densities import (
     summed_values,
 )
 from pyro_vae.estimators.evidence import Evidence
-from pyro_vae.estimators.target import ROWS, Compiled, Target
+from pyro_vae.estimators.target import CHUNK_ROWS, Compiler, Target
 from pyro_vae.processes import check_processes, in_processes
 from pyro_vae.runtime import (
     forked,
@@ -37,11 +37,11 @@ from pyro_vae.runtime import (
 )
 
 DRAWS_AT_ONCE = 4  # draws of each datum of a batch that the model sees at once
-STEP = 100  # rows of a usual training step, by which `is_small` judges the model
-LAYER = 2_000_000  # numbers in the widest layer at once: more do not fit into cache
-NUMBERS = 8_000_000  # most coordinates of a thousand draws of a batch
-TRIED = 16  # draws of a datum; if all are impossible, the model excludes the datum
-WHOLE = ("budget", "chunk_size", "devices")  # whole numbers, besides names with num_
+STEP_ROWS = 100  # rows of a usual training step, by which `is_small` judges the model
+WIDEST_LAYER = 2_000_000  # numbers in the widest layer at once: more do not fit into cache
+MOST_COORDINATES = 8_000_000  # most coordinates of a thousand draws of a batch
+TRIAL_DRAWS = 16  # draws of a datum; if all are impossible, the model excludes the datum
+WHOLE_NUMBERS = ("budget", "chunk_size", "devices")  # arguments, besides names with num_
 Values = dict[str, Tensor]
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -61,33 +61,33 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
     @torch.inference_mode(False)
     def checked(*args: Any, **options: Any) -> T:
         bound = signature.bind(*programs(args, options), **options)
-        given = bound.arguments
-        x = given["x"] = as_rows("x", given["x"], missing=True)  # the model may refuse NaN
-        if given.get("y") is not None:
-            y = given["y"] = as_rows("y", given["y"])
+        arguments = bound.arguments
+        x = arguments["x"] = as_rows("x", arguments["x"], missing=True)  # the model may refuse NaN
+        if arguments.get("y") is not None:
+            y = arguments["y"] = as_rows("y", arguments["y"])
             if len(y) != len(x):
                 raise ValueError(f"y must have a row for each of the {len(x)} of x; got {len(y)}")
-        for name, value in given.items():
-            if name.startswith("num_") or name in WHOLE:
+        for name, value in arguments.items():
+            if name.startswith("num_") or name in WHOLE_NUMBERS:
                 optional = signature.parameters[name].default is None
                 check_whole(optional=optional, **{name: value})
             elif name == "seed":
                 check_whole(0, optional=True, seed=value)
             elif name == "tolerance":
                 check_real(above=0, tolerance=value)
-        weights = weights_of(given["model"], given["guide"])
-        small = bool(weights) and x.device.type == "cpu" and is_small(weights, STEP)
+        parameters = parameters_of(arguments["model"], arguments["guide"])
+        small = bool(parameters) and x.device.type == "cpu" and is_small(parameters, STEP_ROWS)
         with process_lock, pyro.validation_enabled(True), threads(1) if small else nullcontext():
             found = function(*bound.args, **bound.kwargs)
             if isinstance(found, Evidence):
-                parts = given["model"], given["guide"], x, given.get("y")
+                parts = arguments["model"], arguments["guide"], x, arguments.get("y")
                 return exact_without_data(found, *parts).of(x)  # type: ignore[return-value]
             return found
 
     return checked
 
 
-def weights_of(*programs: Any) -> list[Tensor]:
+def parameters_of(*programs: Any) -> list[Tensor]:
     """Returns the parameters of the modules whose methods the programs are."""
     modules = (getattr(program, "__self__", None) for program in programs)
     return [p for m in modules if isinstance(m, nn.Module) for p in m.parameters()]
@@ -142,22 +142,28 @@ def map_targets(
     The programs see `chunk_size` rows at once. If that is None and all layers are narrow, they
     see as many more as the processor's cache holds, for then the calls take most of the time.
     """
-    rows, weights = chunk_size or 2 * ROWS, weights_of(model, guide)
-    if chunk_size is None and weights and all(p.ndim <= 2 for p in weights):
-        widest = max(x[0].numel(), *(max(p.shape, default=1) for p in weights))
-        rows = min(max(rows, LAYER // widest), 16 * ROWS)
+    rows, parameters = chunk_size or 2 * CHUNK_ROWS, parameters_of(model, guide)
+    if chunk_size is None and parameters and all(p.ndim <= 2 for p in parameters):
+        widest = max(x[0].numel(), *(max(p.shape, default=1) for p in parameters))
+        rows = min(max(rows, WIDEST_LAYER // widest), 16 * CHUNK_ROWS)
     check_support(model, guide, x, y, rows)
     with evaluating(model, guide, seed=seed, device=x.device):
         first = Target(model, guide, x[:4], None if y is None else y[:4], chunk_size=rows)
-    fast = Compiled() if compile else None
-    target = partial(Target, chunk_size=rows, sites=first.sites, fast=fast)
-    size = min((chunk_size or 2 * ROWS) // DRAWS_AT_ONCE, NUMBERS // (1000 * first.dim))
-    given: dict[str, Any] = {"size": max(1, size), "seed": seed, **options}
-    return map_batches(partial(_on_target, estimate, target), model, guide, x, y, **given)
+    compiler = Compiler() if compile else None
+    target = partial(Target, chunk_size=rows, sites=first.sites, compiler=compiler)
+    size = min(
+        (chunk_size or 2 * CHUNK_ROWS) // DRAWS_AT_ONCE, MOST_COORDINATES // (1000 * first.dim)
+    )
+    batch_options: dict[str, Any] = {"size": max(1, size), "seed": seed, **options}
+    return map_batches(
+        partial(_estimate_target, estimate, target), model, guide, x, y, **batch_options
+    )
 
 
-def _on_target(estimate: Callable[[Target], T], target: Callable[..., Target], *given: Any) -> T:
-    return estimate(target(*given))
+def _estimate_target(
+    estimate: Callable[[Target], T], target: Callable[..., Target], *args: Any
+) -> T:
+    return estimate(target(*args))
 
 
 def map_batches(
@@ -193,12 +199,12 @@ def map_batches(
     if seed is None:
         with forked(x.device):  # the current state stays as it is
             seed = int(torch.randint(2**62, (), device=x.device))
-    work = partial(_batches, estimate, model, guide, size=size, seed=seed)
+    work = partial(_estimate_batches, estimate, model, guide, size=size, seed=seed)
     title = title if progress else ""
     if devices == 1 or len(x) <= size:
         return work(x, y, title=title)
     store = pyro.get_param_store().get_state()
-    first, *rest = _shares(x, y, size, devices)  # this process does the first
+    first, *rest = _split_batches(x, y, size, devices)  # this process does the first
     indices = [i for i in range(devices) if i != (x.device.index or 0)]
     parts = [partial(work, *share, store=store) for share in rest]
     results: list[T] = []
@@ -207,7 +213,7 @@ def map_batches(
     return results + [result for part in found for result in part]
 
 
-def _shares(
+def _split_batches(
     x: Tensor, y: Tensor | None, size: int, number: int
 ) -> list[tuple[Tensor, Tensor | None, int]]:
     """Splits data into at most `number` parts of whole batches, with each first batch's number."""
@@ -215,12 +221,12 @@ def _shares(
     for batches in torch.arange(-(-len(x) // size)).tensor_split(number):
         if len(batches):
             rows = slice(int(batches[0]) * size, (int(batches[-1]) + 1) * size)
-            given = None if y is None else y[rows].clone()
-            shares.append((x[rows].clone(), given, int(batches[0])))
+            y_rows = None if y is None else y[rows].clone()
+            shares.append((x[rows].clone(), y_rows, int(batches[0])))
     return shares
 
 
-def _batches(
+def _estimate_batches(
     estimate: Callable[[Program, Program, Tensor, Tensor | None], T],
     model: Program,
     guide: Program,
@@ -260,19 +266,19 @@ def summed(function: Callable[P, T]) -> Callable[P, T]:
     def over_values(*args: P.args, **options: P.kwargs) -> T:
         bound = signature.bind(*args, **options)
         bound.apply_defaults()
-        given = bound.arguments
-        values = summed_values(given["model"], given["x"], given["y"])
+        arguments = bound.arguments
+        values = summed_values(arguments["model"], arguments["x"], arguments["y"])
         if not values:
             return function(*args, **options)
-        parts = for_each_value(function, given, values)
-        with forked(torch.device("cpu"), given["seed"]):
+        parts = for_each_value(function, arguments, values)
+        with forked(torch.device("cpu"), arguments["seed"]):
             mixed: T = type(parts[0]).mixed(parts)
         return mixed
 
     return over_values
 
 
-class OneValue(nn.Module):
+class ProgramsAtValue(nn.Module):
     """A model and a guide with discrete latents fixed at one value, which the model observes."""
 
     def __init__(self, model: Program, guide: Program, values: Values) -> None:
@@ -283,16 +289,16 @@ class OneValue(nn.Module):
 
     def model(self, *args: Any) -> Any:
         """Runs the model, which observes the value."""
-        with At(self.values, hidden=False):
+        with ObserveValue(self.values, hidden=False):
             return self.programs[0](*args)
 
     def guide(self, *args: Any) -> Any:
         """Runs the guide, given the value."""
-        with At(self.values, hidden=True):
+        with ObserveValue(self.values, hidden=True):
             return self.programs[1](*args)
 
 
-class At(Messenger):
+class ObserveValue(Messenger):
     """Fixes sites at a value; handlers outside see them as observed, or if hidden not at all."""
 
     def __init__(self, values: Values, hidden: bool) -> None:
@@ -307,7 +313,7 @@ class At(Messenger):
 
 
 def for_each_value(
-    function: Callable[..., Any], given: dict[str, Any], values: Values
+    function: Callable[..., Any], arguments: dict[str, Any], values: Values
 ) -> list[Any]:
     """Returns the results of an estimator at each joint value c, such as of log p(x, c).
 
@@ -315,42 +321,48 @@ def for_each_value(
 
     Args:
         function: An estimator.
-        given: Its arguments, by name.
+        arguments: Its arguments, by name.
         values: Joint values [C, *event] of each site.
     """
     parts, count = [], len(next(iter(values.values())))
-    quiet = {"progress": False} if "progress" in given else {}
-    for c in track(range(count), f"{count} values", bool(given.get("progress"))):
-        one = OneValue(given["model"], given["guide"], {n: v[c] for n, v in values.items()})
-        seed = None if given.get("seed") is None else given["seed"] + c
-        own = {"model": one.model, "guide": one.guide, "seed": seed}
-        parts.append(_where_possible(function, given | own | quiet))
-    some = next((part for part in parts if part is not None), None)
-    if some is None:
+    quiet = {"progress": False} if "progress" in arguments else {}
+    for c in track(range(count), f"{count} values", bool(arguments.get("progress"))):
+        one = ProgramsAtValue(
+            arguments["model"], arguments["guide"], {n: v[c] for n, v in values.items()}
+        )
+        seed = None if arguments.get("seed") is None else arguments["seed"] + c
+        changed = {"model": one.model, "guide": one.guide, "seed": seed}
+        parts.append(_run_where_possible(function, arguments | changed | quiet))
+    possible = next((part for part in parts if part is not None), None)
+    if possible is None:
         raise ValueError(f"the model excludes all data at every value of {sorted(values)}")
-    return [some.excluded(torch.arange(len(some))) if part is None else part for part in parts]
+    return [
+        possible.excluded(torch.arange(len(possible))) if part is None else part for part in parts
+    ]
 
 
-def _where_possible(function: Callable[..., Any], given: dict[str, Any]) -> Any:
+def _run_where_possible(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     """Runs `function` on the data that the model does not exclude; None if there are none."""
-    x, y = given["x"], given.get("y")
+    x, y = arguments["x"], arguments.get("y")
     if y is None:
-        return function(**given)
-    possible = _possible(given["model"], given["guide"], x, y)
+        return function(**arguments)
+    possible = _possible(arguments["model"], arguments["guide"], x, y)
     rows = possible.nonzero()[:, 0]
     if not len(rows):
         return None
-    found = function(**given | {"x": x[rows], "y": y[rows]})
-    place = (possible.cumsum(0) - 1).clamp(min=0).cpu()
-    return found.rows(place).excluded((~possible).nonzero()[:, 0].cpu())
+    found = function(**arguments | {"x": x[rows], "y": y[rows]})
+    position = (possible.cumsum(0) - 1).clamp(min=0).cpu()
+    return found.rows(position).excluded((~possible).nonzero()[:, 0].cpu())
 
 
 def _possible(model: Program, guide: Program, x: Tensor, y: Tensor) -> Tensor:
     """Returns which data [N] the model does not exclude, such as by a known label."""
     with evaluating(model, guide, seed=0, device=x.device):
         parts = [
-            log_weights(model, guide, *pair, num_particles=TRIED, chunk_size=ROWS).amax(0)
-            for pair in zip(x.split(ROWS), y.split(ROWS))
+            log_weights(
+                model, guide, *pair, num_particles=TRIAL_DRAWS, chunk_size=CHUNK_ROWS
+            ).amax(0)
+            for pair in zip(x.split(CHUNK_ROWS), y.split(CHUNK_ROWS))
         ]
     return torch.cat(parts) != -torch.inf  # NaN is not excluded: the estimator refuses it
 

@@ -27,13 +27,18 @@ from pyro_vae.densities import (
     run_program,
     sites_at,
 )
-from pyro_vae.estimators.coordinates import Coordinates, base, coordinates, holds_tensor
+from pyro_vae.estimators.coordinates import (
+    Coordinates,
+    base_distribution,
+    coordinates,
+    holds_tensor,
+)
 
-ROWS = 1000  # rows decoded at once: 250 to 2500 are equally fast, more do not fit into cache
+CHUNK_ROWS = 1000  # rows decoded at once: 250 to 2500 are equally fast, more do not fit into cache
 SCALE_DRAWS = 64  # prior draws from which the units of the coordinates are estimated
 NORMAL_IQR = 1.349  # distance between the quartiles of a unit Normal
-USES = 20  # evaluations of one shape before it is compiled
-MOST = 3  # most shapes that are compiled: others are rare
+CALLS_BEFORE_COMPILING = 20  # evaluations of one shape before it is compiled
+MOST_SHAPES = 3  # most shapes that are compiled: others are rare
 unchecked = pyro.validation_enabled(False)  # decorates runs of programs after a checked one
 
 
@@ -58,7 +63,7 @@ class Target:
         chunk_size: Draws times data that the model sees at once.
         scale: Units of the coordinates [B, D]; from draws of the prior if None.
         sites: Coordinates of other data of the same programs, to use the same maps; or None.
-        fast: Compiler of log p(x, u), used if its maps are the same for all data; or None.
+        compiler: Compiler of log p(x, u), used if its maps are the same for all data; or None.
 
     Raises:
         ValueError: If a latent is discrete, or its support depends on another latent or has no
@@ -72,10 +77,10 @@ class Target:
         x: Tensor,
         y: Tensor | None = None,
         *,
-        chunk_size: int = ROWS,
+        chunk_size: int = CHUNK_ROWS,
         scale: Tensor | None = None,
         sites: dict[str, Coordinates] | None = None,
-        fast: Compiled | None = None,
+        compiler: Compiler | None = None,
     ) -> None:
         self.model, self.guide, self.x, self.y = model, guide, x, y
         self.chunk_size, self.num_data = chunk_size, len(x)
@@ -89,11 +94,11 @@ class Target:
             second = unchecked(densities)(model, guide, x, y)
             self.sites, mean, deviation = coordinates(first, second, sites)
             self.observed = list(first.observed)
-            self.fixed = not any(holds_tensor(site.transform) for site in self.sites.values())
-            self.fast = fast if self.fixed else None
+            self.same_maps = not any(holds_tensor(site.transform) for site in self.sites.values())
+            self.compiler = compiler if self.same_maps else None
             self.dim = mean.shape[-1]
-            guides = [base(site.guide) for site in second.sites.values()]
-            self.guide_is_density = not any(isinstance(guide, Delta) for guide in guides)
+            guides = [base_distribution(site.guide) for site in second.sites.values()]
+            self.guide_has_density = not any(isinstance(guide, Delta) for guide in guides)
             self.scale = torch.ones_like(mean)
             if scale is None and (unknown := deviation.isnan()).any():
                 draws = self.draw_prior(SCALE_DRAWS)[0].nan_to_num()
@@ -110,23 +115,25 @@ class Target:
         part.x, part.y = self.x[index], None if self.y is None else self.y[index]
         part.scale, part.prior_mean = self.scale[index], self.prior_mean[index]
         part.num_data = len(part.x)
-        vars(part).pop("_only_guide", None)
-        return part if self.fixed else part._with(part.x)
+        vars(part).pop("_guide_distribution", None)
+        return part if self.same_maps else part._with_data(part.x)
 
-    def without(self, entries: tuple[Tensor, ...]) -> Target:
+    def without_entries(self, entries: tuple[Tensor, ...]) -> Target:
         """Returns the target of the data without some entries, in the same units."""
-        return self._with(self.x.index_put(entries, self.x.new_tensor(torch.nan)))
+        return self._with_data(self.x.index_put(entries, self.x.new_tensor(torch.nan)))
 
     def simulated(self) -> tuple[Target, Tensor]:
         """Simulates data from the model; returns their target and true latents [1, B, D]."""
         x, latents = draw_data(self.model, self.x, self.y)
-        target = self._with(x)
+        target = self._with_data(x)
         return target, target.vector(latents)
 
-    def _with(self, x: Tensor) -> Target:
+    def _with_data(self, x: Tensor) -> Target:
         """Returns the target of as many other data, in the same units."""
-        given: dict[str, Any] = {"chunk_size": self.chunk_size, "scale": self.scale}
-        return Target(self.model, self.guide, x, self.y, sites=self.sites, fast=self.fast, **given)
+        options: dict[str, Any] = {"chunk_size": self.chunk_size, "scale": self.scale}
+        return Target(
+            self.model, self.guide, x, self.y, sites=self.sites, compiler=self.compiler, **options
+        )
 
     @property
     def draws_at_once(self) -> int:
@@ -135,16 +142,18 @@ class Target:
 
     def log_joint(self, u: Tensor) -> Tensor:
         """Returns log p(x, u) [K, B]."""
-        run = self.run_log_joint if self.fast is None else partial(self._compiled, self.fast)
+        run = (
+            self.run_log_joint if self.compiler is None else partial(self._compiled, self.compiler)
+        )
         return torch.cat([run(part) for part in u.split(self.draws_at_once)])
 
     @unchecked
     def run_log_joint(self, u: Tensor) -> Tensor:
         """Returns log p(x, u) [K, B], of one chunk, by a run of the model."""
         latents, log_det = self._latents(u)
-        return _never_nan(log_joint(self.model, self.x, self.y, latents).double() + log_det)
+        return _nan_to_minus_inf(log_joint(self.model, self.x, self.y, latents).double() + log_det)
 
-    def _compiled(self, fast: Compiled, u: Tensor) -> Tensor:
+    def _compiled(self, compiler: Compiler, u: Tensor) -> Tensor:
         """Returns log p(x, u) [K, B], of one chunk, compiled; differentiable in u alone."""
 
         def value(u: Tensor, scale: Tensor, x: Tensor, *y: Tensor) -> Tensor:
@@ -152,14 +161,14 @@ class Target:
             target.scale, target.x, target.y = scale, x, y[0] if y else None
             return target.run_log_joint(u)
 
-        def value_and_slope(u: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-            (found,), (slope,) = gradients(lambda v: (value(v, *rest),), u, len(u))
-            return found, slope
+        def value_and_grad(u: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+            (found,), (grad,) = gradients(lambda v: (value(v, *rest),), u, len(u))
+            return found, grad
 
         inputs = [u.detach(), self.scale, self.x, *([] if self.y is None else [self.y])]
         if u.requires_grad and torch.is_grad_enabled():
-            return _WithSlope.apply(u, *fast(value_and_slope, self.model, *inputs))
-        return fast(value, self.model, *inputs)
+            return _WithGradient.apply(u, *compiler(value_and_grad, self.model, *inputs))
+        return compiler(value, self.model, *inputs)
 
     @unchecked
     def log_guide(self, u: Tensor) -> Tensor:
@@ -169,27 +178,27 @@ class Target:
             log_prob = log_joint(self.guide, self.x, self.y, latents)
         else:
             (value,) = latents.values()
-            log_prob = self._only_guide.log_prob(value)
-        return _never_nan(log_prob.double() + log_det)
+            log_prob = self._guide_distribution.log_prob(value)
+        return _nan_to_minus_inf(log_prob.double() + log_det)
 
     @cached_property
     @torch.no_grad()
-    def _only_guide(self) -> Any:
+    def _guide_distribution(self) -> Any:
         """The distribution of a guide of one site, kept so that the encoder runs once."""
         nodes: Any = run_program(self.guide, self.x, self.y, 1).nodes
         return nodes[next(iter(self.sites))]["fn"]
 
     @unchecked
-    def at(self, u: Tensor) -> Run:
+    def run_model(self, u: Tensor) -> ModelRun:
         """Runs the model at u."""
         latents, log_det = self._latents(u)
-        return Run(sites_at(self.model, self.x, self.y, latents), self.x, latents, log_det)
+        return ModelRun(sites_at(self.model, self.x, self.y, latents), self.x, latents, log_det)
 
     def check_gradient(self) -> None:
         """Raises a ValueError if the likelihood has no gradient with respect to the latents."""
         u = self.draw_guide(1).requires_grad_()
         with torch.enable_grad():
-            likelihood = self.at(u).log_likelihood.sum()
+            likelihood = self.run_model(u).log_likelihood.sum()
         if likelihood.requires_grad:
             if torch.autograd.grad(likelihood, u, allow_unused=True)[0] is not None:
                 return
@@ -210,20 +219,20 @@ class Target:
     def draw_prior(self, num_draws: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns draws of the prior u [K, B, D], with log p(u) and log p(x | u) [K, B]."""
         parts = []
-        for some in torch.ones(num_draws).split(self.draws_at_once):
-            nodes: Any = run_program(self.model, self.x, self.y, len(some)).nodes
+        for chunk in torch.ones(num_draws).split(self.draws_at_once):
+            nodes: Any = run_program(self.model, self.x, self.y, len(chunk)).nodes
             values = {name: nodes[name]["value"] for name in self.sites}
             sites = {name: nodes[name] for name in [*self.sites, *self.observed]}
             u = self.vector(values)
-            run = Run(sites, self.x, values, self._latents(u)[1])
+            run = ModelRun(sites, self.x, values, self._latents(u)[1])
             parts.append((u, run.log_prior, run.log_likelihood))
         u, log_prior, log_likelihood = (torch.cat(part) for part in zip(*parts))
         return u, log_prior, log_likelihood
 
     def vector(self, latents: Latents) -> Tensor:
         """Returns u [K, B, D] for latents by site [K, B, *]."""
-        free = [site.inverse(latents[name]) for name, site in self.sites.items()]
-        return torch.cat(free, -1) / self.scale
+        unconstrained = [site.inverse(latents[name]) for name, site in self.sites.items()]
+        return torch.cat(unconstrained, -1) / self.scale
 
     def _latents(self, u: Tensor) -> tuple[Latents, Tensor]:
         """Returns constrained latents by site, and log |dz / du| [K, B]."""
@@ -235,7 +244,7 @@ class Target:
         return latents, log_det
 
 
-class Run:
+class ModelRun:
     """A run of a model at u [K, B, D], with the log densities of u and of the data there.
 
     Attributes:
@@ -254,10 +263,12 @@ class Run:
         self.sites, self.x, self.latents = sites, x, latents
         observed = [name for name in sites if name not in latents]
         self.log_prior, self.log_likelihood = (
-            _never_nan(sum((sites[n]["fn"].log_prob(sites[n]["value"]) for n in names), first))
+            _nan_to_minus_inf(
+                sum((sites[n]["fn"].log_prob(sites[n]["value"]) for n in names), first)
+            )
             for names, first in ((latents, log_det), (observed, torch.zeros_like(log_det)))
         )
-        self.log_joint = _never_nan(self.log_prior + self.log_likelihood)
+        self.log_joint = _nan_to_minus_inf(self.log_prior + self.log_likelihood)
 
     @unchecked
     def complete(self) -> Tensor:
@@ -270,7 +281,7 @@ class Run:
         return entry_log_prob(self.sites, self.x, self.latents)
 
 
-def _never_nan(log_prob: Tensor) -> Tensor:
+def _nan_to_minus_inf(log_prob: Tensor) -> Tensor:
     return log_prob.double().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
@@ -286,18 +297,18 @@ def gradients(
         u: Points.
         draws_at_once: Points of each datum that are evaluated together.
     """
-    values, slopes = [], []
+    values, grads = [], []
     for part in u.split(draws_at_once):
         leaf = part.detach().requires_grad_()
         with torch.enable_grad():
             found = density(leaf)
             grad = partial(torch.autograd.grad, retain_graph=True, materialize_grads=True)
-            slopes.append([grad(value.sum(), leaf)[0] for value in found])
+            grads.append([grad(value.sum(), leaf)[0] for value in found])
         values.append([value.detach() for value in found])
-    return tuple(map(torch.cat, zip(*values))), tuple(map(torch.cat, zip(*slopes)))
+    return tuple(map(torch.cat, zip(*values))), tuple(map(torch.cat, zip(*grads)))
 
 
-class Compiled:
+class Compiler:
     """Calls functions of tensors, compiled for the shapes that come often.
 
     A function that cannot be compiled runs eagerly, after one warning that says why.
@@ -306,26 +317,26 @@ class Compiled:
         uses: Calls of a shape after which it is compiled.
     """
 
-    def __init__(self, uses: int = USES) -> None:
-        self.uses, self.most = uses, MOST
-        self.seen: Counter[object] = Counter()
-        self.fast: dict[object, Traced] = {}
+    def __init__(self, uses: int = CALLS_BEFORE_COMPILING) -> None:
+        self.uses, self.most = uses, MOST_SHAPES
+        self.calls: Counter[object] = Counter()
+        self.traced: dict[object, Traced] = {}
 
     def __call__(self, function: Callable[..., Any], program: Program, *inputs: Tensor) -> Any:
         """Returns `function(*inputs)`; its name identifies it, `program` holds its weights."""
         key = (function.__name__, *((part.shape, part.dtype) for part in inputs))
-        if key not in self.fast and len(self.fast) < self.most:
-            self.seen[key] += 1
-            if self.seen[key] >= self.uses:
+        if key not in self.traced and len(self.traced) < self.most:
+            self.calls[key] += 1
+            if self.calls[key] >= self.uses:
                 try:
-                    self.fast[key] = compiled(_Pass(function, program), *inputs)
+                    self.traced[key] = compiled(_FunctionModule(function, program), *inputs)
                 except CannotCompile as error:
                     warnings.warn(f"compile: the model runs eagerly, for {error}", stacklevel=2)
                     self.most = 0  # no further attempt
-        return self.fast.get(key, function)(*inputs)
+        return self.traced.get(key, function)(*inputs)
 
 
-class _Pass(nn.Module):
+class _FunctionModule(nn.Module):
     """A function as a forward pass, and the module whose weights it reads, if any."""
 
     def __init__(self, function: Callable[..., Any], program: Program) -> None:
@@ -338,15 +349,15 @@ class _Pass(nn.Module):
         return self.function(*inputs)
 
 
-class _WithSlope(torch.autograd.Function):
+class _WithGradient(torch.autograd.Function):
     """A value [K, B] whose gradient with respect to u [K, B, D] is known."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, value: Tensor, slope: Tensor) -> Tensor:
-        ctx.save_for_backward(slope)
+    def forward(ctx: Any, u: Tensor, value: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
         return value
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
-        (slope,) = ctx.saved_tensors
-        return outer[0].unsqueeze(-1) * slope, None, None
+        (grad,) = ctx.saved_tensors
+        return outer[0].unsqueeze(-1) * grad, None, None

@@ -15,8 +15,8 @@ from worlds import World, data, linear
 from pyro_vae import build
 from pyro_vae.densities import evaluating
 from pyro_vae.estimators import audit, log_evidence, modes
-from pyro_vae.estimators.coordinates import LogSticks
-from pyro_vae.estimators.log_evidence import KEPT
+from pyro_vae.estimators.coordinates import LogStickBreaking
+from pyro_vae.estimators.log_evidence import AUDITS
 from pyro_vae.estimators.target import Target
 from pyro_vae.vae import VAE
 
@@ -123,7 +123,7 @@ def test_an_idle_prior_is_standard_normal_in_its_coordinates(name: str) -> None:
     with evaluating(model, guide, seed=0, device=x.device):
         target = Target(model, guide, x)
         u, log_prior, _ = target.draw_prior(401)
-        again = target.at(u).log_prior
+        again = target.run_model(u).log_prior
     normal = dist.Normal(0.0, 1.0).log_prob(u).sum(-1)
     torch.testing.assert_close(log_prior, normal, atol=0.1, rtol=0)
     assert (log_prior - normal).abs().mean() < 3e-3
@@ -154,7 +154,7 @@ def test_a_prior_has_normal_scores_if_it_is_the_same_for_all_data(fixed: bool) -
 
 def test_sticks_are_torchs_where_torch_is_exact() -> None:
     v = torch.randn(7, 4)
-    sticks, torchs = LogSticks(), StickBreakingTransform()
+    sticks, torchs = LogStickBreaking(), StickBreakingTransform()
     p = sticks(v)
     offset = torch.arange(4, 0, -1).log()  # torch moves its logits by this
     torch.testing.assert_close(p, torchs(v + offset))
@@ -183,14 +183,14 @@ def test_a_model_that_observes_anything_else_is_not_audited() -> None:
 def test_an_audit_is_kept_for_the_weights_it_was_made_with(small: VAE) -> None:
     x = (torch.rand(3, 5) < 0.5).double()
     first = log_evidence(small.model, small.guide, x)
-    kept = KEPT[small]
+    kept = AUDITS[small]
     log_evidence(small.model, small.guide, x)
-    assert KEPT[small] is kept
+    assert AUDITS[small] is kept
     assert first.audit == str(kept[1])
     with torch.no_grad():
         next(small.parameters()).add_(0.1)
     log_evidence(small.model, small.guide, x)
-    assert KEPT[small] is not kept
+    assert AUDITS[small] is not kept
 
 
 @pytest.fixture
@@ -202,10 +202,10 @@ def test_an_audit_is_of_its_programs(small: VAE) -> None:
     """Of one module, but with another guide."""
     x = (torch.rand(3, 5) < 0.5).double()
     log_evidence(small.model, small.guide, x)
-    kept = KEPT[small]
+    kept = AUDITS[small]
 
     def other(self: VAE, x: Tensor) -> Tensor:
         return self.guide(1 - x)
 
     log_evidence(small.model, MethodType(other, small), x)
-    assert KEPT[small][0] != kept[0]
+    assert AUDITS[small][0] != kept[0]

@@ -21,7 +21,7 @@ from pyro_vae.estimators import (
     refined_importance_sampling,
 )
 from pyro_vae.estimators.importance import compiled_joint
-from pyro_vae.estimators.target import Compiled, Target
+from pyro_vae.estimators.target import Compiler, Target
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -62,12 +62,12 @@ def test_a_program_of_two_sites(estimate: Callable) -> None:
 
 def test_rare_shapes_are_not_compiled() -> None:
     world = LinearGaussian.draw()
-    fast = Compiled()
+    fast = Compiler()
     for size in range(1, 30):
         x, z = torch.randn(1, 5), {"z": torch.randn(size, 1, 2)}
         expected = log_joint(world.vae.model, x, None, z)
         assert torch.equal(compiled_joint(fast, world.vae.model, x, None, z), expected)
-    assert not fast.fast
+    assert not fast.traced
 
 
 class Bounded(nn.Module):
@@ -86,7 +86,7 @@ class Bounded(nn.Module):
 def test_supports_that_differ_between_data_are_left_to_the_model() -> None:
     program = Bounded()
     x = torch.randn(3)
-    assert Target(program.model, program.guide, x, fast=Compiled()).fast is None
+    assert Target(program.model, program.guide, x, compiler=Compiler()).compiler is None
 
 
 def test_what_cannot_be_compiled_is_run_and_said() -> None:
@@ -114,14 +114,14 @@ def test_the_gradient_is_that_of_whatever_is_made_of_the_density(
     monkeypatch.setattr("pyro_vae.estimators.target.compiled", how)
     world = LinearGaussian.draw()
     x, u, weight = torch.randn(3, 5), torch.randn(11, 3, 2), torch.rand(11, 3)
-    fast = Compiled(uses=1)
+    fast = Compiler(uses=1)
     slopes = []
     for density in (
-        Target(world.vae.model, world.vae.guide, x, scale=torch.ones(3, 2), fast=f)
+        Target(world.vae.model, world.vae.guide, x, scale=torch.ones(3, 2), compiler=f)
         for f in (None, fast)
     ):
         leaf = u.clone().requires_grad_()
         (weight * density.log_joint(leaf)).sum().backward()
         slopes.append(leaf.grad)
-    assert fast.fast
+    assert fast.traced
     torch.testing.assert_close(slopes[1], slopes[0])

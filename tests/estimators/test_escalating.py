@@ -14,8 +14,8 @@ from worlds import World, data, linear, misses, quadrature, square
 from pyro_vae.densities import evaluating
 from pyro_vae.estimators import escalating, hmc, log_evidence, refined_importance_sampling
 from pyro_vae.estimators.evidence import summarise
-from pyro_vae.estimators.proposal import Proposal, _weighed, add_components, laplace
-from pyro_vae.estimators.refined import Fit, _wider
+from pyro_vae.estimators.proposal import Proposal, _fit_weights, add_components, laplace
+from pyro_vae.estimators.refined import Fit, _widen
 from pyro_vae.estimators.target import Target
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -150,7 +150,7 @@ def test_weights_of_components_are_those_of_the_density_that_they_make_up() -> N
     density = torch.stack([part.log_prob(u) for part in parts])
     share = torch.tensor([0.2, 0.8])
     log_p = (density + share.log().view(2, 1, 1)).logsumexp(0)
-    found = _weighed(parts, density, log_p)
+    found = _fit_weights(parts, density, log_p)
     assert torch.equal(found.loc, places)
     torch.testing.assert_close(found.log_weight.exp()[:, 0], share, atol=0.03, rtol=0)
 
@@ -195,7 +195,7 @@ def test_a_second_fit_mends_every_component_beside_the_first() -> None:
             torch.stack([1.7 * tril, 0.6 * tril]),
         )
         first = fit_of(target, poor)
-        both = first.again().proposal
+        both = first.refit().proposal
     torch.testing.assert_close(both.log_weight.logsumexp(0), torch.zeros(3))
     torch.testing.assert_close(both.log_weight[:2], poor.log_weight - math.log(2))
     torch.testing.assert_close(both.loc[:2], poor.loc)
@@ -204,7 +204,7 @@ def test_a_second_fit_mends_every_component_beside_the_first() -> None:
     assert torch.equal(both.log_weight[2:].isfinite(), kept)
     away = torch.linalg.solve(tril, (both.loc[2:] - loc).unsqueeze(-1)).norm(dim=(-2, -1))
     assert (away[kept] < 0.1).all()
-    scale = torch.linalg.solve(_wider(tril), both.tril[2:])[kept].diagonal(dim1=-2, dim2=-1)
+    scale = torch.linalg.solve(_widen(tril), both.tril[2:])[kept].diagonal(dim1=-2, dim2=-1)
     assert ((scale > 0.93) & (scale < 1.07)).all()
 
 
@@ -234,14 +234,14 @@ def test_the_variance_of_a_pilot_is_exact_on_average() -> None:
         loc, tril = laplace(target, target.draw_guide(1)[0])
         fit = fit_of(target, one(loc, 1.4 * tril))
         needed, _ = escalating._pilot(fit, 0.05, 400)
-        weights = torch.cat([weights for _, weights in fit.scored(3000)]).exp()
+        weights = torch.cat([weights for _, weights in fit.weighted_draws(3000)]).exp()
     variance = (weights.var() / weights.mean() ** 2).item()
     found = needed.median().item() * (escalating.MARGIN * 0.05) ** 2
     assert variance < found < 1.6 * variance  # the larger of two estimates
 
 
 def test_draws_follow_the_need_and_rows_stay_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(escalating, "NUMBERS", (1000, 2000))
+    monkeypatch.setattr(escalating, "DRAWS", (1000, 2000))
     monkeypatch.setattr(escalating, "AIS_CHAINS", 31)
     with evaluating(seed=0, device=CPU):
         world = linear(num_data=5)
@@ -250,8 +250,8 @@ def test_draws_follow_the_need_and_rows_stay_in_place(monkeypatch: pytest.Monkey
         fit = fit_of(target, one(loc, 1.1 * tril))
         needed = torch.tensor([1500.0, torch.inf, 0.0, 2000.0, 2001.0])
         exact = loc.unsqueeze(0)
-        result = escalating._by_need(fit, needed, 0.05, math.inf, exact)
-        poor = escalating._by_need(fit, needed, 0.05, 1999, exact)
+        result = escalating._estimate_by_need(fit, needed, 0.05, math.inf, exact)
+        poor = escalating._estimate_by_need(fit, needed, 0.05, 1999, exact)
     assert result.num_samples.tolist() == [2000, 31, 1000, 2000, 31]
     assert poor.num_samples.tolist() == [1000] * 5
     error = (result.log_prob - world.truth).abs()

@@ -21,7 +21,7 @@ from pyro_vae.estimators import (
     log_evidence,
     refined_importance_sampling,
 )
-from pyro_vae.estimators.run import _shares
+from pyro_vae.estimators.run import _split_batches
 
 
 class Gaussian(nn.Module):
@@ -132,7 +132,7 @@ def pickle_and_back(value: Any) -> Any:
 def test_parts_are_whole_batches_in_order() -> None:
     for rows in range(1, 23):
         x = torch.arange(rows)[:, None]
-        parts = _shares(x, x, 3, 4)
+        parts = _split_batches(x, x, 3, 4)
         assert torch.equal(torch.cat([part for part, *_ in parts]), x)
         assert all(len(part) % 3 == 0 for part, *_ in parts[:-1])
         assert [number * 3 for *_, number in parts] == [int(part[0]) for part, *_ in parts]

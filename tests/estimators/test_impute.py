@@ -242,7 +242,9 @@ def test_a_datum_of_one_number_has_its_log_prob_as_its_column() -> None:
 
 def test_column_log_prob_needs_no_missing_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """With missing=True each value would get draws of its own, of a row without it."""
-    monkeypatch.setattr(import_module("pyro_vae.estimators.conditional"), "KHAT", -torch.inf)
+    monkeypatch.setattr(
+        import_module("pyro_vae.estimators.conditional"), "LARGEST_KHAT", -torch.inf
+    )
     x = torch.randn(60, 1) + 0.1 * torch.randn(60, 3)
     vae = build(3, 1, likelihood="Normal")
     fit(vae, x, epochs=150, lr=0.02, progress=False)

@@ -16,7 +16,7 @@ from pyro_vae.densities import evaluating
 from pyro_vae.estimators import modes
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.proposal import Proposal
-from pyro_vae.estimators.refined import WIDER, WIDEST, Fit, _wider
+from pyro_vae.estimators.refined import MOST_WIDENING, WIDENING, Fit, _widen
 from pyro_vae.estimators.target import Target
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -56,7 +56,7 @@ def test_exchanged_units_are_found_beyond_their_valley(pair: tuple) -> None:
     target, mode, tril = pair
     _, pairs = modes._directions(tril)
     assert len(pairs) == 3
-    points, height = modes._exchange(target, mode, pairs, torch.zeros_like(mode))
+    points, height = modes._exchanges(target, mode, pairs, torch.zeros_like(mode))
     best = height.argmax(0)
     found = points[best, torch.arange(3)]
     torch.testing.assert_close(found, mode[:, [1, 0, 2]])
@@ -69,13 +69,13 @@ def test_lines_lead_beyond_a_valley(pair: tuple) -> None:
     lines, _ = modes._directions(tril)
     across = torch.tensor([-1.0, 1.0, 0.0]).expand(1, 3, 3) / 2**0.5
     spread = torch.full((1, 3), 0.4)
-    points, reach = modes._walk(target, mode, across, spread, torch.zeros_like(mode))
+    points, reach = modes._beyond_valleys(target, mode, across, spread, torch.zeros_like(mode))
     assert (reach > target.log_joint(mode[None])[0] - 60).all()
     other = mode[:, [1, 0, 2]]
     assert ((points[0] - other).norm(dim=-1) < (points[0] - mode).norm(dim=-1)).all()
     along = torch.tensor([0.0, 0.0, 1.0]).expand(1, 3, 3)  # one mode: no valley
     assert (
-        modes._walk(target, mode, along, spread, torch.zeros_like(mode))[1] == -torch.inf
+        modes._beyond_valleys(target, mode, along, spread, torch.zeros_like(mode))[1] == -torch.inf
     ).all()
     assert lines.shape == (6, 3, 3)
 
@@ -90,12 +90,12 @@ class Twins:
         return -(((u[..., :1] - self.peaks) / 0.1) ** 2).amin(-1) / 2
 
 
-@pytest.mark.parametrize("other", [-3.3, *modes.WALK])
+@pytest.mark.parametrize("other", [-3.3, *modes.LINE_POSITIONS])
 def test_a_line_leads_to_the_mirror_image_of_a_mode_and_to_fixed_places(other: float) -> None:
     mode, line = torch.tensor([[3.8, 0.7]]), torch.tensor([1.0, 0.0]).view(1, 1, 2)
     spread, centre = torch.tensor([[0.1]]), torch.tensor([[0.5, 0.7]])
     target: Any = Twins(other)
-    points, reach = modes._walk(target, mode, line, spread, centre)
+    points, reach = modes._beyond_valleys(target, mode, line, spread, centre)
     torch.testing.assert_close(points, torch.tensor([[[0.5 + other, 0.7]]]))
     torch.testing.assert_close(reach, torch.zeros(1, 1))
 
@@ -110,25 +110,25 @@ class Comb:
 
 def test_modes_lead_on_to_those_as_far_again() -> None:
     mode, others = torch.tensor([[3.0, 0.7]]), torch.tensor([[[0.0, 0.2]], [[3.2, 0.7]]])
-    points, height = modes._onward(Comb(), mode, others)  # type: ignore[arg-type]
+    points, height = modes._reflections(Comb(), mode, others)  # type: ignore[arg-type]
     expected = torch.tensor([[6.0, 1.2], [2.8, 0.7], [-3.0, -0.3], [3.4, 0.7]])
     torch.testing.assert_close(points[:, 0], expected)
     assert height[:, 0].isfinite().tolist() == [True, False, True, False]
-    assert modes._onward(Comb(), mode, others[:0])[1].shape == (0, 1)  # type: ignore[arg-type]
+    assert modes._reflections(Comb(), mode, others[:0])[1].shape == (0, 1)  # type: ignore[arg-type]
 
 
 def test_a_valley_tells_modes_apart(pair: tuple) -> None:
     target, mode, tril = pair
     other, near = mode[:, [1, 0, 2]], mode + 0.02
     far = mode + torch.tensor([0.0, 0.0, 2.0])
-    u, keep = modes._distinct(target, torch.stack([near, far, other, mode]))
+    u, keep = modes._distinct_modes(target, torch.stack([near, far, other, mode]))
     assert keep.tolist() == [[True] * 3, [True] * 3, [False] * 3, [False] * 3]
     assert {round(v, 3) for v in u[:2, 0, 0].tolist()} == {
         round(mode[0, 0].item(), 3),
         round(mode[0, 1].item(), 3),
     }
     height = target.log_joint(torch.stack([near, other]))
-    apart = modes._apart(target, mode[None], torch.stack([near, other]), height)
+    apart = modes._is_separate(target, mode[None], torch.stack([near, other]), height)
     assert apart.tolist() == [[False] * 3, [True] * 3]
 
 
@@ -142,7 +142,7 @@ class Peaks:
 
 def test_a_lower_mode_counts_unless_it_is_negligible() -> None:
     u = torch.tensor([-20.0, 5.0, 0.0, 0.3]).view(4, 1, 1)
-    found, keep = modes._distinct(Peaks(), u)  # type: ignore[arg-type]
+    found, keep = modes._distinct_modes(Peaks(), u)  # type: ignore[arg-type]
     assert found[:2].flatten().tolist() == [0.0, 5.0]
     assert keep.flatten().tolist() == [True, True, False, False]
 
@@ -159,7 +159,7 @@ def test_climbs_reach_the_mode_and_never_end_lower(pair: tuple) -> None:
 def test_first_steps_reach_twice_as_far_as_a_mode_is() -> None:
     tril = torch.tensor([[[0.5, 0.0], [3.0, 0.2]]])
     away = torch.tensor([[31.0, -53.0], [0.1, 0.0]]).unsqueeze(1)  # in standard deviations
-    steps = modes._far(tril, away @ tril[0].T)
+    steps = modes._step_sizes(tril, away @ tril[0].T)
     torch.testing.assert_close(steps[:, 0, 0], torch.tensor([4 * 53 / modes.STEPS, modes.LR]))
 
 
@@ -177,10 +177,10 @@ def test_the_lower_of_the_first_climbs_counts_in_the_first_round_alone(
 
 def test_lines_leave_out_what_data_do_not_inform() -> None:
     variance = torch.tensor([[1.0, 0.2, 1.02, 0.9], [1.0, 1.0, 1.0, 0.01]])
-    order, number = modes._informed(variance)
+    order, number = modes._most_informed(variance)
     assert number == 2
     assert order[:, 0].tolist() == [1, 3]
-    assert modes._informed(torch.ones(2, 3))[1] == 1
+    assert modes._most_informed(torch.ones(2, 3))[1] == 1
 
 
 class Scripted(modes._Search):
@@ -238,11 +238,11 @@ def test_proposals_are_wider_where_data_inform(number: int) -> None:
     """By a fifth in few directions; by less in many, so that the volume grows as much."""
     rotation = torch.linalg.qr(torch.randn(number + 2, number + 2)).Q
     variances = torch.tensor([*[0.01] * number, 1.0, 1.7])
-    wider = _wider(torch.linalg.cholesky((rotation * variances) @ rotation.T)[None])[0]
-    more = min(WIDEST, WIDER / (0.99 * number))
+    wider = _widen(torch.linalg.cholesky((rotation * variances) @ rotation.T)[None])[0]
+    more = min(MOST_WIDENING, WIDENING / (0.99 * number))
     expected = variances * torch.tensor([*[1 + more * (2 + more) * 0.99] * number, 1.0, 1.0])
     torch.testing.assert_close(torch.linalg.eigvalsh(wider @ wider.T), expected)
-    assert more < WIDEST or number == 1
+    assert more < MOST_WIDENING or number == 1
 
 
 def test_a_posterior_of_one_mode_is_searched_once() -> None:
@@ -250,4 +250,4 @@ def test_a_posterior_of_one_mode_is_searched_once() -> None:
     with evaluating(seed=0, device=CPU):
         found = modes.find_modes(Target(world.model, world.guide, world.x), 5)
     assert found.row.tolist() == [0, 1, 2]
-    assert found.complete.all()
+    assert found.search_ended.all()

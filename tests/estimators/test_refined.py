@@ -69,8 +69,8 @@ def test_weights_are_unbiased_whatever_the_fit() -> None:
         good = fit(world)
         old = good.proposal
         bad = Proposal(old.log_weight, old.loc + 0.3, 1.5 * old.tril)
-        moved = Fit(good.target, bad, good.simple, good.complete)
-        weights = torch.cat([weights for _, weights in moved.scored(20_011)]).exp()
+        moved = Fit(good.target, bad, good.prior_evidence, good.search_ended)
+        weights = torch.cat([weights for _, weights in moved.weighted_draws(20_011)]).exp()
     ratio = weights / world.truth.exp()
     assert ((ratio.mean(0) - 1).abs() < 5 * ratio.std(0) / 20_011**0.5).all()
     assert (ratio.std(0) > 0.1).all()
@@ -139,7 +139,7 @@ def test_all_modes_are_found() -> None:
         modes = find_modes(Target(world.model, world.guide, x), 4)
     for row in range(6):
         assert len(modes.u[modes.row == row].sign().unique(dim=0)) == 4
-    assert modes.complete.all()
+    assert modes.search_ended.all()
     e = refined_importance_sampling(world.model, world.guide, x)
     assert misses(e.log_prob, e.stderr, truth) < 5
     assert set(e.verdict) == {"reliable"}
@@ -201,7 +201,7 @@ def test_few_draws_have_no_khat_and_no_trust(num_samples: int) -> None:
 def test_two_draws_are_of_the_proposal_and_a_third_is_of_each() -> None:
     with evaluating(seed=0, device=CPU):
         found = fit(linear(num_data=3), 1)
-    assert [found._numbers(number) for number in (2, 3)] == [(2, 0, 0), (1, 1, 1)]
+    assert [found._split_draws(number) for number in (2, 3)] == [(2, 0, 0), (1, 1, 1)]
 
 
 @pytest.mark.parametrize("options", [{"num_samples": 0}, {"num_starts": 0}, {"chunk_size": 0}])

@@ -29,7 +29,7 @@ def test_densities_of_a_positive_latent_integrate_in_its_new_coordinate() -> Non
     target = Target(world.model, world.guide, world.x)
     u = torch.linspace(-60, 30, 20_001)[:, None, None].expand(-1, len(world.x), 1)
     cell = math.log(90 / 20_000)
-    run = target.at(u)
+    run = target.run_model(u)
     log_prior, log_likelihood = run.log_prior, run.log_likelihood
     for log_density, expected in (
         (target.log_joint(u), world.truth),
