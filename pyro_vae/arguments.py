@@ -23,7 +23,7 @@ P = ParamSpec("P")
 T_co = TypeVar("T_co", covariant=True)
 
 
-class Shown(nn.Module):
+class ReprModule(nn.Module):
     """A module whose repr shows the plain options that it was made with."""
 
     def __init_subclass__(cls, **options: Any) -> None:

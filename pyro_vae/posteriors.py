@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_vae import distributions
-from pyro_vae.arguments import Shown, as_shape, check_real, check_whole
+from pyro_vae.arguments import ReprModule, as_shape, check_real, check_whole
 from pyro_vae.distributions import Flow, make_flow
 
 __all__ = ["DiagonalNormal", "FlowPosterior", "FullNormal", "Posterior"]
 
 
-class Posterior(Shown):
+class Posterior(ReprModule):
     """A reparameterised distribution over latents z [D] for data x [*S, *E].
 
     A subclass says how many raw numbers its encoder must give (`num_params`) and builds the

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_vae.arguments import Shown, as_shape, check_real, check_whole
+from pyro_vae.arguments import ReprModule, as_shape, check_real, check_whole
 from pyro_vae.distributions import Flow, make_flow, mixture
 
 __all__ = [
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-class Prior(Shown):
+class Prior(ReprModule):
     """A distribution over latents z [D].
 
     A subclass takes `latent_dim` (or `posterior` and `data_shape`) by name, gives every other

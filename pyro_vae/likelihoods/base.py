@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from pyro_vae.arguments import Shown, as_shape, check_finite
+from pyro_vae.arguments import ReprModule, as_shape, check_finite
 from pyro_vae.distributions import Incomplete
 
 LARGEST = torch.finfo(torch.float32).max
 
 
-class Likelihood(Shown):
+class Likelihood(ReprModule):
     """A distribution over data x [*S, *E] for latents z [*S, D].
 
     A subclass says how many raw parameters it needs per channel (`num_params`), what data it
