@@ -142,7 +142,7 @@ def test_a_collapsed_posterior_has_none() -> None:
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = elbo_decomposition(full(), unit(2), num_samples=13)
-    monkeypatch.setattr(decomposition, "PAIRS", 77)  # seven draws at once
+    monkeypatch.setattr(decomposition, "CHUNK_ENTRIES", 77)  # seven draws at once
     parts = elbo_decomposition(full(), unit(2), num_samples=13)
     for name in PARTS:
         assert getattr(whole, name).value == pytest.approx(getattr(parts, name).value, abs=1e-12)

@@ -20,7 +20,7 @@ from pyro_vae.densities import (
     summed_values,
 )
 
-ROWS = 10_000  # rows, draws times data, that the programs see at once
+CHUNK_ROWS = 10_000  # rows, draws times data, that the programs see at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,9 +127,9 @@ def calibration(
         evaluating(model, guide, seed=seed, device=x.device),
         pyro.validation_enabled(False),
     ):
-        for index in rows.to(x.device).split(max(1, ROWS // num_draws)):
-            given = None if y is None else y[index]
-            names, *found = _ranks(model, guide, x[index], given, num_draws)
+        for index in rows.to(x.device).split(max(1, CHUNK_ROWS // num_draws)):
+            y_rows = None if y is None else y[index]
+            names, *found = _ranks(model, guide, x[index], y_rows, num_draws)
             parts.append(found)
     ranks, uniforms = (torch.cat(part).cpu() for part in zip(*parts))
     tests = [kstest(column, "uniform") for column in uniforms.T.numpy()]
@@ -141,12 +141,12 @@ def _ranks(
     model: Program, guide: Program, x: Tensor, y: Tensor | None, num_draws: int
 ) -> tuple[tuple[str, ...], Tensor, Tensor]:
     """Returns names of the columns, ranks, and the ranks as uniform numbers, of new data."""
-    new, exact = draw_data(model, x, y)
-    draws, _ = draw_latents(guide, new, y, num_particles=num_draws)
+    simulated, exact = draw_data(model, x, y)
+    draws, _ = draw_latents(guide, simulated, y, num_particles=num_draws)
     both = []
     for latents in (draws, exact):
         columns = [latents[name].reshape(len(latents[name]), len(x), -1) for name in exact]
-        log_prob = log_joint(model, new, y, latents).unsqueeze(-1)
+        log_prob = log_joint(model, simulated, y, latents).unsqueeze(-1)
         both.append(torch.cat([*columns, log_prob], -1).double())
     values, truth = both
     names = tuple(

@@ -24,8 +24,8 @@ __all__ = [
     "log_mean",
 ]
 
-PAIRS = 2**21  # entries [draws, N, D] that are computed at once
-NEAR = 0.1  # nats below log N, from which on the mutual information says little
+CHUNK_ENTRIES = 2**21  # entries [draws, N, D] that are computed at once
+CEILING_MARGIN = 0.1  # nats below log N, from which on the mutual information says little
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Decomposition:
     @property
     def at_ceiling(self) -> bool:
         """Whether the mutual information is so near `ceiling` that more data would show more."""
-        return self.mutual_information.value > self.ceiling - NEAR
+        return self.mutual_information.value > self.ceiling - CEILING_MARGIN
 
 
 def elbo_decomposition(
@@ -124,17 +124,17 @@ def elbo_decomposition(
         )
     check_whole(2, num_samples=num_samples)
     check_whole(0, seed=seed)
-    parts, dims = [], []
+    parts, dimension_terms = [], []
     with torch.no_grad():
         for index, z in draws_of(posterior, num_samples, num_rows, seed):
             terms, each = _terms(posterior, prior, index, z)
             parts.append(terms)
             if isinstance(prior, Independent) and not prior.base_dist.event_shape:
-                dims.append(each - prior.base_dist.log_prob(z))
+                dimension_terms.append(each - prior.base_dist.log_prob(z))
     kl, information, aggregate, correlation, mismatch = (
         _term(term) for term in torch.cat(parts, 1).reshape(5, -1, num_samples)
     )
-    per_dimension = torch.cat(dims).mean(0) if dims else None
+    per_dimension = torch.cat(dimension_terms).mean(0) if dimension_terms else None
     return Decomposition(
         kl,
         information,
@@ -154,9 +154,9 @@ def _terms(
     """Returns the KL and its parts at draws z [m, D], [5, m], and log q(z_d) [m, D]."""
     pairs = pair_log_prob(posterior, z).double()
     each = log_mean(pair_marginals(posterior, z))
-    given, p = pairs.gather(1, index[:, None]).squeeze(1), prior.log_prob(z).double()
+    conditional, p = pairs.gather(1, index[:, None]).squeeze(1), prior.log_prob(z).double()
     joint, product = log_mean(pairs), each.sum(-1)
-    terms = given - p, given - joint, joint - p, joint - product, product - p
+    terms = conditional - p, conditional - joint, joint - p, joint - product, product - p
     return torch.stack(terms), each
 
 
@@ -182,7 +182,7 @@ def draws_of(
     rows = rows.long().to(each.device)
     with forked(rows.device, seed):
         z = posterior.sample(torch.Size((num_samples,)))[:, rows]
-    size = max(1, PAIRS // each.numel())
+    size = max(1, CHUNK_ENTRIES // each.numel())
     index, z = rows.repeat_interleave(num_samples), z.transpose(0, 1).flatten(0, 1)
     yield from zip(index.split(size), z.split(size))
 

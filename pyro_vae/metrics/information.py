@@ -49,7 +49,7 @@ class Score:
     stderr: float | None = None
 
 
-def check(
+def check_codes(
     codes: Tensor, factors: Tensor, names: Sequence[str] | None = None, **numbers: Any
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     """Returns codes [N, D] as float64, factors [N, F] as int64, on the CPU, and factors' names.
@@ -113,7 +113,7 @@ def mig(
         Chen et al. Isolating sources of disentanglement in variational autoencoders. 2018.
     """
     means = marginals(posterior).loc
-    _, values, labels = check(means, factors, names, num_samples=num_samples, seed=seed)
+    _, values, labels = check_codes(means, factors, names, num_samples=num_samples, seed=seed)
     kept = [f for f, label in enumerate(labels) if label not in without]
     if not kept:
         raise ValueError(f"expected a factor that is not left out; got {labels} without {without}")
@@ -155,7 +155,7 @@ def mig_of_means(
         Locatello et al. Challenging common assumptions in the unsupervised learning of
         disentangled representations. 2019.
     """
-    codes, values, labels = check(means, factors, names, bins=bins)
+    codes, values, labels = check_codes(means, factors, names, bins=bins)
     information = information_matrix(values, discretise(codes, bins))
     gaps = relative_gap(information, values)
     return Score(
@@ -187,25 +187,25 @@ def factor_information(
     negative. Arguments are those of `mig`. Cost: N^2 D densities per draw, and a matrix product.
     """
     check_posterior(posterior)
-    means, values, _ = check(marginals(posterior).loc, factors)
+    means, values, _ = check_codes(marginals(posterior).loc, factors)
     device = marginals(posterior).loc.device
     members = [one_hot(v.unique(return_inverse=True)[1]).double().to(device) for v in values.T]
     total = torch.zeros(len(members), means.shape[1], dtype=torch.float64, device=device)
     number = 0
     with torch.no_grad():
-        for own, z in draws_of(posterior, num_samples, num_rows, seed):
+        for index, z in draws_of(posterior, num_samples, num_rows, seed):
             number += len(z)
             pairs = pair_marginals(posterior, z).double()
             marginal = log_mean(pairs)
             for f, member in enumerate(members):
-                total[f] += (_log_mean_within(pairs, member, own) - marginal).sum(0)
+                total[f] += (_log_mean_within(pairs, member, index) - marginal).sum(0)
     return (total / number).cpu()
 
 
-def _log_mean_within(pairs: Tensor, member: Tensor, own: Tensor) -> Tensor:
+def _log_mean_within(pairs: Tensor, member: Tensor, index: Tensor) -> Tensor:
     """Averages `pairs` [m, N, D], as logs, over data of each draw's own factor value, [m, D]."""
     highest = pairs.amax(1, keepdim=True)
-    same = member[own] / member.sum(0)  # [m, V]: the value, over its number of data
+    same = member[index] / member.sum(0)  # [m, V]: the value, over its number of data
     within = torch.einsum("mnd,nv,mv->md", (pairs - highest).exp(), member, same)
     return within.log() + highest.squeeze(1)
 
@@ -233,7 +233,7 @@ def modularity(
     References:
         Ridgeway and Mozer. Learning deep disentangled embeddings with the F-statistic loss. 2018.
     """
-    codes, values, labels = check(means, factors, names, bins=bins)
+    codes, values, labels = check_codes(means, factors, names, bins=bins)
     if len(labels) < 2:
         raise ValueError("expected at least two factors: with one, every code is modular")
     information = information_matrix(values, discretise(codes, bins))
@@ -273,9 +273,9 @@ def information_matrix(first: Tensor, second: Tensor) -> Tensor:
     in nats, of the empirical distribution of int64 values. It is biased upwards by about
     (A - 1) (B - 1) / (2 N) where a has A values and b has B.
     """
-    pairs = [entropies(a.unsqueeze(1) * (second.max() + 1) + second) for a in first.T]
-    apart = entropies(first).unsqueeze(1) + entropies(second)
-    return (apart - torch.stack(pairs)).clamp(min=0)  # negative by rounding alone
+    joint = [entropies(a.unsqueeze(1) * (second.max() + 1) + second) for a in first.T]
+    separate = entropies(first).unsqueeze(1) + entropies(second)
+    return (separate - torch.stack(joint)).clamp(min=0)  # negative by rounding alone
 
 
 def gap(scores: Tensor) -> Tensor:

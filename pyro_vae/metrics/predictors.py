@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pyro_vae.arguments import check_whole
-from pyro_vae.metrics.information import Score, check, gap
+from pyro_vae.metrics.information import Score, check_codes, gap
 
-PRUNED = 0.05  # least standard deviation of a dimension's means that lets it vote
+LEAST_STD = 0.05  # least standard deviation of a dimension's means that lets it vote
 
 
 def sap(
@@ -44,9 +44,11 @@ def sap(
         Kumar, Sattigeri and Balakrishnan. Variational inference of disentangled latent concepts
         from unlabeled observations. 2018.
     """
-    codes, values, labels = check(means, factors, names, seed=seed)
+    codes, values, labels = check_codes(means, factors, names, seed=seed)
     rows = [
-        _by_thresholds(codes, v, seed) if label in categorical else _by_lines(codes, v.double())
+        _threshold_accuracy(codes, v, seed)
+        if label in categorical
+        else _squared_correlation(codes, v.double())
         for label, v in zip(labels, values.T)
     ]
     matrix = torch.stack(rows)
@@ -63,7 +65,7 @@ def sap(
     )
 
 
-def _by_lines(codes: Tensor, factor: Tensor) -> Tensor:
+def _squared_correlation(codes: Tensor, factor: Tensor) -> Tensor:
     """Returns the squared correlation of each dimension with the factor [D]; 0 if constant."""
     centred, target = codes - codes.mean(0), factor - factor.mean()
     covariance = target @ centred
@@ -71,7 +73,7 @@ def _by_lines(codes: Tensor, factor: Tensor) -> Tensor:
     return torch.where(scale > 0, covariance.pow(2) / scale, 0.0)
 
 
-def _by_thresholds(codes: Tensor, factor: Tensor, seed: int) -> Tensor:
+def _threshold_accuracy(codes: Tensor, factor: Tensor, seed: int) -> Tensor:
     """Returns the balanced accuracy of thresholds on each dimension [D]."""
     from sklearn.metrics import recall_score
     from sklearn.tree import DecisionTreeClassifier
@@ -159,7 +161,7 @@ def dci(
         Locatello et al. Challenging common assumptions in the unsupervised learning of
         disentangled representations. 2019 (the predictor).
     """
-    codes, values, labels = check(means, factors, names, num_trees=num_trees, seed=seed)
+    codes, values, labels = check_codes(means, factors, names, num_trees=num_trees, seed=seed)
     check_whole(optional=True, num_train=num_train, num_test=num_test)
     N = len(codes)
     num_train = min(10_000, 2 * N // 3) if num_train is None else num_train
@@ -171,7 +173,9 @@ def dci(
         )
     order = np.random.default_rng(seed).permutation(N)
     fitted, scored = order[:num_train], order[num_train : num_train + num_test]
-    fits = [_boost(codes.numpy(), v.numpy(), fitted, scored, num_trees, seed) for v in values.T]
+    fits = [
+        _fit_trees(codes.numpy(), v.numpy(), fitted, scored, num_trees, seed) for v in values.T
+    ]
     importance = torch.from_numpy(np.stack([fit[0] for fit in fits], 1))
     train, test = np.mean([fit[1:] for fit in fits], 0)
     return DCI(
@@ -188,15 +192,15 @@ def dci(
     )
 
 
-def _boost(
+def _fit_trees(
     x: np.ndarray, v: np.ndarray, fitted: np.ndarray, scored: np.ndarray, num_trees: int, seed: int
 ) -> tuple[np.ndarray, float, float]:
     """Returns the importance [D], and the accuracy on the rows fitted to and on the others."""
     from sklearn.ensemble import GradientBoostingClassifier
 
     if len(np.unique(v[fitted])) == 1:
-        known = v[fitted][0]
-        return np.zeros(x.shape[1]), 1.0, float((v[scored] == known).mean())
+        constant = v[fitted][0]
+        return np.zeros(x.shape[1]), 1.0, float((v[scored] == constant).mean())
     trees = GradientBoostingClassifier(n_estimators=num_trees, random_state=seed)
     trees.fit(x[fitted], v[fitted])
     scores = (trees.score(x[rows], v[rows]) for rows in (fitted, scored))
@@ -251,26 +255,28 @@ def factor_vae_score(
         disentangled representations. 2019. With disentanglement_lib.
     """
     numbers = {"num_votes": num_votes, "num_test": num_test, "batch_size": batch_size}
-    codes, values, labels = check(means, factors, names, seed=seed, **numbers)
+    codes, values, labels = check_codes(means, factors, names, seed=seed, **numbers)
     F, variance = values.shape[1], codes.var(0)
-    alive = variance.sqrt() >= PRUNED
-    kinds, rows = _fixed(values, num_votes + num_test, batch_size, seed)
-    if alive.any():
-        noted = (codes[:, alive][rows].var(1) / variance[alive]).argmin(1)
+    active = variance.sqrt() >= LEAST_STD
+    fixed, rows = _draw_votes(values, num_votes + num_test, batch_size, seed)
+    if active.any():
+        least_varying = (codes[:, active][rows].var(1) / variance[active]).argmin(1)
     else:
-        noted = torch.zeros(len(kinds), dtype=torch.long)
-    table = torch.zeros(int(noted.max()) + 1, F)
-    table.index_put_((noted[:num_votes], kinds[:num_votes]), torch.ones(()), accumulate=True)
-    right = table.argmax(1)[noted[num_votes:]] == kinds[num_votes:]
+        least_varying = torch.zeros(len(fixed), dtype=torch.long)
+    table = torch.zeros(int(least_varying.max()) + 1, F)
+    table.index_put_(
+        (least_varying[:num_votes], fixed[:num_votes]), torch.ones(()), accumulate=True
+    )
+    correct = table.argmax(1)[least_varying[num_votes:]] == fixed[num_votes:]
     return Score(
         "factor_vae_score",
-        right.double().mean().item(),
+        correct.double().mean().item(),
         "Kim and Mnih 2018: majority vote of the dimension of least variance",
         labels,
         len(codes),
         seed=seed,
         num_samples=num_votes + num_test,
-        stderr=_stderr(right),
+        stderr=_stderr(correct),
     )
 
 
@@ -311,41 +317,41 @@ def beta_vae_score(
     from sklearn.preprocessing import StandardScaler
 
     numbers = {"num_votes": num_votes, "num_test": num_test, "batch_size": batch_size}
-    codes, values, labels = check(means, factors, names, seed=seed, **numbers)
+    codes, values, labels = check_codes(means, factors, names, seed=seed, **numbers)
     if len(labels) < 2:
         raise ValueError("expected at least two factors, to tell one from another; got one")
-    kinds, rows = _fixed(values, num_votes + num_test, 2 * batch_size, seed)
+    fixed, rows = _draw_votes(values, num_votes + num_test, 2 * batch_size, seed)
     pairs = codes[rows].unflatten(1, (batch_size, 2))
     inputs = (pairs[:, :, 0] - pairs[:, :, 1]).abs().mean(1).numpy()
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=10_000))
-    classifier.fit(inputs[:num_votes], kinds[:num_votes].numpy())
-    right = torch.from_numpy(classifier.predict(inputs[num_votes:])) == kinds[num_votes:]
+    classifier.fit(inputs[:num_votes], fixed[:num_votes].numpy())
+    correct = torch.from_numpy(classifier.predict(inputs[num_votes:])) == fixed[num_votes:]
     return Score(
         "beta_vae_score",
-        right.double().mean().item(),
+        correct.double().mean().item(),
         "Higgins et al. 2017: logistic regression on mean absolute differences",
         labels,
         len(codes),
         seed=seed,
         num_samples=num_votes + num_test,
-        stderr=_stderr(right),
+        stderr=_stderr(correct),
     )
 
 
-def _fixed(factors: Tensor, num_votes: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
+def _draw_votes(factors: Tensor, num_votes: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     """Returns a factor for each vote [V], and rows that share a value of it [V, size]."""
     generator = np.random.default_rng(seed)
-    kinds = generator.integers(factors.shape[1], size=num_votes)
+    fixed = generator.integers(factors.shape[1], size=num_votes)
     rows = np.empty((num_votes, size), dtype=np.int64)
     for f, values in enumerate(factors.T.numpy()):
         order = np.argsort(values, kind="stable")
         _, starts, counts = np.unique(values[order], return_index=True, return_counts=True)
-        mine = kinds == f
-        value = generator.integers(len(starts), size=mine.sum())
+        chosen = fixed == f
+        value = generator.integers(len(starts), size=chosen.sum())
         place = generator.random((len(value), size)) * counts[value, None]
-        rows[mine] = order[starts[value, None] + place.astype(np.int64)]
-    return torch.from_numpy(kinds), torch.from_numpy(rows)
+        rows[chosen] = order[starts[value, None] + place.astype(np.int64)]
+    return torch.from_numpy(fixed), torch.from_numpy(rows)
 
 
-def _stderr(right: Tensor) -> float:
-    return (right.double().var() / len(right)).sqrt().item()
+def _stderr(correct: Tensor) -> float:
+    return (correct.double().var() / len(correct)).sqrt().item()
