@@ -41,8 +41,8 @@ def pair_marginals(q: Distribution, z: Tensor, dims: Sequence[int] | None = None
         dims: Dimensions to take; None for all.
     """
     each = marginals(q)
-    loc, scale = (_at(part, dims).unsqueeze(-3) for part in (each.loc, each.scale))
-    return Normal(loc, scale, validate_args=False).log_prob(_at(z, dims).unsqueeze(-2))
+    loc, scale = (_select(part, dims).unsqueeze(-3) for part in (each.loc, each.scale))
+    return Normal(loc, scale, validate_args=False).log_prob(_select(z, dims).unsqueeze(-2))
 
 
 def pair_log_prob(q: Distribution, z: Tensor, dims: Sequence[int] | None = None) -> Tensor:
@@ -52,14 +52,14 @@ def pair_log_prob(q: Distribution, z: Tensor, dims: Sequence[int] | None = None)
     """
     if not isinstance(q, MultivariateNormal):
         return pair_marginals(q, z, dims).sum(-1)
-    root = q.scale_tril
+    tril = q.scale_tril
     if dims is not None:  # plain cholesky would make a GPU wait, to see whether there is a root
-        root = torch.linalg.cholesky_ex(_at(_at(q.covariance_matrix, dims).mT, dims)).L
-    loc, root = _at(q.loc, dims).unsqueeze(-3), root.unsqueeze(-4)
-    pairs = MultivariateNormal(loc, scale_tril=root, validate_args=False)
-    return pairs.log_prob(_at(z, dims).unsqueeze(-2))
+        tril = torch.linalg.cholesky_ex(_select(_select(q.covariance_matrix, dims).mT, dims)).L
+    loc, tril = _select(q.loc, dims).unsqueeze(-3), tril.unsqueeze(-4)
+    pairs = MultivariateNormal(loc, scale_tril=tril, validate_args=False)
+    return pairs.log_prob(_select(z, dims).unsqueeze(-2))
 
 
-def _at(tensor: Tensor, dims: Sequence[int] | None) -> Tensor:
+def _select(tensor: Tensor, dims: Sequence[int] | None) -> Tensor:
     """Takes `dims` of the last dimension, without an index tensor, which makes a GPU wait."""
     return tensor if dims is None else torch.stack([tensor[..., dim] for dim in dims], -1)

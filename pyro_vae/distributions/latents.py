@@ -13,7 +13,7 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import Distribution, constraints, register_kl
 
-from pyro_vae.distributions.scalars import Made, Shape
+from pyro_vae.distributions.scalars import ExpandByArguments, Shape
 from pyro_vae.runtime import forked
 
 Draw = Callable[[str, Any], Tensor]  # (name, distribution) -> value
@@ -101,7 +101,7 @@ def mixture(logits: Tensor, components: Distribution) -> Distribution:
     return dist.MixtureSameFamily(weights, components)
 
 
-class Flow(Made, TorchDistribution):
+class Flow(ExpandByArguments, TorchDistribution):
     """A zuko flow as a Pyro distribution.
 
     The density of the last draw is kept, so that scoring this draw costs nothing and its gradient
@@ -111,7 +111,7 @@ class Flow(Made, TorchDistribution):
         flow: The torch distribution that a zuko flow returns when called.
     """
 
-    made_of = ("flow",)
+    argument_names = ("flow",)
     arg_constraints = {}
     support = constraints.real_vector
     has_rsample = True
@@ -193,11 +193,11 @@ class Joint(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns the log density of `value` in nats, the sum of those of the vectors."""
-        given, terms = self.split(value), []
+        vectors, terms = self.split(value), []
 
         def pick(name: str, fn: Any) -> Tensor:
-            terms.append(fn.log_prob(given[name]))
-            return given[name]
+            terms.append(fn.log_prob(vectors[name]))
+            return vectors[name]
 
         self.draw(pick)
         lead = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
@@ -206,18 +206,18 @@ class Joint(TorchDistribution):
     def rsample(self, sample_shape: Shape = Size()) -> Tensor:
         """Returns reparameterised draws [*sample, *batch, D1 + D2 + ...]."""
         shape = Size(sample_shape) + self.batch_shape
-        return self.draw(lambda _, fn: fn.rsample(_more(shape, fn)))
+        return self.draw(lambda _, fn: fn.rsample(_sample_shape(shape, fn)))
 
     def sample(self, sample_shape: Shape = Size()) -> Tensor:
         """Draws without gradient, also from distributions that are not reparameterised."""
         shape = Size(sample_shape) + self.batch_shape
         with torch.no_grad():
-            return self.draw(lambda _, fn: fn.sample(_more(shape, fn)))
+            return self.draw(lambda _, fn: fn.sample(_sample_shape(shape, fn)))
 
     @property
     def mean(self) -> Tensor:
         """Each vector's mean given the means of those before it."""
-        return self.draw(lambda _, fn: self._wide(fn, fn.mean))
+        return self.draw(lambda _, fn: self._expanded(fn, fn.mean))
 
     @property
     def variance(self) -> Tensor:
@@ -225,17 +225,17 @@ class Joint(TorchDistribution):
         found: dict[str, Tensor] = {}
 
         def pick(name: str, fn: Any) -> Tensor:
-            found[name] = self._wide(fn, fn.variance)
-            return self._wide(fn, fn.mean)
+            found[name] = self._expanded(fn, fn.variance)
+            return self._expanded(fn, fn.mean)
 
         self.draw(pick)
         return torch.cat([found[name] for name in self.sizes], -1)
 
-    def _wide(self, fn: Any, value: Tensor) -> Tensor:
+    def _expanded(self, fn: Any, value: Tensor) -> Tensor:
         return value.expand(*self.batch_shape, *fn.event_shape)
 
 
-def _more(shape: Size, fn: Any) -> Size:
+def _sample_shape(shape: Size, fn: Any) -> Size:
     """Returns the dimensions of `shape` that come before the batch of a distribution."""
     return shape[: len(shape) - len(fn.batch_shape)]
 

@@ -11,7 +11,7 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import Independent, constraints, transform_to
 
-from pyro_vae.distributions.scalars import Levels, Made, Shape
+from pyro_vae.distributions.scalars import ExpandByArguments, Levels, Shape
 
 
 class Rows(constraints.Constraint):
@@ -72,27 +72,27 @@ class Product(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns the log density of each entry of `value` [*S, C] in nats."""
         pairs = zip(self.parts, self.columns)
-        return self._joined([p.log_prob(value[..., _run(columns)]) for p, columns in pairs])
+        return self._in_order([p.log_prob(value[..., _as_slice(columns)]) for p, columns in pairs])
 
     def sample(self, sample_shape: Shape = Size()) -> Tensor:
         """Draws all columns."""
-        return self._joined([p.sample(Size(sample_shape)) for p in self.parts])
+        return self._in_order([p.sample(Size(sample_shape)) for p in self.parts])
 
     @property
     def mean(self) -> Tensor:
         """Mean of each column, or mode of levels."""
         kind = self.parts[0].mean.dtype
         means = [p.mode if isinstance(p, Levels) else p.mean for p in self.parts]
-        return self._joined([m.to(kind) for m in means])
+        return self._in_order([m.to(kind) for m in means])
 
-    def _joined(self, parts: list[Tensor]) -> Tensor:
+    def _in_order(self, parts: list[Tensor]) -> Tensor:
         joined = torch.cat(parts, -1)
         if self.order == sorted(self.order):
             return joined
         return joined.index_select(-1, torch.tensor(self.order, device=joined.device))
 
 
-def _run(numbers: Sequence[int]) -> Sequence[int] | slice:
+def _as_slice(numbers: Sequence[int]) -> Sequence[int] | slice:
     """Returns indices as a slice, if they rise one by one."""
     whole = slice(numbers[0], numbers[-1] + 1)
     return whole if list(numbers) == list(range(whole.start, whole.stop)) else numbers
@@ -141,7 +141,7 @@ class Incomplete(dist.Independent):
     def entry_log_prob(self, value: Tensor) -> Tensor:
         """Returns the log density of each entry of `value` in nats [*S, *E]; 0 if missing."""
         observed = ~value.isnan()
-        filled = torch.where(observed, value, _inside(self.base_dist, value))
+        filled = torch.where(observed, value, _support_point(self.base_dist, value))
         log_prob = self.base_dist.log_prob(filled)
         return torch.where(observed, log_prob, torch.zeros_like(log_prob))
 
@@ -151,17 +151,17 @@ class Incomplete(dist.Independent):
         return log_prob.flatten(-len(self.event_shape)).sum(-1) if self.event_shape else log_prob
 
 
-def _inside(each: Any, like: Tensor) -> Tensor:
+def _support_point(each: Any, like: Tensor) -> Tensor:
     """Returns a point in the support of scalar distributions, in the type of `like`."""
     if isinstance(each, Product):
         pairs = zip(each.parts, each.columns)
-        return torch.cat([_inside(p, like).expand(len(c)) for p, c in pairs])[each.order]
+        return torch.cat([_support_point(p, like).expand(len(c)) for p, c in pairs])[each.order]
     if each.support.is_discrete:
         return like.new_zeros(()) + getattr(each.support, "lower_bound", 0)
     return transform_to(each.support)(like.new_zeros(()))
 
 
-class OfTotal(Made, TorchDistribution):
+class OfTotal(ExpandByArguments, TorchDistribution):
     r"""Counts x given their own total: p(x | sum of x), as a density of x.
 
     .. math:: \log p(x) = \log p_{l}(x), \qquad l = \textstyle\sum_e x_e
@@ -173,7 +173,7 @@ class OfTotal(Made, TorchDistribution):
         total: Distribution of totals, batch \*S.
     """
 
-    made_of = ("make", "total")
+    argument_names = ("make", "total")
     arg_constraints = {}
     given_value = True  # the density is conditioned on a part of the value
 
@@ -181,14 +181,14 @@ class OfTotal(Made, TorchDistribution):
         self, make: Callable[[Tensor], Any], total: Any, validate_args: bool | None = None
     ) -> None:
         self.make, self.total = make, total
-        self.typical = make(total.mean)
-        shapes = self.typical.batch_shape, self.typical.event_shape
+        self.at_mean_total = make(total.mean)
+        shapes = self.at_mean_total.batch_shape, self.at_mean_total.event_shape
         super().__init__(*shapes, validate_args=validate_args)
 
     @property
     def support(self) -> constraints.Constraint:
         """The support of the counts."""
-        return self.typical.support
+        return self.at_mean_total.support
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns the log density in nats [*S] of counts [*S, *E] given their totals."""
@@ -202,9 +202,9 @@ class OfTotal(Made, TorchDistribution):
     @property
     def mean(self) -> Tensor:
         """Mean at the mean total."""
-        return self.typical.mean
+        return self.at_mean_total.mean
 
     @property
     def variance(self) -> Tensor:
         """Variance at the mean total."""
-        return self.typical.variance
+        return self.at_mean_total.variance

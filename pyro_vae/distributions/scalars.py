@@ -13,30 +13,30 @@ from torch import Size, Tensor
 from torch.distributions import Distribution, constraints
 
 Shape = Size | list[int] | tuple[int, ...]
-FAR = 25.0  # standard deviations from which the tail of a Normal is approximated
+TAIL_START = 25.0  # standard deviations from which the tail of a Normal is approximated
 TINY = 1e-300  # floor of numbers whose logarithm is taken
 
 
-class Made:
+class ExpandByArguments:
     """A distribution whose `expand` makes it anew from its arguments, expanded.
 
     Attributes:
-        made_of: Names of the arguments, in order. Shapes of tensors and distributions among them
-            begin with the batch; all else stays as it is.
+        argument_names: Names of the arguments, in order. Shapes of tensors and distributions
+            among them begin with the batch; all else stays as it is.
     """
 
-    made_of: ClassVar[tuple[str, ...]]
+    argument_names: ClassVar[tuple[str, ...]]
 
     def expand(self: Any, batch_shape: Shape, _instance: Any = None) -> Any:
         """Returns the same distribution over a larger batch."""
-        first, wide = len(self.batch_shape), []
-        for value in (getattr(self, name) for name in self.made_of):
+        first, expanded = len(self.batch_shape), []
+        for value in (getattr(self, name) for name in self.argument_names):
             if isinstance(value, Tensor):
                 value = value.expand(*batch_shape, *value.shape[first:])
             elif isinstance(value, Distribution):
                 value = value.expand(Size((*batch_shape, *value.batch_shape[first:])))
-            wide.append(value)
-        return type(self)(*wide, validate_args=False)
+            expanded.append(value)
+        return type(self)(*expanded, validate_args=False)
 
 
 class Bernoulli(dist.Bernoulli):
@@ -55,7 +55,7 @@ class Bernoulli(dist.Bernoulli):
         return F.logsigmoid(sign * self.logits)
 
 
-class Poisson(Made, dist.Poisson):
+class Poisson(ExpandByArguments, dist.Poisson):
     r"""Pyro's Poisson by its log rate, with a log mass in float64.
 
     .. math:: \log p(x; \eta) = \eta x - e^\eta - \log x!
@@ -64,7 +64,7 @@ class Poisson(Made, dist.Poisson):
     by half a nat.
     """
 
-    made_of = ("log_rate",)
+    argument_names = ("log_rate",)
 
     def __init__(self, log_rate: Tensor, validate_args: bool | None = None) -> None:
         self.log_rate = log_rate
@@ -78,7 +78,7 @@ class Poisson(Made, dist.Poisson):
         return (eta * x - eta.exp() - torch.lgamma(x + 1)).to(self.log_rate.dtype)
 
 
-class NegativeBinomial(Made, dist.NegativeBinomial):
+class NegativeBinomial(ExpandByArguments, dist.NegativeBinomial):
     r"""Pyro's negative binomial by dispersion r and log odds, with a log mass in float64.
 
     .. math:: \log p(x; r, \eta) = \eta x - (r + x) \log(1 + e^\eta)
@@ -88,7 +88,7 @@ class NegativeBinomial(Made, dist.NegativeBinomial):
     many entries share is not repeated for them.
     """
 
-    made_of = ("dispersion", "logits")
+    argument_names = ("dispersion", "logits")
 
     def __init__(
         self, dispersion: Tensor, logits: Tensor, validate_args: bool | None = None
@@ -106,7 +106,7 @@ class NegativeBinomial(Made, dist.NegativeBinomial):
         return log_mass.to(self.logits.dtype)
 
 
-class ContinuousBernoulli(Made, TorchDistribution):
+class ContinuousBernoulli(ExpandByArguments, TorchDistribution):
     r"""Continuous Bernoulli on [0, 1], by its logits.
 
     .. math:: \log p(x; \eta) = \eta x - \log \frac{e^\eta - 1}{\eta}
@@ -118,7 +118,7 @@ class ContinuousBernoulli(Made, TorchDistribution):
         variational autoencoders. 2019.
     """
 
-    made_of = ("logits",)
+    argument_names = ("logits",)
     arg_constraints = {"logits": constraints.real}
     support = constraints.unit_interval
     has_rsample = True
@@ -154,7 +154,7 @@ class ContinuousBernoulli(Made, TorchDistribution):
         return torch.where(small, series, -1 / torch.expm1(-eta) - 1 / eta)
 
 
-class DiscretizedLogistic(Made, TorchDistribution):
+class DiscretizedLogistic(ExpandByArguments, TorchDistribution):
     r"""Logistic distribution integrated over each of `levels` bins, on {0, ..., levels - 1}.
 
     .. math:: P(k) = \sigma\big(\tfrac{k + 1/2 - \mu}{s}\big)
@@ -168,7 +168,7 @@ class DiscretizedLogistic(Made, TorchDistribution):
         Salimans et al. PixelCNN++. 2017.
     """
 
-    made_of = ("loc", "scale", "levels")
+    argument_names = ("loc", "scale", "levels")
     arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
     support: constraints.Constraint = constraints.nonnegative_integer  # below `levels`
 
@@ -236,7 +236,7 @@ class Levels(dist.Categorical):
         return self.probs @ k
 
 
-class Interval(Made, TorchDistribution):
+class Interval(ExpandByArguments, TorchDistribution):
     r"""Probability of the interval of a given width around a value.
 
     .. math:: P(x) = F(x + w / 2) - F(x - w / 2)
@@ -253,7 +253,7 @@ class Interval(Made, TorchDistribution):
         ValueError: If `base` is of another family.
     """
 
-    made_of = ("base", "width")
+    argument_names = ("base", "width")
     arg_constraints = {}
     support: constraints.Constraint = constraints.real
 
@@ -275,7 +275,7 @@ class Interval(Made, TorchDistribution):
         low, high = self._score(centre - self.width / 2), self._score(centre + self.width / 2)
         middle, width = (low + high) / 2, high - low
         mirror = 1 - 2 * (middle < 0).to(middle.dtype)
-        log_mass = _log_laplace if isinstance(self.base, dist.Laplace) else _log_normal
+        log_mass = _log_laplace_mass if isinstance(self.base, dist.Laplace) else _log_normal_mass
         return log_mass(mirror * middle - width / 2, width).to(self.base.loc.dtype)
 
     def sample(self, sample_shape: Shape = Size()) -> Tensor:
@@ -294,40 +294,40 @@ class Interval(Made, TorchDistribution):
         return (x - self.base.loc.double()) / self.base.scale.double()
 
 
-def _log_normal(near: Tensor, width: Tensor) -> Tensor:
+def _log_normal_mass(near: Tensor, width: Tensor) -> Tensor:
     """Returns the log mass of N(0, 1) on [near, near + width], in the upper tail or about 0.
 
     Up to near = 25 it is the difference of two erfc; beyond, the integral of
     exp(-near t - t^2 / 2) with the square to second order, which is right to 1e-6. erfc and its
     derivatives take a fifth of the time of those of `log_ndtr`.
     """
-    start = near.clamp(max=FAR) / math.sqrt(2)
+    start = near.clamp(max=TAIL_START) / math.sqrt(2)
     mass = torch.erfc(start) - torch.erfc(start + width / math.sqrt(2))
-    far = near.clamp(min=FAR)
+    far = near.clamp(min=TAIL_START)
     u = far * width
     share = -torch.expm1(-u).clamp(max=-TINY)  # share of the tail, as if exponential
-    curved = (1 - (1 - share) * (1 + u + u.square() / 2)) / (share * far.square())
-    curved = curved / (1 + 2.5 * curved)
-    beyond = torch.log(share / far) - far.square() / 2 - math.log(2 * math.pi) / 2 - curved
-    return torch.where(near > FAR, beyond, torch.log(mass.clamp(min=TINY) / 2))
+    correction = (1 - (1 - share) * (1 + u + u.square() / 2)) / (share * far.square())
+    correction = correction / (1 + 2.5 * correction)
+    beyond = torch.log(share / far) - far.square() / 2 - math.log(2 * math.pi) / 2 - correction
+    return torch.where(near > TAIL_START, beyond, torch.log(mass.clamp(min=TINY) / 2))
 
 
-def _log_laplace(near: Tensor, width: Tensor) -> Tensor:
-    """Returns the log mass of a unit Laplace on [near, near + width], as `_log_normal`."""
+def _log_laplace_mass(near: Tensor, width: Tensor) -> Tensor:
+    """Returns the log mass of a unit Laplace on [near, near + width], as `_log_normal_mass`."""
     beyond = torch.log(-torch.expm1(-width).clamp(max=-TINY) / 2) - near.clamp(min=0)
     start = near.clamp(max=0)
     mass = -torch.expm1(start) - torch.expm1(-start - width)
     return torch.where(near > 0, beyond, torch.log(mass.clamp(min=TINY) / 2))
 
 
-class Label(Made, TorchDistribution):
+class Label(ExpandByArguments, TorchDistribution):
     """A label: the number of the class, or -1 where it is unknown; log mass 0 or -inf.
 
     Args:
         classes: One-hot vectors of the classes [*S, C].
     """
 
-    made_of = ("classes",)
+    argument_names = ("classes",)
     arg_constraints = {}
 
     support: constraints.Constraint = constraints.nonnegative_integer  # or -1
