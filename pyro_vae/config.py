@@ -298,7 +298,7 @@ def add_new_options(likelihood: Declared) -> dict[str, Any]:
     """Returns the likelihood of a run, with the options that older versions did not write."""
     name, options = name_and_options("likelihood", likelihood)
     cls: Any = named_class("likelihood", name)
-    return {"class_path": name, "init_args": {**cls.before, **options}}
+    return {"class_path": name, "init_args": {**cls.old_defaults, **options}}
 
 
 def components(family: str) -> dict[str, type]:

@@ -82,7 +82,7 @@ def check_comparable(
         raise ValueError(
             f"{run} and {first_run} do not compare: one models binarised data, the other does not"
         )
-    conditions = {name: vae.likelihood.of for name, (vae, _) in loaded.items()}
+    conditions = {name: vae.likelihood.conditioned_on for name, (vae, _) in loaded.items()}
     if conditions[run] != conditions[first_run]:
         what = ", ".join(
             f"{name} log p(x{' | ' + of if of else ''})" for name, of in conditions.items()

@@ -13,7 +13,7 @@ from torch.distributions import Distribution, constraints
 from pyro_vae.arguments import ReprModule, as_shape, check_finite
 from pyro_vae.distributions import Incomplete
 
-LARGEST = torch.finfo(torch.float32).max
+LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
 class Likelihood(ReprModule):
@@ -33,12 +33,12 @@ class Likelihood(ReprModule):
         data_shape: Shape of one datum.
     """
 
-    support: constraints.Constraint = constraints.interval(-LARGEST, LARGEST)
+    support: constraints.Constraint = constraints.interval(-LARGEST_FLOAT, LARGEST_FLOAT)
     support_name = "finite numbers"
     remedy = "remove them"
     missing = False
-    before: ClassVar[dict[str, Any]] = {}  # values of options in runs from before they existed
-    of = ""  # what log p(x) is conditioned on besides y, in words
+    old_defaults: ClassVar[dict[str, Any]] = {}  # of runs from before an option
+    conditioned_on = ""  # what log p(x) is conditioned on besides y, in words
 
     def __init__(self, decoder: nn.Module, data_shape: tuple[int, ...]) -> None:
         super().__init__()

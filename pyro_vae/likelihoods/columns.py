@@ -18,27 +18,27 @@ from pyro_vae.likelihoods.base import Likelihood
 from pyro_vae.likelihoods.real import LocationScale
 from pyro_vae.likelihoods.whole import Categorical
 
-OFTEN = 0.1  # share of rows with the same number, above which a density says little
-DEFAULTS = {"scale": "predicted", "standardise": True}  # for columns that have these options
+REPEATED_SHARE = 0.1  # share of rows with the same number, above which a density says little
+COLUMN_DEFAULTS = {"scale": "predicted", "standardise": True}  # where a kind has them
 
 
 class Kind(NamedTuple):
     """The likelihood of a column, with its options.
 
-    `own` says whether it has parameters besides the decoder's, `shared` whether two columns
-    computed as one would share them; the decoder gives `num_params` numbers, the encoder
-    takes `num_inputs`.
+    `has_parameters` says whether it has parameters besides the decoder's, `shares_parameters`
+    whether two columns computed as one would share them; the decoder gives `num_params` numbers,
+    the encoder takes `num_inputs`.
     """
 
     cls: type[Likelihood]
     options: dict[str, Any]
-    own: bool
-    shared: bool
+    has_parameters: bool
+    shares_parameters: bool
     num_params: int
     num_inputs: int
 
 
-class Given(nn.Module):
+class PassThrough(nn.Module):
     """The decoder of one column, which returns that column's part of the common output."""
 
     def forward(self, raw: Tensor, y: Tensor | None = None) -> Tensor:
@@ -76,7 +76,7 @@ class Columns(Likelihood):
 
     support: Rows
     support_name = "the supports of its columns"
-    before: ClassVar[dict[str, Any]] = {"together": False}
+    old_defaults: ClassVar[dict[str, Any]] = {"together": False}
 
     def __init__(
         self,
@@ -86,19 +86,21 @@ class Columns(Likelihood):
         together: bool = True,
     ) -> None:
         super().__init__(decoder, data_shape)
-        named = _resolved(columns, self.data_shape)
+        named = _kinds_by_name(columns, self.data_shape)
         kinds, self.names = list(named.values()), list(named)
-        self.columns = _grouped(kinds, together)
+        self.columns = _group_columns(kinds, together)
         self.parts, self.sizes = nn.ModuleList(), []
         for group in ([kinds[column] for column in columns] for columns in self.columns):
             widths = [kind.options.get("resolution") for kind in group]
-            own = {} if len({*widths}) == 1 else {"resolution": widths}
-            self.parts.append(group[0].cls(Given(), (len(group),), **group[0].options | own))
+            resolutions = {} if len({*widths}) == 1 else {"resolution": widths}
+            self.parts.append(
+                group[0].cls(PassThrough(), (len(group),), **group[0].options | resolutions)
+            )
             self.sizes.append(sum(kind.num_params for kind in group))
-        self.support = Rows([part.support for part, _ in self._pairs()], self.columns)
-        numbers = sum(len(g) for p, g in self._pairs() if not isinstance(p, Categorical))
-        self.input_loc = nn.Buffer(torch.zeros(numbers))
-        self.input_scale = nn.Buffer(torch.ones(numbers))
+        self.support = Rows([part.support for part, _ in self._groups()], self.columns)
+        num_numeric = sum(len(g) for p, g in self._groups() if not isinstance(p, Categorical))
+        self.input_loc = nn.Buffer(torch.zeros(num_numeric))
+        self.input_scale = nn.Buffer(torch.ones(num_numeric))
 
     @classmethod
     def num_params(cls) -> int:
@@ -110,7 +112,7 @@ class Columns(Likelihood):
         cls, data_shape: tuple[int, ...], columns: dict | list | None = None, **options: Any
     ) -> tuple[int, ...]:
         """Returns the number of raw parameters of all columns, as a shape."""
-        return (sum(kind.num_params for kind in _resolved(columns, data_shape).values()),)
+        return (sum(kind.num_params for kind in _kinds_by_name(columns, data_shape).values()),)
 
     @classmethod
     def input_shape(
@@ -121,7 +123,7 @@ class Columns(Likelihood):
         **options: Any,
     ) -> tuple[int, ...]:
         """Counts the levels of categories, 1 for other columns, and 1 per column for a mask."""
-        kinds = _resolved(columns, data_shape).values()
+        kinds = _kinds_by_name(columns, data_shape).values()
         return (sum(kind.num_inputs for kind in kinds) + (len(kinds) if missing else 0),)
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
@@ -135,11 +137,11 @@ class Columns(Likelihood):
 
         Positive columns enter by their log, counts by log(1 + x); missing entries are 0.
         """
-        numbers = (self._numbers(x) - self.input_loc) / self.input_scale
+        numbers = (self._numeric_columns(x) - self.input_loc) / self.input_scale
         parts = [numbers.nan_to_num(0.0) if self.missing else numbers]
         parts += [
             (x[..., group, None] == torch.arange(part.levels, device=x.device)).flatten(-2)
-            for part, group in self._pairs()
+            for part, group in self._groups()
             if isinstance(part, Categorical)
         ]
         parts += [~x.isnan()] if self.missing else []
@@ -149,13 +151,13 @@ class Columns(Likelihood):
     def measure(self) -> list[bool | float]:
         """For each column True for a mass, False for a density, or the width of an interval."""
         found: dict[int, bool | float] = {}
-        for part, group in self._pairs():
+        for part, group in self._groups():
             found |= zip(group, part.measure * len(group))
         return [found[column] for column in range(len(found))]
 
     def raw_start(self, x: Tensor) -> Tensor:
         """Returns raw parameters of the average row; those that a column does not start are 0."""
-        starts = (part.raw_start(x[:, group]).flatten() for part, group in self._pairs())
+        starts = (part.raw_start(x[:, group]).flatten() for part, group in self._groups())
         return torch.cat([pad(s, (0, size - len(s))) for s, size in zip(starts, self.sizes)])
 
     def check(self, x: Tensor) -> None:
@@ -169,7 +171,7 @@ class Columns(Likelihood):
                     f"column {name!r} lacks values in {count} row(s), and the model takes none "
                     "that do: fill them in, or train with missing=True (--missing)"
                 )
-        for part, group in self._pairs():
+        for part, group in self._groups():
             values = x[..., group]
             good = part.support.check(values)
             bad = (~(good | values.isnan() if self.missing else good)).flatten(0, -2).any(0)
@@ -184,13 +186,13 @@ class Columns(Likelihood):
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
         """Measures units, starts and inputs of each column on training rows `x` [N, C]."""
-        for part, group in self._pairs():
+        for part, group in self._groups():
             part.initialise(x[:, group])
             if part.support.is_discrete or getattr(part, "resolution", None) is not None:
                 continue
             for column in group:
                 value, counts = x[:, column].unique(return_counts=True)
-                if counts.max() > max(OFTEN * len(x), 2 * counts.min()):
+                if counts.max() > max(REPEATED_SHARE * len(x), 2 * counts.min()):
                     message = (
                         f"column {self.names[column]!r}: {counts.max() / len(x):.0%} of rows hold "
                         f"{value[counts.argmax()]:g}, where a density is bounded by min_scale "
@@ -198,26 +200,26 @@ class Columns(Likelihood):
                     )
                     warnings.warn(message, UserWarning, stacklevel=2)
         if len(self.input_loc):  # torch warns if all columns are categories
-            deviation, mean = torch.std_mean(self._numbers(x), 0, correction=0)
+            deviation, mean = torch.std_mean(self._numeric_columns(x), 0, correction=0)
             self.input_loc.copy_(mean)
             self.input_scale.copy_(torch.where(deviation > 0, deviation, 1.0))
         super().initialise(x)
 
-    def _pairs(self) -> Iterable[tuple[Any, list[int]]]:
+    def _groups(self) -> Iterable[tuple[Any, list[int]]]:
         """Returns each part and the indices of its columns."""
         return zip(self.parts, self.columns)
 
-    def _numbers(self, x: Tensor) -> Tensor:
+    def _numeric_columns(self, x: Tensor) -> Tensor:
         """Returns the columns that are no categories, on the scale on which they are measured."""
         parts = [
             (part.line if isinstance(part, LocationScale) else part.inputs)(x[..., group])
-            for part, group in self._pairs()
+            for part, group in self._groups()
             if not isinstance(part, Categorical)
         ]
         return torch.cat([x[..., :0], *parts], -1)
 
 
-def _resolved(columns: Mapping | list | None, data_shape: tuple[int, ...]) -> dict[str, Kind]:
+def _kinds_by_name(columns: Mapping | list | None, data_shape: tuple[int, ...]) -> dict[str, Kind]:
     """Returns the kind of each column, by name."""
     if len(data_shape) != 1:
         raise ValueError(f"Columns is for tables, of shape (columns,); got {tuple(data_shape)}")
@@ -241,27 +243,31 @@ def _kind(name: str, declared: Any) -> Kind:
             f"{', '.join(sorted(known))}"
         )
     cls = known[path]
-    taken = [n for n in list(inspect.signature(cls).parameters)[2:] if n != "library"]
-    check_options(f"column {name!r}: {path}", options, taken)
-    options = {**{k: v for k, v in DEFAULTS.items() if k in taken}, **options}
+    accepted = [n for n in list(inspect.signature(cls).parameters)[2:] if n != "library"]
+    check_options(f"column {name!r}: {path}", options, accepted)
+    options = {**{k: v for k, v in COLUMN_DEFAULTS.items() if k in accepted}, **options}
     try:
-        part, two = (cls(Given(), (n,), **options) for n in (1, 2))
+        part, pair = (cls(PassThrough(), (n,), **options) for n in (1, 2))
     except (TypeError, ValueError) as error:
         raise ValueError(f"column {name!r}: {error}") from error
-    shared = any(p.shape == q.shape for p, q in zip(part.parameters(), two.parameters()))
-    own = next(part.parameters(), None) is not None
+    shares_parameters = any(
+        p.shape == q.shape for p, q in zip(part.parameters(), pair.parameters())
+    )
+    has_parameters = next(part.parameters(), None) is not None
     inputs = part.levels if isinstance(part, Categorical) else 1
-    return Kind(cls, options, own, shared, cls.out_shape((1,), **options)[0], inputs)
+    return Kind(
+        cls, options, has_parameters, shares_parameters, cls.out_shape((1,), **options)[0], inputs
+    )
 
 
-def _grouped(kinds: list[Kind], together: bool) -> list[list[int]]:
+def _group_columns(kinds: list[Kind], together: bool) -> list[list[int]]:
     """Groups columns that are computed as one: of one kind, with no parameter in common."""
     groups: dict[str, list[int]] = {}
     for column, kind in enumerate(kinds):
         options = dict(kind.options)
         if together and "resolution" in options:
             options["resolution"] = options["resolution"] is not None
-        alone = kind.shared if together else kind.own
+        alone = kind.shares_parameters if together else kind.has_parameters
         key = f"{kind.cls.__name__}, {sorted(options.items(), key=str)}, {alone and column}"
         groups.setdefault(key, []).append(column)
     return list(groups.values())

@@ -17,7 +17,7 @@ from pyro_vae import distributions
 from pyro_vae.arguments import check_choice, check_real
 from pyro_vae.likelihoods.base import Likelihood
 
-LARGE = 10.0  # standard deviation of data that a decoder takes long to reach
+LARGE_DEVIATION = 10.0  # standard deviation of data that a decoder takes long to reach
 ScaleOption = float | Literal["learned", "per_dimension", "predicted"]
 MeanOption = Literal["identity", "sigmoid", "tanh"]
 LINKS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -134,7 +134,7 @@ class LocationScale(Likelihood):
             self.centre.copy_(mean)
             self.spread.copy_(deviation)
             deviation = deviation / self.spread
-        if (widest := deviation.max().item()) > LARGE:
+        if (widest := deviation.max().item()) > LARGE_DEVIATION:
             message = (
                 f"values deviate by up to {widest:.3g} from their mean, where a decoder's outputs "
                 "start near 1: standardise the data, or divide them by their scale"
@@ -218,7 +218,7 @@ class StudentT(LocationScale):
         return dist.StudentT(df.expand(mean.shape), mean, scale)
 
 
-class OfMean(Likelihood):
+class LogitMeanLikelihood(Likelihood):
     """Base of likelihoods whose first raw parameter is the logit of a mean, or nearly so.
 
     Args:
@@ -231,7 +231,7 @@ class OfMean(Likelihood):
         return torch.logit(x.mean(0).clamp(0.001, 0.999))
 
 
-class Bernoulli(OfMean):
+class Bernoulli(LogitMeanLikelihood):
     r"""Independent binary variables, :math:`p(x=1 \mid z) = \sigma(f(z))`.
 
     Args:
@@ -252,7 +252,7 @@ class Bernoulli(OfMean):
         return distributions.Bernoulli(logits=logits).to_event(len(self.data_shape))
 
 
-class ContinuousBernoulli(OfMean):
+class ContinuousBernoulli(LogitMeanLikelihood):
     """Continuous Bernoulli on [0, 1]; see `distributions.ContinuousBernoulli`.
 
     Args:
@@ -270,7 +270,7 @@ class ContinuousBernoulli(OfMean):
         return distributions.ContinuousBernoulli(logits).to_event(len(self.data_shape))
 
 
-class Beta(OfMean):
+class Beta(LogitMeanLikelihood):
     r"""Beta on (0, 1) by a mean m (a sigmoid) and a concentration c (a softplus).
 
     .. math:: p(x \mid z) = \mathrm{Beta}\big(x;\, \epsilon + m c,\, \epsilon + (1 - m) c\big)

@@ -19,7 +19,7 @@ from pyro_vae.likelihoods.base import Likelihood
 LIBRARIES = ("none", "observed", "latent")
 DISPERSIONS = ("gene", "cell", "shared")
 MIN_GAP = 1e-3  # floor of the distance between neighbouring thresholds
-GATE = -2.0  # initial log odds of an inflated zero
+ZERO_LOG_ODDS = -2.0  # initial log odds of an inflated zero
 
 
 class Counts(Likelihood):
@@ -38,7 +38,7 @@ class Counts(Likelihood):
     support = constraints.nonnegative_integer
     support_name = "{0, 1, 2, ...}"
     remedy = "counts must be whole and not negative"
-    before: ClassVar[dict[str, Any]] = {"log_inputs": False}
+    old_defaults: ClassVar[dict[str, Any]] = {"log_inputs": False}
     num_rates = 1  # raw parameters of each count, without the log odds of an inflated zero
 
     def __init__(
@@ -52,7 +52,7 @@ class Counts(Likelihood):
         super().__init__(decoder, data_shape)
         check_choice(LIBRARIES, library=library)
         self.zero_inflated, self.library, self.log_inputs = zero_inflated, library, log_inputs
-        self.of = "its total" if library == "observed" else ""
+        self.conditioned_on = "its total" if library == "observed" else ""
         if library != "none":
             self.log_total = nn.Buffer(torch.tensor([0.0, 1.0]))  # mean, spread of log totals
         if library == "latent":
@@ -84,8 +84,8 @@ class Counts(Likelihood):
         if self.library != "latent":
             return {}
         total = x.nan_to_num(0).flatten(x.ndim - len(self.data_shape)).sum(-1)
-        shift, spread, few = self.raw_guide
-        scale = F.softplus(spread - 3) + F.softplus(few) / (1 + total).sqrt()
+        shift, spread, low_total = self.raw_guide
+        scale = F.softplus(spread - 3) + F.softplus(low_total) / (1 + total).sqrt()
         return {"library": dist.LogNormal((1 + total).log() + shift, scale)}
 
     def forward(
@@ -96,7 +96,7 @@ class Counts(Likelihood):
         log_rate = log_rate if self.library == "none" else self._log_share(log_rate)
         event = len(self.data_shape)
 
-        def made(total: Tensor | None) -> Any:
+        def distribution(total: Tensor | None) -> Any:
             rate = log_rate if total is None else log_rate + total.log()[(..., *[None] * event)]
             each = self.counts(rate, *rest[: self.num_rates - 1])
             if self.zero_inflated:
@@ -104,8 +104,8 @@ class Counts(Likelihood):
             return each.to_event(event)
 
         if self.library == "none" or library is not None:
-            return made(library)
-        return OfTotal(made, dist.LogNormal(*self.log_total).expand(z.shape[:-1]))
+            return distribution(library)
+        return OfTotal(distribution, dist.LogNormal(*self.log_total).expand(z.shape[:-1]))
 
     def shares(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """Returns the expected share of each count in the total [*S, *E]."""
@@ -114,7 +114,7 @@ class Counts(Likelihood):
     def raw_start(self, x: Tensor) -> Tensor:
         """Returns the log of the mean, and log odds that add few zeros."""
         first, rest = x.mean(0).clamp(min=0.01).log(), [0.0] * (self.num_rates - 1)
-        rest += [GATE] * self.zero_inflated
+        rest += [ZERO_LOG_ODDS] * self.zero_inflated
         return torch.cat([first, *(torch.full_like(first, value) for value in rest)])
 
     @torch.no_grad()
@@ -178,7 +178,7 @@ class NegativeBinomial(Counts):
         Lopez et al. Deep generative modeling for single-cell transcriptomics. 2018.
     """
 
-    before: ClassVar[dict[str, Any]] = {**Counts.before, "dispersion": "cell"}
+    old_defaults: ClassVar[dict[str, Any]] = {**Counts.old_defaults, "dispersion": "cell"}
 
     def __init__(
         self,
@@ -225,7 +225,7 @@ class NegativeBinomial(Counts):
             self.raw_dispersion.copy_(r.expm1().log())
 
 
-class Levelled(Likelihood):
+class LevelLikelihood(Likelihood):
     """Base of likelihoods of levels, which have a number of levels and so a support.
 
     Args:
@@ -245,7 +245,7 @@ class Levelled(Likelihood):
         self.support_name = f"{{0, ..., {levels - 1}}}"
 
 
-class DiscretizedLogistic(Levelled):
+class DiscretizedLogistic(LevelLikelihood):
     """Logistic in bins, on the integers 0 to levels - 1; see `distributions.DiscretizedLogistic`.
 
     Args:
@@ -332,7 +332,7 @@ class MixtureOfLogistics(DiscretizedLogistic):
         return torch.cat([start + step for step in steps - steps.mean()])
 
 
-class Categorical(Levelled):
+class Categorical(LevelLikelihood):
     """An unrestricted distribution over the integers 0 to levels - 1 in each dimension.
 
     Args:
@@ -357,7 +357,7 @@ class Categorical(Levelled):
         return torch.log((counts + 1 / self.levels) / (len(x) + 1)).flatten(0, 1)
 
 
-class Ordinal(Levelled):
+class Ordinal(LevelLikelihood):
     r"""Ordered levels 0 to levels - 1, by a cumulative logit with thresholds for each channel.
 
     .. math:: P(x \le k \mid z) = \sigma(\theta_k - f(z)), \qquad
