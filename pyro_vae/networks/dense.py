@@ -79,29 +79,29 @@ class Network(nn.Module):
         Raises:
             ValueError: If the shape of `x` or `y` is not the declared one.
         """
-        own = self._lead(x, self.in_shape, "input")
+        x_lead = self._leading_shape(x, self.in_shape, "input")
         if not self.condition_dim:
             flat = x.reshape(-1, *self.in_shape)
-            return self.body(flat, x.new_empty(len(flat), 0)).reshape(*own, *self.out_shape)
+            return self.body(flat, x.new_empty(len(flat), 0)).reshape(*x_lead, *self.out_shape)
         if y is None:
             raise ValueError(
                 f"{type(self).__name__} is conditioned on a vector y of length "
                 f"{self.condition_dim}; got none: pass y to model and guide"
             )
-        rows = self._lead(y, (self.condition_dim,), "condition y")
+        y_lead = self._leading_shape(y, (self.condition_dim,), "condition y")
         try:
-            lead = torch.broadcast_shapes(own, rows)
+            lead = torch.broadcast_shapes(x_lead, y_lead)
         except RuntimeError:
             raise ValueError(
-                f"y must have a row for each of the input: {list(own)}; got {list(rows)}"
+                f"y must have a row for each of the input: {list(x_lead)}; got {list(y_lead)}"
             ) from None
-        if self.repeats or own != lead[len(lead) - len(own) :]:
+        if self.repeats or x_lead != lead[len(lead) - len(x_lead) :]:
             x = x.expand(*lead, *self.in_shape)
         x = x.reshape(-1, *self.in_shape)
         y = y.expand(*lead, self.condition_dim).reshape(-1, self.condition_dim)
         return self.body(x, y.to(x.dtype)).reshape(*lead, *self.out_shape)
 
-    def _lead(self, x: Tensor, event: tuple[int, ...], what: str) -> torch.Size:
+    def _leading_shape(self, x: Tensor, event: tuple[int, ...], what: str) -> torch.Size:
         if x.shape[x.ndim - len(event) :] != event:
             raise ValueError(
                 f"{type(self).__name__} takes {what} of shape [*, {', '.join(map(str, event))}]; "
@@ -135,12 +135,12 @@ class MLP(Network):
     ) -> None:
         super().__init__(in_shape, out_shape, condition_dim, hidden=hidden)
         sizes = (prod(self.in_shape) + condition_dim, *hidden)
-        self.hidden = nn.Sequential(*dense(sizes, activation, norm))
+        self.hidden = nn.Sequential(*dense_layers(sizes, activation, norm))
         self.output = nn.Linear(sizes[-1], prod(self.out_shape))
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Applies dense layers to the flattened input and `y`."""
-        return joint([*self.hidden, self.output], x, y)
+        return apply_layers([*self.hidden, self.output], x, y)
 
 
 class GatedMLP(Network):
@@ -178,7 +178,7 @@ class GatedMLP(Network):
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Applies gated layers to the flattened input and `y`."""
-        return joint([*self.hidden, self.output], x, y)
+        return apply_layers([*self.hidden, self.output], x, y)
 
 
 def activation_layer(name: str) -> nn.Module:
@@ -188,22 +188,22 @@ def activation_layer(name: str) -> nn.Module:
     return ACTIVATIONS[name]()
 
 
-def joint(layers: Sequence[nn.Module], x: Tensor, y: Tensor) -> Tensor:
+def apply_layers(layers: Sequence[nn.Module], x: Tensor, y: Tensor) -> Tensor:
     """Applies layers, the first linear, to `x` [B, *E] flattened, joined with `y` [R * B, C]."""
     first: Any = layers[0]
     x = x.flatten(1)
     if len(y) == len(x):
         h = first(torch.cat([x, y], -1) if y.shape[1] else x)
     else:
-        of_x, of_y = first.weight.split([x.shape[1], y.shape[1]], 1)
-        h = linear(y, of_y).unflatten(0, (-1, len(x))) + linear(x, of_x, first.bias)
+        weight_x, weight_y = first.weight.split([x.shape[1], y.shape[1]], 1)
+        h = linear(y, weight_y).unflatten(0, (-1, len(x))) + linear(x, weight_x, first.bias)
         h = h.flatten(0, 1)
     for layer in layers[1:]:
         h = layer(h)
     return h
 
 
-def dense(sizes: tuple[int, ...], activation: str, norm: str | None) -> list[nn.Module]:
+def dense_layers(sizes: tuple[int, ...], activation: str, norm: str | None) -> list[nn.Module]:
     """Returns a linear layer, norm and activation for each pair of neighbours in `sizes`."""
     layers: list[nn.Module] = []
     for i, o in zip(sizes, sizes[1:]):

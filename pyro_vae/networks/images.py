@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_vae.arguments import as_shape
-from pyro_vae.networks.dense import Network, activation_layer, dense, joint
+from pyro_vae.networks.dense import Network, activation_layer, apply_layers, dense_layers
 
 
 class Conv(Network):
@@ -42,18 +42,18 @@ class Conv(Network):
         for i, o in zip((self.in_shape[0], *channels), channels):
             layers += [
                 nn.Conv2d(i, o, 3, stride=2, padding=1),
-                *norm_2d(norm, o),
+                *norm_layers_2d(norm, o),
                 activation_layer(activation),
             ]
         self.convolutions = nn.Sequential(*layers)
         flat = (channels[-1] if channels else self.in_shape[0]) * prod(sizes[-1])
         widths = (flat + condition_dim, *hidden)
-        self.hidden = nn.Sequential(*dense(widths, activation, norm))
+        self.hidden = nn.Sequential(*dense_layers(widths, activation, norm))
         self.output = nn.Linear(widths[-1], prod(self.out_shape))
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Applies convolutions, then dense layers with `y`."""
-        return joint([*self.hidden, self.output], self.convolutions(x), y)
+        return apply_layers([*self.hidden, self.output], self.convolutions(x), y)
 
 
 class ConvTranspose(Network):
@@ -87,11 +87,11 @@ class ConvTranspose(Network):
         smallest, *larger = reversed(sizes)
         self.start = (channels[0], *smallest)
         widths = (prod(self.in_shape) + condition_dim, *hidden, prod(self.start))
-        self.hidden = nn.Sequential(*dense(widths, activation, norm))
+        self.hidden = nn.Sequential(*dense_layers(widths, activation, norm))
         layers: list[nn.Module] = []
         for i, o, (height, width) in zip(channels, (*channels[1:], self.out_shape[0]), larger):
             if layers:
-                layers += [*norm_2d(norm, i), activation_layer(activation)]
+                layers += [*norm_layers_2d(norm, i), activation_layer(activation)]
             # a side s comes from ceil(s / 2), which doubles to s or s + 1
             even = (1 - height % 2, 1 - width % 2)
             layers.append(nn.ConvTranspose2d(i, o, 3, 2, padding=1, output_padding=even))
@@ -99,7 +99,7 @@ class ConvTranspose(Network):
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Applies dense layers with `y`, then transposed convolutions."""
-        h = joint([*self.hidden], x, y)
+        h = apply_layers([*self.hidden], x, y)
         return self.convolutions(h.unflatten(-1, self.start))
 
     @property
@@ -146,7 +146,7 @@ class ResNet(Network):
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Applies residual stages, then a linear map with `y`."""
-        return joint([self.output], self.stages(x), y)
+        return apply_layers([self.output], self.stages(x), y)
 
 
 class ResNetTranspose(Network):
@@ -187,7 +187,7 @@ class ResNetTranspose(Network):
 
     def body(self, x: Tensor, y: Tensor) -> Tensor:
         """Applies a linear map with `y`, then residual stages."""
-        h = joint([self.input], x, y).unflatten(-1, self.start)
+        h = apply_layers([self.input], x, y).unflatten(-1, self.start)
         for block, width, size in zip(self.blocks, self.widths, self.sizes[1:]):
             h = width(F.interpolate(block(h), size, mode="nearest"))
         return self.output(self.activation(h))
@@ -199,10 +199,10 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int, activation: str, norm: str | None) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            *norm_2d(norm, channels),
+            *norm_layers_2d(norm, channels),
             activation_layer(activation),
             nn.Conv2d(channels, channels, 3, padding=1),
-            *norm_2d(norm, channels),
+            *norm_layers_2d(norm, channels),
             activation_layer(activation),
             nn.Conv2d(channels, channels, 3, padding=1),
         )
@@ -213,12 +213,12 @@ class ResidualBlock(nn.Module):
 
 
 def image_sizes(
-    shape: tuple[int, ...], count: int, name: str, what: str, other: str
+    shape: tuple[int, ...], count: int, network: str, argument: str, other: str
 ) -> list[tuple[int, int]]:
     """Returns height and width of an image, and after each of `count` halvings, rounded up."""
     if len(shape) != 3:
         raise ValueError(
-            f"{name} needs an image: {what} (channels, height, width); got {shape}: "
+            f"{network} needs an image: {argument} (channels, height, width); got {shape}: "
             f"use MLP for vectors, and {other} for the other direction"
         )
     sizes = [(shape[1], shape[2])]
@@ -228,7 +228,7 @@ def image_sizes(
     return sizes
 
 
-def norm_2d(norm: str | None, channels: int) -> list[nn.Module]:
+def norm_layers_2d(norm: str | None, channels: int) -> list[nn.Module]:
     """Returns batch norm over `channels`, or nothing."""
     if norm not in (None, "batch"):
         raise ValueError(f"norm {norm!r} does not fit images; choose 'batch' or None")
