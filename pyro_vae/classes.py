@@ -21,7 +21,7 @@ from pyro_vae.posteriors import Posterior
 from pyro_vae.priors import Prior
 from pyro_vae.vae import VAE, register
 
-SUMMED: Any = {"enumerate": "parallel"}
+SUM_OUT: Any = {"enumerate": "parallel"}
 
 
 class ClassWeights(nn.Module):
@@ -103,26 +103,26 @@ class ClassVAE(VAE):
         if is_validation_enabled():
             self.check_labels(y)
         if x is not None:
-            x = self._data(x)
+            x = self._checked_data(x)
         labels = self._labels(y, None if x is None else len(x))
         size = next((len(part) for part in (x, labels) if part is not None), size)
         with pyro.plate("data", size, dim=-1):
-            c = pyro.sample("y", self.class_weights(), infer=SUMMED)
+            c = pyro.sample("y", self.class_weights(), infer=SUM_OUT)
             if labels is not None:
-                weighted: Any = {"label_weight": self.label_weight}
-                pyro.sample("label", Label(c), obs=labels, infer=weighted)
-            return self._joint(x, c)
+                weight: Any = {"label_weight": self.label_weight}
+                pyro.sample("label", Label(c), obs=labels, infer=weight)
+            return self._sample_model(x, c)
 
     def guide(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Pyro guide: z ~ q(z | x, y) for each class; y ~ p(y), or the classifier's q(y | x)."""
         register({"classes": self.class_weights, "posterior": self.posterior})
-        q, infer = self.class_weights(), SUMMED
+        q, infer = self.class_weights(), SUM_OUT
         if self.classifier is not None:
             register({"classifier": self.classifier})
-            q, infer = self.classify(x), SUMMED | {"classifier": True}
+            q, infer = self.classify(x), SUM_OUT | {"classifier": True}
         with pyro.plate("data", len(x), dim=-1):
             c = pyro.sample("y", q, infer=infer)
-            return self._proposed(x, super().encode(x, c))
+            return self._sample_guide(x, super().encode(x, c))
 
     def classify(self, x: Tensor) -> Any:
         """Returns q(y | x) of the classifier, over one-hot classes, batch [B]; `.probs` is [B, C].
@@ -146,7 +146,7 @@ class ClassVAE(VAE):
         Without a label, the weights of the classes are computed at the means of q(z | x, y) alone;
         see `class_probabilities` for estimates with an error.
         """
-        logits, q = self._weighed(x, y)
+        logits, q = self._class_logits_and_posterior(x, y)
         return mixture(logits, q)
 
     def reconstruct(
@@ -161,13 +161,13 @@ class ClassVAE(VAE):
                 each at a class and latents of its own.
         """
         if num_samples is None:
-            logits, _ = self._weighed(x, y)
+            logits, _ = self._class_logits_and_posterior(x, y)
             y = one_hot(logits.argmax(-1), self.classes).to(logits.dtype)
         return super().reconstruct(x, y, num_samples)
 
     def _drawn(self, x: Tensor, y: Tensor | None, number: int) -> tuple[Tensor, Tensor]:
         """Draws latents [number, B, D], each at a class of its own, and returns these classes."""
-        logits, _ = self._weighed(x, y)
+        logits, _ = self._class_logits_and_posterior(x, y)
         c = dist.OneHotCategorical(logits=logits).sample(torch.Size((number,)))
         return super().encode(x, c).sample(), c
 
@@ -224,15 +224,15 @@ class ClassVAE(VAE):
             )
         return y.flatten().long()
 
-    def _weighed(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Any]:
+    def _class_logits_and_posterior(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Any]:
         """Returns log weights of classes at the means of q(z | x, y), and this q, both [B, C]."""
         self.check_labels(y)
         x = self._cast(x).unsqueeze(1)
         c = torch.eye(self.classes).to(self.class_weights.logits)
         q: Any = super().encode(x, c)
         z, prior = q.mean, self.prior(c)
-        own = {name: fn.mean for name, fn in self.likelihood.propose(x).items()}
-        p: Any = self.likelihood.observed(self.likelihood(z, c, **own))
+        extra = {name: fn.mean for name, fn in self.likelihood.propose(x).items()}
+        p: Any = self.likelihood.observed(self.likelihood(z, c, **extra))
         logits = self.class_weights().logits + p.log_prob(x)
         logits = logits + prior.log_prob(z) - q.log_prob(z)
         labels = self._labels(y, len(x))

@@ -20,7 +20,7 @@ from pyro_vae.priors import ConditionalNormal, Prior
 
 __all__ = ["BottomUp", "Inference", "Ladder", "Layers", "Lowest", "TopDown"]
 
-Reads = tuple[tuple[int, ...], int]  # shape of an encoder's input, length of its condition
+EncoderInput = tuple[tuple[int, ...], int]  # shape of an encoder's input, length of its condition
 
 
 class Layers(nn.Module):
@@ -45,9 +45,9 @@ class Layers(nn.Module):
     def forward(self, y: Tensor | None = None) -> Joint:
         """Returns p(z1, ..., zL | y)."""
         top = self.layers[-1](y)
-        sizes = named([*(p.latent_dim for p in self.layers[:-1]), top.event_shape.numel()])
+        sizes = sizes_by_site([*(p.latent_dim for p in self.layers[:-1]), top.event_shape.numel()])
         priors = dict(zip(sizes, self.layers))
-        return downwards(sizes, top, lambda name, above: priors[name](above), y)
+        return joint_from_top(sizes, top, lambda name, above: priors[name](above), y)
 
     def initialise(self, x: Tensor) -> None:
         """Does nothing, for `Inference.initialise` knows what the top layer's posterior sees."""
@@ -78,7 +78,7 @@ class Inference(nn.Module):
         super().__init__()
         vars(self)["prior"] = prior  # not registered with torch: only the VAE owns it
         self.layers = nn.ModuleList(posteriors)
-        self.sizes = named([q.latent_dim for q in posteriors])
+        self.sizes = sizes_by_site([q.latent_dim for q in posteriors])
         self.condition_dim = getattr(posteriors[-1].encoder, "condition_dim", 1)
         sizes, encoder = [*self.sizes.items()], posteriors[-1].encoder
         if len(prior.layers) != len(sizes):
@@ -99,7 +99,7 @@ class Inference(nn.Module):
 
     @classmethod
     @abstractmethod
-    def reads(cls, in_shape: tuple[int, ...], sizes: Sequence[int]) -> list[Reads]:
+    def reads(cls, in_shape: tuple[int, ...], sizes: Sequence[int]) -> list[EncoderInput]:
         """Returns for each layer the shape its encoder reads, and how many latents as a condition.
 
         Args:
@@ -130,14 +130,14 @@ class TopDown(Inference):
     """
 
     @classmethod
-    def reads(cls, in_shape: tuple[int, ...], sizes: Sequence[int]) -> list[Reads]:
+    def reads(cls, in_shape: tuple[int, ...], sizes: Sequence[int]) -> list[EncoderInput]:
         """Returns the data's shape, and the layer above as a condition."""
         return [(in_shape, above) for above in [*sizes[1:], 0]]
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Joint:
         """Returns q(z_L | x), then each layer given x and the one above."""
         top, posteriors = self.layers[-1](x, y), dict(zip(self.sizes, self.layers))
-        return downwards(self.sizes, top, lambda name, above: posteriors[name](x, above), y)
+        return joint_from_top(self.sizes, top, lambda name, above: posteriors[name](x, above), y)
 
 
 class BottomUp(Inference):
@@ -152,7 +152,7 @@ class BottomUp(Inference):
     """
 
     @classmethod
-    def reads(cls, in_shape: tuple[int, ...], sizes: Sequence[int]) -> list[Reads]:
+    def reads(cls, in_shape: tuple[int, ...], sizes: Sequence[int]) -> list[EncoderInput]:
         """Returns the data's shape, then the size of each layer below; no conditions."""
         return [(in_shape, 0), *(((below,), 0) for below in sizes[:-1])]
 
@@ -209,7 +209,7 @@ class Ladder(Inference):
                 )
 
     @classmethod
-    def reads(cls, in_shape: tuple[int, ...], sizes: Sequence[int]) -> list[Reads]:
+    def reads(cls, in_shape: tuple[int, ...], sizes: Sequence[int]) -> list[EncoderInput]:
         """Returns the data's shape, and no condition."""
         return [(in_shape, 0) for _ in sizes]
 
@@ -218,8 +218,8 @@ class Ladder(Inference):
         seen = {name: q(x, y) for name, q in zip(self.sizes, self.layers)}
         priors = dict(zip(self.sizes, self.prior.layers))
         *_, top = seen.values()
-        return downwards(
-            self.sizes, top, lambda name, above: merged(seen[name], priors[name](above)), y
+        return joint_from_top(
+            self.sizes, top, lambda name, above: normal_product(seen[name], priors[name](above)), y
         )
 
 
@@ -255,12 +255,12 @@ class Lowest(nn.Module):
         return self.decoder(z[..., : self.latent_dim], y)
 
 
-def named(sizes: Sequence[int]) -> dict[str, int]:
+def sizes_by_site(sizes: Sequence[int]) -> dict[str, int]:
     """Returns the sizes of layers by their sites, which are numbered from 1 at the data."""
     return {f"z{number}": size for number, size in enumerate(sizes, 1)}
 
 
-def downwards(
+def joint_from_top(
     sizes: dict[str, int], top: Any, below: Callable[[str, Tensor], Any], y: Tensor | None
 ) -> Joint:
     """Returns the top layer, then each one below it given the one above, joined with `y`."""
@@ -277,7 +277,7 @@ def downwards(
     return Joint(program, sizes, top.batch_shape or (() if y is None else y.shape[:-1]))
 
 
-def merged(a: Any, b: Any) -> Independent:
+def normal_product(a: Any, b: Any) -> Independent:
     """Returns the normalised product of two diagonal Normals."""
     p, q = (normal.base_dist.scale.pow(-2) for normal in (a, b))
     variance = 1 / (p + q)

@@ -66,8 +66,8 @@ class VAE(nn.Module):
                     f"{name} must be a module that returns a distribution; got {part!r}: by "
                     "names, build(data_shape, latent_dim, ...) makes a VAE"
                 )
-        over = posterior.prior if isinstance(posterior, Inference) else None
-        if over is not (prior if isinstance(prior, Layers) else None):
+        layers = posterior.prior if isinstance(posterior, Inference) else None
+        if layers is not (prior if isinstance(prior, Layers) else None):
             raise ValueError(
                 "a hierarchy needs Layers and an order of inference over the same, such as "
                 f"TopDown(posteriors, prior); got {type(prior).__name__} and "
@@ -106,19 +106,19 @@ class VAE(nn.Module):
             The data, [*K, B, *E].
         """
         register({"prior": self.prior, "likelihood": self.likelihood})
-        y = self._condition(y)
-        x = None if x is None else self._data(x)
+        y = self._checked_condition(y)
+        x = None if x is None else self._checked_data(x)
         size = next((len(part) for part in (x, y) if part is not None), size)
         with pyro.plate("data", size, dim=-1):
-            return self._joint(x, y)
+            return self._sample_model(x, y)
 
-    def _joint(self, x: Tensor | None, y: Tensor | None) -> Tensor:
+    def _sample_model(self, x: Tensor | None, y: Tensor | None) -> Tensor:
         """Samples the sites of each datum, inside the plate, and returns x."""
         prior: Any = self.prior(y)
-        z = prior.draw(self._sample) if isinstance(prior, Joint) else self._sample("z", prior)
+        z = prior.draw(self._sample_z) if isinstance(prior, Joint) else self._sample_z("z", prior)
         latents: dict[str, Any] = self.likelihood.latents()
-        own = {name: pyro.sample(name, fn) for name, fn in latents.items()}
-        p: Any = self.likelihood.observed(self.likelihood(z, y, **own))
+        extra = {name: pyro.sample(name, fn) for name, fn in latents.items()}
+        p: Any = self.likelihood.observed(self.likelihood(z, y, **extra))
         return pyro.sample("x", p, obs=x)
 
     def guide(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -133,13 +133,13 @@ class VAE(nn.Module):
         """
         register({"posterior": self.posterior})
         with pyro.plate("data", len(x), dim=-1):
-            return self._proposed(x, self.encode(x, y))
+            return self._sample_guide(x, self.encode(x, y))
 
-    def _proposed(self, x: Tensor, q: Any) -> Tensor:
+    def _sample_guide(self, x: Tensor, q: Any) -> Tensor:
         """Samples the latents of each datum, inside the plate, and returns z."""
         z = q.draw(pyro.sample) if isinstance(q, Joint) else pyro.sample("z", q)
-        own: dict[str, Any] = self.likelihood.propose(self._cast(x))
-        for name, fn in own.items():
+        extra: dict[str, Any] = self.likelihood.propose(self._cast(x))
+        for name, fn in extra.items():
             pyro.sample(name, fn)
         return z
 
@@ -149,7 +149,7 @@ class VAE(nn.Module):
         Gradients pass through it: under `torch.no_grad()`, `encode(x).mean.numpy()` works.
         For a hierarchy it is a `Joint` of all layers, event (D1 + D2 + ...,).
         """
-        return self.posterior(self.likelihood.inputs(self._cast(x)), self._condition(y))
+        return self.posterior(self.likelihood.inputs(self._cast(x)), self._checked_condition(y))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -173,17 +173,17 @@ class VAE(nn.Module):
             [B, *E], or [num_samples, B, *E].
         """
         check_whole(optional=True, num_samples=num_samples)
-        own = self.likelihood.propose(self._cast(x))
+        extra = self.likelihood.propose(self._cast(x))
         if num_samples is None:
-            z, y = self.encode(x, y).mean, self._condition(y)
-            return self.likelihood(z, y, **{n: d.mean for n, d in own.items()}).mean
+            z, y = self.encode(x, y).mean, self._checked_condition(y)
+            return self.likelihood(z, y, **{n: d.mean for n, d in extra.items()}).mean
         z, y = self._drawn(x, y, num_samples)
-        drawn = {name: d.sample(z.shape[:1]) for name, d in own.items()}
+        drawn = {name: d.sample(z.shape[:1]) for name, d in extra.items()}
         return self.likelihood(z, y, **drawn).sample()
 
     def _drawn(self, x: Tensor, y: Tensor | None, number: int) -> tuple[Tensor, Tensor | None]:
         """Draws latents [number, B, D] from q(z | x, y), and returns what they go with: y."""
-        return self.encode(x, y).sample(torch.Size((number,))), self._condition(y)
+        return self.encode(x, y).sample(torch.Size((number,))), self._checked_condition(y)
 
     @torch.no_grad()
     def normalised(
@@ -220,14 +220,14 @@ class VAE(nn.Module):
             ValueError: If `y` [size, C] has another length, or the draws do not fit in memory.
         """
         check_whole(size=size)
-        y = self._condition(y)
+        y = self._checked_condition(y)
         if y is not None and len(y) != size:
             raise ValueError(f"y must have one row per draw: {size}; got {len(y)}")
         check_fits(4 * size * prod(self.likelihood.data_shape), f"{size} draws")
         prior = self.prior(y)
         z = prior.sample(torch.Size(() if prior.batch_shape else (size,)))
-        own = {n: d.sample(torch.Size((size,))) for n, d in self.likelihood.latents().items()}
-        p = self.likelihood(z, y, **own)
+        extra = {n: d.sample(torch.Size((size,))) for n, d in self.likelihood.latents().items()}
+        p = self.likelihood(z, y, **extra)
         return p.mean if mean else p.sample()
 
     def initialise(self, x: Tensor) -> None:
@@ -251,7 +251,7 @@ class VAE(nn.Module):
         """Whether NaN in x stands for a missing entry."""
         return self.likelihood.missing
 
-    def _data(self, x: Tensor) -> Tensor:
+    def _checked_data(self, x: Tensor) -> Tensor:
         """Returns `x` in the type of the weights; raises a ValueError if it has no density."""
         x = self._cast(x)
         if is_validation_enabled():
@@ -269,7 +269,7 @@ class VAE(nn.Module):
         parts = (self.posterior, self)
         return x.to(next((p.dtype for part in parts for p in part.parameters()), x.dtype))
 
-    def _condition(self, y: Tensor | None) -> Tensor | None:
+    def _checked_condition(self, y: Tensor | None) -> Tensor | None:
         """Returns `y` as a tensor; raises a ValueError if no part of the VAE can use it."""
         if y is None:
             return None
@@ -295,7 +295,7 @@ class VAE(nn.Module):
             )
         return y
 
-    def _sample(self, name: str, prior: Any) -> Tensor:
+    def _sample_z(self, name: str, prior: Any) -> Tensor:
         """Samples a latent site of the model, and checks that the guide's draw fits the prior.
 
         A draw of another size would broadcast; at a draw outside the prior's support the bound

@@ -25,7 +25,7 @@ from pyro_vae import (
     load,
     log_conditional,
 )
-from pyro_vae.classes import SUMMED, ClassVAE
+from pyro_vae.classes import SUM_OUT, ClassVAE
 from pyro_vae.cli.parsing import run
 from pyro_vae.densities import densities, summed_values
 from pyro_vae.distributions import Label
@@ -247,7 +247,7 @@ def test_a_classifier_learns_where_x_excludes_a_class(labels: list[int]) -> None
 
     def model(x: Tensor, labels: Tensor) -> None:
         with pyro.plate("data", len(x), dim=-1):
-            c = pyro.sample("c", dist.OneHotCategorical(torch.ones(3)), infer=SUMMED)
+            c = pyro.sample("c", dist.OneHotCategorical(torch.ones(3)), infer=SUM_OUT)
             weighted: Any = {"label_weight": 5.0}
             pyro.sample("label", Label(c), obs=labels[..., 0], infer=weighted)
             z = pyro.sample("z", dist.Normal(slope * c[..., 1], 1.0))
@@ -256,7 +256,7 @@ def test_a_classifier_learns_where_x_excludes_a_class(labels: list[int]) -> None
             pyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
     def guide(x: Tensor, labels: Tensor) -> None:
-        infer: Any = SUMMED | {"classifier": True}
+        infer: Any = SUM_OUT | {"classifier": True}
         with pyro.plate("data", len(x), dim=-1):
             pyro.sample("c", dist.OneHotCategorical(logits=logits), infer=infer)
             pyro.sample("z", dist.Normal(x, 0.5))
