@@ -259,9 +259,10 @@ def _encode(name: str, key: str, column: Column, cells: Sequence[Any], first: in
             named = ", ".join(map(str, column.categories[:5]))
             more = ", ..." if len(column.categories) > 5 else ""
             wanted = f"one of the categories {named}{more}" if codes else "a finite number"
+            remedy = ", or train with a schema that has this category" if codes else ""
             raise ValueError(
                 f"{name}: column {key!r}: expected {wanted}, got {cell!r} in row "
-                f"{first + row} (from 0): correct the cell, or leave it empty"
+                f"{first + row} (from 0): correct the cell, or leave it empty{remedy}"
             )
         values[row] = value
     return values
@@ -313,7 +314,7 @@ def infer_column(where: str, cells: Sequence[Any], order: Sequence[Any] | None =
     """Infers what a column holds from its cells; `order` is that of its categories, if known."""
     filled = [cell for cell in cells if cell is not None]
     if not filled:
-        raise ValueError(f"{where} is empty in all rows: give it the kind ignored")
+        raise ValueError(f"{where} is empty in all rows: give it the kind ignored, or drop it")
     numbers = [as_number(cell) for cell in filled]
     texts = [cell for cell, number in zip(filled, numbers) if number is None]
     if not texts and order is None:
@@ -341,7 +342,9 @@ def _text_column(where: str, cells: list[str], order: Sequence[Any] | None) -> C
         found if order is None else [name for name in map(as_name, order) if name in found]
     )
     if len(categories) < 2:
-        raise ValueError(f"{where} holds {cells[0]!r} in all rows: give it the kind ignored")
+        raise ValueError(
+            f"{where} holds {cells[0]!r} in all rows: give it the kind ignored, or drop it"
+        )
     kind = "binary" if len(categories) == 2 else "category" if order is None else "ordinal"
     return Column(kind, tuple(categories))
 
@@ -351,7 +354,9 @@ def _number_column(where: str, values: np.ndarray) -> Column:
         raise ValueError(f"{where} holds infinite values: repair or empty these cells")
     different = np.unique(values)
     if len(different) < 2:
-        raise ValueError(f"{where} holds {values[0]:g} in all rows: give it the kind ignored")
+        raise ValueError(
+            f"{where} holds {values[0]:g} in all rows: give it the kind ignored, or drop it"
+        )
     is_whole = bool((values == values.round()).all()) and np.abs(values).max() <= MOST_COUNTED
     if len(different) == 2 or (is_whole and len(different) <= min(MAX_LEVELS, len(values) // 3)):
         kind = "binary" if len(different) == 2 else "ordinal"

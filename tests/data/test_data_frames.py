@@ -254,7 +254,7 @@ def test_truth_values_name_categories_as_the_cells_do(file: Path) -> None:
 BAD = {
     "": "expected a line of names and rows below it, got 0 lines",
     "a,b\n1,2,3\n4,5,6\n": "expected 2 columns as in the first line, got 3 in line 2",
-    "a,b\n,2\n,3\n": "column 'a' is empty in all rows: give it the kind ignored",
+    "a,b\n,2\n,3\n": "column 'a' is empty in all rows: give it the kind ignored, or drop it",
     "a,b\n7,x\n7,y\n": "column 'a' holds 7 in all rows: give it the kind ignored",
     "a,b\nx,1\nx,2\n": "column 'a' holds 'x' in all rows: give it the kind ignored",
     "a,b\n1,1\n2,2\nx,3\n": "column 'a' holds 2 numbers beside text such as 'x'",
@@ -340,7 +340,7 @@ def test_a_file_of_bytes_is_no_table(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ("baker", "diver", "column 'job': expected one of the categories baker, clerk, pilot, got "
-         "'diver' in row 0 .* correct the cell, or leave it empty"),
+         "'diver' in row 0 .* correct the cell, or leave it empty, or train with a schema"),
         ("1200", "plenty", "column 'pay': expected a finite number, got 'plenty0.5' in row 0"),
         ("1200", "inf", "column 'pay': expected a finite number, got 'inf0.5' in row 0"),
         ("pay", "wage", r"others \(missing: pay; unknown: wage\): give the table these columns"),
