@@ -255,6 +255,10 @@ class VAE(nn.Module):
         """Returns `x` in the type of the weights; raises a ValueError if it has no density."""
         x = self._cast(x)
         if is_validation_enabled():
+            if x.shape == self.likelihood.data_shape:
+                raise ValueError(
+                    f"x must have a row for each datum: give x[None]; got {[*x.shape]}"
+                )
             self.likelihood.check(x)
         return x
 

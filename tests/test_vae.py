@@ -231,6 +231,13 @@ def test_data_outside_the_support_stop_the_model_and_initialise() -> None:
 # --- everyday methods --------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("objective", [ELBO(), Trace_ELBO()], ids=["ELBO", "Trace_ELBO"])
+def test_a_datum_without_rows_is_refused(objective: object) -> None:
+    vae = make()
+    with pytest.raises(ValueError, match=r"a row for each datum: give x\[None\]; got \[7\]"):
+        svi(vae, objective).step(draw(vae, B)[0])
+
+
 def test_sample_draws_from_its_own_prior() -> None:
     decoder = MLP(D, D, ())
     decoder.output.weight.data, decoder.output.bias.data = torch.eye(D), torch.zeros(D)
