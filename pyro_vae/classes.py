@@ -216,7 +216,7 @@ class ClassVAE(VAE):
         if y.ndim and len(y) != (len(y) if rows is None else rows):
             raise ValueError(f"y must have one row for each datum or draw: {rows}; got {len(y)}")
         if y.ndim == 2 and y.shape[1] == self.classes:
-            return torch.where(y.sum(1) > 0, y.argmax(1), -1)
+            return torch.where(y.sum(1) > 0, y.double().argmax(1), -1)
         if y.ndim != 1 and y.shape[1:] != (1,):
             raise ValueError(
                 f"y must be labels [B] or [B, 1], or one-hot rows [B, {self.classes}]; "
