@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -11,7 +13,7 @@ from worlds import WORLDS, World, data, linear, misses, quadrature
 
 from pyro_vae.densities import evaluating
 from pyro_vae.estimators import annealed_importance_sampling, bidirectional
-from pyro_vae.estimators.annealed import STARTS, Path, make_start
+from pyro_vae.estimators.annealed import STARTS, Bracket, Path, make_start
 from pyro_vae.estimators.hmc import Point, hmc_step
 from pyro_vae.estimators.target import Target
 
@@ -186,6 +188,12 @@ def test_bounds_bracket_the_truth_on_average(start: str) -> None:
     assert gap == pytest.approx(upper - lower)
     assert gap > -3 * b.mean_stderr()[2]
     assert f"gap {gap:.3f}" in repr(b)
+
+
+def test_one_datum_has_no_standard_error_over_data() -> None:
+    one = Bracket(torch.tensor([-2.0]), torch.tensor([-1.5]), torch.zeros(1, 1))
+    assert one.mean() == (-2.0, -1.5, 0.5)
+    assert all(map(math.isnan, one.mean_stderr()))
 
 
 def evidence(x: Tensor) -> Tensor:

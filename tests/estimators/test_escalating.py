@@ -185,6 +185,21 @@ def test_where_a_walk_leads_counts_in_a_pilot(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(needed, expected, rtol=0.5, atol=0)
 
 
+def test_a_second_walk_counts_as_the_first_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both walks stay at the mode, where the weight exceeds p(x) by a known share."""
+    with evaluating(seed=0, device=CPU):
+        world = linear(num_data=3)
+        target = target_of(world)
+        loc, tril = laplace(target, target.draw_guide(1)[0])
+        fit = fit_of(target, one(loc, 1.1 * tril))
+        points = torch.stack([loc] * (hmc.WALKS + 2))
+        monkeypatch.setattr(escalating, "walk", lambda *args: points.clone())
+        needed, _ = escalating._pilot(fit, 0.005, 4000)
+        excess = (fit.log_weights(points, 1000) - world.truth).exp()[0] - 1
+    assert (excess > 0.2).all()
+    torch.testing.assert_close(needed * (escalating.MARGIN * 0.005) ** 2, excess, rtol=0.1, atol=0)
+
+
 def test_a_second_fit_mends_every_component_beside_the_first() -> None:
     with evaluating(seed=0, device=CPU):
         target = target_of(linear(num_data=3))
@@ -238,6 +253,14 @@ def test_the_variance_of_a_pilot_is_exact_on_average() -> None:
     variance = (weights.var() / weights.mean() ** 2).item()
     found = needed.median().item() * (escalating.MARGIN * 0.05) ** 2
     assert variance < found < 1.6 * variance  # the larger of two estimates
+
+
+def test_a_small_budget_is_for_one_proposal(monkeypatch: pytest.MonkeyPatch) -> None:
+    pilots, run = [], escalating._pilot
+    monkeypatch.setattr(escalating, "_pilot", lambda *args: (pilots.append(args), run(*args))[1])
+    with evaluating(seed=0, device=CPU):
+        escalating.escalate(target_of(linear(num_data=2)), 1e-6, 5000)
+    assert len(pilots) == 1
 
 
 def test_draws_follow_the_need_and_rows_stay_in_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -350,6 +350,11 @@ def test_a_model_that_does_not_observe_x_is_refused() -> None:
         impute(other, guide, torch.randn(3, 3))
 
 
+def test_another_proposal_is_refused() -> None:
+    with pytest.raises(ValueError, match="proposal must be 'refined' or 'guide'; got 'prior'"):
+        impute(build(3, 2), torch.ones(1, 3), proposal="prior")
+
+
 @pytest.mark.parametrize("proposal", ["guide", "refined"])
 def test_a_row_that_the_model_excludes_is_refused(proposal: str) -> None:
     def near(x: Tensor) -> None:
