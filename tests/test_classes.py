@@ -163,6 +163,9 @@ def test_a_label_is_scored_where_nothing_of_x_was_observed() -> None:
     found: Any = importance_sampling(vae, x, labels, **way)
     known = vae.class_weights.logits.log_softmax(0)[labels].detach()
     assert torch.allclose(found.log_prob, torch.where(labels < 0, 0.0, known))
+    own: Any = importance_sampling(vae, x, labels, num_samples=19)
+    assert own.log_prob[-1] == 0
+    assert own.method[-1] == "nothing observed"
     given = torch.zeros(F, dtype=torch.bool)
     other: Any = log_conditional(vae, torch.zeros(3, F), given, labels, audit=False)
     whole = importance_sampling(vae, torch.zeros(3, F), labels, num_samples=2000)

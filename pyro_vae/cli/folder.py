@@ -158,8 +158,8 @@ def _renumber_labels(rows: Data, names: list[str], strict: bool) -> Data:
     """
     if rows.labels is None or not rows.class_names or not names:  # as of runs of version 0.2
         return rows
-    run_names = {as_key(name): name for name in names}
-    file_names = [run_names.get(as_key(name), name) for name in rows.class_names]
+    same = {as_key(name): name for name in names}  # a number may be written in another way
+    file_names = [n if n in names else same.get(as_key(n), n) for n in rows.class_names]
     new_names = [name for name in file_names if name not in names]
     if new_names and strict:
         raise ValueError(

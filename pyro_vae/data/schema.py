@@ -304,7 +304,7 @@ def as_written(cell: Any) -> Any:
 
 def _categories(kind: str, cells: Sequence[Any], order: Sequence[Any] | None) -> list[str]:
     """Returns the categories in cells; none if there are too many, or an order is not known."""
-    names = {as_key(cell): as_name(cell) for cell in cells if cell is not None}.values()
+    names = {as_name(cell) for cell in cells if cell is not None}
     found = sorted(names, key=number_or_text) if order is None else list(map(as_name, order))
     ranked = order is not None or all(as_number(name) is not None for name in names)
     return [] if (kind == "ordinal" and not ranked) or len(found) > MAX_CATEGORIES else found

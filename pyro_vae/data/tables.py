@@ -23,7 +23,6 @@ from pyro_vae.data.schema import (
     ReadColumn,
     Schema,
     SchemaLike,
-    as_key,
     as_name,
     as_number,
     as_written,
@@ -205,12 +204,11 @@ def read_numbers(
 
 def _read_labels(where: str, cells: Sequence[Any]) -> tuple[Tensor, tuple[str, ...]]:
     """Returns the class of each row, -1 where its cell is empty or -1, and the class names."""
-    some = {as_key(cell): cell for cell in cells if cell is not None and as_number(cell) != -1}
+    some = {cell for cell in cells if cell is not None and as_number(cell) != -1}
     if not some:
         raise ValueError(f"{where} is empty: fill some cells, or leave the column out")
-    codes = {key: code for code, key in enumerate(sorted(some, key=number_or_text))}
-    names = tuple(as_name(some[key]) for key in codes)
-    return torch.tensor([codes.get(as_key(cell), -1) for cell in cells]), names
+    codes = {name: code for code, name in enumerate(sorted(some, key=number_or_text))}
+    return torch.tensor([codes.get(cell, -1) for cell in cells]), tuple(map(as_name, codes))
 
 
 def is_mixed(path: Path) -> bool:
@@ -313,7 +311,7 @@ def _of_arrow(name: str, source: Any) -> Table:
         table = pyarrow.parquet.ParquetFile(source) if is_file else pyarrow.table(source)
     whole = table.schema_arrow if is_file else table.schema
     index = (whole.pandas_metadata or {}).get("index_columns", ())  # of the frame that it was
-    names = [n for n in whole.names if n not in index]
+    names = [n for n in whole.names if n not in index and not n.startswith("__index_level_")]
     if not names:
         raise ValueError(f"{name}: expected columns, got none")
     check_names(name, names, is_text=False)

@@ -102,8 +102,9 @@ def exact_without_data(
         return evidence
     with evaluating(model, guide, seed=0, device=x.device):
         d = densities(model, guide, x[rows], None if y is None else y[rows], num_particles=2)
-        scores = (d.each or d).log_likelihood  # of each class, of which a label excludes some
-        rows = rows[(scores == 0).all(0)].cpu()  # models may observe more than x
+        each = (d.each or d).observed  # models may observe more than x, such as a label
+        scores = torch.stack([each[name][0].log_prob(each[name][1]) for name in d.observed])
+        rows = rows[(scores == 0).flatten(0, 1).all(0)].cpu()
     return evidence.known(rows, 0.0, "nothing observed")
 
 

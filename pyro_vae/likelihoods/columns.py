@@ -38,7 +38,7 @@ class Kind(NamedTuple):
     num_inputs: int
 
 
-class PassThrough(nn.Module):
+class Given(nn.Module):  # named in pickles of older versions
     """The decoder of one column, which returns that column's part of the common output."""
 
     def forward(self, raw: Tensor, y: Tensor | None = None) -> Tensor:
@@ -94,7 +94,7 @@ class Columns(Likelihood):
             widths = [kind.options.get("resolution") for kind in group]
             resolutions = {} if len({*widths}) == 1 else {"resolution": widths}
             self.parts.append(
-                group[0].cls(PassThrough(), (len(group),), **group[0].options | resolutions)
+                group[0].cls(Given(), (len(group),), **group[0].options | resolutions)
             )
             self.sizes.append(sum(kind.num_params for kind in group))
         self.support = Rows([part.support for part, _ in self._groups()], self.columns)
@@ -247,7 +247,7 @@ def _kind(name: str, declared: Any) -> Kind:
     check_options(f"column {name!r}: {path}", options, accepted)
     options = {**{k: v for k, v in COLUMN_DEFAULTS.items() if k in accepted}, **options}
     try:
-        part, pair = (cls(PassThrough(), (n,), **options) for n in (1, 2))
+        part, pair = (cls(Given(), (n,), **options) for n in (1, 2))
     except (TypeError, ValueError) as error:
         raise ValueError(f"column {name!r}: {error}") from error
     shares_parameters = any(

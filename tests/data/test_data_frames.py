@@ -11,6 +11,7 @@ import yaml
 
 from pyro_vae import build
 from pyro_vae.data import Column, Schema, load_data, read_table
+from pyro_vae.data.tables import read_rows_of_table
 
 PEOPLE = """age,job,pay,grade,visits,member
 23,baker,1200.5,2,0,yes
@@ -237,9 +238,23 @@ def test_numbers_name_the_same_category_however_they_are_written(
         for known in found:
             assert torch.equal(read_table(path, known)[0], rows)
     path.write_text("a,b\n1,2.5\n01,3.5\n1.0,4.5\n2,7\n")
-    assert len(read_table(path, {"a": kind})[1].columns["a"].categories) == 2
-    both = {"a": {"kind": kind, "categories": ["1", "01", "1.0", "2"]}}  # told apart, if asked to
+    apart = read_table(path, {"a": kind})[0][:, 0]  # within one file they may be codes
+    assert len(apart.unique()) == 4
+    both = {"a": {"kind": kind, "categories": ["1", "01", "1.0", "2"]}}
     assert read_table(path, both)[0][:, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_labels_of_other_spellings_are_other_classes_and_no_label_is_not_one(
+    tmp_path: Path,
+) -> None:
+    labels = ["1E3", "1000", "01", "1", "x", "", "None"]
+    path = tmp_path / "t.csv"
+    path.write_text("label,a\n" + "".join(f"{cell},{i}.5\n" for i, cell in enumerate(labels)))
+    rows = read_rows_of_table(path, {})
+    assert rows.class_names is not None
+    assert len(rows.class_names) == 6
+    named = [rows.class_names[i] if i >= 0 else "" for i in rows.labels.tolist()]
+    assert named == labels
 
 
 def test_truth_values_name_categories_as_the_cells_do(file: Path) -> None:

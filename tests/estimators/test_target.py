@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 from worlds import WORLDS, data, gamma_poisson, linear, misses
@@ -162,6 +163,40 @@ def test_programs_that_have_no_such_density_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         Target(model, guide, torch.zeros(5))
+
+
+@pytest.mark.parametrize(
+    "prior", [dist.Laplace(0.0, 0.1), dist.Gamma(400.0, 1.0), dist.Gamma(20.0, 1.0)]
+)
+def test_narrow_priors_of_many_dimensions_have_a_finite_mass(prior: TorchDistribution) -> None:
+    def model(x: Tensor) -> None:
+        with data(len(x)):
+            a = pyro.sample("a", prior.expand([31]).to_event(1))
+            pyro.sample("x", dist.Normal(a.sum(-1), 1.0), obs=x)
+
+    Target(model, pyro.poutine.block(model, hide=["x"]), torch.zeros(5))
+
+
+def test_angles_of_many_dimensions_are_refused() -> None:
+    def model(x: Tensor) -> None:
+        with data(len(x)):
+            a = pyro.sample("a", dist.VonMises(torch.zeros(19), 0.1).to_event(1))
+            pyro.sample("x", dist.Normal(a.sum(-1), 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="VonMises has no finite mass"):
+        Target(model, pyro.poutine.block(model, hide=["x"]), torch.zeros(5))
+
+
+def test_zeros_of_a_matrix_stay_zeros() -> None:
+    def model(x: Tensor) -> None:
+        with data(len(x)):
+            a = pyro.sample("a", dist.LKJCholesky(3, torch.ones(())))
+            pyro.sample("x", dist.Normal(a[..., 1, 0], 1.0), obs=x)
+
+    target = Target(model, pyro.poutine.block(model, hide=["x"]), torch.zeros(5))
+    (values,) = target._latents(torch.zeros(2, 5, 3))[0].values()
+    assert (values.triu(1) == 0).all()
+    assert target.log_joint(torch.zeros(2, 5, 3)).isfinite().all()
 
 
 def test_a_model_that_is_no_number_is_refused() -> None:
