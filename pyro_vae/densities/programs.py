@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -64,10 +64,11 @@ def evaluating(*programs: Program, seed: int | None, device: torch.device) -> It
             switched.append(module)
             module.training = False
 
+    casts = torch.is_autocast_enabled(device.type)  # not every kind of device has a switch
     with (
         forked(device, seed),
         torch.no_grad(),
-        torch.autocast(device.type, enabled=False),
+        torch.autocast(device.type, enabled=False) if casts else nullcontext(),
         fast_products(p for module in modules for p in module.parameters()),
         store.scope(store.get_state()),
         OwnParameters(),
