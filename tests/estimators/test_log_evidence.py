@@ -10,7 +10,7 @@ import pytest
 import torch
 from exact import LinearGaussian
 from torch import Tensor, nn
-from worlds import WORLDS, data, linear, misses, square
+from worlds import WORLDS, data, dirichlet_multinomial, linear, misses, square
 
 from pyro_vae import likelihoods, networks, posteriors, priors
 from pyro_vae.densities import scale_latents
@@ -205,19 +205,7 @@ def test_another_seed_draws_others() -> None:
 
 def test_sparse_latents_are_right_in_single_precision() -> None:
     torch.set_default_dtype(torch.float32)  # whose least number many parts are below
-    concentration = torch.tensor([0.1, 0.05, 0.2, 0.1])
-    evidence = dist.DirichletMultinomial(concentration, total_count=7)
-
-    def model(x: Tensor) -> None:
-        with data(len(x)):
-            p = pyro.sample("p", dist.Dirichlet(concentration))
-            pyro.sample("x", dist.Multinomial(7, probs=p), obs=x)
-
-    def guide(x: Tensor) -> None:
-        with data(len(x)):
-            pyro.sample("p", dist.Dirichlet(0.3 + x))
-
-    x = evidence.sample(torch.Size((13,)))
-    found = log_evidence(model, guide, x)
+    world = dirichlet_multinomial((0.1, 0.05, 0.2, 0.1), 0.3)
+    found = log_evidence(world.model, world.guide, world.x)
     assert found.verdict.count("reliable") > 10
-    assert misses(found.log_prob, found.stderr, evidence.log_prob(x)) < 4.5
+    assert misses(found.log_prob, found.stderr, world.truth) < 4.5

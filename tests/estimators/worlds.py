@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pyro
@@ -150,9 +150,11 @@ def gamma_poisson() -> World:
     return World(model, guide, x, dist.GammaPoisson(torch.tensor(2.0), 0.5).log_prob(x))
 
 
-def dirichlet_multinomial() -> World:
+def dirichlet_multinomial(
+    parts: Sequence[float] = (0.8, 1.5, 2.0, 0.9), of_guide: float = 1.0
+) -> World:
     """A latent in the simplex."""
-    concentration = torch.tensor([0.8, 1.5, 2.0, 0.9])
+    concentration = torch.tensor(parts)
 
     def model(x: Tensor) -> None:
         with data(len(x)):
@@ -161,7 +163,7 @@ def dirichlet_multinomial() -> World:
 
     def guide(x: Tensor) -> None:
         with data(len(x)):
-            pyro.sample("p", dist.Dirichlet(1 + x))
+            pyro.sample("p", dist.Dirichlet(of_guide + x))
 
     evidence = dist.DirichletMultinomial(concentration, total_count=7)
     x = evidence.sample(torch.Size((13,)))
