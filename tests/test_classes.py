@@ -396,7 +396,7 @@ def test_a_file_of_few_labels_is_trained_and_classified(
     np.testing.assert_allclose(shares.sum(1), 1, atol=1e-5)
     assert [int(row["class"]) for row in rows] == shares.argmax(1).tolist()
     assert run(["sample", "run", "--size=3", "--label=7"]) == 2
-    assert "labels must be from 0 to 2" in capsys.readouterr().err
+    assert "label must be one of 0, 1, 2; got 7" in capsys.readouterr().err
     assert run([*train[:-1], "--run=two", *small, "--classes=2"]) == 2
     assert "labels below 2, the number of classes" in capsys.readouterr().err
     assert run([*train[:-1], "--run=two", *small, "--conditional=true"]) == 2
@@ -404,11 +404,11 @@ def test_a_file_of_few_labels_is_trained_and_classified(
 
 
 @pytest.mark.filterwarnings("ignore:posterior collapse")
-def test_a_table_with_classes_is_evaluated(
+def test_a_table_with_classes_is_evaluated_and_classified_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    lines = [f"{i % 7 + 0.5},{'uv'[i % 2]},{i % 2}" for i in range(60)]
+    lines = [f"{i % 7 + 0.5},{'uv'[i % 2]},{('2', 'one')[i % 2]}" for i in range(60)]
     Path("t.csv").write_text("\n".join(["a,b,label", *lines]))
     small = ["--latent_dim=1", "--encoder.hidden=[4]", "--decoder.hidden=[4]", "--epochs=1"]
     assert run(["train", "--data=t.csv", "--classes=2", "--run=run", "--no-progress", *small]) == 0
@@ -417,6 +417,14 @@ def test_a_table_with_classes_is_evaluated(
     found = json.loads(capsys.readouterr().out)
     assert found["rows"] == sum(found["verdicts"].values()) == 6
     assert "simulated data" in found["audit"]
+    assert run(["classify", "run", "t.csv", "--num_samples=3", "--progress=false"]) == 0
+    found = list(csv.DictReader(Path("t.classes.csv").read_text().splitlines()))
+    assert [*found[0]] == ["row", "class", "p2", "p_one", "stderr", "verdict"]
+    for row in found:
+        assert row["class"] == ("one" if float(row["p_one"]) > float(row["p2"]) else "2")
+    assert run(["sample", "run", "--size=3", "--label=one"]) == 0
+    assert run(["sample", "run", "--size=3", "--label=0"]) == 2
+    assert "label must be one of 2, one; got 0" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("float64")

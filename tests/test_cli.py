@@ -360,7 +360,7 @@ def test_conditional_run_draws_one_class(tmp_path: Path, capsys: pytest.CaptureF
     assert vae.posterior.encoder.condition_dim == vae.likelihood.decoder.condition_dim == 10
     assert main(["sample", str(run), "--label", "7", "--size", "5"]) == 0
     assert main(["sample", str(run), "--label", "10"]) == 2
-    assert "label must be from 0 to 9" in capsys.readouterr().err
+    assert "label must be one of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9; got 10" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("given", "expected"), [([], 17), (["--likelihood.levels", "23"], 23)])

@@ -14,7 +14,7 @@ from torch.distributions import Independent
 
 from pyro_vae import plots
 from pyro_vae.classes import ClassVAE
-from pyro_vae.cli.folder import load_run, read_table
+from pyro_vae.cli.folder import class_names, load_run, read_table
 from pyro_vae.data import Data, Splits
 from pyro_vae.densities import densities
 from pyro_vae.distributions import Joint
@@ -138,19 +138,23 @@ def lower_layers_at_mean(prior: Any, z: Tensor, unit: int) -> Tensor:
     return prior.draw(lambda name, fn: layers[name] if name in fixed else fn.mean)
 
 
-def condition(data: Data, size: int, label: int | None, vae: VAE) -> Tensor | None:
+def condition(data: Data, size: int, label: str | None, vae: VAE) -> Tensor | None:
     """Returns `y` for `size` draws: of one class, of all in turn, or of the first rows."""
-    if isinstance(vae, ClassVAE):
-        vae.check_labels(y := torch.full((size,), -1 if label is None else label))
-        return y
-    if data.y is None or data.classes is None or data.y.shape[1] != data.classes:
+    summed = isinstance(vae, ClassVAE)
+    if not summed and (data.y is None or data.y.shape[1] != data.classes):
         if label is not None:
             raise ValueError("label needs a model conditional on labels: train with --conditional")
         return None if data.y is None else data.y[torch.arange(size) % len(data)]
-    if label is not None and not 0 <= label < data.classes:
-        raise ValueError(f"label must be from 0 to {data.classes - 1}; got {label}")
-    labels = torch.arange(size) % data.classes if label is None else torch.full((size,), label)
-    return torch.eye(data.classes)[labels]
+    count = vae.classes if isinstance(vae, ClassVAE) else data.classes or 0
+    names = class_names(data.class_names, count)
+    if label is not None and label not in names:
+        some = ", ".join(names[:20]) + (", ..." if count > 20 else "")
+        raise ValueError(f"label must be one of {some}; got {label}")
+    if label is not None:
+        labels = torch.full((size,), names.index(label))
+    else:
+        labels = torch.full((size,), -1) if summed else torch.arange(size) % count
+    return labels if summed else torch.eye(count)[labels]
 
 
 def limits(data: Data) -> tuple[float, float] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -170,6 +170,12 @@ def _renumber_labels(rows: Data, names: list[str], strict: bool) -> Data:
     codes = torch.tensor([*map(all_names.index, file_names), -1])
     changes: dict[str, Any] = {"labels": codes[rows.labels], "class_names": tuple(all_names)}
     return rows.unchecked(**changes, classes=len(all_names))
+
+
+def class_names(names: Sequence[str] | None, number: int) -> list[str]:
+    """Returns what to call each class: its name in the file, or its number if it has none."""
+    names = list(names or ())[:number]
+    return [*names, *map(str, range(len(names), number))]
 
 
 def check_support(vae: VAE, data: Data) -> None:

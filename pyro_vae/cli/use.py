@@ -19,7 +19,7 @@ from pyro_vae import estimators, plots
 from pyro_vae.arguments import check_whole
 from pyro_vae.classes import ClassVAE
 from pyro_vae.cli.figures import condition, limits
-from pyro_vae.cli.folder import destination, load_run, load_with_rows, read_record
+from pyro_vae.cli.folder import class_names, destination, load_run, load_with_rows, read_record
 from pyro_vae.cli.score import COMPUTE
 from pyro_vae.cli.stream import key_of, part_seed, stream
 from pyro_vae.data import Data, read_rows
@@ -163,12 +163,13 @@ def classify(options: Namespace) -> None:
     best = found.probabilities.argmax(1)
     errors = found.stderr.gather(1, best.unsqueeze(1))
     numbers = torch.cat([found.probabilities, errors], 1).tolist()
+    names = class_names(read_record(options.run)["class_names"], vae.classes)
     lines = [
-        [n, cls, *(f"{p:.6f}" for p in row), verdict]
+        [n, names[cls], *(f"{p:.6f}" for p in row), verdict]
         for n, (cls, row, verdict) in enumerate(zip(best.tolist(), numbers, found.verdict))
     ]
-    names = [f"p{c}" for c in range(vae.classes)]
-    write(out, as_csv([["row", "class", *names, "stderr", "verdict"], *lines]))
+    head = ["row", "class", *(f"p{name}" if name.isdecimal() else f"p_{name}" for name in names)]
+    write(out, as_csv([[*head, "stderr", "verdict"], *lines]))
     accuracy = "no label known"
     if data.labels is not None and bool((known := data.labels >= 0).any()):
         share = (best == data.labels)[known].double().mean()
