@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from threading import RLock
 from typing import Any
@@ -38,6 +38,12 @@ def forked(device: torch.device, seed: int | None = None) -> Iterator[None]:
         if seed is not None:
             seed_generators(device, seed)
         yield
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Turns autocast off, where it is on: not every kind of device has it."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def seed_generators(device: torch.device, seed: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.arguments import check_real
-from pyro_vae.runtime import fast_products, forked
+from pyro_vae.runtime import fast_products, forked, without_autocast
 
 Program = Callable[..., Any]
 Sites = dict[str, dict[str, Any]]
@@ -64,11 +64,10 @@ def evaluating(*programs: Program, seed: int | None, device: torch.device) -> It
             switched.append(module)
             module.training = False
 
-    casts = torch.is_autocast_enabled(device.type)  # not every kind of device has a switch
     with (
         forked(device, seed),
         torch.no_grad(),
-        torch.autocast(device.type, enabled=False) if casts else nullcontext(),
+        without_autocast(device),
         fast_products(p for module in modules for p in module.parameters()),
         store.scope(store.get_state()),
         OwnParameters(),

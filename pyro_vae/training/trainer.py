@@ -28,6 +28,7 @@ from pyro_vae.runtime import (
     keep_memory,
     seed_generators,
     threads,
+    without_autocast,
 )
 from pyro_vae.training.dataset import (
     UNIT_ROWS,
@@ -440,6 +441,7 @@ def _training_context(
         forked(device, settings.seed),
         pyro.validation_enabled(False),
         torch.enable_grad(),  # even under a caller's no_grad
+        without_autocast(device),
         threads(settings.threads),
     ):
         try:

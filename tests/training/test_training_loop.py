@@ -378,12 +378,13 @@ def test_nothing_is_left_behind(validate: bool, fails: bool) -> None:
     assert all(p.grad is None for p in vae.parameters())
 
 
-def test_gradients_are_taken_whatever_the_caller_has() -> None:
+def test_the_caller_s_modes_of_torch_change_no_weight() -> None:
     first, second = make_vae(), make_vae()
     fit(first, make_data(), epochs=1, **QUIET)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         fit(second, make_data(), epochs=1, **QUIET)
         assert not torch.is_grad_enabled()
+        assert torch.is_autocast_enabled("cpu")
     assert same(weights(first), weights(second))
 
 
