@@ -240,6 +240,24 @@ def test_a_run_whose_keys_were_sorted_mixes_up_no_columns(
             assert cell == "" or float(value) == pytest.approx(cell)
 
 
+def test_labels_of_a_run_of_numbers_are_the_same_in_every_kind_of_file(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0)).round(decimals=2)
+    frame = pandas.DataFrame(x.numpy(), columns=list("abc")).assign(label=[0, 1, 2] * 20)
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    arguments = ["--data", str(tmp_path / "a.csv"), "--likelihood", "Normal", "--conditional"]
+    assert main(["train", *SMALL, *arguments, "--run", str(tmp_path / "run")]) == 0
+    some = frame[frame.label > 0]
+    some.to_csv(tmp_path / "b.csv", index=False)
+    some.to_csv(tmp_path / "c.csv", index=False, sep=";")
+    codes = []
+    for name in ("b", "c"):
+        arguments = [str(tmp_path / "run"), str(tmp_path / f"{name}.csv")]
+        assert main(["encode", *arguments, "--out", str(tmp_path / f"{name}.codes.csv")]) == 0
+        codes.append((tmp_path / f"{name}.codes.csv").read_text())
+    assert codes[0] == codes[1]
+
+
 def test_classify_counts_the_labels_of_a_file_without_some_classes(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

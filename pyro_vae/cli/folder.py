@@ -152,11 +152,11 @@ def as_trained(rows: Data, record: dict[str, Any], vae: VAE) -> Data:
 
 
 def _renumber_labels(rows: Data, names: list[str], strict: bool) -> Data:
-    """Renumbers labels by the run's classes, if both the rows and the run name their classes.
+    """Renumbers labels by the run's classes, if the rows name theirs.
 
     Classes that the run lacks are numbered after its own; if `strict`, they raise ValueError.
     """
-    if rows.labels is None or not rows.class_names or not names:  # as of runs of version 0.2
+    if rows.labels is None or not rows.class_names or not names:  # as of runs of version 0.1
         return rows
     same = {as_key(name): name for name in names}  # a number may be written in another way
     file_names = [n if n in names else same.get(as_key(n), n) for n in rows.class_names]
@@ -211,7 +211,9 @@ def read_record(run: str | Path) -> dict[str, Any]:
                 raise TypeError(f"{name} is {record[name]!r}, in run.json {trained[name]!r}")
         record["schema"] = _schema(record["rows"]) if "rows" in record else None
         record["transform"] = restore(record["transform"])
-        record["class_names"] = [*map(str, record.get("class_names") or ())]
+        if (names := record.get("class_names", ())) is None:  # the classes are numbers
+            names = range(record["classes"] or 0)
+        record["class_names"] = [*map(str, names)]
     return record
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_vae.data.data import Data, Parts
 from pyro_vae.data.mapped import LARGE, mapped
-from pyro_vae.data.schema import as_number
+from pyro_vae.data.schema import as_name, as_number
 from pyro_vae.data.sprites import Sprites
 from pyro_vae.data.tables import as_cell, check_names, label_column, read_lines
 from pyro_vae.files import parsing
@@ -262,15 +262,17 @@ def read_cells(path: Path) -> Data:
     with warnings.catch_warnings(), parsing(path, "a whole .h5ad file"):
         warnings.simplefilter("ignore")
         table = read_h5ad(path)
-    obs, labels = table.obs, None
+    obs, labels, class_names = table.obs, None, None
     named = [name for name in obs.columns if str(name).lower() in ("label", "labels")]
     named = named or [name for name in obs.columns if str(obs[name].dtype) == "category"]
     if len(named) == 1:
-        codes = obs[named[0]].astype("category").cat.codes.to_numpy()  # -1 where it is not known
-        labels = torch.from_numpy(codes.astype(np.int64))
+        classes = obs[named[0]].astype("category").cat
+        labels = torch.from_numpy(classes.codes.to_numpy(np.int64))  # -1 where it is not known
+        class_names = tuple(map(as_name, classes.categories))
     return Data(
         _counts(path, [table.X, table.layers.get("counts")]),
         labels=labels,
+        class_names=class_names,
         name=str(path),
         columns=tuple(map(str, table.var_names)),
     )

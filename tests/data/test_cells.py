@@ -42,6 +42,7 @@ def test_h5ad(kind: str, tmp_path: Path) -> None:
     assert torch.equal(rows.x, torch.from_numpy(X))
     assert rows.columns == tuple(f"gene{g}" for g in range(G))
     assert torch.equal(rows.labels, torch.arange(N) % 3)
+    assert rows.class_names == ("0", "1", "2")
     assert len(load_data(path).test) == 3
 
 
