@@ -215,9 +215,9 @@ class VariationalAutoencoder(  # type: ignore[misc]
             if (empty := missing[str(name)]).any():
                 frame[name] = filled[str(name)]
                 if str(name) not in self._cells:  # numbers, of all digits
-                    frame[name] = frame[name].where(empty, X[name])
-                    with suppress(TypeError):  # a mean of whole numbers without a resolution
+                    with suppress(TypeError, ValueError):  # a mean that is not whole
                         frame[name] = frame[name].astype(dtype)
+                    frame[name] = frame[name].where(empty, X[name])
         return frame
 
     def score_samples(self, X: Any) -> Array:

@@ -103,16 +103,20 @@ def test_imputed_numbers_are_rounded_as_their_column_is() -> None:
     x["years"] = pandas.array(random.poisson(30, 60), "Int64")
     x["small"] = random.normal(size=60).astype("float32").round(1)
     x["free"] = random.normal(size=60)
-    gaps = random.random((60, 4)) < 0.2
+    x["whole"] = random.poisson(30, 60).astype(float)
+    gaps = random.random((60, 5)) < 0.2
     assert gaps.sum(0).min() > 3
     full = VariationalAutoencoder(1, **SMALL, random_state=0).fit(x).impute(x.mask(gaps))
     assert full.dtypes.equals(x.dtypes)
-    for name, digits in {"tenths": 1, "years": 0, "small": 1}.items():
+    for name, digits in {"tenths": 1, "years": 0, "small": 1, "whole": 0}.items():
         values = full[name].to_numpy()
         np.testing.assert_allclose(values, values.round(digits), rtol=1e-6)
     assert (full["free"] != full["free"].round(2)).all()
     for empty, name in zip(gaps.T, x):
         assert (full[name][~empty] == x[name][~empty]).all()
+    model = VariationalAutoencoder(1, **SMALL, random_state=0, schema={"years": "StudentT"})
+    means = [model.fit(x).impute(z) for z in (x.mask(gaps), x.mask(gaps).astype({"years": float}))]
+    np.testing.assert_array_equal(means[0]["years"].to_numpy(float), means[1]["years"])
     tenths = np.where(gaps, np.nan, x)[:, :1]
     values = VariationalAutoencoder(1, **SMALL, random_state=0).fit(tenths).impute(tenths)
     np.testing.assert_allclose(values, values.round(1), atol=1e-12, rtol=0)
