@@ -325,6 +325,9 @@ def _of_arrow(name: str, source: Any) -> Table:
         refused = {
             "dates: write them as numbers, of days or years": types.is_temporal,
             "lists: give each of their parts a column": types.is_nested,
+            "objects such as intervals or periods: write them as text or numbers": lambda kind: (
+                isinstance(getattr(kind, "value_type", kind), pyarrow.BaseExtensionType)
+            ),
         }
         for what in (what for what, holds in refused.items() if holds(kind)):
             raise ValueError(f"{name}: column {key!r} holds {what}")

@@ -213,6 +213,17 @@ def test_a_column_of_lists_is_no_column() -> None:
         read_table(pyarrow.table({"a": [[1], [2]], "b": [1, 2]}))
 
 
+def test_intervals_and_periods_are_refused() -> None:
+    pytest.importorskip("pyarrow")
+    pandas = pytest.importorskip("pandas")
+    numbers = pandas.Series(range(30))
+    for cells in (pandas.cut(numbers, 3), pandas.period_range("2020", periods=30)):
+        with pytest.raises(
+            ValueError, match="'a' holds objects such as intervals or periods: wri"
+        ):
+            read_table(pandas.DataFrame({"a": cells, "b": numbers}))
+
+
 def test_a_kind_alone_takes_its_categories_from_the_cells(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("a,b\nx,10\n7,2\n,2\nx,9\n")
