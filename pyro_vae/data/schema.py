@@ -42,7 +42,14 @@ LARGEST = float(np.finfo(np.float32).max)
 MIN_RANGE = 1e-5  # least range of a column, relative to its largest number
 MOST_COUNTED = 2.0**40  # larger numbers are whole in floating point, whatever they measure
 MAX_DISTINCT = 0.9  # numbers are taken for rounded if a smaller share of them is different
-DATE = re.compile(r"\d{4}-\d\d?-\d\d?([T ].*)?|\d\d?[/.]\d\d?[/.]\d{2,4}( .*)?|\d\d?:\d\d(:\d\d)?")
+WRITTEN = {  # values that are written as text, and how to write them
+    ("dates", "as numbers, of days or years"): re.compile(
+        r"\d{4}-\d\d?-\d\d?([T ].*)?|\d\d?[/.]\d\d?[/.]\d{2,4}( .*)?|\d\d?:\d\d(:\d\d)?"
+    ),
+    ("numbers written as text", "with digits and a decimal point alone"): re.compile(
+        r"[-+\u2212]?[$\u00a3\u20ac]?\s?[-+\u2212]?\d+([,'\s]\d+)*(\.\d+)?\s?[%$\u00a3\u20ac]?"
+    ),
+}
 Cells = dict[str, list[Any]]  # the cells of each column, by its name
 SchemaLike = Union["Schema", Mapping[str, Any], str, None]  # what is known of columns
 ReadColumn = Callable[[str], tuple[Sequence[Any], Sequence[Any] | None]]
@@ -328,10 +335,12 @@ def infer_column(where: str, cells: Sequence[Any], order: Sequence[Any] | None =
 
 
 def _text_column(where: str, cells: list[str], order: Sequence[Any] | None) -> Column:
-    if all(DATE.fullmatch(cell) for cell in cells):
-        raise ValueError(
-            f"{where} holds dates, such as {cells[0]!r}: write them as numbers, of days or years"
-        )
+    for (what, how), pattern in WRITTEN.items():
+        if all(map(pattern.fullmatch, cells)):
+            raise ValueError(
+                f"{where} holds {what}, such as {cells[0]!r}: write them {how}, or give the "
+                "column the kind category"
+            )
     found = sorted(set(cells))
     if len(found) > MAX_CATEGORIES or len(found) == len(cells) > 2 * MAX_LEVELS:
         raise ValueError(
