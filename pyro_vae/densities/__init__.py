@@ -8,7 +8,7 @@ from pyro_vae.densities.programs import (
     evaluating,
     scale_latents,
 )
-from pyro_vae.densities.result import KL_RULES, Densities, Site, log_mean_exp
+from pyro_vae.densities.result import KL_RULES, Densities, Site, factors, log_mean_exp
 from pyro_vae.densities.run import (
     NotSimulated,
     complete_data,
@@ -36,6 +36,7 @@ __all__ = [
     "draw_latents",
     "entry_log_prob",
     "evaluating",
+    "factors",
     "folds",
     "log_joint",
     "log_mean_exp",

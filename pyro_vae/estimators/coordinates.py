@@ -8,12 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pyro.distributions import Normal
+from pyro.distributions import Normal, TransformedDistribution
 from torch import Tensor
-from torch.distributions import Distribution, Transform, biject_to, constraints
+from torch.distributions import (
+    AffineTransform,
+    ComposeTransform,
+    Distribution,
+    Transform,
+    biject_to,
+    constraints,
+)
 from torch.distributions.transforms import identity_transform
 
-from pyro_vae.densities import Densities, Site
+from pyro_vae.densities import Densities, Site, factors
 
 PRIOR_DRAWS = 64  # draws of a prior, from which its centre and spread are estimated
 PAIRS = 4  # pairs of draws, which show whether coordinates are independent
@@ -53,7 +60,7 @@ class Coordinates:
         jacobian = self.transform.log_abs_det_jacobian(unconstrained, value)
         value = value.to(self.dtype)
         inner: Any = getattr(self.transform, "base_transform", self.transform)
-        if inner is not identity_transform and inner.codomain.event_dim < 2:
+        if not _is_identity(inner) and inner.codomain.event_dim < 2:
             # a number may round to 0, where densities break; zeros of a matrix belong to it
             least = torch.full_like(value, torch.finfo(self.dtype).tiny).copysign(value)
             value = torch.where(value == 0, least, value)
@@ -207,8 +214,11 @@ def _prior_moments(
 
 
 def _is_normal(coords: Coordinates, fn: Distribution) -> bool:
-    transform = getattr(coords.transform, "base_transform", coords.transform)
-    return isinstance(base_distribution(fn), Normal) and transform is identity_transform
+    return isinstance(factors(fn), Normal) and _is_identity(coords.transform)
+
+
+def _is_identity(transform: Any) -> bool:
+    return getattr(transform, "base_transform", transform) is identity_transform
 
 
 def holds_tensor(transform: Any) -> bool:
@@ -226,16 +236,30 @@ def _transform(name: str, site: Site) -> Transform:
             "(infer={'enumerate': 'parallel'} in the model, or a mixture as a distribution), "
             "or use importance_sampling"
         )
-    support = _component_support(site.model.support)
-    if support is constraints.simplex:
-        return LogStickBreaking()
     try:
-        return biject_to(support)
+        return _to_support(site.model)
     except NotImplementedError:
         raise ValueError(
             f"latent site {name!r} ({kind}) has no unconstrained coordinates for its support "
             f"{site.model.support}: use importance_sampling"
         ) from None
+
+
+def _to_support(fn: Any) -> Transform:
+    """Returns the map from unconstrained values to the support of `fn`.
+
+    torch states that an affine transform ends on all real numbers, such as a shifted Exponential.
+    """
+    each: Any = factors(fn)
+    support = _component_support(fn.support)
+    if support is constraints.simplex:
+        return LogStickBreaking()
+    transform = biject_to(support)
+    parts = [p for t in getattr(each, "transforms", ()) for p in getattr(t, "parts", [t])]
+    if _is_identity(transform) and parts and isinstance(parts[-1], AffineTransform):
+        inside = _to_support(TransformedDistribution(each.base_dist, parts[:-1]))
+        return transform if _is_identity(inside) else ComposeTransform([inside, parts[-1]])
+    return transform
 
 
 def _component_support(support: Any) -> Any:

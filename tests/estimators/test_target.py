@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import AffineTransform, Transform, biject_to, constraints
 from worlds import WORLDS, data, gamma_poisson, linear, misses
 
 from pyro_vae.densities import evaluating
@@ -175,6 +175,28 @@ def test_narrow_priors_of_many_dimensions_have_a_finite_mass(prior: TorchDistrib
             pyro.sample("x", dist.Normal(a.sum(-1), 1.0), obs=x)
 
     Target(model, pyro.poutine.block(model, hide=["x"]), torch.zeros(5))
+
+
+@pytest.mark.parametrize(
+    ("base", "transforms"),
+    [
+        (dist.Exponential(torch.arange(1.0, 6.0)), [AffineTransform(1.0, -1.0)]),
+        (dist.Normal(torch.zeros(5), 3.0), [biject_to(constraints.interval(-1.0, 2.0))]),
+        (dist.Normal(torch.zeros(5), 1.0), [AffineTransform(0.5, 2.0)]),
+    ],
+)
+def test_moved_and_scaled_priors_integrate_to_one(
+    base: TorchDistribution, transforms: list[Transform]
+) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.TransformedDistribution(base, transforms))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    target = Target(model, pyro.poutine.block(model, hide=["x"]), torch.zeros(5))
+    u = torch.linspace(-30, 30, 20_001)[:, None, None].expand(-1, 5, 1)
+    mass = target.run_model(u).log_prior.logsumexp(0) + math.log(60 / 20_000)
+    torch.testing.assert_close(mass, torch.zeros(5), atol=1e-4, rtol=0)
 
 
 def test_angles_of_many_dimensions_are_refused() -> None:
