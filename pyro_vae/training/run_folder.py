@@ -189,13 +189,13 @@ def write_metrics(run: PathLike, rows: list[dict[str, Any]]) -> None:
 
 def _fixed_values(record: dict[str, Any]) -> dict[str, Any]:
     """Returns the values that must not change when a run is resumed, by dotted name."""
-    values = {f"training.{k}": v for k, v in (record.get("training") or {}).items()}
+    parts = {part: record.get(part) or {} for part in ("declaration", "training")}
+    values = {f"{part}.{k}": v for part, given in parts.items() for k, v in given.items()}
     for part, description in (record.get("data") or {}).items():
         for key, value in (description or {}).items():
             if isinstance(value, dict):  # the digest identifies the data, not their name
                 value = {k: v for k, v in value.items() if k != "name"}
             values[f"data.{part}.{key}"] = value
-    values["declaration"] = record.get("declaration")
     return {k: v for k, v in values.items() if k.removeprefix("training.") not in MAY_CHANGE}
 
 

@@ -261,13 +261,14 @@ def test_a_mistake_does_not_take_the_folder(tmp_path: Path) -> None:
         ({"optimizer": "SGD"}, "training.optimizer was 'Adam', is 'SGD'"),
         ({"objective": ELBO(beta=2.0)}, "training.objective"),
         ({"data": make_data(seed=2)}, "data.train.digest"),
+        ({"vae": build((7,), 2)}, r"or data: declaration.latent_dim was 3, is 2\. Give"),
     ],
 )
 def test_resume_with_other_settings(tmp_path: Path, changed: dict[str, Any], words: str) -> None:
-    options = {"data": make_data(), "objective": ELBO(), **OPTIONS}
-    fit(make_vae(), run=tmp_path, **{**options, "epochs": 1})
+    options = {"data": make_data(), "objective": ELBO(), "vae": build((7,), 3), **OPTIONS}
+    fit(run=tmp_path, **{**options, "epochs": 1})
     with pytest.raises(ValueError, match=words):
-        fit(make_vae(), run=tmp_path, resume=True, **{**options, **changed})
+        fit(run=tmp_path, resume=True, **{**options, **changed})
 
 
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
