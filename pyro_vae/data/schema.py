@@ -361,13 +361,14 @@ def _text_column(where: str, cells: list[str], order: Sequence[Any] | None) -> C
 def _number_column(where: str, values: np.ndarray) -> Column:
     if not (np.abs(values) <= LARGEST).all():
         raise ValueError(f"{where} holds infinite values: repair or empty these cells")
-    different = np.unique(values)
+    different, times = np.unique(values, return_counts=True)
     if len(different) < 2:
         raise ValueError(
             f"{where} holds {values[0]:g} in all rows: give it the kind ignored, or drop it"
         )
     is_whole = bool((values == values.round()).all()) and np.abs(values).max() <= MOST_COUNTED
-    if len(different) == 2 or (is_whole and len(different) <= min(MAX_LEVELS, len(values) // 3)):
+    few = len(different) <= min(MAX_LEVELS, len(values) // 3) and times.min() > 1
+    if len(different) == 2 or (is_whole and few):  # where one is seen once, others are unseen
         kind = "binary" if len(different) == 2 else "ordinal"
         return Column(kind, tuple(map(shortened, different.tolist())))
     check_digits(where, values)

@@ -71,10 +71,11 @@ def read_table(source: Any, schema: SchemaLike = None) -> tuple[Tensor, Schema]:
 
     Numbers are read as they are, categories as codes 0, 1, ..., empty cells (and NA, NaN, null)
     as NaN. Kinds that the schema does not give are inferred from the cells of a column: two
-    values are binary, text is a category, at most 10 different whole numbers are ordinal, other
-    whole numbers from 0 are counts if their variance is at least their mean, positive numbers
-    are positive if their logarithm has a standard deviation above 0.7, and the rest is real.
-    Numbers that repeat get a resolution: the smallest distance between two of them.
+    values are binary, text is a category, at most 10 different whole numbers are ordinal if none
+    of them is in one row alone, other whole numbers from 0 are counts if their variance is at
+    least their mean, positive numbers are positive if their logarithm has a standard deviation
+    above 0.7, and the rest is real. Numbers that repeat get a resolution: the smallest distance
+    between two of them.
 
     Args:
         source: A text file (UTF-8, a line of names, separated by commas, semicolons or tabs), a

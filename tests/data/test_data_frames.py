@@ -66,6 +66,11 @@ def test_kinds_are_inferred_and_print_as_yaml(file: Path) -> None:
         ([1990 + i % 20 for i in range(50)], "real", 1.0),
         ([(i * i) % 97 for i in range(50)], "count", None),
         ([i % 5 for i in range(50)], "ordinal", None),
+        (
+            [i % 5 for i in range(50)] + [9],
+            "count",
+            None,
+        ),  # others may come that are not among them
         ([i % 2 for i in range(50)], "binary", None),
         ([7.5 if i % 2 else -1 for i in range(50)], "binary", None),
         ([0.0] * 20 + [2.5 * i for i in range(1, 31)], "positive", 2.5),
