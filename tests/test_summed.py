@@ -343,6 +343,17 @@ def test_what_cannot_be_summed_is_refused_in_one_line(x: Tensor) -> None:
 
     with pytest.raises(ValueError, match="site 'y' cannot be summed out, for Poisson has no list"):
         densities(endless, lambda x: None, x)
+
+    def totals(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            y = pyro.sample("y", dist.Binomial(x[:, 0], 0.5), infer=SUM)
+            pyro.sample("x", dist.Normal(y, 1.0), obs=x[:, 1])
+
+    for last in (5.0, 1.0):
+        rows = torch.tensor([[2.0, 0.0], [2.0, 0.0], [last, 4.0]])
+        for run in (densities, importance_sampling, log_evidence):
+            with pytest.raises(ValueError, match="site 'y' cannot be summed out"):
+                run(totals, lambda x: None, rows)
     with pytest.raises(ValueError, match=r"\['y'\] is in one of them only"):
         densities(poutine.block(mixture.model, hide=["y"]), mixture.exact, x)
     with pytest.raises(ValueError, match="site must name a discrete latent"):

@@ -21,7 +21,7 @@ from pyro_vae.densities.run import (
     registered_densities,
     sites_at,
 )
-from pyro_vae.densities.summed import summed_values
+from pyro_vae.densities.summed import check_values, summed_values
 
 __all__ = [
     "Densities",
@@ -31,6 +31,7 @@ __all__ = [
     "OwnParameters",
     "Program",
     "Site",
+    "check_values",
     "complete_data",
     "densities",
     "draw_latents",

@@ -27,7 +27,7 @@ from pyro_vae.densities.programs import (
     sample_sites,
 )
 
-__all__ = ["folds", "trial_result", "run_program"]
+__all__ = ["folds", "listed_values", "trial_result", "run_program"]
 
 BatchedRun = Callable[..., poutine.Trace]  # `run_program` with its program and data bound
 
@@ -148,18 +148,26 @@ def _try_program(program: Program, x: Tensor, y: Tensor | None) -> TrialResult:
             if fold:
                 fold = _batched_error(run, draws, expected, fold=True) or True
                 break
-    return TrialResult(fold, {n: _support(n, s["infer"], s["fn"]) for n, s in latents.items()})
+    return TrialResult(fold, {n: listed_values(n, s) for n, s in latents.items()})
 
 
-def _support(name: str, infer: dict[str, Any], fn: Any) -> Tensor | None:
-    if infer.get("enumerate") != "parallel":
+def listed_values(name: str, site: dict[str, Any]) -> Tensor | None:
+    """Returns the values [C, *event] of a site with `infer={"enumerate": "parallel"}`, else None.
+
+    Raises:
+        ValueError: If the site cannot list its values.
+    """
+    fn = site["fn"]
+    if site["infer"].get("enumerate") != "parallel":
         return None
-    if not fn.has_enumerate_support:
+    try:
+        support = fn.enumerate_support(expand=False).detach()
+    except NotImplementedError:
         raise ValueError(
             f"site {name!r} cannot be summed out, for {type(fn).__name__} has no list of values: "
-            "leave infer={'enumerate': 'parallel'} out, or give Categorical, Bernoulli or Binomial"
-        )
-    support = fn.enumerate_support(expand=False).detach()
+            "leave infer={'enumerate': 'parallel'} out, or give Categorical, Bernoulli or "
+            "Binomial, of one total for all rows"
+        ) from None
     return support.reshape(len(support), *fn.event_shape)
 
 
@@ -262,6 +270,9 @@ class Unfolded(dist.TorchDistribution):
     @property
     def support(self) -> Any:
         return self.base_dist.support
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        return self.base_dist.enumerate_support(expand=False)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         rows = self.base_dist(sample_shape)

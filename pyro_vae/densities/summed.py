@@ -8,14 +8,15 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from pyro_vae.densities.particles import run_program, trial_result
+from pyro_vae.densities.particles import listed_values, run_program, trial_result
 from pyro_vae.densities.programs import Latents, Program, Sites, check_latents, sample_sites
 from pyro_vae.densities.result import Densities, Site, densities_of
 
-__all__ = ["summed_densities", "summed_values"]
+__all__ = ["check_values", "summed_densities", "summed_values"]
 
 MOST_VALUES = 10_000  # joint values that may be summed over
 EXCLUDED_GAP = 100.0  # nats below the least likely value, for values of log weight -inf
@@ -40,6 +41,18 @@ def summed_values(model: Program, x: Tensor, y: Tensor | None = None) -> Latents
         )
     index = torch.cartesian_prod(*map(torch.arange, sizes)).reshape(-1, len(sizes))
     return {name: v[index[:, i].to(v.device)] for i, (name, v) in enumerate(marked.items())}
+
+
+def check_values(model: Program, x: Tensor, y: Tensor | None, sites: Sites) -> None:
+    """Raises a ValueError if the number of values that are summed over depends on the data."""
+    tried = {n: v for n, v in trial_result(model, x, y).latents.items() if v is not None}
+    for name, values in tried.items() if is_validation_enabled() else ():
+        found = listed_values(name, sites[name])
+        if found is None or len(found) != len(values):
+            raise ValueError(
+                f"site {name!r} cannot be summed out, for its list of values depends on the data: "
+                "give it one for all rows"
+            )
 
 
 class FixSites(Messenger):
@@ -150,6 +163,7 @@ def summed_densities(
     if not per_value:
         draws = {n: z.repeat(C, *(1,) * (z.ndim - 1)) for n, z in draws.items()}
     p = sample_sites(run_program(model, x, y, C * K, FixSites(values, draws)), "model")
+    check_values(model, x, y, p)
     latent = [n for n, s in p.items() if not s["is_observed"] and n not in values]
     if latent or q:
         check_latents(latent, q)

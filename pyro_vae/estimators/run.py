@@ -18,9 +18,11 @@ from pyro_vae.arguments import TakesVAE, as_rows, check_real, check_whole, progr
 from pyro_vae.densities import (
     Densities,
     Program,
+    check_values,
     densities,
     evaluating,
     log_weights,
+    run_program,
     summed_values,
 )
 from pyro_vae.estimators.evidence import Evidence
@@ -325,12 +327,17 @@ def for_each_value(
         arguments: Its arguments, by name.
         values: Joint values [C, *event] of each site.
     """
+    model, guide, x = (arguments[name] for name in ("model", "guide", "x"))
+    y = arguments.get("y")
+    with evaluating(model, guide, seed=0, device=x.device):
+        for rows in torch.arange(len(x), device=x.device).split(CHUNK_ROWS):
+            args = x[rows], None if y is None else y[rows]
+            nodes: Any = run_program(model, *args, 1).nodes
+            check_values(model, *args, nodes)
     parts, count = [], len(next(iter(values.values())))
     quiet = {"progress": False} if "progress" in arguments else {}
     for c in track(range(count), f"{count} values", bool(arguments.get("progress"))):
-        one = ProgramsAtValue(
-            arguments["model"], arguments["guide"], {n: v[c] for n, v in values.items()}
-        )
+        one = ProgramsAtValue(model, guide, {n: v[c] for n, v in values.items()})
         seed = None if arguments.get("seed") is None else arguments["seed"] + c
         changed = {"model": one.model, "guide": one.guide, "seed": seed}
         parts.append(_run_where_possible(function, arguments | changed | quiet))
