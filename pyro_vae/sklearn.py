@@ -195,7 +195,7 @@ class VariationalAutoencoder(  # type: ignore[misc]
                 raise ValueError("with classes, inverse_transform needs y, the class of each code")
             y_one_hot = torch.nn.functional.one_hot(labels.long(), self.classes).double()
         with torch.no_grad():
-            return self._like_input(vae.likelihood(torch.from_numpy(codes), y_one_hot).mean, X)
+            return self._like_input(vae.likelihood(torch.tensor(codes), y_one_hot).mean, X)
 
     def impute(self, X: Any, num_draws: int = 100) -> Any:
         """Returns rows with missing entries filled in, given the observed entries of each row.

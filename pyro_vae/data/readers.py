@@ -249,7 +249,8 @@ def read_cells(path: Path) -> Data:
     if path.suffix.lower() == ".mtx":
         import scipy.io
 
-        with parsing(path, "a whole .mtx file"):
+        with warnings.catch_warnings(), parsing(path, "a whole .mtx file"):
+            warnings.simplefilter("ignore")  # of the kind of matrix that scipy will return
             matrix = scipy.io.mmread(path)
         return Data(_counts(path, [matrix]), name=str(path))
     try:
