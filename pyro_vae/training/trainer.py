@@ -265,8 +265,7 @@ class Trainer:
                 loss, terms, d = gradient(*batch)
         except ValueError as error:
             raise ValueError(f"step {self.step}: {error}") from error
-        if len(local) != len(index):
-            terms = terms * (len(index) / len(local))
+        terms = terms * (len(index) / len(local))
         loss, terms = self.group.all_reduce_mean(weight, self.parameters, loss, terms)
         with self.state_errors:  # a loaded state is first used here: its errors name the run
             norm = None
