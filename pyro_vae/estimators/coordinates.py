@@ -338,7 +338,7 @@ def _score_table(
             "as that of an angle: use importance_sampling, with a guide of the same kind"
         )
     mass = (log_mass - log_mass.max()).exp()
-    steps = (mass[1:] + mass[:-1]) / 2
+    steps = mass[1:] + mass[:-1]
     below, above = steps.cumsum(0), steps.flip(0).cumsum(0).flip(0)
     below = torch.cat([below.new_zeros(1), below]) / steps.sum()
     above = torch.cat([above, above.new_zeros(1)]) / steps.sum()
