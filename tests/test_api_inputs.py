@@ -172,7 +172,8 @@ def of_numbers() -> Iterator[tuple[str, str, Call, tuple[Any, ...]]]:
     yield "build", "latent_dim", lambda v: pyro_vae.build(F, v), WHOLE
     yield "build", "condition_dim", lambda v: pyro_vae.build(F, 2, condition_dim=v), NOT_ZERO
     yield "build", "data_shape", lambda v: pyro_vae.build(v, 2), (*WRONG, None, 0, -1, (), (0,))
-    yield "sample", "size", lambda v: vae().sample(v), WHOLE
+    for made in (vae(), pyro_vae.build(F, 2, classes=C)):
+        yield "sample", "size", lambda v, made=made: made.sample(v), WHOLE
     yield "reconstruct", "num_samples", lambda v: vae().reconstruct(X, num_samples=v), NOT_NONE
     floor = (*WRONG, None, -1, INF, -INF)
     encoder, decoder = vae().posterior.encoder, networks.MLP(2, (2 * F,), (5,))

@@ -190,6 +190,11 @@ def test_the_same_seed_gives_the_same_votes() -> None:
     assert first.stderr == pytest.approx((first.value * (1 - first.value) / 499) ** 0.5)
 
 
+@pytest.mark.parametrize("score", [factor_vae_score, beta_vae_score])
+def test_votes_are_counted(score: Callable[..., Score]) -> None:
+    assert score(noise(), FACTORS, **VOTES).num_samples == 600 + 500
+
+
 def test_bins_are_of_equal_width_and_the_highest_value_is_in_the_last() -> None:
     codes = torch.stack([torch.linspace(-3, 7, 11), torch.full((11,), 2.0)], 1)
     first, second = discretise(codes, 5).T.tolist()
@@ -249,6 +254,14 @@ def test_dci_by_hand() -> None:
     torch.testing.assert_close(found.importance.sum(0), torch.ones(3))
     assert found.importance[[1, 2, 0], [0, 1, 2]].min() > 0.99
     assert found.factors == NAMES
+
+
+def test_trees_of_one_row_guess_its_values() -> None:
+    found = dci(noise(), FACTORS, num_train=1, num_test=539, num_trees=1)
+    assert found.train_accuracy == 1
+    guessed = sum((540 / n - 1) / 539 for n in SIZES) / 3
+    assert found.informativeness == pytest.approx(guessed, rel=1e-12)
+    assert (found.disentanglement, found.completeness) == (0, 0)
 
 
 ANY: list[Callable[..., Score]] = [mig_of_means, factor_vae_score, beta_vae_score, sap, modularity]

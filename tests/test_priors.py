@@ -164,6 +164,7 @@ def test_vamp_prior_uses_batch_statistics_without_changing_them() -> None:
     assert all(torch.equal(v, before[k]) for k, v in prior.posterior.state_dict().items())
     prior.posterior.eval()
     assert torch.equal(prior().log_prob(torch.zeros(2)), training)
+    assert not any(m.training for m in prior.posterior.modules())
 
 
 def test_vamp_prior_does_not_own_the_posterior() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pyro
@@ -62,6 +63,18 @@ def test_exchanged_units_are_found_beyond_their_valley(pair: tuple) -> None:
     torch.testing.assert_close(found, mode[:, [1, 0, 2]])
     torch.testing.assert_close(height.amax(0), target.log_joint(mode[None])[0])
     assert (height > -torch.inf).sum(0).tolist() == [1, 1, 1]
+
+
+def test_of_many_exchanges_the_best_are_kept() -> None:
+    peaks = torch.arange(7.0).repeat(2, 1)
+    peaks[1, 5:] = torch.tensor([6.0, 5.0])
+    target: Any = SimpleNamespace(
+        log_joint=lambda u: -50 * torch.cdist(u, peaks).square().amin(-1)
+    )
+    _, pairs = modes._directions(0.1 * torch.eye(7).unsqueeze(0))
+    points, height = modes._exchanges(target, peaks[:1], pairs, torch.zeros(1, 7))
+    assert len(pairs) == 21 > len(height) == modes.MORE_STARTS
+    torch.testing.assert_close(points[height[:, 0] > -torch.inf, 0], peaks[1:])
 
 
 def test_lines_lead_beyond_a_valley(pair: tuple) -> None:

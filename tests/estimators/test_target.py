@@ -251,11 +251,14 @@ def test_a_prior_may_have_no_mass_in_a_part_of_its_support() -> None:
     torch.testing.assert_close(log_likelihood.exp().mean(0), truth, rtol=0.05, atol=0)
 
 
-def test_a_likelihood_without_gradient_is_refused() -> None:
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_likelihood_without_gradient_is_refused(learned: bool) -> None:
+    scale = torch.ones((), requires_grad=learned)
+
     def model(x: Tensor) -> None:
         with data(len(x)):
             a = pyro.sample("a", dist.Gamma(torch.ones(()), 1.0))
-            pyro.sample("x", dist.Normal(a.detach(), 1.0), obs=x)
+            pyro.sample("x", dist.Normal(a.detach(), scale), obs=x)
 
     target = Target(model, missing, torch.zeros(5))
     with pytest.raises(ValueError, match="no gradient with respect to z.*importance_sampling"):

@@ -138,8 +138,9 @@ def test_threads_are_few_for_a_small_model_and_recorded(tmp_path: Path) -> None:
         fit(large, data, **options)
         assert get_num_threads() == 2
         torch.set_num_threads(1)
-        with pytest.warns(UserWarning, match="was trained on 2 threads and goes on with 1: its"):
+        with pytest.warns(UserWarning, match="on 2 threads and goes on with 1: its") as caught:
             fit(large, data, **{**options, "epochs": 2}, resume=True)
+        assert caught[0].filename == __file__
     finally:
         torch.set_num_threads(before)
     assert seen == [1, 2, 1]
