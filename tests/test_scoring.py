@@ -105,6 +105,20 @@ def test_a_column_of_labels_is_the_condition_of_a_conditional_table(
             Scorer(tmp_path / "run")(frame.assign(label=0.5))
 
 
+def test_arrays_may_hold_labels_as_files_do(tmp_path: Path) -> None:
+    file, run, random = tmp_path / "x.npz", tmp_path / "run", np.random.default_rng(0)
+    arrays = {"x": random.normal(size=(N, F)), "labels": np.arange(N) % 3 - 1}
+    arrays["labels"][:9] += 1  # a label of -1 is unknown
+    np.savez(file, **{name: values[:9] for name, values in arrays.items()})
+    train = ["train", "--data", str(file), "--run", str(run), *SMALL, "--conditional"]
+    assert main([*train, "--progress=false", "--likelihood=Normal"]) == 0
+    np.savez(file, **arrays)
+    score = ["score", str(run), str(file), "--tolerance=1", "--progress=false"]
+    assert main([*score, "--out", str(tmp_path / "b.csv")]) == 0
+    found = Scorer(run, tolerance=1.0, audit=False)(arrays)
+    np.testing.assert_allclose(found["log_prob"], scores(tmp_path / "b.csv"), atol=1e-5)
+
+
 def test_what_is_no_batch_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a batch must be a pandas frame or a mapping"):
         Scorer(folder / "x")([1, 2])

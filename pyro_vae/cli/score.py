@@ -244,8 +244,9 @@ class Scorer:
         """Adds the columns "log_prob" (nats, in the data's own units), "stderr" and "verdict".
 
         Args:
-            batch: A pandas frame, or a mapping of arrays: "x" [N, *E] (and "y" [N, C]), or the
-                columns of a table by name. Other entries, such as ids or scalars, are passed on.
+            batch: A pandas frame, or a mapping of arrays: "x" [N, *E] (and "y" [N, C] or
+                "labels" [N]), or the columns of a table by name. Other entries, such as ids or
+                scalars, are passed on.
 
         Raises:
             ValueError: If the rows are not of the kind that the run was trained on.
@@ -273,7 +274,8 @@ def _rows(batch: Any, known: dict[str, Any]) -> Data:
     """Returns the rows of a batch, untransformed."""
     schema, names = known["schema"], known.get("rows", {}).get("columns")
     if isinstance(batch, Mapping) and "x" in batch and "x" not in (names or ()):
-        return Data(batch["x"], batch.get("y"), name="the batch")
+        labels = batch.get("labels") if known["conditional"] else None
+        return Data(batch["x"], batch.get("y"), labels, name="the batch")
     cells = {str(name): batch[name] for name in batch}
     if len(cells) < len(list(batch)):
         raise ValueError(
