@@ -8,10 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pyro.distributions import Normal, TransformedDistribution
+from pyro.distributions import (
+    Normal,
+    SineBivariateVonMises,
+    SineSkewed,
+    TransformedDistribution,
+    VonMises,
+)
 from torch import Tensor
 from torch.distributions import (
-    AffineTransform,
     ComposeTransform,
     Distribution,
     Transform,
@@ -28,6 +33,7 @@ ROUNDING = 1e-3  # relative difference of log densities that counts as rounding
 TABLE_HALF_WIDTH, TABLE_STEP = 8.0, 0.01  # half-width and spacing of the table of Normal scores
 INTEGRAL_HALF_WIDTH, INTEGRAL_POINTS = 40.0, 16_001  # of the cumulative sum, in arsinh of v
 NEWTON_STEPS = 6  # Newton steps of the inverse map
+ANGLES = (VonMises, SineBivariateVonMises, SineSkewed)  # whose stated support is the real line
 SHAPE_POINTS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)  # where marginals are compared
 
 
@@ -236,6 +242,8 @@ def _transform(name: str, site: Site) -> Transform:
             "(infer={'enumerate': 'parallel'} in the model, or a mixture as a distribution), "
             "or use importance_sampling"
         )
+    if isinstance(base_distribution(site.model), ANGLES):
+        raise _infinite_mass(site.model)
     try:
         return _to_support(site.model)
     except NotImplementedError:
@@ -245,21 +253,28 @@ def _transform(name: str, site: Site) -> Transform:
         ) from None
 
 
+def _infinite_mass(fn: Any) -> ValueError:
+    return ValueError(
+        f"the prior {type(base_distribution(fn)).__name__} has no finite mass on its "
+        f"support {fn.support}, "
+        "as that of an angle: use importance_sampling, with a guide of the same kind"
+    )
+
+
 def _to_support(fn: Any) -> Transform:
     """Returns the map from unconstrained values to the support of `fn`.
 
-    torch states that an affine transform ends on all real numbers, such as a shifted Exponential.
+    That of a transformed distribution is where its last transform takes the support before it:
+    torch states all values of the transform, such as the real line for a shifted Exponential.
     """
     each: Any = factors(fn)
-    support = _component_support(fn.support)
-    if support is constraints.simplex:
-        return LogStickBreaking()
-    transform = biject_to(support)
     parts = [p for t in getattr(each, "transforms", ()) for p in getattr(t, "parts", [t])]
-    if _is_identity(transform) and parts and isinstance(parts[-1], AffineTransform):
-        inside = _to_support(TransformedDistribution(each.base_dist, parts[:-1]))
-        return transform if _is_identity(inside) else ComposeTransform([inside, parts[-1]])
-    return transform
+    if parts and type(each) is TransformedDistribution:  # others state their support
+        before = _to_support(TransformedDistribution(each.base_dist, parts[:-1]))
+        if not _is_identity(before):
+            return ComposeTransform([before, parts[-1]])
+    support = _component_support(fn.support)
+    return LogStickBreaking() if support is constraints.simplex else biject_to(support)
 
 
 def _component_support(support: Any) -> Any:
@@ -332,11 +347,7 @@ def _score_table(
     log_mass = _log_prior(coords, fn, points)[:, 0] + grid.cosh().log()
     log_mass = torch.where(log_mass.isfinite(), log_mass, -torch.inf)
     if log_mass[grid.abs() > 0.9 * INTEGRAL_HALF_WIDTH].max() == log_mass.max() > -torch.inf:
-        raise ValueError(
-            f"the prior {type(base_distribution(fn)).__name__} has no finite mass on its "
-            f"support {fn.support}, "
-            "as that of an angle: use importance_sampling, with a guide of the same kind"
-        )
+        raise _infinite_mass(fn)
     mass = (log_mass - log_mass.max()).exp()
     steps = mass[1:] + mass[:-1]
     below, above = steps.cumsum(0), steps.flip(0).cumsum(0).flip(0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import AffineTransform, Transform, biject_to, constraints
+from torch.distributions import AffineTransform, ExpTransform, Transform, biject_to, constraints
 from worlds import WORLDS, data, gamma_poisson, linear, misses
 
 from pyro_vae.densities import evaluating
@@ -183,6 +183,7 @@ def test_narrow_priors_of_many_dimensions_have_a_finite_mass(prior: TorchDistrib
         (dist.Exponential(torch.arange(1.0, 6.0)), [AffineTransform(1.0, -1.0)]),
         (dist.Normal(torch.zeros(5), 3.0), [biject_to(constraints.interval(-1.0, 2.0))]),
         (dist.Normal(torch.zeros(5), 1.0), [AffineTransform(0.5, 2.0)]),
+        (dist.Exponential(torch.arange(1.0, 6.0)), [ExpTransform()]),
     ],
 )
 def test_moved_and_scaled_priors_integrate_to_one(
@@ -199,14 +200,20 @@ def test_moved_and_scaled_priors_integrate_to_one(
     torch.testing.assert_close(mass, torch.zeros(5), atol=1e-4, rtol=0)
 
 
-def test_angles_of_many_dimensions_are_refused() -> None:
-    def model(x: Tensor) -> None:
+def test_angles_are_refused() -> None:
+    def many(x: Tensor) -> None:
         with data(len(x)):
             a = pyro.sample("a", dist.VonMises(torch.zeros(19), 0.1).to_event(1))
             pyro.sample("x", dist.Normal(a.sum(-1), 1.0), obs=x)
 
-    with pytest.raises(ValueError, match="VonMises has no finite mass"):
-        Target(model, pyro.poutine.block(model, hide=["x"]), torch.zeros(5))
+    def moved(x: Tensor) -> None:
+        with data(len(x)):
+            a = pyro.sample("a", dist.VonMises(x + torch.arange(5.0), 1.5))
+            pyro.sample("x", dist.Normal(a.cos(), 1.0), obs=x)
+
+    for model in (many, moved):
+        with pytest.raises(ValueError, match="VonMises has no finite mass"):
+            Target(model, pyro.poutine.block(model, hide=["x"]), torch.zeros(5))
 
 
 def test_zeros_of_a_matrix_stay_zeros() -> None:
