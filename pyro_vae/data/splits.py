@@ -190,14 +190,26 @@ def read_rows(path: str | Path, schema: Schema | None = None) -> Data:
     """Reads all rows of a file or folder as one part, untransformed.
 
     Args:
-        path: A file or folder, as in `load_data`.
+        path: A file or folder, as in `load_data`; if it has parts, they follow one another.
         schema: The schema that the rows must fit; tables without one must hold numbers.
 
     Raises:
         ValueError: If there is no such file or folder, or it cannot be used.
     """
-    rows = _read(Path(path), schema, "real")["train"]
+    parts = _read(Path(path), schema, "real")
+    rows = parts["train"] if len(parts) == 1 else _join([*_number_rows(parts).values()])
     return rows.unchecked(schema=schema and rows.schema)
+
+
+def _join(parts: list[Data]) -> Data:
+    """Returns the rows of all parts as one part; labels are -1 in a part without them."""
+    each = {name: [getattr(p, name) for p in parts] for name in ("x", "y", "labels", "rows")}
+    if any(labels is not None for labels in each["labels"]):
+        unknown = [torch.full((len(part),), -1) for part in parts]
+        each["labels"] = [u if p.labels is None else p.labels for p, u in zip(parts, unknown)]
+    return parts[0].unchecked(
+        **{name: None if some[0] is None else torch.cat(some) for name, some in each.items()}
+    )
 
 
 def _read(path: Path, schema: SchemaLike, unknown: str | None = None) -> Parts:

@@ -79,6 +79,18 @@ def test_a_vector_becomes_one_column(tmp_path: Path) -> None:
     assert load_data(tmp_path / "x.npy").train.data_shape == (1,)
 
 
+def test_all_parts_of_a_file_are_its_rows(tmp_path: Path) -> None:
+    arrays = {"x": RNG.random((7, 2)), "x_validation": RNG.random((3, 2)), "x_test": np.eye(2)}
+    np.savez(tmp_path / "x.npz", **arrays, labels_test=np.array([1, 0]))
+    rows = read_rows(tmp_path / "x.npz")
+    assert torch.equal(rows.x, torch.from_numpy(np.concatenate([*arrays.values()])).float())
+    assert rows.labels is not None
+    assert rows.labels.tolist() == [-1] * 10 + [1, 0]
+    assert rows.rows.tolist() == [*range(12)]
+    np.savez(tmp_path / "x.npz", **arrays)
+    assert read_rows(tmp_path / "x.npz").labels is None
+
+
 def test_classes_are_counted_over_all_parts(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     np.savez(path, x=np.ones((7, 2)), labels=np.arange(7) % 2, x_test=np.ones((3, 2)),
