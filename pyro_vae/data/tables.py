@@ -100,7 +100,7 @@ def read_rows_of_table(source: Any, schema: SchemaLike) -> Data:
     """Reads a table as `Data`, as in `read_table`; a column called ``label`` holds the labels."""
     table = _open_table(source)
     label = label_column(table.name, table.columns, schema)
-    labels = [_read_labels(f"{table.name}: column {key!r}", table.read(key)[0]) for key in label]
+    labels = [_read_labels(table.read(key)[0]) for key in label]
     table = replace(table, columns=[key for key in table.columns if key not in label])
     found = _schema(table, schema)
     rows: Tensor | Mapped
@@ -203,11 +203,9 @@ def read_numbers(
         return torch.from_numpy(values.astype(np.float32)), Schema(found)
 
 
-def _read_labels(where: str, cells: Sequence[Any]) -> tuple[Tensor, tuple[str, ...]]:
+def _read_labels(cells: Sequence[Any]) -> tuple[Tensor, tuple[str, ...]]:
     """Returns the class of each row, -1 where its cell is empty or -1, and the class names."""
     some = {cell for cell in cells if cell is not None and as_number(cell) != -1}
-    if not some:
-        raise ValueError(f"{where} is empty: fill some cells, or leave the column out")
     codes = {name: code for code, name in enumerate(sorted(some, key=number_or_text))}
     return torch.tensor([codes.get(cell, -1) for cell in cells]), tuple(map(as_name, codes))
 

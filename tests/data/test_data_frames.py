@@ -273,6 +273,17 @@ def test_labels_of_other_spellings_are_other_classes_and_no_label_is_not_one(
     assert named == labels
 
 
+@pytest.mark.parametrize("cells", ["xy", "12"])
+def test_labels_may_all_be_unknown(cells: str, tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(
+        "label,a,b\n" + "".join(f",{cell},{i}.5\n" for i, cell in enumerate(cells * 2))
+    )
+    labels = load_data(path).train.labels
+    assert labels is not None
+    assert labels.tolist() == [-1, -1]
+
+
 def test_truth_values_name_categories_as_the_cells_do(file: Path) -> None:
     pandas, _ = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
     given = yaml.safe_load("sure: {kind: binary, categories: [false, true]}")
