@@ -319,6 +319,29 @@ def test_densities_that_are_no_number_are_no_reason_to_fold() -> None:
     assert folds(model, torch.ones(B), None, num_particles=5) is False
 
 
+class StartsAtZero(Program):
+    """Its decoder ignores z until it is trained, and must not take its softmax over rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder = nn.Linear(D, F)
+        nn.init.zeros_(self.decoder.weight)
+
+    def logits(self, x: Tensor, z: Tensor, y: Tensor | None) -> Tensor:
+        return self.decoder(z.softmax(1))
+
+
+def test_a_program_whose_weights_start_at_zero_is_folded_if_it_mixes_rows() -> None:
+    def stored(x: Tensor) -> None:
+        weight = pyro.param("weight", torch.zeros(D, F))
+        with rows(len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(D), 1.0).to_event(1))
+            pyro.sample("x", dist.Bernoulli(logits=z.softmax(1) @ weight).to_event(1), obs=x)
+
+    for model in (StartsAtZero().model, stored):
+        assert folds(model, data(Viewed)[0], None)
+
+
 def test_a_folded_distribution_gives_the_density_of_its_draw_and_of_other_values() -> None:
     base = dist.Gamma(torch.arange(1.0, 7.0), 1.0)
     p = Unfolded(base, 2)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
@@ -130,7 +131,7 @@ def _try_program(program: Program, x: Tensor, y: Tensor | None) -> TrialResult:
     """Tries a program on the first rows; its errors are ignored, for the real run raises them."""
     fold: bool | str | None = None
     latents: Sites = {}
-    with poutine.block(), evaluating(program, seed=None, device=x.device):
+    with poutine.block(), evaluating(program, seed=None, device=x.device), torch.enable_grad():
         for num_rows in (1, 2):
             rows = torch.arange(num_rows, device=x.device) % len(x)
             run = partial(run_program, program, x[rows], None if y is None else y[rows])
@@ -139,14 +140,15 @@ def _try_program(program: Program, x: Tensor, y: Tensor | None) -> TrialResult:
                     sample_sites(run(1, fold=True), "program") for _ in range(TRIAL_PARTICLES)
                 ]
                 latents = {n: s for n, s in singles[0].items() if not s["is_observed"]}
-                draws = _cat([{n: sites[n]["value"] for n in latents} for sites in singles])
-                expected = _cat([_log_probs(sites) for sites in singles])
+                parts = [{n: sites[n]["value"].detach() for n in latents} for sites in singles]
+                draws, expected = _cat(parts), _cat([_scores(run, 1, z, fold=True) for z in parts])
             except Exception:
                 fold = None
                 break
-            fold = bool(_batched_error(run, draws, expected, fold=False))
+            leaves = _parameters(program)
+            fold = bool(_batched_error(run, draws, expected, leaves, fold=False))
             if fold:
-                fold = _batched_error(run, draws, expected, fold=True) or True
+                fold = _batched_error(run, draws, expected, [], fold=True) or True
                 break
     return TrialResult(fold, {n: listed_values(n, s) for n, s in latents.items()})
 
@@ -171,19 +173,58 @@ def listed_values(name: str, site: dict[str, Any]) -> Tensor | None:
     return support.reshape(len(support), *fn.event_shape)
 
 
-def _batched_error(run: BatchedRun, latents: Latents, expected: Latents, *, fold: bool) -> str:
-    """Returns what is wrong with a run of all particles together; empty if nothing."""
+def _parameters(program: Program) -> list[Tensor]:
+    """Returns the parameters of the module of a program, and those in Pyro's store."""
+    owner = getattr(program, "__self__", program)
+    own = owner.parameters() if isinstance(owner, nn.Module) else ()
+    stored = (p for _, p in pyro.get_param_store().named_parameters())
+    return [p for p in (*own, *stored) if p.requires_grad]
+
+
+def _batched_error(
+    run: BatchedRun, latents: Latents, expected: Latents, leaves: list[Tensor], *, fold: bool
+) -> str:
+    """Returns what is wrong with a run of all particles together; empty if nothing.
+
+    Gradients of `leaves` are compared too, for where a layer starts at zero the densities do not
+    show whether those before it mix rows and particles.
+    """
     try:
-        trace = run(TRIAL_PARTICLES, poutine.condition(data=latents), fold=fold)
-        batched = _log_probs(sample_sites(trace, "program"))
+        batched = _scores(run, TRIAL_PARTICLES, latents, fold=fold)
         same = [
-            log_prob.shape == batched[name].shape
-            and torch.allclose(batched[name], log_prob, TOLERANCE, TOLERANCE, equal_nan=True)
+            log_prob.shape == batched[name].shape and _close(log_prob, batched[name])
             for name, log_prob in expected.items()
         ]
+        if all(same):
+            pairs = zip(*(_gradients(log_probs, leaves) for log_probs in (expected, batched)))
+            same = [_close(*pair) for pair in pairs]
     except Exception as error:
         return " ".join(str(error).splitlines()[:1]) or type(error).__name__
     return "" if all(same) else "which changes the densities"
+
+
+def _scores(run: BatchedRun, number: int, latents: Latents, *, fold: bool) -> Latents:
+    """Returns the log density of each site in a run of particles with given latents."""
+    trace = run(number, poutine.condition(data=latents), fold=fold)
+    return _log_probs(sample_sites(trace, "program"))
+
+
+def _gradients(log_probs: Latents, leaves: list[Tensor]) -> list[Tensor]:
+    """Returns gradients of a sum in which each density has its own weight, in units of all."""
+    parts = [
+        part * torch.linspace(1, 2, part.numel()).to(part).view_as(part)
+        for part in log_probs.values()
+    ]
+    total = sum((part.sum() for part in parts), torch.zeros(()))
+    if not (leaves and total.requires_grad):
+        return []
+    found = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+    size = 1 + max(grad.abs().max() for grad in found)
+    return [grad / size for grad in found]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, TOLERANCE, TOLERANCE, equal_nan=True)
 
 
 def _cat(parts: list[Latents]) -> Latents:
