@@ -8,6 +8,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -238,6 +239,15 @@ def test_a_run_whose_keys_were_sorted_mixes_up_no_columns(
     for row, filled in zip(table, found, strict=True):
         for cell, value in zip(row, filled, strict=True):
             assert cell == "" or float(value) == pytest.approx(cell)
+
+
+@pytest.mark.parametrize("command", ["score", "encode", "impute"])
+def test_an_array_is_no_table(
+    run: Path, command: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    np.save(tmp_path / "a.npy", np.ones((7, 4)))
+    assert main([command, str(run), str(tmp_path / "a.npy")]) == 2
+    assert "expected a table, as the run was trained on, got an array" in capsys.readouterr().err
 
 
 def test_labels_of_a_run_of_numbers_are_the_same_in_every_kind_of_file(tmp_path: Path) -> None:
