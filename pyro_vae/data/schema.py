@@ -336,7 +336,7 @@ def infer_column(where: str, cells: Sequence[Any], order: Sequence[Any] | None =
 
 def _text_column(where: str, cells: list[str], order: Sequence[Any] | None) -> Column:
     for (what, how), pattern in WRITTEN.items():
-        if all(map(pattern.fullmatch, cells)):
+        if order is None and all(map(pattern.fullmatch, cells)):
             raise ValueError(
                 f"{where} holds {what}, such as {cells[0]!r}: write them {how}, or give the "
                 "column the kind category"

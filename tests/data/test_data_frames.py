@@ -273,6 +273,15 @@ def test_labels_of_other_spellings_are_other_classes_and_no_label_is_not_one(
     assert named == labels
 
 
+@pytest.mark.parametrize("cells", [[1, 2, 3], ["1", "2", "3"], ["2020-01-01", "2021-01-01", "x"]])
+def test_an_ordered_category_may_hold_numbers_or_dates(cells: list) -> None:
+    pytest.importorskip("pyarrow")
+    pandas = pytest.importorskip("pandas")
+    ranks = pandas.Categorical(cells[:2] * 3, cells, ordered=True)
+    column = read_table(pandas.DataFrame({"a": ranks}))[1].columns["a"]
+    assert column.categories == tuple(map(str, cells[:2]))
+
+
 @pytest.mark.parametrize("cells", ["xy", "12"])
 def test_labels_may_all_be_unknown(cells: str, tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
