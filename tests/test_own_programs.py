@@ -338,7 +338,8 @@ def test_a_program_whose_weights_start_at_zero_is_folded_if_it_mixes_rows() -> N
             z = pyro.sample("z", dist.Normal(x.new_zeros(D), 1.0).to_event(1))
             pyro.sample("x", dist.Bernoulli(logits=z.softmax(1) @ weight).to_event(1), obs=x)
 
-    for model in (StartsAtZero().model, stored):
+    program = StartsAtZero()
+    for model in (program.model, lambda x: program.model(x), stored):
         assert folds(model, data(Viewed)[0], None)
 
 

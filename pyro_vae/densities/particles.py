@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
@@ -145,10 +144,9 @@ def _try_program(program: Program, x: Tensor, y: Tensor | None) -> TrialResult:
             except Exception:
                 fold = None
                 break
-            leaves = _parameters(program)
-            fold = bool(_batched_error(run, draws, expected, leaves, fold=False))
+            fold = bool(_batched_error(run, draws, expected, fold=False))
             if fold:
-                fold = _batched_error(run, draws, expected, [], fold=True) or True
+                fold = _batched_error(run, draws, expected, fold=True) or True
                 break
     return TrialResult(fold, {n: listed_values(n, s) for n, s in latents.items()})
 
@@ -173,31 +171,21 @@ def listed_values(name: str, site: dict[str, Any]) -> Tensor | None:
     return support.reshape(len(support), *fn.event_shape)
 
 
-def _parameters(program: Program) -> list[Tensor]:
-    """Returns the parameters of the module of a program, and those in Pyro's store."""
-    owner = getattr(program, "__self__", program)
-    own = owner.parameters() if isinstance(owner, nn.Module) else ()
-    stored = (p for _, p in pyro.get_param_store().named_parameters())
-    return [p for p in (*own, *stored) if p.requires_grad]
-
-
-def _batched_error(
-    run: BatchedRun, latents: Latents, expected: Latents, leaves: list[Tensor], *, fold: bool
-) -> str:
+def _batched_error(run: BatchedRun, latents: Latents, expected: Latents, *, fold: bool) -> str:
     """Returns what is wrong with a run of all particles together; empty if nothing.
 
-    Gradients of `leaves` are compared too, for where a layer starts at zero the densities do not
-    show whether those before it mix rows and particles.
+    Gradients are compared too, to find out whether the program broadcasts: where a layer starts
+    at zero, densities do not show whether those before it mix rows and particles.
     """
     try:
         batched = _scores(run, TRIAL_PARTICLES, latents, fold=fold)
+        if not fold:
+            expected, batched = ({**d, **_gradients(d)} for d in (expected, batched))
         same = [
-            log_prob.shape == batched[name].shape and _close(log_prob, batched[name])
-            for name, log_prob in expected.items()
+            value.shape == batched[name].shape
+            and torch.allclose(batched[name], value, TOLERANCE, TOLERANCE, equal_nan=True)
+            for name, value in expected.items()
         ]
-        if all(same):
-            pairs = zip(*(_gradients(log_probs, leaves) for log_probs in (expected, batched)))
-            same = [_close(*pair) for pair in pairs]
     except Exception as error:
         return " ".join(str(error).splitlines()[:1]) or type(error).__name__
     return "" if all(same) else "which changes the densities"
@@ -209,22 +197,25 @@ def _scores(run: BatchedRun, number: int, latents: Latents, *, fold: bool) -> La
     return _log_probs(sample_sites(trace, "program"))
 
 
-def _gradients(log_probs: Latents, leaves: list[Tensor]) -> list[Tensor]:
-    """Returns gradients of a sum in which each density has its own weight, in units of all."""
+def _gradients(log_probs: Latents) -> Latents:
+    """Returns gradients by parameter, of a sum that gives each density a weight of its own.
+
+    They are in units of the largest.
+    """
     parts = [
         part * torch.linspace(1, 2, part.numel()).to(part).view_as(part)
         for part in log_probs.values()
     ]
     total = sum((part.sum() for part in parts), torch.zeros(()))
-    if not (leaves and total.requires_grad):
-        return []
-    found = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+    nodes: list[Any] = [total.grad_fn] if total.requires_grad else []
+    for node in nodes:  # the graph, which the loop itself lists
+        nodes += [n for n, _ in node.next_functions if n is not None and n not in nodes]
+    leaves = {str(id(n.variable)): n.variable for n in nodes if hasattr(n, "variable")}
+    if not leaves:
+        return {}
+    found = torch.autograd.grad(total, [*leaves.values()], materialize_grads=True)
     size = 1 + max(grad.abs().max() for grad in found)
-    return [grad / size for grad in found]
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, TOLERANCE, TOLERANCE, equal_nan=True)
+    return {name: grad / size for name, grad in zip(leaves, found)}
 
 
 def _cat(parts: list[Latents]) -> Latents:
