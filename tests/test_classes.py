@@ -26,6 +26,7 @@ from pyro_vae import (
     log_conditional,
 )
 from pyro_vae.classes import SUM_OUT, ClassVAE
+from pyro_vae.cli.folder import class_names
 from pyro_vae.cli.parsing import run
 from pyro_vae.densities import densities, summed_values
 from pyro_vae.distributions import Label
@@ -401,6 +402,10 @@ def test_a_file_of_few_labels_is_trained_and_classified(
     assert "labels below 2, the number of classes" in capsys.readouterr().err
     assert run([*train[:-1], "--run=two", *small, "--conditional=true"]) == 2
     assert "for few labels use --classes" in capsys.readouterr().err
+
+
+def test_no_class_without_a_name_is_called_as_another() -> None:
+    assert class_names(["1", "2"], 4) == ["1", "2", "class_2", "3"]
 
 
 @pytest.mark.filterwarnings("ignore:posterior collapse")

@@ -212,7 +212,7 @@ COMMANDS = {
             "--size": option(int, 100, "number of draws"),
             "--mean": option(bool, False, "write the mean E[x | z] at drawn z, not draws of x"),
             "--label": option(
-                str | None, None, "class to draw: its name in the file, or its number"
+                str | None, None, "class to draw: its name in the file, or else its number"
             ),
             "--seed": option(int, 0, "seed of the draws"),
             **out(".npz file, or .csv for tables; default RUN/samples.npz or .csv"),

@@ -180,7 +180,8 @@ def _renumber_labels(rows: Data, names: list[str], strict: bool) -> Data:
 def class_names(names: Sequence[str] | None, number: int) -> list[str]:
     """Returns what to call each class: its name in the file, or its number if it has none."""
     names = list(names or ())[:number]
-    return [*names, *map(str, range(len(names), number))]
+    others = map(str, range(len(names), number))
+    return [*names, *(f"class_{other}" if other in names else other for other in others)]
 
 
 def check_support(vae: VAE, data: Data) -> None:
