@@ -268,6 +268,8 @@ def read_cells(path: Path) -> Data:
     named = named or [name for name in obs.columns if str(obs[name].dtype) == "category"]
     if len(named) == 1:
         classes = obs[named[0]].astype("category").cat
+        unknown = [name for name in classes.categories if as_number(name) == -1]
+        classes = classes.remove_categories(unknown).cat
         labels = torch.from_numpy(classes.codes.to_numpy(np.int64))  # -1 where it is not known
         class_names = tuple(map(as_name, classes.categories))
     return Data(

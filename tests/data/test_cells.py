@@ -56,6 +56,17 @@ def test_a_missing_label_is_unknown(tmp_path: Path) -> None:
     assert (labels < 0).nonzero().tolist() == [[4]]
 
 
+@pytest.mark.parametrize("unknown", [-1, "-1"])
+def test_minus_one_is_no_class(unknown: int | str, tmp_path: Path) -> None:
+    given = table()
+    given.obs["label"] = [unknown, *(type(unknown)(i % 2) for i in range(1, N))]
+    given.write_h5ad(tmp_path / "cells.h5ad")
+    rows = read_rows(tmp_path / "cells.h5ad")
+    assert rows.labels is not None
+    assert rows.labels.tolist() == [-1, *(i % 2 for i in range(1, N))]
+    assert rows.class_names == ("0", "1")
+
+
 def test_matrix_market(tmp_path: Path) -> None:
     path = tmp_path / "cells.mtx"
     scipy.io.mmwrite(path, scipy.sparse.coo_matrix(X))
