@@ -32,6 +32,7 @@ __all__ = ["folds", "listed_values", "trial_result", "run_program"]
 BatchedRun = Callable[..., poutine.Trace]  # `run_program` with its program and data bound
 
 TRIAL_PARTICLES = 3  # particles in a trial run of a program
+SMALL = 0.01  # entries below which a layer lets too little through to show in densities
 TOLERANCE = 1e-3  # on log densities: matrix products of another size round differently
 
 
@@ -130,7 +131,7 @@ def _try_program(program: Program, x: Tensor, y: Tensor | None) -> TrialResult:
     """Tries a program on the first rows; its errors are ignored, for the real run raises them."""
     fold: bool | str | None = None
     latents: Sites = {}
-    with poutine.block(), evaluating(program, seed=None, device=x.device), torch.enable_grad():
+    with poutine.block(), evaluating(program, seed=None, device=x.device):
         for num_rows in (1, 2):
             rows = torch.arange(num_rows, device=x.device) % len(x)
             run = partial(run_program, program, x[rows], None if y is None else y[rows])
@@ -139,12 +140,14 @@ def _try_program(program: Program, x: Tensor, y: Tensor | None) -> TrialResult:
                     sample_sites(run(1, fold=True), "program") for _ in range(TRIAL_PARTICLES)
                 ]
                 latents = {n: s for n, s in singles[0].items() if not s["is_observed"]}
-                parts = [{n: sites[n]["value"].detach() for n in latents} for sites in singles]
-                draws, expected = _cat(parts), _cat([_scores(run, 1, z, fold=True) for z in parts])
+                parts = [{n: sites[n]["value"] for n in latents} for sites in singles]
+                expected = _cat([_log_probs(sites) for sites in singles])
             except Exception:
                 fold = None
                 break
+            draws = _cat(parts)
             fold = bool(_batched_error(run, draws, expected, fold=False))
+            fold = fold or _gradients_differ(run, parts)
             if fold:
                 fold = _batched_error(run, draws, expected, fold=True) or True
                 break
@@ -172,19 +175,13 @@ def listed_values(name: str, site: dict[str, Any]) -> Tensor | None:
 
 
 def _batched_error(run: BatchedRun, latents: Latents, expected: Latents, *, fold: bool) -> str:
-    """Returns what is wrong with a run of all particles together; empty if nothing.
-
-    Gradients are compared too, to find out whether the program broadcasts: where a layer starts
-    at zero, densities do not show whether those before it mix rows and particles.
-    """
+    """Returns what is wrong with a run of all particles together; empty if nothing."""
     try:
         batched = _scores(run, TRIAL_PARTICLES, latents, fold=fold)
-        if not fold:
-            expected, batched = ({**d, **_gradients(d)} for d in (expected, batched))
         same = [
-            value.shape == batched[name].shape
-            and torch.allclose(batched[name], value, TOLERANCE, TOLERANCE, equal_nan=True)
-            for name, value in expected.items()
+            log_prob.shape == batched[name].shape
+            and torch.allclose(batched[name], log_prob, TOLERANCE, TOLERANCE, equal_nan=True)
+            for name, log_prob in expected.items()
         ]
     except Exception as error:
         return " ".join(str(error).splitlines()[:1]) or type(error).__name__
@@ -197,8 +194,28 @@ def _scores(run: BatchedRun, number: int, latents: Latents, *, fold: bool) -> La
     return _log_probs(sample_sites(trace, "program"))
 
 
-def _gradients(log_probs: Latents) -> Latents:
-    """Returns gradients by parameter, of a sum that gives each density a weight of its own.
+@torch.enable_grad()
+def _gradients_differ(run: BatchedRun, parts: list[Latents]) -> bool:
+    """Returns whether gradients change where all particles run together, if there are gradients.
+
+    Where a layer starts at zero, densities do not show whether those before it mix rows and
+    particles.
+    """
+    try:
+        single = _gradients(_cat([_scores(run, 1, z, fold=True) for z in parts]))
+        batched = _gradients(_scores(run, len(parts), _cat(parts), fold=False)) if single else {}
+    except Exception:  # not every program that can be scored can be differentiated
+        return False
+    rounding = max((torch.finfo(p.dtype).eps for p in single), default=0.0)
+    tolerance = max(TOLERANCE, 32 * rounding)  # half precision rounds sums over rows
+    return not all(
+        torch.allclose(single[p], batched[p], tolerance, tolerance, equal_nan=True)
+        for p in single.keys() & batched.keys()
+    )
+
+
+def _gradients(log_probs: Latents) -> dict[Tensor, Tensor]:
+    """Returns gradients in small parameters, of a sum with a weight for each density.
 
     They are in units of the largest.
     """
@@ -208,14 +225,24 @@ def _gradients(log_probs: Latents) -> Latents:
     ]
     total = sum((part.sum() for part in parts), torch.zeros(()))
     nodes: list[Any] = [total.grad_fn] if total.requires_grad else []
+    seen = {None, *nodes}
     for node in nodes:  # the graph, which the loop itself lists
-        nodes += [n for n, _ in node.next_functions if n is not None and n not in nodes]
-    leaves = {str(id(n.variable)): n.variable for n in nodes if hasattr(n, "variable")}
+        following = {n for n, _ in node.next_functions} - seen
+        nodes += following
+        seen |= following
+    leaves = [n.variable for n in nodes if hasattr(n, "variable") and _is_small(n.variable)]
     if not leaves:
         return {}
-    found = torch.autograd.grad(total, [*leaves.values()], materialize_grads=True)
-    size = 1 + max(grad.abs().max() for grad in found)
-    return {name: grad / size for name, grad in zip(leaves, found)}
+    found = torch.autograd.grad(total, leaves, materialize_grads=True)
+    grads = [grad.to_dense() for grad in found]
+    size = 1 + max(float(grad.abs().max()) for grad in grads)  # they may be on several devices
+    return {leaf: grad / size for leaf, grad in zip(leaves, grads)}
+
+
+def _is_small(parameter: Tensor) -> bool:
+    """Returns whether a parameter, or a part of it, may hide what is before it."""
+    entries = parameter.detach()
+    return bool(entries.numel() and not (entries.all() and entries.abs().max() > SMALL))
 
 
 def _cat(parts: list[Latents]) -> Latents:
