@@ -270,7 +270,8 @@ def _to_support(fn: Any) -> Transform:
     each: Any = factors(fn)
     parts = [p for t in getattr(each, "transforms", ()) for p in getattr(t, "parts", [t])]
     if parts and type(each) is TransformedDistribution:  # others state their support
-        before = _to_support(TransformedDistribution(each.base_dist, parts[:-1]))
+        base = each.base_dist
+        before = _to_support(TransformedDistribution(base, parts[:-1]) if parts[1:] else base)
         if not _is_identity(before):
             return ComposeTransform([before, parts[-1]])
     support = _component_support(fn.support)

@@ -184,6 +184,12 @@ def test_narrow_priors_of_many_dimensions_have_a_finite_mass(prior: TorchDistrib
         (dist.Normal(torch.zeros(5), 3.0), [biject_to(constraints.interval(-1.0, 2.0))]),
         (dist.Normal(torch.zeros(5), 1.0), [AffineTransform(0.5, 2.0)]),
         (dist.Exponential(torch.arange(1.0, 6.0)), [ExpTransform()]),
+        (
+            dist.TransformedDistribution(
+                dist.Exponential(torch.arange(1.0, 6.0)), [AffineTransform(1.0, 2.0)]
+            ),
+            [ExpTransform()],
+        ),
     ],
 )
 def test_moved_and_scaled_priors_integrate_to_one(
