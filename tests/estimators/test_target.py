@@ -217,8 +217,14 @@ def test_angles_are_refused() -> None:
             a = pyro.sample("a", dist.VonMises(x + torch.arange(5.0), 1.5))
             pyro.sample("x", dist.Normal(a.cos(), 1.0), obs=x)
 
-    for model in (many, moved):
-        with pytest.raises(ValueError, match="VonMises has no finite mass"):
+    def mixed(x: Tensor) -> None:
+        with data(len(x)):
+            parts = dist.VonMises(x[:, None] + torch.arange(2 * len(x)).view(-1, 2), 2.0)
+            a = pyro.sample("a", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), parts))
+            pyro.sample("x", dist.Normal(a.cos(), 1.0), obs=x)
+
+    for model, kind in ((many, "VonMises"), (moved, "VonMises"), (mixed, "MixtureSameFamily")):
+        with pytest.raises(ValueError, match=f"{kind} has no finite mass"):
             Target(model, pyro.poutine.block(model, hide=["x"]), torch.zeros(5))
 
 
