@@ -69,6 +69,13 @@ class Coordinates:
             # a number may round to 0, where densities break; zeros of a matrix belong to it
             least = torch.full_like(value, torch.finfo(self.dtype).tiny).copysign(value)
             value = torch.where(value == 0, least, value)
+        if isinstance(inner, ComposeTransform):  # or to another edge, once moved back
+            ends = (torch.full_like(unconstrained[:1], v) for v in (-torch.inf, 0.0, torch.inf))
+            low, middle, high = (self.transform(end).to(self.dtype).detach() for end in ends)
+            edges = torch.stack([low, high])
+            margin = 4 * torch.finfo(self.dtype).eps * edges.abs().nan_to_num(posinf=0).amax(0)
+            edges = edges + (middle - edges).sign() * margin
+            value = value.clamp(edges.amin(0), edges.amax(0))
         return value, log_det + jacobian.reshape(*u.shape[:2], -1).sum(-1)
 
     def inverse(self, value: Tensor) -> Tensor:

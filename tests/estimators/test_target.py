@@ -190,6 +190,9 @@ def test_narrow_priors_of_many_dimensions_have_a_finite_mass(prior: TorchDistrib
             ),
             [ExpTransform()],
         ),
+        (dist.Beta(0.5 * torch.ones(5), 0.5), [AffineTransform(-1.0, 3.0)]),
+        (dist.Beta(0.5 * torch.ones(5), 0.5), [AffineTransform(0.5, -2.0)]),
+        (dist.Gamma(0.6 * torch.ones(5), 1.0), [AffineTransform(1.0, 2.0)]),
     ],
 )
 def test_moved_and_scaled_priors_integrate_to_one(
@@ -201,9 +204,9 @@ def test_moved_and_scaled_priors_integrate_to_one(
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     target = Target(model, pyro.poutine.block(model, hide=["x"]), torch.zeros(5))
-    u = torch.linspace(-30, 30, 20_001)[:, None, None].expand(-1, 5, 1)
-    mass = target.run_model(u).log_prior.logsumexp(0) + math.log(60 / 20_000)
-    torch.testing.assert_close(mass, torch.zeros(5), atol=1e-4, rtol=0)
+    u = torch.linspace(-60, 60, 40_001)[:, None, None].expand(-1, 5, 1)  # to edges of supports
+    mass = target.run_model(u).log_prior.logsumexp(0) + math.log(120 / 40_000)
+    torch.testing.assert_close(mass, torch.zeros(5), atol=1e-3, rtol=0)
 
 
 def test_angles_are_refused() -> None:
