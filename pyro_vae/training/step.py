@@ -37,7 +37,8 @@ def _autocast(precision: str, device: str) -> Iterator[None]:
         if precision == "64-true":
             torch.set_default_dtype(torch.double)
         mixed = PRECISIONS[precision]
-        with torch.autocast(device, mixed) if mixed else nullcontext():
+        # inside a caller's autocast, its cache would keep the weights of the first step
+        with torch.autocast(device, mixed, cache_enabled=False) if mixed else nullcontext():
             yield
     finally:
         torch.set_default_dtype(before)

@@ -378,11 +378,13 @@ def test_nothing_is_left_behind(validate: bool, fails: bool) -> None:
     assert all(p.grad is None for p in vae.parameters())
 
 
-def test_the_caller_s_modes_of_torch_change_no_weight() -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_caller_s_modes_of_torch_change_no_weight(precision: str) -> None:
     first, second = make_vae(), make_vae()
-    fit(first, make_data(), epochs=1, **QUIET)
+    options = {"epochs": 2, "batch_size": 11, "precision": precision, **QUIET}
+    fit(first, make_data(), **options)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        fit(second, make_data(), epochs=1, **QUIET)
+        fit(second, make_data(), **options)
         assert not torch.is_grad_enabled()
         assert torch.is_autocast_enabled("cpu")
     assert same(weights(first), weights(second))
