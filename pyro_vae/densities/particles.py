@@ -141,11 +141,10 @@ def _try_program(program: Program, x: Tensor, y: Tensor | None) -> TrialResult:
                 ]
                 latents = {n: s for n, s in singles[0].items() if not s["is_observed"]}
                 parts = [{n: sites[n]["value"] for n in latents} for sites in singles]
-                expected = _cat([_log_probs(sites) for sites in singles])
+                draws, expected = _cat(parts), _cat([_log_probs(sites) for sites in singles])
             except Exception:
                 fold = None
                 break
-            draws = _cat(parts)
             fold = bool(_batched_error(run, draws, expected, fold=False))
             fold = fold or _gradients_differ(run, parts)
             if fold:
