@@ -209,6 +209,20 @@ def test_moved_and_scaled_priors_integrate_to_one(
     torch.testing.assert_close(mass, torch.zeros(5), atol=1e-3, rtol=0)
 
 
+def test_a_scaled_simplex_keeps_all_its_parts() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x), dim=-1):
+            base, scale = dist.Dirichlet(torch.ones(3)), AffineTransform(0.0, 2.0, event_dim=1)
+            z = pyro.sample("z", dist.TransformedDistribution(base, [scale]))
+            pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=x)
+
+    target = Target(model, pyro.poutine.block(model, hide=["x"]), torch.zeros(5))
+    line = torch.linspace(-12, 12, 201)
+    u = torch.cartesian_prod(line, line)[:, None].expand(-1, 5, 2)
+    mass = target.run_model(u).log_prior.logsumexp(0) + 2 * math.log(24 / 200)
+    torch.testing.assert_close(mass, torch.zeros(5), atol=1e-3, rtol=0)
+
+
 def test_angles_are_refused() -> None:
     def many(x: Tensor) -> None:
         with data(len(x)):
