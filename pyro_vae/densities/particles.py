@@ -17,6 +17,7 @@ from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Size, Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.densities.programs import (
     Latents,
@@ -32,7 +33,7 @@ __all__ = ["folds", "listed_values", "trial_result", "run_program"]
 BatchedRun = Callable[..., poutine.Trace]  # `run_program` with its program and data bound
 
 TRIAL_PARTICLES = 3  # particles in a trial run of a program
-SMALL = 0.01  # entries below which a layer lets too little through to show in densities
+SMALL = 0.01  # a layer of smaller weights lets too little through to show in densities
 TOLERANCE = 1e-3  # on log densities: matrix products of another size round differently
 
 
@@ -128,10 +129,22 @@ def trial_result(program: Program, x: Tensor, y: Tensor | None) -> TrialResult:
 
 
 def _try_program(program: Program, x: Tensor, y: Tensor | None) -> TrialResult:
-    """Tries a program on the first rows; its errors are ignored, for the real run raises them."""
+    """Tries a program on the first rows; its errors are ignored, for the real run raises them.
+
+    Where a layer starts at zero, densities do not show what those before it do to latents. Such a
+    program is folded, if it can be.
+    """
     fold: bool | str | None = None
     latents: Sites = {}
-    with poutine.block(), evaluating(program, seed=None, device=x.device):
+    hiding: list[nn.Module] = []  # layers of weights near zero
+
+    def look(module: nn.Module, _: Any) -> None:
+        weight: Any = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim > 1 and bool((weight.abs() < SMALL).all()):
+            hiding.append(module)
+
+    evaluation = evaluating(program, seed=None, device=x.device)
+    with poutine.block(), evaluation, register_module_forward_pre_hook(look):
         for num_rows in (1, 2):
             rows = torch.arange(num_rows, device=x.device) % len(x)
             run = partial(run_program, program, x[rows], None if y is None else y[rows])
@@ -140,15 +153,16 @@ def _try_program(program: Program, x: Tensor, y: Tensor | None) -> TrialResult:
                     sample_sites(run(1, fold=True), "program") for _ in range(TRIAL_PARTICLES)
                 ]
                 latents = {n: s for n, s in singles[0].items() if not s["is_observed"]}
-                parts = [{n: sites[n]["value"] for n in latents} for sites in singles]
-                draws, expected = _cat(parts), _cat([_log_probs(sites) for sites in singles])
+                draws = _cat([{n: sites[n]["value"] for n in latents} for sites in singles])
+                expected = _cat([_log_probs(sites) for sites in singles])
             except Exception:
                 fold = None
                 break
             fold = bool(_batched_error(run, draws, expected, fold=False))
-            fold = fold or _gradients_differ(run, parts)
+            if fold or hiding:
+                error = _batched_error(run, draws, expected, fold=True)
+                fold = not error or (fold and error)
             if fold:
-                fold = _batched_error(run, draws, expected, fold=True) or True
                 break
     return TrialResult(fold, {n: listed_values(n, s) for n, s in latents.items()})
 
@@ -176,7 +190,8 @@ def listed_values(name: str, site: dict[str, Any]) -> Tensor | None:
 def _batched_error(run: BatchedRun, latents: Latents, expected: Latents, *, fold: bool) -> str:
     """Returns what is wrong with a run of all particles together; empty if nothing."""
     try:
-        batched = _scores(run, TRIAL_PARTICLES, latents, fold=fold)
+        trace = run(TRIAL_PARTICLES, poutine.condition(data=latents), fold=fold)
+        batched = _log_probs(sample_sites(trace, "program"))
         same = [
             log_prob.shape == batched[name].shape
             and torch.allclose(batched[name], log_prob, TOLERANCE, TOLERANCE, equal_nan=True)
@@ -185,63 +200,6 @@ def _batched_error(run: BatchedRun, latents: Latents, expected: Latents, *, fold
     except Exception as error:
         return " ".join(str(error).splitlines()[:1]) or type(error).__name__
     return "" if all(same) else "which changes the densities"
-
-
-def _scores(run: BatchedRun, number: int, latents: Latents, *, fold: bool) -> Latents:
-    """Returns the log density of each site in a run of particles with given latents."""
-    trace = run(number, poutine.condition(data=latents), fold=fold)
-    return _log_probs(sample_sites(trace, "program"))
-
-
-@torch.enable_grad()
-def _gradients_differ(run: BatchedRun, parts: list[Latents]) -> bool:
-    """Returns whether gradients change where all particles run together, if there are gradients.
-
-    Where a layer starts at zero, densities do not show whether those before it mix rows and
-    particles.
-    """
-    try:
-        single = _gradients(_cat([_scores(run, 1, z, fold=True) for z in parts]))
-        batched = _gradients(_scores(run, len(parts), _cat(parts), fold=False)) if single else {}
-    except Exception:  # not every program that can be scored can be differentiated
-        return False
-    rounding = max((torch.finfo(p.dtype).eps for p in single), default=0.0)
-    tolerance = max(TOLERANCE, 32 * rounding)  # half precision rounds sums over rows
-    return not all(
-        torch.allclose(single[p], batched[p], tolerance, tolerance, equal_nan=True)
-        for p in single.keys() & batched.keys()
-    )
-
-
-def _gradients(log_probs: Latents) -> dict[Tensor, Tensor]:
-    """Returns gradients in small parameters, of a sum with a weight for each density.
-
-    They are in units of the largest.
-    """
-    parts = [
-        part * torch.linspace(1, 2, part.numel()).to(part).view_as(part)
-        for part in log_probs.values()
-    ]
-    total = sum((part.sum() for part in parts), torch.zeros(()))
-    nodes: list[Any] = [total.grad_fn] if total.requires_grad else []
-    seen = {None, *nodes}
-    for node in nodes:  # the graph, which the loop itself lists
-        following = {n for n, _ in node.next_functions} - seen
-        nodes += following
-        seen |= following
-    leaves = [n.variable for n in nodes if hasattr(n, "variable") and _is_small(n.variable)]
-    if not leaves:
-        return {}
-    found = torch.autograd.grad(total, leaves, materialize_grads=True)
-    grads = [grad.to_dense() for grad in found]
-    size = 1 + max(float(grad.abs().max()) for grad in grads)  # they may be on several devices
-    return {leaf: grad / size for leaf, grad in zip(leaves, grads)}
-
-
-def _is_small(parameter: Tensor) -> bool:
-    """Returns whether a parameter, or a part of it, may hide what is before it."""
-    entries = parameter.detach()
-    return bool(entries.numel() and not (entries.all() and entries.abs().max() > SMALL))
 
 
 def _cat(parts: list[Latents]) -> Latents:
