@@ -157,7 +157,7 @@ def as_trained(rows: Data, record: dict[str, Any], vae: VAE) -> Data:
 
 
 def _renumber_labels(rows: Data, names: list[str], strict: bool) -> Data:
-    """Renumbers labels by the run's classes, if the rows name theirs.
+    """Gives the labels of rows that name their classes the run's numbers for these.
 
     Classes that the run lacks are numbered after its own; if `strict`, they raise ValueError.
     """

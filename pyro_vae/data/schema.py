@@ -42,7 +42,7 @@ LARGEST = float(np.finfo(np.float32).max)
 MIN_RANGE = 1e-5  # least range of a column, relative to its largest number
 MOST_COUNTED = 2.0**40  # larger numbers are whole in floating point, whatever they measure
 MAX_DISTINCT = 0.9  # numbers are taken for rounded if a smaller share of them is different
-WRITTEN = {  # values that are written as text, and how to write them
+WRITTEN = {  # text that is refused as categories, and how to write it instead
     ("dates", "as numbers, of days or years"): re.compile(
         r"\d{4}-\d\d?-\d\d?([T ].*)?|\d\d?[/.]\d\d?[/.]\d{2,4}( .*)?|\d\d?:\d\d(:\d\d)?"
     ),
@@ -367,8 +367,9 @@ def _number_column(where: str, values: np.ndarray) -> Column:
             f"{where} holds {values[0]:g} in all rows: give it the kind ignored, or drop it"
         )
     is_whole = bool((values == values.round()).all()) and np.abs(values).max() <= MOST_COUNTED
-    few = len(different) <= min(MAX_LEVELS, len(values) // 3) and times.min() > 1
-    if len(different) == 2 or (is_whole and few):  # where one is seen once, others are unseen
+    few = len(different) <= min(MAX_LEVELS, len(values) // 3)
+    # where a level is in one row alone, later rows may bring others
+    if len(different) == 2 or (is_whole and few and times.min() > 1):
         kind = "binary" if len(different) == 2 else "ordinal"
         return Column(kind, tuple(map(shortened, different.tolist())))
     check_digits(where, values)

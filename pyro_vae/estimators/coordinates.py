@@ -69,7 +69,7 @@ class Coordinates:
             # a number may round to 0, where densities break; zeros of a matrix belong to it
             least = torch.full_like(value, torch.finfo(self.dtype).tiny).copysign(value)
             value = torch.where(value == 0, least, value)
-        # or to another edge, once moved back: each number has its own, if none depends on others
+        # so it may to another edge of an interval, if the program then takes its transform back
         if isinstance(inner, ComposeTransform) and inner.domain.event_dim == 0:
             ends = (torch.full_like(unconstrained[:1], v) for v in (-torch.inf, 0.0, torch.inf))
             low, middle, high = (self.transform(end).to(self.dtype).detach() for end in ends)
