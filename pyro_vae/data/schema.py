@@ -47,9 +47,14 @@ WRITTEN = {  # text that is refused as categories, and how to write it instead
         r"\d{4}-\d\d?-\d\d?([T ].*)?|\d\d?[/.]\d\d?[/.]\d{2,4}( .*)?|\d\d?:\d\d(:\d\d)?"
     ),
     ("numbers written as text", "with digits and a decimal point alone"): re.compile(
-        r"[-+\u2212]?[$\u00a3\u20ac]?\s?[-+\u2212]?\d+([,'\s]\d+)*(\.\d+)?\s?[%$\u00a3\u20ac]?"
+        r"[-+\u2212]?[$\u00a3\u20ac]?\s?[-+\u2212]?"
+        r"(\d+([,'\s]\d+)*(\.\d+)?|\d+([.'\s]\d+)*,\d+)\s?[%$\u00a3\u20ac]?"
+    ),
+    ("numbers with their unit", "as numbers alone"): re.compile(
+        r"[-+\u2212]?\d+([.,]\d+)*\s?[^\W\d]{1,5}"
     ),
 }
+MOSTLY = 0.9  # larger shares of such cells are refused; with units, of many different ones
 Cells = dict[str, list[Any]]  # the cells of each column, by its name
 SchemaLike = Union["Schema", Mapping[str, Any], str, None]  # what is known of columns
 ReadColumn = Callable[[str], tuple[Sequence[Any], Sequence[Any] | None]]
@@ -336,9 +341,11 @@ def infer_column(where: str, cells: Sequence[Any], order: Sequence[Any] | None =
 
 def _text_column(where: str, cells: list[str], order: Sequence[Any] | None) -> Column:
     for (what, how), pattern in WRITTEN.items():
-        if order is None and all(map(pattern.fullmatch, cells)):
+        such = [cell for cell in cells if pattern.fullmatch(cell)]
+        few = "unit" in what and len(set(such)) <= MAX_LEVELS  # such as 1st, 2nd, 3rd
+        if order is None and len(such) > MOSTLY * len(cells) and not few:
             raise ValueError(
-                f"{where} holds {what}, such as {cells[0]!r}: write them {how}, or give the "
+                f"{where} holds {what}, such as {such[0]!r}: write them {how}, or give the "
                 "column the kind category"
             )
     found = sorted(set(cells))

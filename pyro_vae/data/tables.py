@@ -35,7 +35,15 @@ from pyro_vae.data.schema import (
 from pyro_vae.files import parsing
 
 TABLES = (".csv", ".tsv", ".parquet")
-EMPTY = {"", "na", "n/a", "nan", "null", "<na>"}  # cells that count as empty, in lower case
+EMPTY = {
+    "",
+    "na",
+    "n/a",
+    "nan",
+    "-nan",
+    "null",
+    "<na>",
+}  # cells that count as empty, in lower case
 DELIMITERS = ",;\t"
 SCANNED_LINES = 1000  # lines that are read to see whether a file holds text
 EXPECTED = "a table with one kind of values in each column"
@@ -91,14 +99,14 @@ def read_table(source: Any, schema: SchemaLike = None) -> tuple[Tensor, Schema]:
     Raises:
         ValueError: If `source` is no table, or a column cannot be modelled; the message names it.
     """
-    table = _open_table(source)
+    table = _open_table(source, schema)
     found = _schema(table, schema)
     return table.encoded(found), found
 
 
 def read_rows_of_table(source: Any, schema: SchemaLike) -> Data:
     """Reads a table as `Data`, as in `read_table`; a column called ``label`` holds the labels."""
-    table = _open_table(source)
+    table = _open_table(source, schema)
     label = label_column(table.name, table.columns, schema)
     labels = [_read_labels(table.read(key)[0]) for key in label]
     table = replace(table, columns=[key for key in table.columns if key not in label])
@@ -127,7 +135,7 @@ def own_cells(path: Path, schema: Schema | None, named: bool) -> tuple[list[str]
         for d in map(names.index, label_column(str(path), names)):
             names, columns = [[*x[:d], *x[d + 1 :], x[d]] for x in (names, columns)]
         return names, columns
-    table = _open_table(path)
+    table = _open_table(path, schema)
     cells = {name: table.read(name)[0] for name in schema.columns}
     for name in table.columns:
         if name not in cells:
@@ -248,17 +256,23 @@ def read_lines(path: Path, delimiter: str = ",") -> Iterator[tuple[int, list[str
         ) from error
 
 
-def _open_table(source: Any) -> Table:
-    """Opens a file or a frame as a table."""
+def _open_table(source: Any, schema: SchemaLike) -> Table:
+    """Opens a file or a frame as a table; categories of the schema, such as NA, are not empty."""
     if not isinstance(source, str | Path):
         return _of_arrow("table", source)
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"expected a file at {path}, got none; check the path")
-    return _of_arrow(str(path), path) if path.suffix.lower() == ".parquet" else _of_text(path)
+    if path.suffix.lower() == ".parquet":
+        return _of_arrow(str(path), path)
+    known = schema.plain if isinstance(schema, Schema) else schema
+    entries = known.items() if isinstance(known, Mapping) else ()
+    given = {str(n): e.get("categories") for n, e in entries if isinstance(e, Mapping)}
+    return _of_text(path, {n: some for n, some in given.items() if isinstance(some, list | tuple)})
 
 
-def _of_text(path: Path) -> Table:
+def _of_text(path: Path, named: Mapping[str, Sequence[Any]]) -> Table:
+    """Opens a text file, of which some columns have `named` categories."""
     delimiter = _delimiter(path)
     rows = [row for _, row in read_lines(path, delimiter)]
     if len(rows) < 2:
@@ -269,15 +283,19 @@ def _of_text(path: Path) -> Table:
     check_names(str(path), names, is_text=True)
     comma = delimiter == ";"
     cells = {
-        n: [as_cell(cell, comma) for cell in column] for n, column in zip(names, zip(*rows[1:]))
+        n: [as_cell(cell, comma, named.get(n, ())) for cell in column]
+        for n, column in zip(names, zip(*rows[1:]))
     }
     return Table(str(path), names, lambda key: (cells[key], None))
 
 
-def as_cell(cell: str, comma: bool = False) -> str | None:
-    """Returns a cell without outer blanks, None if empty, with a decimal `comma` as a point."""
+def as_cell(cell: str, comma: bool = False, categories: Sequence[Any] = ()) -> str | None:
+    """Returns a cell without outer blanks, None if empty, with a decimal `comma` as a point.
+
+    A cell that is one of the known `categories`, such as "NA", is not empty.
+    """
     cell = cell.strip()
-    if cell.lower() in EMPTY:
+    if cell.lower() in EMPTY and cell not in categories:
         return None
     return cell.replace(",", ".") if comma and DECIMAL_COMMA.fullmatch(cell) else cell
 

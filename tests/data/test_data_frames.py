@@ -316,12 +316,44 @@ BAD = {
     "a\tb\n0,5\t1\n-1,25\t2\n": "column 'a' holds numbers written as text, such as '0,5'",
     "a,b\n$ 5,1\n$ 7.50,2\n": "column 'a' holds numbers written as text, such as '\\$ 5'",
     "a,b\n1.5%,1\n-12 %,2\n": "column 'a' holds numbers written as text, such as '1.5%'",
+    'a;b\n1.250,50;1\n2.000,75;2\n"7,5 kg";1\n'
+    + "3.000,5;2\n" * 9: "'a' holds .* such as '1.250,50'",
+    "a,b\n" + "".join(f"{n % 12} kg,{n}\n" for n in range(30)) + "none,1\n": "'a' holds .* '0 kg'",
     "a,1.5\nx,1\ny,2\n": "expected a line of names first, got '1.5' for column 2",
     "a,a\nx,1\ny,2\n": "expected different names, got 'a' twice",
     "a,b\n1700000001,x\n1700000004,y\n1700000002,x\n": "column 'a' holds numbers .* subtract 17",
     "a,b\n1e-50,x\n2e-50,y\n3e-50,x\n": "column 'a' holds numbers .* or change their unit",
     "a,b\n1e39,x\n2.5,y\n3,x\n": "column 'a' holds infinite values",
 }
+
+
+def test_a_few_numbers_with_letters_are_categories(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("cabin,size\n1st,5 kg\n2nd,10 kg\n3rd,5 kg\n1st,5 kg\n")
+    kinds = [column.kind for column in read_table(path)[1].columns.values()]
+    assert kinds == ["category", "binary"]
+
+
+def test_not_a_number_with_a_sign_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("a,b\n1.5,x\n-nan,y\n2.5,x\n-NaN,\n")
+    rows, schema = read_table(path)
+    assert rows[:, 0].isnan().tolist() == [False, True, False, True]
+    assert torch.equal(read_table(path, schema)[0].isnan(), rows.isnan())
+
+
+def test_a_category_may_be_called_as_missing_values_are(tmp_path: Path) -> None:
+    pandas, _ = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    frame = pandas.DataFrame({"land": ["NA", "ZA", None, "NA"], "a": [0.5, 1.25, 2.0, 3.75]})
+    rows, schema = read_table(frame)
+    (tmp_path / "t.csv").write_text(schema.csv(rows))
+    again = read_table(tmp_path / "t.csv", schema)[0]
+    assert again.nan_to_num(-1).tolist() == rows.nan_to_num(-1).tolist()
+    (tmp_path / "t.csv").write_text("land,a\nNA,1\nZA,2.5\n,3.5\n")
+    known = {"land": {"kind": "category", "categories": ["ZA", "NA"]}}
+    assert read_table(tmp_path / "t.csv", known)[0][:, 0].nan_to_num(-1).tolist() == [1, 0, -1]
+    inferred = read_table(tmp_path / "t.csv", {"land": "ignored"})[0]
+    assert inferred.shape == (3, 1)
 
 
 @pytest.mark.parametrize(("text", "message"), BAD.items(), ids=range(len(BAD)))
