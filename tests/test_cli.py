@@ -308,7 +308,7 @@ def test_a_run_can_be_made_again_from_its_configuration(run: Path, tmp_path: Pat
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_resume_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+def test_resume_goes_on_as_if_never_stopped(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = [*SMALL, "--limit", "101"]
     assert main(["train", *options, "--epochs", "3", "--run", str(whole)]) == 0
@@ -317,6 +317,9 @@ def test_resume_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     first, second = load(whole).state_dict(), load(parts).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (whole / "parts.csv").read_text() == (parts / "parts.csv").read_text()
+    assert "trained 3 of 3 epochs; weights" in capsys.readouterr().out
+    assert main(["train", "--resume", str(parts), "--epochs", "2", "--progress", "false"]) == 0
+    assert "trained 3 epochs; weights" in capsys.readouterr().out
     drawn = {path.name for path in (parts / "figures").iterdir()}
     assert {"traversals.png", "unit_kl.svg", "parts.svg"} <= drawn
     with (parts / "parts.csv").open() as file:

@@ -84,8 +84,9 @@ def train(options: Namespace) -> Path:
         with declared_run(folder, declared, splits):
             history = _fit(*arguments)
         early = ", for the bound had stopped rising" if len(history) < options.epochs else ""
+        of = f" of {options.epochs}" if len(history) <= options.epochs else ""
         print(
-            f"trained {len(history)} of {options.epochs} epochs{early}; weights of epoch "
+            f"trained {len(history)}{of} epochs{early}; weights of epoch "
             f"{history.best_epoch} kept, validation ELBO "
             f"{history.final['validation_elbo']:.2f} nats"
         )
