@@ -22,6 +22,7 @@ import json
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +68,7 @@ def main(options: argparse.Namespace) -> None:
     y = torch.arange(10).repeat_interleave(10)
     with torch.no_grad():
         drawn = vae.sample(100, y, mean=True)
+    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     plots.save(plots.images(drawn, "ten of each class"), options.out)
 
 
@@ -130,7 +132,7 @@ if __name__ == "__main__":
     parser.add_argument("--draws", type=int, default=50, help="of the encoder, for each class")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--out", default="few_labels.png", help="picture to write")
+    parser.add_argument("--out", default="runs/few_labels.png", help="picture to write")
     parser.add_argument("--table", help="JSON file for the table")
     given = parser.parse_args()
     parser.set_defaults(**(PROTOCOL if given.protocol else SMOKE if given.smoke else {}))
