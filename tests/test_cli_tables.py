@@ -15,6 +15,7 @@ import yaml
 
 from pyro_vae import column_log_prob, load
 from pyro_vae.__main__ import main
+from pyro_vae.cli.parsing import parse
 from pyro_vae.data import Schema, read_table
 
 JOBS = ["baker", "clerk", "pilot"]
@@ -248,6 +249,38 @@ def test_an_array_is_no_table(
     np.save(tmp_path / "a.npy", np.ones((7, 4)))
     assert main([command, str(run), str(tmp_path / "a.npy")]) == 2
     assert "expected a table, as the run was trained on, got an array" in capsys.readouterr().err
+
+
+def test_an_array_is_a_table_of_numbers_in_the_order_of_the_columns(tmp_path: Path) -> None:
+    pandas, _ = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    rows = np.random.default_rng(0).normal(size=(60, 2)).round(2).astype(np.float32)
+    pandas.DataFrame(rows, columns=["b", "a"]).to_parquet(tmp_path / "t.parquet")
+    run, files = str(tmp_path / "run"), [str(tmp_path / name) for name in ("t.parquet", "t.npy")]
+    assert main(["train", *SMALL, "--missing", "--data", files[0], "--run", run]) == 0
+    np.save(files[1], rows)
+    found = []
+    for file in files:
+        out = str(tmp_path / "scores.csv")
+        assert main(["score", run, file, "--columns", "--num_samples=7", "--out", out]) == 0
+        found.append((tmp_path / "scores.csv").read_text())
+    assert found[0] == found[1]
+    assert "log_prob of b,log_prob of a" in found[1]
+    rows[3, 1] = np.nan
+    np.save(files[1], rows)
+    assert main(["impute", run, files[1], "--draws=0", "--num_samples=50"]) == 0
+    filled = np.load(tmp_path / "t.imputed.npy")
+    assert np.isfinite(filled).all()
+    assert (filled == rows).sum() == rows.size - 1
+    np.save(files[1], rows[:, :1])
+    assert main(["score", run, files[1]]) == 2
+
+
+def test_names_of_columns_keep_their_dots_and_dashes() -> None:
+    typed = ["--schema.c=real", "--schema.a.b", "count", "--schema.a-b", "{kind: real}"]
+    expected = {"c": "real", "a.b": "count", "a-b": {"kind": "real"}}
+    assert parse("train", typed).schema == expected
+    typed = ["--schema", "{c: real, d: count}", "--schema.c.1", "binary", "--schema.d", "real"]
+    assert parse("train", typed).schema == {"c": "real", "d": "real", "c.1": "binary"}
 
 
 def test_labels_of_a_run_of_numbers_are_the_same_in_every_kind_of_file(tmp_path: Path) -> None:

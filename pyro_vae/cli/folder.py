@@ -140,11 +140,13 @@ def load_with_record(run: str) -> tuple[VAE, dict[str, Any]]:
 
 def as_trained(rows: Data, record: dict[str, Any], vae: VAE) -> Data:
     """Checks a user's rows against `record`, the record of a run's data; transforms them alike."""
-    if record["schema"] is not None and rows.schema is None:
-        raise ValueError(
-            f"{rows.name}: expected a table, as the run was trained on, got an array, whose "
-            "numbers may be codes or categories: give columns with their names"
-        )
+    if (schema := record["schema"]) is not None and rows.schema is None:
+        if len(rows.data_shape) != 1 or any(c.categories for c in schema.columns.values()):
+            raise ValueError(
+                f"{rows.name}: expected a table, as the run was trained on, got an array, whose "
+                "numbers may be codes or categories: give columns with their names"
+            )
+        rows = rows.unchecked(schema=schema, columns=rows.columns or tuple(schema.columns))
     rows = alike(rows, record.get("rows", {}), record["transform"], vae.likelihood.data_shape)
     rows = _renumber_labels(rows, record["class_names"], record["conditional"])
     if not record["conditional"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -27,6 +28,7 @@ OPTIONS = [option for command in COMMANDS.values() for option in command.options
 FLAGS = {key[2:] for key, known in OPTIONS if known.get("type") in (bool, bool | None)}
 SWITCHES = {key[2:] for key, known in OPTIONS if "action" in known} | {"help", "help_all"}
 MEMORY_HINT = "ask for fewer rows at once, draws, classes or latents, or for narrower layers"
+COLUMN = "--schema."  # before the name of a column, in which dots and dashes stay
 MAX_MESSAGE = 1000  # most characters of an error message
 MAX_VALUES = 10_000  # most values of a configuration file
 TYPED_ONLY = ("config", "print_config")  # options that are typed, and never read from a file
@@ -82,7 +84,8 @@ def parse(command: str, argv: list[str]) -> Namespace:
 def _parse_train(parser: ArgumentParser, argv: list[str]) -> Namespace:
     """Returns the options of `train` and of its classes; typed ones override those of files."""
     class_arguments = [argument for argument in argv if re.split("[=.]", argument)[0] in PARTS]
-    typed = [argument for argument in argv if argument not in class_arguments]
+    columns = [argument for argument in argv if argument.startswith(COLUMN)]
+    typed = [argument for argument in argv if argument not in (*class_arguments, *columns)]
     declared = dict[str, Any](FAMILIES)
     for content in _file_options(typed, parser):
         declared |= {family: content.pop(family) for family in FAMILIES if family in content}
@@ -96,6 +99,9 @@ def _parse_train(parser: ArgumentParser, argv: list[str]) -> Namespace:
             _print_options(family, text)
         declared[family] = config.declare(family, declared[family], option, text)
     options = parser.parse_args(typed)
+    for name, _, kind in (argument.removeprefix(COLUMN).partition("=") for argument in columns):
+        entry = parser.parse_args([f"--schema={{{json.dumps(name)}: {kind}}}"]).schema
+        options.schema = {**(options.schema or {}), **entry}
     for family in FAMILIES:
         options[family] = config.component(family, declared[family])
     if options.print_config:
@@ -156,7 +162,7 @@ def normalise(argv: list[str]) -> list[str]:
         if not name.startswith("--") or len(name) == 2:
             result.append(argument)
             continue
-        key = name[2:].replace("-", "_")
+        key = name[2:] if name.startswith(COLUMN) else name[2:].replace("-", "_")
         following = arguments[-1] if arguments else "--"
         if equals:
             result.append(f"--{key}{argument[len(name) :]}")

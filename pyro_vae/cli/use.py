@@ -95,7 +95,8 @@ def impute(options: Namespace) -> None:
     check_whole(0, draws=options.draws)
     check_whole(optional=True, num_samples=options.num_samples)
     source = Path(options.file)
-    suffix = source.suffix if read_record(options.run)["schema"] is None else ".csv"
+    arrays = source.suffix in (".npy", ".npz") or read_record(options.run)["schema"] is None
+    suffix = source.suffix if arrays else ".csv"
     if suffix not in (".csv", ".npy", ".npz"):
         raise ValueError(f"expected a .csv, .npy or .npz file to impute; got {source}")
     out = destination(options.out, f".imputed{suffix}", (suffix,), options.file)
