@@ -298,7 +298,7 @@ def main() -> None:
     add("--lr", type=float, default=3e-3)
     add("--likelihood", default="StudentT")
     add("--scale", default="predicted")
-    add("--compile", action="store_true")
+    add("--compile", action="store_true", default=None)
     add("--min_scale", type=float, default=0.2)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message="training ended")

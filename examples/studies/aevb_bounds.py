@@ -191,7 +191,9 @@ if __name__ == "__main__":
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--images", type=int, default=1000, help="images for log p(x)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="compile the training step")
+    parser.add_argument(
+        "--compile", action="store_true", default=None, help="compile the training step"
+    )
     parser.add_argument("--out", default="runs/aevb_bounds")
     parser.add_argument("--smoke", action="store_true", help="bundled digits, a few epochs")
     main(parser.parse_args())

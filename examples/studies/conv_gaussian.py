@@ -178,7 +178,9 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, default=20, help="test images for log p(x)")
     parser.add_argument("--budget", type=int, help="of log_evidence, decodings of an image")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="compile the training step")
+    parser.add_argument(
+        "--compile", action="store_true", default=None, help="compile the training step"
+    )
     parser.add_argument("--out", default="runs/conv_gaussian", help="of the table")
     parser.add_argument("--smoke", action="store_true", help="drawn images, eight epochs")
     options = parser.parse_args()

@@ -131,7 +131,7 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, default=1000, help="test rows")
     parser.add_argument("--draws", type=int, default=50, help="of the encoder, for each class")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", default=None)
     parser.add_argument("--out", default="runs/few_labels.png", help="picture to write")
     parser.add_argument("--table", help="JSON file for the table")
     given = parser.parse_args()

@@ -165,7 +165,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--protocol", action="store_true", help="the paper's budget")
     parser.add_argument("--only", nargs="+", help="rows of the table, such as 'IWAE 50'")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", default=None)
     parser.add_argument("--runs", help="folder of the runs, which go on where they were left")
     parser.add_argument("--out", help="JSON file for the table")
     parser.add_argument("--smoke", action="store_true", help="bundled digits, one epoch")

@@ -236,7 +236,9 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--images", type=int, default=100, help="test images for log p(x)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="compile the training step")
+    parser.add_argument(
+        "--compile", action="store_true", default=None, help="compile the training step"
+    )
     parser.add_argument("--out", default="runs/likelihoods_mnist", help="of table and figure")
     parser.add_argument("--smoke", action="store_true", help="bundled digits, four epochs")
     options = parser.parse_args()

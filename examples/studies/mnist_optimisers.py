@@ -163,7 +163,9 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=150)
     parser.add_argument("--images", type=int, default=200, help="validation images for log p(x)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="compile the training step")
+    parser.add_argument(
+        "--compile", action="store_true", default=None, help="compile the training step"
+    )
     parser.add_argument("--out", default="runs/mnist_optimisers")
     parser.add_argument("--smoke", action="store_true", help="bundled digits, two epochs")
     main(parser.parse_args())

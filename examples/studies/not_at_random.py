@@ -97,7 +97,7 @@ def imputed(
     epochs: int,
     lr: float = 1e-2,
     seed: int = 0,
-    compile: bool = False,
+    compile: bool | None = None,
     batch_size: int = 100,
     decay: bool = True,
 ) -> Imputation:

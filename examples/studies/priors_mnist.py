@@ -204,7 +204,9 @@ if __name__ == "__main__":
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--images", type=int, default=100, help="test images for log p(x)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="compile the training step")
+    parser.add_argument(
+        "--compile", action="store_true", default=None, help="compile the training step"
+    )
     parser.add_argument("--out", default="runs/priors_mnist", help="folder of table and figures")
     parser.add_argument("--smoke", action="store_true", help="bundled digits, two epochs")
     options = parser.parse_args()
