@@ -266,7 +266,7 @@ def matrix_products(name: str, turns: Turns, matmul: str = "highest") -> Any:
 def pyro_vae(
     name: str,
     turns: Turns,
-    compiled: bool = False,
+    compile: bool | str = False,
     matmul: str = "highest",
     device: str = "cpu",
 ) -> Any:
@@ -302,7 +302,7 @@ def pyro_vae(
     options = {"batch_size": workload["batch"], "lr": 1e-3, "accelerator": device}
     if device != "cpu":
         turns.wait = torch.cuda.synchronize
-    turns.fit(vae, x.to(device), objective, compile=compiled, **options)
+    turns.fit(vae, x.to(device), objective, compile=compile, **options)
     if "draws" in workload:
         return lambda: objective.loss(vae.model, vae.guide, x[:CHECKED]) / CHECKED
     return lambda: -evidence_lower_bound(vae.model, vae.guide, x[:CHECKED]).elbo.mean().item()
@@ -486,16 +486,18 @@ def candidates(name: str, device: str, beside: str | None) -> dict[str, Any]:
         return {
             "by hand": partial(by_hand, name),
             "pyro_vae": partial(pyro_vae, name),
+            "pyro_vae, traced": partial(pyro_vae, name, compile="trace"),
             f"pyro_vae of {beside}": partial(other_checkout, name, checkout=beside),
         }
     if device != "cpu":
         return on_gpu(name, device)
-    medium = {"compiled": True, "matmul": "medium"}
+    medium = {"compile": True, "matmul": "medium"}
     found: dict[str, Any] = {
         "by hand": partial(by_hand, name),
         "by hand, compiled": partial(by_hand, name, compiled=True),
         "pyro_vae": partial(pyro_vae, name),
-        "pyro_vae, compiled": partial(pyro_vae, name, compiled=True),
+        "pyro_vae, traced": partial(pyro_vae, name, compile="trace"),
+        "pyro_vae, compiled": partial(pyro_vae, name, compile=True),
     }
     if name.startswith("mlp"):
         found |= {
@@ -520,7 +522,8 @@ def on_gpu(name: str, device: str) -> dict[str, Any]:
             by_hand, name, device=device, compiled=True, graph=True
         ),
         "pyro_vae": partial(pyro_vae, name, device=device),
-        "pyro_vae, compiled": partial(pyro_vae, name, device=device, compiled=True),
+        "pyro_vae, traced": partial(pyro_vae, name, device=device, compile="trace"),
+        "pyro_vae, compiled": partial(pyro_vae, name, device=device, compile=True),
     }
     if name.startswith("mlp") and find_spec("numpyro"):
         found["NumPyro"] = partial(numpyro, name, device=device)

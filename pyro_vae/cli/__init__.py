@@ -81,7 +81,9 @@ TRAINING: Options = {
     "--accelerator": option(str, "auto", "auto, cpu or cuda; auto: a GPU if there is one"),
     "--precision": option(str, "32-true", "32-true, 64-true, bf16-mixed or 16-mixed"),
     **SPEED,
-    "--compile": option(bool | None, None, "compile the step; null: if training is long"),
+    "--compile": option(
+        bool | Literal["trace"] | None, None, "compile steps; null: if training is long"
+    ),
     "--tensorboard": option(bool, False, "also log for TensorBoard; needs pyro-vae[tensorboard]"),
     "--progress": option(bool, True, "show a progress bar"),
     "--run": option(str | None, None, "new folder for the run; null: runs/NAME-n"),
@@ -322,7 +324,7 @@ training:
   --patience N          stop after N epochs without a better validation bound
   --seed N              [0]             --devices N        GPUs or processes [1]
   --seeds N             train N runs with different seeds
-  --compile             compile the step; --no-compile: never
+  --compile             compile the step; --compile=trace, --no-compile: less
 
 run:
   --run FOLDER          new folder for the run [runs/NAME-n]

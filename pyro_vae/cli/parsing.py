@@ -168,7 +168,7 @@ def normalise(argv: list[str]) -> list[str]:
             result.append(f"--{key}{argument[len(name) :]}")
         elif key.removeprefix("no_") in FLAGS - {key}:
             result.append(f"--{key.removeprefix('no_')}=false")
-        elif key in FLAGS and following.lower() not in ("true", "false", "null"):
+        elif key in FLAGS and following.lower() not in ("true", "false", "null", "trace"):
             result.append(f"--{key}=true")
         elif key in SWITCHES or following.startswith("--"):
             result.append(f"--{key}")

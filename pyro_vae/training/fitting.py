@@ -19,7 +19,7 @@ from pyro_vae.training.dataset import TensorDataset, as_dataset
 from pyro_vae.training.optimizers import OptimizerSpec, ScheduleSpec
 from pyro_vae.training.progress import Callback, History
 from pyro_vae.training.run_folder import Settings, check_same, earlier_run, make_record
-from pyro_vae.training.step import worth_compiling
+from pyro_vae.training.step import Compile, choose_compile
 from pyro_vae.training.trainer import Trainer
 
 
@@ -40,7 +40,7 @@ def fit(
     devices: int | list[int] = 1,
     accelerator: str = "auto",
     precision: str = "32-true",
-    compile: bool | None = None,
+    compile: Compile | None = None,
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[Any] = (),
@@ -92,11 +92,14 @@ def fit(
         devices: Number of devices (on a CPU, of processes), or their indices, such as [0, 1].
         accelerator: "cpu", "cuda" or "auto": CUDA if torch finds a GPU.
         precision: "32-true", "bf16-mixed", "16-mixed" or "64-true"; evaluation is never mixed.
-        compile: Whether to trace the step once through Pyro's handlers and compile it, which
-            takes 5 to 20 seconds and makes each step faster. If None, it is compiled if 30,000
-            steps are planned and there is a compiler; a resumed run goes on as it began. The
-            noise and, up to rounding, the losses are those of the eager step. A shorter last
-            batch runs eagerly; so does a step that cannot be compiled, with a message why.
+        compile: How steps are taken. False: eagerly. "trace": by their tensor operations alone,
+            which are traced once through Pyro's handlers, within a second. True: by these,
+            compiled in 5 to 20 seconds; a C++ compiler is needed. None: they are traced if 2,000
+            steps are planned, and compiled from 30,000 on; a resumed run goes on as it began.
+            Noise and losses are those of the eager step, compiled ones up to rounding. A shorter
+            last batch runs eagerly; so does what cannot be traced, with a message why. At steps
+            2, 4, 8, ... and where epochs start, once in 100 steps, the trace is compared with the
+            programs: if a value in Python has changed, a warning says so, and steps run eagerly.
         seed: Seed of the order of the rows and of all noise.
         callbacks: Functions called with a `State` after each epoch, before its checkpoint is
             written, which therefore holds the weights as they leave them. If a run breaks off in
@@ -130,7 +133,7 @@ def fit(
     """
     settings = Settings(
         epochs, batch_size, optimizer, lr, schedule, clip_norm, patience, precision, seed,
-        checkpoint_every, bool(compile),
+        checkpoint_every, compile or False,
     )  # fmt: skip
     if objective is None or isinstance(objective, str):
         objective = _make_objective("ELBO" if objective is None else objective)
@@ -145,8 +148,8 @@ def fit(
     saved = earlier_run(run, resume) if run is not None and (resume or is_first_process()) else {}
     if compile is None:
         steps = epochs * -(-len(rows) // batch_size)
-        worth = worth_compiling(steps, objective, precision, engine.on_cuda)
-        settings.compile = saved["training"].get("compile", False) if saved else worth
+        chosen = choose_compile(steps, objective, precision, engine.on_cuda)
+        settings.compile = saved["training"].get("compile", False) if saved else chosen
     record = {}
     if run is not None:
         declaration = declaration or getattr(vae, "declaration", None)

@@ -75,7 +75,7 @@ class Settings:
     precision: str
     seed: int
     checkpoint_every: int | None
-    compile: bool = False
+    compile: bool | str = False  # or "trace"
     threads: int = 1
 
     def __post_init__(self) -> None:
@@ -87,6 +87,8 @@ class Settings:
         if self.precision not in PRECISIONS:
             known = ", ".join(PRECISIONS)
             raise ValueError(f"precision must be one of {known}; got {self.precision!r}")
+        if self.compile not in (True, False, "trace"):
+            raise ValueError(f'compile must be True, False, "trace" or None; got {self.compile!r}')
         for name, value in vars(self).items():  # a checkpoint cannot hold numpy's numbers
             setattr(self, name, as_plain(value))
 

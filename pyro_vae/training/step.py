@@ -1,4 +1,4 @@
-"""A training step: its loss and gradient, eager or compiled, and a check that both are finite."""
+"""A training step: its loss and gradient, eager or traced, and a check that both are finite."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
+from itertools import zip_longest
 from shutil import which
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.compiling import CannotCompile, compiled
+from pyro_vae.compiling import CannotCompile, Traced
 from pyro_vae.densities import Densities, OwnParameters, folds, registered_densities, summed_values
 from pyro_vae.objectives import Objective
+from pyro_vae.runtime import forked
 
 PRECISIONS = {  # each precision of `fit`, with the type that autocast casts to
     "32-true": None,
@@ -23,10 +25,11 @@ PRECISIONS = {  # each precision of `fit`, with the type that autocast casts to
     "16-mixed": torch.float16,
     "64-true": None,
 }
-MIN_COMPILED_STEPS = 30_000  # then a compilation of 20 seconds pays: a step saves 0.7 ms
+MIN_TRACED_STEPS = 2000  # then a trace of up to a second pays: a step saves 0.8 ms
+MIN_COMPILED_STEPS = 30_000  # then a compilation of 20 seconds pays: a step saves 0.7 ms more
 
+Compile = bool | Literal["trace"]  # whether steps are compiled, traced or eager
 Outcome = tuple[Tensor, Tensor, Densities | None]  # loss, terms, densities (see StepLoss)
-Gradient = Callable[..., Outcome]  # takes a batch; leaves the gradient in the parameters
 
 
 @contextmanager
@@ -73,37 +76,69 @@ class StepLoss(nn.Module):
         return loss, terms, d if self.objective.own_step else None
 
 
-def compiled_gradient(loss: StepLoss, *batch: Tensor) -> Gradient:
-    """Compiles the loss and its gradient for batches of the size of `batch`.
+class TracedGradient:
+    """Loss and gradient of batches of one size, by operations that were traced once.
+
+    Args:
+        loss: The loss, whose programs are traced.
+        batch: A batch of the size of later ones.
 
     Raises:
-        CannotCompile: If the vae, the objective or this machine does not allow it.
+        CannotCompile: If the vae or the objective does not allow it.
     """
-    if loss.objective.own_step:
-        name = type(loss.objective).__name__
-        raise CannotCompile(f"{name} trains a second player beside the model")
-    if loss.precision == "16-mixed":
-        raise CannotCompile("precision 16-mixed scales its gradients")
-    for program in (loss.vae.model, loss.vae.guide):
-        for look in (folds, summed_values):  # runs the programs once, which a trace cannot
-            look(program, batch[0], batch[1] if len(batch) > 1 else None)
-    parameters = [p for p in loss.vae.parameters() if p.requires_grad]
-    step = compiled(LossAndGradient(loss), *batch)
 
-    def gradient(*batch: Tensor) -> Outcome:
-        value, terms, gradients = step(*batch)
-        for parameter, grad in zip(parameters, gradients):
-            parameter.grad = grad
-        return value, terms, None
+    def __init__(self, loss: StepLoss, *batch: Tensor) -> None:
+        if loss.objective.own_step:
+            name = type(loss.objective).__name__
+            raise CannotCompile(f"{name} trains a second player beside the model")
+        if loss.precision == "16-mixed":
+            raise CannotCompile("precision 16-mixed scales its gradients")
+        for program in (loss.vae.model, loss.vae.guide):
+            for look in (folds, summed_values):  # runs the programs once, which a trace cannot
+                look(program, batch[0], batch[1] if len(batch) > 1 else None)
+        self.loss = loss
+        self.parameters = [p for p in loss.vae.parameters() if p.requires_grad]
+        self.operations = Traced(LossAndGradient(loss), *batch)
 
-    return gradient
+    def __call__(self, *batch: Tensor) -> Outcome:
+        """Leaves the gradient in the parameters; returns loss and terms as `StepLoss` does."""
+        loss, terms, gradient = self.operations(*batch)
+        for parameter, slope in zip(self.parameters, gradient):
+            parameter.grad = slope
+        return loss, terms, None
+
+    def compare(self, eager: Callable[..., Outcome], *batch: Tensor) -> tuple[Outcome, bool]:
+        """Takes the gradient both ways with the same noise, and leaves that of `eager`.
+
+        Returns:
+            What `eager` returns, and whether terms and gradient agree up to rounding.
+        """
+        buffers = [(buffer, buffer.clone()) for buffer in self.loss.buffers()]
+        with forked(batch[0].device):
+            _, terms, gradient = self.operations(*batch)
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        outcome = eager(*batch)
+        found = [outcome[1], *(p.grad for p in self.loss.vae.parameters() if p.requires_grad)]
+        tolerance = 1e-3 if PRECISIONS[self.loss.precision] is None else 0.1
+        pairs = zip_longest(found, [terms, *gradient])
+        return outcome, all(_alike(a, b, tolerance) for a, b in pairs)
 
 
-def worth_compiling(steps: int, objective: Objective, precision: str, on_cuda: bool) -> bool:
-    """Returns whether to compile if the user left it open, judged by the number of steps."""
-    cannot = objective.own_step or precision == "16-mixed"
+def _alike(a: Tensor | None, b: Tensor | None, tolerance: float) -> bool:
+    """Returns whether two gradients are both None, or differ by less than `tolerance` of a."""
+    if a is None or b is None or a.shape != b.shape:
+        return a is b
+    size = float(a.abs().max())
+    return torch.allclose(a, b, rtol=0, atol=tolerance * size, equal_nan=True)
+
+
+def choose_compile(steps: int, objective: Objective, precision: str, on_cuda: bool) -> Compile:
+    """Returns how to take steps if the user left `compile` open: by their planned number."""
+    if steps < MIN_TRACED_STEPS or objective.own_step or precision == "16-mixed":
+        return False
     compiler = find_spec("triton") if on_cuda else which(os.environ.get("CXX", "g++"))
-    return steps >= MIN_COMPILED_STEPS and compiler is not None and not cannot
+    return "trace" if steps < MIN_COMPILED_STEPS or compiler is None else True
 
 
 class LossAndGradient(nn.Module):

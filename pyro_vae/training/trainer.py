@@ -62,15 +62,10 @@ from pyro_vae.training.run_folder import (
     start_run,
     write_metrics,
 )
-from pyro_vae.training.step import (
-    Gradient,
-    Monitor,
-    Outcome,
-    StepLoss,
-    compiled_gradient,
-)
+from pyro_vae.training.step import Monitor, Outcome, StepLoss, TracedGradient
 
 INITIAL_ROWS = 10_000  # largest number of training rows given to `vae.initialise`
+COMPARED_STEPS = 100  # steps of which one at an epoch's start compares the trace
 VALIDATED_STEPS = 2  # first steps, which run with the argument checks of Pyro's distributions
 BAR_INTERVAL = 0.5  # seconds between two updates of the progress bar
 MIN_SCALE = 1e-6  # least scale of float16 gradients: it starts at 65,536 and halves at overflow
@@ -137,7 +132,8 @@ class Trainer:
         self.seconds = 0.0  # spent on the steps of this epoch so far
         self.first_elbo: float | None = None  # ELBO of the first step
         self.best: dict[str, Tensor] | None = None
-        self.compiled: Gradient | None = None  # compiled at the first step that needs it
+        self.compile = self.settings.compile
+        self.traced: TracedGradient | None = None  # made at the first step that needs it
         self.state_errors: AbstractContextManager[None] = nullcontext()  # of the next update
         self.num_batches = -(-len(self.rows) // self.settings.batch_size)
         batch = torch.arange(min(self.settings.batch_size, len(self.rows)))
@@ -197,7 +193,7 @@ class Trainer:
             self.bar = bar
             if self.auto_compile:
                 steps = settings.epochs * self.num_batches
-                how = "is compiled" if settings.compile else "runs eagerly"
+                how = {True: "is compiled", "trace": "is traced"}.get(self.compile, "runs eagerly")
                 bar.say(f"compile: {steps} steps are planned, and the step {how}")
             while self.epoch < settings.epochs and not (stopped or self._out_of_patience()):
                 with fast_products(self.parameters):
@@ -254,15 +250,9 @@ class Trainer:
     def _step(self, index: Tensor) -> None:
         self.objective.at(self.step)
         local, weight = self.group.local_rows(index)
-        checked, gradient = self.step < VALIDATED_STEPS, self._eager_gradient
         try:
-            with pyro.validation_enabled(True) if checked else nullcontext():
-                batch = fetch(self.rows, local, self.weight)
-                # a shorter last batch is not worth a compilation of its own
-                if self.settings.compile and not checked and len(local) == self.local_batch_size:
-                    self.compiled = self.compiled or self._compile(*batch)
-                    gradient = self.compiled
-                loss, terms, d = gradient(*batch)
+            with pyro.validation_enabled(True) if self.step < VALIDATED_STEPS else nullcontext():
+                loss, terms, d = self._gradient(*fetch(self.rows, local, self.weight))
         except ValueError as error:
             raise ValueError(f"step {self.step}: {error}") from error
         terms = terms * (len(index) / len(local))
@@ -286,23 +276,53 @@ class Trainer:
         self.step += 1
         self.offset += 1
 
+    def _gradient(self, *batch: Tensor) -> Outcome:
+        """Leaves the gradient of a batch in the parameters, by its trace or eagerly.
+
+        At steps 2, 4, 8, ... and where epochs start, once in 100 steps, the trace is compared
+        with the programs. From a difference on, steps run eagerly.
+        """
+        # a shorter last batch is not worth a trace of its own
+        if self.step < VALIDATED_STEPS or len(batch[0]) != self.local_batch_size:
+            return self._eager_gradient(*batch)
+        if self.compile and self.traced is None:
+            self._trace(*batch)
+        if self.traced is None:
+            return self._eager_gradient(*batch)
+        epoch_starts = self.offset == 0 and self.step % COMPARED_STEPS < self.num_batches
+        if not epoch_starts and self.step & (self.step - 1):
+            return self.traced(*batch)
+        outcome, same = self.traced.compare(self._eager_gradient, *batch)
+        if not same:
+            warnings.warn(
+                f"compile: from step {self.step} on the steps run eagerly: the programs compute "
+                "something else than when they were traced, for a value in Python has changed; "
+                "keep such values in buffers, or give compile=False",
+                stacklevel=2,
+            )
+            self.compile, self.traced = False, None
+        return outcome
+
     def _eager_gradient(self, *batch: Tensor) -> Outcome:
         loss, terms, d = self.loss(*batch)
         self.scaler.scale(loss).backward()
         return loss.detach(), terms, d
 
-    def _compile(self, *batch: Tensor) -> Gradient:
-        """Compiles the gradient of batches of this size; returns the eager one if that fails."""
-        self.bar.say("compiling the training step")
+    def _trace(self, *batch: Tensor) -> None:
+        """Traces the gradient of batches of this size, and compiles it; says why if that fails."""
         try:
-            return compiled_gradient(self.loss, *batch)
+            self.traced = TracedGradient(self.loss, *batch)
+            if self.compile != "trace":
+                self.bar.say("compiling the training step")
+                self.traced.operations.compile(*batch)
         except CannotCompile as error:
-            message = f"compile: the step runs eagerly, for {error}"
+            self.compile = False
+            how = "runs eagerly" if self.traced is None else "is traced only"
+            message = f"compile: the step {how}, for {error}"
             if self.auto_compile:
                 self.bar.say(message)
             else:  # the user asked for it
                 warnings.warn(message, stacklevel=2)
-            return self._eager_gradient
 
     def _report(self) -> dict[str, float]:
         """Shows and returns means over the rows of this epoch so far, in nats.

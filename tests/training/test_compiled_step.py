@@ -32,9 +32,10 @@ from training_cases import QUIET, make_data, make_vae, noisy_data, same, weights
 
 from pyro_vae import likelihoods, networks, posteriors, priors
 from pyro_vae.compiling import CannotCompile, Traced, compiled
+from pyro_vae.densities import Densities
 from pyro_vae.objectives import ELBO, IWAE, Capacity, DReG, FactorVAE, Linear, Objective
-from pyro_vae.training import fit, read_run, step
-from pyro_vae.training.step import LossAndGradient, StepLoss, compiled_gradient, worth_compiling
+from pyro_vae.training import fit, read_run, step, trainer
+from pyro_vae.training.step import LossAndGradient, StepLoss, TracedGradient, choose_compile
 from pyro_vae.vae import VAE
 
 ONE_PLAYER = [cls for cls in OBJECTIVES if not cls.own_step]
@@ -212,6 +213,36 @@ def test_a_parameter_outside_the_module_is_refused() -> None:
         Traced(Strange(), torch.ones(3))
 
 
+def test_views_that_change_nothing_are_left_out() -> None:
+    class Views(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.detach(), 2 * x.t().unsqueeze(0).squeeze(0).expand(3, 2).t().view(2, 3)
+
+    x = torch.randn(2, 3)
+    traced = Traced(Views(), x)
+    same, doubled = traced(x)
+    assert same is not x
+    assert torch.equal(same, x)
+    assert torch.equal(doubled, 2 * x)
+    called = [node for node in traced.graph.graph.nodes if node.op == "call_function"]
+    assert len(called) == 2  # a view for the output, and the product
+
+
+def test_full_batches_are_compared_once_in_a_hundred_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared = []
+    take = TracedGradient.compare
+
+    def look(self: TracedGradient, *arguments: Any) -> Any:
+        compared.append(None)
+        return take(self, *arguments)
+
+    monkeypatch.setattr(TracedGradient, "compare", look)
+    fit(make_vae(), make_data(11), epochs=211, batch_size=11, compile="trace", **QUIET)
+    assert len(compared) == len([2, 4, 8, 16, 32, 64, 100, 128, 200])
+
+
 # --- the compiler itself, for a set that covers each kind of composition ------------------------
 
 
@@ -267,7 +298,7 @@ def test_what_cannot_be_compiled_trains_eagerly_and_says_why() -> None:
 def test_no_compiler_is_said_in_one_line() -> None:
     code = """
 from training_cases import QUIET, make_data, make_vae
-from pyro_vae.training import fit, read_run, step
+from pyro_vae.training import fit, read_run, step, trainer
 fit(make_vae(), make_data(41), epochs=2, batch_size=10, compile=True, **QUIET)
 """
     # torch reads the compiler's name once, when it is imported: a process of its own
@@ -280,13 +311,13 @@ fit(make_vae(), make_data(41), epochs=2, batch_size=10, compile=True, **QUIET)
     said = [line for line in done.stderr.splitlines() if "UserWarning" in line]
     assert done.returncode == 0
     assert len(said) == 1
-    assert "compile: the step runs eagerly, for it cannot be compiled: " in said[0]
+    assert "compile: the step is traced only, for it cannot be compiled: " in said[0]
 
 
 def test_gradients_that_are_scaled_are_not_compiled() -> None:
     loss = StepLoss(make_vae(), ELBO(), "16-mixed")
     with pytest.raises(CannotCompile, match="16-mixed"):
-        compiled_gradient(loss, make_data()[:5])
+        TracedGradient(loss, make_data()[:5])
 
 
 @pytest.mark.slow
@@ -299,22 +330,25 @@ def test_precisions_compile(precision: str) -> None:
         assert fast["elbo"] == pytest.approx(eager["elbo"], abs=tolerance)
 
 
-def test_a_long_training_is_worth_a_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_training_is_traced_and_a_longer_one_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("CXX", sys.executable)  # a program that is there
     asked = {"objective": ELBO(), "precision": "32-true", "on_cuda": False}
-    assert worth_compiling(30_000, **asked)
-    assert not worth_compiling(29_999, **asked)
-    assert not worth_compiling(30_000, **{**asked, "objective": FactorVAE()})
-    assert not worth_compiling(30_000, **{**asked, "precision": "16-mixed"})
+    steps = {1999: False, 2000: "trace", 29_999: "trace", 30_000: True}
+    assert {number: choose_compile(number, **asked) for number in steps} == steps
+    for without in ({"objective": FactorVAE()}, {"precision": "16-mixed"}):
+        assert choose_compile(30_000, **{**asked, **without}) is False
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert not worth_compiling(30_000, **asked)
+    assert choose_compile(30_000, **asked) == "trace"
 
 
 def test_what_was_decided_is_recorded_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[Any] = []
-    monkeypatch.setattr(step, "compiled", lambda *a: made.append(a) or Traced(*a))
+    compiled: list[Any] = []
+    monkeypatch.setattr(Traced, "compile", lambda *a: compiled.append(a))
+    monkeypatch.setattr(step, "which", lambda _: "a compiler")
     options = {"batch_size": 10, **QUIET}
 
     def train(run: str, **more: Any) -> dict[str, Tensor]:
@@ -322,15 +356,100 @@ def test_what_was_decided_is_recorded_and_kept(
         fit(vae, make_data(), run=tmp_path / run, **options, **more)
         return weights(vae)
 
+    def recorded(run: str) -> bool | str:
+        return read_run(tmp_path / run)["training"]["compile"]
+
     train("short", epochs=1)
-    assert read_run(tmp_path / "short")["training"]["compile"] is False
-    monkeypatch.setattr(step, "which", lambda _: "a compiler")
+    assert recorded("short") is False
+    monkeypatch.setattr(step, "MIN_TRACED_STEPS", 18)
+    traced = train("traced", epochs=3)
+    assert recorded("traced") == "trace"
+    assert not compiled
     monkeypatch.setattr(step, "MIN_COMPILED_STEPS", 18)
     whole = train("whole", epochs=3)
-    assert read_run(tmp_path / "whole")["training"]["compile"] is True
+    assert recorded("whole") is True
     train("broken", epochs=3, callbacks=[lambda state: state.stop()])
     monkeypatch.setattr(step, "MIN_COMPILED_STEPS", 10_000)
     assert same(whole, train("broken", epochs=3, resume=True))
+    assert len(compiled) == 3
+    assert recorded("broken") is True
     train("short", epochs=3, resume=True)
-    assert len(made) == 3
-    assert read_run(tmp_path / "broken")["training"]["compile"] is True
+    assert recorded("short") is False
+    assert same(traced, whole)
+
+
+# --- the traced step as a way to train ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [None, "batch"])
+def test_traced_training_is_eager_training_bit_for_bit(tmp_path: Path, norm: str | None) -> None:
+    """Metrics, weights, buffers and a run that was broken off within an epoch."""
+    data = noisy_data(53)
+    options = {"batch_size": 10, "validation": noisy_data(13), "epochs": 3, **QUIET}
+
+    def train(**more: Any) -> tuple[Any, dict[str, Tensor]]:
+        torch.manual_seed(0)
+        vae = make(data_shape=(7,), norm=norm)
+        history = fit(vae, data, ELBO(beta=Linear(length=12)), **{**options, **more})
+        return [{**row, "seconds": 0} for row in history.rows], weights(vae)
+
+    rows, final = train(compile=False)
+    for more in ({}, {"clip_norm": 0.1, "compile": "trace"}):
+        clipped = train(**{**more, "compile": False}) if more else (rows, final)
+        found = train(**{"compile": "trace", **more})
+        assert found[0] == clipped[0]
+        assert same(found[1], clipped[1])
+    run = {"run": tmp_path / "run", "compile": "trace", "checkpoint_every": 5}
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(**run, callbacks=[lambda state: stop() if state.epoch == 2 else None])
+    again, weights_again = train(**run, resume=True)
+    assert again == rows
+    assert same(weights_again, final)
+
+
+class Late(ELBO):
+    """A bound that is multiplied by a number which Python keeps."""
+
+    factor, change_at = 1.0, -1
+
+    def at(self, step: int) -> None:
+        super().at(step)
+        if step == self.change_at:
+            self.factor = 2.0
+
+    def bound(self, d: Densities) -> Tensor:
+        return self.factor * super().bound(d)
+
+
+def test_what_python_changes_ends_the_trace_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A number, parameters that are frozen: from there on, each step is the eager one."""
+    monkeypatch.setattr(trainer, "COMPARED_STEPS", 6)
+
+    def train(compile: Any, change_at: int = -1, freeze: bool = False) -> dict[str, Tensor]:
+        vae, objective = make_vae(), Late()
+        objective.change_at = change_at
+        vae.likelihood.requires_grad_(not freeze)  # from the end of the second epoch on trained
+
+        def swap(state: Any) -> None:
+            if state.epoch == 2:
+                vae.posterior.requires_grad_(not freeze)
+                vae.likelihood.requires_grad_(True)
+
+        options = {"batch_size": 10, "epochs": 4, "callbacks": [swap], **QUIET}
+        fit(vae, make_data(53), objective, compile=compile, **options)
+        return weights(vae)
+
+    assert same(train("trace"), train(False))
+    says = "compile: from step {} on the steps run eagerly"
+    for change in ({"change_at": 12}, {"freeze": True}):
+        with pytest.warns(UserWarning, match=says.format(12)):
+            found = train("trace", **change)
+        assert same(found, train(False, **change))
+    with pytest.warns(UserWarning, match=says.format(8)):
+        train("trace", change_at=7)
