@@ -92,19 +92,9 @@ def annealed_importance_sampling(
     """
     check_path(start, schedule)
     steps = (num_temperatures, num_leapfrog, schedule)
-    parts = map_targets(
-        partial(_estimate, num_chains=num_chains, start=start, steps=steps),
-        model,
-        guide,
-        x,
-        y,
-        chunk_size=chunk_size,
-        seed=seed,
-        devices=devices,
-        progress=progress,
-        compile=compile,
-    )
-    return Evidence.cat(parts)
+    estimate = partial(_estimate, num_chains=num_chains, start=start, steps=steps)
+    options = chunk_size, compile, devices, seed, progress
+    return Evidence.cat(map_targets(estimate, model, guide, x, y, *options))
 
 
 def _estimate(
@@ -118,8 +108,7 @@ def _estimate(
 
 def check_path(start: str, schedule: str) -> None:
     """Raises a ValueError if the start or the schedule is unknown."""
-    if start not in STARTS:
-        raise ValueError(f"start must be one of {STARTS}; got {start!r}")
+    check_choice(STARTS, start=start)
     check_choice(("sigmoid", "linear"), schedule=schedule)
 
 
@@ -355,17 +344,9 @@ def bidirectional(
     count = len(x) if num_data is None else num_data
     rows = torch.arange(count, device=x.device) % len(x)
     steps = (num_temperatures, num_leapfrog, schedule)
-    parts = map_targets(
-        partial(_bracket, num_chains=num_chains, start=start, steps=steps),
-        model,
-        guide,
-        x[rows],
-        None if y is None else y[rows],
-        chunk_size=chunk_size,
-        seed=seed,
-        devices=devices,
-        progress=progress,
-    )
+    bracket = partial(_bracket, num_chains=num_chains, start=start, steps=steps)
+    inputs = model, guide, x[rows], None if y is None else y[rows]
+    parts = map_targets(bracket, *inputs, chunk_size, False, devices, seed, progress)
     columns = zip(*((part.lower, part.upper, part.x) for part in parts))
     return Bracket(*(torch.cat(column) for column in columns))
 

@@ -169,7 +169,7 @@ def _leave_one_out(
     y: Tensor | None,
     *,
     seed: int | None,
-    progress: bool,
+    progress: bool = False,
 ) -> _LeaveOneOut:
     return _LeaveOneOut(torch.cat(run(model, guide, x, y, seed=seed, progress=progress)))
 
@@ -272,8 +272,7 @@ def class_probabilities(
             f"site must name a discrete latent with infer={{'enumerate': 'parallel'}}; the model "
             f"has {sorted(values) or 'none'}, got {site!r}"
         )
-    arguments = {"model": model, "guide": guide, "x": x, "y": y, "seed": seed, **options}
-    parts = for_each_value(estimator, arguments, values)
+    parts = for_each_value(estimator, values, model, guide, x, y, seed=seed, **options)
     rows = values[site].reshape(len(values[site]), -1)
     first = (rows.unsqueeze(1) == rows).all(-1).int().argmax(1)  # first row of the same value
     classes = torch.unique(first, return_inverse=True)[1].cpu()

@@ -103,18 +103,10 @@ def importance_sampling(
                 "bound nothing: use log_evidence, which starts there"
             )
     joint = partial(compiled_joint, Compiler()) if compile else log_joint
-    parts = map_batches(
-        partial(_estimate, num_samples=num_samples, rows=rows, proposal=proposal, joint=joint),
-        model,
-        guide,
-        x,
-        y,
-        size=max(1, rows // num_samples),
-        seed=seed,
-        devices=devices,
-        progress=progress,
-        title=f"importance sampling, {proposal}",
-    )
+    estimate = partial(_estimate, num_samples=num_samples, rows=rows)
+    estimate = partial(estimate, proposal=proposal, joint=joint)
+    size, title = max(1, rows // num_samples), f"importance sampling, {proposal}"
+    parts = map_batches(estimate, model, guide, x, y, size, devices, seed, progress, title)
     return Evidence.cat(parts)
 
 

@@ -187,21 +187,11 @@ def impute(
         sets. 2019.
     """
     check_choice(("refined", "guide"), proposal=proposal)
-    estimate = _impute_by_fit if proposal == "refined" else _impute_by_guide
     check_fits(x.element_size() * num_draws * x.numel(), f"{num_draws} draws of all data")
-    parts = map_targets(
-        partial(estimate, num_draws=num_draws, num_samples=num_samples),
-        model,
-        guide,
-        x,
-        y,
-        chunk_size=chunk_size,
-        compile=compile,
-        seed=seed,
-        devices=devices,
-        progress=progress,
-    )
-    found = Imputation.cat(parts)
+    by_proposal = _impute_by_fit if proposal == "refined" else _impute_by_guide
+    estimate = partial(by_proposal, num_draws=num_draws, num_samples=num_samples)
+    options = chunk_size, compile, devices, seed, progress
+    found = Imputation.cat(map_targets(estimate, model, guide, x, y, *options))
     return replace(found, evidence=exact_without_data(found.evidence, model, guide, x, y).of(x))
 
 

@@ -108,15 +108,16 @@ def log_evidence(
         raise ValueError(f"audit must be True, False or an Audit; got {audit!r}")
     inputs = model, guide, x, y
     rows = chunk_size or CHUNK_ROWS
-    options: dict[str, Any]
-    options = {"chunk_size": chunk_size, "devices": devices, "seed": seed, "progress": progress}
     limit = math.inf if budget is None else budget
     estimate = partial(escalate, tolerance=tolerance, budget=limit)
-    evidence = Evidence.cat(map_targets(estimate, *inputs, compile=compile, **options))
+    parts = map_targets(estimate, *inputs, chunk_size, compile, devices, seed, progress)
+    evidence = Evidence.cat(parts)
     bound = unchecked_lower_bound(*inputs, num_samples=REGRET_DRAWS, chunk_size=rows, seed=seed)
     evidence = replace(evidence, extras={"regret": evidence.log_prob - bound.elbo})
     if audit is False or "reliable" not in evidence.verdict:
         return evidence
+    options: dict[str, Any]
+    options = {"chunk_size": chunk_size, "devices": devices, "seed": seed, "progress": progress}
     options |= {"tolerance": tolerance, "budget": budget}
     try:
         used = kept_audit(*inputs, **options) if audit is True else audit
@@ -244,33 +245,16 @@ def audit(
     if values := summed_values(model, x, y):
         if y is not None:
             raise ValueError(f"audit holds {sorted(values)} at each value: expected no y, got one")
-        arguments = {
-            "model": model,
-            "guide": guide,
-            "x": x,
-            "num_data": num_data,
-            "tolerance": tolerance,
-            "budget": budget,
-            "chunk_size": chunk_size,
-            "devices": devices,
-            "seed": seed,
-            "progress": progress,
-        }
-        return Audit.cat(for_each_value(audit, arguments, values))
+        each = partial(audit, num_data=num_data, tolerance=tolerance, budget=budget)
+        each = partial(each, chunk_size=chunk_size, devices=devices)
+        parts = for_each_value(each, values, model, guide, x, y, seed=seed, progress=progress)
+        return Audit.cat(parts)
     rows = (torch.arange(num_data, device=x.device) * max(1, len(x) // num_data)) % len(x)
     limit = math.inf if budget is None else budget
-    parts = map_targets(
-        partial(_audit_target, tolerance=tolerance, budget=limit),
-        model,
-        guide,
-        x[rows],
-        None if y is None else y[rows],
-        chunk_size=chunk_size,
-        seed=None if seed is None else seed + 1,
-        devices=devices,
-        progress=progress,
-        title="audit",
-    )
+    estimate = partial(_audit_target, tolerance=tolerance, budget=limit)
+    inputs = model, guide, x[rows], None if y is None else y[rows]
+    seed = None if seed is None else seed + 1
+    parts = map_targets(estimate, *inputs, chunk_size, False, devices, seed, progress, "audit")
     return Audit.cat(parts)
 
 

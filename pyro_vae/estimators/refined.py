@@ -96,19 +96,9 @@ def refined_importance_sampling(
         Owen and Zhou. Safe and effective importance sampling. 2000.
         Cremer, Li and Duvenaud. Inference suboptimality in variational autoencoders. 2018.
     """
-    parts = map_targets(
-        partial(_estimate, num_samples=num_samples, num_starts=num_starts),
-        model,
-        guide,
-        x,
-        y,
-        chunk_size=chunk_size,
-        seed=seed,
-        devices=devices,
-        progress=progress,
-        compile=compile,
-    )
-    return Evidence.cat(parts)
+    estimate = partial(_estimate, num_samples=num_samples, num_starts=num_starts)
+    options = chunk_size, compile, devices, seed, progress
+    return Evidence.cat(map_targets(estimate, model, guide, x, y, *options))
 
 
 def _estimate(target: Target, num_samples: int, num_starts: int) -> Evidence:

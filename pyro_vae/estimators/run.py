@@ -134,11 +134,12 @@ def map_targets(
     guide: Program,
     x: Tensor,
     y: Tensor | None,
-    *,
     chunk_size: int | None,
+    compile: bool,
+    devices: int,
     seed: int | None,
-    compile: bool = False,
-    **options: Any,
+    progress: bool,
+    title: str = "log p(x)",
 ) -> list[T]:
     """Returns the results of `estimate` on the `Target` of each batch, by `map_batches`.
 
@@ -154,13 +155,10 @@ def map_targets(
         first = Target(model, guide, x[:4], None if y is None else y[:4], chunk_size=rows)
     compiler = Compiler() if compile else None
     target = partial(Target, chunk_size=rows, sites=first.sites, compiler=compiler)
-    size = min(
-        (chunk_size or 2 * CHUNK_ROWS) // DRAWS_AT_ONCE, MOST_COORDINATES // (1000 * first.dim)
-    )
-    batch_options: dict[str, Any] = {"size": max(1, size), "seed": seed, **options}
-    return map_batches(
-        partial(_estimate_target, estimate, target), model, guide, x, y, **batch_options
-    )
+    size = (chunk_size or 2 * CHUNK_ROWS) // DRAWS_AT_ONCE
+    size = max(1, min(size, MOST_COORDINATES // (1000 * first.dim)))
+    on_batch = partial(_estimate_target, estimate, target)
+    return map_batches(on_batch, model, guide, x, y, size, devices, seed, progress, title)
 
 
 def _estimate_target(
@@ -175,10 +173,9 @@ def map_batches(
     guide: Program,
     x: Tensor,
     y: Tensor | None,
-    *,
     size: int,
-    seed: int | None,
     devices: int,
+    seed: int | None,
     progress: bool,
     title: str = "log p(x)",
 ) -> list[T]:
@@ -273,7 +270,7 @@ def summed(function: Callable[P, T]) -> Callable[P, T]:
         values = summed_values(arguments["model"], arguments["x"], arguments["y"])
         if not values:
             return function(*args, **options)
-        parts = for_each_value(function, arguments, values)
+        parts = for_each_value(function, values, **arguments)
         with forked(torch.device("cpu"), arguments["seed"]):
             mixed: T = type(parts[0]).mixed(parts)
         return mixed
@@ -316,31 +313,32 @@ class ObserveValue(Messenger):
 
 
 def for_each_value(
-    function: Callable[..., Any], arguments: dict[str, Any], values: Values
+    function: Callable[..., Any],
+    values: Values,
+    model: Program,
+    guide: Program,
+    x: Tensor,
+    y: Tensor | None,
+    *,
+    seed: int | None,
+    progress: bool = False,
+    **options: Any,
 ) -> list[Any]:
     """Returns the results of an estimator at each joint value c, such as of log p(x, c).
 
     Data for which the model excludes a value, such as by a known label, are marked as excluded.
-
-    Args:
-        function: An estimator.
-        arguments: Its arguments, by name.
-        values: Joint values [C, *event] of each site.
+    `values` holds the joint values [C, *event] of each site; all else is for the estimator.
     """
-    model, guide, x = (arguments[name] for name in ("model", "guide", "x"))
-    y = arguments.get("y")
     with evaluating(model, guide, seed=0, device=x.device):
         for rows in torch.arange(len(x), device=x.device).split(CHUNK_ROWS):
             args = x[rows], None if y is None else y[rows]
             nodes: Any = run_program(model, *args, 1).nodes
             check_values(model, *args, nodes)
     parts, count = [], len(next(iter(values.values())))
-    quiet = {"progress": False} if "progress" in arguments else {}
-    for c in track(range(count), f"{count} values", bool(arguments.get("progress"))):
+    for c in track(range(count), f"{count} values", progress):
         one = ProgramsAtValue(model, guide, {n: v[c] for n, v in values.items()})
-        seed = None if arguments.get("seed") is None else arguments["seed"] + c
-        changed = {"model": one.model, "guide": one.guide, "seed": seed}
-        parts.append(_run_where_possible(function, arguments | changed | quiet))
+        run = partial(function, seed=None if seed is None else seed + c, **options)
+        parts.append(_run_where_possible(run, one.model, one.guide, x, y))
     possible = next((part for part in parts if part is not None), None)
     if possible is None:
         raise ValueError(f"the model excludes all data at every value of {sorted(values)}")
@@ -349,16 +347,17 @@ def for_each_value(
     ]
 
 
-def _run_where_possible(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """Runs `function` on the data that the model does not exclude; None if there are none."""
-    x, y = arguments["x"], arguments.get("y")
+def _run_where_possible(
+    run: Callable[..., Any], model: Program, guide: Program, x: Tensor, y: Tensor | None
+) -> Any:
+    """Runs an estimator on the data that the model does not exclude; None if there are none."""
     if y is None:
-        return function(**arguments)
-    possible = _possible(arguments["model"], arguments["guide"], x, y)
+        return run(model=model, guide=guide, x=x, y=y)
+    possible = _possible(model, guide, x, y)
     rows = possible.nonzero()[:, 0]
     if not len(rows):
         return None
-    found = function(**arguments | {"x": x[rows], "y": y[rows]})
+    found = run(model=model, guide=guide, x=x[rows], y=y[rows])
     position = (possible.cumsum(0) - 1).clamp(min=0).cpu()
     return found.rows(position).excluded((~possible).nonzero()[:, 0].cpu())
 

@@ -251,7 +251,7 @@ def test_models_that_observe_other_than_x_are_not_simulated() -> None:
         ({"num_temperatures": 0}, "num_temperatures must be at least 1; got 0"),
         ({"num_chains": 0}, "num_chains must be at least 1; got 0"),
         ({"num_leapfrog": 0}, "num_leapfrog must be at least 1; got 0"),
-        ({"start": "posterior"}, "start must be one of .*'posterior'"),
+        ({"start": "posterior"}, "start must be 'prior', 'guide' or 'refined'; got 'posterior'"),
         ({"schedule": "cosine"}, "schedule must be 'sigmoid' or 'linear'; got 'cosine'"),
     ],
 )
