@@ -113,10 +113,8 @@ class NormalScores:
         position = (u.nan_to_num(0.0) + TABLE_HALF_WIDTH) / TABLE_STEP
         left = position.detach().floor().clamp(0, G - 2).long()
         at = left + G * torch.arange(n, device=u.device)
-        value, slope = (
-            self.value.to(u.device).view(-1),
-            TABLE_STEP * self.slope.to(u.device).view(-1),
-        )
+        value, slope = (table.to(u.device).view(-1) for table in (self.value, self.slope))
+        slope = TABLE_STEP * slope
         v, m, rise = value[at], slope[at], value[at + 1] - value[at]
         square, cube = 3 * rise - 2 * m - slope[at + 1], m + slope[at + 1] - 2 * rise
         t = (position - left).clamp(0, 1)
@@ -344,18 +342,13 @@ def _score_table(
     """Returns knots and slopes of v = F^{-1}(Phi(u)), from log p(v) along one coordinate."""
     from scipy.interpolate import PchipInterpolator  # slow to import, so only here
 
-    grid = torch.linspace(
-        -INTEGRAL_HALF_WIDTH,
-        INTEGRAL_HALF_WIDTH,
-        INTEGRAL_POINTS,
-        dtype=centre.dtype,
-        device=centre.device,
-    )
+    end = INTEGRAL_HALF_WIDTH
+    grid = torch.linspace(-end, end, INTEGRAL_POINTS, dtype=centre.dtype, device=centre.device)
     points = centre.repeat(INTEGRAL_POINTS, 1)
     points[:, i] += spread * grid.sinh()
     log_mass = _log_prior(coords, fn, points)[:, 0] + grid.cosh().log()
     log_mass = torch.where(log_mass.isfinite(), log_mass, -torch.inf)
-    if log_mass[grid.abs() > 0.9 * INTEGRAL_HALF_WIDTH].max() == log_mass.max() > -torch.inf:
+    if log_mass[grid.abs() > 0.9 * end].max() == log_mass.max() > -torch.inf:
         raise _infinite_mass(fn)
     mass = (log_mass - log_mass.max()).exp()
     steps = mass[1:] + mass[:-1]

@@ -46,15 +46,8 @@ def hmc_step(
     r"""Makes one Hamiltonian move that leaves the density at `beta` invariant.
 
     The move takes leapfrog steps in coordinates whitened by A, :math:`u = A v`, with unit mass,
-    and is accepted or not for each chain and datum. It is rejected if its energy is NaN.
-
-    Args:
-        evaluate: Function that evaluates positions.
-        point: States before the move.
-        beta: Inverse temperature.
-        step_size: Step size of each datum [B].
-        scale_tril: Factor A [B, D, D].
-        num_leapfrog: Number of leapfrog steps.
+    and is accepted or not for each chain and datum. It is rejected if its energy is NaN. Each
+    datum has its own step size [B] and factor A [B, D, D].
 
     Returns:
         The states after the move, and the probability of acceptance [C, B].
@@ -89,13 +82,8 @@ def walk(target: Target, draws: Tensor, log_weights: Tensor, scale_tril: Tensor)
 
     The chains start at the draws of largest weight, and may move to where there is no draw. Where
     the proposal covers the posterior they are among its draws after a few moves; where it does
-    not, they stay where weights are large.
-
-    Args:
-        target: The posteriors.
-        draws: Draws of the proposals [K, B, D].
-        log_weights: Their importance weights [K, B].
-        scale_tril: Metric of the moves [B, D, D].
+    not, they stay where weights are large. `log_weights` [K, B] are those of the draws [K, B, D];
+    `scale_tril` [B, D, D] is the metric of the moves.
     """
     height, start = log_weights.nan_to_num(-torch.inf, neginf=-torch.inf).topk(
         min(WALKS, len(draws)), 0

@@ -165,16 +165,14 @@ class _Search:
     ) -> Tensor:
         """Returns points beyond valleys, then likely draws far from all others."""
         mode, centre = known[origin], self.centre[rows]
-        on_lines, line_height = _beyond_valleys(
-            target, mode, self.lines[:, rows], self.spread[:, rows], centre
-        )
-        exchanged, exchange_height = _exchanges(target, mode, self.pairs[:, rows], centre)
+        lines, pairs, spread = (t[:, rows] for t in (self.lines, self.pairs, self.spread))
         others = torch.cat([known[:origin], known[origin + 1 : number]])
-        reflected, reflection_height = _reflections(target, mode, others)
-        points, height = (
-            torch.cat([on_lines, exchanged, reflected]),
-            torch.cat([line_height, exchange_height, reflection_height]),
-        )
+        candidates = [
+            _beyond_valleys(target, mode, lines, spread, centre),
+            _exchanges(target, mode, pairs, centre),
+            _reflections(target, mode, others),
+        ]
+        points, height = map(torch.cat, zip(*candidates))
         separate = _is_separate(target, others, points, height)
         height, order = torch.where(separate, height, -torch.inf).sort(0, descending=True)
         beyond, likely, starts = _gather(points, order), self.likely[:, rows], list(known)
@@ -276,12 +274,8 @@ def _climb(
 ) -> Tensor:
     """Returns where Adam leads from the starts [S, B, D]; the start itself if not higher.
 
-    Args:
-        target: The posteriors.
-        starts: Points to start from.
-        tril: Factor [B, D, D] of the metric.
-        num_steps: Number of steps.
-        lr: Size of the first step, in units of the metric; for all, or each start [S, B, 1].
+    The first step is of size `lr`, for all or for each start [S, B, 1], in the metric of factors
+    `tril` [B, D, D].
     """
     offset, points = torch.zeros_like(starts), starts
     adam = Adam([offset], num_steps=num_steps, lr=1.0, eps=EPS)

@@ -213,10 +213,8 @@ def fit_gaussian(
         adam.ascend(g.mean(-1, keepdim=True), tril_grad)
     noise = torch.randn(CHECK_DRAWS, B, D, dtype=loc.dtype, device=loc.device)
     entropy = (noise.square().sum(-1) + D * math.log(2 * math.pi)) / 2
-    fitted, bounds = (
-        (loc + (tril @ mean.to(loc)).squeeze(-1), tril @ _exp_diagonal(raw_tril.to(loc))),
-        [],
-    )
+    fitted = loc + (tril @ mean.to(loc)).squeeze(-1), tril @ _exp_diagonal(raw_tril.to(loc))
+    bounds = []
     for a, b in ((loc, tril), fitted):
         log_joint = target.log_joint(a + torch.einsum("bij,kbj->kbi", b, noise))
         log_det = b.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -250,12 +248,8 @@ def add_components(target: Target, proposal: Proposal, visited: Tensor) -> Propo
 
     .. math:: \sum_k \bar w_k \log \sum_c \pi_c \, t(u_k; \mu_c, \Sigma_c)
 
-    by eight steps of expectation maximisation. No draw is scored again.
-
-    Args:
-        target: The posteriors.
-        proposal: Their proposals.
-        visited: Further points [R, B, D] where components may be needed.
+    by eight steps of expectation maximisation. No draw is scored again. Components may be needed
+    at the points `visited` [R, B, D] too.
 
     References:
         Raftery and Bao. Estimating and projecting trends in HIV/AIDS generalized epidemics

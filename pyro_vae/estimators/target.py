@@ -142,9 +142,7 @@ class Target:
 
     def log_joint(self, u: Tensor) -> Tensor:
         """Returns log p(x, u) [K, B]."""
-        run = (
-            self.run_log_joint if self.compiler is None else partial(self._compiled, self.compiler)
-        )
+        run = partial(self._compiled, self.compiler) if self.compiler else self.run_log_joint
         return torch.cat([run(part) for part in u.split(self.draws_at_once)])
 
     @unchecked

@@ -131,21 +131,11 @@ def elbo_decomposition(
             parts.append(terms)
             if isinstance(prior, Independent) and not prior.base_dist.event_shape:
                 dimension_terms.append(each - prior.base_dist.log_prob(z))
-    kl, information, aggregate, correlation, mismatch = (
-        _term(term) for term in torch.cat(parts, 1).reshape(5, -1, num_samples)
-    )
+    means = map(_term, torch.cat(parts, 1).reshape(5, -1, num_samples))
+    kl, information, aggregate, correlation, mismatch = means
+    kl_and_parts = kl, information, aggregate, correlation, mismatch
     per_dimension = torch.cat(dimension_terms).mean(0) if dimension_terms else None
-    return Decomposition(
-        kl,
-        information,
-        aggregate,
-        correlation,
-        mismatch,
-        per_dimension,
-        num_data,
-        num_samples,
-        seed,
-    )
+    return Decomposition(*kl_and_parts, per_dimension, num_data, num_samples, seed)
 
 
 def _terms(
