@@ -100,11 +100,9 @@ class ClassVAE(VAE):
                 "likelihood": self.likelihood,
             }
         )
-        if is_validation_enabled():
-            self.check_labels(y)
-        if x is not None:
-            x = self._checked_data(x)
-        labels = self._labels(y, None if x is None else len(x))
+        labels_of = self.check_labels if is_validation_enabled() else self._labels
+        x = None if x is None else self._checked_data(x)
+        labels = labels_of(y, None if x is None else len(x))
         size = next((len(part) for part in (x, labels) if part is not None), size)
         with pyro.plate("data", size, dim=-1):
             c = pyro.sample("y", self.class_weights(), infer=SUM_OUT)
@@ -175,21 +173,21 @@ class ClassVAE(VAE):
         """Draws x [size, *E], or E[x | z, y] if `mean`, of the classes `y` [size] where known."""
         check_whole(size=size)
         c = self.class_weights().sample(torch.Size((size,)))
-        self.check_labels(y)
-        labels = self._labels(y, size)
+        labels = self.check_labels(y, size)
         if labels is not None:
             given = one_hot(labels.clamp(min=0), self.classes).to(c)
             c = torch.where(labels.unsqueeze(1) < 0, c, given)
         return super().sample(size, c, mean)
 
-    def check_labels(self, y: Tensor | None) -> None:
-        """Checks that labels are classes.
+    def check_labels(self, y: Tensor | None, rows: int | None = None) -> Tensor | None:
+        """Checks that labels are classes, and returns them [B], -1 where unknown.
 
         Raises:
-            ValueError: If a label is not a whole number from -1 to C - 1.
+            ValueError: If a label is not a whole number from -1 to C - 1, or there are not `rows`.
         """
-        if self._labels(y) is None:
-            return
+        labels = self._labels(y, rows)
+        if labels is None:
+            return None
         numbers = as_tensor("y", y).double()
         whole = numbers == numbers.round()
         bad = numbers[(numbers < -1) | (numbers >= self.classes) | ~whole]
@@ -198,11 +196,11 @@ class ClassVAE(VAE):
                 f"labels must be from 0 to {self.classes - 1}, for {self.classes} classes, or -1 "
                 f"where unknown; got {bad[0]:g}"
             )
+        return labels
 
     def check_training_labels(self, y: Tensor | None) -> None:
         """Checks labels as `check_labels` does; warns if the classifier will not learn them."""
-        self.check_labels(y)
-        labels = self._labels(y)
+        labels = self.check_labels(y)
         unseen = self.classifier is not None and not self.label_weight
         if unseen and labels is not None and bool((labels >= 0).any()):
             message = "the classifier learns no label at label_weight=0: give one, such as 50"
@@ -226,8 +224,8 @@ class ClassVAE(VAE):
 
     def _class_logits_and_posterior(self, x: Tensor, y: Tensor | None) -> tuple[Tensor, Any]:
         """Returns log weights of classes at the means of q(z | x, y), and this q, both [B, C]."""
-        self.check_labels(y)
         x = self._cast(x).unsqueeze(1)
+        labels = self.check_labels(y, len(x))
         c = torch.eye(self.classes).to(self.class_weights.logits)
         q: Any = super().encode(x, c)
         z, prior = q.mean, self.prior(c)
@@ -235,5 +233,4 @@ class ClassVAE(VAE):
         p: Any = self.likelihood.observed(self.likelihood(z, c, **extra))
         logits = self.class_weights().logits + p.log_prob(x)
         logits = logits + prior.log_prob(z) - q.log_prob(z)
-        labels = self._labels(y, len(x))
         return logits if labels is None else logits + Label(c).log_prob(labels.unsqueeze(1)), q

@@ -20,8 +20,6 @@ from pyro_vae.posteriors import Posterior
 from pyro_vae.priors import Prior
 from pyro_vae.runtime import check_fits
 
-__all__ = ["VAE", "register"]
-
 
 class VAE(nn.Module):
     r"""A latent-variable model and its amortised guide.

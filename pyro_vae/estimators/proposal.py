@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Chi2
+from torch.distributions import Chi2, LowerCholeskyTransform
 
 from pyro_vae.estimators.target import Target, gradients
 
@@ -29,6 +29,7 @@ ROUND_DRAWS = 200  # draws of each new component; the first mixture has twice as
 LARGEST_WEIGHT = 10.0  # largest weight, over the average, that needs no further component
 EM_STEPS = 8  # steps that fit the weights of the components
 LEAST_SHARE = 0.01  # added to each component's share of the draws
+exp_diagonal = LowerCholeskyTransform()  # of a lower triangle
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +203,7 @@ def fit_gaussian(
     for _ in range(num_steps):
         noise = torch.randn(B, D, fit_draws(D) // 2, dtype=mean.dtype, device=loc.device)
         noise = torch.cat([noise, -noise], -1)
-        root = _exp_diagonal(raw_tril)
+        root = exp_diagonal(raw_tril)
         u = loc + (tril @ (mean + root @ noise).to(loc)).permute(2, 0, 1)
         (grad,) = gradients(lambda u: (target.log_joint(u),), u, target.draws_at_once)[1]
         entropy_grad = torch.linalg.solve_triangular(root.mT, noise, upper=True)
@@ -213,7 +214,7 @@ def fit_gaussian(
         adam.ascend(g.mean(-1, keepdim=True), tril_grad)
     noise = torch.randn(CHECK_DRAWS, B, D, dtype=loc.dtype, device=loc.device)
     entropy = (noise.square().sum(-1) + D * math.log(2 * math.pi)) / 2
-    fitted = loc + (tril @ mean.to(loc)).squeeze(-1), tril @ _exp_diagonal(raw_tril.to(loc))
+    fitted = loc + (tril @ mean.to(loc)).squeeze(-1), tril @ exp_diagonal(raw_tril.to(loc))
     bounds = []
     for a, b in ((loc, tril), fitted):
         log_joint = target.log_joint(a + torch.einsum("bij,kbj->kbi", b, noise))
@@ -233,11 +234,6 @@ def fit_draws(dim: int) -> int:
 def fit_cost(dim: int, num_steps: int = FIT_STEPS) -> int:
     """Returns how often `fit_gaussian` evaluates the model for one datum."""
     return num_steps * fit_draws(dim) + 2 * CHECK_DRAWS
-
-
-def _exp_diagonal(raw_tril: Tensor) -> Tensor:
-    """Returns a lower triangle with the exponential of its diagonal."""
-    return raw_tril.tril(-1) + raw_tril.diagonal(dim1=-2, dim2=-1).exp().diag_embed()
 
 
 def add_components(target: Target, proposal: Proposal, visited: Tensor) -> Proposal:

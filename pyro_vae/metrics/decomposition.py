@@ -14,16 +14,6 @@ from pyro_vae.arguments import check_real, check_whole
 from pyro_vae.marginals import marginals, pair_log_prob, pair_marginals
 from pyro_vae.runtime import forked
 
-__all__ = [
-    "Decomposition",
-    "Term",
-    "active_units",
-    "check_posterior",
-    "draws_of",
-    "elbo_decomposition",
-    "log_mean",
-]
-
 CHUNK_ENTRIES = 2**21  # entries [draws, N, D] that are computed at once
 CEILING_MARGIN = 0.1  # nats below log N, from which on the mutual information says little
 

@@ -11,8 +11,6 @@ from typing import Literal
 
 from pyro_vae.arguments import check_choice, check_real, check_whole
 
-__all__ = ["Constant", "Cosine", "Cyclical", "Linear", "Schedule"]
-
 Unit = Literal["step", "epoch"]
 
 
