@@ -229,11 +229,7 @@ class ParticlePlate(IndepMessenger):
 
 
 class Fold(Messenger):
-    """Lets a program see K * B rows, and the handlers outside it K particles of B data.
-
-    Args:
-        num_particles: Particles K. With one, the program sees the data as they are.
-    """
+    """Lets a program see K * B rows, and the handlers outside it K particles of B data."""
 
     def __init__(self, num_particles: int) -> None:
         super().__init__()

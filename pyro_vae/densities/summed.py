@@ -76,11 +76,8 @@ class FixSites(Messenger):
 class CombinedDistribution(dist.TorchDistribution):
     """Wraps distributions under each of C joint values, batch [C * K, B], as one of batch [K, B].
 
-    Args:
-        base: The distribution of batch [C * K, B].
-        log_weights: Log weights of the values [C, K, B].
-        cached: A sample, and its log densities under each value [C, K, B], already computed.
-        has_rsample: Whether gradients pass through the sample.
+    The values have log weights [C, K, B]. `cached` holds a sample, and its log densities under
+    each value [C, K, B], already computed.
     """
 
     arg_constraints = {}
@@ -99,11 +96,9 @@ class CombinedDistribution(dist.TorchDistribution):
     def log_probs(self, value: Tensor) -> Tensor:
         """Returns log densities under each of the C values [C, K, B]."""
         cached_value, log_prob = self.cached
-        return (
-            log_prob
-            if value is cached_value
-            else _log_probs(self.base_dist, value, self.log_weights)
-        )
+        if value is cached_value:
+            return log_prob
+        return _log_probs(self.base_dist, value, self.log_weights)
 
 
 class Mixture(CombinedDistribution):

@@ -113,13 +113,7 @@ def check_path(start: str, schedule: str) -> None:
 
 
 class Path:
-    """An annealed path from a start to the posteriors of B data.
-
-    Args:
-        start: Density at which the path starts.
-        num_temperatures: Steps T.
-        num_leapfrog: Leapfrog steps of each move.
-        schedule: "sigmoid" or "linear".
+    """An annealed path of T temperatures from a start to the posteriors of B data.
 
     Attributes:
         betas: Inverse temperatures from 0 to 1 [T + 1].

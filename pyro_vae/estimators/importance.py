@@ -92,12 +92,10 @@ def importance_sampling(
     check_choice(("guide", "prior"), proposal=proposal)
     if proposal == "guide":
         d = check_support(model, guide, x, y, rows)
-        sites = {
-            n: site
-            for n, site in d.sites.items()
-            if isinstance(base_distribution(site.guide), Delta)
-        }
-        if points := [name for name, site in sites.items() if not is_discrete(site.model)]:
+        sites = {n: s for n, s in d.sites.items() if not is_discrete(s.model)}
+        if points := [
+            n for n, s in sites.items() if isinstance(base_distribution(s.guide), Delta)
+        ]:
             raise ValueError(
                 f"the guide is a Delta at {points}, which has no density, so that its weights "
                 "bound nothing: use log_evidence, which starts there"

@@ -59,11 +59,8 @@ def find_modes(target: Target, num_starts: int) -> Modes:
     others start from likely draws of the prior, the farthest first. Data with more than one mode
     are searched again, sixteen starts a round, each round from another mode, until eight starts
     for each known mode have found nothing new: a mode of equal share is then missed once in a
-    thousand times.
-
-    Args:
-        target: The posteriors.
-        num_starts: Starts of each datum after the first mode; with 1 there is no search.
+    thousand times. `num_starts` counts the starts of each datum after the first mode; with 1 there
+    is no search.
     """
     draws, log_prior, log_likelihood = target.draw_prior(PRIOR_DRAWS)
     prior_evidence = summarise(log_likelihood.cpu(), "importance sampling, prior", "lower bound")

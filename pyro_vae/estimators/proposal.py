@@ -184,12 +184,6 @@ def fit_gaussian(
     gradient is that of sticking the landing, without noise where the fit is exact. Noise comes
     in opposite pairs, so that odd terms cancel in the first average and even ones in the second.
 
-    Args:
-        target: The posteriors of B data.
-        loc: Mean of the first Gaussian [B, D].
-        tril: Cholesky factor of its covariance [B, D, D].
-        num_steps: Steps of Adam.
-
     Returns:
         Mean [B, D], Cholesky factor [B, D, D], and the bound [B] in nats.
 

@@ -153,18 +153,14 @@ class Fit:
     def judge(self, evidence: Evidence, tolerance: float, max_khat: float = 1.0) -> Evidence:
         """Returns the evidence with a verdict from its errors and from the draws of the prior.
 
-        Args:
-            evidence: Evidence to judge.
-            tolerance: Largest standard error.
-            max_khat: Largest k-hat, if that is below its published threshold.
+        "reliable" needs a standard error below `tolerance`, and a k-hat below `max_khat` and its
+        published threshold.
         """
         stderr = (evidence.stderr.square() + self.prior_evidence.stderr.square()).sqrt()
         missed = self.prior_evidence.log_prob - evidence.log_prob > MISSED_STDERRS * stderr
-        precise = evidence.stderr < tolerance
-        complete = self.search_ended.cpu() & ~missed
-        reliable = (
-            precise & complete & (evidence.khat < evidence.khat_threshold.clamp(max=max_khat))
-        )
+        trusted = evidence.khat < evidence.khat_threshold.clamp(max=max_khat)
+        precise, complete = evidence.stderr < tolerance, self.search_ended.cpu() & ~missed
+        reliable = precise & complete & trusted
         verdict = ["reliable" if good else "doubtful" for good in reliable.tolist()]
         return replace(evidence, verdict=verdict)
 

@@ -130,9 +130,8 @@ class Likelihood(ReprModule):
             )
         if not self.missing and bool(x.isnan().any()):
             check_finite("data", x, self.missing)
-        good = self.support.check(x)
-        if not bool((good | x.isnan() if self.missing else good).all()):
-            seen = x[~x.isnan()] if self.missing else x
+        if not bool((self.support.check(x) | x.isnan()).all()):
+            seen = x[~x.isnan()]
             raise ValueError(
                 f"likelihood {type(self).__name__} needs data in {self.support_name}; got values "
                 f"in [{seen.min().item():g}, {seen.max().item():g}]: {self.remedy}"

@@ -173,14 +173,13 @@ class Columns(Likelihood):
                 )
         for part, group in self._groups():
             values = x[..., group]
-            good = part.support.check(values)
-            bad = (~(good | values.isnan() if self.missing else good)).flatten(0, -2).any(0)
+            bad = (~(part.support.check(values) | values.isnan())).flatten(0, -2).any(0)
             for i in bad.nonzero().flatten().tolist():
                 column = values[..., i][~values[..., i].isnan()]
-                seen = [column.min().item(), column.max().item()] if len(column) else ["NaN"]
                 raise ValueError(
                     f"column {self.names[group[i]]!r}, {type(part).__name__}, needs data in "
-                    f"{part.support_name}; got values in {seen}: {part.remedy}"
+                    f"{part.support_name}; got values in "
+                    f"{[column.min().item(), column.max().item()]}: {part.remedy}"
                 )
 
     @torch.no_grad()

@@ -20,10 +20,11 @@ from pyro_vae.likelihoods.base import Likelihood
 LARGE_DEVIATION = 10.0  # standard deviation of data that a decoder takes long to reach
 ScaleOption = float | Literal["learned", "per_dimension", "predicted"]
 MeanOption = Literal["identity", "sigmoid", "tanh"]
-LINKS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda mean: mean,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
+Link = Callable[[Tensor], Tensor]
+LINKS: dict[str, tuple[Link, Link]] = {  # from raw parameters to means, and back
+    "identity": (lambda raw: raw, lambda mean: mean),
+    "sigmoid": (torch.sigmoid, lambda mean: torch.logit(mean.clamp(0.001, 0.999))),
+    "tanh": (torch.tanh, lambda mean: torch.atanh(mean.clamp(-0.999, 0.999))),
 }
 
 
@@ -100,7 +101,7 @@ class LocationScale(Likelihood):
     def forward(self, z: Tensor, y: Tensor | None = None) -> Distribution:
         """Returns the distribution, independent over dimensions."""
         mean, *predicted = self.raw(z, y, self.num_params(self.scale_option))
-        mean = LINKS[self.mean_option](mean)
+        mean = LINKS[self.mean_option][0](mean)
         if isinstance(self.scale_option, int | float):
             scale = self.fixed_scale.expand(mean.shape)
         else:
@@ -120,9 +121,7 @@ class LocationScale(Likelihood):
     def raw_start(self, x: Tensor) -> Tensor:
         """Returns the mean of the data, through the inverse of its link."""
         mean = torch.zeros_like(x[0]) if self.standardise else self.line(x).mean(0)
-        if self.mean_option == "sigmoid":
-            return torch.logit(mean.clamp(0.001, 0.999))
-        return torch.atanh(mean.clamp(-0.999, 0.999)) if self.mean_option == "tanh" else mean
+        return LINKS[self.mean_option][1](mean)
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:

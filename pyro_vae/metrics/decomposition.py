@@ -145,11 +145,7 @@ def draws_of(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Draws from q(z | x_n) for evenly spaced data, in chunks whose pairs with all data fit.
 
-    Args:
-        posterior: q(z | x_n) of all data, batch [N], event (D,).
-        num_samples: Draws for each datum, which follow one another.
-        num_rows: Number of data to draw from; all if None.
-        seed: Seed of the draws.
+    The draws of a datum follow one another. Arguments are those of `elbo_decomposition`.
 
     Yields:
         Index of the datum of each draw, int64 [m], and the draws [m, D].
