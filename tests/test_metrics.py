@@ -306,3 +306,7 @@ def test_active_units_are_those_whose_mean_varies() -> None:
     means = torch.stack([unit, 0.05 * unit + 7, torch.full_like(unit, 3.0), 0.11 * unit], 1)
     assert active_units(means).tolist() == [True, False, False, True]
     assert active_units(means, threshold=1e-3).tolist() == [True, True, False, True]
+    with pytest.raises(ValueError, match="two rows or more, for a variance"):
+        active_units(means[:1])
+    with pytest.raises(ValueError, match="posterior_means must be finite"):
+        active_units(means / 0)

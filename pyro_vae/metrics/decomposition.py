@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent
 
-from pyro_vae.arguments import check_real, check_whole
+from pyro_vae.arguments import as_rows, check_real, check_whole
 from pyro_vae.marginals import marginals, pair_log_prob, pair_marginals
 from pyro_vae.runtime import forked
 
@@ -200,8 +200,14 @@ def active_units(posterior_means: Tensor, threshold: float = 0.01) -> Tensor:
         posterior_means: E_q[z | x] of N data [N, D].
         threshold: Variance above which a dimension is active.
 
+    Raises:
+        ValueError: If there are fewer than two data, or a mean is not finite.
+
     References:
         Burda, Grosse and Salakhutdinov. Importance weighted autoencoders. 2016.
     """
     check_real(0, threshold=threshold)
-    return torch.var(posterior_means, 0) > threshold
+    means = as_rows("posterior_means", posterior_means)
+    if len(means) < 2:
+        raise ValueError("posterior_means must have two rows or more, for a variance; got 1")
+    return torch.var(means, 0) > threshold
