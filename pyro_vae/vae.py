@@ -319,7 +319,7 @@ class VAE(nn.Module):
 
 
 @effectful(type="module")
-def register(parts: dict[str, nn.Module]) -> bool:
+def register(parts: dict[str, nn.Module]) -> None:
     """Registers the parameters of `parts` with Pyro's store, if a handler is listening.
 
     This is `pyro.module` with one difference: the store then holds, and SVI trains, the module's
@@ -338,4 +338,3 @@ def register(parts: dict[str, nn.Module]) -> bool:
                 real: dict[str, constraints.Constraint] = {name: constraints.real}
                 store.set_state({"params": {name: parameter}, "constraints": real})
             pyro.param(name)
-    return am_i_wrapped()

@@ -126,14 +126,17 @@ def test_the_published_weights_would_be_found_out(monkeypatch: pytest.MonkeyPatc
         check_unbiased(posterior(False), BetaTC(num_data=N))
 
 
-def test_stratified_averages_the_papers_weights_over_the_order_of_the_others() -> None:
+@pytest.mark.parametrize("size", [2, B, N])
+def test_stratified_averages_the_papers_weights_over_the_order_of_the_others(size: int) -> None:
     # own 1 / N, then 1 / M each, and the last (N - M) / (N M)
-    M = B - 1
+    M = size - 1
     others = (M - 1) / M + (N - M) / (N * M)
-    w = aggregate.estimator_weights("stratified", B, N)
-    torch.testing.assert_close(w.sum(1), torch.ones(B))
-    torch.testing.assert_close(w.diagonal(), torch.full((B,), 1 / N))
+    w = aggregate.estimator_weights("stratified", size, N)
+    torch.testing.assert_close(w.sum(1), torch.ones(size))
+    torch.testing.assert_close(w.diagonal(), torch.full((size,), 1 / N))
     torch.testing.assert_close(w[0, 1:], torch.full((M,), others / M))
+    w = aggregate.estimator_weights("weighted", size, N)
+    torch.testing.assert_close(w, torch.full((size, size), 1 / (N * size)))
 
 
 @pytest.mark.parametrize("full", [False, True])

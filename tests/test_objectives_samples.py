@@ -279,6 +279,27 @@ def test_the_detached_posterior_of_three_sites() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_a_flat_posterior_has_no_gradient_through_its_draws() -> None:
+    width = torch.tensor([1.0, 2.0, 5.0], requires_grad=True)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 3, dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", 3, dim=-1):
+            pyro.sample("z", dist.Uniform(-width, width))
+
+    d = densities(model, guide, torch.randn(3), num_particles=K)
+    torch.testing.assert_close(d.log_posterior_detached, -(2 * width).log().expand(K, 3))
+    value = d.sites["z"].value
+    (grad,) = torch.autograd.grad(
+        (d.log_posterior_detached + value).sum(), [width], retain_graph=True
+    )
+    torch.testing.assert_close(grad, (value / width).sum(0))
+
+
 def test_no_gradient_is_asked_where_none_is_kept() -> None:
     chain, x = Chain(), torch.randn(B)
     with torch.no_grad():

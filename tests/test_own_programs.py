@@ -343,3 +343,17 @@ def test_a_folded_distribution_gives_the_density_of_its_draw_and_of_other_values
     for value in (p.rsample(), torch.rand(2, 3)):
         truth = base.log_prob(value.flatten()).unflatten(0, (2, 3))
         torch.testing.assert_close(p.log_prob(value), truth)
+
+
+def test_a_folded_flow_of_no_inverse_gives_the_density_of_its_draw() -> None:
+    base, planar = dist.Normal(torch.zeros(6, D), 1.0).to_event(1), dist.transforms.planar(D)
+    p = Unfolded(dist.TransformedDistribution(base, [planar]), 2)
+    torch.manual_seed(3)
+    noise = base.sample()
+    torch.manual_seed(3)
+    value = p.rsample()
+    found = p.log_prob(value)  # now, for a planar flow knows the inverse of its last draw alone
+    torch.testing.assert_close(value.flatten(0, 1), planar(noise))
+    jacobian = torch.stack([torch.autograd.functional.jacobian(planar, row) for row in noise])
+    truth = base.log_prob(noise) - torch.linalg.slogdet(jacobian).logabsdet
+    torch.testing.assert_close(found.flatten(), truth)

@@ -275,7 +275,7 @@ class Unfolded(dist.TorchDistribution):
 
     def __init__(self, base: Any, num_particles: int) -> None:
         rows = base.batch_shape.numel() // num_particles
-        super().__init__(Size([num_particles, rows]), base.event_shape, validate_args=False)
+        super().__init__(Size([num_particles, rows]), base.event_shape)
         self.base_dist, self.has_rsample = base, base.has_rsample
         self.drawn: tuple[Tensor | None, Tensor | None] = None, None  # the last draw and its rows
 

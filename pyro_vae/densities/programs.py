@@ -33,13 +33,13 @@ class OwnParameters(Messenger):
     """
 
     def _pyro_module(self, msg: dict[str, Any]) -> None:
-        msg["value"], msg["done"], msg["stop"] = True, True, True
+        msg["done"] = True
 
     def _pyro_param(self, msg: dict[str, Any]) -> None:
         initial = msg["args"][1] if len(msg["args"]) > 1 else None
         registered = msg["name"] in pyro.get_param_store()  # then there is nothing to register
         if isinstance(initial, nn.Parameter) and not registered:
-            msg["value"], msg["done"], msg["stop"] = initial, True, True
+            msg["value"], msg["stop"] = initial, True
 
 
 @contextmanager

@@ -66,7 +66,7 @@ class FixSites(Messenger):
         name = msg["name"]
         if msg["is_observed"] or name not in self.values | self.latents:
             return
-        msg["value"], msg["done"] = self.latents.get(name), True
+        msg["value"] = self.latents.get(name)
         if name in self.values:
             value, batch = self.values[name], msg["fn"].batch_shape
             blocks = value.repeat_interleave(batch[0] // len(value), 0).unsqueeze(1)
@@ -89,7 +89,7 @@ class CombinedDistribution(dist.TorchDistribution):
         cached: tuple[Tensor, Tensor],
         has_rsample: bool = False,
     ) -> None:
-        super().__init__(log_weights.shape[1:], base.event_shape, validate_args=False)
+        super().__init__(log_weights.shape[1:], base.event_shape)
         self.base_dist, self.log_weights, self.cached = base, log_weights, cached
         self.has_rsample = has_rsample
 

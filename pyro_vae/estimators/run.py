@@ -103,7 +103,7 @@ def exact_without_data(
     if not len(rows):
         return evidence
     with evaluating(model, guide, seed=0, device=x.device):
-        d = densities(model, guide, x[rows], None if y is None else y[rows], num_particles=2)
+        d = densities(model, guide, x[rows], None if y is None else y[rows])
         each = (d.each or d).observed  # models may observe more than x, such as a label
         scores = torch.stack([each[name][0].log_prob(each[name][1]) for name in d.observed])
         rows = rows[(scores == 0).flatten(0, 1).all(0)].cpu()

@@ -58,9 +58,7 @@ class Objective(pyro.infer.ELBO, nn.Module):
         check_whole(num_particles=num_particles)
         check_choice(KL_RULES, kl=kl)
         self.kl = kl
-        pyro.infer.ELBO.__init__(
-            self, num_particles=num_particles, max_plate_nesting=1, vectorize_particles=True
-        )
+        pyro.infer.ELBO.__init__(self, num_particles=num_particles)
         self.schedules: dict[str, Schedule] = {}
         self.steps_per_epoch: int | None = None
 

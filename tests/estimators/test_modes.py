@@ -234,16 +234,20 @@ def test_the_search_ends_when_nothing_new_is_found(
 
 
 def test_what_draws_of_the_prior_show_and_the_estimate_misses_is_doubtful() -> None:
-    ones, zeros = torch.ones(2), torch.zeros(2)
-    method, bound = ["prior"] * 2, ["lower bound"] * 2
-    simple = Evidence(torch.tensor([0.0, 0.6]), 0.1 * ones, ones, zeros, ones, method, bound)
-    estimate = replace(simple, log_prob=zeros, stderr=0.01 * ones)
-    estimate = replace(estimate, num_samples=torch.tensor([1000, 1000]))
-    proposal = Proposal(zeros[None], zeros[None, :, None], ones.view(1, 2, 1, 1))
-    for complete, verdicts in ((True, ["reliable", "doubtful"]), (False, ["doubtful"] * 2)):
-        fit = Fit(None, proposal, simple, torch.tensor([complete] * 2))  # type: ignore[arg-type]
-        assert fit.judge(estimate, 0.05).verdict == verdicts
-    assert fit.judge(estimate, 0.005).verdict == ["doubtful"] * 2
+    """Missed: by more than three standard errors, 0.3015 nats. k-hat: 2/3 at 1000 draws."""
+    ones, zeros = torch.ones(4), torch.zeros(4)
+    method, bound = ["prior"] * 4, ["lower bound"] * 4
+    log_prob, khat = torch.tensor([0.301, 0.302, 0.0, -9.0]), torch.tensor([0.66, 0.0, 0.67, 0.0])
+    simple = Evidence(log_prob, 0.1 * ones, ones, zeros, ones, method, bound)
+    estimate = replace(simple, log_prob=zeros, stderr=0.01 * ones, khat=khat)
+    estimate = replace(estimate, num_samples=1000 * ones)
+    proposal = Proposal(zeros[None], zeros[None, :, None], ones.view(1, 4, 1, 1))
+    fit, none = Fit(None, proposal, simple, zeros == 0), ["doubtful"] * 4  # type: ignore[arg-type]
+    verdicts = ["reliable", "doubtful", "doubtful", "reliable"]
+    assert fit.judge(estimate, 0.0101).verdict == verdicts
+    assert fit.judge(estimate, 0.0101, 0.65).verdict == [*none[:3], "reliable"]
+    assert fit.judge(estimate, 0.0099).verdict == none
+    assert replace(fit, search_ended=zeros == 1).judge(estimate, 0.0101).verdict == none
 
 
 @pytest.mark.parametrize("number", [1, 37])

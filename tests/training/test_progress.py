@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from pyro_vae import build, fit
-from pyro_vae.training.progress import Bar, History
+from pyro_vae.training.progress import Bar, History, units_in_use
 
 X = torch.bernoulli(torch.rand(53, 7))
 
@@ -90,3 +90,9 @@ def test_a_bar_is_shown_the_batches_done_and_their_means(monkeypatch: pytest.Mon
     history = fit(vae, X, epochs=2, batch_size=17, progress=False)
     assert [done for done, _ in shown.values()] == [4, 4]
     assert [means["elbo"] for _, means in shown.values()] == pytest.approx(history["elbo"])
+
+
+def test_units_are_counted_for_each_of_several_sites() -> None:
+    assert units_in_use({"z": (1, 3)}) == "1 of 3 latent units are active"
+    two = "1 of 8 latent units are active (z 1 of 3, w 0 of 5)"
+    assert units_in_use({"z": (1, 3), "w": (0, 5)}) == two

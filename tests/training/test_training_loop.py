@@ -13,6 +13,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
+from pyro.distributions import is_validation_enabled
 from pyro.infer import SVI
 from torch import Tensor
 from training_cases import (
@@ -471,6 +472,20 @@ def test_a_history_is_shown_in_a_line() -> None:
     assert repr(History(rows)) == (
         "History(3 epochs; weights of epoch 2: elbo -7.25, kl 2.50, validation_elbo -6.25 nats)"
     )
+
+
+def test_arguments_are_checked_in_the_first_two_steps_alone() -> None:
+    seen = []
+
+    class Watched(ELBO):
+        def surrogate(self, d: Any) -> Tensor:
+            seen.append(is_validation_enabled())
+            return super().surrogate(d)
+
+    before = is_validation_enabled()
+    fit(make_vae(), make_data(), Watched(), epochs=1, batch_size=11, **QUIET)
+    assert seen == [True, True, False, False, False]
+    assert is_validation_enabled() == before
 
 
 def test_the_number_of_threads_is_left_as_it_was() -> None:
