@@ -14,6 +14,7 @@ from torch.distributions import AffineTransform, ExpTransform, Transform, biject
 from worlds import WORLDS, data, gamma_poisson, linear, misses
 
 from pyro_vae.densities import evaluating
+from pyro_vae.estimators.coordinates import is_discrete
 from pyro_vae.estimators.target import Target, gradients
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -86,6 +87,30 @@ def test_gradients_are_those_of_the_density_in_any_chunks() -> None:
     change = target.log_joint(u + step) - target.log_joint(u - step)
     torch.testing.assert_close(change, 2 * (slope * step).sum(-1), atol=1e-11, rtol=1e-4)
     torch.testing.assert_close(value, target.log_joint(u))
+
+
+def test_gradients_are_those_of_each_of_several_densities() -> None:
+    u, constant = torch.randn(5, 2, 3), torch.ones(5, 2, requires_grad=True)
+
+    def densities(u: Tensor) -> tuple[Tensor, ...]:
+        both = u.square().sum(-1).exp()
+        return both, both.log(), constant[: len(u)] * 7
+
+    values, slopes = gradients(densities, u, 2)
+    square = u.square().sum(-1)
+    expected = (square.exp(), square, torch.full((5, 2), 7.0))
+    torch.testing.assert_close(values, expected)
+    expected = (2 * u * square.exp().unsqueeze(-1), 2 * u, torch.zeros(5, 2, 3))
+    torch.testing.assert_close(slopes, expected)
+    assert constant.grad is None
+
+
+def test_a_distribution_that_states_no_support_is_not_known_to_be_discrete() -> None:
+    class Bare(TorchDistribution):
+        arg_constraints = {}
+
+    fns = [Bare(), dist.Normal(0.0, 1.0), dist.Poisson(2.0), dist.Bernoulli(torch.ones(2) / 2)]
+    assert [is_discrete(fn) for fn in [*fns, fns[-1].to_event(1)]] == [False] * 2 + [True] * 3
 
 
 def test_rows_take_what_they_are_conditioned_on_along() -> None:

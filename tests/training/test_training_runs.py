@@ -310,6 +310,25 @@ def test_damaged_files_are_named(tmp_path: Path, part: str, how: str) -> None:
         fit(make_vae(), make_data(), run=tmp_path, resume=True, **OPTIONS)
 
 
+@pytest.mark.parametrize("part", ["weights", "state"])
+def test_one_changed_bit_is_found_by_the_digest(tmp_path: Path, part: str) -> None:
+    fit(make_vae(), make_data(), run=tmp_path, **{**OPTIONS, "epochs": 1})
+    whole = load_weights(tmp_path)
+    path, pointer = parts(tmp_path)[part], parts(tmp_path)["pointer"]
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path.name} is damaged: its digest is not that of"):
+        fit(make_vae(), make_data(), run=tmp_path, resume=True, **OPTIONS)
+    if part == "weights":
+        with pytest.raises(ValueError, match="its digest is not that of checkpoints/current.json"):
+            load_weights(tmp_path)
+        record = json.loads(pointer.read_text())
+        del record["sha256"]  # as older versions wrote it: there is nothing to compare
+        pointer.write_text(json.dumps(record))
+        assert not same(load_weights(tmp_path), whole)
+
+
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     fit(make_vae(), make_data(), run=tmp_path, **{**OPTIONS, "epochs": 1})
     record = json.loads((tmp_path / "run.json").read_text())
