@@ -55,6 +55,10 @@ class Family(nn.Module):
         """p(z)."""
         return normal(self.W.new_zeros(self.latents), 1.0)
 
+    def mean(self, z: Tensor) -> Tensor:
+        """E[x | z], linear unless a family says otherwise."""
+        return z @ self.W
+
     def likelihood(self, z: Tensor) -> TorchDistribution:
         """p(x | z), Gaussian about `mean` unless a family says otherwise."""
         return Entries(self.mean(z), self.sigma)
@@ -83,7 +87,7 @@ class Family(nn.Module):
                 start += size
 
     def exact(self, x: Tensor, fine: int = 1) -> Tensor:
-        """log p(x) [N]."""
+        """log p(x) [N], of a module and data in double precision."""
         raise NotImplementedError
 
 
@@ -123,7 +127,7 @@ def normal(loc: Tensor, scale: Tensor | float) -> TorchDistribution:
 def gaussian(x: Tensor, loc: Tensor, covariance: Tensor) -> Tensor:
     """log N(x; loc, covariance) [*S, N] of the entries of x [N, X] that are there, loc [*S, X]."""
     parts = []
-    for row in x.double():
+    for row in x:
         seen = ~row.isnan()
         tril = torch.linalg.cholesky(covariance[seen][:, seen])
         unit = (row - loc)[..., seen] @ torch.linalg.inv(tril).T
@@ -161,12 +165,9 @@ def standard(z: Tensor) -> Tensor:
 class Linear(Family):
     """x = z W + noise of deviations sigma [X], z ~ N(0, I)."""
 
-    def mean(self, z: Tensor) -> Tensor:
-        return z @ self.W
-
     def exact(self, x: Tensor, fine: int = 1) -> Tensor:
-        W, sigma = self.W.double(), self.sigma.double()
-        return gaussian(x, torch.zeros_like(W[0]), W.T @ W + torch.diag(sigma**2))
+        covariance = self.W.T @ self.W + torch.diag(self.sigma**2)
+        return gaussian(x, torch.zeros_like(self.sigma), covariance)
 
 
 FEATURES: dict[str, Any] = {
@@ -192,11 +193,10 @@ class Folded(Family):
         return FEATURES[self.map](z[..., : self.bent]) @ self.A + z[..., self.bent :] @ self.W
 
     def exact(self, x: Tensor, fine: int = 1) -> Tensor:
-        W, A, sigma = self.W.double(), self.A.double(), self.sigma.double()
-        covariance = W.T @ W + torch.diag(sigma**2)
+        covariance = self.W.T @ self.W + torch.diag(self.sigma**2)
 
         def log_density(z: Tensor) -> Tensor:
-            return standard(z) + gaussian(x, FEATURES[self.map](z) @ A, covariance)
+            return standard(z) + gaussian(x, FEATURES[self.map](z) @ self.A, covariance)
 
         grid = line(-9, 9, 40_000 * fine) if self.bent == 1 else square(8, 500 * fine)
         return integral(log_density, grid)
@@ -209,16 +209,13 @@ class Mixture(Family):
         parts = dist.MultivariateNormal(self.loc, scale_tril=self.tril)
         return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), parts)
 
-    def mean(self, z: Tensor) -> Tensor:
-        return z @ self.W
-
     def exact(self, x: Tensor, fine: int = 1) -> Tensor:
-        W, noise = self.W.double(), torch.diag(self.sigma.double() ** 2)
+        W, noise = self.W, torch.diag(self.sigma**2)
         parts = [
             gaussian(x, loc @ W, W.T @ tril @ tril.T @ W + noise)
-            for loc, tril in zip(self.loc.double(), self.tril.double())
+            for loc, tril in zip(self.loc, self.tril)
         ]
-        return (torch.stack(parts, -1) + self.logits.double().log_softmax(-1)).logsumexp(-1)
+        return (torch.stack(parts, -1) + self.logits.log_softmax(-1)).logsumexp(-1)
 
 
 class Units(Family):
@@ -230,17 +227,12 @@ class Units(Family):
         weights = dist.Categorical(logits=self.logits.expand(shape))
         return dist.MixtureSameFamily(weights, parts).to_event(1)
 
-    def mean(self, z: Tensor) -> Tensor:
-        return z @ self.W
-
     def exact(self, x: Tensor, fine: int = 1) -> Tensor:
-        W, noise = self.W.double(), torch.diag(self.sigma.double() ** 2)
-        logits = self.logits.double().log_softmax(-1)
-        parts = []
+        W, noise = self.W, torch.diag(self.sigma**2)
+        logits, parts = self.logits.log_softmax(-1), []
         for kinds in torch.cartesian_prod(*[torch.arange(2)] * self.latents):
-            covariance = W.T @ torch.diag(self.scale.double()[kinds] ** 2) @ W + noise
-            loc = self.loc.double()[kinds] @ W
-            parts.append(gaussian(x, loc, covariance) + logits[kinds].sum())
+            covariance = W.T @ torch.diag(self.scale[kinds] ** 2) @ W + noise
+            parts.append(gaussian(x, self.loc[kinds] @ W, covariance) + logits[kinds].sum())
         return torch.stack(parts).logsumexp(0)
 
 
@@ -262,11 +254,11 @@ class Heavy(Family):
         return (self.a * z[..., : len(self.a)]) @ self.Q
 
     def exact(self, x: Tensor, fine: int = 1) -> Tensor:
-        seen = x.double() @ torch.linalg.inv(self.Q.double())
+        seen = x @ torch.linalg.inv(self.Q)
         t, cell = line(-40, 40, 80_000 * fine)
-        total = -torch.linalg.slogdet(self.Q.double()).logabsdet
-        for y, a in zip(seen.T, self.a.double()):
-            z = (y + self.sigma.double() * t) / a
+        total = -torch.linalg.slogdet(self.Q).logabsdet
+        for y, a in zip(seen.T, self.a):
+            z = (y + self.sigma * t) / a
             total = total + (self.unit().log_prob(z) + standard(t)).logsumexp(0) + cell - a.log()
         return total
 
@@ -286,11 +278,9 @@ class Funnel(Family):
         return self.c * z
 
     def exact(self, x: Tensor, fine: int = 1) -> Tensor:
-        c, sigma = self.c.double(), self.sigma.double()
-
         def log_density(t: Tensor) -> Tensor:
-            scale = ((self.spread * t).exp().square() * c**2 + sigma**2).sqrt()
-            return standard(t) + normal(0.0 * scale, scale).log_prob(x.double()[:, None]).T
+            scale = ((self.spread * t).exp().square() * self.c**2 + self.sigma**2).sqrt()
+            return standard(t) + normal(0.0 * scale, scale).log_prob(x[:, None]).T
 
         return integral(log_density, line(-10, 10, 4000 * fine))
 
@@ -307,12 +297,11 @@ class Precision(Funnel):
         return pyro.sample("b", normal(torch.zeros_like(self.c), a.rsqrt().expand_as(a * self.c)))
 
     def exact(self, x: Tensor, fine: int = 1) -> Tensor:
-        c, sigma = self.c.double(), self.sigma.double()
         gamma = dist.Gamma(torch.tensor(self.shape, dtype=torch.float64), 1.0)
 
         def log_density(t: Tensor) -> Tensor:
-            scale = (c**2 / t.exp() + sigma**2).sqrt()
-            inner = normal(0.0 * scale, scale).log_prob(x.double()[:, None]).T
+            scale = (self.c**2 / t.exp() + self.sigma**2).sqrt()
+            inner = normal(0.0 * scale, scale).log_prob(x[:, None]).T
             return gamma.log_prob(t.exp()) + t + inner
 
         return integral(log_density, line(-40, 8, 20_000 * fine))
@@ -329,13 +318,10 @@ class Layers(Family):
         z2 = pyro.sample("z2", normal(torch.zeros_like(self.V[:, 0]), 1.0))
         return pyro.sample("z1", normal(z2 @ self.V, self.between))
 
-    def mean(self, z: Tensor) -> Tensor:
-        return z @ self.W
-
     def exact(self, x: Tensor, fine: int = 1) -> Tensor:
-        V, W, sigma = self.V.double(), self.W.double(), self.sigma.double()
-        middle = V.T @ V + self.between**2 * torch.eye(len(W), dtype=W.dtype)
-        return gaussian(x, torch.zeros_like(W[0]), W.T @ middle @ W + torch.diag(sigma**2))
+        middle = self.V.T @ self.V + self.between**2 * torch.eye(len(self.W), dtype=x.dtype)
+        covariance = self.W.T @ middle @ self.W + torch.diag(self.sigma**2)
+        return gaussian(x, torch.zeros_like(self.sigma), covariance)
 
 
 class Classes(Family):
@@ -350,20 +336,14 @@ class Classes(Family):
         weights = dist.Categorical(logits=self.logits.expand(mean.shape[:-1]))
         return dist.MixtureSameFamily(weights, normal(mean, self.sigma.expand_as(mean)))
 
-    def prior(self) -> TorchDistribution:
-        return normal(self.W.new_zeros(self.latents), 1.0)
-
     def exact(self, x: Tensor, fine: int = 1) -> Tensor:
-        noise = torch.diag(self.sigma.double() ** 2)
-        parts = [gaussian(x, b, W.T @ W + noise) for W, b in zip(self.W.double(), self.b.double())]
-        return (torch.stack(parts, -1) + self.logits.double().log_softmax(-1)).logsumexp(-1)
+        noise = torch.diag(self.sigma**2)
+        parts = [gaussian(x, b, W.T @ W + noise) for W, b in zip(self.W, self.b)]
+        return (torch.stack(parts, -1) + self.logits.log_softmax(-1)).logsumexp(-1)
 
 
 class Network(Family):
     """One or two latents through a hidden layer to Bernoulli pixels or Poisson counts."""
-
-    def prior(self) -> TorchDistribution:
-        return normal(torch.zeros_like(self.V[:, 0]), 1.0)
 
     @property
     def latents(self) -> int:
@@ -375,10 +355,8 @@ class Network(Family):
         return each.to_event(1)
 
     def exact(self, x: Tensor, fine: int = 1) -> Tensor:
-        self.double()
-
         def log_density(z: Tensor) -> Tensor:
-            return standard(z) + self.likelihood(z.unsqueeze(1)).log_prob(x.double())
+            return standard(z) + self.likelihood(z.unsqueeze(1)).log_prob(x)
 
         grid = line(-9, 9, 20_000 * fine) if self.latents == 1 else square(8, 500 * fine)
         return integral(log_density, grid)
@@ -398,8 +376,7 @@ class Counts(Family):
         return dist.Poisson(z * self.exposure).to_event(1)
 
     def exact(self, x: Tensor, fine: int = 1) -> Tensor:
-        each = dist.GammaPoisson(self.shape.double(), (self.rate / self.exposure).double())
-        return each.to_event(1).log_prob(x.double())
+        return dist.GammaPoisson(self.shape, self.rate / self.exposure).to_event(1).log_prob(x)
 
 
 class Shares(Family):
@@ -416,8 +393,7 @@ class Shares(Family):
         return dist.Multinomial(self.throws, probs=z)
 
     def exact(self, x: Tensor, fine: int = 1) -> Tensor:
-        each = dist.DirichletMultinomial(self.concentration.double(), total_count=self.throws)
-        return each.log_prob(x.double())
+        return dist.DirichletMultinomial(self.concentration, total_count=self.throws).log_prob(x)
 
 
 class Box(Family):
@@ -437,11 +413,11 @@ class Box(Family):
         return (self.a * z) @ self.Q
 
     def exact(self, x: Tensor, fine: int = 1) -> Tensor:
-        seen, a = x.double() @ torch.linalg.inv(self.Q.double()), self.a.double()
-        upper, lower = ((seen - a * end) / self.sigma.double() for end in (self.low, self.high))
+        seen = x @ torch.linalg.inv(self.Q)
+        upper, lower = ((seen - self.a * end) / self.sigma for end in (self.low, self.high))
         inside = torch.special.ndtr(upper) - torch.special.ndtr(lower)
-        log_det = torch.linalg.slogdet(self.Q.double()).logabsdet
-        return (inside.log() - a.log() - math.log(self.high - self.low)).sum(-1) - log_det
+        log_det = torch.linalg.slogdet(self.Q).logabsdet
+        return (inside.log() - self.a.log() - math.log(self.high - self.low)).sum(-1) - log_det
 
 
 class Trained(Family):
@@ -466,10 +442,8 @@ class Trained(Family):
         self.vae.guide(x)
 
     def exact(self, x: Tensor, fine: int = 1) -> Tensor:
-        self.double()
-
         def log_density(z: Tensor) -> Tensor:
-            return standard(z) + self.vae.likelihood(z.unsqueeze(1)).log_prob(x.double())
+            return standard(z) + self.vae.likelihood(z.unsqueeze(1)).log_prob(x)
 
         with torch.no_grad():
             return integral(log_density, square(8, 500 * fine))

@@ -14,6 +14,7 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyro.poutine as poutine
@@ -32,13 +33,16 @@ STEPS = 1000
 ROWS = 128
 LONG = "200,000 draws of fitted proposals, agreeing with annealing from the prior"
 AGREEMENT = 4.0  # standard errors within which two long estimates of a datum must be
-Recipe = Callable[[], tuple[dict[str, Tensor], dict[str, Any]]]
+Weights = tuple[dict[str, Tensor], dict[str, Any]]  # with the options of the family
+Recipe = Callable[[], Weights]
 RECIPES: dict[str, tuple[str, str, int, Recipe]] = {}  # kind, family, data, weights and options
 
 
-def add(name: str, kind: str, family: str, num_data: int, recipe: Recipe) -> None:
+def add(
+    name: str, kind: str, family: str, num_data: int, recipe: Any, *args: Any, **options: Any
+) -> None:
     """Adds a model to the set."""
-    RECIPES[name] = kind, family, num_data, recipe
+    RECIPES[name] = kind, family, num_data, partial(recipe, *args, **options)
 
 
 def noise(size: int, scale: float) -> Tensor:
@@ -51,142 +55,110 @@ def rotation(size: int) -> Tensor:
     return torch.linalg.qr(torch.randn(size, size)).Q
 
 
-def linear(D: int, X: int, sigma: float, missing: float = 0.0) -> Recipe:
-    return lambda: ({"W": torch.randn(D, X), "sigma": noise(X, sigma)}, {"missing": missing})
+def linear(D: int, X: int, sigma: float, missing: float = 0.0) -> Weights:
+    return {"W": torch.randn(D, X), "sigma": noise(X, sigma)}, {"missing": missing}
 
 
-def folded(map: str, D: int, X: int, sigma: float, size: float = 1.5, **options: Any) -> Recipe:
+def folded(map: str, D: int, X: int, sigma: float, size: float = 1.5, **options: Any) -> Weights:
     bent = 2 if map in ("ring", "banana", "pair", "product") else 1
-
-    def recipe() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        features = FEATURES[map](torch.zeros(1, bent)).shape[-1]
-        A = torch.randn(features, X)
-        A = size * A / A.norm(dim=1, keepdim=True)
-        weights = {"A": A, "W": torch.randn(D - bent, X) * 0.7, "sigma": noise(X, sigma)}
-        return weights, {"map": map, "bent": bent, **options}
-
-    return recipe
+    A = torch.randn(FEATURES[map](torch.zeros(1, bent)).shape[-1], X)
+    A = size * A / A.norm(dim=1, keepdim=True)
+    weights = {"A": A, "W": torch.randn(D - bent, X) * 0.7, "sigma": noise(X, sigma)}
+    return weights, {"map": map, "bent": bent, **options}
 
 
-def mixture(D: int, X: int, C: int, sigma: float) -> Recipe:
-    def recipe() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tril = 0.3 * torch.randn(C, D, D).tril(-1) / D**0.5 + 0.4 * torch.eye(D)
-        weights = {"loc": 1.5 * torch.randn(C, D), "tril": tril, "logits": torch.randn(C)}
-        return {**weights, "W": torch.randn(D, X), "sigma": noise(X, sigma)}, {}
-
-    return recipe
+def mixture(D: int, X: int, C: int, sigma: float) -> Weights:
+    tril = 0.3 * torch.randn(C, D, D).tril(-1) / D**0.5 + 0.4 * torch.eye(D)
+    weights = {"loc": 1.5 * torch.randn(C, D), "tril": tril, "logits": torch.randn(C)}
+    return {**weights, "W": torch.randn(D, X), "sigma": noise(X, sigma)}, {}
 
 
-def units(D: int, X: int, sigma: float, loc: list[float], scale: list[float]) -> Recipe:
-    def recipe() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        weights = {"loc": torch.tensor(loc), "scale": torch.tensor(scale)}
-        weights |= {"logits": torch.tensor([0.4, 0.0]), "W": torch.randn(D, X)}
-        return {**weights, "sigma": noise(X, sigma)}, {}
-
-    return recipe
+def units(D: int, X: int, sigma: float, loc: list[float], scale: list[float]) -> Weights:
+    weights = {"loc": torch.tensor(loc), "scale": torch.tensor(scale)}
+    weights |= {"logits": torch.tensor([0.4, 0.0]), "W": torch.randn(D, X)}
+    return {**weights, "sigma": noise(X, sigma)}, {}
 
 
-def heavy(df: float | None, seen: int, idle: int, sigma: float) -> Recipe:
-    def recipe() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        weights = {"a": 0.5 + torch.rand(seen), "Q": rotation(seen), "sigma": noise(1, sigma)}
-        return weights, {"df": df, "idle": idle}
-
-    return recipe
+def heavy(df: float | None, seen: int, idle: int, sigma: float) -> Weights:
+    weights = {"a": 0.5 + torch.rand(seen), "Q": rotation(seen), "sigma": noise(1, sigma)}
+    return weights, {"df": df, "idle": idle}
 
 
-def scales(sigma: float, size: int, **options: Any) -> Recipe:
-    return lambda: ({"c": 0.5 + torch.rand(size), "sigma": noise(size, sigma)}, options)
+def scales(sigma: float, size: int, **options: Any) -> Weights:
+    return {"c": 0.5 + torch.rand(size), "sigma": noise(size, sigma)}, options
 
 
-def layers(top: int, bottom: int, X: int, between: float, sigma: float) -> Recipe:
-    def recipe() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        weights = {"V": torch.randn(top, bottom), "W": torch.randn(bottom, X) / 2}
-        return {**weights, "sigma": noise(X, sigma)}, {"between": between}
-
-    return recipe
+def layers(top: int, bottom: int, X: int, between: float, sigma: float) -> Weights:
+    weights = {"V": torch.randn(top, bottom), "W": torch.randn(bottom, X) / 2}
+    return {**weights, "sigma": noise(X, sigma)}, {"between": between}
 
 
-def classes(C: int, D: int, X: int, sigma: float) -> Recipe:
-    def recipe() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        weights = {"W": torch.randn(C, D, X), "b": torch.randn(C, X), "logits": torch.randn(C)}
-        return {**weights, "sigma": noise(X, sigma)}, {}
-
-    return recipe
+def classes(C: int, D: int, X: int, sigma: float) -> Weights:
+    weights = {"W": torch.randn(C, D, X), "b": torch.randn(C, X), "logits": torch.randn(C)}
+    return {**weights, "sigma": noise(X, sigma)}, {}
 
 
-def network(D: int, X: int, size: float, counts: bool) -> Recipe:
-    def recipe() -> tuple[dict[str, Tensor], dict[str, Any]]:
-        hidden = 11
-        weights = {"V": 2 * torch.randn(D, hidden), "c": torch.randn(hidden)}
-        weights |= {"W": size * torch.randn(hidden, X) / hidden**0.5, "b": torch.randn(X)}
-        return weights, {"counts": counts}
-
-    return recipe
+def network(D: int, X: int, size: float, counts: bool) -> Weights:
+    hidden = 11
+    weights = {"V": 2 * torch.randn(D, hidden), "c": torch.randn(hidden)}
+    weights |= {"W": size * torch.randn(hidden, X) / hidden**0.5, "b": torch.randn(X)}
+    return weights, {"counts": counts}
 
 
-def rates(size: int) -> Recipe:
-    return lambda: (
-        {
-            "shape": 0.6 + 2 * torch.rand(size),
-            "rate": 0.3 + torch.rand(size),
-            "exposure": 0.2 + 3 * torch.rand(size),
-        },
-        {},
-    )
+def rates(size: int) -> Weights:
+    weights = {"shape": 0.6 + 2 * torch.rand(size), "rate": 0.3 + torch.rand(size)}
+    return {**weights, "exposure": 0.2 + 3 * torch.rand(size)}, {}
 
 
-def shares(size: int, throws: int, low: float, high: float) -> Recipe:
-    return lambda: ({"concentration": low + (high - low) * torch.rand(size)}, {"throws": throws})
+def shares(size: int, throws: int, low: float, high: float) -> Weights:
+    return {"concentration": low + (high - low) * torch.rand(size)}, {"throws": throws}
 
 
-def box(size: int, sigma: float) -> Recipe:
-    return lambda: (
-        {"a": 0.7 + torch.rand(size), "Q": rotation(size), "sigma": noise(1, sigma)},
-        {},
-    )
+def box(size: int, sigma: float) -> Weights:
+    return {"a": 0.7 + torch.rand(size), "Q": rotation(size), "sigma": noise(1, sigma)}, {}
 
 
-add("linear_3", "plain", "Linear", 150, linear(3, 7, 0.4))
-add("linear_17", "plain", "Linear", 60, linear(17, 23, 0.25))
-add("linear_50", "plain", "Linear", 20, linear(50, 61, 0.6))
-add("fewer_data_than_latents_12", "plain", "Linear", 60, linear(12, 5, 0.15))
-add("fold_4", "multimodal", "Folded", 60, folded("abs", 4, 6, 0.15))
-add("fold_13", "multimodal", "Folded", 40, folded("abs", 13, 16, 0.3))
-add("fold_34", "multimodal", "Folded", 30, folded("abs", 34, 43, 0.12))
-add("uneven_fold_23", "multimodal", "Folded", 40, folded("uneven", 23, 29, 0.2))
-add("waves_7", "multimodal", "Folded", 50, folded("waves", 7, 11, 0.2))
-add("ring_9", "multimodal", "Folded", 40, folded("ring", 9, 13, 0.15))
-add("ring_28", "multimodal", "Folded", 30, folded("ring", 28, 35, 0.25))
-add("pair_5", "multimodal", "Folded", 40, folded("pair", 5, 9, 0.15, size=2.0))
-add("pair_18", "multimodal", "Folded", 40, folded("pair", 18, 23, 0.2, size=2.5))
-add("product_10", "multimodal", "Folded", 40, folded("product", 10, 13, 0.3))
-add("banana_2", "bent", "Folded", 150, folded("banana", 2, 3, 0.25))
-add("banana_19", "bent", "Folded", 40, folded("banana", 19, 23, 0.3))
-add("mixture_5", "mixture prior", "Mixture", 100, mixture(5, 3, 4, 1.5))
-add("mixture_26", "mixture prior", "Mixture", 40, mixture(26, 9, 6, 3.0))
-add("two_humps_6", "mixture prior", "Units", 40, units(6, 4, 0.7, [-1.3, 1.1], [0.4, 0.5]))
-add("spike_and_slab_7", "mixture prior", "Units", 40, units(7, 9, 0.4, [0.0, 0.0], [0.1, 1.5]))
-add("laplace_3", "heavy tails", "Heavy", 100, heavy(None, 3, 0, 0.3))
-add("laplace_18", "heavy tails", "Heavy", 40, heavy(None, 7, 11, 0.15))
-add("student_13", "heavy tails", "Heavy", 40, heavy(3.0, 4, 9, 0.12))
-add("student_31", "heavy tails", "Heavy", 30, heavy(4.0, 6, 25, 0.2))
-add("cauchy_6", "heavy tails", "Heavy", 40, heavy(1.0, 2, 4, 0.2))
-add("funnel_4", "hierarchical", "Funnel", 60, scales(0.4, 3, spread=1.2))
-add("funnel_14", "hierarchical", "Funnel", 40, scales(0.6, 13, spread=0.8))
-add("precision_7", "hierarchical", "Precision", 40, scales(0.5, 6, shape=1.7))
-add("layers_11", "hierarchical", "Layers", 60, layers(4, 7, 13, 0.5, 0.3))
-add("classes_4", "discrete", "Classes", 60, classes(5, 4, 9, 0.5))
-add("pixels_1", "discrete", "Network", 100, network(1, 9, 4.0, False))
-add("pixels_2", "discrete", "Network", 60, network(2, 17, 4.0, False))
-add("counts_2", "discrete", "Network", 60, network(2, 7, 1.2, True))
-add("missing_6", "incomplete", "Linear", 60, linear(6, 11, 0.35, missing=0.4))
-add("missing_fold_8", "incomplete", "Folded", 40, folded("abs", 8, 11, 0.25, missing=0.3))
-add("sharp_5", "near-deterministic", "Linear", 60, linear(5, 9, 0.003))
-add("sharp_curve_3", "near-deterministic", "Folded", 40, folded("curve", 3, 7, 0.02))
-add("rates_8", "constrained", "Counts", 60, rates(8))
-add("shares_5", "constrained", "Shares", 60, shares(6, 23, 0.7, 2.5))
-add("sparse_shares_3", "constrained", "Shares", 60, shares(4, 9, 0.3, 0.4))
-add("box_4", "constrained", "Box", 60, box(4, 0.3))
+add("linear_3", "plain", "Linear", 150, linear, 3, 7, 0.4)
+add("linear_17", "plain", "Linear", 60, linear, 17, 23, 0.25)
+add("linear_50", "plain", "Linear", 20, linear, 50, 61, 0.6)
+add("fewer_data_than_latents_12", "plain", "Linear", 60, linear, 12, 5, 0.15)
+add("fold_4", "multimodal", "Folded", 60, folded, "abs", 4, 6, 0.15)
+add("fold_13", "multimodal", "Folded", 40, folded, "abs", 13, 16, 0.3)
+add("fold_34", "multimodal", "Folded", 30, folded, "abs", 34, 43, 0.12)
+add("uneven_fold_23", "multimodal", "Folded", 40, folded, "uneven", 23, 29, 0.2)
+add("waves_7", "multimodal", "Folded", 50, folded, "waves", 7, 11, 0.2)
+add("ring_9", "multimodal", "Folded", 40, folded, "ring", 9, 13, 0.15)
+add("ring_28", "multimodal", "Folded", 30, folded, "ring", 28, 35, 0.25)
+add("pair_5", "multimodal", "Folded", 40, folded, "pair", 5, 9, 0.15, size=2.0)
+add("pair_18", "multimodal", "Folded", 40, folded, "pair", 18, 23, 0.2, size=2.5)
+add("product_10", "multimodal", "Folded", 40, folded, "product", 10, 13, 0.3)
+add("banana_2", "bent", "Folded", 150, folded, "banana", 2, 3, 0.25)
+add("banana_19", "bent", "Folded", 40, folded, "banana", 19, 23, 0.3)
+add("mixture_5", "mixture prior", "Mixture", 100, mixture, 5, 3, 4, 1.5)
+add("mixture_26", "mixture prior", "Mixture", 40, mixture, 26, 9, 6, 3.0)
+add("two_humps_6", "mixture prior", "Units", 40, units, 6, 4, 0.7, [-1.3, 1.1], [0.4, 0.5])
+add("spike_and_slab_7", "mixture prior", "Units", 40, units, 7, 9, 0.4, [0.0, 0.0], [0.1, 1.5])
+add("laplace_3", "heavy tails", "Heavy", 100, heavy, None, 3, 0, 0.3)
+add("laplace_18", "heavy tails", "Heavy", 40, heavy, None, 7, 11, 0.15)
+add("student_13", "heavy tails", "Heavy", 40, heavy, 3.0, 4, 9, 0.12)
+add("student_31", "heavy tails", "Heavy", 30, heavy, 4.0, 6, 25, 0.2)
+add("cauchy_6", "heavy tails", "Heavy", 40, heavy, 1.0, 2, 4, 0.2)
+add("funnel_4", "hierarchical", "Funnel", 60, scales, 0.4, 3, spread=1.2)
+add("funnel_14", "hierarchical", "Funnel", 40, scales, 0.6, 13, spread=0.8)
+add("precision_7", "hierarchical", "Precision", 40, scales, 0.5, 6, shape=1.7)
+add("layers_11", "hierarchical", "Layers", 60, layers, 4, 7, 13, 0.5, 0.3)
+add("classes_4", "discrete", "Classes", 60, classes, 5, 4, 9, 0.5)
+add("pixels_1", "discrete", "Network", 100, network, 1, 9, 4.0, False)
+add("pixels_2", "discrete", "Network", 60, network, 2, 17, 4.0, False)
+add("counts_2", "discrete", "Network", 60, network, 2, 7, 1.2, True)
+add("missing_6", "incomplete", "Linear", 60, linear, 6, 11, 0.35, missing=0.4)
+add("missing_fold_8", "incomplete", "Folded", 40, folded, "abs", 8, 11, 0.25, missing=0.3)
+add("sharp_5", "near-deterministic", "Linear", 60, linear, 5, 9, 0.003)
+add("sharp_curve_3", "near-deterministic", "Folded", 40, folded, "curve", 3, 7, 0.02)
+add("rates_8", "constrained", "Counts", 60, rates, 8)
+add("shares_5", "constrained", "Shares", 60, shares, 6, 23, 0.7, 2.5)
+add("sparse_shares_3", "constrained", "Shares", 60, shares, 4, 9, 0.3, 0.4)
+add("box_4", "constrained", "Box", 60, box, 4, 0.3)
 
 
 def digits(likelihood: Any, latent_dim: int, prior: Any = "StandardNormal") -> dict[str, Any]:
