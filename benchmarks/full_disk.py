@@ -15,6 +15,7 @@ import random
 import shutil
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -39,13 +40,15 @@ def mount(disk: Path, kilobytes: int, *options: str) -> None:
 
 
 def said(*argv: str) -> tuple[object, list[str]]:
-    """How a command ends, and its lines of error."""
+    """How a command ends, with a traceback or a status; and its lines of error."""
     text = io.StringIO()
     with contextlib.redirect_stderr(text), contextlib.redirect_stdout(io.StringIO()):
         try:
             status: object = command(list(argv))
-        except BaseException as error:
-            status = repr(error)
+        except SystemExit as stop:
+            status = stop.code
+        except BaseException:
+            status = traceback.format_exc()
     return status, [s for s in text.getvalue().splitlines() if not s.startswith("warning")]
 
 

@@ -17,12 +17,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-from turns import Done, Turns, compare
+from turns import Turns, compare
 
 K, CHUNK, D = 5000, 1000, 20
 Run = Callable[[], float]
@@ -218,10 +217,8 @@ def score(name: str, images: int, matmul: str, beside: str | None, turns: Turns)
 
         torch.set_float32_matmul_precision(matmul)
     run, mean = CANDIDATES.get(name, pyro_vae)(images), math.nan
-    with suppress(Done):
-        while True:
-            turns.tick()
-            mean = run()
+    for _ in turns:
+        mean = run()
     return lambda: mean
 
 

@@ -10,7 +10,6 @@ outside the run may change. With 0 mutations each value of each record becomes a
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import io
@@ -19,7 +18,6 @@ import math
 import random
 import shutil
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,14 +28,12 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from full_disk import FEW, QUIET, SMALL, said
 from safetensors.torch import load, save
 
-from pyro_vae.__main__ import main as command
 from pyro_vae.estimators import Evidence
 from pyro_vae.training.run_folder import load_state, load_weights
 
-OPTIONS = ["--encoder.hidden=[11]", "--decoder.hidden=[11]", "--latent_dim=3", "--limit=53"]
-QUIET = "--progress=false"
 TRAININGS = [
     ["--schedule=ReduceLROnPlateau", "--encoder.norm=batch"],
     [
@@ -69,9 +65,8 @@ def make(folder: Path) -> Path:
     np.save(folder / "x.npy", rng.normal(10, 3, (97, 4)).astype(np.float32))
     given = ["--data", str(folder / "x.npy"), "--likelihood=Normal", "--epochs=2", QUIET]
     given += random.choice(TRAININGS)
-    assert command(["train", *OPTIONS, *given, f"--run={run}"]) == 0
-    quick = ["--limit=3", "--num_samples=101", "--elbo_samples=7", QUIET]
-    assert command(["evaluate", str(run), *quick]) == 0
+    assert said("train", *SMALL, *given, f"--run={run}")[0] == 0
+    assert said("evaluate", str(run), *FEW)[0] == 0
     x = rng.normal(10, 3, (5, 4)).astype(np.float32)
     np.savez(run / "own.npz", x=x)
     np.savetxt(run / "own.csv", x, delimiter=",", header="a,b,c,d", comments="")
@@ -238,18 +233,12 @@ def kept(run: Path, file: str) -> list[Any]:
 
 def attempt(run: Path, name: str, file: str) -> tuple[str, str]:
     """How a command ends on a run, and what it says."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            status = command(argv(name, run, file))
-        except SystemExit as stop:
-            status = stop.code
-        except BaseException:
-            return "traceback", traceback.format_exc()
-    lines = [line for line in said.getvalue().splitlines() if not line.startswith("warning")]
+    status, lines = said(*argv(name, run, file))
     if status == 0:
         return "accepted", ""
-    return ("refused" if status == 2 and len(lines) == 1 else "unclear"), said.getvalue()
+    if isinstance(status, str):
+        return "traceback", status
+    return ("refused" if status == 2 and len(lines) == 1 else "unclear"), "\n".join(lines)
 
 
 def judged(whole: Path, run: Path, file: str, forged: bool) -> tuple[str, str]:

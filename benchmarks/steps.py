@@ -21,13 +21,14 @@ import contextlib
 import io
 import json
 import math
+import runpy
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from typing import Any
 
 from turns import Done, Result, Turns, compare
@@ -249,14 +250,12 @@ def matrix_products(name: str, turns: Turns, matmul: str = "highest") -> Any:
     B = WORKLOADS[name]["batch"]
     sizes = [(784, 500), (500, 2 * D), (D, 500), (500, 784)]
     layers = [(torch.randn(B, i), torch.randn(i, o), torch.randn(B, o)) for i, o in sizes]
-    with contextlib.suppress(Done):
-        while True:
-            turns.tick()
-            for number, (x, w, slope) in enumerate(layers):
-                x @ w
-                x.T @ slope
-                if number:  # the data need no gradient
-                    slope @ w.T
+    for _ in turns:
+        for number, (x, w, slope) in enumerate(layers):
+            x @ w
+            x.T @ slope
+            if number:  # the data need no gradient
+                slope @ w.T
     return lambda: math.nan
 
 
@@ -311,12 +310,8 @@ def pyro_vae(
 def other_checkout(name: str, turns: Turns, checkout: str) -> Any:
     """The same from another checkout, by its own benchmark."""
     sys.path.insert(0, checkout)
-    spec = spec_from_file_location("other_steps", f"{checkout}/benchmarks/steps.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.pyro_vae(name, turns)
+    other = runpy.run_path(f"{checkout}/benchmarks/steps.py", run_name="other_steps")
+    return other["pyro_vae"](name, turns)
 
 
 # --- peers --------------------------------------------------------------------------------------
@@ -404,17 +399,13 @@ def numpyro(name: str, turns: Turns, device: str = "cpu") -> Any:
     svi = SVI(model, guide, optim.Adam(1e-3), TraceMeanField_ELBO())
     state = svi.init(jax.random.PRNGKey(0), x[: workload["batch"]])
     update = jax.jit(lambda state, index: svi.update(state, x[index]))
-    shuffle, last = np.random.default_rng(1), [jnp.zeros(())]
+    last = [jnp.zeros(())]
     turns.wait = lambda: last[0].block_until_ready()
-    with contextlib.suppress(Done):
-        while True:
-            order = shuffle.permutation(ROWS)
-            for i in range(0, ROWS - workload["batch"] + 1, workload["batch"]):
-                turns.tick()
-                state, loss = update(state, order[i : i + workload["batch"]])
-                last[0] = loss
-                if device == "cpu":
-                    loss.block_until_ready()
+    for index in turns.batches(ROWS, workload["batch"]):
+        state, loss = update(state, index.numpy())
+        last[0] = loss
+        if device == "cpu":
+            loss.block_until_ready()
     return lambda: float(svi.evaluate(state, x[:CHECKED])) / CHECKED
 
 

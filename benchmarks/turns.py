@@ -59,6 +59,13 @@ class Turns:
             self.left, self.began = self.steps, self.clock()
         self.left -= 1
 
+    def __iter__(self) -> Iterator[None]:
+        """Once for each step, after a tick, until the last turn."""
+        with suppress(Done):
+            while True:
+                self.tick()
+                yield
+
     def batches(self, count: int, size: int, device: str = "cpu") -> Iterator[Any]:
         """Positions of random batches of `count` rows, each after a tick, until the last turn."""
         import torch

@@ -32,19 +32,13 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SWAPPED: dict[type, type] = {
-    **{ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq},
-    **{ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn},
-    **{
-        ast.NotIn: ast.In,
-        ast.Add: ast.Sub,
-        ast.Sub: ast.Add,
-        ast.Mult: ast.Div,
-        ast.Div: ast.Mult,
-    },
-    **{ast.And: ast.Or, ast.Or: ast.And, ast.FloorDiv: ast.Mult, ast.BitAnd: ast.BitOr},
-    **{ast.BitOr: ast.BitAnd, ast.Pow: ast.Mult, ast.Mod: ast.FloorDiv},
-}
+TWINS: list[tuple[type, type]] = [  # each in place of the other
+    *((ast.Lt, ast.LtE), (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot)),
+    *((ast.In, ast.NotIn), (ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.And, ast.Or)),
+    (ast.BitAnd, ast.BitOr),
+]
+SWAPPED = {ast.FloorDiv: ast.Mult, ast.Pow: ast.Mult, ast.Mod: ast.FloorDiv}
+SWAPPED |= {a: b for pair in TWINS for a, b in (pair, pair[::-1])}
 Key = tuple[str, str, int]  # file, qualified name and first line of a function
 
 
