@@ -307,11 +307,11 @@ def pyro_vae(
     return lambda: -evidence_lower_bound(vae.model, vae.guide, x[:CHECKED]).elbo.mean().item()
 
 
-def other_checkout(name: str, turns: Turns, checkout: str) -> Any:
+def other_checkout(name: str, turns: Turns, checkout: str, device: str) -> Any:
     """The same from another checkout, by its own benchmark."""
     sys.path.insert(0, checkout)
     other = runpy.run_path(f"{checkout}/benchmarks/steps.py", run_name="other_steps")
-    return other["pyro_vae"](name, turns)
+    return other["pyro_vae"](name, turns, device=device)
 
 
 # --- peers --------------------------------------------------------------------------------------
@@ -473,49 +473,29 @@ def pythae(name: str, turns: Turns) -> Any:
 
 def candidates(name: str, device: str, beside: str | None) -> dict[str, Any]:
     """Those of a workload that can run here."""
-    if beside is not None:
-        return {
-            "by hand": partial(by_hand, name),
-            "pyro_vae": partial(pyro_vae, name),
-            "pyro_vae, traced": partial(pyro_vae, name, compile="trace"),
-            f"pyro_vae of {beside}": partial(other_checkout, name, checkout=beside),
-        }
-    if device != "cpu":
-        return on_gpu(name, device)
-    medium = {"compile": True, "matmul": "medium"}
+    hand, ours = partial(by_hand, name, device=device), partial(pyro_vae, name, device=device)
     found: dict[str, Any] = {
-        "by hand": partial(by_hand, name),
-        "by hand, compiled": partial(by_hand, name, compiled=True),
-        "pyro_vae": partial(pyro_vae, name),
-        "pyro_vae, traced": partial(pyro_vae, name, compile="trace"),
-        "pyro_vae, compiled": partial(pyro_vae, name, compile=True),
+        "by hand": hand,
+        "pyro_vae": ours,
+        "pyro_vae, traced": partial(ours, compile="trace"),
     }
-    if name.startswith("mlp"):
+    if beside is not None:
+        other = partial(other_checkout, name, checkout=beside, device=device)
+        return {**found, f"pyro_vae of {beside}": other}
+    found["by hand, compiled"] = partial(hand, compiled=True)
+    found["pyro_vae, compiled"] = partial(ours, compile=True)
+    if device != "cpu":
+        found["by hand, graph"] = partial(hand, graph=True)
+        found["by hand, compiled, graph"] = partial(hand, compiled=True, graph=True)
+    elif name.startswith("mlp"):
         found |= {
-            "by hand, medium": partial(by_hand, name, matmul="medium"),
-            "pyro_vae, compiled, medium": partial(pyro_vae, name, **medium),
+            "by hand, medium": partial(hand, matmul="medium"),
+            "pyro_vae, compiled, medium": partial(ours, compile=True, matmul="medium"),
             "Pyro's example": partial(pyro_example, name),
             "matrix products alone": partial(matrix_products, name),
             "matrix products alone, medium": partial(matrix_products, name, matmul="medium"),
         }
-        peers = {"NumPyro": (numpyro, "numpyro"), "pythae": (pythae, "pythae")}
-        found |= {k: partial(f, name) for k, (f, package) in peers.items() if find_spec(package)}
-    return found
-
-
-def on_gpu(name: str, device: str) -> dict[str, Any]:
-    """Those of a workload that run on a GPU."""
-    found: dict[str, Any] = {
-        "by hand": partial(by_hand, name, device=device),
-        "by hand, graph": partial(by_hand, name, device=device, graph=True),
-        "by hand, compiled": partial(by_hand, name, device=device, compiled=True),
-        "by hand, compiled, graph": partial(
-            by_hand, name, device=device, compiled=True, graph=True
-        ),
-        "pyro_vae": partial(pyro_vae, name, device=device),
-        "pyro_vae, traced": partial(pyro_vae, name, device=device, compile="trace"),
-        "pyro_vae, compiled": partial(pyro_vae, name, device=device, compile=True),
-    }
+        found |= {"pythae": partial(pythae, name)} if find_spec("pythae") else {}
     if name.startswith("mlp") and find_spec("numpyro"):
         found["NumPyro"] = partial(numpyro, name, device=device)
     return found

@@ -162,12 +162,10 @@ add("box_4", "constrained", "Box", 60, box, 4, 0.3)
 
 
 def digits(likelihood: Any, latent_dim: int, prior: Any = "StandardNormal") -> dict[str, Any]:
-    networks = {"encoder": "MLP", "decoder": "MLP"}
-    hidden = {k: {"class_path": v, "init_args": {"hidden": [48]}} for k, v in networks.items()}
-    return {"data_shape": [1, 8, 8], "latent_dim": latent_dim, "prior": prior} | {
-        "likelihood": likelihood,
-        **hidden,
-    }
+    parts = {"prior": prior, "likelihood": likelihood}
+    for network in ("encoder", "decoder"):
+        parts[network] = {"class_path": "MLP", "init_args": {"hidden": [48]}}
+    return {"data_shape": [1, 8, 8], "latent_dim": latent_dim, **parts}
 
 
 GAUSSIAN = {"class_path": "Normal", "init_args": {"scale": "learned"}}
