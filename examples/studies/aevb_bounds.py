@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from printing import show
+from printing import show, study_options, with_error, with_errors
 
 from pyro_vae import VAE, build, fit, log_evidence, plots
 from pyro_vae.data import Data, Splits, load_data
@@ -96,7 +96,7 @@ def bounds(
                 "latents": str(latents),
                 "samples": f"{len(history) * len(data.train):.1e}",
                 "training bound": f"{best['elbo']:.1f}",
-                "test bound": f"{elbo.mean():.1f} +- {elbo.std() / len(x) ** 0.5:.1f}",
+                "test bound": with_error(elbo, 1),
                 "published test, 1e7": str(published[0]) if published else "-",
                 "published test, 1e8": str(published[1]) if published else "-",
             }
@@ -115,13 +115,12 @@ def marginal(data: Splits, epochs: int, images: int, options: dict[str, Any]) ->
         for name, chosen in {"training": part, "test": data.test}.items():
             x, _ = chosen.fixed().batch(torch.arange(images))
             evidence = log_evidence(vae.model, vae.guide, x)
-            monte_carlo, over_images = evidence.mean_stderr()
             rows.append(
                 {
                     "training images": str(len(part)),
                     "samples": f"{len(history) * len(part):.1e}",
                     "of": f"{images} {name} images",
-                    "log p(x)": f"{evidence.mean():.2f} +- {monte_carlo:.2f} +- {over_images:.2f}",
+                    "log p(x)": with_errors(evidence),
                     "reliable": str(evidence.verdict.count("reliable")),
                     "published, 1e7": str(known[name][0]) if part.name == "MNIST" else "-",
                     "published, 6e7": str(known[name][1]) if part.name == "MNIST" else "-",
@@ -184,16 +183,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", default="data", help="folder of MNIST")
+    parser = study_options(__doc__, epochs=30, images=1000, out="runs/aevb_bounds")
     parser.add_argument("--frey", help="images for the Gaussian decoder, .npz or a folder")
-    parser.add_argument("--epochs", type=int, default=30, help="passes over MNIST")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--images", type=int, default=1000, help="images for log p(x)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--compile", action="store_true", default=None, help="compile the training step"
-    )
-    parser.add_argument("--out", default="runs/aevb_bounds")
-    parser.add_argument("--smoke", action="store_true", help="bundled digits, a few epochs")
     main(parser.parse_args())

@@ -29,13 +29,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from printing import show
+from printing import numbers, show, study_options, verdicts
 from torch import Tensor
 
 from pyro_vae import build, fit, log_evidence, metrics
@@ -130,7 +129,6 @@ def judged(vae: Any, test: Data, train: Tensor, arguments: argparse.Namespace) -
     x, _ = test.batch(torch.arange(len(test)))
     bound = evidence_lower_bound(vae.model, vae.guide, x, num_samples=20)
     evidence = log_evidence(vae.model, vae.guide, x, budget=arguments.budget)
-    monte_carlo, over_data = evidence.mean_stderr()
     with torch.no_grad():
         means = vae.encode(train).mean
         sigma = vae.likelihood(means[:100]).base_dist.scale.mean().item()
@@ -138,11 +136,9 @@ def judged(vae: Any, test: Data, train: Tensor, arguments: argparse.Namespace) -
         "sigma": sigma,
         "optimal sigma": optimal_sigma(vae, train).item(),
         "ELBO": bound.elbo.mean().item(),
-        "log p(x)": evidence.mean(),
-        "+- Monte Carlo": monte_carlo,
-        "+- data": over_data,
+        **numbers(evidence),
         "bits per dimension": test.bits_per_dim(evidence.log_prob).mean().item(),
-        "verdict": ", ".join(f"{n} {word}" for word, n in Counter(evidence.verdict).items()),
+        "verdict": verdicts(evidence),
         "active units": int(metrics.active_units(means).sum()),
     }
 
@@ -169,20 +165,11 @@ def report(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = study_options(__doc__, epochs=20, images=20, out="runs/conv_gaussian")
     parser.add_argument("--data", default="SVHN", help="SVHN, CIFAR10 or a folder of images")
-    parser.add_argument("--root", default="data", help="folder of named data sets")
     parser.add_argument("--limit", type=int, default=4000, help="largest part of the data")
-    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--norm", choices=["batch"], help="batch norm in all models")
-    parser.add_argument("--images", type=int, default=20, help="test images for log p(x)")
     parser.add_argument("--budget", type=int, help="of log_evidence, decodings of an image")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--compile", action="store_true", default=None, help="compile the training step"
-    )
-    parser.add_argument("--out", default="runs/conv_gaussian", help="of the table")
-    parser.add_argument("--smoke", action="store_true", help="drawn images, eight epochs")
     options = parser.parse_args()
     if options.smoke:
         options.epochs, options.images, options.budget = 8, 2, 5000

@@ -94,15 +94,8 @@ def main(smoke: bool = False) -> None:
         for seed in range(1 if smoke else 3):
             torch.manual_seed(seed)
             vae = build((1, 32, 32), LATENTS, encoder=MLP, decoder=MLP)
-            epochs = 3 if smoke else 60
-            options = {
-                "epochs": epochs,
-                "batch_size": 64,
-                "lr": 3e-3,
-                "seed": seed,
-                "progress": False,
-            }
-            fit(vae, data, objectives()[name], **options)
+            options = {"batch_size": 64, "lr": 3e-3, "seed": seed, "progress": False}
+            fit(vae, data, objectives()[name], epochs=3 if smoke else 60, **options)
             found.append(list(measure(vae, smoke).values()))
             if seed == 0 and name in ("VAE", "BetaTC (6)"):
                 images, names = traverse(vae)

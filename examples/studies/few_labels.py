@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from printing import show, study_options, with_error
 from torch import Tensor
 
 from pyro_vae import VAE, build, class_probabilities, fit, importance_sampling, plots
@@ -58,10 +57,7 @@ def main(options: argparse.Namespace) -> None:
             row = {"labels": number, "label_weight": weight, **judged(vae, parts, options)}
             rows.append(row | {"seconds": round(seconds)})
             print(rows[-1], flush=True)
-    shown = Table(*rows[0], title=f"{options.rows} rows, {options.epochs} epochs, nats per row")
-    for row in rows:
-        shown.add_row(*map(str, row.values()))
-    Console(width=130).print(shown)
+    show(rows, f"{options.rows} rows, {options.epochs} epochs, nats per row", width=130)
     if options.table:
         with open(options.table, "w") as file:
             json.dump({"options": vars(options), "rows": rows}, file, indent=1)
@@ -109,30 +105,23 @@ def judged(vae: Any, parts: Splits, options: argparse.Namespace) -> dict[str, st
     names = {"accuracy": right, "log p(y | x)": log_share, "log p(x), at least": bound}
     if options.classifier:
         names = {"of q": (vae.classify(x).probs.argmax(1) == truth).double()} | names
-    return {n: f"{v.mean():.3f} +- {v.std() / len(v) ** 0.5:.3f}" for n, v in names.items()}
+    return {name: with_error(values, 3) for name, values in names.items()}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="few rows and epochs")
+    parser = study_options(__doc__, epochs=20, images=1000, out="few_labels.png")
     parser.add_argument("--protocol", action="store_true", help="the budget of Pyro's example")
     parser.add_argument("--data", default="MNIST", help="name of a data set with ten classes")
-    parser.add_argument("--root", default="data", help="folder of MNIST")
     parser.add_argument("--rows", type=int, default=10_000, help="training rows")
     parser.add_argument("--labels", type=int, nargs="+", default=[100], help="how many are known")
     parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 50.0])
     parser.add_argument("--classifier", action="store_true", help="a network q(y | x) too")
-    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--lr", type=float, default=0.001)
     parser.add_argument("--beta1", type=float, default=0.9, help="of Adam")
     parser.add_argument("--hidden", type=int, default=200)
     parser.add_argument("--latent_dim", type=int, default=20)
-    parser.add_argument("--images", type=int, default=1000, help="test rows")
     parser.add_argument("--draws", type=int, default=50, help="of the encoder, for each class")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", default=None)
-    parser.add_argument("--out", default="runs/few_labels.png", help="picture to write")
     parser.add_argument("--table", help="JSON file for the table")
     given = parser.parse_args()
     parser.set_defaults(**(PROTOCOL if given.protocol else SMOKE if given.smoke else {}))

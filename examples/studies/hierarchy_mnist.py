@@ -17,15 +17,14 @@ rerun (Norouzi, Fleet and Norouzi. Exemplar VAE. 2020) has -81.56, and -82.39 wi
 import argparse
 import json
 import warnings
-from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
-from printing import show
+from printing import show, verdicts
 
-from pyro_vae import VAE, build, fit, importance_sampling, log_evidence
+from pyro_vae import VAE, Evidence, build, fit, importance_sampling, log_evidence
 from pyro_vae.data import Splits, load_data
 from pyro_vae.files import write
 from pyro_vae.objectives import ELBO, Linear
@@ -41,24 +40,23 @@ def main(options: argparse.Namespace) -> None:
     source = "digits" if options.smoke else "MNIST"
     data = load_data(source, root=options.root, transform="dynamic")
     x, _ = data.test.fixed().batch(torch.arange(options.images))
-    rows, log_prob = [], {}
+    rows, found = [], dict[str, Evidence]()
     for name in options.models:
         torch.manual_seed(0)
         vae = declared(name, data.train.data_shape, options.components)
         row = trained(vae, name, data, options)
         evidence = log_evidence(vae, x)
-        log_prob[name] = evidence.log_prob
+        found[name] = evidence
         for K in (100, 1000):
             row[f"encoder, K = {K}"] = importance_sampling(vae, x, num_samples=K).mean()
         row |= {"log p(x)": evidence.mean(), "+- Monte Carlo": evidence.mean_stderr()[0]}
-        row["verdict"] = ", ".join(f"{n} {v}" for v, n in Counter(evidence.verdict).items())
+        row["verdict"] = verdicts(evidence)
         rows.append(row)
         print(row, flush=True)
-    pairs = {f"{b} less {a}": log_prob[b] - log_prob[a] for a, b in combinations(log_prob, 2)}
-    gains = [
-        {"pair": k, "nats": d.mean().item(), "+- data": d.std().item() / len(d) ** 0.5}
-        for k, d in pairs.items()
-    ]
+    gains = []
+    for a, b in combinations(found, 2):
+        nats, error = found[b].difference(found[a])
+        gains.append({"pair": f"{b} less {a}", "nats": nats, "+- data": error})
     write(Path(options.out, "table.json"), json.dumps({"rows": rows, "paired": gains}, indent=1))
     for table in (rows, gains):
         show(table, f"{len(x)} test images, nats per image", width=150)

@@ -26,7 +26,7 @@ import time
 from typing import Any
 
 import torch
-from printing import show
+from printing import show, study_options, with_errors
 from torch.optim.lr_scheduler import LambdaLR
 
 from pyro_vae import Evidence, build, fit, importance_sampling, log_evidence, metrics
@@ -109,7 +109,6 @@ def main(arguments: argparse.Namespace) -> list[dict[str, str]]:
         plain = importance_sampling(vae.model, vae.guide, x, num_samples=50 if smoke else 5000)
         few = x[: arguments.evidence]
         evidence = log_evidence(vae.model, vae.guide, few, audit=not arguments.no_audit)
-        monte_carlo, over_data = evidence.mean_stderr()
         found.append((evidence, plain))
         with torch.no_grad():
             active = int(metrics.active_units(vae.encode(x).mean).sum())
@@ -117,7 +116,7 @@ def main(arguments: argparse.Namespace) -> list[dict[str, str]]:
             {
                 "objective": name,
                 "k": str(k),
-                "log p(x)": f"{evidence.mean():.2f} +- {monte_carlo:.2f} +- {over_data:.2f}",
+                "log p(x)": with_errors(evidence),
                 "gain": gain(evidence, found[0][0]),
                 "encoder's bound": f"{plain.mean():.2f}",
                 "its gain": gain(plain, found[0][1]),
@@ -153,22 +152,15 @@ def report(
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", default="data", help="folder of MNIST")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser = study_options(__doc__, epochs=10, images=200)
     parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--layers", type=int, choices=PUBLISHED, default=1, help="of latents")
     parser.add_argument("--rows", type=int, default=50_000, help="training images")
-    parser.add_argument("--images", type=int, default=200, help="test images for log p(x)")
     parser.add_argument("--evidence", type=int, help="so many of them alone for log_evidence")
     parser.add_argument("--no_audit", action="store_true", help="log_evidence without its audit")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--protocol", action="store_true", help="the paper's budget")
     parser.add_argument("--only", nargs="+", help="rows of the table, such as 'IWAE 50'")
-    parser.add_argument("--compile", action="store_true", default=None)
     parser.add_argument("--runs", help="folder of the runs, which go on where they were left")
-    parser.add_argument("--out", help="JSON file for the table")
-    parser.add_argument("--smoke", action="store_true", help="bundled digits, one epoch")
     options = parser.parse_args()
     budget = {"epochs": (3**STAGES - 1) // 2, "batch_size": 20} if options.protocol else {}
     parser.set_defaults(**({"epochs": 5, "batch_size": 20} if options.smoke else budget))

@@ -30,12 +30,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from printing import numbers, study_options, verdicts
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -156,15 +156,12 @@ def judged(vae: VAE, test: Data, arguments: argparse.Namespace) -> dict[str, Any
     x, _ = test.batch(torch.arange(len(test)))
     bound = evidence_lower_bound(vae.model, vae.guide, x, num_samples=100)
     evidence = log_evidence(vae.model, vae.guide, x)
-    monte_carlo, over_data = evidence.mean_stderr()
     return {
         "ELBO": bound.elbo.mean().item(),
-        "log p(x)": evidence.mean(),
-        "+- Monte Carlo": monte_carlo,
-        "+- data": over_data,
+        **numbers(evidence),
         "per grey level": None if test.transform.binary else evidence.mean() + test.log_jacobian,
         "bits per pixel": test.bits_per_dim(evidence.log_prob).mean().item(),
-        "verdict": ", ".join(f"{n} {word}" for word, n in Counter(evidence.verdict).items()),
+        "verdict": verdicts(evidence),
     }
 
 
@@ -231,17 +228,8 @@ def gallery(pictures: dict[str, Tensor], top: float) -> Figure:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", default="data", help="folder of MNIST")
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--images", type=int, default=100, help="test images for log p(x)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--compile", action="store_true", default=None, help="compile the training step"
-    )
-    parser.add_argument("--out", default="runs/likelihoods_mnist", help="of table and figure")
-    parser.add_argument("--smoke", action="store_true", help="bundled digits, four epochs")
-    options = parser.parse_args()
+    given = {"epochs": 12, "images": 100, "out": "runs/likelihoods_mnist"}
+    options = study_options(__doc__, **given).parse_args()
     if options.smoke:
         options.epochs, options.images = 4, 3
     main(options)

@@ -20,7 +20,7 @@ import json
 from pathlib import Path
 
 import torch
-from printing import show
+from printing import show, study_options, with_error, with_errors
 from torch import Tensor
 
 from pyro_vae import VAE, build, fit, log_evidence, plots
@@ -98,20 +98,14 @@ def halfway(vae: VAE, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def score(vae: VAE, x: Tensor, name: str, length: Tensor | None = None) -> dict[str, str]:
     """Returns a row of the table, with standard errors."""
     evidence = log_evidence(vae.model, vae.guide, x)
-    monte_carlo, over_images = evidence.mean_stderr()
     return {
         "model": f"{vae.posterior.latent_dim} latents",
         "of": f"{len(x)} {name}" if name == "test images" else name,
-        "bound": mean(evidence_lower_bound(vae.model, vae.guide, x).elbo),
-        "log p(x)": f"{evidence.mean():.2f} +- {monte_carlo:.2f} +- {over_images:.2f}",
+        "bound": with_error(evidence_lower_bound(vae.model, vae.guide, x).elbo),
+        "log p(x)": with_errors(evidence),
         "reliable": str(evidence.verdict.count("reliable")),
-        "length of the code": "-" if length is None else mean(length),
+        "length of the code": "-" if length is None else with_error(length),
     }
-
-
-def mean(values: Tensor) -> str:
-    """Formats the mean over images and its standard error."""
-    return f"{values.mean():.2f} +- {values.std() / len(values) ** 0.5:.2f}"
 
 
 @torch.no_grad()
@@ -157,14 +151,5 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", default="data", help="folder of MNIST")
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--images", type=int, default=200, help="images for log p(x)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--compile", action="store_true", default=None, help="compile the training step"
-    )
-    parser.add_argument("--out", default="runs/mnist_latent_space")
-    parser.add_argument("--smoke", action="store_true", help="bundled digits, a few epochs")
-    main(parser.parse_args())
+    given = {"epochs": 40, "images": 200, "out": "runs/mnist_latent_space"}
+    main(study_options(__doc__, **given).parse_args())

@@ -25,13 +25,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from printing import show
+from printing import show, study_options, verdicts, with_error, with_errors
 
 from pyro_vae import build, fit, log_evidence, plots
 from pyro_vae.data import Data, load_data
@@ -87,7 +86,6 @@ def study(
     bound = evidence_lower_bound(vae.model, vae.guide, x).elbo
     n = arguments.images
     evidence = log_evidence(vae.model, vae.guide, x[:n])
-    monte_carlo, over_images = evidence.mean_stderr()
     gap = evidence.log_prob - bound[:n]
     known = arguments.latent_dim == 20 and not arguments.smoke
     return {
@@ -96,10 +94,10 @@ def study(
         "validation bound": f"{history.rows[-1]['validation_elbo']:.2f} +- {stderr(bound):.2f}",
         "published (rate)": f"{PUBLISHED[name]:.2f} ({published_lr:g})" if known else "-",
         "best (epoch)": f"{bound.mean():.2f} ({history.best_epoch})",
-        f"bound of {n}": f"{bound[:n].mean():.2f} +- {stderr(bound[:n]):.2f}",
-        f"log p(x) of {n}": f"{evidence.mean():.2f} +- {monte_carlo:.2f} +- {over_images:.2f}",
-        "log p(x) - bound": f"{gap.mean():.2f} +- {stderr(gap):.2f}",
-        "verdicts": ", ".join(f"{c} {v}" for v, c in Counter(evidence.verdict).items()),
+        f"bound of {n}": with_error(bound[:n]),
+        f"log p(x) of {n}": with_errors(evidence),
+        "log p(x) - bound": with_error(gap),
+        "verdicts": verdicts(evidence),
         "seconds": f"{sum(history['seconds']):.0f}",
     }
 
@@ -157,15 +155,6 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", default="data", help="folder of MNIST")
+    parser = study_options(__doc__, epochs=150, images=200, out="runs/mnist_optimisers")
     parser.add_argument("--latent_dim", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=150)
-    parser.add_argument("--images", type=int, default=200, help="validation images for log p(x)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--compile", action="store_true", default=None, help="compile the training step"
-    )
-    parser.add_argument("--out", default="runs/mnist_optimisers")
-    parser.add_argument("--smoke", action="store_true", help="bundled digits, two epochs")
     main(parser.parse_args())

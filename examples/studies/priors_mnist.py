@@ -21,14 +21,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from printing import show
+from printing import numbers, show, study_options, verdicts
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -121,21 +120,12 @@ def judged(
     with torch.no_grad():
         many, _ = test.batch(torch.arange(min(1000, len(test))))
         active = metrics.active_units(vae.encode(many).mean)
-    monte_carlo, over_data = evidence.mean_stderr()
     return evidence, {
-        "log p(x)": evidence.mean(),
-        "+- Monte Carlo": monte_carlo,
-        "+- data": over_data,
-        "verdict": ", ".join(f"{n} {word}" for word, n in Counter(evidence.verdict).items()),
+        **numbers(evidence),
+        "verdict": verdicts(evidence),
         "encoder's bound": bound.mean(),
         "active units": int(active.sum()),
     }
-
-
-def paired(a: Evidence, b: Evidence) -> tuple[float, float]:
-    """Returns the mean of log p_a(x) - log p_b(x) over the images, and its standard error."""
-    difference = a.log_prob - b.log_prob
-    return difference.mean().item(), difference.std().item() / len(difference) ** 0.5
 
 
 def report(
@@ -149,7 +139,7 @@ def report(
             "epochs, 10,000 images, encoder's bound"
         )
     pairs = {
-        f"{b} less {a}": paired(evidence[b], evidence[a]) for a, b in combinations(evidence, 2)
+        f"{b} less {a}": evidence[b].difference(evidence[a]) for a, b in combinations(evidence, 2)
     }
     settings = {
         name: getattr(arguments, name) for name in ("epochs", "warm_up", "patience", "lr", "seed")
@@ -196,19 +186,10 @@ def gallery(pictures: dict[str, Tensor]) -> Figure:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", default="data", help="folder of MNIST")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser = study_options(__doc__, epochs=20, images=100, out="runs/priors_mnist")
     parser.add_argument("--warm_up", type=float, default=5, help="epochs until beta is 1")
     parser.add_argument("--patience", type=int, help="stop early, at a constant learning rate")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--images", type=int, default=100, help="test images for log p(x)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--compile", action="store_true", default=None, help="compile the training step"
-    )
-    parser.add_argument("--out", default="runs/priors_mnist", help="folder of table and figures")
-    parser.add_argument("--smoke", action="store_true", help="bundled digits, two epochs")
     options = parser.parse_args()
     if options.smoke:
         options.epochs, options.warm_up, options.images = 2, 1, 3
