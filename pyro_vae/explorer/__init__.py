@@ -283,19 +283,9 @@ def _prior(content: Content, draws: tuple[Tensor, ...]) -> dict[str, Any]:
 
 def _rows(content: Content) -> dict[str, Any]:
     rows = content.rows
-    tensors = {
-        "numbers": rows.numbers,
-        "means": rows.codes.mean,
-        "scales": rows.codes.stddev,
-        "elbo": rows.elbo,
-        "log_prob": rows.log_prob,
-        "stderr": rows.stderr,
-        "y": rows.y,
-        "labels": rows.labels,
-        "shown": None if rows.shown is None else _as_pixels(rows.shown, content),
-    }
-    present = {name: part for name, part in tensors.items() if part is not None}
-    return {**present, "verdict": rows.verdict}
+    parts = {**vars(rows), "means": rows.codes.mean, "scales": rows.codes.stddev}
+    parts["shown"] = None if rows.shown is None else _as_pixels(rows.shown, content)
+    return {name: part for name, part in parts.items() if part is not None and name != "codes"}
 
 
 def _as_pixels(x: Tensor, content: Content) -> Tensor:
