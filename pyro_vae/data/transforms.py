@@ -72,9 +72,7 @@ class Transform:
 
     def log_jacobian(self, data_shape: Sequence[int]) -> float:
         """Returns the log-Jacobian of T, in nats per datum of shape ``data_shape``."""
-        slope = self.log_slope()
-        if isinstance(slope, float):
-            return math.prod(data_shape) * slope
+        slope = torch.as_tensor(self.log_slope(), dtype=torch.float64)
         return slope.expand(tuple(data_shape)).sum().item()
 
 
