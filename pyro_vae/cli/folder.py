@@ -96,19 +96,9 @@ def load_run(run: str, data_root: str | None) -> tuple[VAE, Splits]:
     vae, record = load_with_record(run)
     read_part(folder, "config.yaml")
     declared = data_options(folder / "config.yaml")
+    root = data_root or (declared.data_root if Path(declared.data_root).is_dir() else "data")
     try:
-        splits = load_data(
-            declared.data,
-            root=data_root
-            or (declared.data_root if Path(declared.data_root).is_dir() else "data"),
-            transform=declared.transform,
-            validation=declared.validation,
-            seed=declared.split_seed,
-            conditional=declared.conditional,
-            limit=declared.limit,
-            even=record["description"].get("even", False),
-            schema=declared.schema,
-        )
+        splits = load_splits(declared, record, root=root)
     except ValueError as error:
         raise ValueError(
             f"the data of {folder} cannot be loaded: {error} (if they have moved, write the new "
@@ -117,6 +107,15 @@ def load_run(run: str, data_root: str | None) -> tuple[VAE, Splits]:
     with reading(folder / "data.json"):
         splits.check(record["description"])
     return vae, splits
+
+
+def load_splits(declared: Namespace, record: dict[str, Any], **changed: Any) -> Splits:
+    """Loads the data that options declare; `record` is that of a run which they are of, or {}."""
+    same = ("transform", "validation", "conditional", "limit", "schema")
+    options = {name: declared[name] for name in same}
+    options |= {"root": declared.data_root, "seed": declared.split_seed}
+    options["even"] = record.get("description", {"even": True}).get("even", False)
+    return load_data(declared.data, **{**options, **changed})
 
 
 def load_with_rows(options: Namespace) -> tuple[VAE, Data]:

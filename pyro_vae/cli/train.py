@@ -17,9 +17,9 @@ from pyro_vae import config
 from pyro_vae.arguments import check_whole, closest
 from pyro_vae.cli.evaluate import evaluate
 from pyro_vae.cli.figures import KlParts, draw
-from pyro_vae.cli.folder import check_support, declared_run, read_record
+from pyro_vae.cli.folder import check_support, declared_run, load_splits, read_record
 from pyro_vae.cli.parsing import NOT_IN_FILES, parse, plain_options
-from pyro_vae.data import Data, Schema, Splits, load_data, spread
+from pyro_vae.data import Data, Schema, Splits, spread
 from pyro_vae.data.transforms import default_transform, is_whole_line
 from pyro_vae.files import locked, reading
 from pyro_vae.likelihoods import Bernoulli, Columns, Likelihood
@@ -157,16 +157,8 @@ def _load_splits(options: Namespace) -> Splits:
     """Loads the data; if they are a table, sets the likelihood to Columns."""
     known = read_record(options.resume) if options.resume else {}
     is_table = options.likelihood.cls is Columns and Path(options.data).is_file()
-    splits = load_data(
-        options.data,
-        root=options.data_root,
-        validation=options.validation,
-        seed=options.split_seed,
-        conditional=options.conditional,
-        limit=options.limit,
-        even=known.get("description", {"even": True}).get("even", False),
-        schema={} if options.schema is None and is_table else options.schema,
-    )
+    schema = {} if options.schema is None and is_table else options.schema
+    splits = load_splits(options, known, transform="none", schema=schema)
     train = splits.train
     if train.schema is not None:
         if (cls := options.likelihood.cls) not in (Columns, Bernoulli):
