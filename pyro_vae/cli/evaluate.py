@@ -20,11 +20,7 @@ from pyro_vae.cli.figures import TERMS, TITLES, decompose, layer_lines, limits, 
 from pyro_vae.cli.folder import batches, load_run, to_device
 from pyro_vae.cli.score import by_column, estimate, held_out, rows_of
 from pyro_vae.data import Data, spread
-from pyro_vae.estimators import (
-    Evidence,
-    evidence_lower_bound,
-    importance_sampling,
-)
+from pyro_vae.estimators import Evidence, evidence_lower_bound, importance_sampling
 from pyro_vae.estimators.log_evidence import LARGEST_GAP, kept_audit
 from pyro_vae.files import write
 from pyro_vae.metrics import active_units
@@ -60,9 +56,9 @@ def evaluate(options: Namespace) -> None:
     bound = evidence_lower_bound(vae, *data.batch(), num_samples=options.elbo_samples)
     encoder: dict[str, Any] = {}
     if options.num_samples is not None:
-        names = ("num_samples", "chunk_size", "compile", "devices", "seed")
-        settings = {name: options[name] for name in names}
-        found = importance_sampling(vae, *data.batch(), progress=options.progress, **settings)
+        names = ("num_samples", "chunk_size", "compile", "devices", "seed", "progress")
+        given = {name: options[name] for name in names}
+        found = importance_sampling(vae, *data.batch(), **given)
         encoder = {"encoder_bound": found.mean(), "encoder_bound_samples": options.num_samples}
     evidence = estimate(vae, data, options)
     evidence.save(Path(options.run) / "evidence.safetensors")

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ def command(options: Namespace) -> None:
     scores = _scores(
         elbo,
         evaluated(folder, where, elbo.mean().item()),
-        spread(len(data), options.judged, splits.seed) if options.judged else None,
+        options.judged,
+        splits.seed,
         lambda positions: estimate(vae, rows.subset(positions), options),
     )
     name, with_rows = folder.resolve().name, not options.no_data
@@ -131,12 +133,8 @@ def explore(
     with evaluating(vae.model, vae.guide, seed=seed, device=torch.device("cpu")):
         as_vae: Any = vae if isinstance(vae, VAE) else ProgramsAsVAE(vae, data)
         elbo = evidence_lower_bound(vae.model, vae.guide, *data.batch(), num_samples=100).elbo
-        scores = _scores(
-            elbo,
-            evidence,
-            spread(len(data), judged, seed) if judged else None,
-            lambda some: log_evidence(vae.model, vae.guide, *data.batch(some), seed=seed),
-        )
+        own = partial(log_evidence, vae.model, vae.guide, seed=seed)
+        scores = _scores(elbo, evidence, judged, seed, lambda some: own(*data.batch(some)))
         title = name or type(vae).__name__
         text = page(_content(as_vae, data, index, scores, title, f"{len(data)} rows", rows))
     write(path, text)
@@ -226,13 +224,14 @@ class ProgramsAsVAE(nn.Module):
 def _scores(
     elbo: Tensor,
     evidence: Evidence | None,
-    judged: Tensor | None,
+    judged: int,
+    seed: int,
     estimate: Callable[[Tensor], Evidence],
 ) -> dict[str, Any]:
     """Returns ELBO and log p(x) of each row, for `Rows`; estimates some, if `evidence` is None."""
     index = torch.arange(len(elbo))
-    if evidence is None and judged is not None:
-        index, evidence = judged, estimate(judged)
+    if evidence is None and judged:
+        evidence = estimate(index := spread(len(elbo), judged, seed))
     log_prob, stderr = torch.full((2, len(elbo)), math.nan)
     verdict = dict.fromkeys(range(len(elbo)), "")
     if evidence is not None:

@@ -21,9 +21,7 @@ from pyro_vae.arguments import check_whole, closest
 from pyro_vae.cli import COMMANDS, DATA, FAMILIES, PARTS
 from pyro_vae.files import check_folder, reading
 
-ERRORS = (
-    *(ArgumentError, ValueError, OSError, FloatingPointError, NotImplementedError, ImportError),
-)
+ERRORS = (ArgumentError, ValueError, OSError, FloatingPointError, NotImplementedError, ImportError)
 OPTIONS = [option for command in COMMANDS.values() for option in command.options.items()]
 FLAGS = {key[2:] for key, known in OPTIONS if known.get("type") in (bool, bool | None)}
 SWITCHES = {key[2:] for key, known in OPTIONS if "action" in known} | {"help", "help_all"}
