@@ -120,15 +120,10 @@ def vae_of(columns: dict[str, Any]) -> Any:
     """The same by pyro_vae."""
     from pyro_vae import build
 
-    network = {"class_path": "MLP", "init_args": {"hidden": [WIDTH], "activation": "relu"}}
-    return build(
-        len(columns),
-        LATENTS,
-        likelihood={"class_path": "Columns", "init_args": {"columns": columns}},
-        encoder=network,
-        decoder=network,
-        missing=True,
-    )
+    network = {"MLP": {"hidden": [WIDTH], "activation": "relu"}}
+    likelihood = {"Columns": {"columns": columns}}
+    given = {"likelihood": likelihood, "encoder": network, "decoder": network}
+    return build(len(columns), LATENTS, **given, missing=True)
 
 
 def pyro_vae(folder: Path, turns: Turns, compiled: bool = False) -> Any:

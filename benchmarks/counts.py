@@ -52,15 +52,12 @@ def independent(train: Tensor, test: Tensor, given: bool) -> Tensor:
     return log_prob(test).detach()
 
 
-def vae(library: str, train: Tensor, test: Tensor, epochs: int, **options: Any) -> Any:
+def vae(library: str, train: Tensor, epochs: int) -> Any:
     torch.manual_seed(0)
+    network = {"MLP": {"hidden": [128]}}
     made = pyro_vae.build(
-        (train.shape[1],), 10, posterior="FullNormal",
-        encoder={"class_path": "MLP", "init_args": {"hidden": [128]}},
-        decoder={"class_path": "MLP", "init_args": {"hidden": [128]}},
-        likelihood={
-            "class_path": "NegativeBinomial", "init_args": {"library": library, **options}
-        },
+        (train.shape[1],), 10, posterior="FullNormal", encoder=network, decoder=network,
+        likelihood={"NegativeBinomial": {"library": library}},
     )  # fmt: skip
     held = len(train) // 10
     pyro_vae.fit(
@@ -139,7 +136,7 @@ def main() -> None:
         print(f"| {name} | {found.mean():.2f} | +- {found.std() / len(found) ** 0.5:.2f} |")
     for library in options.library:
         start = time.perf_counter()
-        made = vae(library, train.float(), test.float(), options.epochs)
+        made = vae(library, train.float(), options.epochs)
         found = pyro_vae.log_evidence(made, test.float())
         codes = made.encode(train.float()).mean.detach().numpy()
         mixture = GaussianMixture(int(labels.max()) + 1, random_state=0, n_init=3).fit(codes)

@@ -146,15 +146,12 @@ def ours(x: Tensor, arguments: argparse.Namespace, seed: int) -> tuple[Tensor, f
     torch.manual_seed(seed)
     D, hidden = x.shape[1], {"hidden": [arguments.width] * 2, "activation": arguments.activation}
     mixture = {"MixtureOfGaussians": {"num_components": arguments.components}}
+    scales = {"scale": arguments.scale, "min_scale": arguments.min_scale}
     vae = build(
         D, arguments.latents, missing=True,
         prior=mixture if arguments.components else "StandardNormal",
-        likelihood={
-            "class_path": arguments.likelihood,
-            "init_args": {"scale": arguments.scale, "min_scale": arguments.min_scale},
-        },
-        encoder={"class_path": "MLP", "init_args": hidden},
-        decoder={"class_path": "__main__.Beside", "init_args": hidden},
+        likelihood={arguments.likelihood: scales},
+        encoder={"MLP": hidden}, decoder={"__main__.Beside": hidden},
     )  # fmt: skip
     found = fitted(vae, x, arguments, seed, num_draws=1)
     return found.mean, found.log_prob.mean().item()

@@ -14,22 +14,17 @@ import argparse
 import torch
 
 from pyro_vae import build, fit, importance_sampling
-from pyro_vae.data import Data, Threshold, load_data
+from pyro_vae.data import Data, Threshold
+from pyro_vae.data.readers import read_named
 
 PUBLISHED = {1: -113.18, 10: -92.15, 50: -84.71, 100: -83.63, 150: -82.92}
 
 
 def split(root: str) -> tuple[Data, Data, Data]:
     """The first 50,000, the next 10,000, and the test images, thresholded."""
-    parts = load_data("MNIST", root=root, validation=10_000)
-    x = torch.cat([parts.train.x, parts.validation.x])
-    order = torch.cat([parts.train.rows, parts.validation.rows]).argsort()
-    transform = Threshold(127.5, 255)
-    first, last, test = (
-        Data(rows, transform=transform, levels=256)
-        for rows in (x[order[:50_000]], x[order[50_000:]], parts.test.x)
-    )
-    return first, last, test
+    parts = read_named("MNIST", root).values()
+    train, test = (part.with_transform(Threshold(127.5, 255)) for part in parts)
+    return train.subset(torch.arange(50_000)), train.subset(torch.arange(50_000, 60_000)), test
 
 
 def main() -> None:
@@ -51,10 +46,7 @@ def main() -> None:
         epochs=arguments.epochs,
         batch_size=250,
         lr=arguments.lr,
-        schedule={
-            "class_path": "CosineAnnealingLR",
-            "init_args": {"T_max": arguments.epochs},
-        },
+        schedule={"CosineAnnealingLR": {"T_max": arguments.epochs}},
         validation=validation,
         run=arguments.run,
     )

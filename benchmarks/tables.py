@@ -125,15 +125,9 @@ def ours(
 ) -> tuple[Tensor, object]:
     """Columns under IWAE, on incomplete rows the objective of Mattei and Frellsen's MIWAE."""
     torch.manual_seed(0)
-    network = {"class_path": "MLP", "init_args": {"hidden": [128], "activation": "relu"}}
-    vae = build(
-        x.shape[1],
-        10,
-        likelihood=schema.likelihood,
-        encoder=network,
-        decoder=network,
-        missing=True,
-    )
+    network = {"MLP": {"hidden": [128], "activation": "relu"}}
+    given = {"likelihood": schema.likelihood, "encoder": network, "decoder": network}
+    vae = build(x.shape[1], 10, **given, missing=True)
     fit(vae, x, IWAE(num_particles=5), epochs=epochs, lr=2e-3, progress=False)
     start, before = time.perf_counter(), processor()
     found = impute(vae, x[shown], **options)

@@ -83,12 +83,9 @@ def trained(
     vae: Any = build(
         data.train.data_shape,
         latent_dim=4 if arguments.smoke else 32,
-        likelihood={"class_path": "Normal", "init_args": {"mean": "sigmoid", **options}},
-        encoder={"class_path": "Conv", "init_args": {"channels": [32, 64, 128], **network}},
-        decoder={
-            "class_path": "ConvTranspose",
-            "init_args": {"channels": [128, 128, 64], **network},
-        },
+        likelihood={"Normal": {"mean": "sigmoid", **options}},
+        encoder={"Conv": {"channels": [32, 64, 128], **network}},
+        decoder={"ConvTranspose": {"channels": [128, 128, 64], **network}},
     )
     if options["scale"] == "learned":  # sigma changes slowly: start near where it ends
         start = -6.0 if options["min_scale"] > 0.1 else -2.0

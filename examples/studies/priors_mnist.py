@@ -80,12 +80,9 @@ def trained(prior: str, data: Splits, arguments: argparse.Namespace) -> tuple[An
     vae = build(
         data.train.data_shape,
         latent_dim,
-        prior={
-            "class_path": prior,
-            "init_args": {"num_components": components} if mixture else {},
-        },
-        encoder={"class_path": "GatedMLP", "init_args": {"hidden": [300, 300]}},
-        decoder={"class_path": "GatedMLP", "init_args": {"hidden": [300, 300]}},
+        prior={prior: {"num_components": components} if mixture else {}},
+        encoder={"GatedMLP": {"hidden": [300, 300]}},
+        decoder={"GatedMLP": {"hidden": [300, 300]}},
     )
     # a short run gains from a falling learning rate; a long one keeps the rate and stops early
     falling = {"class_path": "CosineAnnealingLR", "init_args": {"T_max": arguments.epochs}}
