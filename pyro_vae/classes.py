@@ -93,13 +93,7 @@ class ClassVAE(VAE):
             y: Labels [B] or [B, 1], -1 where unknown; or one-hot rows [B, C], zero where unknown.
             size: Number of data to draw if neither `x` nor `y` is given.
         """
-        register(
-            {
-                "classes": self.class_weights,
-                "prior": self.prior,
-                "likelihood": self.likelihood,
-            }
-        )
+        register(classes=self.class_weights, prior=self.prior, likelihood=self.likelihood)
         labels_of = self.check_labels if is_validation_enabled() else self._labels
         x = None if x is None else self._checked_data(x)
         labels = labels_of(y, None if x is None else len(x))
@@ -113,10 +107,10 @@ class ClassVAE(VAE):
 
     def guide(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Pyro guide: z ~ q(z | x, y) for each class; y ~ p(y), or the classifier's q(y | x)."""
-        register({"classes": self.class_weights, "posterior": self.posterior})
+        register(classes=self.class_weights, posterior=self.posterior)
         q, infer = self.class_weights(), SUM_OUT
         if self.classifier is not None:
-            register({"classifier": self.classifier})
+            register(classifier=self.classifier)
             q, infer = self.classify(x), SUM_OUT | {"classifier": True}
         with pyro.plate("data", len(x), dim=-1):
             c = pyro.sample("y", q, infer=infer)

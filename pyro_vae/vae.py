@@ -103,7 +103,7 @@ class VAE(nn.Module):
         Returns:
             The data, [*K, B, *E].
         """
-        register({"prior": self.prior, "likelihood": self.likelihood})
+        register(prior=self.prior, likelihood=self.likelihood)
         y = self._checked_condition(y)
         x = None if x is None else self._checked_data(x)
         size = next((len(part) for part in (x, y) if part is not None), size)
@@ -129,7 +129,7 @@ class VAE(nn.Module):
         Returns:
             The latents, [*K, B, D].
         """
-        register({"posterior": self.posterior})
+        register(posterior=self.posterior)
         with pyro.plate("data", len(x), dim=-1):
             return self._sample_guide(x, self.encode(x, y))
 
@@ -319,7 +319,7 @@ class VAE(nn.Module):
 
 
 @effectful(type="module")
-def register(parts: dict[str, nn.Module]) -> None:
+def register(**parts: nn.Module) -> None:
     """Registers the parameters of `parts` with Pyro's store, if a handler is listening.
 
     This is `pyro.module` with one difference: the store then holds, and SVI trains, the module's

@@ -31,7 +31,7 @@ PILOT_KHAT = 0.7  # k-hat of a later pilot above which its variance is not belie
 
 
 def escalate(
-    target: Target, tolerance: float, budget: float = math.inf, exact: Tensor | None = None
+    target: Target, tolerance: float, budget: int | None = None, exact: Tensor | None = None
 ) -> Evidence:
     """Estimates log p(x) of B data with as many draws as a pilot says each of them needs.
 
@@ -40,7 +40,7 @@ def escalate(
     Args:
         target: The posteriors of the data.
         tolerance: Largest standard error.
-        budget: Most evaluations of the model for one datum.
+        budget: Most evaluations of the model for one datum, or None.
         exact: A draw of each posterior [1, B, D], whose log weight goes to the extra "exact".
 
     Raises:
@@ -51,8 +51,9 @@ def escalate(
         Fit.with_components,
         None,
     ]
-    if budget < math.inf:
-        stages, budget = _affordable(budget, target.dim)
+    most_draws = math.inf
+    if budget is not None:
+        stages, most_draws = _affordable(budget, target.dim)
         improvements = [*improvements[: stages - 1], None]
     fit = fit_proposal(target)
     parts: list[Evidence] = []
@@ -63,7 +64,7 @@ def escalate(
         hard = (needed > (LEAST_LATER_DRAWS if stage else MOST_FIRST_DRAWS)) & (
             improve is not None
         )
-        part = _estimate_by_need(fit, needed.masked_fill(hard, 0), tolerance, budget, exact)
+        part = _estimate_by_need(fit, needed.masked_fill(hard, 0), tolerance, most_draws, exact)
         last = last.index_copy(0, rows, sum(len(p) for p in parts) + torch.arange(len(rows)))
         parts.append(part)
         trusted = part.khat < part.khat_threshold.clamp(max=TRUSTED_KHAT)
@@ -75,7 +76,7 @@ def escalate(
     return Evidence.cat(parts).rows(last)
 
 
-def _affordable(budget: float, dim: int) -> tuple[int, float]:
+def _affordable(budget: int, dim: int) -> tuple[int, float]:
     """Returns how many proposals can be tried, and the evaluations left for the last's draws."""
     least = SCALE_DRAWS + search_cost(dim) + fit_cost(dim)
     left, stages = budget - least - PILOT_DRAWS - 2 * WALK_COST, 1
@@ -135,12 +136,12 @@ def _pilot(fit: Fit, tolerance: float, number: int) -> tuple[Tensor, Tensor]:
 
 
 def _estimate_by_need(
-    fit: Fit, needed: Tensor, tolerance: float, budget: float, exact: Tensor | None
+    fit: Fit, needed: Tensor, tolerance: float, most_draws: float, exact: Tensor | None
 ) -> Evidence:
     """Returns evidence of B data, each with the fewest draws that are enough, or with AIS."""
-    numbers = [n for n in DRAWS if n <= budget]
+    numbers = [n for n in DRAWS if n <= most_draws]
     level = torch.searchsorted(torch.tensor(numbers).double(), needed.double())
-    if AIS_COST > budget:
+    if AIS_COST > most_draws:
         level = level.clamp(max=len(numbers) - 1)
     parts, order = [], []
     for i in level.unique().tolist():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -108,8 +107,7 @@ def log_evidence(
         raise ValueError(f"audit must be True, False or an Audit; got {audit!r}")
     inputs = model, guide, x, y
     rows = chunk_size or CHUNK_ROWS
-    limit = math.inf if budget is None else budget
-    estimate = partial(escalate, tolerance=tolerance, budget=limit)
+    estimate = partial(escalate, tolerance=tolerance, budget=budget)
     parts = map_targets(estimate, *inputs, chunk_size, compile, devices, seed, progress)
     evidence = Evidence.cat(parts)
     bound = unchecked_lower_bound(*inputs, num_samples=REGRET_DRAWS, chunk_size=rows, seed=seed)
@@ -250,15 +248,14 @@ def audit(
         parts = for_each_value(each, values, model, guide, x, y, seed=seed, progress=progress)
         return Audit.cat(parts)
     rows = (torch.arange(num_data, device=x.device) * max(1, len(x) // num_data)) % len(x)
-    limit = math.inf if budget is None else budget
-    estimate = partial(_audit_target, tolerance=tolerance, budget=limit)
+    estimate = partial(_audit_target, tolerance=tolerance, budget=budget)
     inputs = model, guide, x[rows], None if y is None else y[rows]
     seed = None if seed is None else seed + 1
     parts = map_targets(estimate, *inputs, chunk_size, False, devices, seed, progress, "audit")
     return Audit.cat(parts)
 
 
-def _audit_target(template: Target, tolerance: float, budget: float) -> Audit:
+def _audit_target(template: Target, tolerance: float, budget: int | None) -> Audit:
     target, exact = template.simulated()
     evidence = escalate(target, tolerance, budget, exact)
     number, log_exact = evidence.num_samples, evidence.extras["exact"] - evidence.num_samples.log()
