@@ -256,14 +256,11 @@ def factor_vae_score(
     """
     numbers = {"num_votes": num_votes, "num_test": num_test, "batch_size": batch_size}
     codes, values, labels = check_codes(means, factors, names, seed=seed, **numbers)
-    F, variance = values.shape[1], codes.var(0)
-    active = variance.sqrt() >= LEAST_STD
+    variance = codes.var(0)
     fixed, rows = _draw_votes(values, num_votes + num_test, batch_size, seed)
-    if active.any():
-        least_varying = (codes[:, active][rows].var(1) / variance[active]).argmin(1)
-    else:
-        least_varying = torch.zeros(len(fixed), dtype=torch.long)
-    table = torch.zeros(int(least_varying.max()) + 1, F)
+    share = (codes[rows].var(1) / variance).where(variance.sqrt() >= LEAST_STD, torch.inf)
+    least_varying = share.argmin(1)  # 0 if no dimension has a vote
+    table = torch.zeros(codes.shape[1], values.shape[1])
     table.index_put_(
         (least_varying[:num_votes], fixed[:num_votes]), torch.ones(()), accumulate=True
     )
