@@ -130,7 +130,7 @@ def column_log_prob(
     missing = getattr(getattr(model, "__self__", None), "missing", True)
     estimate = partial(_leave_out_each, num_samples=num_samples, missing=missing)
     run = partial(map_targets, estimate, chunk_size=chunk_size, compile=compile, devices=devices)
-    found = _leave_one_out(run, model, guide, x, y, seed=seed, progress=progress).log_prob
+    found = _leave_one_out(model, guide, x, y, run=run, seed=seed, progress=progress).log_prob
     return (found[:, :1] - found[:, 1:]).view(x.shape).masked_fill(x.isnan().cpu(), math.nan)
 
 
@@ -162,12 +162,12 @@ class _LeaveOneOut:
 
 @summed
 def _leave_one_out(
-    run: Callable[..., list[Tensor]],
     model: Program,
     guide: Program,
     x: Tensor,
     y: Tensor | None,
     *,
+    run: Callable[..., list[Tensor]],
     seed: int | None,
     progress: bool = False,
 ) -> _LeaveOneOut:

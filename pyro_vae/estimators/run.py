@@ -63,12 +63,12 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
     @torch.inference_mode(False)
     def checked(*args: Any, **options: Any) -> T:
         bound = signature.bind(*programs(args, options), **options)
+        bound.apply_defaults()
         arguments = bound.arguments
         x = arguments["x"] = as_rows("x", arguments["x"], missing=True)  # the model may refuse NaN
-        if arguments.get("y") is not None:
-            y = arguments["y"] = as_rows("y", arguments["y"])
-            if len(y) != len(x):
-                raise ValueError(f"y must have a row for each of the {len(x)} of x; got {len(y)}")
+        y = arguments["y"] = None if arguments["y"] is None else as_rows("y", arguments["y"])
+        if y is not None and len(y) != len(x):
+            raise ValueError(f"y must have a row for each of the {len(x)} of x; got {len(y)}")
         for name, value in arguments.items():
             if name.startswith("num_") or name in WHOLE_NUMBERS:
                 optional = signature.parameters[name].default is None
@@ -82,7 +82,7 @@ def estimator(function: Callable[Concatenate[Program, Program, P], T]) -> TakesV
         with process_lock, pyro.validation_enabled(True), threads(1) if small else nullcontext():
             found = function(*bound.args, **bound.kwargs)
             if isinstance(found, Evidence):
-                parts = arguments["model"], arguments["guide"], x, arguments.get("y")
+                parts = arguments["model"], arguments["guide"], x, y
                 return exact_without_data(found, *parts).of(x)  # type: ignore[return-value]
             return found
 
@@ -260,18 +260,15 @@ def summed(function: Callable[P, T]) -> Callable[P, T]:
 
     The results are then combined by the class method `mixed` of their class.
     """
-    signature = inspect.signature(function)
 
     @wraps(function)
-    def over_values(*args: P.args, **options: P.kwargs) -> T:
-        bound = signature.bind(*args, **options)
-        bound.apply_defaults()
-        arguments = bound.arguments
-        values = summed_values(arguments["model"], arguments["x"], arguments["y"])
+    def over_values(*inputs: Any, **options: Any) -> T:
+        model, _, x, y = inputs
+        values = summed_values(model, x, y)
         if not values:
-            return function(*args, **options)
-        parts = for_each_value(function, values, **arguments)
-        with forked(torch.device("cpu"), arguments["seed"]):
+            return function(*inputs, **options)
+        parts = for_each_value(function, values, *inputs, **options)
+        with forked(torch.device("cpu"), options["seed"]):
             mixed: T = type(parts[0]).mixed(parts)
         return mixed
 
