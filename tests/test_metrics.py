@@ -237,6 +237,14 @@ def test_a_categorical_factor_is_predicted_by_thresholds() -> None:
     assert found.matrix[0, 1] == pytest.approx(0.25, abs=0.12)
 
 
+def test_a_value_that_no_scored_row_has_does_not_count_in_sap() -> None:
+    values = torch.tensor([0] * 20 + [1] * 20 + [2])  # the last row is one of those fitted to
+    code = torch.tensor([0.0] * 20 + [1.0, 2.0] * 10 + [1.0])
+    found = sap(torch.stack([code, 0 * code], 1), values[:, None], ["shape"], seed=4).matrix
+    assert found is not None
+    assert found.tolist() == [[0.75, 0.5]]  # all of value 0, and half of value 1
+
+
 def test_modularity_by_hand() -> None:
     """One dimension knows a factor of two values wholly, and another a product of two."""
     factors = torch.cartesian_prod(torch.arange(2), torch.arange(2)).repeat(5, 1)

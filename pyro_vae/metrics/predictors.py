@@ -88,7 +88,7 @@ def _threshold_accuracy(codes: Tensor, factor: Tensor, seed: int) -> Tensor:
             max_leaf_nodes=leaves, class_weight="balanced", random_state=seed
         ).fit(column[fitted, None], v[fitted])
         guess = tree.predict(column[scored, None])
-        scores.append(recall_score(v[scored], guess, average="macro", zero_division=0))
+        scores.append(recall_score(v[scored], guess, labels=np.unique(v[scored]), average="macro"))
     return torch.tensor(scores, dtype=torch.float64)
 
 
