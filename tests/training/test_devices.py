@@ -121,7 +121,7 @@ def with_noise_handed_in(group: Group, compile: bool = False) -> dict[str, Resul
         # shares of 6 and 5 rows, at last of 5 and 4
         "eager": train(group, still_vae(), validation=noisy_data(13)),
         "clipped": train(group, still_vae(), clip_norm=0.05, **one),
-        "compiled": train(group, still_vae(), compile=compile, **one),
+        "compiled": train(group, still_vae(), compile=compile or "trace", **one),
         # at last a batch of three rows: whole in both
         "remainder": train(group, still_vae(), batch_size=10, **one),
         "single rows": train(group, still_vae(), batch_size=1, data=x[:5], **one),
