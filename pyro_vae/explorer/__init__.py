@@ -302,17 +302,11 @@ def _fill_template(name: str, data: str) -> str:
     folder = Path(__file__).parent
     script = SCRIPT + (folder / "explorer.js").read_text("utf-8")
     style = (folder / "explorer.css").read_text("utf-8")
-    policy = (
+    parts = {"NAME": escape(name), "STYLE": style, "SCRIPT": script, "DATA": data}
+    parts["POLICY"] = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
         "base-uri 'none'; form-action 'none'"
     )
-    parts = {
-        "NAME": escape(name),
-        "POLICY": policy,
-        "STYLE": style,
-        "SCRIPT": script,
-        "DATA": data,
-    }
     text = (folder / "explorer.html").read_text("utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], text)
 

@@ -60,18 +60,10 @@ class Program:
 
     def declare(self) -> dict[str, Any]:
         """Returns the program for JSON: each step has a name, arguments and keywords."""
-        return {
-            "inputs": len(self.numbers) - len(self.constants) - len(self.steps),
-            "steps": [
-                [
-                    _name(n.target),
-                    self._to_json(n.args),
-                    {k: n.kwargs[k] for k in KEYWORDS & {*n.kwargs}},
-                ]
-                for n in self.steps
-            ],
-            "output": self.numbers[self.output],
-        }
+        keywords = [{k: n.kwargs[k] for k in KEYWORDS & {*n.kwargs}} for n in self.steps]
+        steps = [[_name(n.target), self._to_json(n.args), k] for n, k in zip(self.steps, keywords)]
+        inputs = len(self.numbers) - len(self.constants) - len(steps)
+        return {"inputs": inputs, "steps": steps, "output": self.numbers[self.output]}
 
     def _to_json(self, argument: Any) -> Any:
         """Returns an argument for JSON: {"r": number} for a value, {"f": text} for inf and NaN."""
