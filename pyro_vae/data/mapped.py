@@ -126,8 +126,7 @@ def mapped(
     if not (rows := _open_npy(path)).flags.c_contiguous:
         folder = Folder()
         path = _write_npy(folder, _to_row_major(path, rows), rows.shape)
-    number, first = len(rows), convert(_read_rows(path, np.arange(1)))
-    low, high, has_nan = math.inf, -math.inf, False
+    number, low, high, has_nan = len(rows), math.inf, -math.inf, False
     for start in range(0, number, CHUNK):
         part = convert(_read_rows(path, np.arange(start, min(start + CHUNK, number))))
         if not math.isfinite(sum(ends := _min_max(part))):
@@ -139,9 +138,9 @@ def mapped(
             has_nan, ends = True, _min_max(part[~part.isnan()])
         low, high = min(low, ends[0]), max(high, ends[1])
     extremes = (low, high) if low <= high else (0.0, 0.0)
-    shape = torch.Size((number, *first.shape[1:]))
+    shape = torch.Size((number, *part.shape[1:]))
     index = torch.arange(number)
-    return Mapped(path, index, shape, first.dtype, convert, extremes, has_nan, folder=folder)
+    return Mapped(path, index, shape, part.dtype, convert, extremes, has_nan, folder=folder)
 
 
 def _ordered(convert: Callable[[np.ndarray], Tensor], order: Tensor, rows: np.ndarray) -> Tensor:
