@@ -76,15 +76,8 @@ def main(arguments: argparse.Namespace) -> dict[str, float]:
         "1000 draws of the fitted proposal": refined_importance_sampling(vae.model, vae.guide, x),
     }
     chains, temperatures = (16, 5) if arguments.smoke else (128, 50)
-    reference = annealed_importance_sampling(
-        vae.model,
-        vae.guide,
-        x,
-        start="refined",
-        num_chains=chains,
-        num_temperatures=temperatures,
-        seed=1,
-    )
+    path = {"start": "refined", "num_chains": chains, "num_temperatures": temperatures}
+    reference = annealed_importance_sampling(vae.model, vae.guide, x, **path, seed=1)
     print(f"reference: {reference}")
     shortfall = {}
     for name, evidence in estimates.items():

@@ -35,11 +35,7 @@ QUANTITIES = {  # title, format and remark of each quantity
     "mutual_information": ("mutual information", ".3f", "part of the KL: of x and z"),
     "aggregate_kl": ("KL(q(z) || p(z))", ".3f", "the rest of the KL: of all codes"),
     "total_correlation": ("total correlation", ".3f", "part of that: among the latents"),
-    "dimension_wise_kl": (
-        "dimension-wise KL",
-        ".3f",
-        "part of that: of each q(z) from p(z)",
-    ),
+    "dimension_wise_kl": ("dimension-wise KL", ".3f", "part of that: of each q(z) from p(z)"),
     "active_units": ("active units", "d", "latent dimensions that depend on x"),
     "khat_below_threshold": ("k-hat below threshold", ".1%", "of the data"),
     "bits_per_dim": ("bits per dimension", ".3f", "of the data before the transform"),
@@ -193,10 +189,8 @@ def draw_audit(vae: VAE, data: Data, evidence: Evidence, options: Namespace) -> 
         return
     same = {name: options[name] for name in ("tolerance", "seed")}
     found = kept_audit(vae.model, vae.guide, *data.batch(), budget=None, **same)
-    save_figure(
-        plots.audit(found.gap, found.reliable, LARGEST_GAP),
-        Path(options.run) / "figures" / "audit",
-    )
+    figure = plots.audit(found.gap, found.reliable, LARGEST_GAP)
+    save_figure(figure, Path(options.run) / "figures" / "audit")
 
 
 def draw_extremes(data: Data, evidence: Evidence, figures: Path) -> None:
