@@ -61,10 +61,9 @@ class Outcome:
         start = f"| {self.name} | {self.kind} | {self.latents or ''} | {self.num_data} |"
         if not len(self.error):
             return f"{start} {self.refusal} | | | | | | {self.seconds:.0f} |"
-        mean = float(np.mean(self.error))
-        shares = [f"{share(self.covered)}", f"{share(self.covered[self.reliable])}"]
         return (
-            f"{start} {mean:.3f} | {np.sqrt(np.mean(self.error**2)):.3f} | {' | '.join(shares)} | "
+            f"{start} {self.error.mean():.3f} | {np.sqrt(np.mean(self.error**2)):.3f} | "
+            f"{share(self.covered)} | {share(self.covered[self.reliable])} | "
             f"{share(self.reliable)} | {self.false.sum()} | {self.seconds:.0f} |"
         )
 
