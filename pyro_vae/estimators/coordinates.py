@@ -201,9 +201,8 @@ def coordinates(
         scores = known[name].scores if known else _normal_scores(coords, *priors)
         sites[name] = coords = replace(coords, scores=scores)
         start = columns.stop
-        moments.append(
-            _prior_moments(coords, unconstrained, *priors).reshape(2, len(unconstrained[0]), -1)
-        )
+        each = _prior_moments(coords, unconstrained, *priors)
+        moments.append(each.reshape(*each.shape[:2], -1))
     mean, deviation = torch.cat(moments, -1)
     return sites, mean, deviation
 

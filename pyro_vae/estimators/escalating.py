@@ -61,9 +61,8 @@ def escalate(
     for stage, improve in enumerate(improvements):
         needed, visited = _pilot(fit, tolerance, LATER_PILOT_DRAWS if stage else PILOT_DRAWS)
         needed = needed.clamp(min=LEAST_LATER_DRAWS if stage else 0)
-        hard = (needed > (LEAST_LATER_DRAWS if stage else MOST_FIRST_DRAWS)) & (
-            improve is not None
-        )
+        most = LEAST_LATER_DRAWS if stage else MOST_FIRST_DRAWS
+        hard = (needed > most) & (improve is not None)
         part = _estimate_by_need(fit, needed.masked_fill(hard, 0), tolerance, most_draws, exact)
         last = last.index_copy(0, rows, sum(len(p) for p in parts) + torch.arange(len(rows)))
         parts.append(part)

@@ -85,9 +85,8 @@ def walk(target: Target, draws: Tensor, log_weights: Tensor, scale_tril: Tensor)
     not, they stay where weights are large. `log_weights` [K, B] are those of the draws [K, B, D];
     `scale_tril` [B, D, D] is the metric of the moves.
     """
-    height, start = log_weights.nan_to_num(-torch.inf, neginf=-torch.inf).topk(
-        min(WALKS, len(draws)), 0
-    )
+    log_weights = log_weights.nan_to_num(-torch.inf, neginf=-torch.inf)
+    height, start = log_weights.topk(min(WALKS, len(draws)), 0)
     start = torch.where(height > -torch.inf, start, start[:1])
     start = start[torch.arange(WALKS, device=start.device) % len(start)].unsqueeze(-1)
 
@@ -95,7 +94,7 @@ def walk(target: Target, draws: Tensor, log_weights: Tensor, scale_tril: Tensor)
         (value,), (grad,) = gradients(lambda v: (target.log_joint(v),), u, target.draws_at_once)
         return Point(u, value, value, grad, grad)
 
-    point = evaluate(draws.gather(0, start.expand(-1, -1, draws.shape[-1])))
+    point = evaluate(draws.take_along_dim(start, 0))
     size = torch.full_like(target.scale[:, 0], target.dim**-0.25)
     visited = []
     for _ in range(MOVES):

@@ -249,8 +249,7 @@ def _resample(target: Target, draws: Tensor, weights: Tensor, num_draws: int) ->
         )
     probability = torch.softmax(weights, 0)
     picked = torch.multinomial(probability.T, num_draws, True).T.unsqueeze(-1)
-    chosen = draws.gather(0, picked.expand(-1, -1, draws.shape[-1]))
-    parts = chosen.split(target.draws_at_once)
+    parts = draws.take_along_dim(picked, 0).split(target.draws_at_once)
     return torch.cat([target.run_model(u).complete().cpu() for u in parts])
 
 

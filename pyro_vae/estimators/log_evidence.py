@@ -106,10 +106,10 @@ def log_evidence(
     if not isinstance(audit, bool | Audit):
         raise ValueError(f"audit must be True, False or an Audit; got {audit!r}")
     inputs = model, guide, x, y
-    rows = chunk_size or CHUNK_ROWS
     estimate = partial(escalate, tolerance=tolerance, budget=budget)
     parts = map_targets(estimate, *inputs, chunk_size, compile, devices, seed, progress)
     evidence = Evidence.cat(parts)
+    rows = chunk_size or CHUNK_ROWS
     bound = unchecked_lower_bound(*inputs, num_samples=REGRET_DRAWS, chunk_size=rows, seed=seed)
     evidence = replace(evidence, extras={"regret": evidence.log_prob - bound.elbo})
     if audit is False or "reliable" not in evidence.verdict:

@@ -260,9 +260,8 @@ def _is_separate(target: Target, known: Tensor, points: Tensor, height: Tensor) 
         return separate
     part = target.rows(rows)
     for mode in known[:, rows]:
-        separate[:, rows] &= (
-            _lowest_between(part, mode, points[:, rows], 7) < height[:, rows] - BARRIER
-        )
+        lowest = _lowest_between(part, mode, points[:, rows], 7)
+        separate[:, rows] &= lowest < height[:, rows] - BARRIER
     return separate
 
 
@@ -315,4 +314,4 @@ def _lowest_between(target: Target, a: Tensor, b: Tensor, number: int) -> Tensor
 
 def _gather(u: Tensor, index: Tensor) -> Tensor:
     """Takes points [R, B, D] at the indices [R, B] of each datum from points [S, B, D]."""
-    return u.gather(0, index.unsqueeze(-1).expand(-1, -1, u.shape[-1]))
+    return u.take_along_dim(index.unsqueeze(-1), 0)

@@ -123,10 +123,8 @@ class Fit:
 
     def rows(self, index: Tensor) -> Fit:
         """Returns the fits of some of the data."""
-        target, proposal = self.target.rows(index), self.proposal.rows(index)
-        return Fit(
-            target, proposal, self.prior_evidence.rows(index.cpu()), self.search_ended[index]
-        )
+        evidence, ended = self.prior_evidence.rows(index.cpu()), self.search_ended[index]
+        return Fit(self.target.rows(index), self.proposal.rows(index), evidence, ended)
 
     def refit(self) -> Fit:
         """Mixes each proposal, half and half, with its components fitted on by twice the steps.

@@ -362,12 +362,9 @@ def _run_where_possible(
 def _possible(model: Program, guide: Program, x: Tensor, y: Tensor) -> Tensor:
     """Returns which data [N] the model does not exclude, such as by a known label."""
     with evaluating(model, guide, seed=0, device=x.device):
-        parts = [
-            log_weights(
-                model, guide, *pair, num_particles=TRIAL_DRAWS, chunk_size=CHUNK_ROWS
-            ).amax(0)
-            for pair in zip(x.split(CHUNK_ROWS), y.split(CHUNK_ROWS))
-        ]
+        run = partial(log_weights, num_particles=TRIAL_DRAWS, chunk_size=CHUNK_ROWS)
+        pairs = zip(x.split(CHUNK_ROWS), y.split(CHUNK_ROWS))
+        parts = [run(model, guide, *pair).amax(0) for pair in pairs]
     return torch.cat(parts) != -torch.inf  # NaN is not excluded: the estimator refuses it
 
 
