@@ -14,7 +14,7 @@ ROOT = Path(pyro_vae.__file__).parent
 ANYTHING = {"*"}
 TABLES = {"numpy", "safetensors", "rich"}
 ALLOWED: dict[str, set[str]] = {
-    "distributions": {"torch", "pyro", "zuko", "runtime"},
+    "distributions": {"torch", "pyro", "zuko"},
     "networks": {"torch", "arguments"},
     "priors": {"torch", "arguments", "pyro", "distributions"},
     "likelihoods": {"torch", "arguments", "pyro", "distributions"},
