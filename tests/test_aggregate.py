@@ -424,6 +424,15 @@ def test_the_discriminator_recovers_a_known_total_correlation() -> None:
     assert torch.corrcoef(torch.stack([found, exact]))[0, 1] > 0.97
 
 
+def test_factor_vae_takes_off_gamma_of_the_log_ratio() -> None:
+    d = of(torch.randn(4, B, D), at(posterior(True), [0, 1, 3]))
+    objective = FactorVAE(3.0, width=7, layers=1)
+    objective.start(d)
+    found = objective.discriminator(d.sites["z"].value)[..., 0].mean(0)
+    torch.testing.assert_close(ELBO().bound(d) - objective.bound(d), 3.0 * found)
+    assert abs(found).min() > 1e-3
+
+
 def test_permuting_keeps_each_dimension_and_breaks_the_rest() -> None:
     z = torch.randn(5003, 1).expand(-1, 3) + torch.tensor([0.0, 5.0, 9.0])
     permuted = permute_dimensions(z)
