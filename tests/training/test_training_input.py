@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -144,17 +145,20 @@ def test_a_failing_first_step_is_named() -> None:
         fit(Failing("latent", 0), torch.randn(31, 2), epochs=1, **QUIET)
 
 
-def test_a_device_that_is_not_waited_for() -> None:
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_device_that_is_not_waited_for(first: int) -> None:
     vae = make_vae()
     module = StepLoss(vae, ELBO())
     module.observed, module.latent = ["x"], ["z"]
     monitor = Monitor(module, torch.device("cpu"))
     monitor.every_step = False
     bad = torch.tensor(torch.nan)
-    for step, (loss, kl) in enumerate([(1.0, 2.0), (bad, bad), (bad, 3.0)]):
+    for step, (loss, kl) in enumerate([*[(1.0, 2.0)] * first, (bad, bad), (bad, 3.0)]):
+        if step <= first:
+            monitor.raise_if_bad(step)
         terms = torch.stack([bad, *map(torch.as_tensor, (1.0, kl))])
         monitor.add(step, torch.as_tensor(loss), terms)
-    with pytest.raises(FloatingPointError, match="step 1: the log density of site 'z'"):
+    with pytest.raises(FloatingPointError, match=f"step {first}: the log density of site 'z'"):
         monitor.raise_if_bad(2)
 
 
@@ -293,15 +297,20 @@ def test_a_schedule_that_ends_before_the_training_is_refused_before_it() -> None
     fit(make_vae(), make_data(), schedule=short, epochs=3, batch_size=53, **QUIET)
 
 
-def test_half_precision_leaves_out_a_step_whose_scaled_gradient_is_infinite() -> None:
+def test_half_precision_leaves_out_steps_whose_scaled_gradient_is_infinite(tmp_path: Path) -> None:
+    """Each halves the scale; from the first finite one on, a step of Adam is one of lr."""
     x = 20_000.0 * make_data()
-    start = make(likelihood=likelihoods.Poisson)
-    start.initialise(x)
     vae = make(likelihood=likelihoods.Poisson)
-    fit(vae, x, precision="16-mixed", epochs=12, batch_size=53, **QUIET)
-    before, after = weights(start), weights(vae)
-    assert any(not torch.equal(before[name], weight) for name, weight in after.items())
-    assert all(weight.isfinite().all() for weight in after.values())
+    start, whole, begun, resumed = (copy.deepcopy(vae) for _ in range(4))
+    start.initialise(x)
+    options = {"precision": "16-mixed", "batch_size": 53, "lr": 0.001, **QUIET}
+    fit(whole, x, epochs=16, run=tmp_path / "whole", **options)
+    fit(begun, x, epochs=12, run=tmp_path / "broken", **options)
+    assert same(weights(begun), weights(start))
+    change = [abs(p - q).max() for p, q in zip(whole.parameters(), start.parameters())]
+    torch.testing.assert_close(torch.stack(change).max(), torch.tensor(0.003), rtol=0.01, atol=0)
+    fit(resumed, x, epochs=16, run=tmp_path / "broken", resume=True, **options)
+    assert same(weights(whole), weights(resumed))
 
 
 def test_half_precision_ends_where_no_scale_makes_the_gradient_finite() -> None:
