@@ -315,9 +315,16 @@ def test_wrong_columns_are_refused(columns: object, message: str) -> None:
 def test_a_value_outside_its_support_names_its_column() -> None:
     vae, x = made(), table()
     x[3, 1] = 5
-    with pytest.raises(
-        ValueError, match=r"column 'job', Categorical, needs data in \{0, ..., 4\}"
-    ):
+    refusal = r"column 'job', Categorical, needs data in \{0, ..., 4\}; got values in \[0.0, 5.0\]"
+    with pytest.raises(ValueError, match=refusal):
+        vae.likelihood.check(x)
+    vae.likelihood.missing, x[0, 1] = True, torch.nan
+    with pytest.raises(ValueError, match=refusal):
+        vae.likelihood.check(x)
+    x[:, 1] = torch.nan
+    vae.likelihood.check(x)
+    vae.likelihood.missing = False
+    with pytest.raises(ValueError, match=rf"column 'job' lacks values in {len(x)} row"):
         vae.likelihood.check(x)
     with pytest.raises(ValueError, match="the table has 7 columns; got 3"):
         vae.likelihood.check(x[:, :3])
