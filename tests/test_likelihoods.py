@@ -395,3 +395,13 @@ def test_dispersion_starts_at_that_of_the_data(dispersion: str) -> None:
     likelihood.initialise(x)
     p = likelihood(torch.zeros(5, 3)).base_dist
     torch.testing.assert_close(p.total_count, r.expand(5, 3), rtol=0.05, atol=0)
+
+
+def test_draws_of_a_beta_are_data_that_it_takes() -> None:
+    likelihood = likelihoods.Beta(Raw(), (1,))
+    p = likelihood(torch.tensor([[-5.0, -5.0], [5.0, -5.0]]))  # nearly all mass at one end
+    x = p.sample(torch.Size((1009,)))
+    likelihood.check(x.flatten(0, 1))
+    assert x.amin() < 1e-9
+    assert x.amax() > 1 - 1e-7
+    assert p.log_prob(x).isfinite().all()

@@ -13,6 +13,7 @@ from pyro_vae.distributions.latents import (
 from pyro_vae.distributions.rows import Incomplete, OfTotal, Product, Rows
 from pyro_vae.distributions.scalars import (
     Bernoulli,
+    Beta,
     ContinuousBernoulli,
     DiscretizedLogistic,
     Interval,
@@ -25,6 +26,7 @@ from pyro_vae.distributions.scalars import (
 
 __all__ = [
     "Bernoulli",
+    "Beta",
     "ContinuousBernoulli",
     "DiscretizedLogistic",
     "Draw",

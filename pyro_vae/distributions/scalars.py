@@ -55,6 +55,17 @@ class Bernoulli(dist.Bernoulli):
         return F.logsigmoid(sign * self.logits)
 
 
+class Beta(dist.Beta):
+    """Pyro's Beta, whose draws stay as far from 0 and 1 as dequantised data do."""
+
+    ends = constraints.interval(2.0**-32, 1 - 2.0**-24)
+
+    def rsample(self, sample_shape: Shape = Size()) -> Tensor:
+        """Returns reparameterised draws [*sample, *batch]."""
+        z = super().rsample(Size(sample_shape))
+        return z.clamp(self.ends.lower_bound, self.ends.upper_bound)
+
+
 class Poisson(ExpandByArguments, dist.Poisson):
     r"""Pyro's Poisson by its log rate, with a log mass in float64.
 

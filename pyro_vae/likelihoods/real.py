@@ -283,7 +283,7 @@ class Beta(LogitMeanLikelihood):
         min_concentration: Floor of both shape parameters.
     """
 
-    support = constraints.interval(2.0**-32, 1 - 2.0**-24)  # what dequantise returns
+    support = distributions.Beta.ends
     support_name = "the open interval (0, 1)"
     remedy = "dequantise and rescale them"
 
@@ -305,4 +305,4 @@ class Beta(LogitMeanLikelihood):
         mean, concentration = torch.sigmoid(mean), F.softplus(concentration + 2)
         alpha = self.min_concentration + mean * concentration
         beta = self.min_concentration + (1 - mean) * concentration
-        return dist.Beta(alpha, beta).to_event(len(self.data_shape))
+        return distributions.Beta(alpha, beta).to_event(len(self.data_shape))
