@@ -200,9 +200,8 @@ def _entry_log_prob(fit: Fit, entry: Tensor, num_samples: int) -> Tensor:
     mixture = mix([rest.proposal, fit.proposal], [-math.log(2)] * 2)
     both = replace(rest, proposal=mixture)
     draws, weights = map(torch.cat, zip(*both.weighted_draws(2 * num_samples)))
-    parts = [
-        target.run_model(u).entry_log_prob()[:, *index] for u in draws.split(target.draws_at_once)
-    ]
+    runs = map(target.run_model, draws.split(target.draws_at_once))
+    parts = [run.entry_log_prob()[:, *index] for run in runs]
     return ((weights + torch.cat(parts)).logsumexp(0) - weights.logsumexp(0)).cpu()
 
 
@@ -281,6 +280,5 @@ def class_probabilities(
     member = torch.nn.functional.one_hot(classes).to(probability)  # [J, C]
     found = probability.T @ member
     slopes = (member.unsqueeze(1) - found) * (probability * stderr).unsqueeze(-1)  # [J, N, C]
-    return ClassProbabilities(
-        found, slopes.square().sum(0).sqrt(), worst_verdicts(parts, probability)
-    )
+    error = slopes.square().sum(0).sqrt()
+    return ClassProbabilities(found, error, worst_verdicts(parts, probability))

@@ -310,10 +310,8 @@ def summarise(log_weights: Tensor, method: str, verdict: str) -> Evidence:
 def worst_verdicts(parts: Sequence[Evidence], probability: Tensor) -> list[str]:
     """Returns the worst verdict of each datum among values of enough posterior probability."""
     ranks = torch.tensor([[VERDICTS.index(v) for v in part.verdict] for part in parts])
-    return [
-        VERDICTS[i]
-        for i in ranks.masked_fill(probability <= LEAST_PROBABILITY, 0).amax(0).tolist()
-    ]
+    worst = ranks.masked_fill(probability <= LEAST_PROBABILITY, 0).amax(0)
+    return [VERDICTS[rank] for rank in worst.tolist()]
 
 
 def _sha256(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:

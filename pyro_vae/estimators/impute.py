@@ -227,10 +227,9 @@ def _impute_by_guide(target: Target, num_draws: int, num_samples: int) -> Imputa
     """Imputes B data by draws of the guide."""
     counts = torch.ones(num_samples).split(target.draws_at_once)
     draws = [target.draw_guide(len(count)) for count in counts]  # all at once do not fit in cache
-    runs = (
-        (run.log_joint - target.log_guide(u), run) for u in draws for run in [target.run_model(u)]
-    )
-    weights, mean, stderr = _moments(target, runs)
+    runs = zip(draws, map(target.run_model, draws))
+    weighted = ((run.log_joint - target.log_guide(u), run) for u, run in runs)
+    weights, mean, stderr = _moments(target, weighted)
     evidence = summarise(weights.cpu(), "importance sampling, guide", "lower bound")
     picked = _resample(target, torch.cat(draws), weights, num_draws)
     return Imputation(picked, mean, stderr, evidence)

@@ -259,13 +259,10 @@ class ModelRun:
 
     def __init__(self, sites: Any, x: Tensor, latents: Latents, log_det: Tensor) -> None:
         self.sites, self.x, self.latents = sites, x, latents
-        observed = [name for name in sites if name not in latents]
-        self.log_prior, self.log_likelihood = (
-            _nan_to_minus_inf(
-                sum((sites[n]["fn"].log_prob(sites[n]["value"]) for n in names), first)
-            )
-            for names, first in ((latents, log_det), (observed, torch.zeros_like(log_det)))
-        )
+        terms = {name: site["fn"].log_prob(site["value"]) for name, site in sites.items()}
+        log_prior = sum((terms.pop(name) for name in latents), log_det)
+        self.log_prior = _nan_to_minus_inf(log_prior)
+        self.log_likelihood = _nan_to_minus_inf(sum(terms.values(), torch.zeros_like(log_det)))
         self.log_joint = _nan_to_minus_inf(self.log_prior + self.log_likelihood)
 
     @unchecked

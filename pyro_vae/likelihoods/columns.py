@@ -93,9 +93,8 @@ class Columns(Likelihood):
         for group in ([kinds[column] for column in columns] for columns in self.columns):
             widths = [kind.options.get("resolution") for kind in group]
             resolutions = {} if len({*widths}) == 1 else {"resolution": widths}
-            self.parts.append(
-                group[0].cls(Given(), (len(group),), **group[0].options | resolutions)
-            )
+            options = group[0].options | resolutions
+            self.parts.append(group[0].cls(Given(), (len(group),), **options))
             self.sizes.append(sum(kind.num_params for kind in group))
         self.support = Rows([part.support for part, _ in self._groups()], self.columns)
         num_numeric = sum(len(g) for p, g in self._groups() if not isinstance(p, Categorical))
@@ -249,14 +248,12 @@ def _kind(name: str, declared: Any) -> Kind:
         part, pair = (cls(Given(), (n,), **options) for n in (1, 2))
     except (TypeError, ValueError) as error:
         raise ValueError(f"column {name!r}: {error}") from error
-    shares_parameters = any(
-        p.shape == q.shape for p, q in zip(part.parameters(), pair.parameters())
-    )
+    parameters = zip(part.parameters(), pair.parameters())
+    shares_parameters = any(p.shape == q.shape for p, q in parameters)
     has_parameters = next(part.parameters(), None) is not None
     inputs = part.levels if isinstance(part, Categorical) else 1
-    return Kind(
-        cls, options, has_parameters, shares_parameters, cls.out_shape((1,), **options)[0], inputs
-    )
+    (outputs,) = cls.out_shape((1,), **options)
+    return Kind(cls, options, has_parameters, shares_parameters, outputs, inputs)
 
 
 def _group_columns(kinds: list[Kind], together: bool) -> list[list[int]]:

@@ -173,9 +173,8 @@ def dci(
         )
     order = np.random.default_rng(seed).permutation(N)
     fitted, scored = order[:num_train], order[num_train : num_train + num_test]
-    fits = [
-        _fit_trees(codes.numpy(), v.numpy(), fitted, scored, num_trees, seed) for v in values.T
-    ]
+    x = codes.numpy()
+    fits = [_fit_trees(x, v.numpy(), fitted, scored, num_trees, seed) for v in values.T]
     importance = torch.from_numpy(np.stack([fit[0] for fit in fits], 1))
     train, test = np.mean([fit[1:] for fit in fits], 0)
     return DCI(
@@ -261,9 +260,8 @@ def factor_vae_score(
     share = (codes[rows].var(1) / variance).where(variance.sqrt() >= LEAST_STD, torch.inf)
     least_varying = share.argmin(1)  # 0 if no dimension has a vote
     table = torch.zeros(codes.shape[1], values.shape[1])
-    table.index_put_(
-        (least_varying[:num_votes], fixed[:num_votes]), torch.ones(()), accumulate=True
-    )
+    votes = least_varying[:num_votes], fixed[:num_votes]
+    table.index_put_(votes, torch.ones(()), accumulate=True)
     correct = table.argmax(1)[least_varying[num_votes:]] == fixed[num_votes:]
     return Score(
         "factor_vae_score",
