@@ -165,15 +165,12 @@ def summed_densities(
     expanded = densities_of(p, q, C * K)
     like = torch.zeros(()).expand(C, K, expanded.num_data)
     log_p = {n: _log_probs(s["fn"], s["value"], like) for n, s in p.items()}
-    log_q = {
-        n: _log_probs(s["fn"], s["value"], like if per_value else like[:1]) for n, s in q.items()
-    }
+    like_q = like if per_value else like[:1]
+    log_q = {n: _log_probs(s["fn"], s["value"], like_q) for n, s in q.items()}
     label_term = _label_term(p, log_p, log_q)
     if any(s["infer"].get("classifier") for s in q_summed.values()):
-        log_classifier = _total(
-            {n: _log_probs(s["fn"], s["value"], like) for n, s in q_summed.items()}
-        )
-        label_term = _classifier_term(p, log_p, log_q, log_classifier)
+        log_c = {n: _log_probs(s["fn"], s["value"], like) for n, s in q_summed.items()}
+        label_term = _classifier_term(p, log_p, log_q, _total(log_c))
     sites, observed = (
         _averages(p, q, log_p, log_q, values) if per_value else _mixtures(p, q, log_p, values)
     )

@@ -183,9 +183,8 @@ def _leave_out_each(target: Target, num_samples: int, missing: bool) -> Tensor:
     rest = whole - torch.cat(entries).reshape(*whole.shape[:2], -1)  # one left out [K, B, C]
     found = torch.cat([whole.logsumexp(0), rest.logsumexp(0)], 1).cpu()
     khat = pareto_khat(rest.flatten(1).cpu()).view(found[:, 1:].shape)
-    hard = (
-        (khat > LARGEST_KHAT) & ~target.x.isnan().reshape(len(found), -1).cpu() & missing
-    ).nonzero()
+    observed = ~target.x.isnan().reshape(len(found), -1).cpu()
+    hard = ((khat > LARGEST_KHAT) & observed & missing).nonzero()
     for rows, entry in (pair.T for pair in hard.split(target.num_data) if len(hard)):
         log_conditional = _entry_log_prob(fit.rows(rows.to(whole.device)), entry, num_samples)
         found[rows, 1 + entry] = found[rows, 0] - log_conditional

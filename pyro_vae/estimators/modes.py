@@ -79,11 +79,8 @@ def find_modes(target: Target, num_starts: int) -> Modes:
 def search_cost(dim: int, num_starts: int = 5) -> int:
     """Returns how often the search evaluates the model for a datum of one mode."""
     lines, exchanged = 2 * min(dim, MOST_LINES), min(dim, MOST_EXCHANGED)
-    walks = (
-        lines * (len(LINE_POSITIONS) + 1 + 2 * len(LINE_STEPS))
-        + exchanged * (exchanged - 1) // 2
-        + MORE_STARTS
-    )
+    points = len(LINE_POSITIONS) + 1 + 2 * len(LINE_STEPS)  # on each line
+    walks = lines * points + exchanged * (exchanged - 1) // 2 + MORE_STARTS
     number = num_starts + 1
     climbs = 2 * FIRST_STEPS + NEWTON_STEPS * (dim + 6) + number * (STEPS + 3)
     return PRIOR_DRAWS + climbs + walks + 3 * number * (number + 1) // 2

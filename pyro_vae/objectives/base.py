@@ -185,9 +185,8 @@ class Objective(pyro.infer.ELBO, nn.Module):
     ) -> Tensor:
         """Returns the loss, for a torch optimiser; Pyro's parameter store is left alone."""
         with OwnParameters():
-            return self.reduce(
-                registered_densities(model, guide, x, y, num_particles=self.num_particles)
-            )
+            d = registered_densities(model, guide, x, y, num_particles=self.num_particles)
+            return self.reduce(d)
 
     def loss_and_grads(
         self, model: Program, guide: Program, x: Tensor, y: Tensor | None = None
