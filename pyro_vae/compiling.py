@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,25 +43,35 @@ class Traced:
         graph: The operations, as a torch.fx module of parameters, buffers and inputs.
 
     Raises:
-        CannotCompile: If the pass reads a number from a tensor, or cannot be traced.
+        CannotCompile: If the pass reads a number from a tensor, sets an attribute of a module,
+            or cannot be traced.
     """
 
     def __init__(self, module: nn.Module, *inputs: Tensor) -> None:
-        parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
-        trained = {name for name, p in parameters.items() if p.requires_grad}
-        names = [*parameters, *buffers]
-        self.state = [*parameters.values(), *buffers.values()]
+        # each place of a tensor, once if its module has two names; and each tensor once
+        places = {
+            name: tensor
+            for prefix, part in module.named_modules()
+            for named in (part.named_parameters, part.named_buffers)
+            for name, tensor in named(prefix, recurse=False, remove_duplicate=False)
+        }
+        self.state = list(dict.fromkeys(places.values()))
 
         def operations(*leaves: Tensor) -> list[Any]:
-            state = dict(zip(names, leaves))
-            state |= {name: state[name].detach().requires_grad_() for name in trained}
-            result = functional_call(module, state, leaves[len(names) :])
+            leaf_of = {
+                tensor: leaf.detach().requires_grad_() if tensor.requires_grad else leaf
+                for tensor, leaf in zip(self.state, leaves)
+            }
+            state = {name: leaf_of[tensor] for name, tensor in places.items()}
+            batch = leaves[len(self.state) :]
+            result = functional_call(module, state, batch, tie_weights=False)
             outputs, self.output_spec = tree_flatten(result)
             return outputs
 
         store = pyro.get_param_store()
         with (
-            _one_line_errors("traced"),
+            one_line_errors("traced"),
+            _unchanged(module),
             pyro.validation_enabled(False),
             store.scope(store.get_state()),
         ):
@@ -80,7 +90,7 @@ class Traced:
         """
         from torch._inductor import compile as by_inductor
 
-        with _one_line_errors("compiled"), _hide_warnings(), torch.no_grad():
+        with one_line_errors("compiled"), _hide_warnings(), torch.no_grad():
             # fallback_random: numbers from torch's generators, not the compiler's own
             options = {"fallback_random": True}
             self.code = by_inductor(
@@ -127,9 +137,47 @@ def _contiguous(inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 @contextmanager
-def _one_line_errors(what: str) -> Iterator[None]:
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    """Undoes what a pass sets in its modules: tensors of a trace hold no numbers.
+
+    Raises:
+        CannotCompile: If it sets an attribute, which the traced operations would not do.
+    """
+    before = [(part, dict(vars(part))) for part in module.modules()]
+    plain = [v for _, values in before for v in values.values() if isinstance(v, Tensor)]
+    try:
+        with numbers_kept(plain):
+            yield
+        for part, values in before:
+            for name, value in vars(part).items():
+                # torch's recurrent networks renew the lists of their weights
+                if value is not values.get(name) and not isinstance(value, list):
+                    raise CannotCompile(f"it sets the attribute {name} of {type(part).__name__}")
+    finally:
+        for part, values in before:
+            vars(part).clear()
+            vars(part).update(values)
+
+
+@contextmanager
+def numbers_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Gives tensors that a block changes their numbers back."""
+    before = [(tensor.detach(), tensor.detach().clone()) for tensor in tensors]
     try:
         yield
+    finally:
+        for tensor, numbers in before:
+            if not torch.equal(tensor, numbers):  # an expanded tensor cannot be written
+                tensor.copy_(numbers)
+
+
+@contextmanager
+def one_line_errors(what: str) -> Iterator[None]:
+    """Raises CannotCompile for what a block raises; its message says that `what` failed."""
+    try:
+        yield
+    except CannotCompile:
+        raise
     except Exception as error:
         text = " ".join(str(error).strip().splitlines()[:1])
         raise CannotCompile(f"it cannot be {what}: {type(error).__name__}: {text}") from error

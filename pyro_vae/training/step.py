@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pyro_vae.compiling import CannotCompile, Traced
+from pyro_vae.compiling import CannotCompile, Traced, numbers_kept, one_line_errors
 from pyro_vae.densities import Densities, OwnParameters, folds, registered_densities, summed_values
 from pyro_vae.objectives import Objective
 from pyro_vae.runtime import forked
@@ -99,6 +99,7 @@ class TracedGradient:
         self.loss = loss
         self.parameters = [p for p in loss.vae.parameters() if p.requires_grad]
         self.operations = Traced(LossAndGradient(loss), *batch)
+        self._try(*batch)
 
     def __call__(self, *batch: Tensor) -> Outcome:
         """Leaves the gradient in the parameters; returns loss and terms as `StepLoss` does."""
@@ -107,29 +108,39 @@ class TracedGradient:
             parameter.grad = slope
         return loss, terms, None
 
+    def trains_the_same(self) -> bool:
+        """Returns whether the trained parameters of the vae are those of the trace."""
+        trained = (p for p in self.loss.vae.parameters() if p.requires_grad)
+        return [*map(id, trained)] == [*map(id, self.parameters)]
+
     def compare(self, eager: Callable[..., Outcome], *batch: Tensor) -> tuple[Outcome, bool]:
         """Takes the gradient both ways with the same noise, and leaves that of `eager`.
 
         Returns:
-            What `eager` returns, and whether terms and gradient agree up to rounding.
+            What `eager` returns, and whether terms, gradient and buffers agree up to rounding.
         """
-        buffers = [(buffer, buffer.clone()) for buffer in self.loss.buffers()]
-        with forked(batch[0].device):
-            _, terms, gradient = self.operations(*batch)
-        for buffer, value in buffers:
-            buffer.copy_(value)
+        traced = self._try(*batch)
         outcome = eager(*batch)
-        found = [outcome[1], *(p.grad for p in self.loss.vae.parameters() if p.requires_grad)]
+        gradient = [p.grad for p in self.loss.vae.parameters() if p.requires_grad]
         tolerance = 1e-3 if PRECISIONS[self.loss.precision] is None else 0.1
-        pairs = zip_longest(found, [terms, *gradient])
+        pairs = zip_longest([outcome[1], *gradient, *self.loss.buffers()], traced)
         return outcome, all(_alike(a, b, tolerance) for a, b in pairs)
+
+    def _try(self, *batch: Tensor) -> list[Tensor | None]:
+        """Returns terms, gradient and buffers of a step, and takes its effects back."""
+        kept = *self.loss.buffers(), *self.operations.graph.buffers()
+        with numbers_kept(kept), forked(batch[0].device), one_line_errors("repeated"):
+            _, terms, gradient = self.operations(*(part.clone() for part in batch))
+            return [terms, *gradient, *(buffer.clone() for buffer in self.loss.buffers())]
 
 
 def _alike(a: Tensor | None, b: Tensor | None, tolerance: float) -> bool:
-    """Returns whether two gradients are both None, or differ by less than `tolerance` of a."""
+    """Returns whether two tensors are both None, or differ by less than `tolerance` of a."""
     if a is None or b is None or a.shape != b.shape:
         return a is b
-    size = float(a.abs().max())
+    if not a.numel() or not (a.is_floating_point() or a.is_complex()):
+        return torch.equal(a, b)
+    size = float(a.abs().nan_to_num().max())
     return torch.allclose(a, b, rtol=0, atol=tolerance * size, equal_nan=True)
 
 

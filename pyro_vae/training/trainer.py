@@ -289,7 +289,8 @@ class Trainer:
             self._trace(*batch)
         if self.traced is None:
             return self._eager_gradient(*batch)
-        epoch_starts = self.offset == 0 and self.step % COMPARED_STEPS < self.num_batches
+        due = self.step % COMPARED_STEPS < self.num_batches
+        epoch_starts = self.offset == 0 and (due or not self.traced.trains_the_same())
         if not epoch_starts and self.step & (self.step - 1):
             return self.traced(*batch)
         outcome, same = self.traced.compare(self._eager_gradient, *batch)

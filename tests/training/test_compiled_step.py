@@ -189,8 +189,46 @@ def test_weights_that_move_need_no_new_trace() -> None:
 def test_a_tensor_of_two_names_trains() -> None:
     vae = make().double()
     vae.again = vae.posterior.encoder
+    vae.shared = nn.Module()
+    vae.shared.weight = next(vae.parameters())  # another module's
     x = draw(vae, 7).double()
+    before = dict(vae.named_parameters())
     agree(step_of(vae, x), x)
+    assert all(p is before[name] for name, p in vae.named_parameters())
+
+
+class Keeps(nn.Module):
+    """Keeps what a call computes, in the way that is asked for."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.calls, self.kept = way, 0, torch.zeros(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "number":
+            self.calls += 1
+        elif self.way == "tensor":
+            self.kept = x.mean(0)
+        else:
+            self.kept.mul_(0.5).add_(1.0)
+        return x + self.kept
+
+
+@pytest.mark.parametrize(("way", "attribute"), [("number", "calls"), ("tensor", "kept")])
+def test_a_pass_that_sets_an_attribute_is_refused_and_undone(way: str, attribute: str) -> None:
+    module = Keeps(way)
+    with pytest.raises(CannotCompile, match=f"^it sets the attribute {attribute} of Keeps$"):
+        Traced(module, torch.ones(2, 3))
+    assert module.calls == 0
+    assert torch.equal(module.kept, torch.zeros(3))
+
+
+def test_a_tensor_that_is_no_buffer_is_changed_by_the_calls_alone() -> None:
+    module = Keeps("in place")
+    traced = Traced(module, torch.ones(2, 3))
+    assert torch.equal(module.kept, torch.zeros(3))
+    for kept in (1.0, 1.5):
+        assert torch.equal(traced(torch.ones(2, 3)), torch.full((2, 3), 1 + kept))
 
 
 class Reads(nn.Module):
@@ -425,13 +463,78 @@ class Late(ELBO):
         return self.factor * super().bound(d)
 
 
+class Uneasy(OwnProgram):
+    """A program that does in its guide what a trace could miss."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.wide = how, torch.ones(1).expand(3)
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("flag", torch.tensor(True))
+        self.empty = nn.Parameter(torch.zeros(0))
+        self.lstm = nn.LSTM(1, 3, batch_first=True) if how == "lstm" else None
+
+    def guide(self, x: Tensor) -> None:
+        if self.how == "replaced" and self.training:
+            self.mean = 0.9 * self.mean + x.mean(0)
+        elif self.how == "in place":
+            x.mul_(1.5)
+        elif self.how == "lstm":
+            x = x + self.lstm(x.unsqueeze(-1))[0][:, -1]
+        super().guide(x * self.wide + self.empty.sum())
+
+
+@pytest.mark.parametrize(
+    ("how", "says"), [("replaced", "something else"), ("in place", ""), ("lstm", "runs eagerly")]
+)
+def test_what_a_trace_could_miss_trains_as_the_program_does(
+    how: str, says: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    def train(compile: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        program = Uneasy(how)
+        fit(
+            program,
+            torch.linspace(-2, 2, 99).view(33, 3),
+            epochs=4,
+            batch_size=10,
+            compile=compile,
+            **QUIET,
+        )
+        return weights(program)
+
+    eager = train(False)
+    recwarn.clear()
+    assert same(train("trace"), eager)
+    messages = [str(w.message) for w in recwarn if "compile:" in str(w.message)]
+    assert [says in message for message in messages] == ([True] if says else [])
+
+
+def test_a_gradient_that_is_not_finite_is_named_where_steps_are_compared() -> None:
+    class Breaks(OwnProgram):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("steps", torch.zeros(()))
+            self.scale = nn.Parameter(torch.zeros(()))
+
+        def guide(self, x: Tensor) -> None:
+            if self.training:
+                self.steps.add_(1)
+            root = torch.where(self.steps < 5, self.scale + 1, 0 * self.scale).sqrt()
+            super().guide(x * (1 + root))
+
+    for compile in (False, "trace"):
+        with pytest.raises(FloatingPointError, match="step 4: the gradient of scale"):
+            fit(Breaks(), torch.ones(60, 3), epochs=1, batch_size=10, compile=compile, **QUIET)
+
+
 def test_what_python_changes_ends_the_trace_with_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A number, parameters that are frozen: from there on, each step is the eager one."""
-    monkeypatch.setattr(trainer, "COMPARED_STEPS", 6)
 
     def train(compile: Any, change_at: int = -1, freeze: bool = False) -> dict[str, Tensor]:
+        monkeypatch.setattr(trainer, "COMPARED_STEPS", 100 if freeze else 6)
         vae, objective = make_vae(), Late()
         objective.change_at = change_at
         vae.likelihood.requires_grad_(not freeze)  # from the end of the second epoch on trained
