@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import pyro
@@ -138,25 +139,36 @@ def _contiguous(inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 @contextmanager
 def _unchanged(module: nn.Module) -> Iterator[None]:
-    """Undoes what a pass sets in its modules: tensors of a trace hold no numbers.
+    """Undoes what a pass sets in its modules and their lists: a trace's tensors hold no numbers.
 
     Raises:
-        CannotCompile: If it sets an attribute, which the traced operations would not do.
+        CannotCompile: If it sets something, which the traced operations would not do.
     """
-    before = [(part, dict(vars(part))) for part in module.modules()]
-    plain = [v for _, values in before for v in values.values() if isinstance(v, Tensor)]
+    holders: list[tuple[str, Any]] = [(type(m).__name__, vars(m)) for m in module.modules()]
+    for owner, attributes in holders[:]:
+        held = [value for value in attributes.values() if isinstance(value, list | dict)]
+        holders += [(owner, value) for value in held]
+    before = [(owner, holder, copy(holder)) for owner, holder in holders]
+    plain = [
+        v for _, values in holders for v in _entries(values).values() if isinstance(v, Tensor)
+    ]
     try:
         with numbers_kept(plain):
             yield
-        for part, values in before:
-            for name, value in vars(part).items():
+        for owner, holder, old in before:
+            known = _entries(old)
+            for name, value in _entries(holder).items():
                 # torch's recurrent networks renew the lists of their weights
-                if value is not values.get(name) and not isinstance(value, list):
-                    raise CannotCompile(f"it sets the attribute {name} of {type(part).__name__}")
+                if value is not known.get(name) and not isinstance(value, list):
+                    raise CannotCompile(f"it sets the attribute or entry {name} of {owner}")
     finally:
-        for part, values in before:
-            vars(part).clear()
-            vars(part).update(values)
+        for _, holder, old in before:
+            holder.clear()
+            (holder.extend if isinstance(holder, list) else holder.update)(old)
+
+
+def _entries(holder: list[Any] | dict[Any, Any]) -> dict[Any, Any]:
+    return dict(enumerate(holder)) if isinstance(holder, list) else holder
 
 
 @contextmanager

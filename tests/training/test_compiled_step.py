@@ -203,23 +203,31 @@ class Keeps(nn.Module):
     def __init__(self, way: str) -> None:
         super().__init__()
         self.way, self.calls, self.kept = way, 0, torch.zeros(3)
+        self.log: list[Tensor] = []
+        self.last: dict[str, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         if self.way == "number":
             self.calls += 1
         elif self.way == "tensor":
             self.kept = x.mean(0)
+        elif self.way == "list":
+            self.log.append(x.mean())
+        elif self.way == "dict":
+            self.last["mean"] = x.mean()
         else:
             self.kept.mul_(0.5).add_(1.0)
         return x + self.kept
 
 
-@pytest.mark.parametrize(("way", "attribute"), [("number", "calls"), ("tensor", "kept")])
-def test_a_pass_that_sets_an_attribute_is_refused_and_undone(way: str, attribute: str) -> None:
+@pytest.mark.parametrize(
+    ("way", "name"), [("number", "calls"), ("tensor", "kept"), ("list", "0"), ("dict", "mean")]
+)
+def test_a_pass_that_sets_an_attribute_is_refused_and_undone(way: str, name: str) -> None:
     module = Keeps(way)
-    with pytest.raises(CannotCompile, match=f"^it sets the attribute {attribute} of Keeps$"):
+    with pytest.raises(CannotCompile, match=f"^it sets the attribute or entry {name} of Keeps$"):
         Traced(module, torch.ones(2, 3))
-    assert module.calls == 0
+    assert (module.calls, module.log, module.last) == (0, [], {})
     assert torch.equal(module.kept, torch.zeros(3))
 
 
