@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from pyro_vae.cli.compare import comparison, differing, which_is_better
 from pyro_vae.cli.parsing import make_parser, normalise
 from pyro_vae.config import BASES, components
 from pyro_vae.estimators import Evidence
-from pyro_vae.metrics import Difference
+from pyro_vae.metrics import Difference, paired_difference
 
 
 @pytest.mark.parametrize(
@@ -141,3 +142,12 @@ def test_who_is_better_is_said_where_it_is_known() -> None:
     assert said(2.0) == "a is better than b by 2.00 +- 0.5 nats per datum"
     assert said(-2.0) == "b is better than a by 2.00 +- 0.5 nats per datum"
     assert said(-0.9).startswith("a and b are not told apart: they differ by 0.90 +- 0.5")
+    assert "not told apart" in which_is_better("a", "b", Difference(math.nan, 0.3, 0.4, 7.0))
+
+
+def test_one_of_two_equal_models_is_called_better_in_a_twentieth_of_comparisons() -> None:
+    """Also with two seeds of each, whose spread has few degrees of freedom."""
+    torch.manual_seed(0)
+    runs = torch.randn(1000, 2, 2, 1) + 0.01 * torch.randn(1000, 2, 2, 20)
+    said = [which_is_better("a", "b", paired_difference(*both)) for both in runs]
+    assert 0.005 < sum("is better" in words for words in said) / len(said) < 0.06

@@ -145,9 +145,9 @@ def differences(numbers: dict[str, Any]) -> Table:
 
 
 def which_is_better(a: str, b: str, d: Difference) -> str:
-    """Returns in words which of two models is better, if by more than two standard errors."""
+    """Returns in words which of two models is better, if 95 % sure by Student's t."""
     by = f"{abs(d.mean):.2f} +- {d.stderr:.2g} nats per datum"
-    if not abs(d.mean) > 2 * d.stderr:
+    if not abs(d.p_worse - 0.5) > 0.475:
         return f"{a} and {b} are not told apart: they differ by {by}"
     better, worse = (a, b) if d.mean > 0 else (b, a)
     return f"{better} is better than {worse} by {by}"
