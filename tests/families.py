@@ -126,7 +126,7 @@ def draws(distribution: Any) -> int:
 
 def sampling_error(distribution: Any, draws: Tensor) -> Tensor:
     """Standard error of the mean of `draws` less the distribution's own mean."""
-    own = 1 / 1000 if isinstance(distribution, Flow) else 0.0  # its mean is that of 1000 draws
+    own = 1 / 1000 if isinstance(distribution, Flow) else 0.0  # as good as 1000 draws
     return draws.std(0) * (1 / len(draws) + own) ** 0.5
 
 

@@ -11,6 +11,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from pyro_vae.networks import MLP
 from pyro_vae.posteriors import DiagonalNormal, FlowPosterior, FullNormal, Posterior
+from pyro_vae.priors import FlowPrior
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -52,6 +53,22 @@ def test_the_mean_of_a_flow_is_near_that_of_many_draws(flow: str, most: float) -
     z = q.sample((20_011,))
     error = abs(z.mean(0) - mean) / z.std(0)
     assert (error < most + 5 / len(z) ** 0.5).all()
+
+
+def test_the_mean_of_a_flow_of_five_modes_is_nearer_than_that_of_1000_draws() -> None:
+    """By 128 points it was 0.038 standard deviations off."""
+    prior, centres = FlowPrior(10, "MAF"), 2 * torch.randn(5, 10)
+    adam = torch.optim.Adam(prior.parameters(), 2e-3)
+    for _ in range(300):
+        z = centres[torch.randint(5, (257,))] + 0.3 * torch.randn(257, 10)
+        adam.zero_grad()
+        (-prior().log_prob(z).mean()).backward()
+        adam.step()
+    q = prior()
+    with torch.no_grad():
+        z = q.sample((40_009,))
+    error = ((z.mean(0) - q.mean) / z.std(0)).square().mean().sqrt()
+    assert error < 0.02 + len(z) ** -0.5
 
 
 @each

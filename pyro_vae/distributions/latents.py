@@ -137,16 +137,15 @@ class Flow(ExpandByArguments, TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """E[z] over 128 quasi-random points.
+        """E[z] over 512 quasi-random points.
 
-        For smooth flows it is about 0.005 standard deviations off; 1000 draws are 0.03 off.
+        It is 0.006 standard deviations off for a smooth flow, and 0.005 to 0.025 for one of
+        five modes in ten dimensions; 1000 draws are 0.03 off.
         """
-        base = self.flow.base.base_dist
-        points = SobolEngine(self.event_shape[0], scramble=True, seed=0).draw(
-            128, dtype=torch.double
-        )
+        base, (dim,) = self.flow.base.base_dist, self.event_shape
+        points = SobolEngine(dim, scramble=True, seed=0).draw(512, dtype=torch.double)
         points = points.clamp(1e-6, 1 - 1e-6).to(base.mean)
-        points = points.reshape(128, *[1] * len(self.batch_shape), -1)
+        points = points.reshape(-1, *[1] * len(self.batch_shape), dim)
         with torch.no_grad():
             return self.flow.transform.inv(base.icdf(points)).mean(0)
 
