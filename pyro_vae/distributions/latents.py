@@ -105,7 +105,8 @@ class Flow(ExpandByArguments, TorchDistribution):
     """A zuko flow as a Pyro distribution.
 
     The density of the last draw is kept, so that scoring this draw costs nothing and its gradient
-    passes through the sampling path; any other value is scored by the flow itself.
+    passes through the sampling path; any other value is scored by the flow itself. Do not change
+    a draw in place: its density stays as it was. `z = z + 1` makes another value.
 
     Args:
         flow: The torch distribution that a zuko flow returns when called.
