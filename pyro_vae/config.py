@@ -362,7 +362,7 @@ def declare(family: str, declared: Declared, path: Sequence[str], text: str) -> 
         text: The value, as YAML.
 
     Raises:
-        ValueError: If it names an unknown class.
+        ValueError: If it names an unknown class, or one column of a table.
     """
     try:
         value = yaml.safe_load(text)
@@ -377,6 +377,8 @@ def declare(family: str, declared: Declared, path: Sequence[str], text: str) -> 
         return {"class_path": new_name, "init_args": new_options or (options if is_same else {})}
     first, *rest = path[1:] if path[0] == "init_args" else path
     if rest:
+        if first == "columns":
+            raise ValueError("give columns as a mapping: --likelihood.columns '{NAME: KIND}'")
         inner = options.get(first)
         inner = inner if isinstance(inner, Mapping) else str(inner)
         value = declare("schedule", inner, rest, text)

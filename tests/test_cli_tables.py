@@ -414,6 +414,8 @@ def test_rows_that_do_not_fit_are_refused(
         (["--schema", "{ages: real}"], "the schema names columns that are not there: ages"),
         (["--likelihood", "Columns", "--likelihood.columns", "{ages: Normal}"],
          "there is no column 'ages', did you mean 'age'?"),
+        (["--likelihood", "Columns", "--likelihood.columns.age", "Normal"],
+         "give columns as a mapping: --likelihood.columns '{NAME: KIND}'"),
         (["--schema", "{job: real}"], "column 'job': expected a finite number, got '"),
         (["--schema", "{age: reel}"], "kind must be one of real"),
     ],
