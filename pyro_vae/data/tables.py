@@ -35,15 +35,7 @@ from pyro_vae.data.schema import (
 from pyro_vae.files import parsing
 
 TABLES = (".csv", ".tsv", ".parquet")
-EMPTY = {
-    "",
-    "na",
-    "n/a",
-    "nan",
-    "-nan",
-    "null",
-    "<na>",
-}  # cells that count as empty, in lower case
+EMPTY = {"", "na", "n/a", "nan", "-nan", "null", "<na>"}  # empty cells, in lower case
 DELIMITERS = ",;\t"
 SCANNED_LINES = 1000  # lines that are read to see whether a file holds text
 EXPECTED = "a table with one kind of values in each column"

@@ -279,8 +279,9 @@ class Trainer:
     def _gradient(self, *batch: Tensor) -> Outcome:
         """Leaves the gradient of a batch in the parameters, by its trace or eagerly.
 
-        At steps 2, 4, 8, ... and where epochs start, once in 100 steps, the trace is compared
-        with the programs. From a difference on, steps run eagerly.
+        At steps 2, 4, 8, ... and where epochs start, once in 100 steps or when other parameters
+        are trained, the trace is compared with the programs. From a difference on, steps run
+        eagerly.
         """
         # a shorter last batch is not worth a trace of its own
         if self.step < VALIDATED_STEPS or len(batch[0]) != self.local_batch_size:
