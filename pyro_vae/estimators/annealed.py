@@ -339,8 +339,9 @@ def bidirectional(
     rows = torch.arange(count, device=x.device) % len(x)
     steps = (num_temperatures, num_leapfrog, schedule)
     bracket = partial(_bracket, num_chains=num_chains, start=start, steps=steps)
+    run = partial(map_targets, bracket, chunk_size=chunk_size, compile=False, devices=devices)
     inputs = model, guide, x[rows], None if y is None else y[rows]
-    parts = map_targets(bracket, *inputs, chunk_size, False, devices, seed, progress)
+    parts = run(*inputs, seed=seed, progress=progress)
     columns = zip(*((part.lower, part.upper, part.x) for part in parts))
     return Bracket(*(torch.cat(column) for column in columns))
 

@@ -249,10 +249,10 @@ def audit(
         return Audit.cat(parts)
     rows = (torch.arange(num_data, device=x.device) * max(1, len(x) // num_data)) % len(x)
     estimate = partial(_audit_target, tolerance=tolerance, budget=budget)
+    run = partial(map_targets, estimate, chunk_size=chunk_size, compile=False, devices=devices)
     inputs = model, guide, x[rows], None if y is None else y[rows]
     seed = None if seed is None else seed + 1
-    parts = map_targets(estimate, *inputs, chunk_size, False, devices, seed, progress, "audit")
-    return Audit.cat(parts)
+    return Audit.cat(run(*inputs, seed=seed, progress=progress, title="audit"))
 
 
 def _audit_target(template: Target, tolerance: float, budget: int | None) -> Audit:
