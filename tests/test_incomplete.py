@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import product
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
@@ -15,7 +17,7 @@ from pyro_vae import build
 from pyro_vae.arguments import fill_missing
 from pyro_vae.densities import densities
 from pyro_vae.distributions import Incomplete
-from pyro_vae.estimators import log_evidence
+from pyro_vae.estimators import importance_sampling, log_evidence
 from pyro_vae.likelihoods import Normal
 from pyro_vae.training import fit
 
@@ -183,3 +185,23 @@ def test_the_support_holds_for_what_is_observed() -> None:
     vae.likelihood.check(torch.tensor([[0.0, 1.0, NAN, 1.0, 0.0, NAN, 0.0]]))
     with pytest.raises(ValueError, match=r"needs data in {0, 1}; got values in \[0, 2\]"):
         vae.likelihood.check(torch.tensor([[0.0, 1.0, NAN, 1.0, 0.0, NAN, 2.0]]))
+
+
+def test_a_known_label_is_observed_where_no_entry_is() -> None:
+    """log p(x) was 0 "exactly" for data whose class happened to be drawn as their label."""
+
+    def model(x: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(torch.tensor(0.3)))
+            entries = dist.Normal(c.unsqueeze(-1), x.new_ones(2)).to_event(1)
+            pyro.sample("x", Incomplete(entries), obs=x)
+            pyro.sample("label", dist.Delta(c), obs=y[:, 0])
+
+    def guide(x: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("c", dist.Bernoulli(torch.tensor(0.5)))
+
+    x, y = torch.full((23, 2), NAN), torch.ones(23, 1)
+    found = importance_sampling(model, guide, x, y, num_samples=5000)
+    assert abs(found.log_prob - math.log(0.3)).max() < 5 * found.stderr.max()
+    assert {*found.method} == {"importance sampling, guide"}

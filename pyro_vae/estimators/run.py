@@ -25,6 +25,7 @@ from pyro_vae.densities import (
     run_program,
     summed_values,
 )
+from pyro_vae.estimators.coordinates import is_discrete
 from pyro_vae.estimators.evidence import Evidence
 from pyro_vae.estimators.target import CHUNK_ROWS, Compiler, Target
 from pyro_vae.processes import check_processes, in_processes
@@ -104,6 +105,8 @@ def exact_without_data(
         return evidence
     with evaluating(model, guide, seed=0, device=x.device):
         d = densities(model, guide, x[rows], None if y is None else y[rows])
+        if len(d.observed) > 1 and any(is_discrete(site.model) for site in d.sites.values()):
+            return evidence  # one draw of a class does not tell whether a label is known
         each = (d.each or d).observed  # models may observe more than x, such as a label
         scores = torch.stack([each[name][0].log_prob(each[name][1]) for name in d.observed])
         rows = rows[(scores == 0).flatten(0, 1).all(0)].cpu()
