@@ -234,6 +234,20 @@ def test_an_interval_of_a_normal_far_in_the_tail(width: float) -> None:
     assert (curve < 1e-3).all()  # a mass of a log-concave density is log-concave
 
 
+@pytest.mark.parametrize("width", [1e9, 1.1e7, 0.9e7, 1e3, 1.0, 1e-6])
+@pytest.mark.parametrize("family", ["Normal", "Laplace", "LogNormal"])
+def test_a_narrow_interval_has_the_mass_of_the_density(family: str, width: float) -> None:
+    """Also where float64 does not tell its two ends apart."""
+    x = torch.tensor([9e14, 1.1e15, 4e15], requires_grad=True)
+    loc, scale = (34.5, 0.1) if family == "LogNormal" else (1e15, 1e14)
+    base = getattr(pyro.distributions, family)(torch.tensor(loc), torch.tensor(scale))
+    found = distributions.Interval(base, width).log_prob(x)
+    truth = base.log_prob(x) + math.log(width)
+    torch.testing.assert_close(found, truth, rtol=0, atol=1e-6)
+    slopes = (torch.autograd.grad(part.sum(), x)[0] for part in (found, truth))
+    torch.testing.assert_close(*slopes, rtol=1e-5, atol=0)
+
+
 def test_gradients_of_an_interval_are_those_of_a_finite_difference() -> None:
     x = torch.tensor([[0.0], [2.5], [40.0]])
     raw = torch.randn(3, 2, requires_grad=True)

@@ -14,6 +14,7 @@ from torch.distributions import Distribution, constraints
 
 Shape = Size | list[int] | tuple[int, ...]
 TAIL_START = 25.0  # standard deviations from which the tail of a Normal is approximated
+NARROW = 1e-7  # standard deviations below which an interval's mass is its density times its width
 TINY = 1e-300  # floor of numbers whose logarithm is taken
 
 
@@ -284,7 +285,10 @@ class Interval(ExpandByArguments, TorchDistribution):
         """Returns the log probability in nats of the interval around `value`."""
         centre = value.double()
         low, high = self._score(centre - self.width / 2), self._score(centre + self.width / 2)
-        middle, width = (low + high) / 2, high - low
+        middle, unit = (low + high) / 2, self.base.scale.double()
+        if isinstance(self.base, dist.LogNormal):
+            unit = unit * centre.clamp(min=2.0**-126)
+        width = torch.where(self.width < NARROW * unit, self.width / unit, high - low)
         mirror = 1 - 2 * (middle < 0).to(middle.dtype)
         log_mass = _log_laplace_mass if isinstance(self.base, dist.Laplace) else _log_normal_mass
         return log_mass(mirror * middle - width / 2, width).to(self.base.loc.dtype)
@@ -320,7 +324,9 @@ def _log_normal_mass(near: Tensor, width: Tensor) -> Tensor:
     correction = (1 - (1 - share) * (1 + u + u.square() / 2)) / (share * far.square())
     correction = correction / (1 + 2.5 * correction)
     beyond = torch.log(share / far) - far.square() / 2 - math.log(2 * math.pi) / 2 - correction
-    return torch.where(near > TAIL_START, beyond, torch.log(mass.clamp(min=TINY) / 2))
+    log_mass = torch.where(near > TAIL_START, beyond, torch.log(mass.clamp(min=TINY) / 2))
+    point = width.log() - (near + width / 2).square() / 2 - math.log(2 * math.pi) / 2
+    return torch.where(width < NARROW, point, log_mass)
 
 
 def _log_laplace_mass(near: Tensor, width: Tensor) -> Tensor:
