@@ -329,6 +329,18 @@ def test_resume_goes_on_as_if_never_stopped(tmp_path: Path, capsys: pytest.Captu
     assert sum(last[f"kl_z{d}"] for d in range(3)) == pytest.approx(kl, rel=1e-4)
 
 
+def test_a_resolution_is_in_the_units_of_the_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(5, 3, (40, 3)).round(1))
+    train = ["train", "--data", str(tmp_path / "x.npy"), "--likelihood", "Normal"]
+    train += ["--likelihood.resolution", "0.1", "--epochs", "1", "--latent_dim", "2"]
+    assert main([*train, "--run", str(tmp_path / "run"), "--progress", "false"]) == 0
+    assert "transform none" in capsys.readouterr().out
+    assert main([*train, "--transform", "standardise"]) == 2
+    assert "a resolution is in the units of the data" in capsys.readouterr().err
+
+
 def test_table_from_a_csv_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn_columns = []
     monkeypatch.setattr(

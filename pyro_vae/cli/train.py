@@ -170,10 +170,16 @@ def _load_splits(options: Namespace) -> Splits:
         if cls is Bernoulli:  # the default, which nobody asked for
             options.likelihood = config.component("likelihood", "Columns")
     cls, name = options.likelihood.cls, options.transform
-    if name == "auto":  # columns keep their units
-        columns = issubclass(cls, Columns)
-        name = "none" if columns else default_transform(cls.support, train.levels, train.x.ndim)
-    return splits.with_transform(name)
+    rounded = options.likelihood.options.get("resolution") is not None
+    if name == "auto":  # columns and a resolution keep their units
+        keeps = rounded or issubclass(cls, Columns)
+        name = "none" if keeps else default_transform(cls.support, train.levels, train.x.ndim)
+    splits = splits.with_transform(name)
+    if rounded and splits.train.log_jacobian:
+        raise ValueError(
+            f"a resolution is in the units of the data: transform {name} changes them"
+        )
+    return splits
 
 
 def _column_options(given: Any, schema: Schema) -> dict[str, Any] | list[Any]:

@@ -72,7 +72,7 @@ def log_conditional(
             "reliable" if v == w == "reliable" else "doubtful"
             for v, w in zip(a.verdict, b.verdict)
         ],
-        extras={"missing": b.missing},
+        extras={"missing": a.missing ^ b.missing},  # tells both sets of entries from others
         audit=a.audit,
     )
 

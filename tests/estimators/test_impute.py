@@ -187,6 +187,11 @@ def test_conditionals_on_other_entries_do_not_compare() -> None:
     a, b = (log_conditional(world.vae, world.full, entries, **options) for entries in given)
     with pytest.raises(ValueError, match="3 of 3 data lack other entries"):
         a.difference(b)
+    fewer = world.full.clone()
+    fewer[1, 4] = NAN  # an entry whose density is asked for
+    c = log_conditional(world.vae, fewer, given[0], **options)
+    with pytest.raises(ValueError, match="1 of 3 data lack other entries"):
+        a.difference(c)
 
 
 def test_log_conditional_is_exact() -> None:
