@@ -324,7 +324,8 @@ class Compiler:
             self.calls[key] += 1
             if self.calls[key] >= self.uses:
                 try:
-                    self.traced[key] = compiled(_FunctionModule(function, program), *inputs)
+                    module = _FunctionModule(function, program).eval()  # as all that runs here
+                    self.traced[key] = compiled(module, *inputs)
                 except CannotCompile as error:
                     warnings.warn(f"compile: the model runs eagerly, for {error}", stacklevel=2)
                     self.most = 0  # no further attempt
