@@ -93,7 +93,7 @@ def fit(
         accelerator: "cpu", "cuda" or "auto": CUDA if torch finds a GPU.
         precision: "32-true", "bf16-mixed", "16-mixed" or "64-true"; evaluation is never mixed.
         compile: How steps are taken. False: eagerly. "trace": by their tensor operations alone,
-            which are traced once through Pyro's handlers, within a second. True: by these,
+            which are traced once through Pyro's handlers, in about a second. True: by these,
             compiled in 5 to 20 seconds; a C++ compiler is needed. None: they are traced if 2,000
             steps are planned, and compiled from 30,000 on; a resumed run goes on as it began.
             Noise and losses are those of the eager step, compiled ones up to rounding. A shorter
