@@ -113,7 +113,7 @@ def compiled(module: nn.Module, *inputs: Tensor) -> Traced:
 
 
 def _skip_views(graph: GraphModule) -> None:
-    """Replaces views by earlier tensors of the same layout: the code has a third less calls."""
+    """Replaces views by earlier tensors of the same layout, so that there are fewer calls."""
 
     def layout(node: Node) -> tuple[Any, ...]:
         value = node.meta["val"]
@@ -139,10 +139,12 @@ def _contiguous(inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 @contextmanager
 def _unchanged(module: nn.Module) -> Iterator[None]:
-    """Undoes what a pass sets in its modules and their lists: a trace's tensors hold no numbers.
+    """Restores the attributes of modules, and their lists and dicts, as they were before a trace.
+
+    A trace sets fake tensors, which hold no numbers.
 
     Raises:
-        CannotCompile: If it sets something, which the traced operations would not do.
+        CannotCompile: If the pass sets an attribute or entry. The traced operations would not.
     """
     holders: list[tuple[str, Any]] = [(type(m).__name__, vars(m)) for m in module.modules()]
     for owner, attributes in holders[:]:
@@ -173,7 +175,7 @@ def _entries(holder: list[Any] | dict[Any, Any]) -> dict[Any, Any]:
 
 @contextmanager
 def numbers_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Gives tensors that a block changes their numbers back."""
+    """Restores the numbers of tensors that a block changes."""
     before = [(tensor.detach(), tensor.detach().clone()) for tensor in tensors]
     try:
         yield
